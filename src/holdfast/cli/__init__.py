@@ -1,0 +1,44 @@
+"""The command line: one module a command, and no logic that the library does not have."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import typer
+
+from holdfast.cli import check, compare, demo, doctor, listing, report, run
+
+app = typer.Typer(
+    name="holdfast",
+    help="Teach a language model one task after another without it forgetting.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("run", cls=run.HelpWithKeys)(run.run)
+app.command("check")(check.check)
+app.command("report")(report.report)
+app.command("compare")(compare.compare)
+app.command("methods")(listing.methods)
+app.command("tuners")(listing.tuners)
+app.command("streams")(listing.streams)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Exit codes: 0 done; 2 the user's configuration or data is wrong; 1 anything else (DESIGN 4.1)."""
+    from holdfast.errors import Interrupted, UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"holdfast: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Interrupted as stopped:
+        command = shlex.join(["holdfast", *sys.argv[1:]])
+        print(f"holdfast: {stopped}; all of it is saved. Continue with: {command}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,19 @@
+"""`holdfast check`: a dry run that shows what a run would do, and trains nothing."""
+
+from __future__ import annotations
+
+from holdfast.cli.run import Config, Overrides
+
+
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Resolve the configuration, load every task, and show one example a task, the plan and its cost."""
+    from rich.console import Console
+
+    from holdfast.config import load_config
+    from holdfast.quiet import quieten
+
+    resolved = load_config(config, overrides)
+    quieten()
+    from holdfast.check import print_check
+
+    print_check(resolved, Console(highlight=False))

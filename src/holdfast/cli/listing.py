@@ -1,0 +1,51 @@
+"""`holdfast methods`, `tuners` and `streams`: what there is, and the options of one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+Name = Annotated[str | None, typer.Argument(help="Show this one in full.", show_default=False)]
+
+
+def methods(name: Name = None) -> None:
+    """List the methods against forgetting."""
+    from holdfast.methods import find, known
+
+    _show({name: find(name)} if name else known(), bool(name))
+
+
+def tuners(name: Name = None) -> None:
+    """List the tuners: which weights are trained."""
+    from holdfast.errors import ConfigError, did_you_mean
+    from holdfast.tuners import known
+
+    tuners = known()
+    if name is not None and name not in tuners:
+        raise ConfigError(f"there is no tuner {name!r}{did_you_mean(name, tuners)}")
+    _show({name: tuners[name]} if name else tuners, bool(name))
+
+
+def streams() -> None:
+    """List the built-in streams."""
+    from holdfast.data.load import BUILT_IN
+
+    for name, function in BUILT_IN.items():
+        print(f"{name:12} {(function.__doc__ or '').strip().splitlines()[0]}")
+    print("\nAny folder of task folders is a stream too: stream: {path: FOLDER, order: [TASK, ...]}")
+
+
+def _show(classes: dict[str, Any], full: bool) -> None:
+    from inspect import getdoc
+
+    from holdfast.config import describe
+
+    for name, cls in classes.items():
+        text = getdoc(cls) or ""
+        if not full:
+            print(f"{name:12} {text.splitlines()[0]}")
+            continue
+        print(f"{name}\n\n{text}\n\noptions (default):")
+        for key, default, description in describe(cls.Options):
+            print(f"  {key} ({default})\n      {description}")

@@ -1,0 +1,22 @@
+"""`holdfast report`: write the page of one run, or of several side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Runs = Annotated[list[Path], typer.Argument(help="Directories of runs.", show_default=False)]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the page.")]
+
+
+def report(runs: Runs, output: Output = None) -> None:
+    """Write report.html: into the run's directory, or for several runs where --output says."""
+    from holdfast.directory import require_runs
+    from holdfast.report import write_report
+
+    require_runs(runs)
+    if output is None:
+        output = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    print(write_report(runs, output))

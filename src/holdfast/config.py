@@ -1,0 +1,377 @@
+"""The run's configuration: one pydantic model, every field documented, unknown keys refused with a near name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from holdfast.errors import ConfigError, did_you_mean
+
+# A key marked so may change between two starts of the same run: no number in the run's results depends on it.
+FREE = {"free": True}
+
+
+class Section(BaseModel):
+    """A part of the configuration: keys it does not know are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    """Which pretrained model to start from."""
+
+    name: str = Field(description="folder or hub name of a causal language model with its tokenizer")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32", description="data type of the weights; auto: as stored in the checkpoint"
+    )
+    attention: str | None = Field(
+        None, description="attention implementation of transformers (eager, sdpa, flash_attention_2, ...)"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with this model; off unless you ask")
+
+
+class Named(Section):
+    """A tuner or method by name, with its own options, which its own class checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(description="its name; `holdfast methods` and `holdfast tuners` list them")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TaskConfig(Section):
+    """One task of a stream that is composed by hand."""
+
+    name: str = Field(description="what the task is called in the matrix and the report")
+    path: str | None = Field(None, description="folder with train, eval (or dev) and test files")
+    dataset: str | None = Field(None, description="a Hugging Face dataset: hub name or local folder")
+    subset: str | None = Field(None, description="configuration name of the Hugging Face dataset")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="renames columns of the source to those of a format, for example {text: sentence}",
+    )
+    format: str | None = Field(
+        None, description="prompt_answer, sentence_label, messages, sharegpt, alpaca or text; detected where absent"
+    )
+    metric: str | None = Field(None, description="accuracy, rouge_l or loss; by format where absent")
+    instruction: str | None = Field(None, description="instruction put before each sentence of a sentence_label task")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TaskConfig:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either path (a folder) or dataset (a Hugging Face dataset)")
+        return self
+
+
+class StreamConfig(Section):
+    """Tasks in an order: a built-in stream by name, a folder of task folders, or a list of tasks."""
+
+    name: str | None = Field(None, description="a built-in stream (`holdfast streams` lists them)")
+    path: str | None = Field(None, description="folder in which every task is a folder with train and test files")
+    tasks: list[TaskConfig] | None = Field(None, description="tasks composed by hand")
+    order: list[str] | None = Field(None, description="names of the tasks to learn, in order; all of them where absent")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="options of a built-in stream, for example {size: 40, seed: 1} of chronicle"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StreamConfig:
+        if sum(x is not None for x in (self.name, self.path, self.tasks)) != 1:
+            raise ValueError("give exactly one of name (a built-in stream), path (a folder) and tasks (a list)")
+        if self.order is not None and (len(self.order) == 0 or len(set(self.order)) != len(self.order)):
+            raise ValueError("order must name at least one task, and each task once")
+        return self
+
+
+class DataConfig(Section):
+    """How rows become tokens."""
+
+    max_length: int | None = Field(
+        None, ge=8, description="tokens of prompt and answer together; the model's context where absent"
+    )
+    template: Literal["auto", "chat", "plain"] = Field(
+        "auto", description="chat: the tokenizer's chat template; plain: prompt, space, answer; auto: chat if it exists"
+    )
+    supervise: Literal["answer", "all"] = Field("answer", description="tokens that the loss counts")
+    packing: bool = Field(False, description="put several short rows into one sequence of max_length tokens")
+    on_overlap: Literal["error", "warn", "drop"] = Field(
+        "warn", description="what to do with test rows that stand in the train split; drop removes them from train"
+    )
+    train_rows: int | None = Field(None, ge=1, description="use only the first n train rows of each task")
+    test_rows: int | None = Field(None, ge=1, description="use only the first n test rows of each task")
+
+
+class TrainingConfig(Section):
+    """One stage's training; what is not here goes into `arguments`."""
+
+    epochs: float | list[float] = Field(1.0, description="passes over a task's train split; a list gives one per stage")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps a stage at most, instead of epochs")
+    batch_size: int = Field(16, ge=1, description="rows in one optimizer step, over all processes and accumulation")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="rows in one forward pass of one process; batch_size must be a multiple of it"
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
+    schedule: str = Field("cosine", description="transformers' name of a schedule: cosine, linear, constant, ...")
+    warmup: float = Field(0.03, ge=0, description="below 1: share of a stage's steps; from 1: steps")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    optimizer: str = Field("adamw_torch", description="transformers' name of an optimizer")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 turns clipping off")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: mixed precision (autocast)")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    save_every: int = Field(200, ge=1, description="optimizer steps between checkpoints", json_schema_extra=FREE)
+    log_every: int = Field(10, ge=1, description="steps between lines of events.jsonl", json_schema_extra=FREE)
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="any other field of transformers.TrainingArguments, by its name"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingConfig:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro}; "
+                f"{self.batch_size // micro * micro or micro} or {-(-self.batch_size // micro) * micro} would be"
+            )
+        for epochs in self.epochs if isinstance(self.epochs, list) else [self.epochs]:
+            if epochs <= 0:
+                raise ValueError(f"epochs must be greater than 0, not {epochs}")
+        return self
+
+
+class GeneralConfig(Section):
+    """One measure of general ability, taken before training and after every stage."""
+
+    name: str = Field(description="what it is called in the matrix and the report")
+    path: str = Field(description="file of texts (.txt, .jsonl) or of questions with choices (.jsonl)")
+    kind: Literal["perplexity", "choices"] = Field(
+        "perplexity", description="perplexity of texts, or accuracy of the likeliest of several choices"
+    )
+    rows: int | None = Field(None, ge=1, description="use only the first n rows")
+
+
+class EvaluationConfig(Section):
+    """What is measured after every stage."""
+
+    batch_size: int = Field(32, ge=1, description="prompts generated together")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="longest response; where absent, the longest train answer of the task and 8 more"
+    )
+    general: list[GeneralConfig] | None = Field(
+        None, description="measures of general ability; where absent, those of the stream itself"
+    )
+    bootstrap: int = Field(1000, ge=0, description="resamples for 95 % intervals over test examples; 0 turns them off")
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _stream(value: Any) -> Any:
+    return {"tasks": value} if isinstance(value, list) else _named(value)
+
+
+def _tuner(value: Any) -> Any:
+    return {"name": "lora"} | value if isinstance(value, dict) else _named(value)
+
+
+def _methods(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+NamedField = Annotated[Named, BeforeValidator(_named)]
+
+
+class RunConfig(Section):
+    """A run: model x tuner x method x stream x seed, in one directory."""
+
+    model: Annotated[ModelConfig, BeforeValidator(_named)] = Field(
+        description="the model to teach: a name or a section"
+    )
+    tuner: Annotated[Named, BeforeValidator(_tuner)] = Field(
+        Named(name="lora"), description="which weights are trained: a name or a section"
+    )
+    method: Annotated[list[NamedField], BeforeValidator(_methods)] = Field(
+        [Named(name="sequential")],
+        min_length=1,
+        description="what is done against forgetting: a name, a section, or a list that is applied together",
+    )
+    stream: Annotated[StreamConfig, BeforeValidator(_stream)] = Field(description="the tasks, in order")
+    data: DataConfig = Field(default_factory=DataConfig, description="how rows become tokens")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="one stage's training")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured")
+    seed: int = Field(0, ge=0, description="every random choice of the run follows from it")
+    output: str = Field(description="the run's directory", json_schema_extra=FREE)
+
+
+def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        source: a YAML file, or the mapping that such a file holds.
+        overrides: ``key.path=value`` strings; values are YAML.
+
+    Raises:
+        ConfigError: a key is unknown, missing or wrong; the message names it and a near name.
+    """
+    if isinstance(source, dict):
+        where, values = "the configuration", dict(source)
+    else:
+        where, values = str(source), read_yaml(Path(source))
+    for override in overrides or []:
+        _apply_override(values, override)
+    return validate(RunConfig, values, where)
+
+
+def validate(cls: type[Any], values: dict[str, Any], where: str) -> Any:
+    """Build a pydantic model from a user's mapping; every complaint names its key and, for a typo, the near name.
+
+    Raises:
+        ConfigError: with one line a complaint.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        lines = [_complaint(cls, complaint) for complaint in error.errors()]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; ConfigError if the file is absent, unreadable or no mapping."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(values).__name__}")
+    return values
+
+
+def difference(old: RunConfig | dict[str, Any], new: RunConfig | dict[str, Any]) -> list[str]:
+    """List where two configurations differ, as ``key: old -> new``; keys that change no result are passed over."""
+    old, new = (flat(c) for c in (old, new))
+    free = free_keys(RunConfig)
+    keys = [key for key in [*old, *(k for k in new if k not in old)] if key not in free]
+    show = lambda side, key: json.dumps(side[key], ensure_ascii=False) if key in side else "(absent)"  # noqa: E731
+    return [f"{key}: {show(old, key)} -> {show(new, key)}" for key in keys if old.get(key, ...) != new.get(key, ...)]
+
+
+def flat(config: RunConfig | dict[str, Any]) -> dict[str, Any]:
+    """Turn a configuration into ``{"training.epochs": 1.0, ...}``; lists stay whole."""
+    values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            result |= {f"{key}.{below}": v for below, v in flat(value).items()}
+        else:
+            result[key] = value
+    return result
+
+
+def free_keys(cls: type[BaseModel], prefix: str = "") -> set[str]:
+    """Dotted names of the keys that may change between two starts of the same run."""
+    keys = set()
+    for name, field in cls.model_fields.items():
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("free"):
+            keys.add(prefix + name)
+        section = _section(field.annotation)
+        if section is not None:
+            keys |= free_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def describe(cls: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every key as (dotted name, default, description), for `holdfast run --help`."""
+    rows = []
+    for name, field in cls.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None and section is not Named:
+            rows.append((prefix + name, "required" if field.is_required() else "", field.description or ""))
+            rows += describe(section, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        rows.append((prefix + name, default, field.description or ""))
+    return rows
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, Named):
+        return value.name
+    if isinstance(value, list) and value and all(isinstance(v, Named) for v in value):
+        return ", ".join(v.name for v in value)
+    return json.dumps(value)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The Section class of an annotation, looking through Annotated, unions and lists."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        section = _section(part)
+        if section is not None:
+            return section
+    return None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: an override is key.path=value, for example training.epochs=3")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = values.get(parent)
+        if isinstance(below, str) and parent in ("model", "tuner", "method", "stream"):
+            below = {"name": below}
+        if below is not None and not isinstance(below, dict):
+            raise ConfigError(f"{override!r}: {parent} is not a section but {below!r}")
+        values[parent] = below = dict(below or {})
+        values = below
+    values[last] = value
+
+
+def _complaint(cls: type[BaseModel], complaint: Any) -> str:
+    location = [part for part in complaint["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    key = ".".join(str(part) for part in location)
+    section: type[BaseModel] | None = cls
+    for part in location[:-1]:
+        if isinstance(part, str) and section is not None and part in section.model_fields:
+            section = _section(section.model_fields[part].annotation)
+    known = list(section.model_fields) if section is not None else []
+    match complaint["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key{did_you_mean(str(location[-1]), known)}"
+        case "missing":
+            return f"{key}: is required but absent"
+        case "value_error":
+            return f"{key + ': ' if key else ''}{complaint['ctx']['error']}"
+    message = complaint["msg"][0].lower() + complaint["msg"][1:]
+    return f"{key}: {message}, not {complaint['input']!r}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also reads 3e-4 as a number, as everybody expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)

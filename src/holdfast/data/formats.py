@@ -1,0 +1,309 @@
+"""Files to rows to examples: which shapes a row of a task may have, and what is said about a row that has none."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from holdfast.data.task import Example, Turn
+from holdfast.errors import ConfigError, DataError, did_you_mean
+
+Format = Literal["messages", "sharegpt", "prompt_answer", "sentence_label", "alpaca", "text"]
+
+# The keys that tell a format, in the order in which `detect` looks; alpaca's `input` may be absent.
+KEYS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_answer": ("prompt", "answer"),
+    "sentence_label": ("sentence", "label"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+class Row(dict[str, Any]):
+    """One row of a file; ``line`` is the 1-based line on which it begins, where lines mean something."""
+
+    line: int | None = None
+
+
+def where(file: str | Path, index: int, row: dict[str, Any] | None = None) -> str:
+    """Name a row in a message: its file, its 1-based number and, where known, its line."""
+    line = getattr(row, "line", None)
+    return f"{file}: row {index + 1}" + (f" (line {line})" if line else "")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a .json (an array of objects, or one object a line), .jsonl, .csv or .parquet file.
+
+    Raises:
+        DataError: the file is absent, not UTF-8, malformed, or holds no row; a row is not an object.
+    """
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet":
+        rows = _parquet(path)
+    else:
+        text = read_text(path)
+        if path.suffix == ".csv":
+            rows = _csv(path, text)
+        else:
+            rows = _array(path, text) if text.lstrip().startswith("[") else _lines(path, text)
+    if not rows:
+        raise DataError(f"{path}: holds no rows")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file; DataError, with the offset of the first bad byte, if it is not UTF-8."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}: is not UTF-8: byte {error.start} (line {line}) is 0x{content[error.start]:02x}; "
+            "save the file as UTF-8"
+        ) from None
+
+
+def detect(rows: list[dict[str, Any]], file: str | Path) -> Format:
+    """Name the format of a split by the keys of its first row.
+
+    Raises:
+        DataError: the keys are those of no known format.
+    """
+    found = rows[0].keys()
+    for format in get_args(Format):
+        if found >= set(KEYS[format]):
+            return format
+    known = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in KEYS.items())
+    raise DataError(
+        f"{where(file, 0, rows[0])}: the keys {', '.join(map(repr, found))} are no known shape; known: {known}"
+    )
+
+
+def to_examples(
+    rows: list[dict[str, Any]],
+    format: str,
+    *,
+    file: str | Path,
+    labels: list[str] | None = None,
+    instruction: str | None = None,
+) -> list[Example]:
+    """Turn the rows of one split into examples.
+
+    Args:
+        rows: what `read_rows` returned.
+        format: one of `KEYS`.
+        file: where the rows came from, for messages.
+        labels: the labels that a sentence_label row may have; None: any.
+        instruction: what is asked about each sentence of a sentence_label split.
+
+    Raises:
+        ConfigError: the format is unknown.
+        DataError: a row is not of the format; the message names file, row, line and reason.
+    """
+    if format not in KEYS:
+        raise ConfigError(f"format: unknown format {format!r}{did_you_mean(format, KEYS)}")
+    examples = []
+    for index, row in enumerate(rows):
+        try:
+            if format == "text":
+                examples.append(Example(file=str(file), row=index, text=_field(row, "text")))
+            else:
+                examples.append(Example(file=str(file), row=index, turns=_turns(row, format, labels, instruction)))
+        except _BadRowError as error:
+            raise DataError(f"{where(file, index, row)}: {error}") from None
+    return examples
+
+
+class _BadRowError(Exception):
+    """The reason why a row cannot be used."""
+
+
+def _turns(row: dict[str, Any], format: str, labels: list[str] | None, instruction: str | None) -> tuple[Turn, ...]:
+    match format:
+        case "prompt_answer":
+            prompt = _field(row, "prompt")
+            return Turn("user", prompt, (0, len(prompt))), Turn("assistant", _field(row, "answer").strip())
+        case "sentence_label":
+            sentence, label = _field(row, "sentence"), _field(row, "label").strip()
+            if labels is not None and label not in labels:
+                near = did_you_mean(label, labels)
+                raise _BadRowError(
+                    f"label: {label!r} is not one of the labels ({', '.join(labels)})"
+                    + (near if near.startswith("; did") else "")
+                )
+            return _question(sentence, labels, instruction), Turn("assistant", label)
+        case "alpaca":
+            instruction, input = _field(row, "instruction"), _field({"input": ""} | row, "input", may_be_empty=True)
+            asked = Turn("user", instruction)
+            if input.strip():
+                start = len(instruction) + 1
+                asked = Turn("user", f"{instruction}\n{input}", (start, start + len(input)))
+            return asked, Turn("assistant", _field(row, "output").strip())
+        case "messages":
+            return _conversation(row, "messages", "role", "content", {r: r for r in ("system", "user", "assistant")})
+        case "sharegpt":
+            return _conversation(row, "conversations", "from", "value", _SHAREGPT_ROLES)
+    raise AssertionError(format)
+
+
+def _question(sentence: str, labels: list[str] | None, instruction: str | None) -> Turn:
+    """O-LoRA's prompt: instruction, options, sentence, "Answer:"; without an instruction the sentence asks itself."""
+    before = ""
+    if instruction:
+        before = instruction.rstrip() + "\n"
+        if labels:
+            before += f"Option: {', '.join(labels)}\n"
+    return Turn("user", f"{before}{sentence}\nAnswer:", (len(before), len(before) + len(sentence)))
+
+
+def _conversation(
+    row: dict[str, Any], key: str, role_key: str, content_key: str, roles: dict[str, str]
+) -> tuple[Turn, ...]:
+    messages = row.get(key)
+    if not isinstance(messages, list):
+        raise _BadRowError(f"{key}: must be a list of turns, not {_type(messages)}")
+    turns = []
+    for number, message in enumerate(messages, 1):
+        turn = f"{key}, turn {number}"
+        if not isinstance(message, dict):
+            raise _BadRowError(f"{turn}: must be an object with {role_key} and {content_key}, not {_type(message)}")
+        role = roles.get(_field(message, role_key, turn))
+        if role is None:
+            raise _BadRowError(
+                f"{turn}: unknown {role_key} {message[role_key]!r}{did_you_mean(message[role_key], roles)}"
+            )
+        content = _field(message, content_key, turn, may_be_empty=role == "system")
+        if role == "assistant":
+            turns.append(Turn("assistant", content.strip()))
+        elif role == "user":
+            turns.append(Turn("user", content, (0, len(content))))
+        elif content.strip():
+            turns.append(Turn("system", content))
+    if not turns or turns[-1].role != "assistant":
+        raise _BadRowError(f"{key}: must end with an answer ({role_key} {_name(roles, 'assistant')})")
+    if next(turn.role for turn in turns if turn.role != "system") != "user":
+        raise _BadRowError(f"{key}: must begin with a question ({role_key} {_name(roles, 'user')})")
+    return tuple(turns)
+
+
+def _name(roles: dict[str, str], role: str) -> str:
+    return next(name for name, meant in roles.items() if meant == role)
+
+
+def _field(row: dict[str, Any], key: str, within: str = "", may_be_empty: bool = False) -> str:
+    name = f"{within}: {key}" if within else key
+    value = row.get(key)
+    if value is None:
+        raise _BadRowError(f"{name}: is missing; found: {', '.join(map(repr, row)) or 'nothing'}")
+    if not isinstance(value, str):
+        raise _BadRowError(f"{name}: must be text, not {_type(value)} ({value!r:.40})")
+    if not may_be_empty and not value.strip():
+        raise _BadRowError(f"{name}: is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRowError(f"{name}: holds half a character (\\u{ord(value[error.start]):04x})") from None
+    return value
+
+
+_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+
+
+def _type(value: Any) -> str:
+    return _TYPES.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
+
+
+def _row(path: Path, index: int, line: int, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: row {index + 1} (line {line}): must be an object, not {_type(value)}")
+    row = Row(value)
+    row.line = line
+    return row
+
+
+def _array(path: Path, text: str) -> list[dict[str, Any]]:
+    """Parse a JSON array element by element, so that each row knows its line."""
+    decoder, rows = json.JSONDecoder(), list[dict[str, Any]]()
+    blank = lambda position: _BLANK.match(text, position).end()  # type: ignore[union-attr]  # noqa: E731 - always matches
+    line, counted = 1, 0
+    position = blank(text.index("[") + 1)
+    try:
+        while text[position : position + 1] != "]" or rows:
+            line, counted = line + text.count("\n", counted, position), position
+            value, position = decoder.raw_decode(text, position)
+            rows.append(_row(path, len(rows), line, value))
+            position = blank(position)
+            if text[position : position + 1] == "]":
+                break
+            if text[position : position + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            position = blank(position + 1)
+        if blank(position + 1) != len(text):
+            raise json.JSONDecodeError("Extra data after the array", text, blank(position + 1))
+    except json.JSONDecodeError as error:
+        raise _invalid(path, len(rows), error.lineno, error) from None
+    return rows
+
+
+def _lines(path: Path, text: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise _invalid(path, len(rows), number, error) from None
+            rows.append(_row(path, len(rows), number, value))
+    return rows
+
+
+def _invalid(path: Path, index: int, line: int, error: json.JSONDecodeError) -> DataError:
+    expected = "an array of objects, or one object a line" if path.suffix == ".json" else "one object a line"
+    return DataError(
+        f"{path}: row {index + 1} (line {line}): is not valid JSON: {error.msg} at column {error.colno}; "
+        f"expected {expected}"
+    )
+
+
+def _csv(path: Path, text: str) -> list[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[dict[str, Any]] = []
+    line = 2
+    try:
+        for fields in reader:
+            row = _row(path, len(rows), line, fields)
+            columns = len(reader.fieldnames or ())
+            if None in row or None in row.values():
+                raise DataError(f"{where(path, len(rows), row)}: must have {columns} fields, as the first line has")
+            rows.append(row)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}: row {len(rows) + 1} (line {reader.line_num}): is not valid CSV: {error}") from None
+    return rows
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {error}") from None

@@ -1,0 +1,183 @@
+"""A run's directory: who may use it, what is in it, and how far the run has come (DESIGN 4.2)."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from holdfast.config import RunConfig, difference
+from holdfast.errors import RunDirectoryError
+from holdfast.files import read_json, read_jsonl, write_json, write_jsonl
+
+LOCK = ".lock"
+
+
+class RunDirectory:
+    """The files of one run. Only :func:`open_directory` makes one, under a lock."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.record: dict[str, Any] = read_json(path / "run.json") if (path / "run.json").exists() else {}
+
+    def begin(self, config: RunConfig, facts: dict[str, Any]) -> None:
+        """Write run.json, or make sure that the one that stands there is of the same run.
+
+        Raises:
+            RunDirectoryError: the directory belongs to another configuration or other data; the difference is listed.
+        """
+        if not self.record:
+            self.record = {
+                "config": config.model_dump(mode="json"),
+                "seed": config.seed,
+                "versions": versions(),
+                "hardware": hardware(),
+                "engine": "single",
+                "commit": _commit(),
+                "started": _now(),
+                "finished": None,
+            } | facts
+            self.write()
+            return
+        for name, task in facts["tasks"].items():
+            if self.record["tasks"][name]["fingerprint"] != task["fingerprint"]:
+                raise RunDirectoryError(
+                    f"{self.path}: the data of task {name!r} changed since this run began; "
+                    "put the old data back, or give another output"
+                )
+
+    def check_config(self, config: RunConfig) -> None:
+        """RunDirectoryError if a run with another configuration began here."""
+        if self.record and (lines := difference(self.record["config"], config)):
+            listed = "".join(f"\n  {line}" for line in lines)
+            raise RunDirectoryError(
+                f"{self.path}: holds a run with another configuration:{listed}\n"
+                "give another output, or the old values to continue that run"
+            )
+
+    def finish(self, seconds: dict[str, float]) -> None:
+        """Note in run.json that the run is complete, and how long it took."""
+        if self.record["finished"] is None:
+            self.record |= {"finished": _now(), "seconds": seconds}
+            self.write()
+
+    def write(self) -> None:
+        write_json(self.path / "run.json", self.record)
+
+    def stage(self, index: int, name: str) -> Path:
+        """The folder of a stage; index 0 is before training."""
+        return self.path / "stages" / f"{index:02d}-{slug(name)}"
+
+    def trim_events(self, stage: int, step: int) -> None:
+        """Drop the events after a step of a stage: a resumed run writes them again."""
+        path = self.path / "events.jsonl"
+        if path.exists():
+            events = [e for e in read_jsonl(path) if (e["stage"], e["step"]) <= (stage, step)]
+            write_jsonl(path, events)
+
+
+@contextlib.contextmanager
+def open_directory(path: Path) -> Iterator[RunDirectory]:
+    """Make the directory if it is new and hold its lock.
+
+    Raises:
+        RunDirectoryError: it is a file, cannot be written, holds something else, or another process uses it.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"output: {path} is a file; it must be a directory, or not exist yet")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunDirectoryError(f"output: {path} cannot be written ({error.strerror}); choose another output") from None
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunDirectoryError(f"output: {path} is in use by another process; wait for it, or choose another output") from None
+    try:
+        if not (path / "run.json").exists():
+            others = sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(".partial"))
+            if others:
+                raise RunDirectoryError(
+                    f"output: {path} is no run but holds other files ({', '.join(others[:3])}); choose another output"
+                )
+        yield RunDirectory(path)
+    finally:
+        lock.release()
+
+
+def require_runs(paths: list[Path]) -> None:
+    """RunDirectoryError if one of the paths is no run's directory with results."""
+    for path in paths:
+        if not (path / "run.json").exists():
+            raise RunDirectoryError(f"{path}: is no run's directory (it has no run.json)")
+        if not (path / "matrix.json").exists():
+            raise RunDirectoryError(f"{path}: has no results yet (no matrix.json); let its run go on")
+
+
+def slug(task: str) -> str:
+    """A task's name as a file name."""
+    return task.replace("/", "_").replace(os.sep, "_")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a run's numbers depend on."""
+    names = ("holdfast", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory in GiB and GPUs of this machine."""
+    import torch
+
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def free_gib(path: Path) -> float:
+    """Free space in GiB where a path lies or would lie."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free / 2**30
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that holdfast runs from; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

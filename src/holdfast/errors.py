@@ -1,0 +1,49 @@
+"""Errors that a person caused and can mend: one clear message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """The user's configuration, data or directory is wrong.
+
+    The message names the key, file and row where there is one, says what is wrong and what would be right.
+    The command line prints it without a traceback and exits with ``exit_code``.
+    """
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A key of the configuration is unknown, missing or has a value that cannot be used."""
+
+
+class DataError(UserError):
+    """A row, file or split cannot be used."""
+
+
+class RunDirectoryError(UserError):
+    """The output directory cannot be written, is in use, or belongs to another configuration."""
+
+
+class NonFiniteLossError(UserError):
+    """A loss became NaN or infinite; training stopped before the optimizer touched the weights."""
+
+
+class MethodError(RuntimeError):
+    """A method broke its contract, for example by declaring a loss term that never contributes."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no failure: the run was asked to stop and has saved its state
+    """SIGINT or SIGTERM asked the run to stop; everything up to here is saved."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known name, or the known names where none is near."""
+    known = sorted(set(known))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""

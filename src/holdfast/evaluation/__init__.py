@@ -1,0 +1,1 @@
+"""Measurement of a model: responses to test examples, their scores, and general abilities."""

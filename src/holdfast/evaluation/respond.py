@@ -1,0 +1,176 @@
+"""One task's test examples: the model's responses and their scores, or its loss per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from holdfast.data.task import Example, Task
+from holdfast.errors import DataError
+from holdfast.evaluation.score import SCORERS
+from holdfast.generation import generate, inference
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from holdfast.data.encode import Encoder
+
+MARGIN = 8  # tokens that a response may be longer than the longest train answer
+
+
+def evaluate_task(
+    model: PreTrainedModel | PeftModel,
+    encoder: Encoder,
+    task: Task,
+    *,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure a model on the test examples of a task.
+
+    Args:
+        batch_size: sequences in one forward pass.
+        max_new_tokens: longest response; where None, the longest train answer (with its end token) and 8 more.
+        on_batch: called after every batch with the number of sequences done so far; it may raise to stop.
+
+    Returns:
+        One record a test example, in order: row, prompt, answer, response and score; for metric loss: row,
+        score (mean negative log-likelihood per supervised token, in nats) and tokens (how many these are).
+
+    Raises:
+        DataError: a test example has no token to predict.
+        ConfigError: the library that computes the metric is not installed.
+    """
+    if task.metric == "loss":
+        losses, counts = example_losses(model, encoder, task.test, batch_size=batch_size, on_batch=on_batch)
+        return [
+            {"row": example.row, "score": float(loss / n), "tokens": int(n)}
+            for example, loss, n in zip(task.test, losses, counts, strict=True)
+        ]
+    if max_new_tokens is None:
+        max_new_tokens = max(encoder.answer_length(example) for example in task.train) + MARGIN
+    responses = generate(
+        model,
+        [encoder.prompt(example, reserve=max_new_tokens) for example in task.test],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        eos_token_ids=end_tokens(model, encoder),
+        pad_token_id=pad_token(encoder),
+        on_batch=on_batch,
+    )
+    score = SCORERS[task.metric]
+    records = []
+    for example, tokens in zip(task.test, responses, strict=True):
+        response = encoder.decode(tokens)
+        records.append(
+            {
+                "row": example.row,
+                "prompt": example.question,
+                "answer": example.answer,
+                "response": response,
+                "score": score(response, example.answer),
+            }
+        )
+    return records
+
+
+def task_score(records: Sequence[dict[str, Any]], metric: str) -> float:
+    """The score of a task from its records: their mean; for metric loss, nats per token over all tokens."""
+    weights = [record["tokens"] for record in records] if metric == "loss" else None
+    return float(np.average([record["score"] for record in records], weights=weights))
+
+
+def example_losses(
+    model: PreTrainedModel | PeftModel,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Sums over each example's sequences of :func:`token_losses`: nats and supervised tokens, both ``[examples]``.
+
+    Raises:
+        DataError: an example has no token to predict.
+    """
+    encoded = [encoder.encode(example) for example in examples]
+    owner = np.array([i for i, rows in enumerate(encoded) for _ in rows], dtype=np.int64)
+    rows = [row for rows in encoded for row in rows]
+    losses, tokens = token_losses(
+        model, rows, batch_size=batch_size, pad_token_id=pad_token(encoder), on_batch=on_batch
+    )
+    loss_sums, token_sums = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
+    np.add.at(loss_sums, owner, losses)
+    np.add.at(token_sums, owner, tokens)
+    for example, n in zip(examples, token_sums, strict=True):
+        if n == 0:
+            raise DataError(f"{example.file}, row {example.row}: has no token to predict; at least two are needed")
+    return loss_sums, token_sums
+
+
+def token_losses(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[dict[str, Any]],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Negative log-likelihood of the supervised tokens of each sequence, teacher-forced.
+
+    Args:
+        rows: sequences with ``input_ids`` and ``labels`` of the same length; a label of -100 is not supervised, nor
+            is the first token, which nothing predicts.
+        batch_size: sequences in one forward pass.
+        pad_token_id: fills short sequences on the right; masked, so any id of the vocabulary will do.
+        on_batch: called after every batch with the number of sequences done so far; it may raise to stop.
+
+    Returns:
+        Sums in nats (log-probabilities in float32, summed in float64) and counts of tokens, both ``[rows]``.
+    """
+    losses, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    with inference(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            width = len(rows[batch[0]]["input_ids"])
+            padding = [width - len(rows[i]["input_ids"]) for i in batch]
+            ids, labels, mask = (
+                torch.tensor(values, device=model.device)
+                for values in (
+                    [list(rows[i]["input_ids"]) + [pad_token_id] * p for i, p in zip(batch, padding, strict=True)],
+                    [list(rows[i]["labels"]) + [-100] * p for i, p in zip(batch, padding, strict=True)],
+                    [[1] * (width - p) + [0] * p for p in padding],
+                )
+            )
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [batch, seq, vocab]
+            sums = []
+            for logit, label in zip(logits[:, :-1], labels[:, 1:], strict=True):
+                supervised = label != -100
+                loss = F.cross_entropy(logit[supervised].float(), label[supervised], reduction="none")
+                sums.append(loss.double().sum())
+            losses[batch] = torch.stack(sums).cpu().numpy()
+            counts[batch] = (labels[:, 1:] != -100).sum(dim=1).cpu().numpy()
+            if on_batch is not None:
+                on_batch(start + len(batch))
+    return losses, counts
+
+
+def end_tokens(model: PreTrainedModel | PeftModel, encoder: Encoder) -> list[int]:
+    """Tokens that end a response: the tokenizer's end of text and those of the model's generation settings."""
+    declared = model.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in [encoder.tokenizer.eos_token_id, *declared] if token is not None})
+
+
+def pad_token(encoder: Encoder) -> int:
+    """The tokenizer's padding token, or 0 where it has none: padding is masked."""
+    pad = encoder.tokenizer.pad_token_id
+    return 0 if pad is None else pad

@@ -1,0 +1,80 @@
+"""Methods against forgetting: one short file each; base.py is the whole contract.
+
+A method is found by its ``name`` if its file lies in this folder, if an installed package registers it in the entry
+point group ``holdfast.methods``, or if the configuration names its file (``method: path/to/mine.py``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import ConfigError, did_you_mean
+from holdfast.methods.base import Method
+
+
+def known() -> dict[str, type[Method]]:
+    """Every method by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    for entry in importlib.metadata.entry_points(group="holdfast.methods"):
+        entry.load()
+    return dict(sorted(Method.registry.items()))
+
+
+def find(name: str) -> type[Method]:
+    """The method of this name, or the one that the Python file of this name defines.
+
+    Raises:
+        ConfigError: there is no such method; a near name is offered.
+    """
+    if name.endswith(".py"):
+        return _from_file(Path(name))
+    methods = known()
+    if name not in methods:
+        raise ConfigError(f"method: there is no method {name!r}{did_you_mean(name, methods)}")
+    return methods[name]
+
+
+def build(methods: list[tuple[str, dict[str, Any]]]) -> list[Method]:
+    """Make the methods of a run from (name, options).
+
+    Raises:
+        ConfigError: a name or option is unknown, a method stands twice, or methods cannot be applied together.
+    """
+    built = [find(name)(**options) for name, options in methods]
+    names = [method.name for method in built]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"method: {name!r} stands twice in the list; once is enough")
+    for method in built:
+        if method.schedule != "sequence" and len(built) > 1:
+            what = "learns all tasks at once" if method.schedule == "joint" else "trains nothing"
+            raise ConfigError(
+                f"method: {method.name!r} {what}, so it cannot be applied together with "
+                f"{', '.join(repr(n) for n in names if n != method.name)}; run it alone as a reference"
+            )
+    return built
+
+
+def _from_file(path: Path) -> type[Method]:
+    if not path.is_file():
+        raise ConfigError(f"method: there is no file {path}")
+    module_name = f"holdfast_method_{path.stem}"
+    before = dict(Method.registry)
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    own = [cls for cls in Method.registry.values() if cls.__module__ == module_name]
+    if len(own) != 1:
+        Method.registry.clear()
+        Method.registry.update(before)
+        raise ConfigError(f"method: {path} defines {len(own)} methods with a name; it must define one")
+    return own[0]

@@ -1,0 +1,174 @@
+"""The whole contract of a method: small verbs, all optional, and state that can be saved."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from holdfast.config import Section, validate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from holdfast.shards import Shards
+
+Row = Mapping[str, Any]
+"""One tokenised row: ``input_ids`` and ``labels``, lists of int; -100 where a token is not supervised."""
+
+Batch = dict[str, Any]
+"""Collated rows: ``input_ids``, ``attention_mask``, ``labels``, int64 tensors [batch, seq], on the model's device."""
+
+
+@dataclass
+class Stage:
+    """Training on one task, and what a method may know of it.
+
+    Attributes:
+        index: 1 for the first stage.
+        task: name of the task; "joint" where all tasks are learned together.
+        model: the model with its tuner; its weights are those that the last stage ended with.
+        rows: the task's train rows.
+        collate: turns rows into a batch on the model's device.
+        seed: of the run; use :meth:`random` or :meth:`Step.random` for choices, so that a resumed run repeats them.
+        micro_batch_size: rows that fit into one forward pass.
+    """
+
+    index: int
+    task: str
+    model: nn.Module
+    rows: Sequence[Row]
+    collate: Callable[[Sequence[Row]], Batch]
+    seed: int
+    micro_batch_size: int
+
+    def random(self, purpose: str) -> random.Random:
+        """A generator of random choices that depends on seed, stage and purpose alone."""
+        return random.Random(f"{self.seed}/{self.index}/{purpose}")
+
+    def gradient(self, rows: Sequence[Row]) -> Shards:
+        """Gradient of the mean next-token loss over all supervised tokens of ``rows`` at the current weights.
+
+        Gradients that are being accumulated stay untouched.
+        """
+        from holdfast.losses.next_token import next_token_nll
+        from holdfast.shards import gradient_of
+
+        total, tokens = None, 0
+        for start in range(0, len(rows), self.micro_batch_size):
+            batch = self.collate(rows[start : start + self.micro_batch_size])
+            labels = batch.pop("labels")
+            nll, count = next_token_nll(self.model(**batch).logits, labels)
+            part = gradient_of(nll, self.model)
+            total, tokens = (part if total is None else total.add_(part)), tokens + int(count)
+        assert total is not None, "no rows"
+        return total.scale_(1 / tokens)
+
+
+@dataclass
+class Step:
+    """One optimizer step, made of one or more micro-batches.
+
+    Attributes:
+        stage: the stage that it belongs to.
+        index: 0 for the first optimizer step of the stage.
+        rows: task rows in this step.
+        micro_batches: forward passes in this step.
+        logged: whether this step's values are written to the log, so that they need computing.
+        extra: rehearsal rows of the current micro-batch by method name, collated.
+        extra_tokens: supervised rehearsal tokens of the whole step by method name.
+    """
+
+    stage: Stage
+    index: int
+    rows: int
+    micro_batches: int
+    logged: bool
+    extra: dict[str, Batch] = field(default_factory=dict)
+    extra_tokens: dict[str, int] = field(default_factory=dict)
+
+    def random(self, purpose: str) -> random.Random:
+        """A generator of random choices that depends on seed, stage, step and purpose alone."""
+        return random.Random(f"{self.stage.seed}/{self.stage.index}/{self.index}/{purpose}")
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Rows that go with one optimizer step: ``beside`` the task's rows, or to ``replace`` as many of them."""
+
+    rows: Sequence[Row]
+    way: Literal["beside", "replace"]
+
+
+State = dict[str, Any]
+"""A method's memory: names to tensors (saved as safetensors) or plain values (saved as JSON)."""
+
+
+class Method:
+    """What is done against forgetting.
+
+    A subclass sets ``name``, documents its paper and equation, and overrides the verbs that it needs. It never steps
+    the optimizer, never unwraps the engine and never asks which engine it runs on.
+    """
+
+    name: ClassVar[str]
+    schedule: ClassVar[Literal["sequence", "joint", "none"]] = "sequence"
+    """sequence: a stage a task; joint: one stage over all tasks; none: no training."""
+
+    class Options(Section):
+        """The method's options; a key that it does not know is refused."""
+
+    registry: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        name = cls.__dict__.get("name")
+        if name is None:
+            return
+        other = Method.registry.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"two methods are called {name!r}: {other.__module__} and {cls.__module__}")
+        Method.registry[name] = cls
+
+    def __init__(self, **options: Any) -> None:
+        """Raises ConfigError if an option is unknown or wrong."""
+        self.options: Any = validate(self.Options, options, f"method {self.name}")
+
+    def before_stage(self, stage: Stage) -> None:
+        """Build what the stage needs: teacher, caches, constraints. The weights are still the last stage's."""
+
+    def declares(self, stage: Stage) -> tuple[str, ...]:
+        """Names of the loss terms that this stage will have. Each must contribute, or the run stops with an error."""
+        return ()
+
+    def extra_rows(self, step: Step) -> Extra | None:
+        """Rows that go with this optimizer step."""
+        return None
+
+    def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
+        """Extra terms of the loss, each a scalar with gradient: the mean over this micro-batch.
+
+        The trainer averages them over the micro-batches of the step and adds them to the task's loss.
+        """
+        return {}
+
+    def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
+        """Change the accumulated gradient in place, before clipping; return values to log.
+
+        A declared term that is added here as a gradient is returned with its value.
+        """
+        return {}
+
+    def after_step(self, step: Step, weights: Shards) -> None:
+        """See or change the weights in place, after the optimizer's step."""
+
+    def after_stage(self, stage: Stage) -> None:
+        """Update the memory. The weights are those that the stage ended with."""
+
+    def state(self) -> State:
+        """What must survive a restart: it is saved with every checkpoint and at the end of every stage."""
+        return {}
+
+    def load_state(self, state: State, model: nn.Module) -> None:
+        """Take back what :meth:`state` gave; its tensors lie on the CPU."""

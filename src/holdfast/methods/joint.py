@@ -1,0 +1,12 @@
+"""All tasks at once: the upper bound."""
+
+from __future__ import annotations
+
+from holdfast.methods.base import Method
+
+
+class Joint(Method):
+    """Train once on the shuffled union of all tasks. No stream is learned, so it is a reference, not a competitor."""
+
+    name = "joint"
+    schedule = "joint"

@@ -1,0 +1,29 @@
+"""A method's state on disk: tensors in safetensors, plain values in JSON, one pair of files a method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from holdfast.files import read_json, write_json
+from holdfast.methods.base import Method
+
+
+def save_states(methods: Sequence[Method], folder: Path) -> None:
+    """Write the state of every method into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for method in methods:
+        state = method.state()
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / f"{method.name}.safetensors")
+        write_json(folder / f"{method.name}.json", {key: v for key, v in state.items() if key not in tensors})
+
+
+def load_states(methods: Sequence[Method], folder: Path, model: nn.Module) -> None:
+    """Give every method the state that :func:`save_states` wrote."""
+    for method in methods:
+        state = read_json(folder / f"{method.name}.json") | load_file(folder / f"{method.name}.safetensors")
+        method.load_state(state, model)

@@ -1,0 +1,20 @@
+"""Keep other libraries from printing over the progress lines; their warnings that matter are still shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quieten() -> None:
+    """Turn off progress bars and notices of transformers, datasets and huggingface_hub; warnings of holdfast stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)

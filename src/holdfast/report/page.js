@@ -1,0 +1,41 @@
+// Draws the plots in the person's light or dark setting, again when it changes, and light on paper.
+"use strict";
+const page = JSON.parse(document.getElementById("plots").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const PAPER_WIDTH = 660;
+
+function draw(box, theme, width) {
+  const figure = structuredClone(page.figures[box.id]);
+  Object.assign(figure.layout, { template: page.templates[theme], width });
+  Plotly.react(box, figure.data, figure.layout, {
+    responsive: true,
+    displaylogo: false,
+    modeBarButtons: [["toImage"]],
+    toImageButtonOptions: { format: "svg", filename: box.id },
+  });
+}
+
+// A plot in closed details has no width to fill; it is drawn when they open.
+function drawAll(theme = dark.matches ? "dark" : "light", width = undefined) {
+  for (const box of document.querySelectorAll(".plot")) {
+    if (!box.closest("details:not([open])")) draw(box, theme, width);
+  }
+}
+
+for (const details of document.querySelectorAll("details")) {
+  details.addEventListener("toggle", () => details.open && details.querySelector(".plot") && drawAll());
+}
+dark.addEventListener("change", () => drawAll());
+
+const opened = [];
+addEventListener("beforeprint", () => {
+  opened.push(...document.querySelectorAll("details:not([open])"));
+  for (const details of opened) details.open = true;
+  drawAll("light", PAPER_WIDTH);
+});
+addEventListener("afterprint", () => {
+  for (const details of opened.splice(0)) details.open = false;
+  drawAll();
+});
+
+drawAll();

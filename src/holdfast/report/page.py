@@ -1,0 +1,221 @@
+"""The report's page: runs and their plots put into one self-contained HTML file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from holdfast.config import flat
+from holdfast.files import write_text
+from holdfast.metrics import LOWER_IS_BETTER
+from holdfast.report import plots
+from holdfast.report.compare import FIGURES, MINUTES, direction, rows_of
+from holdfast.report.read import Run, changes, read_runs, same_stream
+from holdfast.report.text import NOT_MEASURED, interval, number, shorten
+
+HERE = Path(__file__).parent
+EXAMPLES = 3  # responses shown of a task, of those lost and of those gained
+
+
+def write_report(paths: list[Path], output: Path) -> Path:
+    """Write the report of one run, or the comparison of several, as one HTML file that needs nothing else.
+
+    Args:
+        paths: the directories of the runs; their order is the order of the page.
+        output: where to write; the file appears whole or not at all.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        RunDirectoryError: a directory holds no run, or none that was evaluated yet.
+    """
+    from plotly.offline import get_plotlyjs
+
+    assert paths, "a report needs at least one run"
+    runs = read_runs(paths)
+    page = _Page()
+    context = {
+        "title": f"{runs[0].label}: holdfast report" if len(runs) == 1 else f"{len(runs)} runs compared: holdfast report",
+        "runs": [page.run(run) for run in runs],
+        "comparison": page.comparison(runs) if len(runs) > 1 else None,
+        "not_measured": NOT_MEASURED,
+    }
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "interval": interval, "shorten": shorten, "json": _json}
+    html = environment.get_template("template.html.j2").render(
+        **context,
+        plots={"figures": page.plots, "templates": plots.templates()},
+        css=(HERE / "page.css").read_text(encoding="utf-8"),
+        script=(HERE / "page.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+    )
+    write_text(output, html)
+    return output
+
+
+class _Page:
+    """What the template shows, and the plots of the whole page by their identifiers."""
+
+    def __init__(self) -> None:
+        self.plots: dict[str, plots.Plot] = {}
+
+    def plot(self, figure: plots.Plot, alt: str, width: int = 0) -> dict[str, Any]:
+        """Keep a plot for the page; ``width`` is the least width in pixels in which it can be read."""
+        name = f"plot-{len(self.plots) + 1}"
+        self.plots[name] = figure
+        return {"id": name, "alt": alt, "width": width, "height": figure["layout"]["height"]}
+
+    def comparison(self, runs: list[Run]) -> dict[str, Any]:
+        rows = rows_of(runs)
+        points = [figure for figure in FIGURES if figure.key in ("average", "forgetting")]
+        return {
+            "rows": rows,
+            "figures": [_figure(figure, runs[0]) for figure in (*FIGURES, MINUTES)],
+            "same_stream": same_stream(runs),
+            "headline": _comparison_headline(rows),
+            "points": [
+                {"figure": _figure(figure, runs[0])}
+                | self.plot(plots.compare_points(rows, figure), f"The {figure.label} of every run, as in the table above")
+                for figure in points
+            ],
+            "seen": self.plot(
+                plots.seen_average_curves(runs),
+                "Average over the tasks learned so far, by stage, one curve a run",
+            ),
+        }
+
+    def run(self, run: Run) -> dict[str, Any]:
+        tasks, general = run.tasks, run.matrix["general"]
+        scales = _groups(list(range(len(tasks))), lambda j: _scale(run.matrix["metrics"][tasks[j]]))
+        abilities = _groups(list(general), lambda name: _scale(name.split("/")[0]))
+        return {
+            "label": run.label,
+            "run": run,
+            "headline": _headline(run),
+            "summary": [
+                {"value": run.matrix["summary"].get(figure.key), "ends": run.matrix["intervals"].get(figure.key)}
+                | _figure(figure, run)
+                for figure in FIGURES
+            ],
+            "mixed": len(scales) > 1,
+            "scales": [
+                {
+                    "lower": run.lower_is_better(columns[0]),
+                    "metrics": sorted({run.matrix["metrics"][tasks[j]] for j in columns}),
+                    "heat_map": self.plot(
+                        plots.heat_map(run, columns),
+                        "Heat map of the score matrix; the table below it holds the same figures",
+                        width=150 + 62 * len(columns),
+                    ),
+                    "curves": self.plot(
+                        plots.task_curves(run, columns),
+                        "Score of each task over the stages; the table of the score matrix holds the same figures",
+                    ),
+                }
+                for columns in scales
+            ],
+            "changes": [change for j in range(len(tasks)) if (change := changes(run, j))],
+            "examples": EXAMPLES,
+            "general": [
+                {
+                    "lower": names[0].startswith(LOWER_IS_BETTER),
+                    "curves": self.plot(
+                        plots.general_curves(run, names),
+                        "General ability over the stages; the table below holds the same figures",
+                    ),
+                }
+                for names in abilities
+            ],
+            "losses": self.plot(plots.loss_curves(run), "Loss and its terms over optimizer steps") if run.events else None,
+            "config": flat({key: value for key, value in run.config.items() if key != "method"}),
+            "environment": _environment(run),
+        }
+
+
+def _figure(figure: Any, run: Run) -> dict[str, Any]:
+    """A figure's name and definition, and which direction is good in this run."""
+    return {
+        "key": figure.key,
+        "label": figure.label,
+        "definition": figure.definition,
+        "formula": figure.formula,
+        "signed": figure.signed,
+        "better": direction(figure, run),
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _groups(things: list[Any], key: Any) -> list[list[Any]]:
+    """Things with the same key together, in the order in which the keys first come."""
+    groups: dict[Any, list[Any]] = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
+    return list(groups.values())
+
+
+def _scale(metric: str) -> str:
+    return metric if metric in LOWER_IS_BETTER else "fraction"
+
+
+def _headline(run: Run) -> list[str]:
+    """What happened, in sentences."""
+    summary, few = run.matrix["summary"], len(run.tasks)
+    lower = run.lower_is_better(0)
+    score = "loss" if lower else "score"
+    sentences = []
+    if summary["average"] is not None:
+        over = f"over {few} tasks" if few > 1 else "on its task"
+        sentences.append(f"After the last stage the mean {score} {over} is {number(summary['average'])}.")
+    if summary["forgetting"] is not None:
+        change = number(abs(summary["forgetting"]))
+        if summary["forgetting"] > 0:
+            sentences.append(f"An earlier task has lost {change} since its best, on average.")
+        else:
+            sentences.append(f"Nothing was forgotten: an earlier task has gained {change} on its best, on average.")
+    if summary["general_change"] is not None:
+        sentences.append(f"General ability has changed by {number(summary['general_change'], signed=True)}.")
+    return sentences
+
+
+def _comparison_headline(rows: list[dict[str, Any]]) -> list[str]:
+    """Which run is best, in sentences; nothing where none can be called so."""
+    sentences = []
+    for key, text in (("average", "The best average after the last stage"), ("forgetting", "The least forgetting")):
+        best = [row for row in rows if key in row["best"]]
+        if best:
+            sentences.append(f"{text} is {number(best[0][key])} ({'; '.join(row['run'] for row in best)}).")
+    return sentences
+
+
+def _environment(run: Run) -> dict[str, str]:
+    """Where and with what the run was made; what was not recorded is left out."""
+    info = run.info
+    hardware = info.get("hardware") or {}
+    parameters = info.get("parameters") or {}
+    seconds = info.get("seconds") or {}
+    facts = {
+        "engine": info["engine"],
+        "processor": f"{hardware['cpu']}, {hardware['cores']} cores" if hardware else None,
+        "memory": f"{hardware['memory_gib']:.0f} GiB" if hardware else None,
+        "GPUs": ", ".join(hardware["gpus"]) or "none" if hardware else None,
+        "parameters": f"{parameters['total']:,}, of which {parameters['trainable']:,} trained" if parameters else None,
+        "commit": info.get("commit"),
+        "started": info["started"],
+        "finished": info.get("finished"),
+        **{f"time to {what}": f"{value:,.0f} s" for what, value in seconds.items()},
+        **{f"{library} version": version for library, version in (info.get("versions") or {}).items()},
+    }
+    return {name: fact for name, fact in facts.items() if fact is not None}

@@ -1,0 +1,292 @@
+"""The report's plots as plotly figures: plain dicts without colours, which the page's template gives by theme."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+from holdfast.metrics import LOWER_IS_BETTER
+from holdfast.report.compare import Figure
+from holdfast.report.read import Run
+from holdfast.report.text import number, shorten
+
+Plot = dict[str, Any]
+
+POINTS = 500  # of one curve, at most
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
+FRACTIONS = {"range": [-0.04, 1.04], "tickvals": [0, 0.2, 0.4, 0.6, 0.8, 1]}
+
+# Low to high, in steps of lightness that hold for every kind of colour vision; high stands out from the page.
+SCALE_LIGHT = ["#fbf8e3", "#cfe8c3", "#86cbbb", "#41a3b5", "#2474a6", "#22478a", "#14235a"]
+SCALE_DARK = ["#182338", "#1f3f70", "#21669a", "#2f90ab", "#63b9ac", "#a9dbb0", "#eaf5cf"]
+# No two neighbours can be confused by any kind of colour vision; markers differ as well.
+COLOURS_LIGHT = ["#0068a8", "#c24e00", "#00795b", "#a63a80", "#8a6a00", "#50545c", "#3d8fc6", "#7d2e12"]
+COLOURS_DARK = ["#5fb4f0", "#f78f4a", "#3ecb9f", "#e791c6", "#e5c53a", "#b4bcc6", "#a5d8ff", "#d8a07e"]
+
+
+def templates() -> dict[str, Plot]:
+    """The two plotly templates, ``light`` and ``dark``; they carry every colour."""
+    return {
+        "light": _template(ink="#20262b", muted="#5b6670", line="#dde2e6", surface="#ffffff", outline="#d6500a", dark=False),
+        "dark": _template(ink="#e4e9ec", muted="#9ba7b0", line="#313b42", surface="#161d21", outline="#ff9d5c", dark=True),
+    }
+
+
+def heat_map(run: Run, columns: list[int]) -> Plot:
+    """The score matrix: rows are stages, columns are tasks that share a scale; own stages are outlined.
+
+    Where the scores of joint training are known they make a last row.
+    """
+    rows = [[stage[j] for j in columns] for stage in run.scores]
+    names = run.stage_names()
+    if run.matrix["joint"]:
+        rows.append([run.matrix["joint"][j] for j in columns])
+        names.append("joint training")
+    lower = run.lower_is_better(columns[0])
+    trace: Plot = {
+        "type": "heatmap",
+        "z": rows,
+        "text": [["" if value is None else number(value) for value in row] for row in rows],
+        "texttemplate": "%{text}",
+        "customdata": [[[_plain(name), _plain(run.tasks[j])] for j in columns] for name in names],
+        "hovertemplate": "%{customdata[1]}<br>%{customdata[0]}: %{z:.4f}<extra></extra>",
+        "hoverongaps": False,
+        "xgap": 5,
+        "ygap": 5,
+        "showscale": False,
+        "reversescale": lower,
+        **({} if lower else {"zmin": 0, "zmax": 1}),
+    }
+    missing = [
+        {"x": i, "y": t, "text": "not<br>measured", "showarrow": False, "font": {"size": 10}}
+        for t, row in enumerate(rows)
+        for i, value in enumerate(row)
+        if value is None
+    ]
+    own = [
+        {"type": "rect", "x0": i - 0.5, "x1": i + 0.5, "y0": run.own_stage(j) - 0.5, "y1": run.own_stage(j) + 0.5}
+        for i, j in enumerate(columns)
+        if run.scores[run.own_stage(j)][j] is not None
+    ]
+    layout = {
+        "height": 46 * len(rows) + 70,
+        "xaxis": _names([run.tasks[j] for j in columns], 16) | {"side": "top", "showgrid": False},
+        "yaxis": _names(names, 20) | {"autorange": "reversed", "showgrid": False},
+        "annotations": missing,
+        "shapes": own,
+        "hovermode": "closest",
+        "margin": {"t": 16, "b": 8},
+    }
+    return {"data": [trace], "layout": layout}
+
+
+def task_curves(run: Run, columns: list[int]) -> Plot:
+    """Each task's score over the stages; the large marker is the stage in which the task was learned."""
+    series = [
+        _curve(run.tasks[j], i, [stage[j] for stage in run.scores], large=run.own_stage(j))
+        for i, j in enumerate(columns)
+    ]
+    return _over_stages(run, series, fractions=not run.lower_is_better(columns[0]))
+
+
+def general_curves(run: Run, names: list[str]) -> Plot:
+    """Measures of general ability that share a scale, over the stages."""
+    series = [_curve(name, i, run.matrix["general"][name]) for i, name in enumerate(names)]
+    return _over_stages(run, series, fractions=not names[0].startswith(LOWER_IS_BETTER))
+
+
+def seen_average_curves(runs: list[Run]) -> Plot:
+    """Average over the tasks learned so far, by stage, one curve a run."""
+    series = [_curve(run.label, i, [None, *run.seen_average()]) for i, run in enumerate(runs)]
+    plot = _over_stages(runs[0], series, fractions=not runs[0].lower_is_better(0))
+    stages = max(len(run.tasks) for run in runs)
+    plot["layout"]["xaxis"] = {
+        "tickvals": list(range(1, stages + 1)),
+        "range": [0.8, stages + 0.2],
+        "title": {"text": "after stage"},
+    }
+    return plot
+
+
+def compare_points(rows: list[dict[str, Any]], figure: Figure) -> Plot:
+    """One summary figure of every run, with its 95 % interval; ``rows`` are those of `compare_table`."""
+    series = []
+    for i, row in enumerate(rows):
+        value, ends = row[figure.key], row["intervals"].get(figure.key)
+        low, high = ends or (value, value)
+        series.append(
+            {
+                "type": "scatter",
+                "name": _plain(row["run"]),
+                "x": [low, value, high],
+                "y": [i, i, i],
+                "mode": "lines+markers",
+                "marker": {
+                    "symbol": ["line-ns-open", SYMBOLS[i % len(SYMBOLS)], "line-ns-open"],
+                    "size": [10, 12, 10] if ends else [0, 12, 0],
+                    "opacity": 1,
+                },
+                "hovertemplate": "%{fullData.name}: %{x:.4f}<extra></extra>",
+                "showlegend": False,
+            }
+        )
+    missing = [
+        {"xref": "paper", "x": 0, "xanchor": "left", "y": i, "text": "not measured", "showarrow": False}
+        for i, row in enumerate(rows)
+        if row[figure.key] is None
+    ]
+    layout = {
+        "height": 34 * len(rows) + 80,
+        "xaxis": {"zeroline": True, "rangemode": "tozero"},
+        "yaxis": _names([row["run"] for row in rows], 26)
+        | {"range": [len(rows) - 0.4, -0.6], "showgrid": True},
+        "annotations": missing,
+        "hovermode": "closest",
+    }
+    return {"data": series, "layout": layout}
+
+
+def loss_curves(run: Run) -> Plot:
+    """The loss and every named term of it over optimizer steps; stages stand side by side."""
+    stages = sorted({event["stage"] for event in run.events})
+    length = {stage: max(event["step"] for event in run.events if event["stage"] == stage) for stage in stages}
+    start = {stage: sum(length[before] for before in stages if before < stage) for stage in stages}
+    terms = list(dict.fromkeys(term for event in run.events for term in event["terms"]))
+    curves = {"loss": lambda event: event["loss"]} if len(terms) != 1 else {}
+    curves |= {term: (lambda event, term=term: event["terms"].get(term)) for term in terms}
+    series = []
+    for name, value in curves.items():
+        x: list[float | None] = []
+        y: list[float | None] = []
+        where: list[str | None] = []
+        for stage in stages:
+            points = [(event, value(event)) for event in run.events if event["stage"] == stage]
+            kept = thin([(event, v) for event, v in points if v is not None], POINTS // len(stages) - 1)
+            x += [start[stage] + event["step"] for event, _ in kept] + [None]
+            y += [v for _, v in kept] + [None]
+            where += [f"stage {stage} ({_plain(event['task'])}), step {event['step']}" for event, _ in kept] + [None]
+        series.append(
+            {
+                "type": "scatter",
+                "name": _plain(name) if name == "loss" else f"{_plain(name)} term",
+                "x": x,
+                "y": y,
+                "customdata": where,
+                "mode": "lines",
+                "line": {"width": 2.5 if name == "loss" else 1.5, "dash": _dash(len(series))},
+                "hovertemplate": "%{fullData.name} %{y:.4f}<br>%{customdata}<extra></extra>",
+            }
+        )
+    tasks = {event["stage"]: event["task"] for event in run.events}
+    layout = {
+        "height": 340,
+        "xaxis": {
+            "tickvals": [start[stage] + length[stage] / 2 for stage in stages],
+            "ticktext": [f"{_short(tasks[stage], 16)}<br>{length[stage]:,} steps" for stage in stages],
+            "range": [0, sum(length.values())],
+            "showgrid": False,
+        },
+        "yaxis": {"rangemode": "tozero"},
+        "shapes": [
+            {"type": "line", "x0": start[stage], "x1": start[stage], "yref": "paper", "y0": 0, "y1": 1}
+            | {"line": {"width": 1, "dash": "dot"}, "opacity": 0.6}
+            for stage in stages[1:]
+        ],
+        "hovermode": "closest",
+    }
+    return {"data": series, "layout": layout}
+
+
+def thin(points: Sequence[tuple[Any, float]], limit: int) -> list[tuple[Any, float]]:
+    """At most ``limit`` of the (thing, value) points: of each group of neighbours the lowest and the highest, in order.
+
+    Peaks stay, which means or every n-th point would lose.
+    """
+    groups = limit // 2
+    if len(points) <= limit:
+        return list(points)
+    kept: set[int] = set()
+    for g in range(groups):
+        members = range(g * len(points) // groups, (g + 1) * len(points) // groups)
+        kept |= {min(members, key=lambda i: points[i][1]), max(members, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(kept)]
+
+
+def _over_stages(run: Run, series: list[Plot], fractions: bool) -> Plot:
+    names = ["before", *run.stage_names()[1:]] if run.method == "joint" else ["before", *run.tasks]
+    layout = {
+        "height": 340,
+        "xaxis": _names(names, 14) | {"title": {"text": "after stage"}, "range": [-0.2, len(names) - 0.8]},
+        "yaxis": dict(FRACTIONS) if fractions else {},
+        "hovermode": "x unified",
+        "showlegend": True,
+    }
+    return {"data": series, "layout": layout}
+
+
+def _curve(name: str, i: int, y: list[float | None], large: int | None = None) -> Plot:
+    return {
+        "type": "scatter",
+        "name": _short(name, 26),
+        "x": list(range(len(y))),
+        "y": y,
+        "mode": "lines+markers",
+        "line": {"width": 2, "dash": _dash(i // len(COLOURS_LIGHT))},
+        "marker": {"symbol": SYMBOLS[i % len(SYMBOLS)], "opacity": 1, "size": [15 if t == large else 8 for t in range(len(y))]},
+        "hovertemplate": "%{y:.4f}",
+    }
+
+
+def _dash(i: int) -> str:
+    return ("solid", "dot", "dash", "dashdot")[i % 4]
+
+
+def _names(names: list[str], length: int) -> Plot:
+    """An axis whose ticks 0, 1, ... are names; two equal names stay two places."""
+    return {
+        "tickvals": list(range(len(names))),
+        "ticktext": [_short(name, length) for name in names],
+        "zeroline": False,
+        "ticks": "",
+        "ticklabelstandoff": 6,
+    }
+
+
+def _short(name: str, length: int) -> str:
+    return _plain(name if len(name) <= length else name[: length - 1] + "…")
+
+
+def _plain(text: str) -> str:
+    """plotly reads some HTML in its texts; this text is shown as it is."""
+    return html.escape(text, quote=False)
+
+
+def _template(ink: str, muted: str, line: str, surface: str, outline: str, dark: bool) -> Plot:
+    scale = SCALE_DARK if dark else SCALE_LIGHT
+    colourscale = [[i / (len(scale) - 1), colour] for i, colour in enumerate(scale)]
+    axis = {
+        "gridcolor": line,
+        "linecolor": line,
+        "zerolinecolor": muted,
+        "automargin": True,
+        "fixedrange": True,
+        "title": {"standoff": 12, "font": {"color": muted, "size": 12}},
+    }
+    return {
+        "data": {"heatmap": [{"colorscale": colourscale}]},
+        "layout": {
+            "colorway": COLOURS_DARK if dark else COLOURS_LIGHT,
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"color": ink, "size": 12, "family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"},
+            "xaxis": axis | {"showgrid": False},
+            "yaxis": axis,
+            "hoverlabel": {"bgcolor": surface, "bordercolor": muted, "font": {"color": ink}, "namelength": -1},
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "annotationdefaults": {"font": {"color": muted}},
+            "shapedefaults": {"line": {"color": outline, "width": 2.5}},
+            "margin": {"l": 8, "r": 12, "t": 24, "b": 8},
+            "dragmode": False,
+        },
+    }

@@ -1,0 +1,198 @@
+"""A run's directory as plain data, and the names that tell several runs apart."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.config import flat
+from holdfast.errors import RunDirectoryError
+from holdfast.files import read_json
+from holdfast.metrics import LOWER_IS_BETTER
+
+REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
+
+
+@dataclass
+class Run:
+    """One run's directory, read.
+
+    ``info`` is run.json, ``matrix`` is matrix.json, ``events`` are the lines of events.jsonl in the order of training.
+    ``label`` tells this run from the others that are reported with it.
+    """
+
+    path: Path
+    info: dict[str, Any]
+    matrix: dict[str, Any]
+    events: list[dict[str, Any]] = field(default_factory=list)
+    label: str = ""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.info["config"]
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.matrix["tasks"]
+
+    @property
+    def scores(self) -> list[list[float | None]]:
+        """S as [T+1, T]; row 0 is before training; None where not measured."""
+        return self.matrix["scores"]
+
+    @property
+    def method(self) -> str:
+        return " + ".join(method["name"] for method in self.config["method"])
+
+    @property
+    def reference(self) -> str | None:
+        """What this run is a reference for, where it is one: it shows a bound and competes with nobody."""
+        return REFERENCES.get(self.method)
+
+    @property
+    def finished(self) -> bool:
+        return self.info.get("finished") is not None
+
+    @property
+    def minutes(self) -> float | None:
+        seconds = self.info.get("seconds")
+        return sum(seconds.values()) / 60 if seconds else None
+
+    def lower_is_better(self, j: int) -> bool:
+        """Whether task j is scored by a loss or a perplexity."""
+        return self.matrix["metrics"][self.tasks[j]] in LOWER_IS_BETTER
+
+    def own_stage(self, j: int) -> int:
+        """The stage in which task j (from 0) was learned: j + 1, and for joint training the last."""
+        return len(self.tasks) if self.method == "joint" else j + 1
+
+    def stage_names(self) -> list[str]:
+        """T+1 names of the rows of the score matrix."""
+        if self.method == "joint":
+            between = [f"stage {t}" for t in range(1, len(self.tasks))]
+            return ["before training", *between, "after all tasks"]
+        return ["before training", *(f"after {task}" for task in self.tasks)]
+
+    def seen_average(self) -> list[float | None]:
+        """T means: after stage t, over the tasks learned by then; None where one of them was not measured."""
+        T = len(self.tasks)
+        means: list[float | None] = []
+        for t in range(1, T + 1):
+            seen = [self.scores[t][j] for j in range(T) if self.own_stage(j) <= t]
+            scores = [score for score in seen if score is not None]
+            means.append(sum(scores) / len(scores) if scores and len(scores) == len(seen) else None)
+        return means
+
+    def stages_with_responses(self) -> dict[int, Path]:
+        """Folders of responses by the number of their stage, in order."""
+        return {int(folder.parent.name[:2]): folder for folder in sorted(self.path.glob("stages/[0-9][0-9]-*/responses"))}
+
+    def responses(self, stage: int, task: str) -> list[dict[str, Any]]:
+        """The test rows of a task after a stage, with response and score; empty where nothing was kept."""
+        folder = self.stages_with_responses().get(stage)
+        file = folder / f"{task.replace('/', '_')}.jsonl" if folder else None
+        return _read_lines(file) if file and file.exists() else []
+
+
+@dataclass
+class Changes:
+    """What became of one task's test rows between two evaluations; rows are (before, after) pairs, worst first."""
+
+    task: str
+    since: str
+    rows: int
+    lost: list[tuple[dict[str, Any], dict[str, Any]]]
+    gained: list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def read_run(path: Path) -> Run:
+    """Read one run's directory.
+
+    Raises:
+        RunDirectoryError: it holds no run, or none that was evaluated yet.
+    """
+    for name, lacks in (("run.json", "is not a run's directory"), ("matrix.json", "has no scores yet")):
+        if not (path / name).is_file():
+            raise RunDirectoryError(f"{path}: {lacks}: there is no {name}; give a directory that `holdfast run` wrote")
+    events = path / "events.jsonl"
+    return Run(path, read_json(path / "run.json"), read_json(path / "matrix.json"), _read_events(events))
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """Read several runs and give each a label of its own: its method, then what else differs."""
+    runs = [read_run(path) for path in paths]
+    for run in runs:
+        run.label = run.method
+    for group in _same_label(runs):
+        settings = [_settings(run) for run in group]
+        keys = list(dict.fromkeys(key for setting in settings for key in setting))
+        differing = [key for key in keys if len({json.dumps(setting.get(key)) for setting in settings}) > 1]
+        for run, setting in zip(group, settings, strict=True):
+            parts = [f"{key.rpartition('.')[2]} {setting.get(key, 'absent')}" for key in differing[:2]]
+            run.label = ", ".join([run.label, *parts])
+    for name in (lambda path: path.resolve().name, lambda path: str(path.resolve())):
+        for group in _same_label(runs):
+            for run in group:
+                run.label = f"{run.method}, {name(run.path)}"
+    return runs
+
+
+def same_stream(runs: list[Run]) -> bool:
+    """Whether the runs learned the same tasks, of the same rows, in the same order."""
+    streams = [
+        [(task, run.matrix["metrics"][task], run.info["tasks"][task]["fingerprint"]) for task in run.tasks]
+        for run in runs
+    ]
+    return all(stream == streams[0] for stream in streams)
+
+
+def changes(run: Run, j: int) -> Changes | None:
+    """Compare the responses to task j at the end with those right after its own stage.
+
+    A task that was learned last is compared with the model before training. A row is lost where its score fell by at
+    least a half, which for right-or-wrong metrics is from right to wrong, and gained where it rose as much.
+    None where the responses are not kept, or the task has none (it is scored by loss).
+    """
+    stages = list(run.stages_with_responses())
+    if run.lower_is_better(j) or len(stages) < 2:
+        return None
+    task, last = run.tasks[j], stages[-1]
+    then = run.own_stage(j) if run.own_stage(j) in stages[:-1] and run.method != "joint" else stages[0]
+    before = {row["row"]: row for row in run.responses(then, task)}
+    pairs = [(before[row["row"]], row) for row in run.responses(last, task) if row["row"] in before]
+    if not pairs:
+        return None
+    change = [after["score"] - first["score"] for first, after in pairs]
+    ranked = sorted(range(len(pairs)), key=lambda i: (-abs(change[i]), i))
+    return Changes(
+        task=task,
+        since=run.stage_names()[then],
+        rows=len(pairs),
+        lost=[pairs[i] for i in ranked if change[i] <= -0.5],
+        gained=[pairs[i] for i in ranked if change[i] >= 0.5],
+    )
+
+
+def _same_label(runs: list[Run]) -> list[list[Run]]:
+    counts = Counter(run.label for run in runs)
+    return [[run for run in runs if run.label == label] for label, count in counts.items() if count > 1]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """The configuration as dotted keys, methods by their names, without where the run is written."""
+    config = {key: value for key, value in run.config.items() if key not in ("output", "method")}
+    return flat({method["name"]: method for method in run.config["method"]} | config)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    """The logged steps in order; of a step that was logged again after a resume, the last."""
+    events = {(event["stage"], event["step"]): event for event in _read_lines(path)} if path.exists() else {}
+    return [events[key] for key in sorted(events)]

@@ -1,0 +1,268 @@
+"""The stage loop: train, evaluate, remember, checkpoint, report; and resume anywhere in it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from holdfast.config import RunConfig, load_config
+from holdfast.directory import RunDirectory, open_directory, slug
+from holdfast.errors import ConfigError, Interrupted, RunDirectoryError, UserError
+from holdfast.evaluation.general import evaluate_general
+from holdfast.evaluation.respond import evaluate_task, task_score
+from holdfast.files import is_disk_full, read_json, read_jsonl, whole_folder, write_json, write_jsonl
+from holdfast.interrupt import Interrupt
+from holdfast.methods.saved import load_states, save_states
+from holdfast.metrics import intervals, summarize
+from holdfast.progress import Progress
+from holdfast.setup import Planned, Setup, prepare
+from holdfast.stage import train_stage
+
+
+def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Train on every task of the stream in turn and measure all of them after each; continue where a run stopped.
+
+    Args:
+        config: a configuration, or the mapping or YAML file that :func:`holdfast.load_config` reads.
+        progress: where to show progress; standard error where absent.
+
+    Returns:
+        what matrix.json holds (DESIGN 4.3).
+
+    Raises:
+        UserError: the configuration, data or directory cannot be used, or a loss is not finite.
+        Interrupted: SIGINT or SIGTERM asked the run to stop; the same call continues it.
+    """
+    if not isinstance(config, RunConfig):
+        config = load_config(config)
+    output = Path(config.output)
+    with open_directory(output) as directory, Interrupt() as interrupt:
+        try:
+            directory.check_config(config)
+            setup = prepare(config)
+            directory.begin(config, setup.facts())
+            return Run(setup, directory, progress or Progress(), interrupt).go()
+        except Exception as error:
+            if not isinstance(error, UserError) and is_disk_full(error, output):
+                raise RunDirectoryError(
+                    f"output: no space is left on the disk of {output}; what is complete is kept: free some space and "
+                    "run the same command again"
+                ) from error
+            raise
+
+
+class Run:
+    """One run at work. Everything that must survive a restart is in its directory, nothing in this object."""
+
+    def __init__(self, setup: Setup, directory: RunDirectory, progress: Progress, interrupt: Interrupt):
+        self.setup = setup
+        self.config = setup.config
+        self.directory = directory
+        self.progress = progress
+        self.interrupt = interrupt
+        self._model: Any = None
+
+    def go(self) -> dict[str, Any]:
+        """Do what is left to do."""
+        stages = self.setup.stages
+        done = [stage for stage in stages if (self._folder(stage) / "stage.json").exists()]
+        start = Planned(0, "start", (), 0)
+        last = done[-1] if done else start
+        self._measure(last)
+        for stage in stages[len(done) :]:
+            self._train(stage, previous=last)
+            self._measure(stage)
+            last = stage
+        matrix = self._write_matrix()
+        self.directory.finish(self._seconds())
+        self._report()
+        return matrix
+
+    @property
+    def model(self) -> Any:
+        """The model with its tuner, at the weights of the last complete stage."""
+        if self._model is None:
+            self._model = self._load_model()
+        return self._model
+
+    def _folder(self, stage: Planned) -> Path:
+        return self.directory.stage(stage.index, stage.name)
+
+    def _load_model(self) -> Any:
+        model = load_model(self.setup)
+        done = [stage for stage in self.setup.stages if (self._folder(stage) / "stage.json").exists()]
+        if done:
+            folder = self._folder(done[-1])
+            self.setup.tuner.load(model, folder / self.setup.tuner.folder)
+            load_states(self.setup.methods, folder / "method", model)
+        if "parameters" not in self.directory.record:
+            self.directory.record["parameters"] = {
+                "total": sum(p.numel() for p in model.parameters()),
+                "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            }
+            self.directory.write()
+        return model
+
+    def _train(self, stage: Planned, previous: Planned) -> None:
+        folder = self._folder(stage)
+        model = self.model
+        if previous.index:
+            expected = read_json(self._folder(previous) / "stage.json")["weights"]
+            if fingerprint(model) != expected:
+                raise RuntimeError(
+                    f"stage {stage.index} would not start from the weights that stage {previous.index} ended with"
+                )
+        started = time.monotonic()
+        steps = train_stage(self.setup, stage, self.directory, model, self.progress, self.interrupt)
+        seconds = time.monotonic() - started
+        self.progress.line(f"stage {stage.index} ({stage.name}): trained {steps} steps in {seconds:.0f} s")
+        with whole_folder(folder / self.setup.tuner.folder) as partial:
+            self.setup.tuner.save(model, partial)
+            self.setup.encoder.tokenizer.save_pretrained(partial)
+        with whole_folder(folder / "method") as partial:
+            save_states(self.setup.methods, partial)
+        write_json(
+            folder / "stage.json",
+            {"stage": stage.index, "task": stage.name, "steps": steps, "seconds": seconds, "weights": fingerprint(model)},
+        )
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+    def _measure(self, stage: Planned) -> None:
+        """Evaluate every task and the general abilities after a stage; what is there already is not asked again."""
+        folder = self._folder(stage)
+        if (folder / "evaluation.json").exists():
+            return
+        started = time.monotonic()
+        settings = self.config.evaluation
+        when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
+        for task in self.setup.stream.tasks:
+            path = folder / "responses" / f"{slug(task.name)}.jsonl"
+            if path.exists():
+                continue
+            with self.progress.bar(f"evaluate {task.name} {when}") as bar:
+                records = evaluate_task(
+                    self.model,
+                    self.setup.encoder,
+                    task,
+                    batch_size=settings.batch_size,
+                    max_new_tokens=settings.max_new_tokens,
+                    on_batch=lambda n, bar=bar, total=len(task.test): self._evaluated(bar, n, total),
+                )
+            write_jsonl(path, records)
+        general = {}
+        if self.setup.general:
+            total = sum(len(g.texts) + len(g.questions) for g in self.setup.general)
+            with self.progress.bar(f"evaluate general abilities {when}") as bar:
+                general = evaluate_general(
+                    self.model,
+                    self.setup.encoder,
+                    self.setup.general,
+                    batch_size=settings.batch_size,
+                    on_batch=lambda n: self._evaluated(bar, n, total),
+                )
+        write_json(folder / "evaluation.json", {"general": general, "seconds": time.monotonic() - started})
+        matrix = self._write_matrix()
+        scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
+        self.progress.line(f"{when}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores))
+
+    def _evaluated(self, bar: Any, done: int, total: int) -> None:
+        bar.update(done, total=total)
+        if self.interrupt.requested:
+            raise Interrupted("stopped while evaluating")
+
+    def _write_matrix(self) -> dict[str, Any]:
+        matrix = read_matrix(self.setup, self.directory)
+        write_json(self.directory.path / "matrix.json", matrix)
+        return matrix
+
+    def _seconds(self) -> dict[str, float]:
+        folders = [self._folder(stage) for stage in self.setup.stages]
+        start = self.directory.stage(0, "start")
+        return {
+            "train": sum(read_json(folder / "stage.json")["seconds"] for folder in folders),
+            "evaluate": sum(read_json(folder / "evaluation.json")["seconds"] for folder in [start, *folders]),
+        }
+
+    def _report(self) -> None:
+        from holdfast.report import write_report
+
+        path = write_report([self.directory.path], self.directory.path / "report.html")
+        self.progress.line(f"report: {path}")
+
+
+def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
+    """Build what matrix.json holds (DESIGN 4.3) from the responses in the stages' folders."""
+    tasks = setup.stream.tasks
+    rows: list[list[Any]] = [[None] * len(tasks) for _ in range(len(tasks) + 1)]
+    general: dict[str, list[float | None]] = {g.name: [None] * (len(tasks) + 1) for g in setup.general}
+    for stage in [Planned(0, "start", (), 0), *setup.stages]:
+        folder = directory.stage(stage.index, stage.name)
+        for j, task in enumerate(tasks):
+            path = folder / "responses" / f"{slug(task.name)}.jsonl"
+            if path.exists():
+                rows[stage.row][j] = read_jsonl(path)
+        if (folder / "evaluation.json").exists():
+            for name, value in read_json(folder / "evaluation.json")["general"].items():
+                general[name][stage.row] = value
+    if not setup.stages:  # nothing is trained, so every row is the first one
+        rows = [rows[0]] * len(rows)
+        general = {name: values[:1] * len(rows) for name, values in general.items()}
+    metrics = {task.name: task.metric for task in tasks}
+    scores = [
+        [None if records is None else task_score(records, task.metric) for task, records in zip(tasks, row, strict=True)]
+        for row in rows
+    ]
+    samples = [[None if r is None else np.array([x["score"] for x in r], dtype=float) for r in row] for row in rows]
+    resamples = setup.config.evaluation.bootstrap
+    return {
+        "tasks": [task.name for task in tasks],
+        "metrics": metrics,
+        "scores": scores,
+        "general": general,
+        "joint": scores[-1] if setup.methods[0].schedule == "joint" else None,
+        "summary": summarize(scores, metrics=metrics, general=general),
+        "intervals": intervals(samples, metrics=metrics, resamples=resamples) if resamples else {},
+    }
+
+
+def load_model(setup: Setup) -> Any:
+    """The pretrained model with its tuner, on this machine's device; new weights follow from the seed.
+
+    Raises:
+        ConfigError: the weights cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, set_seed
+
+    model = setup.config.model
+    options: dict[str, Any] = {"attn_implementation": model.attention} if model.attention else {}
+    set_seed(setup.config.seed)
+    try:
+        pretrained = AutoModelForCausalLM.from_pretrained(
+            model.name,
+            revision=model.revision,
+            dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: the weights of {model.name!r} cannot be loaded: {error}") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return setup.tuner.prepare(pretrained.to(device))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the trainable weights, by name."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            digest.update(name.encode())
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+

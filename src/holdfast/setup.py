@@ -1,0 +1,146 @@
+"""From a configuration to all that a run needs, checked before anything is trained or written."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast import methods, tuners
+from holdfast.config import ModelConfig, RunConfig
+from holdfast.data.encode import Encoder, load_tokenizer, resolve_max_length
+from holdfast.data.load import load_general, load_stream
+from holdfast.data.task import General, Stream, Task
+from holdfast.errors import ConfigError, did_you_mean
+from holdfast.methods.base import Method
+from holdfast.tuners.base import Tuner
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage to come. ``row`` is the row of the score matrix that is measured after it."""
+
+    index: int
+    name: str
+    tasks: tuple[Task, ...]
+    row: int
+
+
+@dataclass
+class Setup:
+    """All that a run needs but the model's weights. ``rows`` are each task's tokenised train rows."""
+
+    config: RunConfig
+    stream: Stream
+    general: list[General]
+    methods: list[Method]
+    tuner: Tuner
+    encoder: Encoder
+    max_length: int
+    rows: dict[str, list[dict[str, Any]]]
+    stages: list[Planned]
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of the data."""
+        return {
+            "tasks": {
+                task.name: {
+                    "train": len(task.train),
+                    "test": len(task.test),
+                    "metric": task.metric,
+                    "fingerprint": task.fingerprint,
+                }
+                | dataclasses.asdict(task.counts)
+                for task in self.stream.tasks
+            },
+            "max_length": self.max_length,
+            "truncated_train_rows": self.encoder.truncated,
+        }
+
+
+def prepare(config: RunConfig) -> Setup:
+    """Check the configuration and load and tokenise every task.
+
+    Raises:
+        UserError: something in the configuration or the data cannot be used.
+    """
+    chosen = methods.build([(method.name, method.options) for method in config.method])
+    tuner = tuners.build(config.tuner)
+    check_arguments(config)
+    model_config = load_model_config(config.model)
+    max_length = resolve_max_length(config.data.max_length, model_config)
+    tokenizer = load_tokenizer(config.model)
+    encoder = Encoder(
+        tokenizer, max_length=max_length, template=config.data.template, supervise=config.data.supervise
+    )
+    stream = load_stream(config.stream, config.data)
+    general = load_general(config.evaluation.general, stream)
+    stages = plan(chosen, stream)
+    epochs = config.training.epochs
+    if isinstance(epochs, list) and len(epochs) != len(stages):
+        raise ConfigError(f"training.epochs: has {len(epochs)} entries, but the run has {len(stages)} stages")
+    rows = {task.name: encoder.encode_all(task.train) for task in stream.tasks}
+    return Setup(config, stream, general, chosen, tuner, encoder, max_length, rows, stages)
+
+
+def plan(chosen: list[Method], stream: Stream) -> list[Planned]:
+    """The stages of a run: one a task, one for all tasks, or none."""
+    schedule = chosen[0].schedule
+    if schedule == "none":
+        return []
+    if schedule == "joint":
+        return [Planned(1, "joint", tuple(stream.tasks), len(stream.tasks))]
+    return [Planned(t, task.name, (task,), t) for t, task in enumerate(stream.tasks, start=1)]
+
+
+def load_model_config(model: ModelConfig) -> Any:
+    """The model's transformers configuration.
+
+    Raises:
+        ConfigError: there is no such model, or it is not one that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: {model.name!r} cannot be used as a model: {error}") from None
+
+
+def check_arguments(config: RunConfig) -> None:
+    """ConfigError if training.arguments names a field that TrainingArguments lacks or that the run itself sets."""
+    from transformers import TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key in config.training.arguments:
+        if key in RESERVED:
+            raise ConfigError(f"training.arguments.{key}: is set by the run; use {RESERVED[key]} instead")
+        if key not in known:
+            raise ConfigError(f"training.arguments.{key}: unknown key{did_you_mean(key, known)}")
+
+
+RESERVED = {
+    "output_dir": "output",
+    "num_train_epochs": "training.epochs",
+    "max_steps": "training.max_steps",
+    "per_device_train_batch_size": "training.batch_size and training.micro_batch_size",
+    "gradient_accumulation_steps": "training.batch_size and training.micro_batch_size",
+    "learning_rate": "training.learning_rate",
+    "lr_scheduler_type": "training.schedule",
+    "warmup_steps": "training.warmup",
+    "weight_decay": "training.weight_decay",
+    "optim": "training.optimizer",
+    "max_grad_norm": "training.max_grad_norm",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "seed": "seed",
+    "data_seed": "seed",
+    "save_steps": "training.save_every",
+    "save_strategy": "training.save_every",
+    "save_total_limit": "training.save_every",
+    "logging_steps": "training.log_every",
+    "logging_strategy": "training.log_every",
+    "remove_unused_columns": "data",
+}

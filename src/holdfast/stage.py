@@ -1,0 +1,168 @@
+"""One stage's training: TrainingArguments from the configuration, checkpoints, events, progress."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from holdfast.data.collate import Collator, pack
+from holdfast.errors import ConfigError, Interrupted
+from holdfast.setup import Planned
+from holdfast.trainer import COMPLETE, ContinualTrainer
+
+if TYPE_CHECKING:
+    from holdfast.directory import RunDirectory
+    from holdfast.interrupt import Interrupt
+    from holdfast.progress import Bar, Progress
+    from holdfast.setup import Setup
+
+
+def train_stage(
+    setup: Setup, stage: Planned, directory: RunDirectory, model: Any, progress: Progress, interrupt: Interrupt
+) -> int:
+    """Train a stage from its newest whole checkpoint, or from its start.
+
+    Returns:
+        the number of optimizer steps of the stage.
+
+    Raises:
+        Interrupted: the run was asked to stop; a checkpoint is saved.
+    """
+    rows, origins = [], []
+    for task in stage.tasks:
+        for row in setup.rows[task.name]:
+            origins.append(f"{task.train[0].file} row {row['row'] + 1}")
+            rows.append(row | {"row": len(rows)})
+    checkpoints = directory.stage(stage.index, stage.name) / "checkpoint"
+    checkpoint = newest_whole_checkpoint(checkpoints)
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    directory.trim_events(stage.index, step)
+    trainer = ContinualTrainer(
+        model=model,
+        args=arguments(setup, stage, checkpoints),
+        train_dataset=pack(rows, setup.max_length) if setup.config.data.packing else rows,
+        data_collator=Collator(setup.encoder.tokenizer.pad_token_id),
+        method=setup.methods,
+        task=stage.name,
+        stage_index=stage.index,
+        rows=rows,
+        describe_row=lambda row: origins[row],
+    )
+    trainer.remove_callback(PrinterCallback)
+    title = f"stage {stage.index}/{len(setup.stages)} {stage.name}"
+    if checkpoint:
+        progress.line(f"{title}: continues from step {step}")
+    with progress.bar(title) as bar:
+        trainer.add_callback(_Watch(trainer, stage, directory.path / "events.jsonl", bar, interrupt))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.interrupted:
+        raise Interrupted(f"stopped in {title} after step {trainer.state.global_step} of {trainer.state.max_steps}")
+    return trainer.state.global_step
+
+
+def arguments(setup: Setup, stage: Planned, checkpoints: Path) -> TrainingArguments:
+    """TrainingArguments of a stage.
+
+    Raises:
+        ConfigError: a value is not one that transformers takes.
+    """
+    config = setup.config
+    training = config.training
+    micro = training.micro_batch_size or training.batch_size
+    epochs = training.epochs[stage.index - 1] if isinstance(training.epochs, list) else training.epochs
+    values = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": epochs,
+        "max_steps": training.max_steps or -1,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": training.batch_size // micro,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.schedule,
+        "warmup_steps": training.warmup,
+        "weight_decay": training.weight_decay,
+        "optim": training.optimizer,
+        "max_grad_norm": training.max_grad_norm,
+        "bf16": training.precision == "bfloat16",
+        GRADIENT_CHECKPOINTING: training.gradient_checkpointing,
+        # Epochs of a stage shuffle with seed, seed + 1, ..., so stages are kept apart.
+        "seed": config.seed * 1_000_000 + stage.index * 1000,
+        "save_strategy": "steps",
+        "save_steps": training.save_every,
+        "save_total_limit": 1,
+        "logging_steps": training.log_every,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        return TrainingArguments(**values | training.arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"training: {error}") from None
+
+
+GRADIENT_CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
+    else "gradient_checkpointing"
+)
+"""The name of this switch changed within transformers 5."""
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; those that were cut off are removed."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).exists():
+            whole.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _Watch(TrainerCallback):
+    """Writes events, moves the progress bar, and turns a signal into a checkpoint and a stop."""
+
+    def __init__(self, trainer: Any, stage: Planned, events: Path, bar: Bar, interrupt: Interrupt):
+        self.trainer, self.stage, self.events, self.bar, self.interrupt = trainer, stage, events, bar, interrupt
+        self.note = ""
+        self.tokens, self.since = 0, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step, self.note, total=state.max_steps)
+        last = state.global_step >= state.max_steps
+        if self.interrupt.requested and not last:
+            self.trainer.interrupted = True
+            control.should_save = control.should_training_stop = True
+        if control.should_save or last:
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        terms = {key.removeprefix("term/"): value for key, value in logs.items() if key.startswith("term/")}
+        now, tokens = time.monotonic(), self.trainer.tokens_seen
+        event = {
+            "stage": self.stage.index,
+            "task": self.stage.name,
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "terms": terms,
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": round((tokens - self.tokens) / (now - self.since), 1),
+        }
+        self.tokens, self.since = tokens, now
+        with self.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        shown = {"loss": logs["loss"]} | {name: value for name, value in terms.items() if len(terms) > 1}
+        self.note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())

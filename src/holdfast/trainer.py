@@ -1,0 +1,313 @@
+"""continual(TrainerClass): a method's hooks on any transformers Trainer, without a copied loop."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from holdfast.data.collate import concat
+from holdfast.errors import MethodError, NonFiniteLossError
+from holdfast.files import flush_folder, write_json
+from holdfast.losses.next_token import supervised_tokens
+from holdfast.methods import build
+from holdfast.methods.base import Batch, Extra, Method, Row, Stage, Step
+from holdfast.methods.saved import load_states, save_states
+from holdfast.shards import gradients, weights
+
+COMPLETE = "complete.json"
+"""Written last into a checkpoint: one without it was cut off while it was written."""
+
+
+def continual(trainer_class: type) -> type:
+    """Return a subclass of ``trainer_class`` that applies methods against forgetting.
+
+    It takes two more arguments. ``method``: a name, a :class:`Method`, or a list of them. ``task``: what the stage is
+    called. Each call of ``train()`` is one stage: the methods build what they need before it and update their memory
+    after it. Everything that the class does otherwise stays as it is.
+    """
+
+    class Continual(trainer_class):
+        def __init__(
+            self,
+            *args: Any,
+            method: str | Method | Sequence[str | Method] = "sequential",
+            task: str = "",
+            rows: Sequence[Row] | None = None,
+            describe_row: Callable[[int], str] | None = None,
+            stage_index: int = 1,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(*args, **kwargs)
+            chosen = [method] if isinstance(method, str | Method) else list(method)
+            self.methods = [m if isinstance(m, Method) else build([(m, {})])[0] for m in chosen]
+            self.task = task
+            self.stage_index = stage_index
+            self.interrupted = False
+            self.tokens_seen = 0
+            self._rows = rows
+            self._describe_row = describe_row or (lambda row: f"row {row + 1}")
+            self._stage: Stage | None = None
+            self._step: Step | None = None
+            self._terms = Terms()
+            self.add_callback(_AfterStep(self))
+
+        def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            stage = self._stage = Stage(
+                index=self.stage_index,
+                task=self.task or f"stage {self.stage_index}",
+                model=self.model,
+                rows=self._rows if self._rows is not None else self.train_dataset,
+                collate=self._collate_rows,
+                seed=self.args.seed,
+                micro_batch_size=self.args.per_device_train_batch_size,
+            )
+            for method in self.methods:
+                method.before_stage(stage)
+            self._terms = Terms(name for method in self.methods for name in method.declares(stage))
+            if resume_from_checkpoint:
+                load_states(self.methods, Path(resume_from_checkpoint, "method"), self.model)
+            result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+            if not self.interrupted:
+                self._terms.check(stage)
+                for method in self.methods:
+                    method.after_stage(stage)
+                self.stage_index += 1
+            self._stage = self._step = None
+            return result
+
+        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> tuple[list[Any], Any]:
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)
+            if self._stage is None or not batches:
+                return batches, items
+            at = self.state.global_step
+            step = self._step = Step(
+                stage=self._stage,
+                index=at,
+                rows=sum(len(batch["input_ids"]) for batch in batches),
+                micro_batches=len(batches),
+                logged=(at + 1) % self.state.logging_steps == 0 or at + 1 == self.state.max_steps,
+            )
+            for method in self.methods:
+                extra = method.extra_rows(step)
+                if extra is None:
+                    continue
+                if extra.way == "replace":
+                    batches = self._replace(batches, extra, step.random(f"{method.name}/places"))
+                    items = self._get_num_items_in_batch(batches, *args)
+                else:
+                    self._put_beside(batches, extra, step, method.name)
+            self.tokens_seen += sum(_tokens(batch) for batch in batches)
+            return batches, items
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().training_step(*args, **kwargs)
+            if self._step is not None and self.accelerator.gradient_state.sync_gradients:
+                gradient = gradients(self.model)
+                for method in self.methods:
+                    self._terms.add(method.after_backward(self._step, gradient))
+            return loss
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+        ) -> Any:
+            step = self._step
+            if step is None or not model.training:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+            step.extra = inputs.pop("rehearsal", {})
+            rows = inputs.pop("row", None)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch, **kwargs)
+            # The task's loss is this micro-batch's share of the step's mean if Trainer has scaled it so; otherwise a
+            # mean that training_step divides by the number of micro-batches. The extra terms must come out the same.
+            scale = 1 / step.micro_batches if self._is_scaled(num_items_in_batch) else 1.0
+            terms = {"task": loss}
+            for method in self.methods:
+                for name, term in method.loss_terms(step, inputs, outputs).items():
+                    self._terms.check_gradient(step.stage, method, name, term)
+                    terms[name] = scale * term
+            total = sum(terms.values())
+            if not torch.isfinite(total):
+                self._stop_before_update(terms, rows)
+            share = 1.0 if scale < 1 else 1 / step.micro_batches
+            self._terms.add({name: share * term.detach() for name, term in terms.items()}, mean=False)
+            return (total, outputs) if return_outputs else total
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs:
+                logs |= self._terms.flush()
+            super().log(logs, *args, **kwargs)
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            finally:
+                self.args.save_total_limit = limit
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            save_states(self.methods, folder / "method")
+            if self.args.should_save:
+                flush_folder(folder)
+                write_json(folder / COMPLETE, {"step": self.state.global_step})
+                rotate_checkpoints(
+                    output_dir=self.args.output_dir,
+                    save_total_limit=limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=True,
+                )
+
+        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+            if self._step is not None and norm is not None and not math.isfinite(norm):
+                self._stop_before_update({"gradient norm": norm}, None)
+            return norm
+
+        def _stop_before_update(self, terms: dict[str, Any], rows: Tensor | None) -> None:
+            assert self._step is not None
+            stage = self._step.stage
+            values = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+            where = "" if rows is None else f", {'; '.join(self._describe_row(row) for row in rows.tolist())}"
+            raise NonFiniteLossError(
+                f"stage {stage.index} ({stage.task}), step {self._step.index + 1}{where}: the loss is not finite "
+                f"({values}); the weights were not touched. A lower training.learning_rate or a look at these rows "
+                "would be next"
+            )
+
+        def _is_scaled(self, num_items_in_batch: Any) -> bool:
+            said = getattr(self, "loss_is_scaled_for_ga", None)
+            if said is not None:
+                return said
+            return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or (
+                self.compute_loss_func is not None
+            )
+
+        def _collate_rows(self, rows: Sequence[Row]) -> Batch:
+            return self._prepare_inputs(self._collate(rows))
+
+        def _collate(self, rows: Sequence[Row]) -> Batch:
+            batch = self.data_collator([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
+            return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+
+        def _put_beside(self, batches: list[Any], extra: Extra, step: Step, name: str) -> None:
+            tokens = 0
+            for position, batch in enumerate(batches):
+                rows = extra.rows[position :: len(batches)]
+                if rows:
+                    collated = self._collate(rows)
+                    tokens += int(supervised_tokens(collated["labels"]))
+                    batch.setdefault("rehearsal", {})[name] = collated
+            step.extra_tokens[name] = tokens
+
+        def _replace(self, batches: list[Any], extra: Extra, chance: random.Random) -> list[Any]:
+            """Put the extra rows in random places of the step, instead of the rows that stood there."""
+            places = [(b, r) for b, batch in enumerate(batches) for r in range(len(batch["input_ids"]))]
+            taken = set(chance.sample(places, min(len(extra.rows), len(places))))
+            rows, result = iter(extra.rows), []
+            for b, batch in enumerate(batches):
+                size = len(batch["input_ids"])
+                kept = [r for r in range(size) if (b, r) not in taken]
+                new = [next(rows) for _ in range(size - len(kept))]
+                batch = {key: value[kept] for key, value in batch.items()}
+                if new:
+                    collated = self._collate(new)
+                    batch.pop("row", None)
+                    batch = concat(batch, collated, self._pad_token_id()) if kept else collated
+                result.append(batch)
+            return result
+
+        def _pad_token_id(self) -> int:
+            return self.data_collator.pad_token_id
+
+    Continual.__name__ = Continual.__qualname__ = f"Continual{trainer_class.__name__}"
+    Continual.__doc__ = f"{trainer_class.__name__} with methods against forgetting; see :func:`continual`."
+    return Continual
+
+
+def _tokens(batch: Any) -> int:
+    """Tokens of a micro-batch and of the rehearsal rows beside it, without padding."""
+    own = int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+    return own + sum(_tokens(extra) for extra in batch.get("rehearsal", {}).values())
+
+
+class Terms:
+    """The named terms of the loss between two lines of the log, and whether each declared one contributes."""
+
+    def __init__(self, declared: Any = ()) -> None:
+        self.declared = tuple(declared)
+        self.contributed: set[str] = set()
+        self.steps = 0
+        self._window = 0
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Any], mean: bool = True) -> None:
+        """Add values: each is averaged over its additions (``mean``) or over the optimizer steps."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1 if mean else 0
+
+    def step(self) -> None:
+        """An optimizer step is done."""
+        self.steps += 1
+        self._window += 1
+
+    def flush(self) -> dict[str, float]:
+        """Mean of every term since the last call."""
+        window = max(1, self._window)
+        means = {f"term/{name}": float(s) / (self._counts[name] or window) for name, s in self._sums.items()}
+        self.contributed |= {name for name in self._sums if means[f"term/{name}"] != 0}
+        self._sums, self._counts, self._window = {}, {}, 0
+        return means
+
+    def check_gradient(self, stage: Stage, method: Method, name: str, term: Tensor) -> None:
+        """MethodError if a term is not declared or has no gradient."""
+        if name not in self.declared:
+            raise MethodError(
+                f"method {method.name!r} returned a loss term {name!r} that it did not declare for stage "
+                f"{stage.index}; return it from declares(), so that holdfast can tell when it stops contributing"
+            )
+        if not term.requires_grad:
+            raise MethodError(
+                f"method {method.name!r}: its loss term {name!r} has no gradient, so it would change nothing; was it "
+                "computed from detached tensors or under no_grad?"
+            )
+
+    def check(self, stage: Stage) -> None:
+        """MethodError if a declared term was exactly zero, or absent, for the whole stage.
+
+        One step proves nothing: a penalty on the distance from the start is zero there.
+        """
+        self.flush()
+        missing = [name for name in self.declared if name not in self.contributed]
+        if missing and self.steps > 1:
+            raise MethodError(
+                f"stage {stage.index} ({stage.task}): the declared loss term {missing[0]!r} was exactly zero, or never "
+                f"returned, in all {self.steps} steps: the method did nothing"
+            )
+
+
+class _AfterStep(TrainerCallback):
+    """Hands the weights to the methods after each optimizer step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer._terms.step()
+        if trainer._step is not None:
+            for method in trainer.methods:
+                if type(method).after_step is not Method.after_step:
+                    method.after_step(trainer._step, weights(trainer.model))
+
+
+ContinualTrainer = continual(Trainer)
+"""transformers.Trainer with methods against forgetting."""

@@ -1,0 +1,29 @@
+"""Tuners: which weights are trained; one file each."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from holdfast.config import Named
+from holdfast.errors import ConfigError, did_you_mean
+from holdfast.tuners.base import Tuner
+
+
+def known() -> dict[str, type[Tuner]]:
+    """Every tuner by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return {cls.name: cls for cls in sorted(Tuner.__subclasses__(), key=lambda cls: cls.name)}
+
+
+def build(tuner: Named) -> Tuner:
+    """Make the tuner of a run.
+
+    Raises:
+        ConfigError: there is no such tuner, or it has no such option.
+    """
+    tuners = known()
+    if tuner.name not in tuners:
+        raise ConfigError(f"tuner: there is no tuner {tuner.name!r}{did_you_mean(tuner.name, tuners)}")
+    return tuners[tuner.name](**tuner.options)

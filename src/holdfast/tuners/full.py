@@ -1,0 +1,23 @@
+"""Full fine-tuning: every weight is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from holdfast.tuners.base import Tuner
+
+
+class Full(Tuner):
+    """Train every weight of the model."""
+
+    name = "full"
+    folder = "model"
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        return model.requires_grad_(True)
+
+    def load(self, model: PreTrainedModel, folder: Path) -> None:
+        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())

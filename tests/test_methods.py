@@ -1,0 +1,223 @@
+"""What each method's paper says, against plain loops and finite differences."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
+
+from holdfast.data.memory import Memory
+from holdfast.errors import ConfigError
+from holdfast.methods import build, find, known
+from holdfast.methods.a_gem import AveragedGEM
+from holdfast.methods.base import Step
+from holdfast.methods.ewc import EWC, diagonal_fisher
+from holdfast.methods.saved import load_states, save_states
+from holdfast.shards import gradients, weights
+
+
+def answer_nll(model, row):
+    """- log p(answer | prompt), token by token."""
+    ids = torch.tensor([row["input_ids"]])
+    log_p = F.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
+    return -sum(log_p[s - 1, row["labels"][s]] for s in range(1, len(row["labels"])) if row["labels"][s] != -100)
+
+
+def shift_weights(model, scale, seed=1):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(scale * torch.randn_like(p))
+
+
+def test_fisher_equals_a_plain_per_sample_loop():
+    model, rows = tiny_model(), tiny_rows(6)
+    fisher = diagonal_fisher(tiny_stage(model, rows), rows)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in rows:
+        model.zero_grad()
+        answer_nll(model, row).backward()
+        for name, p in model.named_parameters():
+            expected[name] += p.grad**2 / len(rows)
+    for name, value in expected.items():
+        torch.testing.assert_close(fisher.tensors[name], value, rtol=1e-4, atol=1e-10)
+    assert any(value.max() > 0 for value in expected.values())
+
+
+def test_fisher_is_not_that_of_the_mean_gradient():
+    """Squaring the gradient of a batch's mean is the published mistake; it gives something else."""
+    model, rows = tiny_model(), tiny_rows(6)
+    fisher = diagonal_fisher(tiny_stage(model, rows), rows)
+    model.zero_grad()
+    (sum(answer_nll(model, row) for row in rows) / len(rows)).backward()
+    name, p = max(model.named_parameters(), key=lambda item: item[1].numel())
+    assert (fisher.tensors[name].sum() / (p.grad**2).sum()) > 1.5
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_ewc_gradient_is_lambda_fisher_times_distance(stages):
+    model = tiny_model().double()
+    ewc = EWC(strength=3.0, samples=4)
+    fishers, anchors = [], []
+    for t in range(1, stages + 1):
+        rows = tiny_rows(4, seed=t)
+        stage = tiny_stage(model, rows, index=t)
+        chosen = stage.random("ewc").sample(rows, 4)
+        fishers.append(diagonal_fisher(stage, chosen))
+        anchors.append(weights(model).copy())
+        ewc.after_stage(stage)
+        shift_weights(model, 0.05, seed=t)
+    gradient = ewc.penalty_gradient(weights(model))
+    assert gradient.dot(gradient) > 0
+    for name, p in model.named_parameters():
+        expected = sum(
+            3.0 * fisher.tensors[name] * (p.detach() - anchor.tensors[name])
+            for fisher, anchor in zip(fishers, anchors, strict=True)
+        )
+        torch.testing.assert_close(gradient.tensors[name], expected.float(), rtol=1e-3, atol=1e-7)
+
+    torch.manual_seed(5)
+    name, p = next((n, p) for n, p in model.named_parameters() if "mlp.up_proj" in n)
+    direction, epsilon = torch.randn_like(p), 1e-4
+    with torch.no_grad():
+        p.add_(epsilon * direction)
+        above = ewc.penalty(weights(model))
+        p.sub_(2 * epsilon * direction)
+        below = ewc.penalty(weights(model))
+    slope = float((gradient.tensors[name].double() * direction).sum())
+    assert (above - below) / (2 * epsilon) == pytest.approx(slope, rel=1e-3)
+
+
+def test_ewc_adds_its_gradient_once_to_what_is_accumulated():
+    model, rows = tiny_model(), tiny_rows(4)
+    ewc = EWC(strength=2.0)
+    stage = tiny_stage(model, rows)
+    ewc.after_stage(stage)
+    shift_weights(model, 0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    values = ewc.after_backward(Step(stage, 1, rows=4, micro_batches=2, logged=True), gradients(model))
+    expected = ewc.penalty_gradient(weights(model))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, 1 + expected.tensors[name])
+    assert values["ewc"] == pytest.approx(ewc.penalty(weights(model))) and values["ewc"] > 0
+
+
+def mean_loss(model, rows):
+    batch = pad_rows(rows)
+    logits, labels = model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"]
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def a_gem_after_a_stage(model):
+    method = AveragedGEM(batch_size=6)
+    method.after_stage(tiny_stage(model, tiny_rows(6)))
+    return method, method.memory.rows
+
+
+def test_a_gem_projection_does_not_raise_the_memory_loss_to_first_order():
+    model = tiny_model()
+    method, memory = a_gem_after_a_stage(model)
+    mean_loss(model, memory).backward()
+    reference = weights(model).zeros_like().add_(gradients(model))
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.grad = 0.1 * torch.randn_like(p) - p.grad  # mostly against the memory
+    before = gradients(model).copy()
+    assert before.dot(reference) < 0
+    values = method.after_backward(Step(tiny_stage(model, [], 2), 0, 4, 1, True), gradients(model))
+    after = gradients(model)
+    assert values == {"a_gem/projected": 1.0}
+    assert abs(after.dot(reference)) < 1e-4 * abs(before.dot(reference))
+    # It is the nearest such gradient: what was taken away is parallel to the reference.
+    removed = before.copy().add_(after, -1.0)
+    cosine = removed.dot(reference) / (removed.dot(removed) * reference.dot(reference)) ** 0.5
+    assert cosine == pytest.approx(-1, abs=1e-5)
+    with torch.no_grad():
+        loss = mean_loss(model, memory).item()
+        for p in model.parameters():
+            p.sub_(1e-3 * p.grad / after.dot(after) ** 0.5)
+        assert mean_loss(model, memory).item() <= loss + 1e-6
+
+
+def test_a_gem_leaves_a_gradient_without_conflict_untouched():
+    model = tiny_model()
+    method, memory = a_gem_after_a_stage(model)
+    mean_loss(model, memory).backward()
+    before = gradients(model).copy()
+    values = method.after_backward(Step(tiny_stage(model, [], 2), 0, 4, 1, True), gradients(model))
+    assert values == {"a_gem/projected": 0.0}
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, before.tensors[name])
+
+
+def test_stage_gradient_is_that_of_the_mean_over_all_tokens_and_leaves_grads_alone():
+    model, rows = tiny_model(), tiny_rows(7)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    found = tiny_stage(model, rows, micro_batch_size=3).gradient(rows)
+    assert all(torch.all(p.grad == 7.0) for p in model.parameters())
+    model.zero_grad()
+    mean_loss(model, rows).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found.tensors[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_quota_memory_holds_equal_shares():
+    memory = Memory(10, "quota")
+    for t in range(1, 4):
+        memory.add(t, tiny_rows(20, seed=t), random.Random(t))
+    assert [memory.tasks.count(t) for t in (1, 2, 3)] == [4, 3, 3]
+    memory.add(4, tiny_rows(1, seed=4), random.Random(4))
+    assert memory.tasks.count(4) == 1 and len(memory) <= 10
+
+
+def test_reservoir_keeps_every_row_with_the_same_probability():
+    counts = [0] * 40
+    rows = [{"input_ids": [i], "labels": [i]} for i in range(40)]
+    for seed in range(2000):
+        memory = Memory(10, "reservoir")
+        chance = random.Random(seed)
+        memory.add(1, rows[:25], chance)
+        memory.add(2, rows[25:], chance)
+        assert len(memory) == 10
+        for row in memory.rows:
+            counts[row["input_ids"][0]] += 1
+    assert all(abs(count / 2000 - 0.25) < 0.05 for count in counts)
+
+
+def test_sample_repeats_no_row_before_all_were_taken():
+    memory = Memory(5, "quota")
+    memory.add(1, tiny_rows(5), random.Random(0))
+    ids = [tuple(row["input_ids"]) for row in memory.sample(8, random.Random(0))]
+    assert len(ids) == 8 and len(set(ids[:5])) == 5 and len(set(ids)) == 5
+
+
+@pytest.mark.parametrize("name", ["replay", "a_gem", "ewc", "sequential"])
+def test_state_survives_a_restart(name, tmp_path):
+    model = tiny_model()
+    method = find(name)()
+    method.after_stage(tiny_stage(model, tiny_rows(6)))
+    save_states([method], tmp_path)
+    other = find(name)()
+    load_states([other], tmp_path, model)
+    one, two = method.state(), other.state()
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
+    assert bool(one) == (name != "sequential")
+
+
+def test_near_names_and_wrong_lists():
+    assert {"sequential", "joint", "frozen", "replay", "ewc", "a_gem"} <= set(known())
+    with pytest.raises(ConfigError, match="did you mean 'replay'"):
+        find("repaly")
+    with pytest.raises(ConfigError, match="did you mean 'ratio'"):
+        build([("replay", {"rato": 0.5})])
+    with pytest.raises(ConfigError, match="all tasks at once"):
+        build([("joint", {}), ("ewc", {})])
+    with pytest.raises(ConfigError, match="twice"):
+        build([("ewc", {}), ("ewc", {})])
