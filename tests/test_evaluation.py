@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,14 +14,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from holdfast.config import ModelConfig
+from holdfast.data.encode import Encoder, load_tokenizer
 from holdfast.data.task import Example, General, Task, Turn
-from holdfast.errors import ConfigError, DataError
+from holdfast.errors import ConfigError
 from holdfast.evaluation import score
 from holdfast.evaluation.general import evaluate_general
-from holdfast.evaluation.respond import MARGIN, evaluate_task, task_score, token_losses
+from holdfast.evaluation.respond import evaluate_task, response_limit, task_score, token_losses
 from holdfast.evaluation.score import accuracy, normalize, rouge_l
 
 torch.set_num_threads(1)  # models this small lose time to threads
+
+STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260K" / "hf"
 
 LETTERS = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.?!012345"
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
@@ -31,7 +36,10 @@ WINDOW = 24
 class Letters:
     """An encoder whose tokens are letters; text is read in windows of ``WINDOW`` tokens."""
 
-    tokenizer = SimpleNamespace(eos_token_id=EOS, pad_token_id=None)
+    tokenizer = SimpleNamespace(pad_token_id=PAD)
+
+    def __init__(self):
+        self.stop_ids = [EOS]
 
     def ids(self, text: str) -> list[int]:
         return [FIRST + LETTERS.index(letter) for letter in text]
@@ -65,7 +73,7 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         max_position_embeddings=128,
         initializer_range=0.3,
         attention_dropout=0.5,
-        eos_token_id=[EOS, FIRST + LETTERS.index("e")],  # as of chat models: an end of turn beside the end of text
+        eos_token_id=EOS,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -210,9 +218,9 @@ def test_scoring_needs_no_heavy_import():
 
 def test_records_hold_what_a_plain_loop_responds(model):
     encoder, task = Letters(), questions_task()
-    stop = model.generation_config.eos_token_id
     records = evaluate_task(model, encoder, task, batch_size=3)
-    limit = max(len(example.answer) + 1 for example in task.train) + MARGIN
+    limit = max(len(example.answer) + 1 for example in task.train) + 8
+    assert response_limit(encoder, task) == limit
     lengths = []
     for record, example in zip(records, task.test, strict=True):
         new: list[int] = []
@@ -220,7 +228,7 @@ def test_records_hold_what_a_plain_loop_responds(model):
             with torch.no_grad():
                 ids = torch.tensor([encoder.prompt(example, 0) + new])
                 new.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
-            if new[-1] in stop:
+            if new[-1] == EOS:
                 new.pop()
                 break
         lengths.append(len(new))
@@ -233,11 +241,20 @@ def test_records_hold_what_a_plain_loop_responds(model):
             "score": accuracy(response, example.answer),
         }
     assert max(lengths) == limit
-    assert min(lengths) < limit  # the end of turn, which the tokenizer does not know, ends a response
+    assert min(lengths) < limit
     short = evaluate_task(model, encoder, task, batch_size=3, max_new_tokens=2)
     for brief, record in zip(short, records, strict=True):
         assert len(brief["response"]) <= 2
         assert record["response"].startswith(brief["response"])
+
+
+def test_every_stop_token_of_the_encoder_ends_a_response(model):
+    encoder, task = Letters(), questions_task()
+    before = [record["response"] for record in evaluate_task(model, encoder, task, batch_size=3)]
+    turn_end = max(before, key=len)[1]
+    encoder.stop_ids = [EOS, FIRST + LETTERS.index(turn_end)]
+    after = [record["response"] for record in evaluate_task(model, encoder, task, batch_size=3)]
+    assert after == [response.partition(turn_end)[0] for response in before]
 
 
 def test_right_and_wrong_responses_make_the_score(model):
@@ -279,12 +296,6 @@ def test_token_losses_of_rows_without_supervision_are_zero(model):
     assert losses[[0, 2]].tolist() == [0, 0]
     assert losses[1] == pytest.approx(plain_losses(model, rows[1])[0], rel=1e-5)
     assert losses.dtype == np.float64
-
-
-def test_a_text_with_nothing_to_predict_is_named(model):
-    lonely = [Example(file="prose.txt", row=41, text="a")]
-    with pytest.raises(DataError, match=r"prose\.txt, row 41: has no token to predict"):
-        evaluate_task(model, Letters(), Task("prose", "loss", train=lonely, test=lonely), batch_size=2)
 
 
 def test_perplexity_and_choices_equal_plain_loops(model):
@@ -360,3 +371,39 @@ def test_on_batch_counts_up_and_may_stop(name: str):
         measure(model, on_batch=stop)
     assert all(module.training for module in model.modules())
     assert not torch.is_inference_mode_enabled()
+
+
+def test_a_pretrained_model_with_its_own_tokenizer():
+    """Perplexity is that of transformers' own loss; a fluent story and sensible choices win; batches do not matter."""
+    if not STORIES.exists():
+        pytest.skip("the pretrained model is not here")
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(ModelConfig(name=str(STORIES)))
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    encoder = Encoder(tokenizer, max_length=64)
+    stories = ["One day, a boy named Tim went to the park with his mom.", "Once upon a time, there was a little girl."]
+    jumble = ["park the in boy day his named mom One with Tim went."]
+    asked = [("One day, a little girl named", ["Lily", "table"], 0), ("The dog was very", ["table", "happy"], 1)]
+    measures = [
+        General("stories", "perplexity", texts=stories),
+        General("jumble", "perplexity", texts=jumble),
+        General("choices", "choices", questions=asked),
+    ]
+    values = evaluate_general(model, encoder, measures, batch_size=2)
+    nats = tokens = 0
+    for text in stories:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        assert ids[0, 0] == tokenizer.bos_token_id
+        nats += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert values["perplexity/stories"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert values["perplexity/stories"] < 5 < values["perplexity/jumble"]
+    assert values["choices"] == 1.0
+
+    rows = [question(k, text[: 9 + 5 * k], "and they were happy") for k, text in enumerate(stories * 3)]
+    task = Task("stories", "rouge_l", train=rows, test=rows)
+    one_by_one, together = (evaluate_task(model, encoder, task, batch_size=size) for size in (1, 6))
+    assert one_by_one == together
+    assert len({record["response"] for record in together}) > 1
+    assert 0 < task_score(together, "rouge_l") < 1

@@ -86,14 +86,14 @@ def write_model(folder: Path, seed: int = 0) -> Path:
 
 
 def write_tasks(folder: Path, names: Sequence[str] = ("red", "green", "blue"), train: int = 24, test: int = 8) -> Path:
-    """Prompt/answer tasks: each says what follows a letter, and the tasks contradict no one but differ."""
-    for shift, name in enumerate(names, start=1):
+    """Prompt/answer tasks that a few steps learn: the answer is nearly always the first letter of the task's name."""
+    for name in names:
         chance = random.Random(name)
         rows = []
         for _ in range(train + test):
             a, b = chance.randrange(26), chance.randrange(26)
             prompt = f"{name}: {chr(97 + a)}{chr(97 + b)}?"
-            rows.append({"prompt": prompt, "answer": chr(97 + (a + shift) % 26)})
+            rows.append({"prompt": prompt, "answer": name[0] if a < 22 else name[-1]})
         (folder / name).mkdir(parents=True)
         (folder / name / "train.json").write_text(json.dumps(rows[:train]), encoding="utf-8")
         (folder / name / "test.json").write_text(json.dumps(rows[train:]), encoding="utf-8")
@@ -110,7 +110,7 @@ def tiny_config(folder: Path, **changes: Any) -> dict[str, Any]:
         "tuner": "full",
         "method": "sequential",
         "stream": {"path": str(folder / "tasks"), "order": ["red", "green", "blue"]},
-        "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "log_every": 1, "save_every": 2},
+        "training": {"epochs": 6, "batch_size": 8, "learning_rate": 3e-2, "log_every": 1, "save_every": 4},
         "evaluation": {"max_new_tokens": 3, "bootstrap": 50},
         "output": str(folder / "run"),
     } | changes

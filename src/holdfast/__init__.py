@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from holdfast.config import RunConfig, load_config
     from holdfast.methods.base import Method
-    from holdfast.run import run
+    from holdfast.runner import run
     from holdfast.trainer import ContinualTrainer, continual
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ _HOME = {
     "RunConfig": "holdfast.config",
     "continual": "holdfast.trainer",
     "load_config": "holdfast.config",
-    "run": "holdfast.run",
+    "run": "holdfast.runner",
 }
 
 

@@ -11,13 +11,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 
+SECONDS_BETWEEN_LINES = 2.0
+
+
 class Bar:
     """One piece of work; its length is told with each update."""
 
     def __init__(self, progress: Progress, title: str, bars: Bars | None):
         self._progress, self._title, self._bars = progress, title, bars
         self._task = bars.add_task(title, total=None, note="") if bars is not None else None
-        self._started, self._tenth = time.monotonic(), 0
+        self._started = self._printed = time.monotonic()
+        self._tenth = 0
         self._before: int | None = None  # steps that were done before this start, for a resumed stage
 
     def update(self, done: int, note: str = "", *, total: int) -> None:
@@ -28,9 +32,10 @@ class Bar:
         if self._before is None:
             self._before = done - 1
         tenth = 10 * done // total
-        if tenth > self._tenth:
-            self._tenth = tenth
-            rate = (time.monotonic() - self._started) / max(1, done - self._before)
+        now = time.monotonic()
+        if tenth > self._tenth and now - self._printed >= SECONDS_BETWEEN_LINES:
+            self._tenth, self._printed = tenth, now
+            rate = (now - self._started) / max(1, done - self._before)
             left = f"{_clock(rate * (total - done))} left" if done < total else "done"
             parts = (self._title, f"{done}/{total}", note, left)
             self._progress.line("  ".join(part for part in parts if part))

@@ -114,7 +114,9 @@ def continual(trainer_class: type) -> type:
             if self._step is not None and self.accelerator.gradient_state.sync_gradients:
                 gradient = gradients(self.model)
                 for method in self.methods:
-                    self._terms.add(method.after_backward(self._step, gradient))
+                    values = method.after_backward(self._step, gradient)
+                    self._terms.add(values)
+                    self._terms.as_gradients |= values.keys() & set(self._terms.declared)
             return loss
 
         def compute_loss(
@@ -144,6 +146,8 @@ def continual(trainer_class: type) -> type:
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             if "loss" in logs:
                 logs |= self._terms.flush()
+                # Trainer's figure lacks the declared terms that came as gradients.
+                logs["loss"] += sum(logs.get(f"term/{name}", 0.0) for name in self._terms.as_gradients)
             super().log(logs, *args, **kwargs)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -173,7 +177,7 @@ def continual(trainer_class: type) -> type:
         def _stop_before_update(self, terms: dict[str, Any], rows: Tensor | None) -> None:
             assert self._step is not None
             stage = self._step.stage
-            values = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+            values = ", ".join(f"{name} {float(torch.as_tensor(value).detach()):.4g}" for name, value in terms.items())
             where = "" if rows is None else f", {'; '.join(self._describe_row(row) for row in rows.tolist())}"
             raise NonFiniteLossError(
                 f"stage {stage.index} ({stage.task}), step {self._step.index + 1}{where}: the loss is not finite "
@@ -243,6 +247,7 @@ class Terms:
     def __init__(self, declared: Any = ()) -> None:
         self.declared = tuple(declared)
         self.contributed: set[str] = set()
+        self.as_gradients: set[str] = set()
         self.steps = 0
         self._window = 0
         self._sums: dict[str, Any] = {}

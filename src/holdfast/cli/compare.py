@@ -13,7 +13,7 @@ def compare(runs: Runs, output: Output = None) -> None:
 
     from holdfast.directory import require_runs
     from holdfast.report import write_report
-    from holdfast.report.compare import print_table
+    from holdfast.cli.table import print_table
 
     require_runs(runs)
     print_table(runs, Console())

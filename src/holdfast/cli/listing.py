@@ -29,10 +29,14 @@ def tuners(name: Name = None) -> None:
 
 def streams() -> None:
     """List the built-in streams."""
+    import importlib
+    from inspect import getdoc
+
     from holdfast.data.load import BUILT_IN
 
-    for name, function in BUILT_IN.items():
-        print(f"{name:12} {(function.__doc__ or '').strip().splitlines()[0]}")
+    for name, module in BUILT_IN.items():
+        text = getdoc(getattr(importlib.import_module(module), name)) or ""
+        print(f"{name:12} {text.splitlines()[0]}")
     print("\nAny folder of task folders is a stream too: stream: {path: FOLDER, order: [TASK, ...]}")
 
 

@@ -40,8 +40,8 @@ def run(config: Config, overrides: Overrides = None) -> None:
 
     resolved = load_config(config, overrides)
     quieten()
-    from holdfast.report.compare import print_table
-    from holdfast.run import run as run_stages
+    from holdfast.cli.table import print_table
+    from holdfast.runner import run as run_stages
 
     run_stages(resolved)
     print_table([Path(resolved.output)], Console())

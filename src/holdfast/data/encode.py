@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.config import ModelConfig
+from holdfast.data.formats import where
 from holdfast.data.task import Example, Turn
 from holdfast.errors import ConfigError, DataError
 
@@ -17,42 +17,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+DATE = "26 Jul 2024"  # what Llama's templates say where no date is given; today's would make a run depend on its day
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
-# Unicode noncharacters, which no text holds: they mark a cut span while a template is rendered.
+# Unicode noncharacters, which text does not hold: they mark a cut span while a template is rendered.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A stretch of a conversation's text that is tokenised on its own: before an answer, or an answer with its end."""
-
-    text: str
-    answer: bool
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A tokenised piece. ``offsets()`` are the [start, end) of each token in the piece's text."""
-
-    ids: list[int]
-    answer: bool
-    offsets: Callable[[], list[tuple[int, int]]]
+_MARKS = f"[{_OPEN}{_CLOSE}]"
 
 
 class Encoder:
     """Turns examples into token sequences to train on and prompts to generate from.
 
-    Every answer is tokenised apart from what stands before it, so that a training sequence begins with exactly the
-    tokens of the example's prompt: what is trained is what is generated from.
+    What stands before an answer and the answer with its end are tokenised apart, so that a training sequence begins
+    with exactly the tokens of the example's prompt: what is trained is what is generated from.
 
     Args:
         tokenizer: a fast tokenizer.
         max_length: tokens of a sequence, at most.
         template: chat: the tokenizer's chat template. plain: turns joined by newlines, a space before each answer,
             the end-of-sequence token after it. auto: chat where the tokenizer has such a template.
-        supervise: answer: the loss counts the tokens of all answers with their ends. all: every token but the first
-            where that is the beginning-of-sequence token.
+        supervise: answer: the loss counts the tokens of all answers with their ends. all: every token but a
+            beginning-of-sequence token.
 
     Raises:
         ConfigError: template is chat and the tokenizer has no chat template.
@@ -67,7 +52,7 @@ class Encoder:
         supervise: Literal["answer", "all"] = "answer",
     ):
         if template == "chat" and not tokenizer.chat_template:
-            raise ConfigError("data.template: is chat, but the tokenizer has no chat template; use plain or auto")
+            raise ConfigError("data.template: is chat, but the tokenizer has no chat template; plain or auto would do")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.supervise = supervise
@@ -75,8 +60,8 @@ class Encoder:
         self._shortened: set[tuple[str, int]] = set()
 
         bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-        begins = full[: len(full) - len(bare)] == [tokenizer.bos_token_id]
-        self._begin = [tokenizer.bos_token_id] if begins else []
+        begin = [tokenizer.bos_token_id]
+        self._begin = begin if full[:1] == begin and bare[:1] != begin else []
         self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         # SentencePiece-like tokenizers put a space before whatever they are given.
         self._prepends = tokenizer.decode(bare + bare) != "aa"
@@ -88,81 +73,75 @@ class Encoder:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: end of sequence and, with a chat template, the special tokens after an answer."""
+        """Tokens that end an answer: end of sequence and, in a chat template, the special tokens after an answer."""
         ids = set(self._end)
         if self.chat:
-            example = Example("", 0, (Turn("user", "question"), Turn("assistant", "answer")))
-            end = self._pieces(example)[-1][-1].text.split("answer")[-1]
-            special = self.tokenizer.added_tokens_decoder
+            probe = Example("the chat template", 0, (Turn("user", "question"), Turn("assistant", "answer")))
+            end = self._pieces(probe)[-1][-1].text.partition("answer")[2]
+            known = self.tokenizer.added_tokens_decoder
             tokens = self.tokenizer(end, add_special_tokens=False)["input_ids"]
-            ids |= {token for token in tokens if token in special and special[token].special}
+            ids |= {token for token in tokens if token in known and known[token].special}
         return sorted(ids)
 
     def encode(self, example: Example) -> list[dict[str, Any]]:
         """Training sequences of one example.
 
-        Usually one. A text that is longer than ``max_length`` gives several windows, each of which begins with the
-        last token of the one before, so that every token is predicted once. A conversation of which the chat template
-        rewrites earlier turns gives one sequence an answer.
+        Usually one. A text longer than ``max_length`` gives several windows, each of which begins with the last token
+        of the one before, so that every token is predicted once. A conversation whose earlier turns the chat template
+        rewrites as it goes on gives one sequence an answer.
 
         Returns:
-            ``input_ids`` and ``labels`` (lists of int of the same length; -100 where not supervised) and ``row``.
+            ``input_ids`` and ``labels`` (lists of int of one length; -100 where not supervised) and ``row``.
 
         Raises:
-            DataError: the row is too long although all its input is left out, no token is supervised, or the chat
-                template cannot render it.
+            DataError: the row is too long even without its input, no token is supervised, or the chat template cannot
+                render it.
         """
         return self.encode_all([example])
 
     def encode_all(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """Training sequences of many examples, in order; see `encode`."""
-        sequences = [
-            (example, number, pieces)
-            for example in examples
-            for number, pieces in enumerate(self._pieces(example))
-        ]
-        rows: list[dict[str, Any]] = []
+        """Training sequences of many examples, in order; see :meth:`encode`."""
+        sequences = [(example, n, pieces) for example in examples for n, pieces in enumerate(self._pieces(example))]
         tokenised = self._tokenise([pieces for _, _, pieces in sequences])
-        for (example, number, _), tokens in zip(sequences, tokenised, strict=True):
-            if example.text is not None:
-                rows += self._windows(example, tokens[0].ids)
-                continue
-            parts = self._fit(example, number, tokens, self.max_length)
-            ids = [token for part in parts for token in part]
-            labels = [
-                token if piece.answer else IGNORED
-                for piece, part in zip(tokens, parts, strict=True)
-                for token in part
-            ]
-            rows.append(self._row(example, ids, labels if self.supervise == "answer" else ids))
+        rows: list[dict[str, Any]] = []
+        for (example, number, pieces), tokens in zip(sequences, tokenised, strict=True):
+            if example.text is None:
+                ids, labels = self._joined(pieces, self._fit(example, number, pieces, tokens, reserve=0))
+                rows.append(self._row(example, ids, labels if self.supervise == "answer" else ids))
+            else:
+                ids, _ = self._joined(pieces, [tokens[0].ids])
+                for start in range(0, max(1, len(ids) - 1), self.max_length - 1):
+                    window = ids[start : start + self.max_length]
+                    rows.append(self._row(example, window, window if start == 0 else [IGNORED, *window[1:]]))
         return rows
 
     def prompt(self, example: Example, reserve: int) -> list[int]:
-        """Tokens to generate the last answer from: everything before it, shortened to ``max_length - reserve``.
+        """Tokens to generate the last answer from: all that stands before it, in ``max_length - reserve`` tokens.
 
         Raises:
-            DataError: it does not fit although all its input is left out.
+            DataError: it does not fit even without its input, or the chat template cannot render it.
         """
         sequences = self._pieces(example)
-        [tokens] = self._tokenise([sequences[-1][:-1]])
-        parts = self._fit(example, len(sequences) - 1, tokens, self.max_length - reserve, reserve)
-        return [token for part in parts for token in part]
+        pieces = sequences[-1][:-1]
+        [tokens] = self._tokenise([pieces])
+        return self._joined(pieces, self._fit(example, len(sequences) - 1, pieces, tokens, reserve))[0]
 
     def answer_length(self, example: Example) -> int:
         """Tokens of the last answer with its end."""
-        [tokens] = self._tokenise([self._pieces(example)[-1]])
-        return len(tokens[-1].ids)
+        pieces = self._pieces(example)[-1]
+        [tokens] = self._tokenise([pieces])
+        return len(self._joined(pieces[-1:], [tokens[-1].ids])[0])
 
     def decode(self, ids: list[int]) -> str:
-        """The text of a response: no special tokens, no white space around it."""
+        """The text of a response, without special tokens and without white space around it."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     # --- text ---
 
     def _pieces(self, example: Example) -> list[list[_Piece]]:
-        """An example's sequences as text: pieces that alternate between what stands before an answer and the answer."""
+        """The text of an example's sequences, in pieces: in turn what stands before an answer, and the answer."""
         if example.text is not None:
-            return [[_Piece(example.text, False)]]
+            return [[_Piece(example.text, begins=True)]]
         if not self.chat:
             return [_plain(example.turns)]
         from jinja2 import TemplateError
@@ -176,7 +155,8 @@ class Encoder:
                 return self._chat_pieces(_without_system(example.turns))
         except (TemplateError, _TemplateBrokenError) as error:
             raise DataError(
-                f"{_where(example)}: the chat template cannot be used: {error}; data.template: plain would do"
+                f"{where(example.file, example.row)}: the tokenizer's chat template cannot be used: {error}; "
+                "data.template=plain does without it"
             ) from None
 
     def _chat_pieces(self, turns: Sequence[Turn]) -> list[list[_Piece]]:
@@ -185,59 +165,257 @@ class Encoder:
         for end, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            before = self._render(turns[:end], add_generation_prompt=True)
-            after = self._render(turns[: end + 1], add_generation_prompt=False)
+            before = self._rendered(turns[:end], add_generation_prompt=True)
+            after = self._rendered(turns[: end + 1], add_generation_prompt=False)
+            answer = after.removeprefix(before)
             if not after.startswith(before):
-                raise _TemplateBrokenError(
-                    f"with an answer it does not begin as without: {_at_difference(before, after)}"
-                )
-            answer = after[len(before) :]
-            if not answer.lstrip().startswith(turn.content):
-                raise _TemplateBrokenError(
-                    f"it puts {answer[: answer.find(turn.content)]!r} before the answer"
-                    if turn.content in answer
-                    else f"it changes the answer {turn.content[:60]!r}"
-                )
+                raise _TemplateBrokenError(f"an answer changes what stands before it: {_difference(before, after)}")
+            if not answer.lstrip().startswith(turn.content.strip()):
+                raise _TemplateBrokenError(f"the answer {turn.content[:40]!r} becomes {answer[:80]!r}")
             if done is not None and before.startswith(done):
-                sequences[-1] += [_Piece(before[len(done) :], False), _Piece(answer, True)]
+                sequences[-1] += [_Piece(before[len(done) :]), _Piece(answer, answer=True)]
             else:
-                sequences.append([_Piece(before, False), _Piece(answer, True)])
+                sequences.append([_Piece(before), _Piece(answer, answer=True)])
             done = after
         return sequences
 
-    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    def _rendered(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             [{"role": turn.role, "content": turn.content} for turn in turns],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=False,
-            strftime_now=_fixed_date,
+            date_string=DATE,
         )
 
     # --- tokens ---
 
     def _tokenise(self, sequences: list[list[_Piece]]) -> list[list[_Tokens]]:
-        """Tokenise each different text once, the later pieces of a sequence as the middle of a text."""
-        keys = [[(piece.text, i > 0) for i, piece in enumerate(pieces)] for pieces in sequences]
+        """Tokenise each different text once; all pieces but the first of a sequence as the middle of a text."""
+        keys = [[(piece.text, i > 0 and self._prepends) for i, piece in enumerate(pieces)] for pieces in sequences]
         unique = list(dict.fromkeys(key for sequence in keys for key in sequence))
-        anchored = [_anchor(text) if inside and self._prepends else "" for text, inside in unique]
-        texts = [anchor + text for anchor, (text, _) in zip(anchored, unique, strict=True)]
-        encodings = self.tokenizer(
+        anchors = [_anchor(text) if inside else "" for text, inside in unique]
+        encodings = self._encodings([anchor + text for anchor, (text, _) in zip(anchors, unique, strict=True)])
+        found = {}
+        for key, anchor, encoding in zip(unique, anchors, encodings, strict=True):
+            found[key] = _Tokens(encoding)
+            if anchor:
+                skip = sum(end <= len(anchor) for _, end in encoding.offsets)
+                merged = any(start < len(anchor) < end for start, end in encoding.offsets)
+                found[key] = _Tokens(self._encodings([key[0]])[0]) if merged else _Tokens(encoding, skip, len(anchor))
+        return [[found[key] for key in sequence] for sequence in keys]
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        if not texts:
+            return []
+        return self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         ).encodings
-        found = {}
-        for key, anchor, encoding in zip(unique, anchored, encodings, strict=True):
-            if anchor:
-                offsets = encoding.offsets
-                skip = sum(end <= len(anchor) for _, end in offsets)
-                shifted = [(start - len(anchor), end - len(anchor)) for start, end in offsets[skip:]]
-                found[key] = encoding.ids[skip:], lambda shifted=shifted: shifted
-            else:
-                found[key] = encoding.ids, lambda encoding=encoding: encoding.offsets
-        result = []
-        for pieces, sequence in zip(sequences, keys, strict=True):
-            tokens = [_Tokens(found[key][0], piece.answer, found[key][1]) for piece, key in zip(pieces, sequence, strict=True)]
-            if not self.chat or not any(piece.answer for piece in pieces):
-                ...
-            result.append(tokens)
-        return result
+
+    def _joined(self, pieces: Sequence[_Piece], parts: Sequence[list[int]]) -> tuple[list[int], list[int]]:
+        """One sequence of the pieces' tokens, and its labels."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for piece, part in zip(pieces, parts, strict=True):
+            whole = (self._begin if piece.begins else []) + part + (self._end if piece.ends else [])
+            ids += whole
+            labels += whole if piece.answer else [IGNORED] * len(whole)
+        return ids, labels
+
+    def _row(self, example: Example, ids: list[int], labels: list[int]) -> dict[str, Any]:
+        begins = ids[:1] == [self.tokenizer.bos_token_id]
+        labels = [IGNORED] * begins + labels[begins:]
+        if all(label == IGNORED for label in labels[1:]):
+            raise DataError(f"{where(example.file, example.row)}: nothing left to supervise")
+        return {"input_ids": ids, "labels": labels, "row": example.row}
+
+    def _fit(
+        self, example: Example, number: int, pieces: list[_Piece], tokens: list[_Tokens], reserve: int
+    ) -> list[list[int]]:
+        """The tokens of each piece; where they are too many, without the middle of the longest cut spans.
+
+        Args:
+            number: which of the example's sequences the pieces belong to.
+            reserve: tokens to leave free.
+        """
+        parts = [piece.ids for piece in tokens]
+        length = len(self._joined(pieces, parts)[0])
+        excess = length - (self.max_length - reserve)
+        if excess <= 0:
+            return parts
+        spans = self._cut_spans(example, number, pieces, tokens)
+        sizes = [last - first for _, first, last in spans]
+        if sum(sizes) < excess:
+            raise DataError(
+                f"{where(example.file, example.row)}: has {length} tokens, of which {sum(sizes)} are input that may be "
+                f"cut; the other {length - sum(sizes)} are more than the {self.max_length - reserve} of "
+                f"data.max_length={self.max_length}"
+                + (f" less {reserve} for the response (evaluation.max_new_tokens)" if reserve else "")
+                + "; raise data.max_length, or shorten the row"
+            )
+        self._shortened.add((example.file, example.row))
+        for (index, first, last), keep in reversed(list(zip(spans, _levelled(sizes, excess), strict=True))):
+            head, tail = first + (keep + 1) // 2, last - keep // 2
+            parts[index] = parts[index][:head] + parts[index][tail:]
+        return parts
+
+    def _cut_spans(
+        self, example: Example, number: int, pieces: list[_Piece], tokens: list[_Tokens]
+    ) -> list[tuple[int, int, int]]:
+        """Which tokens may be cut, as (piece, first token, last token + 1) in order, found by rendering with marks."""
+        marked = self._pieces(replace(example, turns=tuple(_marked(turn) for turn in example.turns)))[number]
+        spans = []
+        for index, (piece, with_marks, found) in enumerate(zip(pieces, marked, tokens, strict=False)):
+            if re.sub(_MARKS, "", with_marks.text) != piece.text:
+                return []  # the template says something else where an input is marked
+            text, *rest = re.split(_MARKS, with_marks.text)
+            for inside, outside in zip(rest[::2], rest[1::2], strict=True):
+                start, end = len(text), len(text) + len(inside)
+                within = [i for i, (s, e) in enumerate(found.offsets()) if start <= s and e <= end]
+                if within:
+                    spans.append((index, within[0], within[-1] + 1))
+                text += inside + outside
+        return spans
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a sequence's text. ``begins``, ``ends``: it takes the tokenizer's own begin or end token."""
+
+    text: str
+    answer: bool = False
+    begins: bool = False
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a text, that is, of ``encoding`` without the first ``skip``, which are of ``shift`` characters."""
+
+    encoding: Any
+    skip: int = 0
+    shift: int = 0
+
+    @property
+    def ids(self) -> list[int]:
+        return self.encoding.ids[self.skip :]
+
+    def offsets(self) -> list[tuple[int, int]]:
+        """[start, end) of each token in the text."""
+        return [(start - self.shift, end - self.shift) for start, end in self.encoding.offsets[self.skip :]]
+
+
+class _TemplateBrokenError(Exception):
+    """The reason why a chat template cannot tell an answer from what stands before it."""
+
+
+def _plain(turns: Sequence[Turn]) -> list[_Piece]:
+    """Turns joined by newlines; one space before an answer, unless white space stands there already."""
+    pieces: list[_Piece] = []
+    before = ""
+    for turn in turns:
+        if turn.role == "assistant":
+            pieces.append(_Piece(before, begins=not pieces))
+            gap = "" if before[-1:].isspace() else " "
+            pieces.append(_Piece(gap + turn.content, answer=True, ends=True))
+            before = "\n"
+        else:
+            joint = "\n" if before.strip() else ""
+            before += joint + turn.content
+    return pieces
+
+
+def _without_system(turns: Sequence[Turn]) -> list[Turn]:
+    """Put the system's text before the first user turn's, for templates that know no system."""
+    system = "\n".join(turn.content for turn in turns if turn.role == "system")
+    first, *rest = (turn for turn in turns if turn.role != "system")
+    shift = len(system) + 2
+    cut = None if first.cut is None else (first.cut[0] + shift, first.cut[1] + shift)
+    return [Turn(first.role, f"{system}\n\n{first.content}", cut), *rest]
+
+
+def _marked(turn: Turn) -> Turn:
+    """Mark the cut span, inside its white space, which a template may strip."""
+    start, end = turn.cut or (0, 0)
+    span = turn.content[start:end]
+    if not span.strip():
+        return turn
+    start, end = start + len(span) - len(span.lstrip()), end - len(span) + len(span.rstrip())
+    content = turn.content
+    return Turn(turn.role, content[:start] + _OPEN + content[start:end] + _CLOSE + content[end:])
+
+
+def _anchor(text: str) -> str:
+    """A character to put before a text so that it is tokenised as the middle of one."""
+    return "a" if text[:1].isspace() else "\n"
+
+
+def _difference(before: str, after: str) -> str:
+    at = next((i for i, (x, y) in enumerate(zip(before, after, strict=False)) if x != y), len(after))
+    return f"{before[at : at + 40]!r} becomes {after[at : at + 40]!r}"
+
+
+def _levelled(sizes: list[int], excess: int) -> list[int]:
+    """Take ``excess`` from the largest sizes until they are level, then from all of them alike."""
+    sizes = list(sizes)
+    while excess > 0:
+        largest = max(sizes)
+        at = [i for i, size in enumerate(sizes) if size == largest]
+        below = max((size for size in sizes if size < largest), default=0)
+        each, rest = divmod(min(excess, (largest - below) * len(at)), len(at))
+        for place, i in enumerate(at):
+            sizes[i] -= each + (place < rest)
+        excess -= each * len(at) + rest
+    return sizes
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer from its folder or the hub, with a padding token: its own, or end or unknown.
+
+    Raises:
+        ConfigError: there is no such folder or hub name, it holds no tokenizer, or one that is not fast.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(model.name)
+    if folder.is_file():
+        raise ConfigError(f"model.name: {model.name!r} is a file; give the folder that holds the model")
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"model.name: the folder {model.name!r} holds no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be "
+            "there, as tokenizer.save_pretrained(folder) writes it"
+        )
+    if not folder.is_dir() and (model.name.startswith((".", "/", "~")) or model.name.count("/") > 1):
+        raise ConfigError(f"model.name: there is no folder {model.name!r} (looked from {Path.cwd()})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # whatever a hub, a disk or a parser may raise
+        place = (
+            "has a tokenizer that cannot be read" if folder.is_dir() else "is no folder, and no tokenizer of the hub"
+        )
+        raise ConfigError(f"model.name: {model.name!r} {place}: {error}") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"model.name: {model.name!r} has a slow tokenizer; a tokenizer.json is needed")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"model.name: the tokenizer of {model.name!r} has no padding, end or unknown token; name one")
+    return tokenizer
+
+
+def resolve_max_length(requested: int | None, model_config: Any) -> int:
+    """Tokens of a sequence: ``data.max_length``, or the model's context where absent.
+
+    Raises:
+        ConfigError: more is requested than the model's context, or neither is known.
+    """
+    context: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if requested is None and context is None:
+        raise ConfigError("data.max_length: is needed, as the model states no context length")
+    if requested is not None and context is not None and requested > context:
+        raise ConfigError(f"data.max_length: {requested} is more than the model's context of {context} tokens")
+    length = requested or context
+    assert length is not None
+    return length

@@ -283,19 +283,24 @@ def _invalid(path: Path, index: int, line: int, error: json.JSONDecodeError) -> 
 
 def _csv(path: Path, text: str) -> list[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[dict[str, Any]] = []
-    line = 2
+    names: list[str] = []
+    line = 1
     try:
         for fields in reader:
-            row = _row(path, len(rows), line, fields)
-            columns = len(reader.fieldnames or ())
-            if None in row or None in row.values():
-                raise DataError(f"{where(path, len(rows), row)}: must have {columns} fields, as the first line has")
-            rows.append(row)
+            if not names:
+                names = fields
+            elif fields:
+                if len(fields) != len(names):
+                    raise DataError(
+                        f"{path}: row {len(rows) + 1} (line {line}): has {len(fields)} fields, not the {len(names)} "
+                        f"that the first line names: {', '.join(names)}"
+                    )
+                rows.append(_row(path, len(rows), line, dict(zip(names, fields, strict=True))))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}: row {len(rows) + 1} (line {reader.line_num}): is not valid CSV: {error}") from None
+        raise DataError(f"{path}: row {len(rows) + 1} (line {line}): is not valid CSV: {error}") from None
     return rows
 
 

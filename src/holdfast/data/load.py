@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,15 @@ class _Split:
 
 def _load(source: _Source, data: DataConfig) -> Task:
     config = source.config
-    splits, labels = _from_dataset(config) if config.path is None else _from_folder(Path(config.path), config.name)
-    for split in splits.values():
-        split.rows = [_renamed(row, config.columns, where(split.file, i, row)) for i, row in enumerate(split.rows)]
-    splits["train"].rows = splits["train"].rows[: data.train_rows]
-    splits["test"].rows = splits["test"].rows[: data.test_rows]
+    limits = {"train": data.train_rows, "test": data.test_rows}
+    if config.path is None:
+        splits, labels = _from_dataset(config, limits)
+    else:
+        splits, labels = _from_folder(Path(config.path), config.name)
+    for name, split in splits.items():
+        split.rows = split.rows[: limits.get(name)]
+        if config.columns:
+            split.rows = [_renamed(row, config.columns, where(split.file, i, row)) for i, row in enumerate(split.rows)]
 
     format = config.format or detect(splits["train"].rows, splits["train"].file)
     instruction = config.instruction or _own_instruction(config)
@@ -223,7 +227,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     return [file for stem in SPLITS[split] for suffix in SUFFIXES if (file := folder / (stem + suffix)).is_file()]
 
 
-def _from_dataset(config: TaskConfig) -> tuple[dict[str, _Split], list[str] | None]:
+def _from_dataset(config: TaskConfig, limits: dict[str, int | None]) -> tuple[dict[str, _Split], list[str] | None]:
     """Load a Hugging Face dataset; class labels become their names."""
     from datasets import ClassLabel, DatasetDict, load_dataset
 
@@ -240,10 +244,11 @@ def _from_dataset(config: TaskConfig) -> tuple[dict[str, _Split], list[str] | No
             if split == "eval":
                 continue
             raise DataError(f"task {config.name!r}: dataset {source!r} has no {split} split, but {', '.join(found)}")
-        rows = found[stem].to_list()
+        table = found[stem]
+        rows = table.select(range(min(len(table), limits.get(split) or len(table)))).to_list()
         if not rows:
             raise DataError(f"task {config.name!r}: split {stem} of dataset {source!r} holds no rows")
-        for column, feature in found[stem].features.items():
+        for column, feature in table.features.items():
             if isinstance(feature, ClassLabel):
                 for row in rows:
                     index = row[column]
@@ -362,30 +367,32 @@ def _choices(row: dict[str, Any], place: str) -> tuple[str, list[str], int]:
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{place}: question: must be text; found the keys {', '.join(map(repr, row))}")
     choices = row.get("choices")
-    if (
-        not isinstance(choices, list)
-        or len(choices) < 2
-        or not all(isinstance(choice, str) and choice.strip() for choice in choices)
-    ):
-        raise DataError(f"{place}: choices: must be a list of at least two texts, not {choices!r}")
-    return question, choices, _right(row.get("answer"), choices, place)
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f"{place}: choices: must be a list of texts, not {choices!r}")
+    right = _right(row.get("answer"), choices, place)
+    kept = [i for i, choice in enumerate(choices) if choice.strip()]  # tables of questions pad short lists with blanks
+    if len(kept) < 2 or right not in kept:
+        raise DataError(f"{place}: choices: must be at least two texts, the right one among them, not {choices!r}")
+    return question, [choices[i] for i in kept], kept.index(right)
 
 
 def _right(answer: Any, choices: list[str], place: str) -> int:
     """Which choice ``answer`` means: an index, [an index], a letter, or the text of the choice."""
-    meant: Iterable[int] = []
+    meant: set[int] = set()
     if isinstance(answer, list) and len(answer) == 1 and str(answer[0]).isdecimal():
         answer = int(answer[0])
     if type(answer) is int:
         meant = {answer} & set(range(len(choices)))
     elif isinstance(answer, str):
-        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
-        meant = {i for i, choice in enumerate(choices) if choice.strip() == answer.strip()}
-        meant |= {i for i, letter in enumerate(letters) if letter == answer.strip().upper()}
-    right = list(meant)
-    if len(right) != 1:
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+        meant = {
+            i
+            for i, choice in enumerate(choices)
+            if answer.strip() in (choice.strip(), str(i)) or answer.strip().upper() == letters[i : i + 1]
+        }
+    if len(meant) != 1:
         raise DataError(
-            f"{place}: answer: {answer!r} {'names no choice' if not right else 'could be two choices'}; it must be an "
+            f"{place}: answer: {answer!r} {'names no choice' if not meant else 'could be two choices'}; it must be an "
             f"index from 0 to {len(choices) - 1}, a letter, or the text of one of {choices!r}"
         )
-    return right[0]
+    return meant.pop()

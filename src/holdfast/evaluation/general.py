@@ -28,7 +28,7 @@ def evaluate_general(
     """Measure general abilities.
 
     - perplexity: exp of the mean negative log-likelihood per token over all texts; a text that is longer than the
-      encoder's ``max_length`` is read in windows, each without the one before.
+      encoder's ``max_length`` is read in windows, of which each knows the one before by its last token only.
     - choices: share of questions whose right choice is the likeliest. Question and choice stand in the template that
       training uses, and a choice's likelihood is the plain sum of its tokens' log-probabilities, end token included,
       not divided by its length (what lm-evaluation-harness calls ``acc``). Of equal ones the first counts.

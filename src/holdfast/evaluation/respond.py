@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from holdfast.data.task import Example, Task
-from holdfast.errors import DataError
 from holdfast.evaluation.score import SCORERS
 from holdfast.generation import generate, inference
 
@@ -37,7 +36,8 @@ def evaluate_task(
 
     Args:
         batch_size: sequences in one forward pass.
-        max_new_tokens: longest response; where None, the longest train answer (with its end token) and 8 more.
+        max_new_tokens: longest response; where None, :func:`response_limit`, which reads all train examples: whoever
+            measures a task more than once does better to compute it once.
         on_batch: called after every batch with the number of sequences done so far; it may raise to stop.
 
     Returns:
@@ -45,7 +45,7 @@ def evaluate_task(
         score (mean negative log-likelihood per supervised token, in nats) and tokens (how many these are).
 
     Raises:
-        DataError: a test example has no token to predict.
+        DataError: a test example cannot be encoded in the encoder's ``max_length``, or has no token to predict.
         ConfigError: the library that computes the metric is not installed.
     """
     if task.metric == "loss":
@@ -55,14 +55,14 @@ def evaluate_task(
             for example, loss, n in zip(task.test, losses, counts, strict=True)
         ]
     if max_new_tokens is None:
-        max_new_tokens = max(encoder.answer_length(example) for example in task.train) + MARGIN
+        max_new_tokens = response_limit(encoder, task)
     responses = generate(
         model,
         [encoder.prompt(example, reserve=max_new_tokens) for example in task.test],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        eos_token_ids=end_tokens(model, encoder),
-        pad_token_id=pad_token(encoder),
+        eos_token_ids=encoder.stop_ids,
+        pad_token_id=encoder.tokenizer.pad_token_id,
         on_batch=on_batch,
     )
     score = SCORERS[task.metric]
@@ -79,6 +79,11 @@ def evaluate_task(
             }
         )
     return records
+
+
+def response_limit(encoder: Encoder, task: Task) -> int:
+    """Tokens that a response needs: those of the longest train answer, with its end, and 8 more."""
+    return max(encoder.answer_length(example) for example in task.train) + MARGIN
 
 
 def task_score(records: Sequence[dict[str, Any]], metric: str) -> float:
@@ -98,20 +103,17 @@ def example_losses(
     """Sums over each example's sequences of :func:`token_losses`: nats and supervised tokens, both ``[examples]``.
 
     Raises:
-        DataError: an example has no token to predict.
+        DataError: an example cannot be encoded, or has no token to predict.
     """
     encoded = [encoder.encode(example) for example in examples]
     owner = np.array([i for i, rows in enumerate(encoded) for _ in rows], dtype=np.int64)
     rows = [row for rows in encoded for row in rows]
     losses, tokens = token_losses(
-        model, rows, batch_size=batch_size, pad_token_id=pad_token(encoder), on_batch=on_batch
+        model, rows, batch_size=batch_size, pad_token_id=encoder.tokenizer.pad_token_id, on_batch=on_batch
     )
     loss_sums, token_sums = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
     np.add.at(loss_sums, owner, losses)
     np.add.at(token_sums, owner, tokens)
-    for example, n in zip(examples, token_sums, strict=True):
-        if n == 0:
-            raise DataError(f"{example.file}, row {example.row}: has no token to predict; at least two are needed")
     return loss_sums, token_sums
 
 
@@ -151,26 +153,10 @@ def token_losses(
                 )
             )
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [batch, seq, vocab]
-            sums = []
-            for logit, label in zip(logits[:, :-1], labels[:, 1:], strict=True):
+            for i, logit, label in zip(batch, logits[:, :-1], labels[:, 1:], strict=True):
                 supervised = label != -100
-                loss = F.cross_entropy(logit[supervised].float(), label[supervised], reduction="none")
-                sums.append(loss.double().sum())
-            losses[batch] = torch.stack(sums).cpu().numpy()
-            counts[batch] = (labels[:, 1:] != -100).sum(dim=1).cpu().numpy()
+                nats = F.cross_entropy(logit[supervised].float(), label[supervised], reduction="none")
+                losses[i], counts[i] = float(nats.cpu().double().sum()), len(nats)
             if on_batch is not None:
                 on_batch(start + len(batch))
     return losses, counts
-
-
-def end_tokens(model: PreTrainedModel | PeftModel, encoder: Encoder) -> list[int]:
-    """Tokens that end a response: the tokenizer's end of text and those of the model's generation settings."""
-    declared = model.generation_config.eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
-    return sorted({token for token in [encoder.tokenizer.eos_token_id, *declared] if token is not None})
-
-
-def pad_token(encoder: Encoder) -> int:
-    """The tokenizer's padding token, or 0 where it has none: padding is masked."""
-    pad = encoder.tokenizer.pad_token_id
-    return 0 if pad is None else pad

@@ -27,15 +27,7 @@ for (const details of document.querySelectorAll("details")) {
 }
 dark.addEventListener("change", () => drawAll());
 
-const opened = [];
-addEventListener("beforeprint", () => {
-  opened.push(...document.querySelectorAll("details:not([open])"));
-  for (const details of opened) details.open = true;
-  drawAll("light", PAPER_WIDTH);
-});
-addEventListener("afterprint", () => {
-  for (const details of opened.splice(0)) details.open = false;
-  drawAll();
-});
+addEventListener("beforeprint", () => drawAll("light", PAPER_WIDTH));
+addEventListener("afterprint", () => drawAll());
 
 drawAll();

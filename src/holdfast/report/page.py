@@ -69,11 +69,11 @@ class _Page:
     def __init__(self) -> None:
         self.plots: dict[str, plots.Plot] = {}
 
-    def plot(self, figure: plots.Plot, alt: str, width: int = 0) -> dict[str, Any]:
-        """Keep a plot for the page; ``width`` is the least width in pixels in which it can be read."""
+    def plot(self, figure: plots.Plot, alt: str) -> dict[str, Any]:
+        """Keep a plot for the page."""
         name = f"plot-{len(self.plots) + 1}"
         self.plots[name] = figure
-        return {"id": name, "alt": alt, "width": width, "height": figure["layout"]["height"]}
+        return {"id": name, "alt": alt, "width": figure.pop("min_width", 0), "height": figure["layout"]["height"]}
 
     def comparison(self, runs: list[Run]) -> dict[str, Any]:
         rows = rows_of(runs)
@@ -115,7 +115,6 @@ class _Page:
                     "heat_map": self.plot(
                         plots.heat_map(run, columns),
                         "Heat map of the score matrix; the table below it holds the same figures",
-                        width=150 + 62 * len(columns),
                     ),
                     "curves": self.plot(
                         plots.task_curves(run, columns),
@@ -173,18 +172,19 @@ def _scale(metric: str) -> str:
 def _headline(run: Run) -> list[str]:
     """What happened, in sentences."""
     summary, few = run.matrix["summary"], len(run.tasks)
-    lower = run.lower_is_better(0)
-    score = "loss" if lower else "score"
+    score = run.matrix["metrics"][run.tasks[0]] if run.lower_is_better(0) else "score"
     sentences = []
     if summary["average"] is not None:
-        over = f"over {few} tasks" if few > 1 else "on its task"
-        sentences.append(f"After the last stage the mean {score} {over} is {number(summary['average'])}.")
+        mean = f"mean {score} over {few} tasks" if few > 1 else score
+        sentences.append(f"After the last stage the {mean} is {number(summary['average'])}.")
     if summary["forgetting"] is not None:
-        change = number(abs(summary["forgetting"]))
-        if summary["forgetting"] > 0:
-            sentences.append(f"An earlier task has lost {change} since its best, on average.")
+        forgetting = round(summary["forgetting"], 3)
+        if forgetting > 0:
+            sentences.append(f"An earlier task has lost {number(forgetting)} since its best, on average.")
+        elif forgetting < 0:
+            sentences.append(f"Nothing was forgotten: an earlier task has gained {number(-forgetting)}, on average.")
         else:
-            sentences.append(f"Nothing was forgotten: an earlier task has gained {change} on its best, on average.")
+            sentences.append("Nothing was forgotten.")
     if summary["general_change"] is not None:
         sentences.append(f"General ability has changed by {number(summary['general_change'], signed=True)}.")
     return sentences
@@ -197,6 +197,10 @@ def _comparison_headline(rows: list[dict[str, Any]]) -> list[str]:
         best = [row for row in rows if key in row["best"]]
         if best:
             sentences.append(f"{text} is {number(best[0][key])} ({'; '.join(row['run'] for row in best)}).")
+    references = [row for row in rows if row["reference"] and row["average"] is not None]
+    if references:
+        reached = "; ".join(f"{number(row['average'])} ({row['run']})" for row in references)
+        sentences.append(f"For reference, the average is {reached}.")
     return sentences
 
 

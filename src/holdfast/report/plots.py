@@ -17,9 +17,10 @@ POINTS = 500  # of one curve, at most
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
 FRACTIONS = {"range": [-0.04, 1.04], "tickvals": [0, 0.2, 0.4, 0.6, 0.8, 1]}
 
-# Low to high, in steps of lightness that hold for every kind of colour vision; high stands out from the page.
-SCALE_LIGHT = ["#fbf8e3", "#cfe8c3", "#86cbbb", "#41a3b5", "#2474a6", "#22478a", "#14235a"]
-SCALE_DARK = ["#182338", "#1f3f70", "#21669a", "#2f90ab", "#63b9ac", "#a9dbb0", "#eaf5cf"]
+# Low to high, in steps of lightness that hold for every kind of colour vision; high stands out from the page, and the
+# text of the theme can be read on all of them.
+SCALE_LIGHT = ["#fbf8e3", "#d5ecc4", "#97d5bd", "#5cbcc6", "#3f9fc8"]
+SCALE_DARK = ["#1a2530", "#1c3a58", "#1a5279", "#166b8c", "#158080"]
 # No two neighbours can be confused by any kind of colour vision; markers differ as well.
 COLOURS_LIGHT = ["#0068a8", "#c24e00", "#00795b", "#a63a80", "#8a6a00", "#50545c", "#3d8fc6", "#7d2e12"]
 COLOURS_DARK = ["#5fb4f0", "#f78f4a", "#3ecb9f", "#e791c6", "#e5c53a", "#b4bcc6", "#a5d8ff", "#d8a07e"]
@@ -28,15 +29,16 @@ COLOURS_DARK = ["#5fb4f0", "#f78f4a", "#3ecb9f", "#e791c6", "#e5c53a", "#b4bcc6"
 def templates() -> dict[str, Plot]:
     """The two plotly templates, ``light`` and ``dark``; they carry every colour."""
     return {
-        "light": _template(ink="#20262b", muted="#5b6670", line="#dde2e6", surface="#ffffff", outline="#d6500a", dark=False),
-        "dark": _template(ink="#e4e9ec", muted="#9ba7b0", line="#313b42", surface="#161d21", outline="#ff9d5c", dark=True),
+        "light": _template(ink="#20262b", muted="#5b6670", line="#dde2e6", surface="#ffffff", outline="#c24e00", text="#14191d", dark=False),
+        "dark": _template(ink="#e4e9ec", muted="#9ba7b0", line="#313b42", surface="#161d21", outline="#ff9d5c", text="#ffffff", dark=True),
     }
 
 
 def heat_map(run: Run, columns: list[int]) -> Plot:
     """The score matrix: rows are stages, columns are tasks that share a scale; own stages are outlined.
 
-    Where the scores of joint training are known they make a last row.
+    Where the scores of joint training are known they make a last row. ``min_width`` is the width in pixels below which
+    the figures would run into each other.
     """
     rows = [[stage[j] for j in columns] for stage in run.scores]
     names = run.stage_names()
@@ -78,7 +80,8 @@ def heat_map(run: Run, columns: list[int]) -> Plot:
         "hovermode": "closest",
         "margin": {"t": 16, "b": 8},
     }
-    return {"data": [trace], "layout": layout}
+    labels = max(len(text) for text in layout["yaxis"]["ticktext"])
+    return {"data": [trace], "layout": layout, "min_width": 30 + 7 * labels + 54 * len(columns)}
 
 
 def task_curves(run: Run, columns: list[int]) -> Plot:
@@ -98,12 +101,15 @@ def general_curves(run: Run, names: list[str]) -> Plot:
 
 def seen_average_curves(runs: list[Run]) -> Plot:
     """Average over the tasks learned so far, by stage, one curve a run."""
-    series = [_curve(run.label, i, [None, *run.seen_average()]) for i, run in enumerate(runs)]
+    series = [
+        _curve(run.label, i, [None, *run.seen_average()], large=len(run.tasks) if run.method == "joint" else None)
+        for i, run in enumerate(runs)
+    ]
     plot = _over_stages(runs[0], series, fractions=not runs[0].lower_is_better(0))
     stages = max(len(run.tasks) for run in runs)
     plot["layout"]["xaxis"] = {
         "tickvals": list(range(1, stages + 1)),
-        "range": [0.8, stages + 0.2],
+        "range": [0.6, stages + 0.4],
         "title": {"text": "after stage"},
     }
     return plot
@@ -183,16 +189,13 @@ def loss_curves(run: Run) -> Plot:
         "height": 340,
         "xaxis": {
             "tickvals": [start[stage] + length[stage] / 2 for stage in stages],
-            "ticktext": [f"{_short(tasks[stage], 16)}<br>{length[stage]:,} steps" for stage in stages],
+            "ticktext": [f"{_short(tasks[stage], 12)}<br>{length[stage]:,} steps" for stage in stages],
+            "ticklabeloverflow": "allow",
             "range": [0, sum(length.values())],
-            "showgrid": False,
+            "minor": {"tickvals": [start[stage] for stage in stages[1:]], "showgrid": True},
         },
         "yaxis": {"rangemode": "tozero"},
-        "shapes": [
-            {"type": "line", "x0": start[stage], "x1": start[stage], "yref": "paper", "y0": 0, "y1": 1}
-            | {"line": {"width": 1, "dash": "dot"}, "opacity": 0.6}
-            for stage in stages[1:]
-        ],
+        "showlegend": True,
         "hovermode": "closest",
     }
     return {"data": series, "layout": layout}
@@ -214,10 +217,10 @@ def thin(points: Sequence[tuple[Any, float]], limit: int) -> list[tuple[Any, flo
 
 
 def _over_stages(run: Run, series: list[Plot], fractions: bool) -> Plot:
-    names = ["before", *run.stage_names()[1:]] if run.method == "joint" else ["before", *run.tasks]
+    names = ["before", *(name.removeprefix("after ") for name in run.stage_names()[1:])]
     layout = {
         "height": 340,
-        "xaxis": _names(names, 14) | {"title": {"text": "after stage"}, "range": [-0.2, len(names) - 0.8]},
+        "xaxis": _names(names, 12) | {"title": {"text": "after stage"}, "range": [-0.4, len(names) - 0.6]},
         "yaxis": dict(FRACTIONS) if fractions else {},
         "hovermode": "x unified",
         "showlegend": True,
@@ -233,7 +236,7 @@ def _curve(name: str, i: int, y: list[float | None], large: int | None = None) -
         "y": y,
         "mode": "lines+markers",
         "line": {"width": 2, "dash": _dash(i // len(COLOURS_LIGHT))},
-        "marker": {"symbol": SYMBOLS[i % len(SYMBOLS)], "opacity": 1, "size": [15 if t == large else 8 for t in range(len(y))]},
+        "marker": {"symbol": SYMBOLS[i % len(SYMBOLS)], "opacity": 1, "size": [15 if t == large else 9 for t in range(len(y))]},
         "hovertemplate": "%{y:.4f}",
     }
 
@@ -250,6 +253,7 @@ def _names(names: list[str], length: int) -> Plot:
         "zeroline": False,
         "ticks": "",
         "ticklabelstandoff": 6,
+        "ticklabeloverflow": "allow",
     }
 
 
@@ -262,7 +266,7 @@ def _plain(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def _template(ink: str, muted: str, line: str, surface: str, outline: str, dark: bool) -> Plot:
+def _template(ink: str, muted: str, line: str, surface: str, outline: str, text: str, dark: bool) -> Plot:
     scale = SCALE_DARK if dark else SCALE_LIGHT
     colourscale = [[i / (len(scale) - 1), colour] for i, colour in enumerate(scale)]
     axis = {
@@ -274,18 +278,22 @@ def _template(ink: str, muted: str, line: str, surface: str, outline: str, dark:
         "title": {"standoff": 12, "font": {"color": muted, "size": 12}},
     }
     return {
-        "data": {"heatmap": [{"colorscale": colourscale}]},
+        "data": {
+            "heatmap": [{"colorscale": colourscale, "textfont": {"color": text, "size": 13}}],
+            "scatter": [{"marker": {"line": {"color": surface, "width": 1}}}],
+        },
         "layout": {
             "colorway": COLOURS_DARK if dark else COLOURS_LIGHT,
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"color": ink, "size": 12, "family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"},
-            "xaxis": axis | {"showgrid": False},
+            "xaxis": axis | {"showgrid": False, "minor": {"gridcolor": muted, "griddash": "dot"}},
             "yaxis": axis,
             "hoverlabel": {"bgcolor": surface, "bordercolor": muted, "font": {"color": ink}, "namelength": -1},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
             "annotationdefaults": {"font": {"color": muted}},
             "shapedefaults": {"line": {"color": outline, "width": 2.5}},
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": muted, "activecolor": ink},
             "margin": {"l": 8, "r": 12, "t": 24, "b": 8},
             "dragmode": False,
         },

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from holdfast.config import RunConfig, load_config
+from holdfast.data.task import Task
 from holdfast.directory import RunDirectory, open_directory, slug
 from holdfast.errors import ConfigError, Interrupted, RunDirectoryError, UserError
-from holdfast.evaluation.general import evaluate_general
-from holdfast.evaluation.respond import evaluate_task, task_score
+from holdfast.evaluation.general import evaluate_general, matrix_name
+from holdfast.evaluation.respond import evaluate_task, response_limit, task_score
 from holdfast.files import is_disk_full, read_json, read_jsonl, whole_folder, write_json, write_jsonl
 from holdfast.interrupt import Interrupt
 from holdfast.methods.saved import load_states, save_states
@@ -68,6 +69,7 @@ class Run:
         self.progress = progress
         self.interrupt = interrupt
         self._model: Any = None
+        self._limits: dict[str, int] = {}
 
     def go(self) -> dict[str, Any]:
         """Do what is left to do."""
@@ -152,13 +154,13 @@ class Run:
                     self.setup.encoder,
                     task,
                     batch_size=settings.batch_size,
-                    max_new_tokens=settings.max_new_tokens,
+                    max_new_tokens=settings.max_new_tokens or self._response_limit(task),
                     on_batch=lambda n, bar=bar, total=len(task.test): self._evaluated(bar, n, total),
                 )
             write_jsonl(path, records)
         general = {}
         if self.setup.general:
-            total = sum(len(g.texts) + len(g.questions) for g in self.setup.general)
+            total = sum(len(g.texts) + sum(len(choices) for _, choices, _ in g.questions) for g in self.setup.general)
             with self.progress.bar(f"evaluate general abilities {when}") as bar:
                 general = evaluate_general(
                     self.model,
@@ -171,6 +173,11 @@ class Run:
         matrix = self._write_matrix()
         scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
         self.progress.line(f"{when}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores))
+
+    def _response_limit(self, task: Task) -> int | None:
+        if task.metric != "loss" and task.name not in self._limits:
+            self._limits[task.name] = response_limit(self.setup.encoder, task)
+        return self._limits.get(task.name)
 
     def _evaluated(self, bar: Any, done: int, total: int) -> None:
         bar.update(done, total=total)
@@ -201,7 +208,7 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
     """Build what matrix.json holds (DESIGN 4.3) from the responses in the stages' folders."""
     tasks = setup.stream.tasks
     rows: list[list[Any]] = [[None] * len(tasks) for _ in range(len(tasks) + 1)]
-    general: dict[str, list[float | None]] = {g.name: [None] * (len(tasks) + 1) for g in setup.general}
+    general: dict[str, list[float | None]] = {matrix_name(g): [None] * (len(tasks) + 1) for g in setup.general}
     for stage in [Planned(0, "start", (), 0), *setup.stages]:
         folder = directory.stage(stage.index, stage.name)
         for j, task in enumerate(tasks):
@@ -219,7 +226,8 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
         [None if records is None else task_score(records, task.metric) for task, records in zip(tasks, row, strict=True)]
         for row in rows
     ]
-    samples = [[None if r is None else np.array([x["score"] for x in r], dtype=float) for r in row] for row in rows]
+    samples = [[None if r is None else np.array([x["score"] for x in r]) for r in row] for row in rows]
+    tokens = [None if r is None or "tokens" not in r[0] else np.array([x["tokens"] for x in r]) for r in rows[0]]
     resamples = setup.config.evaluation.bootstrap
     return {
         "tasks": [task.name for task in tasks],
@@ -228,7 +236,7 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
         "general": general,
         "joint": scores[-1] if setup.methods[0].schedule == "joint" else None,
         "summary": summarize(scores, metrics=metrics, general=general),
-        "intervals": intervals(samples, metrics=metrics, resamples=resamples) if resamples else {},
+        "intervals": intervals(samples, metrics=metrics, weights=tokens, resamples=resamples) if resamples else {},
     }
 
 

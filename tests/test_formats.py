@@ -1,0 +1,236 @@
+"""Files to rows to examples: every shape is read as it stands, and every bad row is named with its reason."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from holdfast.data.formats import detect, read_rows, to_examples
+from holdfast.data.task import Turn
+from holdfast.errors import ConfigError, DataError
+
+ROWS = [{"prompt": "Wie heißt\ndas, bitte?", "answer": "Tür"}, {"prompt": '"two", please', "answer": "2"}]
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+WRITERS = {
+    "array.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"),
+    "utf8.json": lambda path, rows: path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8"),
+    "bom.json": lambda path, rows: path.write_text(json.dumps(rows), encoding="utf-8-sig"),
+    "lines.json": lambda path, rows: path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8"),
+    "rows.jsonl": lambda path, rows: path.write_text("\r\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8"),
+    "rows.csv": write_csv,
+    "rows.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, ROWS)
+    assert read_rows(tmp_path / name) == ROWS
+
+
+def test_a_line_separator_inside_a_json_string_is_no_new_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one\u2028two\u0085three"}\n{"text": "four"}\n', encoding="utf-8")
+    assert [row["text"] for row in read_rows(path)] == ["one\u2028two\u0085three", "four"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", b"", ["a.json", "no rows"]),
+        ("a.json", b" [ ] ", ["a.json", "no rows"]),
+        ("a.csv", b"prompt,answer\n", ["a.csv", "no rows"]),
+        ("a.json", b'[\n{"a": 1},\n{"a": 2,}\n]', ["row 2 (line 3)", "not valid JSON"]),
+        ("a.json", b'[\n{"a": 1}\n{"a": 2}\n]', ["row 2 (line 3)", "','"]),
+        ("a.json", b'[{"a": 1},\n]', ["row 2 (line 2)", "not valid JSON"]),
+        ("a.json", b'[{"a": 1},\n\n{"a": "cut off', ["row 2 (line 3)", "not valid JSON"]),
+        ("a.json", b'[{"a": 1}] {"a": 2}', ["Extra data"]),
+        ("a.json", b'[{"a": 1},\n\n 7]', ["row 2 (line 3)", "must be an object, not a number"]),
+        ("a.json", b'{"a": 1}\n["b"]\n', ["row 2 (line 2)", "must be an object, not a list"]),
+        ("a.json", b'{\n"a": 1\n}', ["row 1 (line 1)", "array of objects, or one object a line"]),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": }\n', ["row 2 (line 3)", "not valid JSON", "column 7"]),
+        ("a.json", b'[\n{"a": "caf\xe9"}]', ["not UTF-8", "byte 12 ", "line 2", "0xe9"]),
+        ("a.csv", b"a,b\n1,2\n\xff,3\n", ["not UTF-8", "byte 8 ", "line 3"]),
+        ("a.csv", b"a,b\n1,2\n3\n", ["row 2 (line 3)", "has 1 fields, not the 2", "a, b"]),
+        ("a.csv", b'a,b\n"1\n",2\n\n3,4,5\n', ["row 2 (line 5)", "has 3 fields, not the 2"]),
+        ("a.csv", b'a,b\n"1"x,2\n', ["row 1 (line 2)", "not valid CSV"]),
+        ("a.parquet", b"PAR1 but not really", ["a.parquet", "parquet"]),
+        ("a.tsv", b"a\tb\n", ["'.tsv'", ".jsonl"]),
+    ],
+)
+def test_bad_files_are_named_with_place_and_reason(tmp_path: Path, name: str, content: bytes, said: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_rows(tmp_path / name)
+    assert all(part in str(error.value) for part in [name, *said]), error.value
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.json"):
+        read_rows(tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"prompt": "p", "answer": "a", "text": "t"}, "prompt_answer"),
+        ({"label": "l", "sentence": "s"}, "sentence_label"),
+        ({"messages": []}, "messages"),
+        ({"conversations": []}, "sharegpt"),
+        ({"instruction": "i", "output": "o"}, "alpaca"),
+        ({"instruction": "i", "input": "", "output": "o", "answer": "a"}, "alpaca"),
+        ({"doc": "d", "block": 1, "text": "t"}, "text"),
+    ],
+)
+def test_the_keys_tell_the_format(row: dict[str, Any], format: str) -> None:
+    assert detect([row], "f") == format
+
+
+def test_unknown_keys_are_listed_with_the_known_shapes() -> None:
+    with pytest.raises(DataError) as error:
+        detect([{"question": "q", "answer": "a"}], "data/x.json")
+    for part in ("data/x.json", "'question', 'answer'", "prompt_answer {prompt, answer}", "sharegpt"):
+        assert part in str(error.value)
+
+
+def one(row: dict[str, Any], format: str, **options: Any) -> tuple[Turn, ...]:
+    [example] = to_examples([row], format, file="f.json", **options)
+    assert (example.file, example.row) == ("f.json", 0)
+    return example.turns
+
+
+def cut(turn: Turn) -> str | None:
+    return None if turn.cut is None else turn.content[slice(*turn.cut)]
+
+
+def test_prompt_answer() -> None:
+    asked, answer = one({"prompt": " 1 + 1?\n", "answer": " 2\n"}, "prompt_answer")
+    assert (asked.role, asked.content, cut(asked)) == ("user", " 1 + 1?\n", " 1 + 1?\n")
+    assert answer == Turn("assistant", "2")
+
+
+def test_sentence_label_is_asked_as_in_o_lora() -> None:
+    row = {"sentence": "Title: x\nText: y\n", "label": "True "}
+    asked, answer = one(row, "sentence_label", labels=["True", "False"], instruction="Is it so?\n")
+    assert asked.content == "Is it so?\nOption: True, False\nTitle: x\nText: y\n\nAnswer:"
+    assert cut(asked) == row["sentence"]
+    assert answer.content == "True"
+    asked, _ = one(row, "sentence_label", labels=["True", "False"])
+    assert asked.content == "Title: x\nText: y\n\nAnswer:"
+    assert cut(asked) == row["sentence"]
+
+
+def test_alpaca_cuts_the_input_only() -> None:
+    asked, answer = one({"instruction": "Translate.", "input": "Tür", "output": "door "}, "alpaca")
+    assert (asked.content, cut(asked), answer.content) == ("Translate.\nTür", "Tür", "door")
+    for row in ({"instruction": "Sing.", "input": "", "output": "la"}, {"instruction": "Sing.", "output": "la"}):
+        asked, _ = one(row, "alpaca")
+        assert (asked.content, asked.cut) == ("Sing.", None)
+
+
+def test_conversations_stay_whole() -> None:
+    said = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "1+1?"), ("assistant", "2")]
+    turns = one({"messages": [{"role": r, "content": c} for r, c in said]}, "messages")
+    assert [(turn.role, turn.content) for turn in turns] == said
+    assert [cut(turn) for turn in turns] == [None, "Hi", None, "1+1?", None]
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    assert turns == one({"conversations": [{"from": names[r], "value": c} for r, c in said]}, "sharegpt")
+
+
+def test_an_empty_system_turn_says_nothing() -> None:
+    said = [{"role": r, "content": c} for r, c in [("system", ""), ("user", "Hi"), ("assistant", "Hello")]]
+    assert [turn.role for turn in one({"messages": said}, "messages")] == ["user", "assistant"]
+
+
+def test_text() -> None:
+    [example] = to_examples([{"text": " as it is \n"}], "text", file="f")
+    assert (example.text, example.turns) == (" as it is \n", ())
+
+
+def messages(*said: tuple[Any, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "said"),
+    [
+        ({"prompt": "p", "answer": " \n"}, "prompt_answer", ["answer: is empty"]),
+        ({"prompt": "p"}, "prompt_answer", ["answer: is missing", "'prompt'"]),
+        ({"prompt": "p", "answer": None}, "prompt_answer", ["answer: is missing"]),
+        ({"prompt": "", "answer": "a"}, "prompt_answer", ["prompt: is empty"]),
+        ({"prompt": "p", "answer": 7}, "prompt_answer", ["answer: must be text, not a number", "7"]),
+        ({"prompt": "p", "answer": True}, "prompt_answer", ["answer: must be text, not true or false"]),
+        ({"prompt": ["p"], "answer": "a"}, "prompt_answer", ["prompt: must be text, not a list"]),
+        ({"prompt": "p", "answer": "\ud83d"}, "prompt_answer", ["answer: holds half a character", "\\ud83d"]),
+        (
+            {"sentence": "s", "label": "postive"},
+            "sentence_label",
+            ["'postive'", "positive, negative", "mean 'positive'"],
+        ),
+        ({"sentence": "s", "label": "-"}, "sentence_label", ["'-' is not one of the labels (positive, negative)"]),
+        ({"instruction": "i", "input": 3, "output": "o"}, "alpaca", ["input: must be text, not a number"]),
+        ({"text": "\n"}, "text", ["text: is empty"]),
+        ({"messages": "hi"}, "messages", ["messages: must be a list of turns, not text"]),
+        ({"messages": ["hi"]}, "messages", ["messages, turn 1: must be an object with role and content, not text"]),
+        ({"messages": []}, "messages", ["must end with an answer (role assistant)"]),
+        (messages(("user", "a")), "messages", ["must end with an answer (role assistant)"]),
+        (messages(("assistant", "a")), "messages", ["must begin with a question (role user)"]),
+        (
+            messages(("user", "a"), ("asistant", "b")),
+            "messages",
+            ["turn 2: unknown role 'asistant'", "mean 'assistant'"],
+        ),
+        (messages(("user", "a"), ("assistant", None)), "messages", ["turn 2: content: is missing"]),
+        (messages(("user", "a"), ("assistant", " ")), "messages", ["turn 2: content: is empty"]),
+        (messages(("user", "a"), (3, "b")), "messages", ["turn 2: role: must be text"]),
+        (
+            {"conversations": [{"from": "human", "value": "a"}]},
+            "sharegpt",
+            ["conversations: must end with an answer (from gpt)"],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]},
+            "sharegpt",
+            ["turn 2: unknown from 'bot'", "gpt"],
+        ),
+    ],
+)
+def test_bad_rows_are_named_with_row_line_and_reason(
+    tmp_path: Path, row: dict[str, Any], format: str, said: list[str]
+) -> None:
+    good = {
+        "prompt_answer": {"prompt": "p", "answer": "a"},
+        "sentence_label": {"sentence": "s", "label": "positive"},
+        "alpaca": {"instruction": "i", "output": "o"},
+        "text": {"text": "t"},
+        "messages": messages(("user", "a"), ("assistant", "b")),
+        "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    }[format]
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"{json.dumps(good)}\n\n{json.dumps(row)}\n")
+    with pytest.raises(DataError) as error:
+        to_examples(read_rows(path), format, file=path, labels=["positive", "negative"])
+    assert all(part in str(error.value) for part in [f"{path}: row 2 (line 3): ", *said]), error.value
+
+
+def test_an_unknown_format_is_refused_with_the_near_name() -> None:
+    with pytest.raises(ConfigError, match="'share_gpt'; did you mean 'sharegpt'"):
+        to_examples([{}], "share_gpt", file="f")
