@@ -1,4 +1,4 @@
-"""One thread a test process: the tensors are tiny, and threads that wait for each other cost far more than they give."""
+"""One thread a test process: the tensors are tiny, so threads only wait for each other."""
 
 import os
 

@@ -16,7 +16,7 @@ NASTY = (
     '<img src=x onerror="window.attacked = true"> & <b>bold</b> {{ 7 * 7 }} {% raw %}',
     "emoji 🪸🌊👩‍🔬, maths ∑𝛼ᵢ, a line\u2028separator and a \x00 byte",
     "مرحبا بالعالم، هذا نص من اليمين إلى اليسار 2024",
-    "שלום עולם ‮ reversed override",
+    "שלום עולם \u202e reversed override",
     "",
     "one " * 4000 + "THE-END",
     "x" * 3000,
@@ -38,6 +38,7 @@ def score(method: str, t: int, j: int, rng: random.Random) -> float:
 def make_run(
     path: Path,
     method: str = "sequential",
+    *,
     seed: int = 0,
     metrics: list[str] | None = None,
     rows: int = 12,
@@ -91,7 +92,11 @@ def make_run(
     stages = [STAGES] if method == "joint" else [t for t in measured if t]
     write_jsonl(
         path / "events.jsonl",
-        [_event(stage, "joint" if method == "joint" else tasks[stage - 1], step, method, rng) for stage in stages for step in range(10, 10 * events + 1, 10)],
+        [
+            _event(stage, "joint" if method == "joint" else tasks[stage - 1], step, method, rng)
+            for stage in stages
+            for step in range(10, 10 * events + 1, 10)
+        ],
     )
     return path
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_config, write_model, write_tasks
 
 from holdfast.cli import main
+from tiny import tiny_config, write_model, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,10 @@ CONFIGS = {
     "reserved argument": ({"training": {"arguments": {"learning_rate": 1}}}, "use training.learning_rate instead"),
     "unknown schedule": ({"training": {"schedule": "cosinus"}}, "cosinus"),
     "unknown task": ({"stream": {"path": "TASKS", "order": ["red", "gren"]}}, "did you mean 'green'?"),
-    "epochs for another number of stages": ({"training": {"epochs": [1, 2]}}, "has 2 entries, but the run has 3 stages"),
+    "epochs for another number of stages": (
+        {"training": {"epochs": [1, 2]}},
+        "has 2 entries, but the run has 3 stages",
+    ),
 }
 
 
@@ -76,7 +79,10 @@ def broken_task(tmp_path: Path, train: bytes, test: bytes = b'[{"prompt": "a", "
 
 
 ROWS = {
-    "no answer": (b'[{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": " "}]', ["train.json", "row 2", "answer"]),
+    "no answer": (
+        b'[{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": " "}]',
+        ["train.json", "row 2", "answer"],
+    ),
     "answer absent": (b'[{"prompt": "a", "answer": "b"}, {"prompt": "c"}]', ["train.json", "row 2", "answer"]),
     "invalid JSON": (b'[{"prompt": "a",\n "answer": }]', ["train.json", "line 2"]),
     "not UTF-8": (b'[{"prompt": "a", "answer": "\xff"}]', ["train.json", "UTF-8"]),
@@ -101,9 +107,7 @@ def test_missing_split(capsys, monkeypatch, place, tmp_path):
 
 
 def test_label_outside_labels_json(capsys, monkeypatch, place, tmp_path):
-    stream = broken_task(
-        tmp_path, b'[{"sentence": "a", "label": "Sprots"}]', b'[{"sentence": "a", "label": "Sports"}]'
-    )
+    stream = broken_task(tmp_path, b'[{"sentence": "a", "label": "Sprots"}]', b'[{"sentence": "a", "label": "Sports"}]')
     (tmp_path / "tasks" / "broken" / "labels.json").write_text('["Sports", "World"]')
     said = refused(capsys, monkeypatch, place, tmp_path, stream=stream)
     assert "row 1" in said and "'Sprots'" in said and "Sports" in said

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tiny import tiny_config
-
 from holdfast import run
 from holdfast.files import read_jsonl
 from holdfast.progress import Progress
+from tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -360,11 +360,11 @@ def test_on_batch_counts_up_and_may_stop(name: str):
     measure = measurements()[name]
     model = tiny_llama().train()
     counts: list[int] = []
-    measure(model, on_batch=counts.append)
+    measure(model, on_batch=lambda done, total: counts.append(done))
     assert counts[0] == 3
     assert counts == sorted(set(counts))
 
-    def stop(done: int) -> None:
+    def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

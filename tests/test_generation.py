@@ -186,10 +186,10 @@ def test_on_batch_counts_and_may_stop():
     model = tiny_llama().train()
     own = model.generation_config
     counts: list[int] = []
-    run(model, some_prompts(10), batch_size=4, on_batch=counts.append)
+    run(model, some_prompts(10), batch_size=4, on_batch=lambda done, total: counts.append(done))
     assert counts == [4, 8, 10]
 
-    def stop(done: int) -> None:
+    def stop(done: int, total: int) -> None:
         counts.append(done)
         raise KeyboardInterrupt
 

@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
 
 from holdfast.data.memory import Memory
 from holdfast.errors import ConfigError
@@ -17,6 +16,7 @@ from holdfast.methods.base import Step
 from holdfast.methods.ewc import EWC, diagonal_fisher
 from holdfast.methods.saved import load_states, save_states
 from holdfast.shards import gradients, weights
+from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
 
 
 def answer_nll(model, row):

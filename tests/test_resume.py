@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from safetensors.torch import load_file
+
 from tiny import tiny_config
 
 HERE = Path(__file__).parent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows
 from transformers import Trainer, TrainingArguments
 
 from holdfast.data.collate import Collator
@@ -12,6 +11,7 @@ from holdfast.errors import MethodError, NonFiniteLossError
 from holdfast.methods.base import Extra, Method
 from holdfast.methods.replay import Replay
 from holdfast.trainer import ContinualTrainer, continual
+from tiny import tiny_model, tiny_rows
 
 
 def options(folder, **changes):

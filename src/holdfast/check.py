@@ -87,8 +87,6 @@ def model_bytes(setup: Setup) -> int:
 
     model_config = load_model_config(setup.config.model)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            model_config, trust_remote_code=setup.config.model.trust_remote_code
-        )
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=setup.config.model.trust_remote_code)
     width = 2 if setup.config.model.dtype == "bfloat16" else 4
     return width * sum(p.numel() for p in model.parameters())

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from holdfast.errors import ConfigError, did_you_mean
 
 # A key marked so may change between two starts of the same run: no number in the run's results depends on it.
-FREE = {"free": True}
+FREE: Any = {"free": True}
 
 
 class Section(BaseModel):
@@ -205,9 +205,9 @@ class RunConfig(Section):
         description="what is done against forgetting: a name, a section, or a list that is applied together",
     )
     stream: Annotated[StreamConfig, BeforeValidator(_stream)] = Field(description="the tasks, in order")
-    data: DataConfig = Field(default_factory=DataConfig, description="how rows become tokens")
-    training: TrainingConfig = Field(default_factory=TrainingConfig, description="one stage's training")
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured")
+    data: DataConfig = Field(DataConfig(), description="how rows become tokens")
+    training: TrainingConfig = Field(TrainingConfig(), description="one stage's training")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
     seed: int = Field(0, ge=0, description="every random choice of the run follows from it")
     output: str = Field(description="the run's directory", json_schema_extra=FREE)
 

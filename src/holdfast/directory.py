@@ -106,7 +106,9 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunDirectoryError(f"output: {path} is in use by another process; wait for it, or choose another output") from None
+        raise RunDirectoryError(
+            f"output: {path} is in use by another process; wait for it, or choose another output"
+        ) from None
     try:
         if not (path / "run.json").exists():
             others = sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(".partial"))

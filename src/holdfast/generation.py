@@ -23,7 +23,7 @@ def generate(
     batch_size: int,
     eos_token_ids: list[int],
     pad_token_id: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt with the likeliest next token, until an end token or ``max_new_tokens``.
 
@@ -38,7 +38,7 @@ def generate(
         batch_size: prompts generated together.
         eos_token_ids: tokens that end a response.
         pad_token_id: fills short prompts on the left; masked, so any id of the vocabulary will do.
-        on_batch: called after every batch with the number of prompts done so far; it may raise to stop.
+        on_batch: called after every batch with the prompts done and all prompts; it may raise to stop.
 
     Returns:
         The new tokens of every prompt, in the order of ``prompts``, up to and without the end token.
@@ -69,7 +69,7 @@ def generate(
                 end = next((k for k, token in enumerate(new) if token in eos_token_ids), len(new))
                 responses[i] = new[:end]
             if on_batch is not None:
-                on_batch(start + len(batch))
+                on_batch(start + len(batch), len(prompts))
     return responses
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,13 @@ class Run:
             save_states(self.setup.methods, partial)
         write_json(
             folder / "stage.json",
-            {"stage": stage.index, "task": stage.name, "steps": steps, "seconds": seconds, "weights": fingerprint(model)},
+            {
+                "stage": stage.index,
+                "task": stage.name,
+                "steps": steps,
+                "seconds": seconds,
+                "weights": fingerprint(model),
+            },
         )
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
@@ -148,26 +156,25 @@ class Run:
             path = folder / "responses" / f"{slug(task.name)}.jsonl"
             if path.exists():
                 continue
-            with self.progress.bar(f"evaluate {task.name} {when}") as bar:
+            with self._bar(f"evaluate {task.name} {when}") as on_batch:
                 records = evaluate_task(
                     self.model,
                     self.setup.encoder,
                     task,
                     batch_size=settings.batch_size,
                     max_new_tokens=settings.max_new_tokens or self._response_limit(task),
-                    on_batch=lambda n, bar=bar, total=len(task.test): self._evaluated(bar, n, total),
+                    on_batch=on_batch,
                 )
             write_jsonl(path, records)
         general = {}
         if self.setup.general:
-            total = sum(len(g.texts) + sum(len(choices) for _, choices, _ in g.questions) for g in self.setup.general)
-            with self.progress.bar(f"evaluate general abilities {when}") as bar:
+            with self._bar(f"evaluate general abilities {when}") as on_batch:
                 general = evaluate_general(
                     self.model,
                     self.setup.encoder,
                     self.setup.general,
                     batch_size=settings.batch_size,
-                    on_batch=lambda n: self._evaluated(bar, n, total),
+                    on_batch=on_batch,
                 )
         write_json(folder / "evaluation.json", {"general": general, "seconds": time.monotonic() - started})
         matrix = self._write_matrix()
@@ -179,10 +186,17 @@ class Run:
             self._limits[task.name] = response_limit(self.setup.encoder, task)
         return self._limits.get(task.name)
 
-    def _evaluated(self, bar: Any, done: int, total: int) -> None:
-        bar.update(done, total=total)
-        if self.interrupt.requested:
-            raise Interrupted("stopped while evaluating")
+    @contextlib.contextmanager
+    def _bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar that moves after every batch of an evaluation, where a run that was asked to stop leaves."""
+        with self.progress.bar(title) as bar:
+
+            def on_batch(done: int, total: int) -> None:
+                bar.update(done, total=total)
+                if self.interrupt.requested:
+                    raise Interrupted(f"stopped in {title!r} after {done} of {total}")
+
+            yield on_batch
 
     def _write_matrix(self) -> dict[str, Any]:
         matrix = read_matrix(self.setup, self.directory)
@@ -223,7 +237,10 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
         general = {name: values[:1] * len(rows) for name, values in general.items()}
     metrics = {task.name: task.metric for task in tasks}
     scores = [
-        [None if records is None else task_score(records, task.metric) for task, records in zip(tasks, row, strict=True)]
+        [
+            None if records is None else task_score(records, task.metric)
+            for task, records in zip(tasks, row, strict=True)
+        ]
         for row in rows
     ]
     samples = [[None if r is None else np.array([x["score"] for x in r]) for r in row] for row in rows]
@@ -273,4 +290,3 @@ def fingerprint(model: nn.Module) -> str:
             digest.update(name.encode())
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-

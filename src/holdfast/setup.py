@@ -70,9 +70,7 @@ def prepare(config: RunConfig) -> Setup:
     model_config = load_model_config(config.model)
     max_length = resolve_max_length(config.data.max_length, model_config)
     tokenizer = load_tokenizer(config.model)
-    encoder = Encoder(
-        tokenizer, max_length=max_length, template=config.data.template, supervise=config.data.supervise
-    )
+    encoder = Encoder(tokenizer, max_length=max_length, template=config.data.template, supervise=config.data.supervise)
     stream = load_stream(config.stream, config.data)
     general = load_general(config.evaluation.general, stream)
     stages = plan(chosen, stream)

@@ -35,7 +35,8 @@ def train_stage(
     Raises:
         Interrupted: the run was asked to stop; a checkpoint is saved.
     """
-    rows, origins = [], []
+    rows: list[dict[str, Any]] = []
+    origins: list[str] = []
     for task in stage.tasks:
         for row in setup.rows[task.name]:
             origins.append(f"{task.train[0].file} row {row['row'] + 1}")

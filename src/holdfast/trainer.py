@@ -75,7 +75,7 @@ def continual(trainer_class: type) -> type:
                 method.before_stage(stage)
             self._terms = Terms(name for method in self.methods for name in method.declares(stage))
             if resume_from_checkpoint:
-                load_states(self.methods, Path(resume_from_checkpoint, "method"), self.model)
+                load_states(self.methods, Path(str(resume_from_checkpoint), "method"), self.model)
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
             if not self.interrupted:
                 self._terms.check(stage)
@@ -219,16 +219,11 @@ def continual(trainer_class: type) -> type:
                 size = len(batch["input_ids"])
                 kept = [r for r in range(size) if (b, r) not in taken]
                 new = [next(rows) for _ in range(size - len(kept))]
-                batch = {key: value[kept] for key, value in batch.items()}
+                parts = [{key: value[kept] for key, value in batch.items()}] if kept else []
                 if new:
-                    collated = self._collate(new)
-                    batch.pop("row", None)
-                    batch = concat(batch, collated, self._pad_token_id()) if kept else collated
-                result.append(batch)
+                    parts.append(self._collate(new))
+                result.append(parts[0] if len(parts) == 1 else concat(*parts, self.data_collator.pad_token_id))
             return result
-
-        def _pad_token_id(self) -> int:
-            return self.data_collator.pad_token_id
 
     Continual.__name__ = Continual.__qualname__ = f"Continual{trainer_class.__name__}"
     Continual.__doc__ = f"{trainer_class.__name__} with methods against forgetting; see :func:`continual`."

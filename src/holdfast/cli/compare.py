@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from holdfast.cli.report import Output, Runs
 
 
@@ -11,9 +9,9 @@ def compare(runs: Runs, output: Output = None) -> None:
     """Print the summary figures of several runs, and with --output also write a page that compares them."""
     from rich.console import Console
 
+    from holdfast.cli.table import print_table
     from holdfast.directory import require_runs
     from holdfast.report import write_report
-    from holdfast.cli.table import print_table
 
     require_runs(runs)
     print_table(runs, Console())

@@ -23,7 +23,7 @@ def evaluate_general(
     measures: list[General],
     *,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Measure general abilities.
 
@@ -35,8 +35,7 @@ def evaluate_general(
 
     Args:
         batch_size: sequences in one forward pass.
-        on_batch: called after every batch with the number of sequences done so far, over all measures; it may raise
-            to stop.
+        on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
 
     Returns:
         {:func:`matrix_name` of the measure: value}, in order.

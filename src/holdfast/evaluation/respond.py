@@ -30,7 +30,7 @@ def evaluate_task(
     *,
     batch_size: int,
     max_new_tokens: int | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a model on the test examples of a task.
 
@@ -38,7 +38,7 @@ def evaluate_task(
         batch_size: sequences in one forward pass.
         max_new_tokens: longest response; where None, :func:`response_limit`, which reads all train examples: whoever
             measures a task more than once does better to compute it once.
-        on_batch: called after every batch with the number of sequences done so far; it may raise to stop.
+        on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
 
     Returns:
         One record a test example, in order: row, prompt, answer, response and score; for metric loss: row,
@@ -98,7 +98,7 @@ def example_losses(
     examples: Sequence[Example],
     *,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Sums over each example's sequences of :func:`token_losses`: nats and supervised tokens, both ``[examples]``.
 
@@ -123,7 +123,7 @@ def token_losses(
     *,
     batch_size: int,
     pad_token_id: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Negative log-likelihood of the supervised tokens of each sequence, teacher-forced.
 
@@ -132,7 +132,7 @@ def token_losses(
             is the first token, which nothing predicts.
         batch_size: sequences in one forward pass.
         pad_token_id: fills short sequences on the right; masked, so any id of the vocabulary will do.
-        on_batch: called after every batch with the number of sequences done so far; it may raise to stop.
+        on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
 
     Returns:
         Sums in nats (log-probabilities in float32, summed in float64) and counts of tokens, both ``[rows]``.
@@ -158,5 +158,5 @@ def token_losses(
                 nats = F.cross_entropy(logit[supervised].float(), label[supervised], reduction="none")
                 losses[i], counts[i] = float(nats.cpu().double().sum()), len(nats)
             if on_batch is not None:
-                on_batch(start + len(batch))
+                on_batch(start + len(batch), len(rows))
     return losses, counts

@@ -18,7 +18,9 @@ def save_states(methods: Sequence[Method], folder: Path) -> None:
     for method in methods:
         state = method.state()
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / f"{method.name}.safetensors")
+        save_file(
+            {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / f"{method.name}.safetensors"
+        )
         write_json(folder / f"{method.name}.json", {key: v for key, v in state.items() if key not in tensors})
 
 

@@ -16,18 +16,17 @@ function draw(box, theme, width) {
 }
 
 // A plot in closed details has no width to fill; it is drawn when they open.
-function drawAll(theme = dark.matches ? "dark" : "light", width = undefined) {
-  for (const box of document.querySelectorAll(".plot")) {
+function drawAll(within = document, theme = dark.matches ? "dark" : "light", width = undefined) {
+  for (const box of within.querySelectorAll(".plot")) {
     if (!box.closest("details:not([open])")) draw(box, theme, width);
   }
 }
 
 for (const details of document.querySelectorAll("details")) {
-  details.addEventListener("toggle", () => details.open && details.querySelector(".plot") && drawAll());
+  details.addEventListener("toggle", () => drawAll(details));
 }
 dark.addEventListener("change", () => drawAll());
-
-addEventListener("beforeprint", () => drawAll("light", PAPER_WIDTH));
+addEventListener("beforeprint", () => drawAll(document, "light", PAPER_WIDTH));
 addEventListener("afterprint", () => drawAll());
 
 drawAll();

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Hashable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from holdfast.config import flat
 from holdfast.files import write_text
 from holdfast.metrics import LOWER_IS_BETTER
 from holdfast.report import plots
-from holdfast.report.compare import FIGURES, MINUTES, direction, rows_of
+from holdfast.report.compare import FIGURES, MINUTES, Figure, direction, rows_of
 from holdfast.report.read import Run, changes, read_runs, same_stream
 from holdfast.report.text import NOT_MEASURED, interval, number, shorten
 
@@ -39,7 +41,9 @@ def write_report(paths: list[Path], output: Path) -> Path:
     runs = read_runs(paths)
     page = _Page()
     context = {
-        "title": f"{runs[0].label}: holdfast report" if len(runs) == 1 else f"{len(runs)} runs compared: holdfast report",
+        "title": f"{runs[0].label}: holdfast report"
+        if len(runs) == 1
+        else f"{len(runs)} runs compared: holdfast report",
         "runs": [page.run(run) for run in runs],
         "comparison": page.comparison(runs) if len(runs) > 1 else None,
         "not_measured": NOT_MEASURED,
@@ -85,7 +89,9 @@ class _Page:
             "headline": _comparison_headline(rows),
             "points": [
                 {"figure": _figure(figure, runs[0])}
-                | self.plot(plots.compare_points(rows, figure), f"The {figure.label} of every run, as in the table above")
+                | self.plot(
+                    plots.compare_points(rows, figure), f"The {figure.label} of every run, as in the table above"
+                )
                 for figure in points
             ],
             "seen": self.plot(
@@ -97,7 +103,7 @@ class _Page:
     def run(self, run: Run) -> dict[str, Any]:
         tasks, general = run.tasks, run.matrix["general"]
         scales = _groups(list(range(len(tasks))), lambda j: _scale(run.matrix["metrics"][tasks[j]]))
-        abilities = _groups(list(general), lambda name: _scale(name.split("/")[0]))
+        abilities = _groups(list(general), _scale)
         return {
             "label": run.label,
             "run": run,
@@ -135,38 +141,34 @@ class _Page:
                 }
                 for names in abilities
             ],
-            "losses": self.plot(plots.loss_curves(run), "Loss and its terms over optimizer steps") if run.events else None,
+            "losses": self.plot(plots.loss_curves(run), "Loss and its terms over optimizer steps")
+            if run.events
+            else None,
             "config": flat({key: value for key, value in run.config.items() if key != "method"}),
             "environment": _environment(run),
         }
 
 
-def _figure(figure: Any, run: Run) -> dict[str, Any]:
+def _figure(figure: Figure, run: Run) -> dict[str, Any]:
     """A figure's name and definition, and which direction is good in this run."""
-    return {
-        "key": figure.key,
-        "label": figure.label,
-        "definition": figure.definition,
-        "formula": figure.formula,
-        "signed": figure.signed,
-        "better": direction(figure, run),
-    }
+    return asdict(figure) | {"better": direction(figure, run)}
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _groups(things: list[Any], key: Any) -> list[list[Any]]:
+def _groups(things: list[Any], key: Callable[[Any], Hashable]) -> list[list[Any]]:
     """Things with the same key together, in the order in which the keys first come."""
-    groups: dict[Any, list[Any]] = {}
+    groups: dict[Hashable, list[Any]] = {}
     for thing in things:
         groups.setdefault(key(thing), []).append(thing)
     return list(groups.values())
 
 
-def _scale(metric: str) -> str:
-    return metric if metric in LOWER_IS_BETTER else "fraction"
+def _scale(name: str) -> str:
+    """The scale of a metric or of a measure of general ability."""
+    return next((scale for scale in LOWER_IS_BETTER if name.startswith(scale)), "fraction")
 
 
 def _headline(run: Run) -> list[str]:

@@ -9,11 +9,12 @@ from typing import Any
 from holdfast.metrics import LOWER_IS_BETTER
 from holdfast.report.compare import Figure
 from holdfast.report.read import Run
-from holdfast.report.text import number, shorten
+from holdfast.report.text import number
 
 Plot = dict[str, Any]
 
 POINTS = 500  # of one curve, at most
+LABEL = 20  # characters of a stage's name beside the heat map, at most
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
 FRACTIONS = {"range": [-0.04, 1.04], "tickvals": [0, 0.2, 0.4, 0.6, 0.8, 1]}
 
@@ -29,8 +30,24 @@ COLOURS_DARK = ["#5fb4f0", "#f78f4a", "#3ecb9f", "#e791c6", "#e5c53a", "#b4bcc6"
 def templates() -> dict[str, Plot]:
     """The two plotly templates, ``light`` and ``dark``; they carry every colour."""
     return {
-        "light": _template(ink="#20262b", muted="#5b6670", line="#dde2e6", surface="#ffffff", outline="#c24e00", text="#14191d", dark=False),
-        "dark": _template(ink="#e4e9ec", muted="#9ba7b0", line="#313b42", surface="#161d21", outline="#ff9d5c", text="#ffffff", dark=True),
+        "light": _template(
+            ink="#20262b",
+            muted="#5b6670",
+            line="#dde2e6",
+            surface="#ffffff",
+            outline="#c24e00",
+            text="#14191d",
+            dark=False,
+        ),
+        "dark": _template(
+            ink="#e4e9ec",
+            muted="#9ba7b0",
+            line="#313b42",
+            surface="#161d21",
+            outline="#ff9d5c",
+            text="#ffffff",
+            dark=True,
+        ),
     }
 
 
@@ -73,15 +90,15 @@ def heat_map(run: Run, columns: list[int]) -> Plot:
     ]
     layout = {
         "height": 46 * len(rows) + 70,
-        "xaxis": _names([run.tasks[j] for j in columns], 16) | {"side": "top", "showgrid": False},
-        "yaxis": _names(names, 20) | {"autorange": "reversed", "showgrid": False},
+        "xaxis": _names([run.tasks[j] for j in columns], 16) | {"side": "top", "autotickangles": [0, 30, 90]},
+        "yaxis": _names(names, LABEL) | {"autorange": "reversed", "showgrid": False},
         "annotations": missing,
         "shapes": own,
         "hovermode": "closest",
         "margin": {"t": 16, "b": 8},
     }
-    labels = max(len(text) for text in layout["yaxis"]["ticktext"])
-    return {"data": [trace], "layout": layout, "min_width": 30 + 7 * labels + 54 * len(columns)}
+    label = min(LABEL, max(len(name) for name in names))
+    return {"data": [trace], "layout": layout, "min_width": 30 + 7 * label + 54 * len(columns)}
 
 
 def task_curves(run: Run, columns: list[int]) -> Plot:
@@ -145,8 +162,7 @@ def compare_points(rows: list[dict[str, Any]], figure: Figure) -> Plot:
     layout = {
         "height": 34 * len(rows) + 80,
         "xaxis": {"zeroline": True, "rangemode": "tozero"},
-        "yaxis": _names([row["run"] for row in rows], 26)
-        | {"range": [len(rows) - 0.4, -0.6], "showgrid": True},
+        "yaxis": _names([row["run"] for row in rows], 26) | {"range": [len(rows) - 0.4, -0.6], "showgrid": True},
         "annotations": missing,
         "hovermode": "closest",
     }
@@ -159,15 +175,14 @@ def loss_curves(run: Run) -> Plot:
     length = {stage: max(event["step"] for event in run.events if event["stage"] == stage) for stage in stages}
     start = {stage: sum(length[before] for before in stages if before < stage) for stage in stages}
     terms = list(dict.fromkeys(term for event in run.events for term in event["terms"]))
-    curves = {"loss": lambda event: event["loss"]} if len(terms) != 1 else {}
-    curves |= {term: (lambda event, term=term: event["terms"].get(term)) for term in terms}
-    series = []
-    for name, value in curves.items():
+    series: list[Plot] = []
+    for name in terms if len(terms) == 1 else ["loss", *terms]:
         x: list[float | None] = []
         y: list[float | None] = []
         where: list[str | None] = []
         for stage in stages:
-            points = [(event, value(event)) for event in run.events if event["stage"] == stage]
+            events = [event for event in run.events if event["stage"] == stage]
+            points = [(event, event["loss"] if name == "loss" else event["terms"].get(name)) for event in events]
             kept = thin([(event, v) for event, v in points if v is not None], POINTS // len(stages) - 1)
             x += [start[stage] + event["step"] for event, _ in kept] + [None]
             y += [v for _, v in kept] + [None]
@@ -219,7 +234,7 @@ def thin(points: Sequence[tuple[Any, float]], limit: int) -> list[tuple[Any, flo
 def _over_stages(run: Run, series: list[Plot], fractions: bool) -> Plot:
     names = ["before", *(name.removeprefix("after ") for name in run.stage_names()[1:])]
     layout = {
-        "height": 340,
+        "height": 310 + 16 * len(series),
         "xaxis": _names(names, 12) | {"title": {"text": "after stage"}, "range": [-0.4, len(names) - 0.6]},
         "yaxis": dict(FRACTIONS) if fractions else {},
         "hovermode": "x unified",
@@ -236,7 +251,11 @@ def _curve(name: str, i: int, y: list[float | None], large: int | None = None) -
         "y": y,
         "mode": "lines+markers",
         "line": {"width": 2, "dash": _dash(i // len(COLOURS_LIGHT))},
-        "marker": {"symbol": SYMBOLS[i % len(SYMBOLS)], "opacity": 1, "size": [15 if t == large else 9 for t in range(len(y))]},
+        "marker": {
+            "symbol": SYMBOLS[i % len(SYMBOLS)],
+            "opacity": 1,
+            "size": [15 if t == large else 9 for t in range(len(y))],
+        },
         "hovertemplate": "%{y:.4f}",
     }
 
@@ -266,14 +285,13 @@ def _plain(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def _template(ink: str, muted: str, line: str, surface: str, outline: str, text: str, dark: bool) -> Plot:
+def _template(*, ink: str, muted: str, line: str, surface: str, outline: str, text: str, dark: bool) -> Plot:
     scale = SCALE_DARK if dark else SCALE_LIGHT
     colourscale = [[i / (len(scale) - 1), colour] for i, colour in enumerate(scale)]
     axis = {
         "gridcolor": line,
         "linecolor": line,
         "zerolinecolor": muted,
-        "automargin": True,
         "fixedrange": True,
         "title": {"standoff": 12, "font": {"color": muted, "size": 12}},
     }
@@ -287,8 +305,14 @@ def _template(ink: str, muted: str, line: str, surface: str, outline: str, text:
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"color": ink, "size": 12, "family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"},
-            "xaxis": axis | {"showgrid": False, "minor": {"gridcolor": muted, "griddash": "dot"}},
-            "yaxis": axis,
+            "xaxis": axis
+            | {
+                "showgrid": False,
+                "automargin": "height",
+                "autotickangles": [0, -30, -90],
+                "minor": {"gridcolor": muted, "griddash": "dot"},
+            },
+            "yaxis": axis | {"automargin": "width"},
             "hoverlabel": {"bgcolor": surface, "bordercolor": muted, "font": {"color": ink}, "namelength": -1},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
             "annotationdefaults": {"font": {"color": muted}},

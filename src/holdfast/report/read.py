@@ -88,7 +88,9 @@ class Run:
 
     def stages_with_responses(self) -> dict[int, Path]:
         """Folders of responses by the number of their stage, in order."""
-        return {int(folder.parent.name[:2]): folder for folder in sorted(self.path.glob("stages/[0-9][0-9]-*/responses"))}
+        return {
+            int(folder.parent.name[:2]): folder for folder in sorted(self.path.glob("stages/[0-9][0-9]-*/responses"))
+        }
 
     def responses(self, stage: int, task: str) -> list[dict[str, Any]]:
         """The test rows of a task after a stage, with response and score; empty where nothing was kept."""
