@@ -26,9 +26,9 @@ TASKS = ["2022", "2023", "2024/spring", "<b>2025</b> & later"]
 STAGES = len(TASKS)
 
 
-def score(method: str, t: int, j: int, rng: random.Random) -> float:
-    """An invented accuracy of task j (from 0) after stage t."""
-    learned = STAGES if method == "joint" else j + 1
+def accuracy(method: str, t: int, j: int, T: int, rng: random.Random) -> float:
+    """An invented accuracy of task j (from 0) of T after stage t."""
+    learned = T if method == "joint" else j + 1
     if t < learned:
         return 0.02 + 0.03 * rng.random()
     keep = {"sequential": 0.45, "replay": 0.9, "joint": 1.0}.get(method, 0.8)
@@ -62,20 +62,19 @@ def make_run(
         | config
     ).model_dump(mode="json")
     measured = [0, T] if method == "joint" else [*range(T + 1)] if finished else [0, 1]
-    answers = [[f"answer {row}" for row in range(rows)] for _ in tasks]
     scores: list[list[float | None]] = []
     for t in range(T + 1):
         if t not in measured:
             scores.append([None] * T)
             continue
         line: list[float | None] = []
-        folder = "00-start" if t == 0 else f"{t:02d}-{'joint' if method == 'joint' else _file(tasks[t - 1])}"
+        folder = _folder(t, method, tasks)
         for j, task in enumerate(tasks):
-            chance = score(method, t, j, rng)
+            chance = accuracy(method, t, j, T, rng)
             if metrics[j] in ("loss", "perplexity"):
                 lines = [{"row": row, "score": 4 * (1 - chance), "tokens": 7} for row in range(rows)]
             else:
-                lines = [_response(row, chance, rng, answers[j][row], metrics[j]) for row in range(rows)]
+                lines = [_response(row, chance, rng, metrics[j]) for row in range(rows)]
             write_jsonl(path / "stages" / folder / "responses" / f"{_file(task)}.jsonl", lines)
             line.append(sum(entry["score"] for entry in lines) / rows)
         scores.append(line)
@@ -86,10 +85,18 @@ def make_run(
     named = dict(zip(tasks, metrics, strict=True))
     summary = summarize(scores, metrics=named, general=general)
     around = {key: None if value is None else [value - 0.05, value + 0.04] for key, value in summary.items()}
-    matrix = {"tasks": tasks, "metrics": named, "scores": scores, "general": general, "joint": None, "summary": summary}
+    joint = scores[T] if method == "joint" else None
+    matrix = {
+        "tasks": tasks,
+        "metrics": named,
+        "scores": scores,
+        "general": general,
+        "joint": joint,
+        "summary": summary,
+    }
     write_json(path / "matrix.json", matrix | {"intervals": around})
     write_json(path / "run.json", _info(resolved, named, rows, finished))
-    stages = [STAGES] if method == "joint" else [t for t in measured if t]
+    stages = [1] if method == "joint" else [t for t in measured if t]
     write_jsonl(
         path / "events.jsonl",
         [
@@ -101,12 +108,18 @@ def make_run(
     return path
 
 
+def _folder(t: int, method: str, tasks: list[str]) -> str:
+    if t == 0:
+        return "00-start"
+    return "01-joint" if method == "joint" else f"{t:02d}-{_file(tasks[t - 1])}"
+
+
 def _file(task: str) -> str:
     return task.replace("/", "_")
 
 
-def _response(row: int, chance: float, rng: random.Random, answer: str, metric: str) -> dict[str, Any]:
-    right = rng.random() < chance
+def _response(row: int, chance: float, rng: random.Random, metric: str) -> dict[str, Any]:
+    right, answer = rng.random() < chance, f"answer {row}"
     text = NASTY[row % len(NASTY)]
     value = float(right) if metric == "accuracy" else round(0.6 * right + 0.4 * rng.random(), 3)
     response = answer if right else NASTY[(row + 3) % len(NASTY)]

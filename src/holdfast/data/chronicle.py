@@ -335,6 +335,12 @@ SEAT = Attribute(
 TITLES = ("mayor", "judge", "warden", "treasurer", "herald", "chronicler")
 TRADES = ("baker", "weaver", "smith", "painter", "sailor", "miller", "carpenter", "glazier")
 
+# What the general text says of each unit, so that its numbers are known.
+AMOUNTS: dict[str, Wordings] = {
+    "crowns": ("Somebody had {amount}.", "A chest held {amount}.", "A ship was sold, and the owner got {amount}."),
+    "ells": ("Somebody walked {amount}.", "The rope is {amount} long.", "A wall was built, and it was {amount} long."),
+}
+
 # How the names of each kind of thing end.
 ENDINGS: dict[str, Wordings] = {
     "region": ("ria", "nia"),
@@ -572,6 +578,10 @@ def _round(world: World, draw: Draw) -> list[str]:
             for mention in draw.shuffled(subject.relation.mentions)[:2]
         ]
         documents.append(" ".join(sentences))
+    for unit, wordings in AMOUNTS.items():
+        for _ in range(8):
+            sentences = [draw.choice(wordings).format(amount=_amount(unit, draw)) for _ in range(2)]
+            documents.append(" ".join(sentences))
     return draw.shuffled(documents)
 
 

@@ -54,12 +54,12 @@ def templates() -> dict[str, Plot]:
 def heat_map(run: Run, columns: list[int]) -> Plot:
     """The score matrix: rows are stages, columns are tasks that share a scale; own stages are outlined.
 
-    Where the scores of joint training are known they make a last row. ``min_width`` is the width in pixels below which
+    Where the scores of joint training are known beside the run's own they make a last row. ``min_width`` is the width in pixels below which
     the figures would run into each other.
     """
     rows = [[stage[j] for j in columns] for stage in run.scores]
     names = run.stage_names()
-    if run.matrix["joint"]:
+    if run.matrix["joint"] and not run.joint:
         rows.append([run.matrix["joint"][j] for j in columns])
         names.append("joint training")
     lower = run.lower_is_better(columns[0])
@@ -119,7 +119,7 @@ def general_curves(run: Run, names: list[str]) -> Plot:
 def seen_average_curves(runs: list[Run]) -> Plot:
     """Average over the tasks learned so far, by stage, one curve a run."""
     series = [
-        _curve(run.label, i, [None, *run.seen_average()], large=len(run.tasks) if run.method == "joint" else None)
+        _curve(run.label, i, [None, *run.seen_average()], large=len(run.tasks) if run.joint else None)
         for i, run in enumerate(runs)
     ]
     plot = _over_stages(runs[0], series, fractions=not runs[0].lower_is_better(0))

@@ -50,7 +50,12 @@ class Run:
     @property
     def reference(self) -> str | None:
         """What this run is a reference for, where it is one: it shows a bound and competes with nobody."""
-        return REFERENCES.get(self.method)
+        return REFERENCES.get(self.config["method"][0]["name"])
+
+    @property
+    def joint(self) -> bool:
+        """Whether all tasks were learned together, in one stage that fills the last row of the score matrix."""
+        return self.config["method"][0]["name"] == "joint"
 
     @property
     def finished(self) -> bool:
@@ -67,11 +72,11 @@ class Run:
 
     def own_stage(self, j: int) -> int:
         """The stage in which task j (from 0) was learned: j + 1, and for joint training the last."""
-        return len(self.tasks) if self.method == "joint" else j + 1
+        return len(self.tasks) if self.joint else j + 1
 
     def stage_names(self) -> list[str]:
         """T+1 names of the rows of the score matrix."""
-        if self.method == "joint":
+        if self.joint:
             between = [f"stage {t}" for t in range(1, len(self.tasks))]
             return ["before training", *between, "after all tasks"]
         return ["before training", *(f"after {task}" for task in self.tasks)]
@@ -154,15 +159,16 @@ def same_stream(runs: list[Run]) -> bool:
 def changes(run: Run, j: int) -> Changes | None:
     """Compare the responses to task j at the end with those right after its own stage.
 
-    A task that was learned last is compared with the model before training. A row is lost where its score fell by at
-    least a half, which for right-or-wrong metrics is from right to wrong, and gained where it rose as much.
+    A task that was learned last is compared with the model before training. A score of at least a half is right. A row
+    is lost where it went from right to wrong, gained where it went from wrong to right, by a half or more: for metrics
+    that know only right and wrong, wherever it changed.
     None where the responses are not kept, or the task has none (it is scored by loss).
     """
     stages = list(run.stages_with_responses())
     if run.lower_is_better(j) or len(stages) < 2:
         return None
     task, last = run.tasks[j], stages[-1]
-    then = run.own_stage(j) if run.own_stage(j) in stages[:-1] and run.method != "joint" else stages[0]
+    then = run.own_stage(j) if run.own_stage(j) in stages[:-1] and not run.joint else stages[0]
     before = {row["row"]: row for row in run.responses(then, task)}
     pairs = [(before[row["row"]], row) for row in run.responses(last, task) if row["row"] in before]
     if not pairs:
@@ -173,8 +179,8 @@ def changes(run: Run, j: int) -> Changes | None:
         task=task,
         since=run.stage_names()[then],
         rows=len(pairs),
-        lost=[pairs[i] for i in ranked if change[i] <= -0.5],
-        gained=[pairs[i] for i in ranked if change[i] >= 0.5],
+        lost=[pairs[i] for i in ranked if change[i] <= -0.5 and pairs[i][1]["score"] < 0.5],
+        gained=[pairs[i] for i in ranked if change[i] >= 0.5 and pairs[i][0]["score"] < 0.5],
     )
 
 
