@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast import load_config, run
 from holdfast.evaluation.score import accuracy
-from holdfast.files import read_json, read_jsonl
+from holdfast.files import read_json, read_jsonl, write_jsonl
 from holdfast.metrics import summarize
 from holdfast.progress import Progress
 from holdfast.runner import fingerprint
@@ -182,3 +182,9 @@ def test_config_may_change_where_no_number_depends_on_it(tmp_path):
     run(config, QUIET)
     config["training"] |= {"save_every": 7, "log_every": 3}
     run(config, QUIET)
+
+
+def test_a_response_may_hold_any_separator(tmp_path):
+    rows = [{"response": "one\u2028two\u0085three\n\x0bfour"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows

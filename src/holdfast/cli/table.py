@@ -20,7 +20,7 @@ def print_table(runs: list[Path], console: Console) -> None:
     from holdfast.report import FIGURES, compare_table
 
     figures = [figure for figure in FIGURES if figure.key in SHOWN]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column("run", overflow="fold")
     for figure in figures:
         arrow = "↑" if figure.better == "high" else "↓"

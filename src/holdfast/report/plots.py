@@ -54,8 +54,8 @@ def templates() -> dict[str, Plot]:
 def heat_map(run: Run, columns: list[int]) -> Plot:
     """The score matrix: rows are stages, columns are tasks that share a scale; own stages are outlined.
 
-    Where the scores of joint training are known beside the run's own they make a last row. ``min_width`` is the width in pixels below which
-    the figures would run into each other.
+    Where the scores of joint training are known beside the run's own they make a last row. ``min_width`` is the width
+    in pixels below which the figures would run into each other.
     """
     rows = [[stage[j] for j in columns] for stage in run.scores]
     names = run.stage_names()
@@ -145,6 +145,7 @@ def compare_points(rows: list[dict[str, Any]], figure: Figure) -> Plot:
                 "x": [low, value, high],
                 "y": [i, i, i],
                 "mode": "lines+markers",
+                "cliponaxis": False,
                 "marker": {
                     "symbol": ["line-ns-open", SYMBOLS[i % len(SYMBOLS)], "line-ns-open"],
                     "size": [10, 12, 10] if ends else [0, 12, 0],
@@ -250,6 +251,7 @@ def _curve(name: str, i: int, y: list[float | None], large: int | None = None) -
         "x": list(range(len(y))),
         "y": y,
         "mode": "lines+markers",
+        "cliponaxis": False,
         "line": {"width": 2, "dash": _dash(i // len(COLOURS_LIGHT))},
         "marker": {
             "symbol": SYMBOLS[i % len(SYMBOLS)],

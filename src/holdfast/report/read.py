@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.config import flat
 from holdfast.errors import RunDirectoryError
-from holdfast.files import read_json
+from holdfast.files import read_json, read_jsonl
 from holdfast.metrics import LOWER_IS_BETTER
 
 REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
@@ -101,7 +101,7 @@ class Run:
         """The test rows of a task after a stage, with response and score; empty where nothing was kept."""
         folder = self.stages_with_responses().get(stage)
         file = folder / f"{task.replace('/', '_')}.jsonl" if folder else None
-        return _read_lines(file) if file and file.exists() else []
+        return read_jsonl(file) if file and file.exists() else []
 
 
 @dataclass
@@ -195,12 +195,7 @@ def _settings(run: Run) -> dict[str, Any]:
     return flat({method["name"]: method for method in run.config["method"]} | config)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="\n") as file:
-        return [json.loads(line) for line in file]
-
-
 def _read_events(path: Path) -> list[dict[str, Any]]:
     """The logged steps in order; of a step that was logged again after a resume, the last."""
-    events = {(event["stage"], event["step"]): event for event in _read_lines(path)} if path.exists() else {}
+    events = {(event["stage"], event["step"]): event for event in read_jsonl(path)} if path.exists() else {}
     return [events[key] for key in sorted(events)]
