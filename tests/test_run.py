@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast import load_config, run
@@ -16,6 +15,7 @@ from holdfast.files import read_json, read_jsonl, write_jsonl
 from holdfast.metrics import summarize
 from holdfast.progress import Progress
 from holdfast.runner import fingerprint
+from tiny import tiny_config
 
 QUIET = Progress(quiet=True)
 

@@ -42,7 +42,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file that holdfast wrote; a line ends at a line feed alone, not at Unicode's other separators."""
+    """Read a JSON-lines file that holdfast wrote: only a line feed ends a line, no other separator of Unicode."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 

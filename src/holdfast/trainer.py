@@ -222,7 +222,8 @@ def continual(trainer_class: type) -> type:
                 parts = [{key: value[kept] for key, value in batch.items()}] if kept else []
                 if new:
                     parts.append(self._collate(new))
-                result.append(parts[0] if len(parts) == 1 else concat(*parts, self.data_collator.pad_token_id))
+                both = len(parts) == 2
+                result.append(concat(parts[0], parts[1], self.data_collator.pad_token_id) if both else parts[0])
             return result
 
     Continual.__name__ = Continual.__qualname__ = f"Continual{trainer_class.__name__}"
