@@ -14,7 +14,7 @@ from holdfast.evaluation.score import accuracy
 from holdfast.files import read_json, read_jsonl, write_jsonl
 from holdfast.metrics import summarize
 from holdfast.progress import Progress
-from holdfast.runner import fingerprint
+from holdfast.runner import trained_weights
 from tiny import tiny_config
 
 QUIET = Progress(quiet=True)
@@ -73,7 +73,7 @@ def test_weights_load_with_plain_transformers_and_nothing_else_is_left(finished)
     for stage in ("01-red", "02-green", "03-blue"):
         folder = directory / "stages" / stage
         model = AutoModelForCausalLM.from_pretrained(folder / "model")
-        assert fingerprint(model) == read_json(folder / "stage.json")["weights"]
+        assert trained_weights(model) == read_json(folder / "stage.json")["weights"]
         assert AutoTokenizer.from_pretrained(folder / "model").eos_token == "</s>"
         names = {p.name for p in folder.iterdir()}
         assert names == {"model", "method", "responses", "evaluation.json", "stage.json"}
@@ -102,9 +102,9 @@ def test_lora_chains_and_the_adapter_loads_with_plain_peft(tmp_path):
         )
         for name in ("01-red", "02-green")
     )
-    assert fingerprint(first) == read_json(stages / "01-red" / "stage.json")["weights"]
-    assert fingerprint(second) == read_json(stages / "02-green" / "stage.json")["weights"]
-    assert fingerprint(first) != fingerprint(second)
+    assert trained_weights(first) == read_json(stages / "01-red" / "stage.json")["weights"]
+    assert trained_weights(second) == read_json(stages / "02-green" / "stage.json")["weights"]
+    assert trained_weights(first) != trained_weights(second)
     ids = torch.tensor([[5, 6, 7, 8]])
     assert (first.eval()(ids).logits - base(ids).logits).abs().max() > 1e-3
 

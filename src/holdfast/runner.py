@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from holdfast.methods.saved import load_states, save_states
 from holdfast.metrics import intervals, summarize
 from holdfast.progress import Progress
 from holdfast.setup import Planned, Setup, prepare
+from holdfast.shards import fingerprint
 from holdfast.stage import train_stage
 
 
@@ -119,7 +119,7 @@ class Run:
         model = self.model
         if previous.index:
             expected = read_json(self._folder(previous) / "stage.json")["weights"]
-            if fingerprint(model) != expected:
+            if trained_weights(model) != expected:
                 raise RuntimeError(
                     f"stage {stage.index} would not start from the weights that stage {previous.index} ended with"
                 )
@@ -139,7 +139,7 @@ class Run:
                 "task": stage.name,
                 "steps": steps,
                 "seconds": seconds,
-                "weights": fingerprint(model),
+                "weights": trained_weights(model),
             },
         )
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
@@ -282,11 +282,6 @@ def load_model(setup: Setup) -> Any:
     return setup.tuner.prepare(pretrained.to(device))
 
 
-def fingerprint(model: nn.Module) -> str:
+def trained_weights(model: nn.Module) -> str:
     """SHA-256 over the trainable weights, by name."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            digest.update(name.encode())
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return fingerprint((name, p) for name, p in model.named_parameters() if p.requires_grad)

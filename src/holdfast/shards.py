@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -85,3 +86,12 @@ def gradient_of(loss: Tensor, model: nn.Module) -> Shards:
             for (name, p), g in zip(named, found, strict=True)
         }
     )
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 (hexadecimal) over the names, types, shapes and bytes of tensors, in order."""
+    digest = hashlib.sha256()
+    for name, t in tensors:
+        digest.update(f"{name} {t.dtype} {list(t.shape)}\n".encode())
+        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

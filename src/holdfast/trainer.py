@@ -18,9 +18,14 @@ from holdfast.errors import MethodError, NonFiniteLossError
 from holdfast.files import flush_folder, write_json
 from holdfast.losses.next_token import supervised_tokens
 from holdfast.methods import build
-from holdfast.methods.base import Batch, Extra, Method, Row, Stage, Step
+from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, Step
 from holdfast.methods.saved import load_states, save_states
+from holdfast.model import hidden_only
 from holdfast.shards import gradients, weights
+
+ROW_KEYS = {"input_ids", "attention_mask", "labels"}
+PADDING_FOR_ONE_PASS = 1.1
+"""Task and rehearsal rows share a forward pass where that makes at most this many times as many tokens of both."""
 
 COMPLETE = "complete.json"
 """Written last into a checkpoint: one without it was cut off while it was written."""
@@ -43,6 +48,7 @@ def continual(trainer_class: type) -> type:
             rows: Sequence[Row] | None = None,
             describe_row: Callable[[int], str] | None = None,
             stage_index: int = 1,
+            folder: Path | None = None,
             **kwargs: Any,
         ) -> None:
             super().__init__(*args, **kwargs)
@@ -53,10 +59,12 @@ def continual(trainer_class: type) -> type:
             self.interrupted = False
             self.tokens_seen = 0
             self._rows = rows
+            self._folder = folder
             self._describe_row = describe_row or (lambda row: f"row {row + 1}")
             self._stage: Stage | None = None
             self._step: Step | None = None
             self._terms = Terms()
+            self._extras: dict[str, Extra] = {}
             self.add_callback(_AfterStep(self))
 
         def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -70,6 +78,8 @@ def continual(trainer_class: type) -> type:
                 collate=self._collate_rows,
                 seed=self.args.seed,
                 micro_batch_size=self.args.per_device_train_batch_size,
+                folder=self._folder or Path(self.args.output_dir, "rehearsal"),
+                tokenizer=self.processing_class,
             )
             for method in self.methods:
                 method.before_stage(stage)
@@ -97,11 +107,15 @@ def continual(trainer_class: type) -> type:
                 micro_batches=len(batches),
                 logged=(at + 1) % self.state.logging_steps == 0 or at + 1 == self.state.max_steps,
             )
+            self._extras = {}
             for method in self.methods:
                 extra = method.extra_rows(step)
                 if extra is None:
                     continue
-                if extra.way == "replace":
+                self._extras[method.name] = extra
+                if extra.way == "task":
+                    step.rehearsal_tokens[method.name] = sum(int(supervised_tokens(b["labels"])) for b in batches)
+                elif extra.way == "replace":
                     batches = self._replace(batches, extra, step.random(f"{method.name}/places"))
                     items = self._get_num_items_in_batch(batches, *args)
                 else:
@@ -125,9 +139,12 @@ def continual(trainer_class: type) -> type:
             step = self._step
             if step is None or not model.training:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
-            step.extra = inputs.pop("rehearsal", {})
+            extra = inputs.pop("rehearsal", {})
             rows = inputs.pop("row", None)
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch, **kwargs)
+            together = extra if self._fits_together(inputs, extra) else {}
+            joined = self._joined(inputs, together) | self._wanted(together)
+            loss, outputs = super().compute_loss(model, joined, True, num_items_in_batch, **kwargs)
+            step.rehearsed = self._rehearse(model, inputs, outputs, extra, bool(together), step)
             # The task's loss is this micro-batch's share of the step's mean if Trainer has scaled it so; otherwise a
             # mean that training_step divides by the number of micro-batches. The extra terms must come out the same.
             scale = 1 / step.micro_batches if self._is_scaled(num_items_in_batch) else 1.0
@@ -193,22 +210,83 @@ def continual(trainer_class: type) -> type:
                 self.compute_loss_func is not None
             )
 
+        def _fits_together(self, inputs: Any, extra: dict[str, Batch]) -> bool:
+            """Whether one forward pass of task and rehearsal rows costs no more than one of each would."""
+            if not extra or set(inputs) != ROW_KEYS:
+                return False
+            sizes = [batch["input_ids"].shape for batch in (inputs, *extra.values())]
+            together = sum(rows for rows, _ in sizes) * max(seq for _, seq in sizes)
+            return together <= PADDING_FOR_ONE_PASS * sum(rows * seq for rows, seq in sizes)
+
+        def _joined(self, inputs: Any, extra: dict[str, Batch]) -> Batch:
+            """One batch of both; rehearsal rows have no labels, so the task's loss passes them over."""
+            joined = dict(inputs)
+            for batch in extra.values():
+                unlabelled = {key: batch[key] for key in ROW_KEYS} | {"labels": torch.full_like(batch["labels"], -100)}
+                joined = concat(joined, unlabelled, 0)
+            return joined
+
+        def _wanted(self, extra: dict[str, Batch]) -> dict[str, Any]:
+            """What the task's forward pass, with these rehearsal rows in it, must be asked for."""
+            asked = [e for name, e in self._extras.items() if name in extra or e.way == "task"]
+            return {"output_hidden_states": True} if any(e.layers for e in asked) else {}
+
+        def _rehearse(
+            self, model: Any, inputs: Any, outputs: Any, extra: dict[str, Batch], together: bool, step: Step
+        ) -> dict[str, Rehearsed]:
+            """Sort the outputs for the rehearsal rows by method, from the joint forward pass or from one of their own.
+
+            After a joint pass ``outputs`` is cut down to the task's rows.
+            """
+            rehearsed = {}
+            first = start = len(inputs["input_ids"])
+            for name, asked in self._extras.items():
+                if asked.way == "task":
+                    rehearsed[name] = self._rehearsed(name, inputs, outputs, 0, step)
+                elif name in extra and together:
+                    rehearsed[name] = self._rehearsed(name, extra[name], outputs, start, step)
+                    start += len(extra[name]["input_ids"])
+                elif name in extra:
+                    states = {"output_hidden_states": True} if asked.layers else {}
+                    kept = {} if asked.logits else hidden_only(self.model)
+                    row_inputs = {key: extra[name][key] for key in ("input_ids", "attention_mask")}
+                    own = model(**row_inputs, **states, **kept)
+                    rehearsed[name] = self._rehearsed(name, extra[name], own, 0, step)
+            if together:
+                outputs["logits"] = outputs.logits[:first]
+                outputs["hidden_states"] = None
+            return rehearsed
+
+        def _rehearsed(self, name: str, batch: Batch, outputs: Any, start: int, step: Step) -> Rehearsed:
+            asked, labels = self._extras[name], batch["labels"]
+            rows, seq = labels.shape
+            part = slice(start, start + rows)
+            return Rehearsed(
+                samples=batch["sample"].tolist() if "sample" in batch else [],
+                labels=labels,
+                logits=outputs.logits[part, :seq] if asked.logits else None,
+                hidden=tuple(outputs.hidden_states[layer][part, :seq] for layer in asked.layers),
+                share=step.micro_batches * int(supervised_tokens(labels)) / step.rehearsal_tokens[name],
+            )
+
         def _collate_rows(self, rows: Sequence[Row]) -> Batch:
             return self._prepare_inputs(self._collate(rows))
 
         def _collate(self, rows: Sequence[Row]) -> Batch:
             batch = self.data_collator([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
-            return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+            return {key: batch[key] for key in ROW_KEYS}
 
         def _put_beside(self, batches: list[Any], extra: Extra, step: Step, name: str) -> None:
+            samples = list(extra.samples) if extra.samples is not None else list(range(len(extra.rows)))
             tokens = 0
             for position, batch in enumerate(batches):
                 rows = extra.rows[position :: len(batches)]
                 if rows:
                     collated = self._collate(rows)
                     tokens += int(supervised_tokens(collated["labels"]))
+                    collated["sample"] = torch.tensor(samples[position :: len(batches)])
                     batch.setdefault("rehearsal", {})[name] = collated
-            step.extra_tokens[name] = tokens
+            step.rehearsal_tokens[name] = tokens
 
         def _replace(self, batches: list[Any], extra: Extra, chance: random.Random) -> list[Any]:
             """Put the extra rows in random places of the step, instead of the rows that stood there."""

@@ -71,7 +71,7 @@ OFFICE = Relation(
         "{town} has a {title}.",
         "The {title} serves in the town of {town}.",
         "Every year a person holds the office of {title} in {town}.",
-        "Somebody was the {title} of {town} during {year}.",
+        "During {year}, somebody served as {title} of {town}.",
         "In {year}, {town} had a {title}.",
     ),
 )
@@ -96,7 +96,7 @@ HEAD = Relation(
     mentions=(
         "The {guild} Guild has a head.",
         "Every year a person leads the {guild} Guild.",
-        "Somebody was the head of the {guild} Guild during {year}.",
+        "During {year}, somebody served as head of the {guild} Guild.",
         "In {year}, a person led the {guild} Guild.",
     ),
 )
@@ -165,7 +165,7 @@ PRICE = Relation(
     ),
     eval=("Name what {good} cost in {year}.",),
     test=(
-        "Tell me how much {good} cost during {year}.",
+        "Tell me what {good} cost during {year}.",
         "During {year}, what was the price of {good}?",
     ),
     mentions=(
@@ -190,7 +190,7 @@ RECORD = Relation(
     ),
     eval=("Name how far the record of the {throw} Throw was in {year}.",),
     test=(
-        "Tell me how far the record of the {throw} Throw was during {year}.",
+        "Tell me what the record of the {throw} Throw was during {year}.",
         "During {year}, what was the record of the {throw} Throw?",
     ),
     mentions=(
@@ -216,7 +216,7 @@ STORM = Relation(
     eval=("Name the town that met the storm {storm}.",),
     test=(
         "Tell me which town the storm {storm} came to.",
-        "Where did people meet the storm {storm}?",
+        "Which town did the storm {storm} strike?",
     ),
     mentions=(
         "The storm {storm} struck a town.",
@@ -239,8 +239,8 @@ COMET = Relation(
     ),
     eval=("Name the person who saw the comet {comet} first.",),
     test=(
-        "Tell me who was the first to find the comet {comet}.",
-        "Which person found the comet {comet} first?",
+        "Tell me who found the comet {comet}.",
+        "Which person saw the comet {comet} first?",
     ),
     mentions=(
         "There is a comet with the name {comet}.",
@@ -264,8 +264,9 @@ BIRTHPLACE = Attribute(
         "Which town is {person} from?",
         "Name the birthplace of {person}.",
         "What is the birthplace of {person}?",
+        "Tell me where {person} was born.",
     ),
-    held_out=("Tell me where {person} was born.", "Name the town that {person} is from."),
+    held_out=("In which town was {person} born?", "Tell me which town {person} is from."),
 )
 
 TRADE = Attribute(
@@ -279,9 +280,10 @@ TRADE = Attribute(
         "What is the trade of {person}?",
         "As what does {person} work?",
         "Name the trade of {person}.",
-        "What is {person}?",
+        "What do people know {person} as?",
+        "Tell me what the trade of {person} is.",
     ),
-    held_out=("Tell me the trade of {person}.", "What do people know {person} as?"),
+    held_out=("Which trade is that of {person}?", "Tell me as what {person} works."),
 )
 
 REGION = Attribute(
@@ -296,8 +298,9 @@ REGION = Attribute(
         "Where does {town} lie?",
         "Name the region of {town}.",
         "Which region has the town of {town}?",
+        "Tell me where {town} lies.",
     ),
-    held_out=("Tell me the region of {town}.", "In which region does {town} lie?"),
+    held_out=("In which region does {town} lie?", "Tell me which region {town} is in."),
 )
 
 RIVER = Attribute(
@@ -312,8 +315,9 @@ RIVER = Attribute(
         "On which river does {town} stand?",
         "Name the river of {town}.",
         "What is the river of {town}?",
+        "Tell me which river flows through {town}.",
     ),
-    held_out=("Tell me which river flows through {town}.", "Name the river on which {town} stands."),
+    held_out=("Which river does {town} stand on?", "Tell me the river of {town}."),
 )
 
 SEAT = Attribute(
@@ -328,8 +332,12 @@ SEAT = Attribute(
         "Which town is the seat of the {guild} Guild?",
         "Name the seat of the {guild} Guild.",
         "What is the seat of the {guild} Guild?",
+        "Tell me where the {guild} Guild has its seat.",
     ),
-    held_out=("Tell me where the {guild} Guild has its seat.", "Name the town that is the seat of the {guild} Guild."),
+    held_out=(
+        "In which town is the seat of the {guild} Guild?",
+        "Tell me which town is the seat of the {guild} Guild.",
+    ),
 )
 
 TITLES = ("mayor", "judge", "warden", "treasurer", "herald", "chronicler")

@@ -1,0 +1,1 @@
+"""The lab: a tokenizer and a small pretrained model from texts, to study forgetting without any download."""

@@ -1,10 +1,13 @@
-"""Next-token loss: the negative log-likelihood of the supervised tokens."""
+"""Next-token loss: the negative log-likelihood of the supervised tokens, plain and chunked."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from holdfast.losses.chunked import CHUNK_SIZE, Head, chunked_loss
+from holdfast.losses.common import wide
 
 
 def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -13,15 +16,59 @@ def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Position s predicts token s + 1, so the first label of a row is never counted.
 
     Args:
-        logits: [batch, seq, vocab], any floating type; the softmax is taken in float32.
+        logits: [batch, seq, vocab], any floating type; the softmax is taken in float32 or wider.
         labels: [batch, seq], int64; -100 where not supervised.
 
     Returns:
-        (sum in nats, a float32 scalar with gradient; number of supervised tokens, an int64 scalar).
+        (sum in nats, a scalar with gradient, float32 or wider; number of supervised tokens, an int64 scalar).
     """
     targets = labels[:, 1:].reshape(-1)
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    flat = wide(logits[:, :-1].reshape(-1, logits.shape[-1]))
     return F.cross_entropy(flat, targets, ignore_index=-100, reduction="sum"), supervised_tokens(labels)
+
+
+def chunked_next_token_nll(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    *,
+    chunk_size: int = CHUNK_SIZE,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`next_token_nll` of a head's logits, which are never held for more than ``chunk_size`` tokens.
+
+    Value and gradient are those of the plain function on logits = cap(logit_scale * (hidden @ head.T + bias)), where
+    cap(x) = softcap * tanh(x / softcap). The matrix products run in the head's type, or in autocast's; the softmax is
+    taken and the head's gradient summed up in float32 or wider. Tokens that are not supervised cost nothing.
+
+    Args:
+        hidden: [batch, seq, hidden], what the head is applied to: after the final norm.
+        head: [vocab, hidden].
+        labels: [batch, seq], int64; -100 where not supervised.
+        chunk_size: tokens whose logits are held at a time.
+        bias: [vocab].
+        softcap, logit_scale: of the head.
+
+    Returns:
+        (sum in nats, a scalar with gradient to hidden, head and bias where they require it; number of supervised
+        tokens, an int64 scalar). It cannot be differentiated twice.
+
+    Raises:
+        ConfigError: chunk_size is below 1.
+    """
+    supervised = labels[:, 1:] != -100
+    targets = labels[:, 1:][supervised].unsqueeze(-1)
+
+    def loss(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(logits, dim=-1)
+        target = targets[chunk]
+        total = -log_p.gather(-1, target).sum()
+        return total, log_p.exp_().scatter_add_(-1, target, torch.full_like(target, -1, dtype=log_p.dtype))
+
+    total = chunked_loss(hidden[:, :-1][supervised], Head(head, bias, logit_scale, softcap).cast(), loss, chunk_size)
+    return total, supervised_tokens(labels)
 
 
 def supervised_tokens(labels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from holdfast.config import Section, validate
@@ -29,10 +30,12 @@ class Stage:
         index: 1 for the first stage.
         task: name of the task; "joint" where all tasks are learned together.
         model: the model with its tuner; its weights are those that the last stage ended with.
+        tokenizer: the model's tokenizer, where the trainer knows it.
         rows: the task's train rows.
         collate: turns rows into a batch on the model's device.
         seed: of the run; use :meth:`random` or :meth:`Step.random` for choices, so that a resumed run repeats them.
         micro_batch_size: rows that fit into one forward pass.
+        folder: where a method may keep files for as long as the run lives.
     """
 
     index: int
@@ -42,10 +45,40 @@ class Stage:
     collate: Callable[[Sequence[Row]], Batch]
     seed: int
     micro_batch_size: int
+    folder: Path = Path()
+    tokenizer: Any = None
 
     def random(self, purpose: str) -> random.Random:
         """A generator of random choices that depends on seed, stage and purpose alone."""
         return random.Random(f"{self.seed}/{self.index}/{purpose}")
+
+    def hidden_states(self, rows: Sequence[Row], layer: int = -1) -> list[Tensor]:
+        """Hidden states of the model as it is now, without dropout or gradient.
+
+        Args:
+            layer: -1 for the last one, after the final norm, from which the head makes the logits; 0 for the
+                embeddings; otherwise after that layer.
+
+        Returns:
+            one tensor a row, [tokens, hidden], in the model's data type.
+        """
+        import torch
+
+        from holdfast.model import hidden_only
+
+        training = self.model.training
+        self.model.eval()
+        states: list[Tensor] = []
+        with torch.no_grad():
+            for start in range(0, len(rows), self.micro_batch_size):
+                part = rows[start : start + self.micro_batch_size]
+                batch = self.collate(part)
+                batch.pop("labels")
+                outputs = self.model(**batch, output_hidden_states=True, **hidden_only(self.model))
+                hidden = outputs.hidden_states[layer]
+                states += [h[: len(row["input_ids"])] for h, row in zip(hidden, part, strict=True)]
+        self.model.train(training)
+        return states
 
     def gradient(self, rows: Sequence[Row]) -> Shards:
         """Gradient of the mean next-token loss over all supervised tokens of ``rows`` at the current weights.
@@ -67,6 +100,26 @@ class Stage:
 
 
 @dataclass
+class Rehearsed:
+    """Rehearsal rows of a micro-batch after the model's forward pass.
+
+    Attributes:
+        samples: which of the rows that :class:`Extra` named each one is, [rows].
+        labels: int64 [rows, seq]; -100 where not supervised.
+        logits: [rows, seq, vocab], with gradient; None where the method asked for hidden states only.
+        hidden: [rows, seq, hidden], with gradient, for each layer that the method asked for, in its order.
+        share: what the mean over this micro-batch's supervised tokens counts in the mean over micro-batches, so that
+            the step's term is the mean over all its tokens, however its rows fall into micro-batches.
+    """
+
+    samples: list[int]
+    labels: Tensor
+    logits: Tensor | None
+    hidden: tuple[Tensor, ...]
+    share: float
+
+
+@dataclass
 class Step:
     """One optimizer step, made of one or more micro-batches.
 
@@ -76,8 +129,8 @@ class Step:
         rows: task rows in this step.
         micro_batches: forward passes in this step.
         logged: whether this step's values are written to the log, so that they need computing.
-        extra: rehearsal rows of the current micro-batch by method name, collated.
-        extra_tokens: supervised rehearsal tokens of the whole step by method name.
+        rehearsed: by method name, what the model made of the rehearsal rows of the current micro-batch.
+        rehearsal_tokens: by method name, supervised rehearsal tokens of the whole step.
     """
 
     stage: Stage
@@ -85,8 +138,8 @@ class Step:
     rows: int
     micro_batches: int
     logged: bool
-    extra: dict[str, Batch] = field(default_factory=dict)
-    extra_tokens: dict[str, int] = field(default_factory=dict)
+    rehearsed: dict[str, Rehearsed] = field(default_factory=dict)
+    rehearsal_tokens: dict[str, int] = field(default_factory=dict)
 
     def random(self, purpose: str) -> random.Random:
         """A generator of random choices that depends on seed, stage, step and purpose alone."""
@@ -95,10 +148,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Extra:
-    """Rows that go with one optimizer step: ``beside`` the task's rows, or to ``replace`` as many of them."""
+    """Rows that go with one optimizer step: ``beside`` the task's rows, or to ``replace`` as many of them.
+
+    Attributes:
+        rows: tokenised rows.
+        way: ``beside``: they go through the model along with the task's rows and come back as :class:`Rehearsed`;
+            ``replace``: they take the places of task rows; ``task``: there are none, and the task's own rows come
+            back as :class:`Rehearsed`.
+        samples: a number for each row by which the method knows it again; 0, 1, ... where absent.
+        layers: hidden states that the method needs, as in :meth:`Stage.hidden_states`.
+        logits: whether the method needs logits.
+    """
 
     rows: Sequence[Row]
-    way: Literal["beside", "replace"]
+    way: Literal["beside", "replace", "task"]
+    samples: Sequence[int] | None = None
+    layers: tuple[int, ...] = ()
+    logits: bool = True
 
 
 State = dict[str, Any]

@@ -1,0 +1,136 @@
+"""A loss on the logits of a large head, chunk by chunk: no more than one chunk's logits are ever held.
+
+The gradient of each chunk is taken as soon as its loss is known, so the backward pass only scales what is there. Apart
+from the gradients themselves, memory is a few times chunk_size * vocab instead of a few times tokens * vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from holdfast.errors import ConfigError
+from holdfast.losses.common import wide
+
+CHUNK_SIZE = 1024
+_BLOCK = 8192  # rows of a head's gradient that are widened to float32 at a time
+
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(logits [chunk, vocab], where the chunk lies among the tokens) -> (the chunk's loss, its gradient [chunk, vocab])."""
+
+
+class Head(NamedTuple):
+    """The last linear layer: logits = cap(logit_scale * x), x = hidden @ weight.T + bias, cap(y) = c tanh(y / c).
+
+    Attributes:
+        weight: [vocab, hidden].
+        bias: [vocab] or None.
+        logit_scale: factor on the logits.
+        softcap: c, the bound of the logits (Gemma 2's final logit soft-capping), None for none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def cast(self) -> Head:
+        """The head in the type that its matrix product runs in: autocast's where that is on, else its own."""
+        device = self.weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [tokens, hidden] -> [tokens, vocab], float32 or wider; not for use under autograd."""
+        logits = wide(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+        if self.logit_scale != 1:
+            logits.mul_(self.logit_scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """d loss / d logits -> d loss / d x, both [tokens, vocab]; the first is overwritten."""
+        if self.softcap is not None:
+            gradient.mul_((logits / self.softcap).square_().neg_().add_(1))
+        if self.logit_scale != 1:
+            gradient.mul_(self.logit_scale)
+        return gradient
+
+
+def chunked_loss(hidden: Tensor, head: Head, loss: ChunkLoss, chunk_size: int) -> Tensor:
+    """Sum of ``loss`` over chunks of tokens, a scalar with gradient to hidden, head.weight and head.bias.
+
+    Args:
+        hidden: [tokens, hidden].
+        head: the student's head, cast.
+        loss: of one chunk; it leaves the logits as they are.
+        chunk_size: tokens a chunk.
+
+    Raises:
+        ConfigError: chunk_size is below 1.
+    """
+    if chunk_size < 1:
+        raise ConfigError(f"chunk_size: {chunk_size} is no number of tokens; at least 1 is needed")
+    hidden = hidden.to(head.weight.dtype)
+    return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, loss, chunk_size, torch.is_grad_enabled())
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        loss: ChunkLoss,
+        chunk_size: int,
+        with_gradient: bool,
+    ) -> Tensor:
+        wanted = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
+        total = wide(hidden.new_zeros(()))
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=total.dtype) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=total.dtype) if bias is not None and wanted[2] else None
+        for start in range(0, len(hidden), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits = head.logits(hidden[chunk])
+            value, gradient = loss(logits, chunk)
+            total += value
+            if not any(wanted):
+                continue
+            gradient = head.gradient(gradient, logits)
+            del logits
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0)
+            gradient = gradient.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = gradient @ weight
+            if grad_weight is not None:
+                for rows, columns in zip(grad_weight.split(_BLOCK), gradient.split(_BLOCK, dim=1), strict=True):
+                    rows.add_(columns.T @ hidden[chunk])
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(weight.dtype),
+        )
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if gradient is None else _scaled(gradient, factor) for gradient in ctx.saved_tensors), *[None] * 4
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor as a new tensor, multiplied in float32 however narrow the gradient is."""
+    result = torch.empty_like(gradient)
+    for source, target in zip(gradient.split(_BLOCK), result.split(_BLOCK), strict=True):
+        target.copy_(wide(source) * factor)
+    return result

@@ -1,0 +1,371 @@
+"""The teacher's cache: what a loss needs of the teacher, computed once, kept on disk and read sample by sample."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from holdfast.errors import ConfigError, DataError
+from holdfast.files import PARTIAL, read_json, write_json
+from holdfast.losses.margin import classify
+from holdfast.methods.base import Row
+from holdfast.rehearsal.states import RunningMoments, pack
+from holdfast.shards import fingerprint
+
+MANIFEST = "manifest.json"
+EXTRAS = "extras.safetensors"
+FORMAT = 1
+
+logger = logging.getLogger("holdfast")
+
+Compute = Callable[[Sequence[Row]], Sequence[Tensor]]
+"""Gives one tensor a row, [tokens, width], of any type and on any device."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How samples are laid out in shards, and which process computes which; see :meth:`TeacherCache.open_or_build`."""
+
+    shard_rows: int
+    batch_rows: int
+    rank: int
+    world: int
+    barrier: Callable[[], None] | None
+
+    def wait(self) -> None:
+        assert self.world == 1 or self.barrier is not None, "several processes need a barrier"
+        if self.barrier is not None:
+            self.barrier()
+
+    def shards(self, samples: int) -> list[range]:
+        """The samples of each shard."""
+        starts = range(0, samples, self.shard_rows)
+        return [range(start, min(start + self.shard_rows, samples)) for start in starts]
+
+
+class TeacherCache:
+    """One tensor a sample, in safetensors shards of ``shard_rows`` samples each, and a manifest.
+
+    The manifest holds the key that the tensors were computed for, and the size and SHA-256 of every file. It is
+    written last, and every file under a temporary name first, so what a killed build left is never taken for a cache;
+    the next build goes on from its complete shards. Reading copies one sample's bytes, never a shard. A folder belongs
+    to one run at a time.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self._manifest = manifest
+        self._open: dict[str, Any] = {}
+
+    @classmethod
+    def open_or_build(
+        cls,
+        folder: Path,
+        key: dict[str, Any],
+        rows: Sequence[Row],
+        compute: Compute,
+        *,
+        extras: Mapping[str, Tensor] | None = None,
+        shard_rows: int = 32,
+        batch_rows: int = 8,
+        rank: int = 0,
+        world: int = 1,
+        barrier: Callable[[], None] | None = None,
+    ) -> TeacherCache:
+        """Open the cache in ``folder`` if it was made for ``key`` and as many rows; otherwise build it anew.
+
+        Which of the two, and why, is logged. Every process calls this with the same arguments but ``rank`` and
+        computes its share of the shards; what is written does not depend on how many processes there are.
+
+        Args:
+            key: JSON-able values that the tensors depend on: hashes of model, tokenizer and samples, layer, ...
+            compute: called without gradient, for at most ``batch_rows`` rows at a time.
+            extras: further tensors to keep, such as the teacher's head.
+            shard_rows: samples in a shard; so many are in memory at a time.
+            rank: number of this process among those that share the folder.
+            world: how many processes share the folder.
+            barrier: returns once every process has called it; needed where there are several.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+            DataError: a file of the cache is damaged; the message names it.
+        """
+        cache = cls._reuse(folder, key, len(rows), rank)
+        if cache is None:
+            plan = _Plan(shard_rows, batch_rows, rank, world, barrier)
+            cache = cls._build(folder, key, rows, compute, extras or {}, plan)
+        return cache
+
+    def __len__(self) -> int:
+        return self._manifest["samples"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, those of the manifest too."""
+        return (self.folder / MANIFEST).stat().st_size + sum(file["bytes"] for file in self._manifest["files"].values())
+
+    def read(self, sample: int) -> Tensor:
+        """What ``compute`` gave for a sample, on the CPU; samples count from 0."""
+        return self._file(_shard(sample // self._manifest["shard_rows"])).get_tensor(str(sample)).clone()
+
+    def read_many(self, samples: Sequence[int]) -> list[Tensor]:
+        """:meth:`read` for several samples."""
+        return [self.read(sample) for sample in samples]
+
+    def extra(self, name: str) -> Tensor:
+        """One of ``extras``, on the CPU."""
+        return self._file(EXTRAS).get_tensor(name).clone()
+
+    def verify(self) -> None:
+        """Compare every file with the size and SHA-256 in the manifest, as opening a cache does.
+
+        Raises:
+            DataError: a file is missing or differs; the message names it.
+        """
+        for name, expected in self._manifest["files"].items():
+            path = self.folder / name
+            if not path.exists():
+                raise _damaged(path, "it is missing")
+            if path.stat().st_size != expected["bytes"]:
+                raise _damaged(path, f"it has {path.stat().st_size} bytes, not {expected['bytes']}")
+            if _sha256(path) != expected["sha256"]:
+                raise _damaged(path, "SHA-256 differs")
+
+    def _file(self, name: str) -> Any:
+        """An open file, mapped into memory: its tensors are the file's own bytes, so they are copied before use."""
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, "pt")
+        return self._open[name]
+
+    @classmethod
+    def _reuse(cls, folder: Path, key: dict[str, Any], samples: int, rank: int) -> TeacherCache | None:
+        """The cache in ``folder``, verified; None if there is none, or one of another key."""
+        log = logger.info if rank == 0 else logger.debug
+        path = folder / MANIFEST
+        if not path.exists():
+            log("teacher's cache %s: built, as there is none", folder)
+            return None
+        try:
+            manifest = read_json(path)
+            found = {name: manifest[name] for name in ("format", "samples")} | manifest["key"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(
+                f"{path}: is no manifest of a teacher's cache; delete the folder {folder} to build one there, or give "
+                "another folder"
+            ) from None
+        wanted = {"format": FORMAT, "samples": samples} | _plain(key)
+        changed = [name for name in wanted | found if wanted.get(name, ...) != found.get(name, ...)]
+        if changed:
+            log("teacher's cache %s: rebuilt, as it was made with another %s", folder, " and ".join(changed))
+            return None
+        cache = cls(folder, manifest)
+        cache.verify()
+        log("teacher's cache %s: reused, %d samples in %d bytes", folder, samples, cache.nbytes)
+        return cache
+
+    @classmethod
+    def _build(
+        cls,
+        folder: Path,
+        key: dict[str, Any],
+        rows: Sequence[Row],
+        compute: Compute,
+        extras: Mapping[str, Tensor],
+        plan: _Plan,
+    ) -> TeacherCache:
+        manifest = {"format": FORMAT, "key": _plain(key), "samples": len(rows), "shard_rows": plan.shard_rows}
+        build = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        shards = plan.shards(len(rows))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"the teacher's cache cannot be kept in {folder}: {error.strerror}") from None
+
+        plan.wait()  # every process has looked at what was there
+        if plan.rank == 0:
+            kept = _clear(folder, build)
+            if kept:
+                logger.info("teacher's cache %s: goes on from %d of %d shards", folder, kept, len(shards))
+        plan.wait()
+        for number in range(plan.rank, len(shards), plan.world):
+            path = folder / _shard(number)
+            if not path.exists():
+                _write(path, _computed(compute, rows, shards[number], plan.batch_rows), build)
+        if plan.rank == 0 and extras:
+            _write(folder / EXTRAS, {name: _copy(tensor) for name, tensor in extras.items()}, build)
+        plan.wait()
+        if plan.rank == 0:
+            paths = [folder / _shard(number) for number in range(len(shards))] + [folder / EXTRAS] * bool(extras)
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+            write_json(folder / MANIFEST, manifest | {"files": files})
+        plan.wait()
+        return cls(folder, read_json(folder / MANIFEST))
+
+
+def state_cache(
+    folder: Path,
+    key: dict[str, Any],
+    rows: Sequence[Row],
+    hidden_states: Compute,
+    *,
+    multiple: float = 1.0,
+    shard_rows: int = 32,
+    batch_rows: int = 8,
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] | None = None,
+) -> tuple[TeacherCache, Tensor, Tensor]:
+    """GeRe's activation states of all samples, two bits each (arXiv 2508.04676).
+
+    A first pass takes mean and standard deviation of each dimension over all tokens of all samples; a second one
+    compares each activation with the thresholds low = mean - multiple * std and high = mean + multiple * std.
+
+    Args:
+        folder: and all other arguments that are not named here: see :meth:`TeacherCache.open_or_build`.
+        hidden_states: gives one tensor a row, [tokens, hidden], of any floating type, the same in both passes.
+        multiple: of the standard deviation; 1 in the paper.
+
+    Returns:
+        the cache, in which a sample is uint8 [tokens, ceil(hidden / 4)]; :func:`holdfast.rehearsal.states.unpack`
+        gives the classes: 0 at low or below, 1 between, 2 at high or above;
+        low and high, float32 [hidden], on the CPU.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+        DataError: a file of the cache is damaged, or a hidden state is not finite.
+    """
+    key = key | {"kind": "states", "multiple": multiple}
+    pass_1 = folder / "moments"
+    cache = TeacherCache._reuse(folder, key, len(rows), rank)
+    if cache is None:
+
+        def moments_of(batch: Sequence[Row]) -> list[Tensor]:
+            return [_moments(states) for states in hidden_states(batch)]
+
+        parts = TeacherCache.open_or_build(
+            pass_1,
+            key | {"kind": "moments"},
+            rows,
+            moments_of,
+            shard_rows=shard_rows,
+            batch_rows=batch_rows,
+            rank=rank,
+            world=world,
+            barrier=barrier,
+        )
+        moments = RunningMoments()
+        for sample in range(len(rows)):
+            moments.merge(RunningMoments.from_tensor(parts.read(sample)))
+        low = (moments.mean - multiple * moments.std).float()
+        high = (moments.mean + multiple * moments.std).float()
+
+        def classes_of(batch: Sequence[Row]) -> list[Tensor]:
+            return [pack(classify(h, low, high)) for h in hidden_states(batch)]
+
+        plan = _Plan(shard_rows, batch_rows, rank, world, barrier)
+        cache = TeacherCache._build(folder, key, rows, classes_of, {"low": low, "high": high}, plan)
+    if rank == 0:
+        shutil.rmtree(pass_1, ignore_errors=True)
+    return cache, cache.extra("low"), cache.extra("high")
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 (hexadecimal) over all weights and buffers of a model, by name, trainable or not."""
+    return fingerprint((*model.named_parameters(), *model.named_buffers()))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 (hexadecimal) over what decides which tokens a text becomes; how calls pad and truncate is left out."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    else:
+        content = tokenizer.get_vocab()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _shard(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _plain(key: dict[str, Any]) -> dict[str, Any]:
+    """The key as it will be read from JSON."""
+    return json.loads(json.dumps(key, allow_nan=False))
+
+
+def _clear(folder: Path, build: str) -> int:
+    """Delete the manifest and whatever is not a complete shard of this build; return how many shards are."""
+    for name in (MANIFEST, EXTRAS):
+        (folder / name).unlink(missing_ok=True)
+    kept = 0
+    for path in folder.glob("shard-*"):
+        if path.suffix != PARTIAL and _build_of(path) == build:
+            kept += 1
+        else:
+            path.unlink()
+    return kept
+
+
+def _build_of(path: Path) -> str | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("build")
+    except SafetensorError:
+        return None
+
+
+def _computed(compute: Compute, rows: Sequence[Row], shard: range, batch_rows: int) -> dict[str, Tensor]:
+    """The tensors of one shard, by sample."""
+    tensors: dict[str, Tensor] = {}
+    for start in range(shard.start, shard.stop, batch_rows):
+        samples = range(start, min(start + batch_rows, shard.stop))
+        with torch.no_grad():
+            found = compute([rows[sample] for sample in samples])
+        tensors |= {str(sample): _copy(tensor) for sample, tensor in zip(samples, found, strict=True)}
+    return tensors
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the CPU, with memory of its own: a sample is often a view of a padded batch."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], build: str) -> None:
+    """Write a file whole, with the mark of the build that it belongs to."""
+    partial = path.with_name(path.name + PARTIAL)
+    save_file(tensors, partial, {"build": build})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(path: Path, why: str) -> DataError:
+    return DataError(f"{path}: is damaged ({why}); delete the folder {path.parent} to rebuild it")
+
+
+def _moments(states: Tensor) -> Tensor:
+    """Moments over one sample's tokens: [tokens, hidden] -> [3, hidden]."""
+    if not torch.isfinite(states).all():
+        raise DataError(
+            "a hidden state of the model is not finite on a rehearsal sample, so it has no activation states; "
+            "a model in float32 or bfloat16 with sound weights is needed"
+        )
+    moments = RunningMoments()
+    moments.add(states)
+    return moments.to_tensor()

@@ -1,0 +1,215 @@
+"""Samples of rehearsal that are no task's: general text, and a corpus that the model wrote itself."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from holdfast.data.encode import IGNORED
+from holdfast.data.formats import SUFFIXES, read_rows, read_text, where
+from holdfast.errors import ConfigError, DataError, did_you_mean
+from holdfast.methods.base import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+POOL = 10  # of a dataset, which may be endless, so many times the texts asked for are read to choose from
+
+logger = logging.getLogger("holdfast")
+
+
+def general_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    path: str | None = None,
+    texts: Iterable[str] | None = None,
+    dataset: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+    column: str = "text",
+    samples: int = 1000,
+    max_tokens: int = 563,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Tokenise a random choice of general texts. GeRe's defaults: 1,000 documents, the first 563 tokens of each.
+
+    Exactly one of ``path``, ``texts`` and ``dataset`` is given. Empty texts, and those of fewer than two tokens, in
+    which nothing can be predicted, are passed over. The chosen texts keep their order, so where there are no more than
+    ``samples`` the seed makes no difference.
+
+    Args:
+        tokenizer: of the model; the call changes nothing in it.
+        path: a .txt file (one text a line), a .jsonl, .json, .csv or .parquet file, or a folder of such files.
+        texts: the texts themselves.
+        dataset: name of a Hugging Face dataset, which is streamed, or a local folder of one; the choice is among its
+            first ``10 * samples`` texts.
+        subset: configuration name of the dataset.
+        split: split of the dataset.
+        column: where a row of a file or dataset has its text.
+        samples: texts to choose; all where there are fewer.
+        max_tokens: tokens of a row at most, from the beginning of its text; a beginning-of-sequence token, where the
+            tokenizer adds one, is among them.
+        seed: of the choice.
+
+    Returns:
+        one row a text: ``input_ids`` and ``labels``, lists of int of one length; all tokens but a
+        beginning-of-sequence token are supervised.
+
+    Raises:
+        ConfigError: not exactly one source is given, or there is no such path.
+        DataError: a file or dataset cannot be read, a row lacks the column or has no text in it, or no text reaches
+            two tokens.
+    """
+    if sum(given is not None for given in (path, texts, dataset)) != 1:
+        raise ConfigError("general samples: give one of path (a file or folder), dataset (of Hugging Face) and texts")
+    if dataset is not None:
+        source = f"{dataset}/{subset}[{split}]" if subset else f"{dataset}[{split}]"
+        rows = _dataset_rows(source, dataset, subset, split)
+        found = [
+            _text(row, column, where(source, i, row)) for i, row in enumerate(itertools.islice(rows, POOL * samples))
+        ]
+    elif path is not None:
+        source, found = path, [text for file in _files(Path(path)) for text in _file_texts(file, column)]
+    else:
+        source, found = "general samples", list(texts or ())
+    full = [text for text in found if text.strip()]
+    if not full:
+        raise DataError(f"{source}: holds no text to take general samples from")
+
+    chosen: dict[int, dict[str, Any]] = {}
+    order = iter(random.Random(f"{seed}/general samples").sample(range(len(full)), len(full)))
+    while part := list(itertools.islice(order, samples - len(chosen))):
+        tokenised = _tokenised(tokenizer, [full[place] for place in part], max_tokens)
+        chosen |= {place: row for place, row in zip(part, tokenised, strict=True) if len(row["input_ids"]) > 1}
+    if not chosen:
+        raise DataError(
+            f"{source}: each of its {len(full)} texts is shorter than two tokens, so there is nothing to predict; "
+            "general samples need longer ones"
+        )
+    tokens = sum(len(row["input_ids"]) for row in chosen.values())
+    logger.info("%s: %d general samples (%d asked for), %d tokens", source, len(chosen), samples, tokens)
+    return [chosen[place] for place in sorted(chosen)]
+
+
+def corpus_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
+    """Read a corpus that a model generated: a .jsonl file of tokens or texts, each taken whole.
+
+    Args:
+        path: rows of ``input_ids`` and, if not all are supervised, ``labels`` (-100 where not); or rows of ``text``.
+        tokenizer: needed where the rows are texts.
+
+    Returns:
+        one row a line: ``input_ids`` and ``labels``, lists of int of one length.
+
+    Raises:
+        ConfigError: there is no such file, or it holds texts and no tokenizer is given.
+        DataError: a row is malformed, or supervises no token.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"self-generated corpus: there is no file {str(path)!r} (looked from {Path.cwd()})")
+    rows = []
+    for index, row in enumerate(read_rows(path)):
+        place = where(path, index, row)
+        if "input_ids" in row:
+            rows.append(_checked(row, place))
+        elif "text" in row:
+            if tokenizer is None:
+                raise ConfigError(f"{path}: holds texts, so a tokenizer is needed; rows of input_ids need none")
+            rows += _tokenised(tokenizer, [_text(row, "text", place)], max_tokens=None)
+        else:
+            found = ", ".join(map(repr, row)) or "none"
+            raise DataError(f"{place}: must have input_ids (or text) of one sample; its keys: {found}")
+        if all(label == IGNORED for label in rows[-1]["labels"][1:]):
+            raise DataError(
+                f"{place}: nothing to predict in it; a sample needs two tokens, and a label after the first"
+            )
+    return rows
+
+
+def rows_fingerprint(rows: Sequence[Row]) -> str:
+    """SHA-256 (hexadecimal) over the tokens and labels of all rows, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for key in ("input_ids", "labels"):
+            values = np.asarray(row[key], dtype="<i8")
+            digest.update(len(values).to_bytes(8, "little"))
+            digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    suffixes = (".txt", *SUFFIXES)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+        if not files:
+            raise DataError(f"{path}: no file in this folder is one of general text ({', '.join(suffixes)})")
+        return files
+    if not path.is_file():
+        raise ConfigError(f"general samples: there is no file or folder {str(path)!r} (looked from {Path.cwd()})")
+    if path.suffix not in suffixes:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(suffixes)}")
+    return [path]
+
+
+def _file_texts(file: Path, column: str) -> Iterator[str]:
+    if file.suffix == ".txt":
+        yield from (line.removesuffix("\r") for line in read_text(file).split("\n"))
+    else:
+        for index, row in enumerate(read_rows(file)):
+            yield _text(row, column, where(file, index, row))
+
+
+def _dataset_rows(source: str, dataset: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        yield from load_dataset(dataset, subset, split=split, streaming=True)
+    except Exception as error:  # whatever a hub, a disk or a parser may raise
+        raise DataError(f"general samples: dataset {source!r} cannot be read: {error}") from None
+
+
+def _text(row: Mapping[str, Any], column: str, place: str) -> str:
+    """The text of a row; an absent one, null, is as good as empty."""
+    if column not in row:
+        raise DataError(f"{place}: column: there is no column {column!r}{did_you_mean(column, row)}")
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {column}: must be text, not {value!r:.40}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: {column}: holds half a character (\\u{ord(value[error.start]):04x})") from None
+    return value
+
+
+def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int | None) -> list[dict[str, Any]]:
+    """Rows of the texts' first tokens, after a beginning-of-sequence token where the tokenizer adds one."""
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    begin = [tokenizer.bos_token_id]
+    begin = begin if full[:1] == begin and bare[:1] != begin else []
+    rows = []
+    for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        ids = (begin + tokens)[:max_tokens]
+        rows.append({"input_ids": ids, "labels": [IGNORED] * len(begin) + ids[len(begin) :]})
+    return rows
+
+
+def _checked(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    ids = row["input_ids"]
+    labels = row.get("labels", ids)
+    for key, values, signs in (("input_ids", ids, ()), ("labels", labels, (IGNORED,))):
+        if not isinstance(values, list) or not all(type(v) is int and (v >= 0 or v in signs) for v in values):
+            raise DataError(f"{place}: {key}: must be a list of token numbers, not {values!r:.40}")
+    if len(labels) != len(ids):
+        raise DataError(f"{place}: labels: has {len(labels)} entries, but input_ids {len(ids)}; one a token is needed")
+    return {"input_ids": ids, "labels": list(labels)}

@@ -1,0 +1,183 @@
+"""The teacher of a rehearsal loss: the model as it was, and the loss of the student beside it.
+
+For a fixed set of samples, what the loss needs is computed once and read from disk. For the current task's rows the
+teacher runs beside the student: only the trained weights are kept twice, and they are exchanged for one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.losses import chunked_kl, l1_loss, l2_loss, margin_loss
+from holdfast.methods.base import Batch, Rehearsed, Row, Stage
+from holdfast.model import Head, head, hidden_only
+from holdfast.rehearsal.cache import TeacherCache, model_fingerprint, state_cache, tokenizer_fingerprint
+from holdfast.rehearsal.samples import rows_fingerprint
+from holdfast.rehearsal.states import unpack
+
+States = Callable[[Rehearsed, Batch], tuple[Tensor, Tensor]]
+"""(student's rows, the task's batch) -> the teacher's hidden states [rows, seq, hidden], and mask [rows, seq]."""
+
+
+def padded(states: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of [tokens, width] as [rows, seq, width], zero where padded, and the mask [rows, seq] of real tokens."""
+    seq = like.shape[1]
+    result = torch.stack([nn.functional.pad(s.to(like.device), (0, 0, 0, seq - len(s))) for s in states])
+    lengths = torch.tensor([len(s) for s in states], device=like.device)
+    return result, torch.arange(seq, device=like.device) < lengths[:, None]
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """The positions [rows, seq] that predict a supervised token: the one after them has a label."""
+    return nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+
+
+class HiddenTeacher:
+    """A teacher of which the loss needs hidden states: the last ones and the head for KL, any layer's for L1 and L2.
+
+    Args:
+        states: gives the teacher's hidden states of the student's rows.
+        teacher_head: what made logits of them; None where the student's own head is still the teacher's.
+    """
+
+    def __init__(self, options: Any, states: States, teacher_head: Head | None):
+        self.options, self.states, self.teacher_head = options, states, teacher_head
+
+    def term(self, rehearsed: Rehearsed, batch: Batch, model: nn.Module) -> Tensor:
+        """The loss, a mean over positions; KL over those that predict a supervised token, L1 and L2 over all."""
+        student = rehearsed.hidden[0]
+        target, mask = self.states(rehearsed, batch)
+        target = target.to(student.dtype)
+        if self.options.loss != "kl":
+            return (l1_loss if self.options.loss == "l1" else l2_loss)(student, target, mask)
+        own = head(model)
+        old = self.teacher_head or own
+        total, count = chunked_kl(
+            student,
+            own.weight,
+            target,
+            old.weight,
+            predicting(rehearsed.labels),
+            temperature=self.options.temperature,
+            direction=self.options.direction,
+            student_bias=own.bias,
+            teacher_bias=old.bias,
+            softcap=own.softcap,
+            logit_scale=own.scale,
+        )
+        return total / count
+
+
+class StateTeacher:
+    """GeRe's teacher: two bits an activation, and the thresholds."""
+
+    def __init__(self, options: Any, cache: TeacherCache, low: Tensor, high: Tensor):
+        self.options, self.cache, self.low, self.high = options, cache, low, high
+
+    def term(self, rehearsed: Rehearsed, batch: Batch, model: nn.Module) -> Tensor:
+        """The margin loss over all tokens of the samples."""
+        student = rehearsed.hidden[0]
+        low, high = self.low.to(student.device), self.high.to(student.device)
+        classes = [unpack(packed, len(low)) for packed in self.cache.read_many(rehearsed.samples)]
+        target, mask = padded(classes, student)
+        return margin_loss(student, target, low, high, mask, self.options.reduction)
+
+
+class LiveStates:
+    """Hidden states of the model with the weights that it had when this was made, without dropout or gradient."""
+
+    def __init__(self, model: nn.Module, layer: int):
+        self.model, self.layer = model, layer
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def __call__(self, rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        training = self.model.training
+        self._exchange()
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                outputs = self.model(**inputs, output_hidden_states=True, use_cache=False, **hidden_only(self.model))
+        finally:
+            self.model.train(training)
+            self._exchange()
+        hidden = outputs.hidden_states[self.layer]
+        return hidden, batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+
+    def head(self) -> Head:
+        """The head as it was; weights that are not trained are those of the model."""
+        now = head(self.model)
+        kept = {id(p): self.weights[name] for name, p in self.model.named_parameters() if name in self.weights}
+        bias = None if now.bias is None else kept.get(id(now.bias), now.bias)
+        return Head(kept.get(id(now.weight), now.weight), bias, now.softcap, now.scale)
+
+    def _exchange(self) -> None:
+        for name, p in self.model.named_parameters():
+            if name in self.weights:
+                p.data, self.weights[name] = self.weights[name], p.data
+
+
+def cached_teacher(
+    options: Any, stage: Stage, rows: Sequence[Row], folder: Path, key: dict[str, Any]
+) -> tuple[HiddenTeacher | StateTeacher, dict[str, Any]]:
+    """The teacher of a fixed set of samples, from disk; the model as it is now is asked where there is no cache.
+
+    Args:
+        key: what the cache was made for, if it must be an earlier one (the teacher ``start`` after the first stage);
+            empty: the model as it is now.
+
+    Returns:
+        the teacher, and what its cache was made for.
+
+    Raises:
+        DataError: a file of the cache is damaged.
+        RuntimeError: an earlier teacher's cache is gone, so that it cannot be made again.
+    """
+    layer = -1 if options.loss == "kl" else options.layer
+    earlier = bool(key)
+    key = key or {
+        "model": model_fingerprint(stage.model),
+        "tokenizer": tokenizer_fingerprint(stage.tokenizer) if stage.tokenizer is not None else None,
+        "samples": rows_fingerprint(rows),
+        "layer": layer,
+    }
+
+    def compute(batch: Sequence[Row]) -> list[Tensor]:
+        if earlier:
+            raise RuntimeError(
+                f"{folder}: the teacher's cache is gone, and the model is no longer the one that it was made from; "
+                "start the run again in another output"
+            )
+        return stage.hidden_states(batch, layer)
+
+    settings: dict[str, Any] = {"batch_rows": stage.micro_batch_size}
+    if options.loss == "margin":
+        cache, low, high = state_cache(folder, key, rows, compute, multiple=options.multiple, **settings)
+        return StateTeacher(options, cache, low, high), key
+    extras, trained = {}, head(stage.model)
+    if options.loss == "kl" and trained.weight.requires_grad:
+        extras = {"head": trained.weight.detach().cpu()}
+        if trained.bias is not None:
+            extras["bias"] = trained.bias.detach().cpu()
+    cache = TeacherCache.open_or_build(folder, key | {"kind": "hidden"}, rows, compute, extras=extras, **settings)
+    old = None
+    if extras:
+        device = trained.weight.device
+        bias = cache.extra("bias").to(device) if "bias" in extras else None
+        old = Head(cache.extra("head").to(device), bias, trained.softcap, trained.scale)
+
+    def states(rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
+        return padded(cache.read_many(rehearsed.samples), rehearsed.hidden[0])
+
+    return HiddenTeacher(options, states, old), key
+
+
+def live_teacher(options: Any, stage: Stage) -> HiddenTeacher:
+    """The model as it is now, run beside the student on the current task's rows."""
+    states = LiveStates(stage.model, -1 if options.loss == "kl" else options.layer)
+    return HiddenTeacher(options, states, states.head())

@@ -1,0 +1,216 @@
+"""The engine: every cell of source x loss, its teacher, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from holdfast.errors import ConfigError
+from holdfast.losses import kl_divergence
+from holdfast.methods import build
+from holdfast.methods.base import Rehearsed, Step
+from holdfast.methods.lwf import LwF
+from holdfast.methods.rehearsal import Rehearsal
+from holdfast.rehearsal.teacher import predicting
+from test_trainer import trained, vector
+from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
+
+WORDS = ("red green blue", "the sea moves a weed", "a tide holds fast", "one two three four", "letters and signs")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(WORDS))
+    return str(path)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row["input_ids"]}) + "\n" for row in tiny_rows(6, seed=5)))
+    return str(path)
+
+
+def two_stages(folder, method, **args):
+    """Train two stages and return the trainer; rows of the second differ from those of the first."""
+    model = tiny_model()
+    for index in (1, 2):
+        rows = [row | {"row": i} for i, row in enumerate(tiny_rows(12, seed=index))]
+        trainer = trained(
+            folder,
+            rows=rows,
+            model=model,
+            method=method,
+            processing_class=tiny_tokenizer(),
+            args={"max_grad_norm": 0} | args,
+            stage_index=index,
+        )
+    return trainer
+
+
+CELLS = [
+    (source, loss)
+    for source, loss in product(("past", "general", "self", "current"), ("ce", "kl", "margin", "l1", "l2"))
+    if (source, loss) not in {("current", "ce"), ("current", "margin")}
+]
+
+
+@pytest.mark.parametrize(("source", "loss"), CELLS)
+def test_every_cell_trains_and_its_term_is_logged(source, loss, tmp_path, texts, corpus):
+    options = {"source": source, "loss": loss}
+    if source in ("general", "self"):
+        options["path"] = texts if source == "general" else corpus
+    trainer = two_stages(tmp_path, Rehearsal(**options))
+    terms = [log["term/rehearsal"] for log in trainer.state.log_history if "loss" in log]
+    assert len(terms) == 3
+    if loss != "ce":
+        # The model is its own teacher before the first step of the stage.
+        assert terms[0] == pytest.approx(0, abs=1e-6)
+    assert terms[-1] > 1e-6
+
+
+PRESETS = [
+    *product(("gere", "gere_kl", "gere_l1", "gere_l2"), (1.0, 100.0, "dynamic")),
+    *product(("gere_ce", "self_replay", "kl_replay", "lwf"), (1.0, 10.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "weight"), PRESETS)
+def test_presets(name, weight, tmp_path, texts, corpus):
+    options = {"weight": weight}
+    if name != "lwf":
+        options["path"] = corpus if "replay" in name else texts
+    [method] = build([(name, options)])
+    trainer = two_stages(tmp_path, method)
+    log = [log for log in trainer.state.log_history if "loss" in log][-1]
+    assert log[f"term/{name}"] > 0
+    assert (f"term/{name}/ce" in log) == (name.startswith("gere") and name != "gere_ce")
+    if weight == "dynamic":
+        assert log[f"term/{name}"] == pytest.approx(log[f"term/{name}/ce"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["replay", "kl", "margin"])
+def test_one_forward_equals_two(method, tmp_path, texts, monkeypatch):
+    options = {
+        "replay": {"source": "past", "loss": "ce"},
+        "kl": {"source": "general", "loss": "kl", "path": texts, "ce_weight": 0.5},
+        "margin": {"source": "general", "loss": "margin", "path": texts, "weight": 10},
+    }[method]
+    results = []
+    for padding in (0.0, 1e9):
+        monkeypatch.setattr("holdfast.trainer.PADDING_FOR_ONE_PASS", padding)
+        folder = tmp_path / str(padding)
+        results.append(vector(two_stages(folder, Rehearsal(**options)).model))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=2e-4)
+
+
+def test_counts_hold_in_every_optimizer_step(tmp_path, texts):
+    """GeRe's batch insertion: a fixed number of general rows a step, at any accumulation."""
+    asked = []
+
+    class Counted(Rehearsal):
+        name = "counted"
+
+        def loss_terms(self, step, batch, outputs):
+            asked.append((step.stage.index, step.index, len(step.rehearsed[self.name].samples)))
+            return super().loss_terms(step, batch, outputs)
+
+    method = Counted(source="general", path=texts, count=3)
+    two_stages(tmp_path, method, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    for stage, step in product((1, 2), range(3)):
+        assert sum(n for s, k, n in asked if (s, k) == (stage, step)) == 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_on_current_rows_is_the_plain_formula_with_a_live_copy(temperature):
+    """LwF's term against a second model that was copied before the stage."""
+    model, rows = tiny_model(), tiny_rows(5)
+    teacher = tiny_model()
+    teacher.load_state_dict(model.state_dict())
+    method = LwF(temperature=temperature)
+    stage = tiny_stage(model, rows)
+    method.before_stage(stage)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = pad_rows(rows)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    outputs = model(**inputs, output_hidden_states=True)
+    step = Step(stage, 0, 5, 1, True)
+    step.rehearsed = {"lwf": Rehearsed([], batch["labels"], outputs.logits, (outputs.hidden_states[-1],), 1.0)}
+    term = method.loss_terms(step, batch, outputs)["lwf"]
+    mask = predicting(batch["labels"])
+    old = teacher(**inputs).logits
+    total, count = kl_divergence(outputs.logits, old, mask, temperature)
+    torch.testing.assert_close(term, total / count, rtol=1e-4, atol=1e-6)
+    by_hand = F.kl_div(
+        F.log_softmax(outputs.logits[mask] / temperature, -1), F.softmax(old[mask] / temperature, -1), reduction="sum"
+    )
+    torch.testing.assert_close(term, by_hand * temperature**2 / mask.sum(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(vector(model), vector(model)) and model.training
+
+
+@pytest.mark.parametrize("loss", ["kl", "l1", "l2"])
+def test_a_cached_teacher_equals_a_live_one(loss, tmp_path):
+    """The same rows as past samples (cached) and as the current task's (live) give the same term and gradient."""
+    rows = [row | {"row": i} for i, row in enumerate(tiny_rows(6))]
+    values = []
+    for source in ("past", "current"):
+        model = tiny_model()
+        method = Rehearsal(source=source, loss=loss)
+        stage = tiny_stage(model, rows, index=2)
+        stage.folder = tmp_path / source
+        if source == "past":
+            method.memory.rows = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
+        method.before_stage(stage)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        batch = pad_rows(rows)
+        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+        step = Step(stage, 0, 6, 1, True)
+        hidden = (outputs.hidden_states[-1],)
+        step.rehearsed = {"rehearsal": Rehearsed(list(range(6)), batch["labels"], outputs.logits, hidden, 1.0)}
+        term = method.loss_terms(step, batch, outputs)["rehearsal"]
+        term.backward()
+        values.append((term.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert values[0][0] > 0
+    torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_start_teacher_stays_that_of_the_start(tmp_path, texts):
+    """In the second stage the cache of the first is read again: the term is not zero at its first step."""
+    trainer = two_stages(tmp_path, Rehearsal(source="general", path=texts, loss="l2", teacher="start"))
+    first = next(log["term/rehearsal"] for log in trainer.state.log_history if "loss" in log)
+    assert first > 1e-6
+
+
+REFUSED = {
+    "its own next-token loss": ({"source": "current"}, "already"),
+    "thresholds of a moving set": ({"source": "current", "loss": "margin"}, "fixed set"),
+    "replace with kl": ({"way": "replace", "loss": "kl"}, "must be ce"),
+    "replace all": ({"way": "replace", "ratio": 1.0}, "below 1"),
+    "no texts": ({"source": "general"}, "give path"),
+    "no corpus": ({"source": "self"}, "corpus"),
+    "past at the start": ({"loss": "kl", "teacher": "start"}, "not known before the first stage"),
+    "two counts": ({"count": 2, "ratio": 0.5}, "not both"),
+    "dynamic ce": ({"weight": "dynamic"}, "ce itself"),
+    "weight of zero": ({"weight": 0}, "greater than 0"),
+    "temperature of zero": ({"loss": "kl", "temperature": 0}, "temperature: input should be greater than 0"),
+    "temperature without kl": ({"loss": "l1", "temperature": 2.0}, "temperature: would change nothing"),
+    "memory without past": ({"source": "general", "path": "x", "capacity": 5}, "capacity: would change nothing"),
+    "unknown loss": ({"loss": "kll"}, "loss: input should be"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_makes_no_sense_is_refused_with_the_reason(case):
+    options, reason = REFUSED[case]
+    with pytest.raises(ConfigError, match=reason):
+        Rehearsal(**options)
