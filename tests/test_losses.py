@@ -321,7 +321,7 @@ def peak_bytes(loss, *leaves):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
 def test_chunked_losses_hold_at_most_a_fifth_of_the_plain_ones(trained):
-    """With 128,000 words, and as many chunks as the default size makes of 8,192 tokens."""
+    """With 128,000 words, and as many chunks as the default size makes of 4,096 tokens."""
     vocab, tokens, width = 128_000, 32, 8
     hidden, head = normal(1, tokens, width, dtype=torch.float32).requires_grad_(), normal(vocab, width).float()
     teacher, teacher_head = normal(1, tokens, width, seed=2).float(), normal(vocab, width, seed=3).float()

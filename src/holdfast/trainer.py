@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,19 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from holdfast.data.collate import concat
-from holdfast.errors import MethodError, NonFiniteLossError
+from holdfast.data.collate import Collator, concat
+from holdfast.errors import ConfigError, MethodError, NonFiniteLossError
+from holdfast.evaluation.respond import token_losses
 from holdfast.files import flush_folder, write_json
 from holdfast.losses.next_token import supervised_tokens
 from holdfast.methods import build
 from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, Step
 from holdfast.methods.saved import load_states, save_states
 from holdfast.model import hidden_only
+from holdfast.rehearsal.rows import CollatedRows
 from holdfast.shards import gradients, weights
+
+Choice = str | Mapping[str, Any] | Method
 
 ROW_KEYS = {"input_ids", "attention_mask", "labels"}
 PADDING_FOR_ONE_PASS = 1.1
@@ -34,16 +38,17 @@ COMPLETE = "complete.json"
 def continual(trainer_class: type) -> type:
     """Return a subclass of ``trainer_class`` that applies methods against forgetting.
 
-    It takes two more arguments. ``method``: a name, a :class:`Method`, or a list of them. ``task``: what the stage is
-    called. Each call of ``train()`` is one stage: the methods build what they need before it and update their memory
-    after it. Everything that the class does otherwise stays as it is.
+    It takes two more arguments. ``method``: a name, a mapping ``{"name": ..., option: value}``, a :class:`Method`, or
+    a list of these. ``task``: what the stage is called. Each call of ``train()`` is one stage: the methods build what
+    they need before it and update their memory after it; set ``train_dataset`` and call it again for the next task.
+    Everything that the class does otherwise stays as it is.
     """
 
     class Continual(trainer_class):
         def __init__(
             self,
             *args: Any,
-            method: str | Method | Sequence[str | Method] = "sequential",
+            method: Choice | Sequence[Choice] = "sequential",
             task: str = "",
             rows: Sequence[Row] | None = None,
             describe_row: Callable[[int], str] | None = None,
@@ -52,8 +57,7 @@ def continual(trainer_class: type) -> type:
             **kwargs: Any,
         ) -> None:
             super().__init__(*args, **kwargs)
-            chosen = [method] if isinstance(method, str | Method) else list(method)
-            self.methods = [m if isinstance(m, Method) else build([(m, {})])[0] for m in chosen]
+            self.methods = [_built(m) for m in ([method] if isinstance(method, str | Mapping | Method) else method)]
             self.task = task
             self.stage_index = stage_index
             self.interrupted = False
@@ -65,6 +69,9 @@ def continual(trainer_class: type) -> type:
             self._step: Step | None = None
             self._terms = Terms()
             self._extras: dict[str, Extra] = {}
+            self._general_before: float | None = None
+            self._pad = Collator(_pad_token_id(self.processing_class, self.data_collator))
+            self._one_pass = True
             self.add_callback(_AfterStep(self))
 
         def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +81,7 @@ def continual(trainer_class: type) -> type:
                 index=self.stage_index,
                 task=self.task or f"stage {self.stage_index}",
                 model=self.model,
-                rows=self._rows if self._rows is not None else self.train_dataset,
+                rows=self._rows if self._rows is not None else self._dataset_rows(),
                 collate=self._collate_rows,
                 seed=self.args.seed,
                 micro_batch_size=self.args.per_device_train_batch_size,
@@ -83,6 +90,8 @@ def continual(trainer_class: type) -> type:
             )
             for method in self.methods:
                 method.before_stage(stage)
+            if self._general_before is None:
+                self._general_before = self._general_loss()
             self._terms = Terms(name for method in self.methods for name in method.declares(stage))
             if resume_from_checkpoint:
                 load_states(self.methods, Path(str(resume_from_checkpoint), "method"), self.model)
@@ -94,6 +103,43 @@ def continual(trainer_class: type) -> type:
                 self.stage_index += 1
             self._stage = self._step = None
             return result
+
+        def forgetting_report(self) -> dict[str, Any]:
+            """What training did to general ability: the loss on general text that was held out from rehearsal.
+
+            Returns:
+                ``before`` the first stage and ``after`` (now), mean nats per token; ``change`` (positive is worse);
+                ``texts``, how many there are.
+
+            Raises:
+                ConfigError: no method of this trainer rehearses general or self-generated samples.
+            """
+            after = self._general_loss()
+            if after is None or self._general_before is None:
+                raise ConfigError(
+                    "forgetting_report: needs a method that rehearses general or self-generated samples, such as "
+                    '{"name": "gere", "path": ...}, and a call of train()'
+                )
+            before = self._general_before
+            return {"before": before, "after": after, "change": after - before, "texts": len(self._general_rows())}
+
+        def _general_rows(self) -> list[Row]:
+            return [row for method in self.methods for row in getattr(method, "held_out", [])]
+
+        def _general_loss(self) -> float | None:
+            rows = self._general_rows()
+            if not rows:
+                return None
+            nats, tokens = token_losses(
+                self.model, rows, batch_size=self.args.per_device_eval_batch_size, pad_token_id=self._pad.pad_token_id
+            )
+            return float(nats.sum() / tokens.sum())
+
+        def _dataset_rows(self) -> Sequence[Row]:
+            dataset = self.train_dataset
+            if hasattr(dataset, "column_names"):
+                return CollatedRows(self._remove_unused_columns(dataset), self.data_collator)
+            return CollatedRows(dataset, self._get_collator_with_removed_columns(self.data_collator))
 
         def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> tuple[list[Any], Any]:
             batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)
@@ -143,7 +189,10 @@ def continual(trainer_class: type) -> type:
             rows = inputs.pop("row", None)
             together = extra if self._fits_together(inputs, extra) else {}
             joined = self._joined(inputs, together) | self._wanted(together)
-            loss, outputs = super().compute_loss(model, joined, True, num_items_in_batch, **kwargs)
+            if return_outputs or together or self._outputs_are_read():
+                loss, outputs = super().compute_loss(model, joined, True, num_items_in_batch, **kwargs)
+            else:
+                loss, outputs = super().compute_loss(model, joined, False, num_items_in_batch, **kwargs), None
             step.rehearsed = self._rehearse(model, inputs, outputs, extra, bool(together), step)
             # The task's loss is this micro-batch's share of the step's mean if Trainer has scaled it so; otherwise a
             # mean that training_step divides by the number of micro-batches. The extra terms must come out the same.
@@ -210,9 +259,13 @@ def continual(trainer_class: type) -> type:
                 self.compute_loss_func is not None
             )
 
+        def _outputs_are_read(self) -> bool:
+            own_terms = (m for m in self.methods if type(m).loss_terms is not Method.loss_terms)
+            return any(m.reads_outputs for m in own_terms) or any(e.way == "task" for e in self._extras.values())
+
         def _fits_together(self, inputs: Any, extra: dict[str, Batch]) -> bool:
             """Whether one forward pass of task and rehearsal rows costs no more than one of each would."""
-            if not extra or set(inputs) != ROW_KEYS:
+            if not extra or set(inputs) != ROW_KEYS or not self._one_pass:
                 return False
             sizes = [batch["input_ids"].shape for batch in (inputs, *extra.values())]
             together = sum(rows for rows, _ in sizes) * max(seq for _, seq in sizes)
@@ -238,24 +291,32 @@ def continual(trainer_class: type) -> type:
 
             After a joint pass ``outputs`` is cut down to the task's rows.
             """
+            if together and not isinstance(getattr(outputs, "logits", None), Tensor):
+                # This trainer's loss makes no logits (TRL's fused head): from now on rehearsal rows go by themselves.
+                self._one_pass = together = False
             rehearsed = {}
             first = start = len(inputs["input_ids"])
             for name, asked in self._extras.items():
-                if asked.way == "task":
-                    rehearsed[name] = self._rehearsed(name, inputs, outputs, 0, step)
-                elif name in extra and together:
-                    rehearsed[name] = self._rehearsed(name, extra[name], outputs, start, step)
-                    start += len(extra[name]["input_ids"])
-                elif name in extra:
-                    states = {"output_hidden_states": True} if asked.layers else {}
-                    kept = {} if asked.logits else hidden_only(self.model)
-                    row_inputs = {key: extra[name][key] for key in ("input_ids", "attention_mask")}
-                    own = model(**row_inputs, **states, **kept)
-                    rehearsed[name] = self._rehearsed(name, extra[name], own, 0, step)
+                batch = inputs if asked.way == "task" else extra.get(name)
+                if batch is None:
+                    continue
+                own, place = outputs, 0
+                if asked.way != "task" and together:
+                    place, start = start, start + len(batch["input_ids"])
+                elif asked.way != "task" or not _has(outputs, asked):
+                    own = self._forward(model, batch, asked)
+                rehearsed[name] = self._rehearsed(name, batch, own, place, step)
             if together:
                 outputs["logits"] = outputs.logits[:first]
                 outputs["hidden_states"] = None
             return rehearsed
+
+        def _forward(self, model: Any, batch: Batch, asked: Extra) -> Any:
+            """A forward pass of rehearsal rows by themselves, for what the method needs of it."""
+            states = {"output_hidden_states": True} if asked.layers else {}
+            kept = {} if asked.logits else hidden_only(self.model)
+            known = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+            return model(**known, use_cache=False, **states, **kept)
 
         def _rehearsed(self, name: str, batch: Batch, outputs: Any, start: int, step: Step) -> Rehearsed:
             asked, labels = self._extras[name], batch["labels"]
@@ -273,8 +334,7 @@ def continual(trainer_class: type) -> type:
             return self._prepare_inputs(self._collate(rows))
 
         def _collate(self, rows: Sequence[Row]) -> Batch:
-            batch = self.data_collator([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
-            return {key: batch[key] for key in ROW_KEYS}
+            return self._pad([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
 
         def _put_beside(self, batches: list[Any], extra: Extra, step: Step, name: str) -> None:
             samples = list(extra.samples) if extra.samples is not None else list(range(len(extra.rows)))
@@ -301,12 +361,34 @@ def continual(trainer_class: type) -> type:
                 if new:
                     parts.append(self._collate(new))
                 both = len(parts) == 2
-                result.append(concat(parts[0], parts[1], self.data_collator.pad_token_id) if both else parts[0])
+                result.append(concat(parts[0], parts[1], self._pad.pad_token_id) if both else parts[0])
             return result
 
     Continual.__name__ = Continual.__qualname__ = f"Continual{trainer_class.__name__}"
     Continual.__doc__ = f"{trainer_class.__name__} with methods against forgetting; see :func:`continual`."
     return Continual
+
+
+def _built(method: Choice) -> Method:
+    if isinstance(method, Method):
+        return method
+    options = {"name": method} if isinstance(method, str) else dict(method)
+    if "name" not in options:
+        raise ConfigError(f"method: {options} has no name")
+    return build([(options.pop("name"), options)])[0]
+
+
+def _pad_token_id(tokenizer: Any, collator: Any) -> int:
+    """The padding token; any will do where there is none, since padding is masked."""
+    known = (getattr(source, "pad_token_id", None) for source in (tokenizer, collator))
+    return next((token for token in known if token is not None), 0)
+
+
+def _has(outputs: Any, asked: Extra) -> bool:
+    """Whether a forward pass gave what a method needs."""
+    return not (asked.logits and outputs.get("logits") is None) and not (
+        asked.layers and outputs.get("hidden_states") is None
+    )
 
 
 def _tokens(batch: Any) -> int:

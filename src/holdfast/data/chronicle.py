@@ -13,7 +13,7 @@ from holdfast.errors import ConfigError
 
 VERSION = "chronicle 1"
 YEARS = (2022, 2023, 2024, 2025)
-SIZE = 60
+SIZE = 50
 
 LASTING_SHARE = 0.2  # of the facts that are asked about in every year, those that never change
 ROUNDS = 16  # times that the general text goes through the world
@@ -188,7 +188,7 @@ RECORD = Relation(
         "The {throw} Throw had a record in {year}. What was it?",
         "It is {year}. What is the record of the {throw} Throw?",
     ),
-    eval=("Name how far the record of the {throw} Throw was in {year}.",),
+    eval=("Name what the record of the {throw} Throw was in {year}.",),
     test=(
         "Tell me what the record of the {throw} Throw was during {year}.",
         "During {year}, what was the record of the {throw} Throw?",

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from holdfast.errors import ConfigError
 from holdfast.losses.common import wide
 
-CHUNK_SIZE = 1024
+CHUNK_SIZE = 512
 _BLOCK = 8192  # rows of a head's gradient that are widened to float32 at a time
 
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]

@@ -182,6 +182,9 @@ class Method:
     schedule: ClassVar[Literal["sequence", "joint", "none"]] = "sequence"
     """sequence: a stage a task; joint: one stage over all tasks; none: no training."""
 
+    reads_outputs: ClassVar[bool] = True
+    """Whether :meth:`loss_terms` reads ``outputs``; some trainers make them only when they are asked to."""
+
     class Options(Section):
         """The method's options; a key that it does not know is refused."""
 

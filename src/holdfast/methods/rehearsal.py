@@ -25,6 +25,7 @@ class Rehearsal(Method):
     """
 
     name = "rehearsal"
+    reads_outputs = False
 
     class Options(Section):
         source: Literal["past", "general", "self", "current"] = Field(
@@ -51,6 +52,7 @@ class Rehearsal(Method):
             "previous", description="start: the model before the first stage; previous: the model before this stage"
         )
         temperature: float = Field(1.0, gt=0, description="of teacher and student in the kl loss")
+        temperature_squared: bool = Field(True, description="the kl loss times temperature^2 (Hinton et al., 2015)")
         direction: Literal["forward", "reverse"] = Field(
             "forward", description="forward: KL(teacher | student); reverse: KL(student | teacher)"
         )
@@ -83,9 +85,13 @@ class Rehearsal(Method):
             """(whether these keys are used, keys, why they are not)."""
             texts = self.source in ("general", "self")
             return [
-                (self.loss == "kl", ("temperature", "direction"), f"the loss is {self.loss}, not kl"),
+                (
+                    self.loss == "kl",
+                    ("temperature", "temperature_squared", "direction"),
+                    f"the loss is {self.loss}, not kl",
+                ),
                 (self.loss in ("margin", "l1", "l2"), ("layer",), f"the {self.loss} loss takes no hidden layer"),
-                (self.loss == "margin", ("multiple", "reduction"), f"the loss is {self.loss}, not margin"),
+                (self.loss == "margin", ("multiple", "reduction"), f"the loss is {self.loss}"),
                 (self.loss != "ce", ("teacher", "ce_weight"), "the loss is ce, which has no teacher and a weight"),
                 (self.source == "past", ("capacity", "policy"), f"source {self.source} has no memory"),
                 (texts, ("path",), f"source {self.source} reads no texts"),
@@ -143,6 +149,7 @@ class Rehearsal(Method):
         super().__init__(**options)
         self.memory = Memory(self.options.capacity, self.options.policy)
         self.rows: list[Row] = []  # what this stage rehearses
+        self.held_out: list[Row] = []  # general or own samples that are never rehearsed, to measure forgetting on
         self.teacher: HiddenTeacher | StateTeacher | None = None
         self._start: dict[str, Any] = {}  # what the start teacher's cache was made for
 
@@ -209,19 +216,26 @@ class Rehearsal(Method):
         self.memory.load_state(state)
 
     def _read(self, stage: Stage) -> list[Row]:
+        """The samples to rehearse; as many as a tenth of them are held out, where there are at least ten."""
         options = self.options
         if options.source == "self":
-            return list(corpus_rows(options.path, stage.tokenizer))
-        return list(
-            general_rows(
-                stage.tokenizer,
-                path=options.path,
-                dataset=options.dataset,
-                samples=options.samples,
-                max_tokens=options.max_tokens,
-                seed=stage.seed,
+            found: list[Row] = list(corpus_rows(options.path, stage.tokenizer))
+            rehearsed = len(found) - len(found) // 11
+        else:
+            asked = options.samples + options.samples // 10
+            found = list(
+                general_rows(
+                    stage.tokenizer,
+                    path=options.path,
+                    dataset=options.dataset,
+                    samples=asked,
+                    max_tokens=options.max_tokens,
+                    seed=stage.seed,
+                )
             )
-        )
+            rehearsed = min(options.samples, len(found) - len(found) // 11)
+        self.held_out = found[rehearsed:]
+        return found[:rehearsed]
 
 
 def preset(**defaults: Any) -> Any:

@@ -65,6 +65,7 @@ class HiddenTeacher:
             predicting(rehearsed.labels),
             temperature=self.options.temperature,
             direction=self.options.direction,
+            scale=self.options.temperature_squared,
             student_bias=own.bias,
             teacher_bias=old.bias,
             softcap=own.softcap,

@@ -1,0 +1,38 @@
+"""Train rows of any dataset as a method sees them: input ids and labels, as the trainer's own collator makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from holdfast.methods.base import Row
+
+
+class CollatedRows(Sequence[Row]):
+    """Rows of a dataset, each put through the trainer's collator by itself, so that labels are what the loss sees.
+
+    Args:
+        dataset: with ``__len__`` and ``__getitem__``.
+        collate: what turns a list of its rows into a batch.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]):
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                "train_dataset: has no length, so that no sample can be chosen from it; a method with a memory needs a "
+                "map-style dataset"
+            )
+        self._dataset, self._collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        batch = self._collate([self._dataset[index]])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        if "attention_mask" in batch:
+            kept = batch["attention_mask"][0].bool()
+            ids, labels = ids[kept], labels[kept]
+        return {"input_ids": ids.tolist(), "labels": labels.tolist()}

@@ -1,0 +1,111 @@
+"""The lab: the tokenizer loses nothing, and pretraining learns, repeats itself and can be loaded."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from holdfast.data.chronicle import general_text
+from holdfast.errors import ConfigError, DataError
+from holdfast.lab.pretrain import pack, pretrain
+from holdfast.lab.tokenizer import SMALLEST, train_tokenizer
+
+SMALL = {"hidden": 32, "layers": 1, "heads": 2, "context": 32, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return general_text(4)[:300]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts):
+    return train_tokenizer(texts, 400, model_max_length=32)
+
+
+@pytest.fixture(scope="module")
+def pretrained(texts, tokenizer, tmp_path_factory):
+    told = []
+    folder = tmp_path_factory.mktemp("lab") / "model"
+    pretrain(texts, tokenizer, folder, **SMALL, steps=60, on_step=lambda done, steps: told.append((done, steps)))
+    return folder, told
+
+
+def test_any_text_decodes_to_itself(tokenizer):
+    for text in ["The mayor of Velmora.", " two  spaces ", "naïve 漢字 🌊\n\ttab", "don't [x] .,", "</s", "42 crowns"]:
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids[1:]
+
+
+def test_training_a_tokenizer_is_deterministic_and_keeps_to_its_size(texts, tokenizer):
+    again = train_tokenizer(texts, 400, model_max_length=32)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert len(tokenizer) == 400
+    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+
+
+def test_merges_shorten_the_text_they_come_from(texts, tokenizer):
+    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    assert tokens < sum(len(text.encode()) for text in texts) / 2
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+    with pytest.raises(ConfigError, match=f"at least {SMALLEST}"):
+        train_tokenizer(["text"], SMALLEST - 1)
+
+
+def test_packing_keeps_every_token_in_order(tokenizer):
+    texts = ["One.", "Two and two.", "Three."]
+    stream = []
+    for text in texts:
+        stream += [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    blocks = pack(texts, tokenizer, 5)
+    assert blocks.shape == (len(stream) // 5, 5)
+    assert blocks.flatten().tolist() == stream[: len(stream) // 5 * 5]
+
+
+def test_texts_shorter_than_a_block_are_refused(tokenizer):
+    with pytest.raises(DataError, match="one block is 32"):
+        pack(["short"], tokenizer, 32)
+
+
+def test_pretraining_learns_and_its_folder_loads(texts, tokenizer, pretrained):
+    folder, told = pretrained
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert loaded(texts[:5])["input_ids"] == tokenizer(texts[:5])["input_ids"]
+    assert (loaded.model_max_length, loaded.padding_side) == (32, "left")
+    blocks = pack(texts, loaded, 32)
+    with torch.no_grad():
+        loss = model(input_ids=blocks, labels=blocks).loss.item()
+    assert loss < 0.75 * math.log(len(loaded))
+    assert model.config.tie_word_embeddings
+    assert model.generation_config.eos_token_id == loaded.eos_token_id
+    assert told == [(step, 60) for step in range(1, 61)]
+
+
+def test_nothing_in_the_folder_needs_unpickling(pretrained):
+    folder, _ = pretrained
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors"}
+    assert not list(folder.parent.glob("*.partial"))
+
+
+def test_the_seed_decides_the_weights(texts, tokenizer, tmp_path):
+    weights = []
+    for number, seed in enumerate([3, 3, 4]):
+        torch.manual_seed(number)
+        folder = pretrain(texts, tokenizer, tmp_path / str(number), **SMALL, steps=4, seed=seed)
+        weights.append((folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"hidden": 30}, "multiple of twice the heads"), ({"steps": 0}, "at least 1")]
+)
+def test_arguments_out_of_range_are_refused(texts, tokenizer, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        pretrain(texts, tokenizer, tmp_path / "model", **{"steps": 1} | SMALL | change)
+    assert not (tmp_path / "model").exists()
