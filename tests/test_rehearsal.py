@@ -13,8 +13,10 @@ from holdfast.errors import ConfigError
 from holdfast.losses import kl_divergence
 from holdfast.methods import build
 from holdfast.methods.base import Rehearsed, Step
+from holdfast.methods.der import DER
 from holdfast.methods.lwf import LwF
 from holdfast.methods.rehearsal import Rehearsal
+from holdfast.methods.saved import load_states, save_states
 from holdfast.rehearsal.teacher import predicting
 from test_trainer import trained, vector
 from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
@@ -182,6 +184,39 @@ def test_a_cached_teacher_equals_a_live_one(loss, tmp_path):
         values.append((term.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     assert values[0][0] > 0
     torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-6)
+
+
+def test_der_stores_what_the_model_answered(tmp_path):
+    """The term is the squared distance to logits of a model that was copied when the samples were stored."""
+    model, rows = tiny_model(), tiny_rows(6)
+    old = tiny_model()
+    der = DER(capacity=4, weight=1.0)
+    stage = tiny_stage(model, rows)
+    der.after_stage(stage)
+    assert len(der.logits) == len(der.memory) == 4
+    save_states([der], tmp_path)
+    again = DER(capacity=4, weight=1.0)
+    load_states([again], tmp_path, model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = pad_rows(again.memory.rows)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    logits = model(**inputs).logits
+    step = Step(stage, 0, 4, 1, True)
+    step.rehearsed = {"der": Rehearsed(list(range(4)), batch["labels"], logits, (), 1.0)}
+    term = again.loss_terms(step, batch, None)["der"]
+    mask = predicting(batch["labels"])
+    torch.testing.assert_close(term, (logits[mask] - old(**inputs).logits[mask]).square().mean(), rtol=1e-4, atol=1e-7)
+    der.after_stage(tiny_stage(model, tiny_rows(6, seed=3), index=2))
+    assert len(der.logits) == 4 and set(der.memory.tasks) <= {1, 2}
+    answers = [sum(label != -100 for label in row["labels"][1:]) for row in der.memory.rows]
+    assert [len(logits) for logits in der.logits] == answers
+
+
+def test_der_trains(tmp_path):
+    trainer = two_stages(tmp_path, DER())
+    assert [log["term/der"] for log in trainer.state.log_history if "loss" in log][-1] > 0
 
 
 def test_the_start_teacher_stays_that_of_the_start(tmp_path, texts):

@@ -6,6 +6,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,6 +26,11 @@ class Head:
     bias: Tensor | None
     softcap: float | None
     scale: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocab]."""
+        x = F.linear(hidden, self.weight, self.bias) * self.scale
+        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
 
 def base(model: Any) -> Any:

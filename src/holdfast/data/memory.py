@@ -24,6 +24,7 @@ class Memory:
         self.policy = policy
         self.rows: list[Row] = []
         self.tasks: list[int] = []  # the stage that each row came from
+        self.places: list[int] = []  # its place among the rows of that stage
         self.seen = 0  # rows that were offered so far
 
     def __len__(self) -> int:
@@ -48,6 +49,7 @@ class Memory:
             "labels": _flat(self.rows, "labels"),
             "lengths": torch.tensor([len(row["input_ids"]) for row in self.rows], dtype=torch.int64),
             "tasks": self.tasks,
+            "places": self.places,
             "seen": self.seen,
         }
 
@@ -56,32 +58,33 @@ class Memory:
         lengths = state["lengths"].tolist()
         ids, labels = (torch.split(state[key], lengths) for key in ("input_ids", "labels"))
         self.rows = [{"input_ids": i.tolist(), "labels": y.tolist()} for i, y in zip(ids, labels, strict=True)]
-        self.tasks, self.seen = list(state["tasks"]), state["seen"]
+        self.tasks, self.places, self.seen = list(state["tasks"]), list(state["places"]), state["seen"]
 
     def _add_by_quota(self, stage: int, rows: Sequence[Row], chance: random.Random) -> None:
         stages = list(dict.fromkeys([*self.tasks, stage]))
         share, rest = divmod(self.capacity, len(stages))
         quota = {s: share + (position < rest) for position, s in enumerate(stages)}
         # Kept rows stand in random order, so the first ones of a task are a random choice again.
-        offered = [(stage, row) for row in chance.sample(list(rows), min(quota[stage], len(rows)))]
+        places = chance.sample(range(len(rows)), min(quota[stage], len(rows)))
+        offered = [(stage, place, rows[place]) for place in places]
         kept, count = [], dict.fromkeys(stages, 0)
-        for s, row in [*zip(self.tasks, self.rows, strict=True), *offered]:
-            if count[s] < quota[s]:
-                count[s] += 1
-                kept.append((s, row))
-        self.tasks, self.rows = [s for s, _ in kept], [_bare(row) for _, row in kept]
+        for entry in [*zip(self.tasks, self.places, self.rows, strict=True), *offered]:
+            if count[entry[0]] < quota[entry[0]]:
+                count[entry[0]] += 1
+                kept.append(entry)
+        self.tasks, self.places = [stage for stage, _, _ in kept], [place for _, place, _ in kept]
+        self.rows = [_bare(row) for _, _, row in kept]
         self.seen += len(rows)
 
     def _add_by_reservoir(self, stage: int, rows: Sequence[Row], chance: random.Random) -> None:
-        for row in rows:
+        for place, row in enumerate(rows):
             self.seen += 1
             if len(self.rows) < self.capacity:
                 self.rows.append(_bare(row))
                 self.tasks.append(stage)
-            else:
-                place = chance.randrange(self.seen)
-                if place < self.capacity:
-                    self.rows[place], self.tasks[place] = _bare(row), stage
+                self.places.append(place)
+            elif (slot := chance.randrange(self.seen)) < self.capacity:
+                self.rows[slot], self.tasks[slot], self.places[slot] = _bare(row), stage, place
 
 
 def _bare(row: Row) -> Row:

@@ -1,0 +1,94 @@
+"""Dark experience replay: past samples keep the logits that the model gave them when they were stored."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from holdfast.config import Section
+from holdfast.data.memory import Memory
+from holdfast.losses import logit_mse
+from holdfast.methods.base import Batch, Extra, Method, Stage, State, Step
+from holdfast.model import head
+from holdfast.rehearsal.teacher import predicting
+
+
+class DER(Method):
+    """Dark experience replay (Buzzega et al., 2020, arXiv 2004.07211, equation 6).
+
+    L = CE(task) + weight * mean over answer tokens of |z - h(x)|^2 / vocab, with z the logits that were stored with
+    the sample and h(x) the model's. The paper writes no division by the number of classes; its code, and its weights
+    of 0.1 to 0.5, have it. Samples and logits are stored at the end of their stage, in the model's data type: for
+    every answer token as many numbers as the vocabulary has, so keep ``capacity`` small where that is large.
+    """
+
+    name = "der"
+    reads_outputs = False
+
+    class Options(Section):
+        capacity: int = Field(1000, ge=1, description="past samples that the memory holds, over all tasks")
+        policy: Literal["quota", "reservoir"] = Field(
+            "reservoir",
+            description="reservoir: each past row equally likely (as published); quota: as many of each task",
+        )
+        ratio: float = Field(0.25, gt=0, description="replayed rows per task row")
+        weight: float = Field(0.5, gt=0, description="alpha, the weight of the term")
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.memory = Memory(self.options.capacity, self.options.policy)
+        self.logits: list[Tensor] = []  # of each memory row, [answer tokens, vocab], on the CPU
+
+    def declares(self, stage: Stage) -> tuple[str, ...]:
+        return (self.name,) if len(self.memory) else ()
+
+    def extra_rows(self, step: Step) -> Extra | None:
+        if not len(self.memory):
+            return None
+        count = max(1, round(self.options.ratio * step.rows))
+        samples = step.random(self.name).choices(range(len(self.memory)), k=count)
+        return Extra([self.memory.rows[i] for i in samples], "beside", samples)
+
+    def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
+        rehearsed = step.rehearsed.get(self.name)
+        if rehearsed is None:
+            return {}
+        assert rehearsed.logits is not None
+        student = rehearsed.logits[predicting(rehearsed.labels)]
+        stored = torch.cat([self.logits[sample] for sample in rehearsed.samples]).to(student.device)
+        distance = logit_mse(student, stored) / student.shape[-1]
+        return {self.name: self.options.weight * rehearsed.share * distance}
+
+    def after_stage(self, stage: Stage) -> None:
+        before = dict(zip(zip(self.memory.tasks, self.memory.places, strict=True), self.logits, strict=True))
+        self.memory.add(stage.index, stage.rows, stage.random(self.name))
+        keys = list(zip(self.memory.tasks, self.memory.places, strict=True))
+        new = [row for key, row in zip(keys, self.memory.rows, strict=True) if key not in before]
+        fresh = iter(answer_logits(stage, new))
+        self.logits = [before[key] if key in before else next(fresh) for key in keys]
+
+    def state(self) -> State:
+        lengths = [len(logits) for logits in self.logits]
+        return self.memory.state() | ({"logits": torch.cat(self.logits), "answers": lengths} if lengths else {})
+
+    def load_state(self, state: State, model: nn.Module) -> None:
+        self.memory.load_state(state)
+        self.logits = list(torch.split(state["logits"], state["answers"])) if "logits" in state else []
+
+
+@torch.no_grad()
+def answer_logits(stage: Stage, rows: list[Any]) -> list[Tensor]:
+    """Logits that the model gives, without dropout, where it predicts the supervised tokens of each row.
+
+    Returns:
+        one tensor a row, [answer tokens, vocab], in the model's data type, on the CPU.
+    """
+    now = head(stage.model)
+    result = []
+    for row, hidden in zip(rows, stage.hidden_states(rows), strict=True):
+        chosen = hidden[predicting(torch.tensor([row["labels"]]))[0].to(hidden.device)]
+        result.append(now.logits(chosen).cpu())
+    return result
