@@ -9,10 +9,10 @@ demo: $(READY)
 	$(BIN)/holdfast demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST)
 
 test-all: lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n auto $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks
