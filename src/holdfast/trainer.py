@@ -291,8 +291,9 @@ def continual(trainer_class: type) -> type:
 
             After a joint pass ``outputs`` is cut down to the task's rows.
             """
-            if together and not isinstance(getattr(outputs, "logits", None), Tensor):
-                # This trainer's loss makes no logits (TRL's fused head): from now on rehearsal rows go by themselves.
+            if together and not _trainable(outputs.get("logits")):
+                # This trainer's loss makes no logits, or makes them again without gradient (TRL's fused head): from
+                # now on rehearsal rows go by themselves.
                 self._one_pass = together = False
             rehearsed = {}
             first = start = len(inputs["input_ids"])
@@ -386,9 +387,14 @@ def _pad_token_id(tokenizer: Any, collator: Any) -> int:
 
 def _has(outputs: Any, asked: Extra) -> bool:
     """Whether a forward pass gave what a method needs."""
-    return not (asked.logits and outputs.get("logits") is None) and not (
-        asked.layers and outputs.get("hidden_states") is None
+    states = outputs.get("hidden_states") or (None,)
+    return not (asked.logits and not _trainable(outputs.get("logits"))) and not (
+        asked.layers and not _trainable(states[-1])
     )
+
+
+def _trainable(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.requires_grad
 
 
 def _tokens(batch: Any) -> int:
