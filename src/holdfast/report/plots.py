@@ -111,9 +111,12 @@ def task_curves(run: Run, columns: list[int]) -> Plot:
 
 
 def general_curves(run: Run, names: list[str]) -> Plot:
-    """Measures of general ability that share a scale, over the stages."""
+    """Measures of general ability that share a scale, over the stages; perplexities on a logarithmic one."""
     series = [_curve(name, i, run.matrix["general"][name]) for i, name in enumerate(names)]
-    return _over_stages(run, series, fractions=not names[0].startswith(LOWER_IS_BETTER))
+    plot = _over_stages(run, series, fractions=not names[0].startswith(LOWER_IS_BETTER))
+    if names[0].startswith("perplexity"):
+        plot["layout"]["yaxis"] = {"type": "log", "dtick": 1}
+    return plot
 
 
 def seen_average_curves(runs: list[Run]) -> Plot:
