@@ -213,3 +213,49 @@ def test_reports_need_general_samples(tmp_path):
     trainer = ContinualTrainer(model=tiny_model(), args=options(tmp_path), method="replay")
     with pytest.raises(ConfigError, match="needs a method that rehearses general"):
         trainer.forgetting_report()
+
+
+class OwnInputs(Trainer):
+    """Adds to the inputs of the forward pass, as ms-swift's trainer does."""
+
+    def _prepare_inputs(self, inputs):
+        return super()._prepare_inputs(inputs) | {"logits_to_keep": 0}
+
+
+def test_a_trainer_that_prepares_inputs_its_own_way(tmp_path, texts):
+    trainer = continual(OwnInputs)(
+        model=tiny_model(),
+        args=options(tmp_path),
+        train_dataset=tokenised(),
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
+        processing_class=tiny_tokenizer(),
+        method=[{"name": "gere", "path": texts}, {"name": "ewc", "samples": 2}],
+    )
+    trainer.train()
+    assert logged(trainer, "gere")[-1] > 0
+
+
+def test_a_collator_with_a_mask_of_four_dimensions(tmp_path, texts):
+    """LLaMA-Factory's neat packing keeps sequences apart by such a mask."""
+    pad = DataCollatorForSeq2Seq(tiny_tokenizer())
+
+    def collate(rows):
+        batch = dict(pad(rows))
+        seen = (
+            batch["attention_mask"][:, None, None, :].bool()
+            & torch.ones(batch["input_ids"].shape[1:] * 2).tril().bool()
+        )
+        batch["attention_mask"] = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return batch
+
+    trainer = ContinualTrainer(
+        model=tiny_model(),
+        args=options(tmp_path),
+        train_dataset=tokenised().remove_columns("text"),
+        data_collator=collate,
+        processing_class=tiny_tokenizer(),
+        method=[{"name": "gere", "path": texts}, "replay"],
+    )
+    trainer.train()
+    assert logged(trainer, "gere")[-1] > 0 and trainer.tokens_seen > 0
+    assert len(trainer.methods[1].memory) == len(PAIRS)

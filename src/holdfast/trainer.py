@@ -265,7 +265,7 @@ def continual(trainer_class: type) -> type:
 
         def _fits_together(self, inputs: Any, extra: dict[str, Batch]) -> bool:
             """Whether one forward pass of task and rehearsal rows costs no more than one of each would."""
-            if not extra or set(inputs) != ROW_KEYS or not self._one_pass:
+            if not extra or set(inputs) != ROW_KEYS or inputs["attention_mask"].dim() > 2 or not self._one_pass:
                 return False
             sizes = [batch["input_ids"].shape for batch in (inputs, *extra.values())]
             together = sum(rows for rows, _ in sizes) * max(seq for _, seq in sizes)
@@ -332,7 +332,7 @@ def continual(trainer_class: type) -> type:
             )
 
         def _collate_rows(self, rows: Sequence[Row]) -> Batch:
-            return self._prepare_inputs(self._collate(rows))
+            return self._prepare_input(self._collate(rows))
 
         def _collate(self, rows: Sequence[Row]) -> Batch:
             return self._pad([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
@@ -399,7 +399,8 @@ def _trainable(tensor: Any) -> bool:
 
 def _tokens(batch: Any) -> int:
     """Tokens of a micro-batch and of the rehearsal rows beside it, without padding."""
-    own = int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+    mask = batch.get("attention_mask")  # of four dimensions where it keeps packed sequences apart
+    own = int(mask.sum()) if mask is not None and mask.dim() == 2 else batch["input_ids"].numel()
     return own + sum(_tokens(extra) for extra in batch.get("rehearsal", {}).values())
 
 

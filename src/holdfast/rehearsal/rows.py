@@ -32,7 +32,7 @@ class CollatedRows(Sequence[Row]):
             return [self[i] for i in range(*index.indices(len(self)))]
         batch = self._collate([self._dataset[index]])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
-        if "attention_mask" in batch:
+        if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
             kept = batch["attention_mask"][0].bool()
             ids, labels = ids[kept], labels[kept]
         return {"input_ids": ids.tolist(), "labels": labels.tolist()}
