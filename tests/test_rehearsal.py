@@ -18,6 +18,7 @@ from holdfast.methods.lwf import LwF
 from holdfast.methods.rehearsal import Rehearsal
 from holdfast.methods.saved import load_states, save_states
 from holdfast.rehearsal.teacher import predicting
+from holdfast.trainer import ContinualTrainer
 from test_trainer import trained, vector
 from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
 
@@ -104,9 +105,11 @@ def test_one_forward_equals_two(method, tmp_path, texts, monkeypatch):
         "margin": {"source": "general", "loss": "margin", "path": texts, "weight": 10},
     }[method]
     results = []
-    for padding in (0.0, 1e9):
-        monkeypatch.setattr("holdfast.trainer.PADDING_FOR_ONE_PASS", padding)
-        folder = tmp_path / str(padding)
+    for together in (False, True):
+        monkeypatch.setattr(
+            ContinualTrainer, "_fits_together", lambda self, inputs, extra, x=together: x and bool(extra)
+        )
+        folder = tmp_path / str(together)
         results.append(vector(two_stages(folder, Rehearsal(**options)).model))
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=2e-4)
 

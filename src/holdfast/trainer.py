@@ -28,8 +28,9 @@ from holdfast.shards import gradients, weights
 Choice = str | Mapping[str, Any] | Method
 
 ROW_KEYS = {"input_ids", "attention_mask", "labels"}
-PADDING_FOR_ONE_PASS = 1.1
-"""Task and rehearsal rows share a forward pass where that makes at most this many times as many tokens of both."""
+ONE_PASS_TOKENS = 4096
+"""On an accelerator, task and rehearsal rows of up to so many tokens share a forward pass, since launching its kernels
+costs more than their arithmetic. On a CPU two passes were always cheaper (benchmarks/RESULTS.md)."""
 
 COMPLETE = "complete.json"
 """Written last into a checkpoint: one without it was cut off while it was written."""
@@ -264,12 +265,12 @@ def continual(trainer_class: type) -> type:
             return any(m.reads_outputs for m in own_terms) or any(e.way == "task" for e in self._extras.values())
 
         def _fits_together(self, inputs: Any, extra: dict[str, Batch]) -> bool:
-            """Whether one forward pass of task and rehearsal rows costs no more than one of each would."""
+            """Whether task and rehearsal rows may share a forward pass, and it is cheaper than one of each."""
             if not extra or set(inputs) != ROW_KEYS or inputs["attention_mask"].dim() > 2 or not self._one_pass:
                 return False
             sizes = [batch["input_ids"].shape for batch in (inputs, *extra.values())]
-            together = sum(rows for rows, _ in sizes) * max(seq for _, seq in sizes)
-            return together <= PADDING_FOR_ONE_PASS * sum(rows * seq for rows, seq in sizes)
+            tokens = sum(rows for rows, _ in sizes) * max(seq for _, seq in sizes)
+            return tokens <= (0 if self.args.device.type == "cpu" else ONE_PASS_TOKENS)
 
         def _joined(self, inputs: Any, extra: dict[str, Batch]) -> Batch:
             """One batch of both; rehearsal rows have no labels, so the task's loss passes them over."""

@@ -22,9 +22,10 @@ def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (sum in nats, a scalar with gradient, float32 or wider; number of supervised tokens, an int64 scalar).
     """
-    targets = labels[:, 1:].reshape(-1)
-    flat = wide(logits[:, :-1].reshape(-1, logits.shape[-1]))
-    return F.cross_entropy(flat, targets, ignore_index=-100, reduction="sum"), supervised_tokens(labels)
+    # The labels move, not the logits: slicing those would copy them all.
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    nll = F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return nll, supervised_tokens(labels)
 
 
 def chunked_next_token_nll(
