@@ -10,7 +10,7 @@ pass, 4/3 in full fine-tuning and 3/2 with LoRA.
 from __future__ import annotations
 
 import argparse
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -133,7 +133,7 @@ def main() -> None:
             chosen = {k: v for k, v in chosen.items() if k == "plain" or k in options.methods}
         if options.one:
             make(options.one, chosen[options.one][0], folder, 2, options.lora)[0].train()
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            print(peak_kib())
             return
         seconds: dict[str, list[float]] = {name: [] for name in chosen}
         ratios: dict[str, list[float]] = {name: [] for name in chosen}
@@ -160,6 +160,12 @@ def main() -> None:
             f"| {method} | {1000 * step:.0f} | {BATCH * SEQ / step:,.0f} | {spread} "
             f"| {bound:.3f} | {ratio / bound:.3f} | {memory / base:.2f} |"
         )
+
+
+def peak_kib() -> int:
+    """Peak memory of this process (Linux). ru_maxrss would count the parent's, which a child inherits."""
+    [kib] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    return int(kib)
 
 
 def peak(method: str, options: argparse.Namespace) -> int:
