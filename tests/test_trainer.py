@@ -211,8 +211,10 @@ def test_an_infinite_gradient_stops_before_the_weights_are_touched(tmp_path):
 
     model = tiny_model()
     before = vector(model).clone()
-    with pytest.raises(NonFiniteLossError, match="gradient norm"):
-        trained(tmp_path, model=model, method=Explode())
+    rows = [row | {"row": position} for position, row in enumerate(tiny_rows(18))]
+    args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    with pytest.raises(NonFiniteLossError, match=r"step 1, (row \d+; ){3}row \d+: .*gradient norm"):
+        trained(tmp_path, rows=rows, model=model, method=Explode(), args=args)
     assert torch.equal(before, vector(model))
 
 

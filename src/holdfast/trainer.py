@@ -70,6 +70,7 @@ def continual(trainer_class: type) -> type:
             self._step: Step | None = None
             self._terms = Terms()
             self._extras: dict[str, Extra] = {}
+            self._step_rows: list[int] = []  # of all micro-batches of the step, where they are known
             self._general_before: float | None = None
             self._pad = Collator(_pad_token_id(self.processing_class, self.data_collator))
             self._one_pass = True
@@ -154,7 +155,7 @@ def continual(trainer_class: type) -> type:
                 micro_batches=len(batches),
                 logged=(at + 1) % self.state.logging_steps == 0 or at + 1 == self.state.max_steps,
             )
-            self._extras = {}
+            self._extras, self._step_rows = {}, []
             for method in self.methods:
                 extra = method.extra_rows(step)
                 if extra is None:
@@ -188,6 +189,7 @@ def continual(trainer_class: type) -> type:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
             extra = inputs.pop("rehearsal", {})
             rows = inputs.pop("row", None)
+            self._step_rows += [] if rows is None else rows.tolist()
             together = extra if self._fits_together(inputs, extra) else {}
             joined = self._joined(inputs, together) | self._wanted(together)
             if return_outputs or together or self._outputs_are_read():
@@ -205,7 +207,7 @@ def continual(trainer_class: type) -> type:
                     terms[name] = scale * term
             total = sum(terms.values())
             if not torch.isfinite(total):
-                self._stop_before_update(terms, rows)
+                self._stop_before_update(terms, [] if rows is None else rows.tolist())
             share = 1.0 if scale < 1 else 1 / step.micro_batches
             self._terms.add({name: share * term.detach() for name, term in terms.items()}, mean=False)
             return (total, outputs) if return_outputs else total
@@ -238,14 +240,14 @@ def continual(trainer_class: type) -> type:
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
             if self._step is not None and norm is not None and not math.isfinite(norm):
-                self._stop_before_update({"gradient norm": norm}, None)
+                self._stop_before_update({"gradient norm": norm}, self._step_rows)
             return norm
 
-        def _stop_before_update(self, terms: dict[str, Any], rows: Tensor | None) -> None:
+        def _stop_before_update(self, terms: dict[str, Any], rows: list[int]) -> None:
             assert self._step is not None
             stage = self._step.stage
             values = ", ".join(f"{name} {float(torch.as_tensor(value).detach()):.4g}" for name, value in terms.items())
-            where = "" if rows is None else f", {'; '.join(self._describe_row(row) for row in rows.tolist())}"
+            where = ", " + "; ".join(map(self._describe_row, rows)) if rows else ""
             raise NonFiniteLossError(
                 f"stage {stage.index} ({stage.task}), step {self._step.index + 1}{where}: the loss is not finite "
                 f"({values}); the weights were not touched. A lower training.learning_rate or a look at these rows "
