@@ -36,10 +36,10 @@ def train_stage(
         Interrupted: the run was asked to stop; a checkpoint is saved.
     """
     rows: list[dict[str, Any]] = []
-    origins: list[str] = []
+    origins: list[tuple[str, int]] = []
     for task in stage.tasks:
         for row in setup.rows[task.name]:
-            origins.append(f"{task.train[0].file} row {row['row'] + 1}")
+            origins.append((task.train[0].file, row["row"] + 1))
             rows.append(row | {"row": len(rows)})
     checkpoints = directory.stage(stage.index, stage.name) / "checkpoint"
     checkpoint = newest_whole_checkpoint(checkpoints)
@@ -54,7 +54,7 @@ def train_stage(
         task=stage.name,
         stage_index=stage.index,
         rows=rows,
-        describe_row=lambda row: origins[row],
+        describe_rows=lambda places: rows_by_file([origins[place] for place in places]),
     )
     trainer.remove_callback(PrinterCallback)
     title = f"stage {stage.index}/{len(setup.stages)} {stage.name}"
@@ -66,6 +66,14 @@ def train_stage(
     if trainer.interrupted:
         raise Interrupted(f"stopped in {title} after step {trainer.state.global_step} of {trainer.state.max_steps}")
     return trainer.state.global_step
+
+
+def rows_by_file(rows: list[tuple[str, int]]) -> str:
+    """(file, row) pairs for a message: ``train.json rows 3, 7; other.json rows 1``."""
+    files: dict[str, list[int]] = {}
+    for file, row in sorted(rows):
+        files.setdefault(file, []).append(row)
+    return "; ".join(f"{file} rows {', '.join(map(str, numbers))}" for file, numbers in files.items())
 
 
 def arguments(setup: Setup, stage: Planned, checkpoints: Path) -> TrainingArguments:

@@ -52,7 +52,7 @@ def continual(trainer_class: type) -> type:
             method: Choice | Sequence[Choice] = "sequential",
             task: str = "",
             rows: Sequence[Row] | None = None,
-            describe_row: Callable[[int], str] | None = None,
+            describe_rows: Callable[[list[int]], str] | None = None,
             stage_index: int = 1,
             folder: Path | None = None,
             **kwargs: Any,
@@ -65,7 +65,7 @@ def continual(trainer_class: type) -> type:
             self.tokens_seen = 0
             self._rows = rows
             self._folder = folder
-            self._describe_row = describe_row or (lambda row: f"row {row + 1}")
+            self._describe_rows = describe_rows or _row_numbers
             self._stage: Stage | None = None
             self._step: Step | None = None
             self._terms = Terms()
@@ -247,7 +247,7 @@ def continual(trainer_class: type) -> type:
             assert self._step is not None
             stage = self._step.stage
             values = ", ".join(f"{name} {float(torch.as_tensor(value).detach()):.4g}" for name, value in terms.items())
-            where = ", " + "; ".join(map(self._describe_row, rows)) if rows else ""
+            where = f", {self._describe_rows(rows)}" if rows else ""
             raise NonFiniteLossError(
                 f"stage {stage.index} ({stage.task}), step {self._step.index + 1}{where}: the loss is not finite "
                 f"({values}); the weights were not touched. A lower training.learning_rate or a look at these rows "
@@ -371,6 +371,10 @@ def continual(trainer_class: type) -> type:
     Continual.__name__ = Continual.__qualname__ = f"Continual{trainer_class.__name__}"
     Continual.__doc__ = f"{trainer_class.__name__} with methods against forgetting; see :func:`continual`."
     return Continual
+
+
+def _row_numbers(rows: list[int]) -> str:
+    return f"rows {', '.join(str(row + 1) for row in sorted(rows))}"
 
 
 def _built(method: Choice) -> Method:
