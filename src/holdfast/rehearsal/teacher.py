@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.losses import chunked_kl, l1_loss, l2_loss, margin_loss
+from holdfast.losses.chunked import Head
 from holdfast.methods.base import Batch, Rehearsed, Row, Stage
-from holdfast.model import Head, head, hidden_only
+from holdfast.model import head, hidden_only
 from holdfast.rehearsal.cache import TeacherCache, model_fingerprint, state_cache, tokenizer_fingerprint
 from holdfast.rehearsal.samples import rows_fingerprint
 from holdfast.rehearsal.states import unpack
@@ -69,7 +70,7 @@ class HiddenTeacher:
             student_bias=own.bias,
             teacher_bias=old.bias,
             softcap=own.softcap,
-            logit_scale=own.scale,
+            logit_scale=own.logit_scale,
         )
         return total / count
 
@@ -115,7 +116,7 @@ class LiveStates:
         now = head(self.model)
         kept = {id(p): self.weights[name] for name, p in self.model.named_parameters() if name in self.weights}
         bias = None if now.bias is None else kept.get(id(now.bias), now.bias)
-        return Head(kept.get(id(now.weight), now.weight), bias, now.softcap, now.scale)
+        return now._replace(weight=kept.get(id(now.weight), now.weight), bias=bias)
 
     def _exchange(self) -> None:
         for name, p in self.model.named_parameters():
@@ -170,7 +171,7 @@ def cached_teacher(
     if extras:
         device = trained.weight.device
         bias = cache.extra("bias").to(device) if "bias" in extras else None
-        old = Head(cache.extra("head").to(device), bias, trained.softcap, trained.scale)
+        old = trained._replace(weight=cache.extra("head").to(device), bias=bias)
 
     def states(rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
         return padded(cache.read_many(rehearsed.samples), rehearsed.hidden[0])
