@@ -54,6 +54,8 @@ def train_stage(
         task=stage.name,
         stage_index=stage.index,
         rows=rows,
+        folder=directory.path / "rehearsal",
+        tokenizer=setup.encoder.tokenizer,
         describe_rows=lambda places: rows_by_file([origins[place] for place in places]),
     )
     trainer.remove_callback(PrinterCallback)

@@ -55,6 +55,7 @@ def continual(trainer_class: type) -> type:
             describe_rows: Callable[[list[int]], str] | None = None,
             stage_index: int = 1,
             folder: Path | None = None,
+            tokenizer: Any = None,
             **kwargs: Any,
         ) -> None:
             super().__init__(*args, **kwargs)
@@ -65,6 +66,7 @@ def continual(trainer_class: type) -> type:
             self.tokens_seen = 0
             self._rows = rows
             self._folder = folder
+            self._tokenizer = tokenizer
             self._describe_rows = describe_rows or _row_numbers
             self._stage: Stage | None = None
             self._step: Step | None = None
@@ -88,7 +90,7 @@ def continual(trainer_class: type) -> type:
                 seed=self.args.seed,
                 micro_batch_size=self.args.per_device_train_batch_size,
                 folder=self._folder or Path(self.args.output_dir, "rehearsal"),
-                tokenizer=self.processing_class,
+                tokenizer=self._tokenizer or self.processing_class,
             )
             for method in self.methods:
                 method.before_stage(stage)

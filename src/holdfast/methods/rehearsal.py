@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.config import Section
 from holdfast.data.memory import Memory
+from holdfast.errors import ConfigError
 from holdfast.losses import dynamic_weight, next_token_nll
 from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, State, Step
 from holdfast.rehearsal.samples import corpus_rows, general_rows
@@ -218,6 +219,8 @@ class Rehearsal(Method):
     def _read(self, stage: Stage) -> list[Row]:
         """The samples to rehearse; as many as a tenth of them are held out, where there are at least ten."""
         options = self.options
+        if stage.tokenizer is None:
+            raise ConfigError(f"method {self.name}: reads texts, so the trainer needs processing_class, the tokenizer")
         if options.source == "self":
             found: list[Row] = list(corpus_rows(options.path, stage.tokenizer))
             rehearsed = len(found) - len(found) // 11
