@@ -82,6 +82,8 @@ def table(output: Path, seeds: list[int]) -> str:
             for seed in seeds
             if (path := directory(output, name, seed) / "matrix.json").exists()
         ]
+        if not found:
+            continue
         cells = [_cell([m["summary"][key] for m in found]) for key in FIGURES]
         last = [m["general"]["perplexity/chronicle"][-1] for m in found]
         lines.append(f"| {name} ({len(found)}) | {' | '.join(cells)} | {_cell(last)} |")
@@ -92,7 +94,8 @@ def _cell(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    return f"{statistics.mean(known):.2f} ({min(known):.2f}..{max(known):.2f})".replace("-", "−")
+    spread = f" ({min(known):.2f}..{max(known):.2f})" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.2f}{spread}".replace("-", "−")
 
 
 if __name__ == "__main__":
