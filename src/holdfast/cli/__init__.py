@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from holdfast.cli import check, compare, convert, demo, doctor, export, listing, report, run
+from holdfast.cli import check, compare, convert, demo, doctor, export, lab, listing, report, run
 
 app = typer.Typer(
     name="holdfast",
@@ -29,6 +29,7 @@ app.command("streams")(listing.streams)
 app.command("convert")(convert.convert)
 app.command("export")(export.export)
 app.command("doctor")(doctor.doctor)
+app.add_typer(lab.app, name="lab")
 
 
 def main() -> None:

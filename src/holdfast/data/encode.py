@@ -381,8 +381,11 @@ def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return begin if full[:1] == begin and bare[:1] != begin else []
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTokenizerBase:
     """Load a model's tokenizer from its folder or the hub, with a padding token: its own, or end or unknown.
+
+    Args:
+        key: where the name comes from, for messages.
 
     Raises:
         ConfigError: there is no such folder or hub name, it holds no tokenizer, or one that is not fast.
@@ -391,14 +394,14 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
     folder = Path(model.name)
     if folder.is_file():
-        raise ConfigError(f"model.name: {model.name!r} is a file; give the folder that holds the model")
+        raise ConfigError(f"{key}: {model.name!r} is a file; give the folder that holds the model")
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ConfigError(
-            f"model.name: the folder {model.name!r} holds no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be "
+            f"{key}: the folder {model.name!r} holds no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be "
             "there, as tokenizer.save_pretrained(folder) writes it"
         )
     if not folder.is_dir() and (model.name.startswith((".", "/", "~")) or model.name.count("/") > 1):
-        raise ConfigError(f"model.name: there is no folder {model.name!r} (looked from {Path.cwd()})")
+        raise ConfigError(f"{key}: there is no folder {model.name!r} (looked from {Path.cwd()})")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -407,13 +410,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         place = (
             "has a tokenizer that cannot be read" if folder.is_dir() else "is no folder, and no tokenizer of the hub"
         )
-        raise ConfigError(f"model.name: {model.name!r} {place}: {error}") from None
+        raise ConfigError(f"{key}: {model.name!r} {place}: {error}") from None
     if not tokenizer.is_fast:
-        raise ConfigError(f"model.name: {model.name!r} has a slow tokenizer; a tokenizer.json is needed")
+        raise ConfigError(f"{key}: {model.name!r} has a slow tokenizer; a tokenizer.json is needed")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
-        raise ConfigError(f"model.name: the tokenizer of {model.name!r} has no padding, end or unknown token; name one")
+        raise ConfigError(f"{key}: the tokenizer of {model.name!r} has no padding, end or unknown token; name one")
     return tokenizer
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import io
 import json
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TextIO, get_args
 
 from holdfast.data.task import Example, Turn
 from holdfast.errors import ConfigError, DataError, did_you_mean
@@ -43,40 +44,73 @@ def where(file: str | Path, index: int, row: dict[str, Any] | None = None) -> st
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a .json (an array of objects, or one object a line), .jsonl, .csv or .parquet file.
+    """Read all rows of a file; see :func:`iterate_rows`."""
+    return list(iterate_rows(path))
+
+
+def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a .json (an array of objects, or one object a line), .jsonl, .csv or .parquet file, row by row.
+
+    Only an array is in memory as a whole.
 
     Raises:
-        DataError: the file is absent, not UTF-8, malformed, or holds no row; a row is not an object.
+        DataError: the file is absent, not UTF-8, malformed, or holds no row; a row is not an object. The rows before
+            a bad one are given first.
     """
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(SUFFIXES)}")
+    rows: Iterable[dict[str, Any]]
     if path.suffix == ".parquet":
         rows = _parquet(path)
+    elif path.suffix == ".csv":
+        rows = _csv(path)
     else:
-        text = read_text(path)
-        if path.suffix == ".csv":
-            rows = _csv(path, text)
-        else:
-            rows = _array(path, text) if text.lstrip().startswith("[") else _lines(path, text)
-    if not rows:
+        rows = _array(path, read_text(path)) if _begins_an_array(path) else _lines(path)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
         raise DataError(f"{path}: holds no rows")
-    return rows
 
 
 def read_text(path: Path) -> str:
     """Read a UTF-8 file; DataError, with the offset of the first bad byte, if it is not UTF-8."""
+    with open_text(path) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
+    """Open a UTF-8 file, with or without a byte order mark; a line of it ends with a line feed and nothing else.
+
+    Args:
+        newline: as of ``open``.
+
+    Raises:
+        DataError: the file cannot be read, or what is read of it is not UTF-8: with the offset of the first bad byte.
+    """
     try:
-        content = path.read_bytes()
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield file
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}: is not UTF-8: byte {error.start} (line {line}) is 0x{content[error.start]:02x}; "
-            "save the file as UTF-8"
-        ) from None
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+
+
+def _not_utf8(path: Path) -> DataError:
+    """Where the first byte stands that is not UTF-8; a decoder tells no more than its place in the part it read."""
+    before = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = f"byte {before + error.start} (line {number}) is 0x{line[error.start]:02x}"
+                return DataError(f"{path}: is not UTF-8: {place}; save the file as UTF-8")
+            before += len(line)
+    raise AssertionError(path)
 
 
 def detect(rows: list[dict[str, Any]], file: str | Path) -> Format:
@@ -237,6 +271,11 @@ def _row(path: Path, index: int, line: int, value: Any) -> Row:
     return row
 
 
+def _begins_an_array(path: Path) -> bool:
+    with open_text(path) as file:
+        return next((line.lstrip().startswith("[") for line in file if line.strip()), False)
+
+
 def _array(path: Path, text: str) -> list[dict[str, Any]]:
     """Parse a JSON array element by element, so that each row knows its line."""
     decoder, rows = json.JSONDecoder(), list[dict[str, Any]]()
@@ -261,16 +300,15 @@ def _array(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _lines(path: Path, text: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open_text(path) as file:
+        full = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for index, (number, line) in enumerate(full):
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise _invalid(path, len(rows), number, error) from None
-            rows.append(_row(path, len(rows), number, value))
-    return rows
+                raise _invalid(path, index, number, error) from None
+            yield _row(path, index, number, value)
 
 
 def _invalid(path: Path, index: int, line: int, error: json.JSONDecodeError) -> DataError:
@@ -281,34 +319,36 @@ def _invalid(path: Path, index: int, line: int, error: json.JSONDecodeError) -> 
     )
 
 
-def _csv(path: Path, text: str) -> list[dict[str, Any]]:
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[dict[str, Any]] = []
+    index, line = 0, 1
     names: list[str] = []
-    line = 1
-    try:
-        for fields in reader:
-            if not names:
-                names = fields
-            elif fields:
-                if len(fields) != len(names):
-                    raise DataError(
-                        f"{path}: row {len(rows) + 1} (line {line}): has {len(fields)} fields, not the {len(names)} "
-                        f"that the first line names: {', '.join(names)}"
-                    )
-                rows.append(_row(path, len(rows), line, dict(zip(names, fields, strict=True))))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}: row {len(rows) + 1} (line {line}): is not valid CSV: {error}") from None
-    return rows
+    with open_text(path, newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for fields in reader:
+                if not names:
+                    names = fields
+                elif fields:
+                    if len(fields) != len(names):
+                        raise DataError(
+                            f"{path}: row {index + 1} (line {line}): has {len(fields)} fields, not the {len(names)} "
+                            f"that the first line names: {', '.join(names)}"
+                        )
+                    yield _row(path, index, line, dict(zip(names, fields, strict=True)))
+                    index += 1
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}: row {index + 1} (line {line}): is not valid CSV: {error}") from None
 
 
-def _parquet(path: Path) -> list[dict[str, Any]]:
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for rows in file.iter_batches(batch_size=1024):
+                yield from rows.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {error}") from None

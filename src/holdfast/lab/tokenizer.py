@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -12,31 +13,57 @@ from holdfast.errors import ConfigError
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SMALLEST = 256 + len((BOS, EOS, PAD))  # every byte, and the special tokens
 
+_DOMAIN = re.compile(r"[\w.-]+")
+
+
+def domain_token(name: str) -> str:
+    """The special token that stands for a domain, or is reserved for one: ``<|NAME|>``."""
+    return f"<|{name}|>"
+
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 2048, *, model_max_length: int = 2048
+    texts: Iterable[str],
+    vocab_size: int = 2048,
+    *,
+    domains: Sequence[str] = (),
+    reserved: int = 0,
+    model_max_length: int = 2048,
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: any text can be encoded, and decodes to itself.
 
     The same texts in the same order give the same tokenizer. It puts ``<s>`` before every text; ``</s>`` ends a text,
-    but is never added by itself.
+    but is never added by itself. Special tokens come first: 0 ``<s>``, 1 ``</s>``, 2 ``<pad>``, then those of the
+    domains, ``<|NAME|>``, then ``<|reserved_0|>`` and so on.
 
     Args:
-        texts: what the merges are learned from.
+        texts: what the merges are learned from; read once, one at a time, and counted as words.
         vocab_size: tokens at most; fewer where the texts do not hold as many pairs.
+        domains: names of kinds of text, of which each gets a token.
+        reserved: tokens for later use.
         model_max_length: context in tokens of the models that it is for.
 
     Raises:
-        ConfigError: vocab_size is smaller than the bytes and special tokens.
+        ConfigError: vocab_size is smaller than the bytes and special tokens; a domain's name is not made of letters,
+            digits and ``_.-``, is given twice, or is that of a reserved token.
     """
-    if vocab_size < SMALLEST:
-        raise ConfigError(f"vocab_size must be at least {SMALLEST} (256 bytes and 3 special tokens), not {vocab_size}")
+    names = [*domains, *(f"reserved_{number}" for number in range(reserved))]
+    for name in names:
+        if not _DOMAIN.fullmatch(name):
+            raise ConfigError(f"domain: {name!r} must be made of letters, digits, '_', '.' and '-'")
+        if names.count(name) > 1:
+            raise ConfigError(f"domain: {name!r} is given twice, or is the name of a reserved token")
+    special = [BOS, EOS, PAD, *map(domain_token, names)]
+    smallest = 256 + len(special)
+    if vocab_size < smallest:
+        raise ConfigError(
+            f"vocab_size must be at least {smallest} (256 bytes and {len(special)} special tokens), not {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BOS, EOS, PAD],
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -6,15 +6,16 @@ import hashlib
 import itertools
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from holdfast.data.encode import IGNORED, begin_tokens
-from holdfast.data.formats import SUFFIXES, read_rows, read_text, where
-from holdfast.errors import ConfigError, DataError, did_you_mean
+from holdfast.data.formats import read_rows, where
+from holdfast.data.texts import dataset_texts, file_texts, row_text, text_files
+from holdfast.errors import ConfigError, DataError
 from holdfast.methods.base import Row
 
 if TYPE_CHECKING:
@@ -70,13 +71,10 @@ def general_rows(
     if sum(given is not None for given in (path, texts, dataset)) != 1:
         raise ConfigError("general samples: give one of path (a file or folder), dataset (of Hugging Face) and texts")
     if dataset is not None:
-        source = f"{dataset}/{subset}[{split}]" if subset else f"{dataset}[{split}]"
-        rows = _dataset_rows(source, dataset, subset, split)
-        found = [
-            _text(row, column, where(source, i, row)) for i, row in enumerate(itertools.islice(rows, POOL * samples))
-        ]
+        source = f"dataset {dataset}"
+        found = list(itertools.islice(dataset_texts(dataset, subset, split, column), POOL * samples))
     elif path is not None:
-        source, found = path, [text for file in _files(Path(path)) for text in _file_texts(file, column)]
+        source, found = path, [text for file in text_files(Path(path)) for text in file_texts(file, column)]
     else:
         source, found = "general samples", list(texts or ())
     full = [text for text in found if text.strip()]
@@ -126,7 +124,7 @@ def corpus_rows(
         elif "text" in row:
             if tokenizer is None:
                 raise ConfigError(f"{path}: holds texts, so a tokenizer is needed; rows of input_ids need none")
-            rows += _tokenised(tokenizer, [_text(row, "text", place)], max_tokens=None)
+            rows += _tokenised(tokenizer, [row_text(row, "text", place)], max_tokens=None)
         else:
             found = ", ".join(map(repr, row)) or "none"
             raise DataError(f"{place}: must have input_ids (or text) of one sample; its keys: {found}")
@@ -151,53 +149,6 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
             digest.update(len(values).to_bytes(8, "little"))
             digest.update(values.tobytes())
     return digest.hexdigest()
-
-
-def _files(path: Path) -> list[Path]:
-    suffixes = (".txt", *SUFFIXES)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
-        if not files:
-            raise DataError(f"{path}: no file in this folder is one of general text ({', '.join(suffixes)})")
-        return files
-    if not path.is_file():
-        raise ConfigError(f"general samples: there is no file or folder {str(path)!r} (looked from {Path.cwd()})")
-    if path.suffix not in suffixes:
-        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(suffixes)}")
-    return [path]
-
-
-def _file_texts(file: Path, column: str) -> Iterator[str]:
-    if file.suffix == ".txt":
-        yield from (line.removesuffix("\r") for line in read_text(file).split("\n"))
-    else:
-        for index, row in enumerate(read_rows(file)):
-            yield _text(row, column, where(file, index, row))
-
-
-def _dataset_rows(source: str, dataset: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        yield from load_dataset(dataset, subset, split=split, streaming=True)
-    except Exception as error:  # whatever a hub, a disk or a parser may raise
-        raise DataError(f"general samples: dataset {source!r} cannot be read: {error}") from None
-
-
-def _text(row: Mapping[str, Any], column: str, place: str) -> str:
-    """The text of a row; an absent one, null, is as good as empty."""
-    if column not in row:
-        raise DataError(f"{place}: column: there is no column {column!r}{did_you_mean(column, row)}")
-    value = row[column]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {column}: must be text, not {value!r:.40}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: {column}: holds half a character (\\u{ord(value[error.start]):04x})") from None
-    return value
 
 
 def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int | None) -> list[dict[str, Any]]:

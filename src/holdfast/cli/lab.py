@@ -1,0 +1,60 @@
+"""`holdfast lab`: from texts to a tokenizer and to token files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Pretrain a small model, and study what drives forgetting.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE",
+        show_default=False,
+        help=".txt (one document a line), .jsonl, .json, .csv or .parquet, a folder of such files, or a dataset of "
+        "Hugging Face.",
+    ),
+]
+Column = Annotated[str, typer.Option("--column", help="Where a row of a file or dataset has its text.")]
+Subset = Annotated[str | None, typer.Option("--subset", help="Configuration of a dataset.", show_default=False)]
+Split = Annotated[str | None, typer.Option("--split", help="Split of a dataset.", show_default="train")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
+
+
+@app.command("tokenizer")
+def tokenizer(
+    sources: Sources,
+    out: Out,
+    vocab_size: Annotated[int, typer.Option("--vocab-size", help="Tokens at most.")] = 4096,
+    domain: Annotated[
+        list[str] | None, typer.Option("--domain", help="Name of a domain that gets a token; repeat for more.")
+    ] = None,
+    reserved: Annotated[int, typer.Option("--reserved", min=0, help="Tokens for later use.")] = 0,
+    max_length: Annotated[int, typer.Option("--max-length", min=1, help="Context of its models, in tokens.")] = 2048,
+    column: Column = "text",
+    subset: Subset = None,
+    split: Split = None,
+) -> None:
+    """Train a byte-level BPE tokenizer on texts, and write it as a folder that transformers loads."""
+    from holdfast.quiet import quieten
+
+    quieten()
+    from holdfast.data.texts import read_texts
+    from holdfast.files import whole_folder
+    from holdfast.lab.tokenizer import train_tokenizer
+
+    texts = (text for source in sources for text in read_texts(source, column=column, subset=subset, split=split))
+    trained = train_tokenizer(texts, vocab_size, domains=domain or (), reserved=reserved, model_max_length=max_length)
+    with whole_folder(out) as folder:
+        trained.save_pretrained(folder)
+    if len(trained) < vocab_size:
+        print(f"warning: the texts hold no more than {len(trained)} tokens", file=sys.stderr)
+    print(out)

@@ -1,0 +1,130 @@
+"""Documents from text files, data files and datasets of Hugging Face, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.data.formats import SUFFIXES, iterate_rows, open_text, where
+from holdfast.errors import ConfigError, DataError, did_you_mean
+
+TEXT_SUFFIXES = (".txt", *SUFFIXES)
+
+
+def read_texts(
+    source: str | Path, *, column: str = "text", subset: str | None = None, split: str | None = None
+) -> Iterator[str]:
+    """Read the documents of a source in order.
+
+    Args:
+        source: a .txt file (one document a line), a .jsonl, .json, .csv or .parquet file, a folder of such files, or
+            else the name of a Hugging Face dataset, which is streamed. With ``subset`` or ``split`` a folder is a
+            dataset too.
+        column: where a row of a file or dataset has its text.
+        subset: configuration name of the dataset.
+        split: split of the dataset; train where absent.
+
+    Raises:
+        ConfigError: there is no such file or folder, and its name is none of a dataset.
+        DataError: a file or dataset cannot be read, or a row lacks the column or has no text in it.
+    """
+    path = Path(source)
+    if path.is_file() or (path.is_dir() and subset is None and split is None):
+        for file in text_files(path):
+            yield from file_texts(file, column)
+    elif path.is_dir() or is_hub_name(source):
+        yield from dataset_texts(str(source), subset, split or "train", column)
+    else:
+        raise no_path(path)
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Whether a source that is no file or folder may be the name of a dataset: NAME or OWNER/NAME."""
+    name = str(source)
+    return not name.startswith((".", "/", "~")) and name.count("/") < 2 and Path(name).suffix not in TEXT_SUFFIXES
+
+
+def no_path(path: Path) -> ConfigError:
+    """There is no such file or folder; the nearest name beside it is told."""
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, beside)
+    return ConfigError(
+        f"there is no file or folder {str(path)!r} (looked from {Path.cwd()})"
+        + (near if near.startswith("; did") else "")
+    )
+
+
+def text_files(path: Path) -> list[Path]:
+    """The text and data files of a path: itself, or those in the folder and below it, in the order of their names.
+
+    Raises:
+        ConfigError: there is no such path.
+        DataError: the file is of another kind, or the folder holds none.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+        if not files:
+            raise DataError(f"{path}: no file in this folder is one of texts ({', '.join(TEXT_SUFFIXES)})")
+        return files
+    if not path.is_file():
+        raise no_path(path)
+    if path.suffix not in TEXT_SUFFIXES:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(TEXT_SUFFIXES)}")
+    return [path]
+
+
+def file_texts(file: Path, column: str) -> Iterator[str]:
+    """Read the documents of a file: the lines of a .txt file, the column of any other.
+
+    Raises:
+        DataError: the file cannot be read, or a row lacks the column or has no text in it.
+    """
+    if file.suffix == ".txt":
+        with open_text(file) as lines:
+            for line in lines:
+                yield line.removesuffix("\n").removesuffix("\r")
+    else:
+        for index, row in enumerate(iterate_rows(file)):
+            yield row_text(row, column, where(file, index, row))
+
+
+def dataset_texts(dataset: str, subset: str | None, split: str, column: str) -> Iterator[str]:
+    """Stream the column of a Hugging Face dataset, by hub name or local folder.
+
+    Raises:
+        DataError: the dataset cannot be read, or a row lacks the column or has no text in it.
+    """
+    from datasets import load_dataset
+
+    name = f"{dataset}/{subset}[{split}]" if subset else f"{dataset}[{split}]"
+    try:
+        for index, row in enumerate(load_dataset(dataset, subset, split=split, streaming=True)):
+            yield row_text(row, column, where(name, index, row))
+    except DataError:
+        raise
+    except Exception as error:  # whatever a hub, a disk or a parser may raise
+        raise DataError(f"dataset {name!r} cannot be read: {error}") from None
+
+
+def row_text(row: Mapping[str, Any], column: str, place: str) -> str:
+    """The text of a row; an absent one, null, is as good as empty.
+
+    Args:
+        place: of the row, for messages.
+
+    Raises:
+        DataError: the row lacks the column, or what stands in it is no text.
+    """
+    if column not in row:
+        raise DataError(f"{place}: column: there is no column {column!r}{did_you_mean(column, row)}")
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {column}: must be text, not {value!r:.40}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: {column}: holds half a character (\\u{ord(value[error.start]):04x})") from None
+    return value
