@@ -9,7 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast.metrics import FIGURES, intervals, summarize
+from holdfast.metrics import (
+    BY_TASK,
+    FIGURES,
+    area_under_curve,
+    by_task,
+    clipped_backward_transfer,
+    intervals,
+    mean_interval,
+    paired_difference,
+    seed_intervals,
+    summarize,
+    task_intervals,
+)
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "cl_benchmark" / "published_matrices.json"
 
@@ -324,3 +336,183 @@ def test_intervals_are_null_where_the_figure_is():
 def test_wrong_examples_are_explained(examples, arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         intervals(examples, **arguments)
+
+
+def test_terms_by_task_by_hand():
+    assert by_task(HAND) == {
+        "forgetting": [pytest.approx(0.2), pytest.approx(0.2), None],
+        "backward_transfer": [pytest.approx(-0.2), pytest.approx(-0.2), None],
+        "forward_transfer": [None, pytest.approx(0.1), pytest.approx(0.3)],
+    }
+    assert by_task([[0.25], [0.75]]) == {name: [None] for name in BY_TASK}
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_figures_are_the_means_of_their_terms(metric: str):
+    S = np.random.default_rng(7).random((6, 5)).tolist()
+    summary, terms = summarize(S, metrics=metric), by_task(S, metrics=metric)
+    for name in BY_TASK:
+        known = [value for value in terms[name] if value is not None]
+        assert len(known) == 4
+        assert summary[name] == pytest.approx(sum(known) / 4), name
+
+
+def test_each_task_keeps_its_own_scale_by_task():
+    S = [[3.0, 0.2, 0.2], [1.0, 0.2, 0.2], [2.5, 0.9, 0.2], [2.0, 0.6, 0.8]]
+    terms = by_task(S, metrics=["loss", "accuracy", "accuracy"])
+    assert terms["forgetting"][:2] == pytest.approx([1.0, 0.3]), "a loss that rose and an accuracy that fell"
+    assert terms["backward_transfer"][:2] == pytest.approx([-1.0, -0.3])
+
+
+def test_a_missing_score_nulls_the_terms_of_its_task_only():
+    S = np.random.default_rng(0).random((5, 4)).tolist()
+    whole = by_task(S)
+    S[2][0] = None
+    terms = by_task(S)
+    assert terms["forgetting"] == [None, *whole["forgetting"][1:]]
+    assert terms["backward_transfer"] == whole["backward_transfer"]
+
+
+def test_clipped_backward_transfer():
+    S = [[0.0, 0, 0], [0.4, 0, 0], [0.9, 0.5, 0], [0.6, 0.3, 0.5]]  # task 1 gained 0.2, task 2 lost 0.2
+    assert summarize(S)["backward_transfer"] == pytest.approx(0)
+    assert clipped_backward_transfer(S) == pytest.approx(-0.2 / 2)
+    losses = [[4.0, 4.0, 4.0], [2.0, 4.0, 4.0], [1.0, 2.0, 4.0], [3.0, 1.0, 1.0]]
+    assert clipped_backward_transfer(losses, metrics="loss") == pytest.approx(-1.0 / 2)
+    assert clipped_backward_transfer([[0.25], [0.75]]) is None
+    assert clipped_backward_transfer(S, metrics=["loss", "accuracy", "loss"]) is None
+    S[1][0] = None
+    assert clipped_backward_transfer(S) is None
+
+
+def test_clipped_transfer_of_the_published_matrices():
+    """Nothing was gained afterwards in these runs, so that clipping changes nothing."""
+    for name, matrix in published().items():
+        tasks, rows = matrix["steps"], matrix["exact_match"]
+        S = [[None] * 4, *[[row.get(task) for task in tasks] for row in rows]]
+        assert clipped_backward_transfer(S) == summarize(S)["backward_transfer"], name
+
+
+def test_area_under_a_curve():
+    assert area_under_curve([0, 10], [0.2, 0.6]) == pytest.approx(0.4)
+    assert area_under_curve([0, 5, 20], [0.0, 0.8, 0.8]) == pytest.approx((5 * 0.4 + 15 * 0.8) / 20)
+    assert area_under_curve([3, 7], [0.5, 0.5]) == 0.5
+    for steps, scores in (([1], [0.5]), ([1, 1], [0.5, 0.5]), ([1, 2], [0.5]), ([2, 1], [0.1, 0.2])):
+        with pytest.raises(ValueError, match="at least two scores, at steps that increase"):
+            area_under_curve(steps, scores)
+
+
+def test_intervals_by_task_hold_the_term():
+    examples = random_examples(4, 60)
+    terms, found = by_task([[entry.mean() for entry in row] for row in examples]), task_intervals(examples)
+    assert set(found) == set(BY_TASK)
+    for name in BY_TASK:
+        for value, ends in zip(terms[name], found[name], strict=True):
+            assert (value is None) == (ends is None)
+            if value is not None and ends is not None and name != "forgetting":  # a maximum is biased upwards
+                assert ends[0] < value < ends[1]
+    examples[1][0] = None
+    assert task_intervals(examples)["backward_transfer"][0] is None
+    assert task_intervals(examples)["backward_transfer"][1] is not None
+
+
+def test_intervals_over_seeds_equal_a_plain_loop_over_the_same_draws():
+    T, resamples, n = 2, 40, 11
+    runs = [random_examples(T, n, seed) for seed in range(3)]
+    draws = [np.random.default_rng([9, j]) for j in range(T)]
+    chosen = np.random.default_rng(9).integers(3, size=(2, resamples))
+    values = {name: [] for name in FIGURES}
+    for r in range(resamples):
+        drawn = [draws[j].integers(n + j, size=n + j) for j in range(T)]
+        figures = [
+            brute_force([[run[t][j][drawn[j]].mean() for j in range(T)] for t in range(T + 1)])
+            for run in (runs[chosen[0, r]], runs[chosen[1, r]])
+        ]
+        for name in FIGURES:
+            values[name].append(sum(figure[name] for figure in figures) / 2)
+    result = seed_intervals(runs, resamples=resamples, seed=9)
+    for name in FIGURES:
+        assert result[name] == pytest.approx(np.percentile(values[name], [2.5, 97.5]).tolist()), name
+
+
+def test_seeds_that_differ_widen_the_interval():
+    def runs(spread: float) -> list:
+        rng = np.random.default_rng(0)
+        return [[[np.zeros(400)], [(rng.random(400) < 0.5 + spread * (k - 2)).astype(float)]] for k in range(5)]
+
+    def width(ends: list[float]) -> float:
+        return ends[1] - ends[0]
+
+    alike, apart = (seed_intervals(runs(spread))["average"] for spread in (0.0, 0.2))
+    assert width(apart) > 4 * width(alike)
+
+
+def test_a_mean_over_seeds_has_the_variance_of_a_mean():
+    """Drawing n-1 of n runs makes the bootstrap's variance s^2 / n, with the unbiased s^2."""
+    values = np.random.default_rng(3).normal(size=30)
+    low, high = mean_interval(values, resamples=20_000)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(30)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08 * half)
+    assert mean_interval([0.5]) is None
+    assert mean_interval([0.2, 0.6]) == [0.2, 0.6]
+
+
+def test_a_paired_difference_by_hand():
+    a, b = [[1, 0, 0, 0], [0.5, 0.5]], [[1, 1, 1, 0], [0.5, 0.0]]
+    result = paired_difference(a, b)
+    assert result["difference"] == pytest.approx((2 / 4 - 0.5 / 2) / 2)
+    flipped = paired_difference(b, a)
+    assert flipped["difference"] == -result["difference"]
+    assert flipped["p"] == result["p"]
+    # Of the 8 signs of the three pairs that differ, d = (+-1/4 +-1/4 -+1/4) / 2: |d| >= 1/8 always holds.
+    assert result["p"] == 1
+
+
+def test_the_permutation_test_gives_the_binomial_value():
+    """Ten pairs that differ, all to one side: of 2^10 signs two are as far."""
+    result = paired_difference([[0] * 30], [[1] * 10 + [0] * 20], permutations=200_000)
+    assert result["p"] == pytest.approx(2 / 2**10, rel=0.2)
+    assert result["interval"][0] > 0
+
+
+def test_p_values_of_equal_methods_are_uniform():
+    rng = np.random.default_rng(5)
+    p = [
+        paired_difference([rng.random(60)], [rng.random(60)], resamples=1, permutations=200, seed=k)["p"]
+        for k in range(300)
+    ]
+    for level in (0.05, 0.25, 0.5):
+        assert sum(value <= level for value in p) / 300 == pytest.approx(level, abs=3 * math.sqrt(level / 300))
+
+
+def test_methods_with_the_same_scores_do_not_differ():
+    result = paired_difference([[1.0, 0.0, 1.0]], [[1.0, 0.0, 1.0]])
+    assert result == {"difference": 0, "interval": [0, 0], "p": 1}
+
+
+def test_the_paired_difference_is_weighted_and_narrower_than_the_two_intervals():
+    rng = np.random.default_rng(2)
+    hard = rng.random(500)
+    a = (rng.random(500) < hard).astype(float)
+    b = np.where(rng.random(500) < 0.1, 1.0, a)
+    result = paired_difference([a], [b])
+    alone = [intervals([[a], [x]])["average"] for x in (a, b)]
+    assert result["interval"][1] - result["interval"][0] < 0.6 * min(high - low for low, high in alone)
+    weights = [np.arange(1.0, 501.0)]
+    weighted = paired_difference([a], [b], weights=weights)["difference"]
+    assert weighted == pytest.approx(np.average(b - a, weights=weights[0]))
+
+
+@pytest.mark.parametrize(("a", "b"), [([], []), ([[1]], [[1], [1]]), ([[1, 0]], [[1]])])
+def test_pairs_must_be_pairs(a, b):
+    with pytest.raises(ValueError, match="same tasks with the same test examples"):
+        paired_difference(a, b)
+
+
+def test_runs_of_different_tests_have_no_interval_over_seeds():
+    with pytest.raises(ValueError, match="same test examples"):
+        seed_intervals([random_examples(2, 5), random_examples(2, 6)])
+    with pytest.raises(ValueError, match="same number of tasks"):
+        seed_intervals([random_examples(2, 5), random_examples(3, 5)])
+    with pytest.raises(ValueError, match="at least one run"):
+        seed_intervals([])

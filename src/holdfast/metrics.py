@@ -1,4 +1,4 @@
-"""What the score matrix says: its summary figures and their bootstrap intervals, as pure functions on numbers."""
+"""What the score matrix says: summary figures, intervals and comparisons, as pure functions on numbers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from numpy.typing import NDArray
 LOWER_IS_BETTER = ("loss", "perplexity")
 
 FIGURES = ("average", "new_task", "forgetting", "backward_transfer", "forward_transfer")
+BY_TASK = ("forgetting", "backward_transfer", "forward_transfer")
 
 Scores = Sequence[Sequence[float | None]] | NDArray[Any]
 Metrics = str | Sequence[str] | Mapping[str, str] | None
+Examples = Sequence[Sequence[Sequence[float] | NDArray[Any] | None]]
+"""T+1 rows of T entries; an entry holds the scores of a task's test examples, ``[examples]`` in the same order at every
+stage, or None where not measured."""
+Weights = Sequence[Sequence[float] | NDArray[Any] | None] | None
+"""For every task, ``[examples]`` weights of its examples, for example tokens where the metric is a loss per token;
+None: all weigh the same."""
 
 
 def summarize(
@@ -60,26 +67,72 @@ def summarize(
     return summary | {"general_change": _general_change(general or {}, stages)}
 
 
+def by_task(scores: Scores, *, metrics: Metrics = None) -> dict[str, list[float | None]]:
+    """What became of each task: the terms of which three figures of :func:`summarize` are the means.
+
+    With T tasks, numbered from 1:
+
+    - forgetting[j] = max_{j<=t<T} S[t][j] - S[T][j], for j < T; positive is worse
+    - backward_transfer[j] = S[T][j] - S[j][j], for j < T; negative is worse
+    - forward_transfer[j] = S[j-1][j] - S[0][j], for j > 1; negative is worse
+
+    Arguments, errors and the direction of differences are those of :func:`summarize`; since nothing is averaged, each
+    task keeps its own scale.
+
+    Returns:
+        T values a figure; None where a score that it needs is missing, and for the task that has no term.
+    """
+    matrix = _matrix(scores)
+    terms = _terms(matrix, _signs(metrics, matrix.shape[1]))
+    return {name: [_finite(value) for value in values] for name, values in terms.items()}
+
+
+def clipped_backward_transfer(scores: Scores, *, metrics: Metrics = None) -> float | None:
+    """Backward transfer in which a task's gain does not make up for another's loss; 0 is best.
+
+    clipped = mean_{j<T} min( S[T][j] - S[j][j], 0 )
+
+    TreeLoRA's code reports the same sum divided by T instead of T-1. Arguments and None as in :func:`summarize`.
+    """
+    matrix = _matrix(scores)
+    T = matrix.shape[1]
+    scale = _common_scale(metrics, T)
+    if scale is None or T == 1:
+        return None
+    transfer = _terms(matrix, np.full(T, scale))["backward_transfer"][:-1]
+    return _finite(np.minimum(transfer, 0).mean())
+
+
+def area_under_curve(steps: Sequence[float], scores: Sequence[float]) -> float:
+    """Mean score over a stage: the area under its learning curve, by the trapezoidal rule, divided by its length.
+
+    area = 1 / (s_n - s_0) * sum_{k<n} (s_{k+1} - s_k) * (x_k + x_{k+1}) / 2
+
+    for scores x_0, ..., x_n at steps s_0 < ... < s_n. Of two stages that end with the same score the one that came
+    there sooner has the better area. (A-GEM's LCA, Chaudhry et al. 2019, is the plain mean over the first few steps.)
+
+    Raises:
+        ValueError: fewer than two points, or steps that do not increase.
+    """
+    s, x = np.asarray(steps, dtype=float), np.asarray(scores, dtype=float)
+    if len(s) < 2 or s.shape != x.shape or (np.diff(s) <= 0).any():
+        raise ValueError("a curve needs at least two scores, at steps that increase")
+    return float(np.trapezoid(x, s) / (s[-1] - s[0]))
+
+
 def intervals(
-    scores: Sequence[Sequence[Sequence[float] | NDArray[Any] | None]],
-    *,
-    metrics: Metrics = None,
-    weights: Sequence[Sequence[float] | NDArray[Any] | None] | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
+    scores: Examples, *, metrics: Metrics = None, weights: Weights = None, resamples: int = 1000, seed: int = 0
 ) -> dict[str, list[float] | None]:
     """95 % intervals of the summary figures: percentile bootstrap over test examples.
 
     A resample draws the test examples of a task with replacement, and the same examples at every stage, since stages
     are measured on the same examples; tasks are drawn independently. The intervals say how much a figure depends on
-    the test set, not how much it varies from one training seed to the next.
+    the test set, not how much it varies from one training seed to the next: that is :func:`seed_intervals`.
 
     Args:
-        scores: T+1 rows of T entries; an entry holds the scores of a task's test examples, ``[examples]`` in the same
-            order at every stage, or None where not measured.
+        scores: the examples' scores.
         metrics: as in :func:`summarize`.
-        weights: for every task, ``[examples]`` weights of its examples, for example tokens where the metric is a loss
-            per token; None: all weigh the same.
+        weights: of the examples.
         resamples: how many resamples are drawn.
         seed: the same seed gives the same intervals.
 
@@ -90,29 +143,99 @@ def intervals(
     Raises:
         ValueError: a shape is wrong, or a task does not have the same number of examples at every stage.
     """
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, not {resamples}")
-    stages, tasks = _shape([len(row) for row in scores])
-    scale = _common_scale(metrics, tasks)
+    return seed_intervals([scores], metrics=metrics, weights=weights, resamples=resamples, seed=seed)
+
+
+def seed_intervals(
+    runs: Sequence[Examples], *, metrics: Metrics = None, weights: Weights = None, resamples: int = 1000, seed: int = 0
+) -> dict[str, list[float] | None]:
+    """95 % intervals of the mean of each figure over runs that differ in their seed: bootstrap over seeds and examples.
+
+    A resample draws test examples as :func:`intervals` does, the same ones for all runs, and n-1 of the n runs with
+    replacement: drawing n-1 makes the variance of the mean unbiased, drawing n would make it (n-1)/n of that (Rao and
+    Wu 1988). Of few seeds the interval is still rather too narrow than too wide.
+
+    Args:
+        runs: the examples' scores of each run; all have the same test examples.
+
+    The rest is as in :func:`intervals`, which is the case of one run.
+    """
+    matrices = _resampled(runs, weights, resamples, seed)
+    scale = _common_scale(metrics, matrices.shape[-1])
     if scale is None:
         return dict.fromkeys(FIGURES)
-    if weights is not None and len(weights) != tasks:
-        raise ValueError(f"weights has {len(weights)} entries; it needs one for each of the {tasks} tasks")
-    matrices = np.full((resamples, stages, tasks), np.nan)
-    for j in range(tasks):
-        examples = _examples([row[j] for row in scores], j)
-        if examples is None:
-            continue
-        given = None if weights is None else weights[j]
-        weight = np.ones(examples.shape[1]) if given is None else np.asarray(given, dtype=float)
-        if weight.shape != examples.shape[1:]:
-            raise ValueError(f"weights[{j}] must have one number for each of the {examples.shape[1]} test examples")
-        matrices[:, :, j] = _resampled_means(examples, weight, resamples, np.random.default_rng([seed, j]))
-    result: dict[str, list[float] | None] = {}
-    for name, values in _figures(matrices, scale).items():
-        known = bool(np.isfinite(values).all())
-        result[name] = [float(v) for v in np.percentile(values, [2.5, 97.5])] if known else None
-    return result
+    chosen = _drawn_runs(len(runs), resamples, seed)
+    return {name: _ends(_mean_of(values, chosen)) for name, values in _figures(matrices, scale).items()}
+
+
+def task_intervals(
+    scores: Examples, *, metrics: Metrics = None, weights: Weights = None, resamples: int = 1000, seed: int = 0
+) -> dict[str, list[list[float] | None]]:
+    """95 % intervals of the figures of :func:`by_task`, as :func:`intervals` makes them: T a figure, None as there."""
+    matrices = _resampled([scores], weights, resamples, seed)[0]
+    terms = _terms(matrices, _signs(metrics, matrices.shape[-1]))
+    return {name: [_ends(column) for column in values.T] for name, values in terms.items()}
+
+
+def mean_interval(values: Sequence[float], *, resamples: int = 1000, seed: int = 0) -> list[float] | None:
+    """95 % interval of a mean over seeds, for a figure of which each run gives one number; None for a single run.
+
+    The runs are drawn as in :func:`seed_intervals`.
+    """
+    if len(values) < 2:
+        return None
+    known = np.repeat(np.asarray(values, dtype=float)[:, None], resamples, axis=1)
+    return _ends(_mean_of(known, _drawn_runs(len(values), resamples, seed)))
+
+
+def paired_difference(
+    a: Sequence[Sequence[float] | NDArray[Any]],
+    b: Sequence[Sequence[float] | NDArray[Any]],
+    *,
+    weights: Weights = None,
+    resamples: int = 1000,
+    permutations: int = 10_000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Difference between two methods that answered the same test examples, its 95 % interval and its p-value.
+
+    difference = mean_j ( sum_i w_ij b_ij / sum_i w_ij  -  sum_i w_ij a_ij / sum_i w_ij )
+
+    The interval is a percentile bootstrap over pairs: an example is drawn with both of its scores. The p-value is that
+    of a two-sided permutation test: if the methods were alike, each pair might as well have come the other way round,
+    so its difference keeps or changes its sign by chance; p = (1 + #{|d*| >= |d|}) / (1 + permutations).
+
+    Args:
+        a, b: for each task, ``[examples]`` scores of the same examples in the same order; of several seeds the means.
+        weights: of the examples.
+
+    Returns:
+        ``difference`` (b less a), ``interval`` [low, high] and ``p``.
+
+    Raises:
+        ValueError: the two do not have the same tasks and examples.
+    """
+    if not a or [len(task) for task in a] != [len(task) for task in b]:
+        raise ValueError("a and b must have the same tasks with the same test examples, at least one of each")
+    drawn = np.zeros(resamples)
+    swapped = np.zeros(permutations)
+    difference = 0.0
+    for j, (first, second) in enumerate(zip(a, b, strict=True)):
+        pairs = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+        weight = _weight(weights, j, len(pairs))
+        rng = np.random.default_rng([seed, j])
+        difference += float(weight @ pairs / weight.sum())
+        drawn += _resampled_means(pairs[None], weight, resamples, rng)[:, 0]
+        pairs = (weight / weight.sum() * pairs)[pairs != 0]  # where nothing differs, a sign changes nothing
+        for start in range(0, permutations, 1000):
+            part = swapped[start : start + 1000]
+            part += (1 - 2 * rng.integers(0, 2, size=(len(part), len(pairs)), dtype=np.int8)) @ pairs
+    as_far = np.abs(swapped) >= abs(difference) * (1 - 1e-12)
+    return {
+        "difference": difference / len(a),
+        "interval": _ends(drawn / len(a)),
+        "p": float((1 + as_far.sum()) / (1 + permutations)),
+    }
 
 
 def _figures(matrices: NDArray[np.float64], better: int) -> dict[str, NDArray[np.float64]]:
@@ -121,21 +244,90 @@ def _figures(matrices: NDArray[np.float64], better: int) -> dict[str, NDArray[np
     ``better`` is 1 where higher scores are better and -1 where lower ones are.
     """
     T = matrices.shape[-1]
-    gains = better * matrices
-    first, last = gains[..., 0, :], gains[..., T, :]
-    just_learned = np.stack([gains[..., j + 1, j] for j in range(T)], axis=-1)
-    figures = {"average": matrices[..., T, :].mean(axis=-1), "new_task": better * just_learned.mean(axis=-1)}
+    terms = _terms(matrices, np.full(T, better))
+    own = np.arange(T)
+    figures = {
+        "average": matrices[..., T, :].mean(axis=-1),
+        "new_task": matrices[..., own + 1, own].mean(axis=-1),
+    }
     if T == 1:
-        none = np.full(matrices.shape[:-2], np.nan)
-        return figures | dict.fromkeys(("forgetting", "backward_transfer", "forward_transfer"), none)
-    best = np.stack([gains[..., j + 1 : T, j].max(axis=-1) for j in range(T - 1)], axis=-1)
-    just_before = np.stack([gains[..., j, j] for j in range(1, T)], axis=-1)
+        return figures | {name: values[..., 0] for name, values in terms.items()}
+    return figures | {
+        "forgetting": terms["forgetting"][..., :-1].mean(axis=-1),
+        "backward_transfer": terms["backward_transfer"][..., :-1].mean(axis=-1),
+        "forward_transfer": terms["forward_transfer"][..., 1:].mean(axis=-1),
+    }
+
+
+def _terms(matrices: NDArray[np.float64], signs: NDArray[np.int_]) -> dict[str, NDArray[np.float64]]:
+    """The terms of :func:`by_task`, each ``[..., T]``; NaN where a score is missing or there is no term.
+
+    ``signs`` are 1 for the tasks of which higher scores are better and -1 for the others.
+    """
+    T = matrices.shape[-1]
+    gains = signs * matrices
+    own = np.arange(T)
+    last, just_learned, just_before = gains[..., T, :], gains[..., own + 1, own], gains[..., own, own]
+    best = np.full_like(last, np.nan)
+    for j in range(T - 1):
+        best[..., j] = gains[..., j + 1 : T, j].max(axis=-1)
     with np.errstate(invalid="ignore"):  # the difference of two infinite losses is no number, hence missing
-        return figures | {
-            "forgetting": (best - last[..., :-1]).mean(axis=-1),
-            "backward_transfer": (last - just_learned)[..., :-1].mean(axis=-1),
-            "forward_transfer": (just_before - first[..., 1:]).mean(axis=-1),
+        terms = {
+            "forgetting": best - last,
+            "backward_transfer": last - just_learned,
+            "forward_transfer": just_before - gains[..., 0, :],
         }
+    terms["backward_transfer"][..., -1] = np.nan
+    terms["forward_transfer"][..., 0] = np.nan
+    return terms
+
+
+def _resampled(runs: Sequence[Examples], weights: Weights, resamples: int, seed: int) -> NDArray[np.float64]:
+    """Score matrices of resampled test examples, the same examples in all runs: [runs, resamples, T+1, T]."""
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, not {resamples}")
+    if not runs:
+        raise ValueError("there must be at least one run")
+    shapes = {_shape([len(row) for row in scores]) for scores in runs}
+    if len(shapes) > 1:
+        raise ValueError("the runs do not have the same number of tasks")
+    stages, tasks = shapes.pop()
+    if weights is not None and len(weights) != tasks:
+        raise ValueError(f"weights has {len(weights)} entries; it needs one for each of the {tasks} tasks")
+    matrices = np.full((len(runs), resamples, stages, tasks), np.nan)
+    for j in range(tasks):
+        examples = _examples([row[j] for scores in runs for row in scores], j)
+        if examples is None:
+            continue
+        weight = _weight(weights, j, examples.shape[1])
+        means = _resampled_means(examples, weight, resamples, np.random.default_rng([seed, j]))
+        matrices[:, :, :, j] = means.reshape(resamples, len(runs), stages).swapaxes(0, 1)
+    return matrices
+
+
+def _weight(weights: Weights, j: int, examples: int) -> NDArray[np.float64]:
+    """Weights of task j's examples, [examples]."""
+    given = None if weights is None else weights[j]
+    weight = np.ones(examples) if given is None else np.asarray(given, dtype=float)
+    if weight.shape != (examples,):
+        raise ValueError(f"weights[{j}] must have one number for each of the {examples} test examples")
+    return weight
+
+
+def _drawn_runs(runs: int, resamples: int, seed: int) -> NDArray[np.int_]:
+    """Which runs each resample draws, [max(1, runs - 1), resamples]."""
+    return np.random.default_rng(seed).integers(runs, size=(max(1, runs - 1), resamples))
+
+
+def _mean_of(values: NDArray[np.float64], chosen: NDArray[np.int_]) -> NDArray[np.float64]:
+    """Means over the drawn runs of values [runs, resamples]: [resamples]."""
+    return np.take_along_axis(values, chosen, axis=0).mean(axis=0)
+
+
+def _ends(values: NDArray[np.float64]) -> list[float] | None:
+    """The ends of a percentile interval over resamples; None if one of them is not known."""
+    known = bool(np.isfinite(values).all())
+    return [float(v) for v in np.percentile(values, [2.5, 97.5])] if known else None
 
 
 def _resampled_means(
@@ -196,15 +388,24 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
+def _metric_names(metrics: Metrics, tasks: int) -> list[str | None]:
+    """The metric of each task."""
+    if metrics is None or isinstance(metrics, str):
+        return [metrics] * tasks
+    names: list[str | None] = list(metrics.values() if isinstance(metrics, Mapping) else metrics)
+    if len(names) != tasks:
+        raise ValueError(f"metrics names {len(names)} metrics; it needs one for each of the {tasks} tasks")
+    return names
+
+
+def _signs(metrics: Metrics, tasks: int) -> NDArray[np.int_]:
+    """[T]: 1 for a task of which higher scores are better, -1 for the others."""
+    return np.array([-1 if name in LOWER_IS_BETTER else 1 for name in _metric_names(metrics, tasks)])
+
+
 def _common_scale(metrics: Metrics, tasks: int) -> int | None:
     """1 if higher scores are better for all tasks, -1 if lower ones are; None if scores cannot be averaged."""
-    if metrics is None or isinstance(metrics, str):
-        names = [metrics] * tasks
-    else:
-        names = list(metrics.values() if isinstance(metrics, Mapping) else metrics)
-        if len(names) != tasks:
-            raise ValueError(f"metrics names {len(names)} metrics; it needs one for each of the {tasks} tasks")
-    scales = {name if name in LOWER_IS_BETTER else "fraction" for name in names}
+    scales = {name if name in LOWER_IS_BETTER else "fraction" for name in _metric_names(metrics, tasks)}
     if len(scales) > 1:
         return None
     return 1 if scales == {"fraction"} else -1
