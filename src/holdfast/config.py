@@ -174,35 +174,35 @@ class EvaluationConfig(Section):
     bootstrap: int = Field(1000, ge=0, description="resamples for 95 % intervals over test examples; 0 turns them off")
 
 
-def _named(value: Any) -> Any:
+def as_named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
 def _stream(value: Any) -> Any:
-    return {"tasks": value} if isinstance(value, list) else _named(value)
+    return {"tasks": value} if isinstance(value, list) else as_named(value)
 
 
-def _tuner(value: Any) -> Any:
-    return {"name": "lora"} | value if isinstance(value, dict) else _named(value)
+def as_tuner(value: Any) -> Any:
+    return {"name": "lora"} | value if isinstance(value, dict) else as_named(value)
 
 
-def _methods(value: Any) -> Any:
+def as_methods(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-NamedField = Annotated[Named, BeforeValidator(_named)]
+NamedField = Annotated[Named, BeforeValidator(as_named)]
 
 
 class RunConfig(Section):
     """A run: model x tuner x method x stream x seed, in one directory."""
 
-    model: Annotated[ModelConfig, BeforeValidator(_named)] = Field(
+    model: Annotated[ModelConfig, BeforeValidator(as_named)] = Field(
         description="the model to teach: a name or a section"
     )
-    tuner: Annotated[Named | None, BeforeValidator(_tuner)] = Field(
+    tuner: Annotated[Named | None, BeforeValidator(as_tuner)] = Field(
         None, description="which weights are trained: a name or a section; where absent, what the method needs, or lora"
     )
-    method: Annotated[list[NamedField], BeforeValidator(_methods)] = Field(
+    method: Annotated[list[NamedField], BeforeValidator(as_methods)] = Field(
         [Named(name="sequential")],
         min_length=1,
         description="what is done against forgetting: a name, a section, or a list that is applied together",
@@ -225,13 +225,18 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
     Raises:
         ConfigError: a key is unknown, missing or wrong; the message names it and a near name.
     """
+    return load(RunConfig, source, overrides)
+
+
+def load(cls: type[Any], source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Any:
+    """Read a configuration of any class, as :func:`load_config` does."""
     if isinstance(source, dict):
         where, values = "the configuration", dict(source)
     else:
         where, values = str(source), read_yaml(Path(source))
     for override in overrides or []:
         _apply_override(values, override)
-    return validate(RunConfig, values, where)
+    return validate(cls, values, where)
 
 
 def validate(cls: type[Any], values: dict[str, Any], where: str) -> Any:
@@ -264,16 +269,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def difference(old: RunConfig | dict[str, Any], new: RunConfig | dict[str, Any]) -> list[str]:
-    """List where two configurations differ, as ``key: old -> new``; keys that change no result are passed over."""
+def difference(
+    old: BaseModel | dict[str, Any], new: BaseModel | dict[str, Any], cls: type[BaseModel] = RunConfig
+) -> list[str]:
+    """List where two configurations differ, as ``key: old -> new``; keys that change no result are passed over.
+
+    Args:
+        cls: of both; it says which keys those are.
+    """
     old, new = (flat(c) for c in (old, new))
-    free = free_keys(RunConfig)
+    free = free_keys(cls)
     keys = [key for key in [*old, *(k for k in new if k not in old)] if key not in free]
     show = lambda side, key: json.dumps(side[key], ensure_ascii=False) if key in side else "(absent)"  # noqa: E731
     return [f"{key}: {show(old, key)} -> {show(new, key)}" for key in keys if old.get(key, ...) != new.get(key, ...)]
 
 
-def flat(config: RunConfig | dict[str, Any]) -> dict[str, Any]:
+def flat(config: BaseModel | dict[str, Any]) -> dict[str, Any]:
     """Turn a configuration into ``{"training.epochs": 1.0, ...}``; lists stay whole."""
     values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
     result: dict[str, Any] = {}

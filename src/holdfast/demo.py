@@ -12,7 +12,7 @@ from rich.console import Console
 from holdfast.cli.table import print_table
 from holdfast.config import load_config
 from holdfast.data.chronicle import general_text
-from holdfast.lab.pretrain import pretrain
+from holdfast.lab.small import pretrain_small
 from holdfast.lab.tokenizer import train_tokenizer
 from holdfast.progress import Progress
 from holdfast.report import write_report
@@ -64,7 +64,7 @@ def make_model(folder: Path, seed: int, progress: Progress) -> None:
     texts = general_text(size=SIZE, seed=seed)
     tokenizer = train_tokenizer(texts, vocab_size=2048, model_max_length=64)
     with progress.bar("pretrain a small Llama on general text") as bar:
-        pretrain(texts, tokenizer, folder, seed=seed, on_step=lambda done, total: bar.update(done, total=total))
+        pretrain_small(texts, tokenizer, folder, seed=seed, on_step=lambda done, total: bar.update(done, total=total))
 
 
 def configuration(model: Path, output: Path, seed: int, method: Any) -> dict[str, Any]:

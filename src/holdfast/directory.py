@@ -12,13 +12,16 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from holdfast.config import RunConfig, difference
 from holdfast.errors import RunDirectoryError
 from holdfast.files import read_json, read_jsonl, write_json, write_jsonl
+
+if TYPE_CHECKING:
+    from holdfast.lab.config import LabConfig
 
 LOCK = ".lock"
 
@@ -30,8 +33,11 @@ class RunDirectory:
         self.path = path
         self.record: dict[str, Any] = read_json(path / "run.json") if (path / "run.json").exists() else {}
 
-    def begin(self, config: RunConfig, facts: dict[str, Any]) -> None:
+    def begin(self, config: RunConfig | LabConfig, facts: dict[str, Any], data: str = "tasks") -> None:
         """Write run.json, or make sure that the one that stands there is of the same run.
+
+        Args:
+            facts: what else run.json says; ``facts[data]`` has a ``fingerprint`` of each piece of data, by its name.
 
         Raises:
             RunDirectoryError: the directory belongs to another configuration or other data; the difference is listed.
@@ -49,16 +55,16 @@ class RunDirectory:
             } | facts
             self.write()
             return
-        for name, task in facts["tasks"].items():
-            if self.record["tasks"][name]["fingerprint"] != task["fingerprint"]:
+        for name, piece in facts[data].items():
+            if self.record[data][name]["fingerprint"] != piece["fingerprint"]:
                 raise RunDirectoryError(
-                    f"{self.path}: the data of task {name!r} changed since this run began; "
+                    f"{self.path}: the data of {data.removesuffix('s')} {name!r} changed since this run began; "
                     "put the old data back, or give another output"
                 )
 
-    def check_config(self, config: RunConfig) -> None:
+    def check_config(self, config: RunConfig | LabConfig) -> None:
         """RunDirectoryError if a run with another configuration began here."""
-        if self.record and (lines := difference(self.record["config"], config)):
+        if self.record and (lines := difference(self.record["config"], config, type(config))):
             listed = "".join(f"\n  {line}" for line in lines)
             raise RunDirectoryError(
                 f"{self.path}: holds a run with another configuration:{listed}\n"

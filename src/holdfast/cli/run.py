@@ -18,13 +18,19 @@ Overrides = Annotated[
 class HelpWithKeys(TyperCommand):
     """Adds every key of the configuration to --help; they are only looked up when help is asked for."""
 
+    def configuration(self) -> type[Any]:
+        """The configuration's class."""
+        from holdfast.config import RunConfig
+
+        return RunConfig
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the usual help and then the keys."""
         from holdfast.config import describe
 
         super().format_help(ctx, formatter)
         formatter.write("\nKeys of the configuration (default):\n")
-        for key, default, text in describe():
+        for key, default, text in describe(self.configuration()):
             formatter.write(f"  {key}{f' ({default})' if default else ''}\n      {text}\n")
 
 

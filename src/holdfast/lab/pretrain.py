@@ -1,145 +1,377 @@
-"""Pretraining a small Llama from scratch on texts, with transformers' Trainer."""
+"""A laboratory run: pretrain a small model, or go on from one on other text, and measure it all the way; resume anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from holdfast.errors import ConfigError, DataError
-from holdfast.files import whole_folder
+from holdfast import methods, tuners
+from holdfast.chunked_trainer import ChunkedLossTrainer
+from holdfast.compatibility import refusal
+from holdfast.directory import RunDirectory, open_directory
+from holdfast.errors import ConfigError, Interrupted
+from holdfast.files import read_json, read_jsonl, whole_folder, write_json, write_jsonl
+from holdfast.interrupt import Interrupt
+from holdfast.lab.architecture import counted_parameters
+from holdfast.lab.config import LabConfig, load_lab_config
+from holdfast.lab.measure import Measures, distances
+from holdfast.lab.mixture import Mixture
+from holdfast.lab.model import make_model, tokenizer_of, write_note
+from holdfast.lab.tokens import TokenFile
+from holdfast.process import Process
+from holdfast.progress import Bar, Progress
+from holdfast.stage import GRADIENT_CHECKPOINTING, newest_whole_checkpoint
+from holdfast.trainer import continual
+
+ENDLESS = 1 << 40
+"""Sequences of a run that only its loss or the clock ends."""
+
+LabTrainer: Any = continual(ChunkedLossTrainer)
 
 
-def pretrain(
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    directory: str | Path,
-    *,
-    hidden: int = 128,
-    layers: int = 4,
-    heads: int = 4,
-    context: int = 64,
-    steps: int = 800,
-    batch_size: int = 8,
-    learning_rate: float = 4e-3,
-    weight_decay: float = 0.1,
-    seed: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Train a Llama from scratch and save it with its tokenizer, for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
-
-    Texts are joined end to end and cut into blocks of ``context`` tokens. AdamW; the learning rate rises over a tenth
-    of the steps and falls as a cosine; gradients are clipped to norm 1. The same arguments give the same weights on
-    one machine.
+def pretrain(config: LabConfig | dict[str, Any] | str | Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Train a model on token files until a stop condition holds; continue where an earlier start was cut off.
 
     Args:
-        texts: documents, shuffled or not: blocks are drawn in an order that the seed decides.
-        tokenizer: with an end-of-sequence token, which is put after every text.
-        directory: the folder to write; what stands there is replaced, at the end and as a whole.
-        hidden: width of the residual stream; the feed-forward layers are three times as wide. Embeddings are tied.
-        layers: decoder layers.
-        heads: attention heads.
-        context: tokens that the model sees at once, in training and later.
-        steps: optimizer steps.
-        batch_size: blocks in one step.
-        learning_rate: its peak.
-        weight_decay: of AdamW, decoupled; on matrices only.
-        seed: of the initial weights and of the order.
-        on_step: told (steps done, steps) after every step.
+        config: a configuration, or the mapping or YAML file that :func:`load_lab_config` reads.
+        progress: where to show progress; standard error where absent.
 
     Returns:
-        The folder.
+        what result.json holds: why and where training stopped, the model's size, and what was measured before
+        training, at its end, and where the loss of the watched domain was lowest.
 
     Raises:
-        ConfigError: hidden is no multiple of twice the heads, there are no steps, or the tokenizer has no
-            end-of-sequence token.
-        DataError: the texts do not fill one block.
+        UserError: the configuration, data or directory cannot be used, or a loss is not finite.
+        Interrupted: SIGINT or SIGTERM asked it to stop; the same call continues it.
     """
-    if hidden % (2 * heads):
-        raise ConfigError(f"hidden must be a multiple of twice the heads ({2 * heads}), not {hidden}")
-    if steps < 1:
-        raise ConfigError(f"steps must be at least 1, not {steps}")
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer must have an end-of-sequence token (eos_token)")
-    blocks = pack(texts, tokenizer, context)
-    set_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=context,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+    if not isinstance(config, LabConfig):
+        config = load_lab_config(config)
+    process = Process.this()
+    with _directory(Path(config.output), process) as directory, Interrupt() as interrupt:
+        directory.check_config(config)
+        path = directory.path / "result.json"
+        if not path.exists():
+            LabRun(config, directory, process, progress or Progress(quiet=not process.main), interrupt).go()
+        return read_json(path)
+
+
+@contextlib.contextmanager
+def _directory(path: Path, process: Process) -> Iterator[RunDirectory]:
+    """The run's directory; the main process holds its lock, the others read along."""
+    if process.main:
+        with open_directory(path) as directory:
+            process.wait()
+            yield directory
+    else:
+        process.wait()
+        yield RunDirectory(path)
+
+
+class LabRun:
+    """One laboratory run at work. What must survive a restart is in its directory.
+
+    Attributes:
+        seconds: spent training so far, in all starts together.
+    """
+
+    def __init__(
+        self, config: LabConfig, directory: RunDirectory, process: Process, progress: Progress, interrupt: Interrupt
+    ):
+        self.config, self.directory, self.process = config, directory, process
+        self.progress, self.interrupt = progress, interrupt
+        self.path = directory.path
+        self.seconds = 0.0
+        self.why: str | None = None  # it stopped
+
+    def go(self) -> None:
+        """Train what is left to train, and write the model and the result."""
+        config = self.config
+        chosen = methods.build([(method.name, method.options) for method in config.method])
+        for method in chosen:
+            if reason := refusal(method, config.tuner.name):
+                raise ConfigError(f"tuner: {reason}")
+        tuner = tuners.build(config.tuner)
+        tokenizer = tokenizer_of(config, TokenFile.open(Path(config.data[0].path)))
+        paths = {path: TokenFile.open(Path(path), tokenizer) for path in (*self.data_paths, *config.valid.values())}
+        rows = [paths[path].rows(config.context) for path in self.data_paths]
+        model, start, init = make_model(config, tokenizer)
+        parameters = counted_parameters(model)
+        steps, self.bound = self.last_step(parameters, sum(map(len, rows)))
+        tuner.plan(config.training, steps or ENDLESS)  # type: ignore[arg-type]
+        model = tuner.prepare(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+        self.begin(paths, model, parameters)
+        measures = Measures(
+            {domain: paths[path].rows(config.context) for domain, path in config.valid.items()},
+            rows=config.evaluation.rows,
+            batch_size=config.evaluation.batch_size,
+            process=self.process,
         )
-    )
-    with whole_folder(Path(directory)) as folder:
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,
-            max_grad_norm=1.0,
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        trainer = Trainer(
-            model,
-            arguments,
-            train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
-            callbacks=[_OnStep(on_step)] if on_step else None,
+        if config.model.path is not None:
+            measures.remember(model)
+
+        def measure(step: int) -> None:
+            self.note(step, measures.losses(model), distances(model, start, init))
+
+        length = steps * config.training.batch_size if steps else ENDLESS
+        mixture = Mixture(rows, [part.weight for part in config.data], length, config.seed)
+        companion = tuner.companion()
+        trainer = LabTrainer(
+            model=model,
+            args=arguments(config, steps, self.path / "checkpoint", self.process),
+            train_dataset=mixture,
+            data_collator=_collate,
+            method=chosen if companion is None else [*chosen, companion],
+            task=" + ".join(Path(path).name for path in self.data_paths),
+            rows=mixture.first(sum(map(len, rows))),
+            folder=self.path / "rehearsal",
+            tokenizer=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        trainer.save_model(str(folder))
-        tokenizer.save_pretrained(folder)
-        (folder / "training_args.bin").unlink()
-    return Path(directory)
+        checkpoint = newest_whole_checkpoint(self.path / "checkpoint")
+        self.rewind(checkpoint)
+        title = f"{'go on' if config.model.path else 'pretrain'} {self.path.name}"
+        if checkpoint:
+            self.progress.line(f"{title}: continues from {checkpoint.name}")
+        else:
+            measure(0)
+        with self.progress.bar(title) as bar:
+            trainer.add_callback(_Watch(self, trainer, measure, steps, bar))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step = trainer.state.global_step
+        if trainer.interrupted:
+            raise Interrupted(f"stopped in {title!r} after step {step}")
+        if self.evaluations[-1]["step"] != step:
+            measure(step)
+        if self.process.main:
+            with whole_folder(self.path / tuner.folder) as folder:
+                tuner.save(model, folder)
+                tokenizer.save_pretrained(folder)
+                write_note(folder, config, init, step * self.tokens_a_step)
+            self.finish(step, parameters)
+        self.process.wait()
+
+    @property
+    def data_paths(self) -> list[str]:
+        return [part.path for part in self.config.data]
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.config.training.batch_size * self.config.context
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What has been measured so far, oldest first."""
+        return read_jsonl(self.path / "evaluations.jsonl")
+
+    def last_step(self, parameters: int, rows: int) -> tuple[int | None, str]:
+        """Optimizer steps at most, and which condition says so; None where only a loss or the clock ends the run."""
+        stop = self.config.stop
+        tokens = {
+            "tokens": stop.tokens or 0,
+            "tokens_per_parameter": (stop.tokens_per_parameter or 0) * parameters,
+            "epochs": (stop.epochs or 0) * rows * self.config.context,
+        }
+        known = {key: count for key, count in tokens.items() if count}
+        if not known:
+            return None, ""
+        first = min(known, key=lambda key: known[key])
+        return max(1, round(known[first] / self.tokens_a_step)), first
+
+    def begin(self, files: dict[str, TokenFile], model: Any, parameters: int) -> None:
+        """Write run.json, or check that the data are those that the run began with."""
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        facts = {
+            "files": {
+                path: {"tokens": len(file), "fingerprint": file.manifest["sha256"]} for path, file in files.items()
+            },
+            "parameters": {"counted": parameters, "trainable": trainable},
+        }
+        if self.process.main:
+            self.directory.begin(self.config, facts, data="files")
+
+    def rewind(self, checkpoint: Path | None) -> None:
+        """Drop what was noted after the step that training goes on from."""
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+        paths = [self.path / name for name in ("events.jsonl", "evaluations.jsonl")]
+        if self.process.main:
+            for path in paths:
+                kept = [line for line in read_jsonl(path) if line["step"] <= step] if path.exists() else []
+                write_jsonl(path, kept)
+        self.process.wait()
+        self.seconds = max((line["seconds"] for path in paths for line in read_jsonl(path)), default=0.0)
+
+    def note(self, step: int, domains: dict[str, Any], weights: dict[str, Any]) -> None:
+        """Write down what was measured after a step."""
+        self.append(
+            "evaluations.jsonl",
+            {
+                "step": step,
+                "tokens": step * self.tokens_a_step,
+                "seconds": round(self.seconds, 3),
+                "domains": domains,
+                "weights": weights,
+            },
+        )
+        self.process.wait()
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        """Add a line to a file of the run."""
+        if self.process.main:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def verdict(self, step: int, steps: int | None) -> str | None:
+        """Why training stops after a step; None if it goes on."""
+        stop, watched = self.config.stop, self.config.watched
+        if step == steps:
+            return self.bound
+        if stop.seconds and self.process.sum(torch.tensor(float(self.seconds >= stop.seconds))) > 0:
+            return "seconds"
+        if (stop.loss or stop.patience) and self.evaluations[-1]["step"] == step:
+            losses = [evaluation["domains"][watched]["loss"] for evaluation in self.evaluations]
+            if stop.loss and losses[-1] <= stop.loss:
+                return "loss"
+            if stop.patience and len(losses) - 1 - losses.index(min(losses)) >= stop.patience:
+                return "patience"
+        return None
+
+    def finish(self, step: int, parameters: int) -> None:
+        """Write the result; checkpoints are no longer needed."""
+        evaluations, watched = self.evaluations, self.config.watched
+        best = min(evaluations, key=lambda e: e["domains"][watched]["loss"]) if watched else None
+        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+        self.directory.finish({"train": round(self.seconds, 3)})
+        write_json(
+            self.path / "result.json",
+            {
+                "stop": self.why,
+                "step": step,
+                "tokens": step * self.tokens_a_step,
+                "seconds": round(self.seconds, 3),
+                "parameters": parameters,
+                "start": evaluations[0],
+                "end": evaluations[-1],
+                "best": best,
+            },
+        )
 
 
-def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: int) -> torch.Tensor:
-    """Join the texts, each with the end-of-sequence token after it, and cut them into blocks.
-
-    Returns:
-        Token ids ``[blocks, context]``, int64; tokens that do not fill a last block are left out.
+def arguments(config: LabConfig, steps: int | None, checkpoints: Path, process: Process) -> TrainingArguments:
+    """TrainingArguments of a laboratory run.
 
     Raises:
-        DataError: the texts do not fill one block.
+        ConfigError: the batch cannot be shared by the processes, or a value is not one that transformers takes.
     """
-    ids = [token for row in tokenizer(list(texts))["input_ids"] for token in (*row, tokenizer.eos_token_id)]
-    count = len(ids) // context
-    if count == 0:
-        raise DataError(f"the texts hold {len(ids)} tokens; one block is {context}")
-    return torch.tensor(ids[: count * context]).view(count, context)
+    training, tokens_a_step = config.training, config.training.batch_size * config.context
+    micro = training.micro_batch_size or training.batch_size // process.world
+    if training.batch_size % (micro * process.world or 1) or not micro:
+        raise ConfigError(
+            f"training.batch_size: {training.batch_size} sequences cannot be shared by {process.world} processes in "
+            f"micro-batches of {micro or 1}"
+        )
+    schedules = {"constant": "constant_with_warmup", "cosine": "cosine", "wsd": "warmup_stable_decay"}
+    values: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "max_steps": steps or ENDLESS // training.batch_size,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": training.batch_size // (micro * process.world),
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": schedules[training.schedule],
+        "warmup_steps": round(training.warmup_tokens / tokens_a_step),
+        "weight_decay": training.weight_decay,
+        "adam_beta1": training.betas[0],
+        "adam_beta2": training.betas[1],
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": training.max_grad_norm,
+        "bf16": training.precision == "bfloat16",
+        "torch_compile": training.compile,
+        GRADIENT_CHECKPOINTING: training.gradient_checkpointing,
+        "seed": config.seed,
+        "save_strategy": "steps",
+        "save_steps": training.save_every,
+        "save_total_limit": 1,
+        "logging_steps": training.log_every,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "ddp_backend": None if torch.cuda.is_available() else "gloo",
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if training.schedule == "wsd":
+        assert steps is not None
+        values["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, round(training.decay * steps))}
+    try:
+        return TrainingArguments(**values | training.arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"training: {error}") from None
 
 
-class _OnStep(TrainerCallback):
-    def __init__(self, tell: Callable[[int, int], None]):
-        self._tell = tell
+def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sequences of one length as a batch; nothing is padded, so there is no mask."""
+    return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in ("input_ids", "labels")}
+
+
+class _Watch(TrainerCallback):
+    """Measures, writes events, moves the progress bar, and ends training when the run says so or a signal came."""
+
+    def __init__(self, run: LabRun, trainer: Any, measure: Callable[[int], None], steps: int | None, bar: Bar):
+        self.run, self.trainer, self.measure, self.steps, self.bar = run, trainer, measure, steps, bar
+        every = run.config.evaluation.every
+        self.every = max(1, round(every / run.tokens_a_step)) if every else None
+        self.since = time.monotonic()
+        self.logged: tuple[int, float] | None = None
+        self.note = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.since = time.monotonic()
+        self.logged = (state.global_step, self.run.seconds)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tell(state.global_step, state.max_steps)
+        run, step = self.run, state.global_step
+        run.seconds += time.monotonic() - self.since
+        if self.every and step % self.every == 0:
+            self.measure(step)
+        run.why = run.verdict(step, self.steps)
+        self.bar.update(step, self.note, total=self.steps or step + 1)
+        if run.why:
+            control.should_training_stop = True
+            control.should_save = False
+        elif run.interrupt.requested:
+            self.trainer.interrupted = True
+            control.should_save = control.should_training_stop = True
+        control.should_log |= control.should_save or control.should_training_stop
+        self.since = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        run, step = self.run, state.global_step
+        assert self.logged is not None
+        steps, seconds = step - self.logged[0], run.seconds - self.logged[1]
+        self.logged = (step, run.seconds)
+        run.append(
+            "events.jsonl",
+            {
+                "step": step,
+                "tokens": step * run.tokens_a_step,
+                "seconds": round(run.seconds, 3),
+                "loss": logs["loss"],
+                "terms": {key.removeprefix("term/"): v for key, v in logs.items() if key.startswith("term/")},
+                "learning_rate": logs["learning_rate"],
+                "grad_norm": logs.get("grad_norm"),
+                "tokens_per_second": round(steps * run.tokens_a_step / max(seconds, 1e-9), 1),
+            },
+        )
+        self.note = f"loss {logs['loss']:.3f}"

@@ -1,0 +1,91 @@
+"""A new model from a size: width and depth, or a number of parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase, Qwen3Config, set_seed
+
+from holdfast.errors import ConfigError
+from holdfast.lab.config import SizeConfig
+
+FAMILIES: dict[str, Any] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+
+
+def new_model(size: SizeConfig, tokenizer: PreTrainedTokenizerBase, context: int, seed: int) -> Any:
+    """A model with random weights; the same arguments give the same weights on one machine.
+
+    Every matrix is drawn with standard deviation fan_in^(-1/2), as in "Forgetting in Language Models" (arXiv
+    2605.26097), and the embeddings with 0.02.
+
+    Args:
+        tokenizer: of its vocabulary and special tokens.
+        context: tokens that it reads at most.
+
+    Raises:
+        ConfigError: no model of this family comes near the number of parameters.
+    """
+    config = architecture(size, len(tokenizer), context)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    set_seed(seed)
+    options = {"attn_implementation": size.attention} if size.attention else {}
+    model = AutoModelForCausalLM.from_config(config, **options)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not (size.tie_embeddings and module is model.get_output_embeddings()):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model
+
+
+def architecture(size: SizeConfig, vocab_size: int, context: int) -> Any:
+    """The transformers configuration of a size.
+
+    A number of parameters becomes the width, a multiple of the head's, whose model of the depth width / 64, rounded
+    and at least 2, comes nearest.
+
+    Raises:
+        ConfigError: the nearest model is further than a quarter from the number of parameters.
+    """
+    width, depth = size.width, size.depth
+    if size.parameters is not None:
+        shapes = [(w, max(2, round(w / 64))) for w in range(size.head_size, 64 * size.head_size + 1, size.head_size)]
+        wanted = size.parameters
+        width, depth = min(shapes, key=lambda shape: abs(_parameters(size, *shape, vocab_size) - wanted))
+        found = _parameters(size, width, depth, vocab_size)
+        if abs(found - wanted) > wanted / 4:
+            raise ConfigError(
+                f"model.parameters: the model nearest to {wanted:,} has {found:,} (width {width}, depth {depth}, "
+                f"vocabulary {vocab_size:,}); give another number or head_size, or width and depth"
+            )
+    assert width is not None and depth is not None
+    heads = width // size.head_size
+    return FAMILIES[size.family](
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=_mlp_width(size, width),
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=size.head_size,
+        max_position_embeddings=context,
+        tie_word_embeddings=size.tie_embeddings,
+    )
+
+
+def counted_parameters(model: nn.Module) -> int:
+    """Weights of a model, the embeddings counted once where its head is a matrix of its own: the paper's 12 L D² + D V."""
+    inner: Any = model
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    embeddings, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    total = sum(p.numel() for p in base.parameters())
+    return total - (0 if head is embeddings else embeddings.numel())
+
+
+def _mlp_width(size: SizeConfig, width: int) -> int:
+    """Three matrices of 8/3 the width hold as many weights as the two of four times the width in the paper."""
+    return size.mlp_width or -(-8 * width // 24) * 8
+
+
+def _parameters(size: SizeConfig, width: int, depth: int, vocab_size: int) -> int:
+    return depth * (4 * width**2 + 3 * width * _mlp_width(size, width)) + width * vocab_size

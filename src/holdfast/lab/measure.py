@@ -1,0 +1,158 @@
+"""What a laboratory run measures while it trains: losses on held-out text, and how far the weights have moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.generation import inference
+from holdfast.lab.tokens import TokenRows
+from holdfast.losses import chunked_kl
+from holdfast.losses.chunked import CHUNK_SIZE, Head
+from holdfast.model import base, head, hidden_only
+from holdfast.process import Process
+
+Weights = dict[str, Tensor]
+"""A model's weights by name, float32 on the CPU, without what a tuner added."""
+
+
+class Measures:
+    """Measures a model on held-out parts, always on the same sequences.
+
+    Args:
+        parts: held-out sequences by domain.
+        rows: sequences of each that are measured, from its front.
+        batch_size: sequences in one forward pass.
+        process: this one; all share the sequences.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, TokenRows],
+        *,
+        rows: int,
+        batch_size: int,
+        process: Process,
+    ):
+        self._process = process
+        self._batches = {
+            domain: [
+                part.batch(range(start, min(start + batch_size, rows, len(part))))
+                for start in range(process.rank * batch_size, min(rows, len(part)), process.world * batch_size)
+            ]
+            for domain, part in parts.items()
+        }
+        self._teacher: dict[str, list[Tensor]] = {}
+        self._teacher_head: Head | None = None
+
+    def remember(self, model: Any) -> None:
+        """Take a model as it is now for the one that `kl` is measured from: its hidden states and its head."""
+        with inference(model):
+            self._teacher = {
+                domain: [_hidden(model, ids).cpu() for ids in batches] for domain, batches in self._batches.items()
+            }
+            now = head(model)
+            self._teacher_head = now._replace(weight=now.weight.detach().clone())
+
+    def losses(self, model: Any) -> dict[str, dict[str, float | None]]:
+        """Of each domain, in nats per predicted token, over T - 1 positions of sequences of T tokens:
+
+        - ``loss``: of the next token, computed in float32 whatever training computes in;
+        - ``second_half``: the same over the tokens of the second half of the context;
+        - ``kl``: KL(remembered model ‖ this model), None where none is remembered.
+        """
+        return {domain: self._losses(model, domain) for domain in self._batches}
+
+    def _losses(self, model: Any, domain: str) -> dict[str, float | None]:
+        sums = torch.zeros(6, dtype=torch.float64)
+        with inference(model):
+            own = head(model)
+            for number, ids in enumerate(self._batches[domain]):
+                hidden = _hidden(model, ids)[:, :-1]
+                nll = _token_nll(hidden, own, ids[:, 1:].to(hidden.device)).cpu().double()
+                half = nll[:, ids.shape[1] // 2 - 1 :]
+                sums[:4] += torch.stack([nll.sum(), torch.tensor(nll.numel()), half.sum(), torch.tensor(half.numel())])
+                if self._teacher_head is not None:
+                    teacher = self._teacher[domain][number][:, :-1].to(hidden.device)
+                    total, count = chunked_kl(
+                        hidden,
+                        own.weight,
+                        teacher,
+                        self._teacher_head.weight,
+                        None,
+                        student_bias=own.bias,
+                        teacher_bias=self._teacher_head.bias,
+                        softcap=own.softcap,
+                        logit_scale=own.logit_scale,
+                    )
+                    sums[4:] += torch.stack([total.cpu(), count.cpu()])
+        loss, tokens, second, second_tokens, kl, kl_tokens = self._process.sum(sums).tolist()
+        return {
+            "loss": loss / tokens,
+            "second_half": second / second_tokens,
+            "kl": kl / kl_tokens if kl_tokens else None,
+        }
+
+
+def _hidden(model: Any, ids: Tensor) -> Tensor:
+    """Last hidden states [rows, seq, width], after the final norm; a prompt's virtual tokens are left out."""
+    ids = ids.to(base(model).device)
+    outputs = model(input_ids=ids, use_cache=False, output_hidden_states=True, **hidden_only(model))
+    return outputs.hidden_states[-1][:, -ids.shape[1] :]
+
+
+def _token_nll(hidden: Tensor, layer: Head, targets: Tensor) -> Tensor:
+    """-log p of each target: hidden [rows, seq, width], targets [rows, seq] -> [rows, seq]."""
+    pairs = zip(hidden.flatten(0, 1).split(CHUNK_SIZE), targets.flatten().split(CHUNK_SIZE), strict=True)
+    nll = [F.cross_entropy(layer.logits(states), tokens, reduction="none") for states, tokens in pairs]
+    return torch.cat(nll).view(targets.shape)
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """A copy of a model's weights."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in base(model).named_parameters()}
+
+
+def distances(model: nn.Module, start: Weights, init: Weights | None) -> dict[str, float | None]:
+    """Euclidean norms over all weights: ``norm`` of the weights, ``from_start`` and ``from_init`` of what changed.
+
+    The update of LoRA and its kin counts as part of the weight that it changes. None where there are no initial
+    weights to compare with, or a tuner's own weights change the model in another way.
+    """
+    effective = _effective(model)
+    if effective is None:
+        return {"norm": None, "from_start": None, "from_init": None}
+    sums = [0.0, 0.0, 0.0]
+    for name, weight in effective:
+        sums[0] += float(weight.square().sum())
+        sums[1] += float((weight - start[name]).square().sum())
+        sums[2] += float((weight - init[name]).square().sum()) if init is not None else 0.0
+    norm, from_start, from_init = map(math.sqrt, sums)
+    return {"norm": norm, "from_start": from_start, "from_init": from_init if init is not None else None}
+
+
+@torch.no_grad()
+def _effective(model: Any) -> Iterator[tuple[str, Tensor]] | None:
+    """The weights by the names that they have without a tuner, each with its update; None where there are others."""
+    if not hasattr(model, "peft_config"):
+        return ((name, p.detach().float().cpu()) for name, p in model.named_parameters())
+    layers = {name: m for name, m in base(model).named_modules() if hasattr(m, "get_delta_weight")}
+    if not layers:
+        return None
+    [adapter] = model.active_adapters
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, p in base(model).named_parameters():
+            layer, is_base, key = name.partition(".base_layer.")
+            if is_base:
+                update = layers[layer].get_delta_weight(adapter) if key == "weight" else 0
+                yield f"{layer}.{key}", (p.detach() + update).float().cpu()
+            elif not any(name.startswith(f"{layer}.") for layer in layers):
+                yield name, p.detach().float().cpu()
+
+    return weights()

@@ -1,0 +1,80 @@
+"""The model of a laboratory run: made anew or loaded, and saved with a note of where its weights began."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from holdfast.config import ModelConfig
+from holdfast.data.encode import load_tokenizer
+from holdfast.errors import ConfigError
+from holdfast.files import read_json, write_json
+from holdfast.lab.architecture import new_model
+from holdfast.lab.config import LabConfig, SizeConfig
+from holdfast.lab.measure import Weights, weights_of
+from holdfast.lab.tokens import TokenFile
+from holdfast.shards import fingerprint
+
+NOTE = "lab.json"
+
+
+def tokenizer_of(config: LabConfig, file: TokenFile) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model to go on from, or that of the text for a new model."""
+    if config.model.path is None:
+        return file.tokenizer()
+    return load_tokenizer(ModelConfig(name=config.model.path))
+
+
+def make_model(config: LabConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Weights, Weights | None]:
+    """A new model, or the one to go on from.
+
+    Returns:
+        the model; its weights; those that its training once began with, where they are known: a model of the
+        laboratory notes its size and seed, which make them again.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or reads fewer tokens than a sequence has.
+    """
+    size = config.model
+    if size.path is None:
+        model = new_model(size, tokenizer, config.context, config.seed)
+        start = weights_of(model)
+        return model, start, start
+    options = {"attn_implementation": size.attention} if size.attention else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(size.path, dtype="float32", **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: the weights of {size.path!r} cannot be loaded: {error}") from None
+    reads = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if reads is not None and reads < config.context:
+        raise ConfigError(f"context: {config.context} is more than the {reads} tokens that {size.path!r} reads")
+    return model, weights_of(model), initial_weights(Path(size.path), tokenizer)
+
+
+def initial_weights(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Weights | None:
+    """The weights that a model of the laboratory began with; None for another one, or where they come out different."""
+    if not (folder / NOTE).exists():
+        return None
+    begin = read_json(folder / NOTE)["begin"]
+    if begin is None:
+        return None
+    made = weights_of(new_model(SizeConfig(**begin["size"]), tokenizer, begin["context"], begin["seed"]))
+    return made if fingerprint(made.items()) == begin["weights"] else None
+
+
+def write_note(folder: Path, config: LabConfig, init: Weights | None, tokens: int) -> None:
+    """Note in a saved model's folder how its weights began, and on how many tokens it was trained altogether."""
+    before = Path(config.model.path, NOTE) if config.model.path else None
+    if before is None:
+        assert init is not None
+        size = config.model.model_dump(exclude_none=True)
+        begin = {"size": size, "context": config.context, "seed": config.seed, "weights": fingerprint(init.items())}
+        note = {"begin": begin, "tokens": tokens}
+    elif before.exists():
+        note = read_json(before)
+        note["tokens"] += tokens
+    else:
+        note = {"begin": None, "tokens": tokens}
+    write_json(folder / NOTE, note)
