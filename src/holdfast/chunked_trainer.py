@@ -19,12 +19,8 @@ class ChunkedLossTrainer(Trainer):
         super().__init__(*args, compute_loss_func=self._next_token_loss, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(
-            model,
-            inputs | {"output_hidden_states": True, "use_cache": False} | hidden_only(self.model),
-            *args,
-            **kwargs,
-        )
+        asked = {"output_hidden_states": True, "use_cache": False} | hidden_only(self.model)
+        return super().compute_loss(model, inputs | asked, *args, **kwargs)
 
     def _next_token_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         layer = head(self.model)

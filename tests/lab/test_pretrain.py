@@ -125,7 +125,9 @@ def test_lora_moves_from_its_start_and_saves_an_adapter(languages, pretrained, t
     plain = AutoModelForCausalLM.from_pretrained(pretrained.path / "model")
     whole = PeftModel.from_pretrained(plain, tmp_path / "lora" / "adapter").merge_and_unload()
     first = AutoModelForCausalLM.from_pretrained(pretrained.path / "model")
-    moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(whole.parameters(), first.parameters())))
+    moved = math.sqrt(
+        sum(float((a - b).square().sum()) for a, b in zip(whole.parameters(), first.parameters(), strict=True))
+    )
     assert moved > 0
     assert result["end"]["weights"]["from_start"] == pytest.approx(moved, rel=1e-3)
     assert merged is not None
@@ -183,7 +185,7 @@ def test_schedules_rise_and_fall(languages, tmp_path):
     assert rates["wsd"][-1] < 2e-3
 
 
-class Died(Exception):
+class DiedError(Exception):
     pass
 
 
@@ -205,11 +207,11 @@ def test_a_run_that_died_goes_on_to_the_same_end(languages, tmp_path, monkeypatc
 
     def dying(run, name, line):
         if line["step"] == dies_at:
-            raise Died
+            raise DiedError
         append(run, name, line)
 
     monkeypatch.setattr(LabRun, "append", dying)
-    with pytest.raises(Died):
+    with pytest.raises(DiedError):
         pretrain(config("broken"), QUIET)
     monkeypatch.setattr(LabRun, "append", append)
     resumed = pretrain(config("broken"), QUIET)
@@ -307,9 +309,8 @@ def test_sizes(languages, family):
     same = new_model(SizeConfig(family=family, width=64, depth=3, head_size=16), languages.tokenizer, CONTEXT, 0)
     assert all(torch.equal(a, b) for a, b in zip(weights_of(model).values(), weights_of(same).values(), strict=True))
     config = architecture(SizeConfig(family=family, parameters=5_000_000), 4096, 128)
-    assert config.hidden_size * 4096 + 12 * config.num_hidden_layers * config.hidden_size**2 == pytest.approx(
-        5e6, rel=0.25
-    )
+    found = config.hidden_size * 4096 + 12 * config.num_hidden_layers * config.hidden_size**2
+    assert found == pytest.approx(5e6, rel=0.25)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
-"""`holdfast lab`: from texts to a tokenizer and to token files."""
+"""`holdfast lab`: from texts to a tokenizer, to token files and to a pretrained model."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from holdfast.cli.run import Config, HelpWithKeys, Overrides
 
 app = typer.Typer(
     help="Pretrain a small model, and study what drives forgetting.",
@@ -58,3 +60,32 @@ def tokenizer(
     if len(trained) < vocab_size:
         print(f"warning: the texts hold no more than {len(trained)} tokens", file=sys.stderr)
     print(out)
+
+
+class HelpWithLabKeys(HelpWithKeys):
+    """The keys of a laboratory run."""
+
+    def configuration(self) -> type[Any]:
+        from holdfast.lab.config import LabConfig
+
+        return LabConfig
+
+
+@app.command("pretrain", cls=HelpWithLabKeys)
+def pretrain(config: Config, overrides: Overrides = None) -> None:
+    """Train a model from scratch on token files, or go on from one, and measure it all the way.
+
+    The same command continues a run that was stopped or killed, and ends with the same numbers.
+    """
+    from holdfast.quiet import quieten
+
+    quieten()
+    from holdfast.lab.config import load_lab_config
+    from holdfast.lab.pretrain import pretrain as train
+
+    loaded = load_lab_config(config, overrides)
+    result = train(loaded)
+    for name, at in (("before", result["start"]), ("after", result["end"])):
+        losses = "  ".join(f"{domain} {found['loss']:.3f}" for domain, found in at["domains"].items())
+        print(f"{name:6}  {at['tokens']:,} tokens  {losses}".rstrip())
+    print(f"stopped by {result['stop']} after {result['step']:,} steps, {result['seconds']:.0f} s: {loaded.output}")

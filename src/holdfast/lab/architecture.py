@@ -73,12 +73,10 @@ def architecture(size: SizeConfig, vocab_size: int, context: int) -> Any:
     )
 
 
-def counted_parameters(model: nn.Module) -> int:
-    """Weights of a model, the embeddings counted once where its head is a matrix of its own: the paper's 12 L D² + D V."""
-    inner: Any = model
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    embeddings, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    total = sum(p.numel() for p in base.parameters())
+def counted_parameters(model: Any) -> int:
+    """Weights of a model, without the embeddings where its head is a matrix of its own: the paper's 12 L D² + D V."""
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    total = sum(p.numel() for p in model.parameters())
     return total - (0 if head is embeddings else embeddings.numel())
 
 

@@ -1,4 +1,4 @@
-"""A laboratory run: pretrain a small model, or go on from one on other text, and measure it all the way; resume anywhere."""
+"""A laboratory run: pretrain a small model, or go on from one on other text; measured all the way, resumed anywhere."""
 
 from __future__ import annotations
 
