@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from holdfast.errors import RunDirectoryError, UserError
+
+LOCK = ".lock"
 PARTIAL = ".partial"
 
 
@@ -62,6 +67,39 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path)
     partial.replace(path)
     _sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make a folder if it is new, and hold its lock.
+
+    Raises:
+        RunDirectoryError: it is a file, cannot be written, or another process uses it; or what was done under the lock
+            filled the disk.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"output: {path} is a file; it must be a directory, or not exist yet")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunDirectoryError(f"output: {path} cannot be written ({error.strerror}); choose another output") from None
+    try:
+        with FileLock(path / LOCK).acquire(timeout=0):
+            yield
+    except Timeout:
+        raise RunDirectoryError(
+            f"output: {path} is in use by another process; wait for it, or choose another output"
+        ) from None
+    except Exception as error:
+        if isinstance(error, UserError) or not is_disk_full(error, path):
+            raise
+        raise RunDirectoryError(
+            f"output: no space is left on the disk of {path}; what is complete is kept: free some space and run the "
+            "same command again"
+        ) from error
 
 
 def flush_folder(folder: Path) -> None:

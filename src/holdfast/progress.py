@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 SECONDS_BETWEEN_LINES = 2.0
+SECONDS_BETWEEN_COUNTS = 30.0  # where it is not known how much there is to do
 
 
 class Bar:
@@ -23,15 +24,20 @@ class Bar:
         self._tenth = 0
         self._before: int | None = None  # steps that were done before this start, for a resumed stage
 
-    def update(self, done: int, note: str = "", *, total: int) -> None:
-        """Show that ``done`` of ``total`` steps are done, and a short note, for example the loss terms."""
+    def update(self, done: int, note: str = "", *, total: int | None) -> None:
+        """Show that ``done`` of ``total`` steps (None: of nobody knows how many) are done, and a short note."""
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=done, total=total, note=note)
             return
         if self._before is None:
             self._before = done - 1
-        tenth = 10 * done // total
         now = time.monotonic()
+        if total is None:
+            if now - self._printed >= SECONDS_BETWEEN_COUNTS:
+                self._printed = now
+                self._progress.line(f"{self._title}  {done}  {note}")
+            return
+        tenth = 10 * done // total
         if tenth > self._tenth and now - self._printed >= SECONDS_BETWEEN_LINES:
             self._tenth, self._printed = tenth, now
             rate = (now - self._started) / max(1, done - self._before)

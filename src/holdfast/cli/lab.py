@@ -29,6 +29,16 @@ Column = Annotated[str, typer.Option("--column", help="Where a row of a file or 
 Subset = Annotated[str | None, typer.Option("--subset", help="Configuration of a dataset.", show_default=False)]
 Split = Annotated[str | None, typer.Option("--split", help="Split of a dataset.", show_default="train")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
+TokenizerName = Annotated[
+    str, typer.Option("--tokenizer", help="Folder or hub name of a tokenizer.", show_default=False)
+]
+Domain = Annotated[
+    str | None,
+    typer.Option("--domain", help="Domain of the documents, whose token begins every row.", show_default=False),
+]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes that tokenise.")]
+Documents = Annotated[int | None, typer.Option("--documents", min=1, help="Documents at most.", show_default="all")]
+Skip = Annotated[int, typer.Option("--skip", min=0, help="Documents left out at the front.")]
 
 
 @app.command("tokenizer")
@@ -89,3 +99,44 @@ def pretrain(config: Config, overrides: Overrides = None) -> None:
         losses = "  ".join(f"{domain} {found['loss']:.3f}" for domain, found in at["domains"].items())
         print(f"{name:6}  {at['tokens']:,} tokens  {losses}".rstrip())
     print(f"stopped by {result['stop']} after {result['step']:,} steps, {result['seconds']:.0f} s: {loaded.output}")
+
+
+@app.command("tokens")
+def tokens(
+    sources: Sources,
+    tokenizer: TokenizerName,
+    out: Out,
+    domain: Domain = None,
+    processes: Processes = 1,
+    documents: Documents = None,
+    skip: Skip = 0,
+    column: Column = "text",
+    subset: Subset = None,
+    split: Split = None,
+) -> None:
+    """Tokenise texts into a token file, which pretraining reads; the same command continues a killed build."""
+    from holdfast.quiet import quieten
+
+    quieten()
+    from holdfast.config import ModelConfig
+    from holdfast.data.encode import load_tokenizer
+    from holdfast.lab.tokens import build_tokens
+    from holdfast.progress import Progress
+
+    with Progress().bar("documents") as bar:
+        file = build_tokens(
+            sources,
+            out,
+            load_tokenizer(ModelConfig(name=tokenizer), "--tokenizer"),
+            domain=domain,
+            processes=processes,
+            column=column,
+            subset=subset,
+            split=split,
+            skip=skip,
+            documents=documents,
+            on_progress=lambda done, tokens: bar.update(done, f"{tokens} tokens", total=documents),
+        )
+    made = file.manifest
+    empty = f", {made['empty']} without text passed over" if made["empty"] else ""
+    print(f"{out}: {len(file)} tokens ({made['dtype']}) of {made['documents']} documents{empty}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ TEXT_SUFFIXES = (".txt", *SUFFIXES)
 def read_texts(
     source: str | Path, *, column: str = "text", subset: str | None = None, split: str | None = None
 ) -> Iterator[str]:
-    """Read the documents of a source in order.
+    """Read the documents of a source in order. Whether there is such a source is found at once, the rest while reading.
 
     Args:
         source: a .txt file (one document a line), a .jsonl, .json, .csv or .parquet file, a folder of such files, or
@@ -31,18 +32,18 @@ def read_texts(
     """
     path = Path(source)
     if path.is_file() or (path.is_dir() and subset is None and split is None):
-        for file in text_files(path):
-            yield from file_texts(file, column)
-    elif path.is_dir() or is_hub_name(source):
-        yield from dataset_texts(str(source), subset, split or "train", column)
-    else:
-        raise no_path(path)
+        return chain.from_iterable(file_texts(file, column) for file in text_files(path))
+    if path.is_dir() or is_hub_name(source):
+        return dataset_texts(str(source), subset, split or "train", column)
+    raise no_path(path)
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether a source that is no file or folder may be the name of a dataset: NAME or OWNER/NAME."""
+    """Whether a source that is no file or folder may be a dataset's name: NAME, or OWNER/NAME without a folder OWNER."""
     name = str(source)
-    return not name.startswith((".", "/", "~")) and name.count("/") < 2 and Path(name).suffix not in TEXT_SUFFIXES
+    owner, slash, rest = name.partition("/")
+    is_path = name.startswith((".", "/", "~")) or "/" in rest or Path(name).suffix in TEXT_SUFFIXES
+    return not is_path and not (slash and Path(owner).is_dir())
 
 
 def no_path(path: Path) -> ConfigError:

@@ -14,11 +14,19 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SMALLEST = 256 + len((BOS, EOS, PAD))  # every byte, and the special tokens
 
 _DOMAIN = re.compile(r"[\w.-]+")
+_DOMAIN_TOKEN = re.compile(rf"<\|({_DOMAIN.pattern})\|>")
 
 
 def domain_token(name: str) -> str:
     """The special token that stands for a domain, or is reserved for one: ``<|NAME|>``."""
     return f"<|{name}|>"
+
+
+def domain_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The domains of a tokenizer, and the ids of their tokens: of all special tokens of the form ``<|NAME|>``."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    names = {id: _DOMAIN_TOKEN.fullmatch(token.content) for id, token in added.items() if token.special}
+    return {name[1]: id for id, name in names.items() if name}
 
 
 def train_tokenizer(
