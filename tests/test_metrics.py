@@ -302,6 +302,43 @@ def test_intervals_equal_a_plain_loop_over_the_same_draws():
         assert result[name] == pytest.approx(np.percentile(values[name], [2.5, 97.5]).tolist()), name
 
 
+def geometric(sums: np.ndarray) -> np.ndarray:
+    """A score that is no mean over examples."""
+    return np.sqrt(sums[..., 0] * sums[..., 1]) / sums[..., 2]
+
+
+def test_a_score_that_is_no_mean_is_computed_again_from_each_draw():
+    T, n, resamples = 2, 15, 40
+    rng = np.random.default_rng(4)
+    statistics = [[rng.random((n, 3)) for _ in range(T)] for _ in range(T + 1)]
+    statistics[0][1] = None  # not measured before training
+    draws = [np.random.default_rng([3, j]) for j in range(T)]
+    values = {name: [] for name in FIGURES}
+    for _ in range(resamples):
+        drawn = [draws[j].integers(n, size=n) for j in range(T)]
+        S = [[None if x is None else geometric(x[drawn[j]].sum(axis=0)) for j, x in enumerate(r)] for r in statistics]
+        for name, value in summarize(S).items():
+            if name in values:
+                values[name].append(value)
+    result = intervals(statistics, totals=[geometric, geometric], resamples=resamples, seed=3)
+    assert result.pop("forward_transfer") is None
+    for name, interval in result.items():
+        assert interval == pytest.approx(np.percentile(values[name], [2.5, 97.5]).tolist()), name
+
+
+def test_totals_of_means_are_means():
+    examples = random_examples(2, 30)
+    pairs = [[np.stack([x, np.ones(len(x))], axis=1) for x in row] for row in examples]
+    ratio = lambda sums: sums[..., 0] / sums[..., 1]  # noqa: E731
+    assert intervals(pairs, totals=[ratio, ratio]) == intervals(examples)
+    paired = paired_difference(pairs[0], pairs[1], totals=[ratio, ratio])
+    assert paired == paired_difference(examples[0], examples[1])
+    with pytest.raises(ValueError, match="totals has 1 entries"):
+        intervals(pairs, totals=[ratio])
+    with pytest.raises(ValueError, match="same test examples"):
+        intervals(examples, totals=[ratio, ratio])
+
+
 def test_intervals_are_seeded():
     examples = random_examples(3, 30)
     assert intervals(examples, seed=1) == intervals(examples, seed=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -23,6 +23,11 @@ stage, or None where not measured."""
 Weights = Sequence[Sequence[float] | NDArray[Any] | None] | None
 """For every task, ``[examples]`` weights of its examples, for example tokens where the metric is a loss per token;
 None: all weigh the same."""
+Total = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+Totals = Sequence[Total | None] | None
+"""For every task None, or how its score follows from sums of its examples' statistics, ``[..., k]`` to ``[...]``: for
+scores that are no means over examples, such as a macro F1 or a corpus BLEU. Where it is given, a task's entries are
+statistics, ``[examples, k]``, in place of scores."""
 
 
 def summarize(
@@ -121,7 +126,13 @@ def area_under_curve(steps: Sequence[float], scores: Sequence[float]) -> float:
 
 
 def intervals(
-    scores: Examples, *, metrics: Metrics = None, weights: Weights = None, resamples: int = 1000, seed: int = 0
+    scores: Examples,
+    *,
+    metrics: Metrics = None,
+    weights: Weights = None,
+    totals: Totals = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, list[float] | None]:
     """95 % intervals of the summary figures: percentile bootstrap over test examples.
 
@@ -133,6 +144,7 @@ def intervals(
         scores: the examples' scores.
         metrics: as in :func:`summarize`.
         weights: of the examples.
+        totals: of the tasks whose entries are statistics.
         resamples: how many resamples are drawn.
         seed: the same seed gives the same intervals.
 
@@ -143,11 +155,17 @@ def intervals(
     Raises:
         ValueError: a shape is wrong, or a task does not have the same number of examples at every stage.
     """
-    return seed_intervals([scores], metrics=metrics, weights=weights, resamples=resamples, seed=seed)
+    return seed_intervals([scores], metrics=metrics, weights=weights, totals=totals, resamples=resamples, seed=seed)
 
 
 def seed_intervals(
-    runs: Sequence[Examples], *, metrics: Metrics = None, weights: Weights = None, resamples: int = 1000, seed: int = 0
+    runs: Sequence[Examples],
+    *,
+    metrics: Metrics = None,
+    weights: Weights = None,
+    totals: Totals = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, list[float] | None]:
     """95 % intervals of the mean of each figure over runs that differ in their seed: bootstrap over seeds and examples.
 
@@ -160,7 +178,7 @@ def seed_intervals(
 
     The rest is as in :func:`intervals`, which is the case of one run.
     """
-    matrices = _resampled(runs, weights, resamples, seed)
+    matrices = _resampled(runs, weights, totals, resamples, seed)
     scale = _common_scale(metrics, matrices.shape[-1])
     if scale is None:
         return dict.fromkeys(FIGURES)
@@ -169,10 +187,16 @@ def seed_intervals(
 
 
 def task_intervals(
-    scores: Examples, *, metrics: Metrics = None, weights: Weights = None, resamples: int = 1000, seed: int = 0
+    scores: Examples,
+    *,
+    metrics: Metrics = None,
+    weights: Weights = None,
+    totals: Totals = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, list[list[float] | None]]:
     """95 % intervals of the figures of :func:`by_task`, as :func:`intervals` makes them: T a figure, None as there."""
-    matrices = _resampled([scores], weights, resamples, seed)[0]
+    matrices = _resampled([scores], weights, totals, resamples, seed)[0]
     terms = _terms(matrices, _signs(metrics, matrices.shape[-1]))
     return {name: [_ends(column) for column in values.T] for name, values in terms.items()}
 
@@ -193,21 +217,23 @@ def paired_difference(
     b: Sequence[Sequence[float] | NDArray[Any]],
     *,
     weights: Weights = None,
+    totals: Totals = None,
     resamples: int = 1000,
     permutations: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Difference between two methods that answered the same test examples, its 95 % interval and its p-value.
 
-    difference = mean_j ( sum_i w_ij b_ij / sum_i w_ij  -  sum_i w_ij a_ij / sum_i w_ij )
+    difference = mean_j ( S_j(b) - S_j(a) ), where S_j is the weighted mean over the examples of task j, or its total
 
     The interval is a percentile bootstrap over pairs: an example is drawn with both of its scores. The p-value is that
-    of a two-sided permutation test: if the methods were alike, each pair might as well have come the other way round,
-    so its difference keeps or changes its sign by chance; p = (1 + #{|d*| >= |d|}) / (1 + permutations).
+    of a two-sided permutation test: if the methods were alike, each pair might as well have come the other way round;
+    p = (1 + #{|d*| >= |d|}) / (1 + permutations).
 
     Args:
         a, b: for each task, ``[examples]`` scores of the same examples in the same order; of several seeds the means.
         weights: of the examples.
+        totals: of the tasks whose entries are statistics.
 
     Returns:
         ``difference`` (b less a), ``interval`` [low, high] and ``p``.
@@ -220,19 +246,21 @@ def paired_difference(
     drawn = np.zeros(resamples)
     swapped = np.zeros(permutations)
     difference = 0.0
-    for j, (first, second) in enumerate(zip(a, b, strict=True)):
-        pairs = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
-        weight = _weight(weights, j, len(pairs))
+    for j, pair in enumerate(zip(a, b, strict=True)):
+        both, total = _statistics(list(pair), weights, totals, j)
         rng = np.random.default_rng([seed, j])
-        difference += float(weight @ pairs / weight.sum())
-        drawn += _resampled_means(pairs[None], weight, resamples, rng)[:, 0]
-        pairs = (weight / weight.sum() * pairs)[pairs != 0]  # where nothing differs, a sign changes nothing
+        difference += _change(both.sum(axis=1), total)
+        drawn += _change(_resampled_sums(both, resamples, rng), total)
+        first, change = both[0].sum(axis=0), both[1] - both[0]
+        change = change[(change != 0).any(axis=1)]  # where nothing differs, it is the same either way round
+        whole = both.sum(axis=(0, 1))
         for start in range(0, permutations, 1000):
             part = swapped[start : start + 1000]
-            part += (1 - 2 * rng.integers(0, 2, size=(len(part), len(pairs)), dtype=np.int8)) @ pairs
+            sums = first + rng.integers(0, 2, size=(len(part), len(change)), dtype=np.int8) @ change
+            part += _change(np.stack([sums, whole - sums], axis=1), total)
     as_far = np.abs(swapped) >= abs(difference) * (1 - 1e-12)
     return {
-        "difference": difference / len(a),
+        "difference": float(difference / len(a)),
         "interval": _ends(drawn / len(a)),
         "p": float((1 + as_far.sum()) / (1 + permutations)),
     }
@@ -282,7 +310,9 @@ def _terms(matrices: NDArray[np.float64], signs: NDArray[np.int_]) -> dict[str, 
     return terms
 
 
-def _resampled(runs: Sequence[Examples], weights: Weights, resamples: int, seed: int) -> NDArray[np.float64]:
+def _resampled(
+    runs: Sequence[Examples], weights: Weights, totals: Totals, resamples: int, seed: int
+) -> NDArray[np.float64]:
     """Score matrices of resampled test examples, the same examples in all runs: [runs, resamples, T+1, T]."""
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, not {resamples}")
@@ -292,17 +322,44 @@ def _resampled(runs: Sequence[Examples], weights: Weights, resamples: int, seed:
     if len(shapes) > 1:
         raise ValueError("the runs do not have the same number of tasks")
     stages, tasks = shapes.pop()
-    if weights is not None and len(weights) != tasks:
-        raise ValueError(f"weights has {len(weights)} entries; it needs one for each of the {tasks} tasks")
+    for name, given in (("weights", weights), ("totals", totals)):
+        if given is not None and len(given) != tasks:
+            raise ValueError(f"{name} has {len(given)} entries; it needs one for each of the {tasks} tasks")
     matrices = np.full((len(runs), resamples, stages, tasks), np.nan)
     for j in range(tasks):
-        examples = _examples([row[j] for scores in runs for row in scores], j)
-        if examples is None:
-            continue
-        weight = _weight(weights, j, examples.shape[1])
-        means = _resampled_means(examples, weight, resamples, np.random.default_rng([seed, j]))
-        matrices[:, :, :, j] = means.reshape(resamples, len(runs), stages).swapaxes(0, 1)
+        column = [row[j] for scores in runs for row in scores]
+        if any(entry is not None for entry in column):
+            statistics, total = _statistics(column, weights, totals, j)
+            scores = total(_resampled_sums(statistics, resamples, np.random.default_rng([seed, j])))
+            matrices[:, :, :, j] = scores.reshape(resamples, len(runs), stages).swapaxes(0, 1)
     return matrices
+
+
+def _statistics(column: Sequence[Any], weights: Weights, totals: Totals, j: int) -> tuple[NDArray[np.float64], Total]:
+    """Statistics of task j's examples, [entries, examples, k], NaN where not measured, and the score of their sums."""
+    given = None if totals is None else totals[j]
+    examples = _examples(column, j, dimensions=1 if given is None else 2)
+    if given is None:
+        weight = _weight(weights, j, examples.shape[1])
+        return np.stack([examples * weight, np.broadcast_to(weight, examples.shape)], axis=-1), _mean
+
+    def total(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        known = ~np.isnan(sums).any(axis=-1)
+        scores = np.full(known.shape, np.nan)
+        scores[known] = given(sums[known])
+        return scores
+
+    return examples, total
+
+
+def _mean(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    return sums[..., 0] / sums[..., 1]
+
+
+def _change(sums: NDArray[np.float64], total: Total) -> Any:
+    """Score of the second less score of the first, of sums [..., 2, k]: [...]."""
+    scores = total(sums)
+    return scores[..., 1] - scores[..., 0]
 
 
 def _weight(weights: Weights, j: int, examples: int) -> NDArray[np.float64]:
@@ -330,27 +387,22 @@ def _ends(values: NDArray[np.float64]) -> list[float] | None:
     return [float(v) for v in np.percentile(values, [2.5, 97.5])] if known else None
 
 
-def _resampled_means(
-    examples: NDArray[np.float64], weight: NDArray[np.float64], resamples: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """Weighted means of ``examples`` [stages, examples] over resamples of the examples: [resamples, stages]."""
-    n = examples.shape[1]
-    weighted = examples * weight
-    means = np.empty((resamples, len(examples)))
+def _resampled_sums(statistics: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Sums of ``statistics`` [entries, examples, k] over resamples of the examples: [resamples, entries, k]."""
+    entries, n, k = statistics.shape
+    by_example = statistics.swapaxes(0, 1).reshape(n, entries * k)
+    sums = np.empty((resamples, entries * k))
     for r in range(resamples):
-        drawn = np.bincount(rng.integers(n, size=n), minlength=n).astype(float)
-        means[r] = weighted @ drawn / (weight @ drawn)
-    return means
+        sums[r] = np.bincount(rng.integers(n, size=n), minlength=n).astype(float) @ by_example
+    return sums.reshape(resamples, entries, k)
 
 
-def _examples(column: Sequence[Any], j: int) -> NDArray[np.float64] | None:
-    """Scores of one task's examples [stages, examples], NaN in stages without; None if no stage measured it."""
+def _examples(column: Sequence[Any], j: int, dimensions: int) -> NDArray[np.float64]:
+    """What is known of one task's examples, [entries, examples] or [entries, examples, k]; NaN where not measured."""
     arrays = [None if entry is None else np.asarray(entry, dtype=float) for entry in column]
     sizes = {array.shape for array in arrays if array is not None}
-    if not sizes:
-        return None
     shape = sizes.pop()
-    if sizes or len(shape) != 1 or shape[0] == 0:
+    if sizes or len(shape) != dimensions or shape[0] == 0:
         raise ValueError(f"task {j} (counted from 0) must have the same test examples, at least one, at every stage")
     return np.stack([np.full(shape, np.nan) if array is None else array for array in arrays])
 
