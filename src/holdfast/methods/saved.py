@@ -25,7 +25,12 @@ def save_states(methods: Sequence[Method], folder: Path) -> None:
 
 
 def load_states(methods: Sequence[Method], folder: Path, model: nn.Module) -> None:
-    """Give every method the state that :func:`save_states` wrote."""
+    """Give every method the state that :func:`save_states` wrote.
+
+    The tensors are copied: those that safetensors maps begin anywhere, and a product of such a one may round otherwise
+    than that of one which torch has put in its place.
+    """
     for method in methods:
-        state = read_json(folder / f"{method.name}.json") | load_file(folder / f"{method.name}.safetensors")
+        tensors = load_file(folder / f"{method.name}.safetensors")
+        state = read_json(folder / f"{method.name}.json") | {key: t.clone() for key, t in tensors.items()}
         method.load_state(state, model)
