@@ -37,3 +37,17 @@ def pretrained(languages, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab") / "north"
     result = pretrain(lab_config(languages, folder), Progress(quiet=True))
     return SimpleNamespace(path=folder, result=result)
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    """Runs a command in this process; its exit code."""
+    from holdfast.cli import main
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr("sys.argv", ["holdfast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code
+
+    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,44 +62,16 @@ def tokenizer(
     quieten()
     from holdfast.data.texts import read_texts
     from holdfast.files import whole_folder
-    from holdfast.lab.tokenizer import train_tokenizer
+    from holdfast.lab.tokenizer import require_replaceable, train_tokenizer
 
-    texts = (text for source in sources for text in read_texts(source, column=column, subset=subset, split=split))
+    require_replaceable(out)
+    texts = chain.from_iterable([read_texts(name, column=column, subset=subset, split=split) for name in sources])
     trained = train_tokenizer(texts, vocab_size, domains=domain or (), reserved=reserved, model_max_length=max_length)
     with whole_folder(out) as folder:
         trained.save_pretrained(folder)
     if len(trained) < vocab_size:
         print(f"warning: the texts hold no more than {len(trained)} tokens", file=sys.stderr)
-    print(out)
-
-
-class HelpWithLabKeys(HelpWithKeys):
-    """The keys of a laboratory run."""
-
-    def configuration(self) -> type[Any]:
-        from holdfast.lab.config import LabConfig
-
-        return LabConfig
-
-
-@app.command("pretrain", cls=HelpWithLabKeys)
-def pretrain(config: Config, overrides: Overrides = None) -> None:
-    """Train a model from scratch on token files, or go on from one, and measure it all the way.
-
-    The same command continues a run that was stopped or killed, and ends with the same numbers.
-    """
-    from holdfast.quiet import quieten
-
-    quieten()
-    from holdfast.lab.config import load_lab_config
-    from holdfast.lab.pretrain import pretrain as train
-
-    loaded = load_lab_config(config, overrides)
-    result = train(loaded)
-    for name, at in (("before", result["start"]), ("after", result["end"])):
-        losses = "  ".join(f"{domain} {found['loss']:.3f}" for domain, found in at["domains"].items())
-        print(f"{name:6}  {at['tokens']:,} tokens  {losses}".rstrip())
-    print(f"stopped by {result['stop']} after {result['step']:,} steps, {result['seconds']:.0f} s: {loaded.output}")
+    print(f"{out}: {len(trained)} tokens")
 
 
 @app.command("tokens")
@@ -140,3 +113,32 @@ def tokens(
     made = file.manifest
     empty = f", {made['empty']} without text passed over" if made["empty"] else ""
     print(f"{out}: {len(file)} tokens ({made['dtype']}) of {made['documents']} documents{empty}")
+
+
+class HelpWithLabKeys(HelpWithKeys):
+    """The keys of a laboratory run."""
+
+    def configuration(self) -> type[Any]:
+        from holdfast.lab.config import LabConfig
+
+        return LabConfig
+
+
+@app.command("pretrain", cls=HelpWithLabKeys)
+def pretrain(config: Config, overrides: Overrides = None) -> None:
+    """Train a model from scratch on token files, or go on from one, and measure it all the way.
+
+    The same command continues a run that was stopped or killed, and ends with the same numbers.
+    """
+    from holdfast.quiet import quieten
+
+    quieten()
+    from holdfast.lab.config import load_lab_config
+    from holdfast.lab.pretrain import pretrain as train
+
+    loaded = load_lab_config(config, overrides)
+    result = train(loaded)
+    for name, at in (("before", result["start"]), ("after", result["end"])):
+        losses = "  ".join(f"{domain} {found['loss']:.3f}" for domain, found in at["domains"].items())
+        print(f"{name:6}  {at['tokens']:,} tokens  {losses}".rstrip())
+    print(f"stopped by {result['stop']} after {result['step']:,} steps, {result['seconds']:.0f} s: {loaded.output}")

@@ -39,7 +39,7 @@ def read_texts(
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether a source that is no file or folder may be a dataset's name: NAME, or OWNER/NAME without a folder OWNER."""
+    """Whether what is no file or folder may be a dataset's name: NAME, or OWNER/NAME if there is no folder OWNER."""
     name = str(source)
     owner, slash, rest = name.partition("/")
     is_path = name.startswith((".", "/", "~")) or "/" in rest or Path(name).suffix in TEXT_SUFFIXES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from holdfast.errors import ConfigError
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+WRITTEN = {"tokenizer.json", "tokenizer_config.json"}  # by save_pretrained
 SMALLEST = 256 + len((BOS, EOS, PAD))  # every byte, and the special tokens
 
 _DOMAIN = re.compile(r"[\w.-]+")
@@ -27,6 +29,12 @@ def domain_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     names = {id: _DOMAIN_TOKEN.fullmatch(token.content) for id, token in added.items() if token.special}
     return {name[1]: id for id, name in names.items() if name}
+
+
+def require_replaceable(folder: Path) -> None:
+    """ConfigError if a folder holds anything but a tokenizer, which would be lost where one is written."""
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= WRITTEN):
+        raise ConfigError(f"{folder}: exists and is no tokenizer; give a folder that does not exist yet")
 
 
 def train_tokenizer(
