@@ -118,6 +118,7 @@ def weights_of(model: nn.Module) -> Weights:
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in base(model).named_parameters()}
 
 
+@torch.no_grad()
 def distances(model: nn.Module, start: Weights, init: Weights | None) -> dict[str, float | None]:
     """Euclidean norms over all weights: ``norm`` of the weights, ``from_start`` and ``from_init`` of what changed.
 
@@ -136,11 +137,10 @@ def distances(model: nn.Module, start: Weights, init: Weights | None) -> dict[st
     return {"norm": norm, "from_start": from_start, "from_init": from_init if init is not None else None}
 
 
-@torch.no_grad()
 def _effective(model: Any) -> Iterator[tuple[str, Tensor]] | None:
     """The weights by the names that they have without a tuner, each with its update; None where there are others."""
     if not hasattr(model, "peft_config"):
-        return ((name, p.detach().float().cpu()) for name, p in model.named_parameters())
+        return ((name, p.float().cpu()) for name, p in model.named_parameters())
     layers = {name: m for name, m in base(model).named_modules() if hasattr(m, "get_delta_weight")}
     if not layers:
         return None
@@ -151,8 +151,8 @@ def _effective(model: Any) -> Iterator[tuple[str, Tensor]] | None:
             layer, is_base, key = name.partition(".base_layer.")
             if is_base:
                 update = layers[layer].get_delta_weight(adapter) if key == "weight" else 0
-                yield f"{layer}.{key}", (p.detach() + update).float().cpu()
+                yield f"{layer}.{key}", (p + update).float().cpu()
             elif not any(name.startswith(f"{layer}.") for layer in layers):
-                yield name, p.detach().float().cpu()
+                yield name, p.float().cpu()
 
     return weights()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from holdfast import methods, tuners
@@ -35,7 +36,15 @@ from holdfast.trainer import continual
 ENDLESS = 1 << 40
 """Sequences of a run that only its loss or the clock ends."""
 
-LabTrainer: Any = continual(ChunkedLossTrainer)
+
+class InOrder(ChunkedLossTrainer):
+    """Takes the rows as they come: a mixture has its order in itself."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+LabTrainer: Any = continual(InOrder)
 
 
 def pretrain(config: LabConfig | dict[str, Any] | str | Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -305,7 +314,7 @@ def arguments(config: LabConfig, steps: int | None, checkpoints: Path, process: 
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
-        "ddp_backend": None if torch.cuda.is_available() else "gloo",
+        "ddp_backend": None if process.world == 1 or torch.cuda.is_available() else "gloo",
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
