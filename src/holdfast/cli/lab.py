@@ -1,4 +1,4 @@
-"""`holdfast lab`: from texts to a tokenizer, to token files and to a pretrained model."""
+"""`holdfast lab`: from texts to a tokenizer, to token files, to a pretrained model, and to whole experiments."""
 
 from __future__ import annotations
 
@@ -142,3 +142,80 @@ def pretrain(config: Config, overrides: Overrides = None) -> None:
         losses = "  ".join(f"{domain} {found['loss']:.3f}" for domain, found in at["domains"].items())
         print(f"{name:6}  {at['tokens']:,} tokens  {losses}".rstrip())
     print(f"stopped by {result['stop']} after {result['step']:,} steps, {result['seconds']:.0f} s: {loaded.output}")
+
+
+CACHE = Path("runs/lab")
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option("--seeds", help="Instead of the experiment's; repeat for more.", show_default=False),
+]
+Results = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder of what was found.", show_default="results/SCALE beside its YAML"),
+]
+
+
+@app.command("experiment")
+def experiment(
+    name: Annotated[
+        str, typer.Argument(help="A folder of experiments/, or a YAML file of your own.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    scale: Annotated[str, typer.Option("--scale", help="tiny: minutes on two cores; paper: as published.")] = "tiny",
+    seeds: Seeds = None,
+    out: Results = None,
+    cache: Annotated[Path, typer.Option("--cache", help="Folder of data and runs that experiments share.")] = CACHE,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Runs at work at the same time.")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate every run, and count what it takes.")] = False,
+    redraw: Annotated[bool, typer.Option("--redraw", help="Only make figure and findings from the tables.")] = False,
+) -> None:
+    """Run an experiment of "Forgetting in Language Models", or one of your own: tables, a figure and what was found.
+
+    Runs that are done are not done again, and the same command continues those that were stopped or killed.
+    """
+    from rich.console import Console
+
+    from holdfast.lab import experiment as lab
+
+    path = lab.find(name, scale)
+    loaded = lab.load_experiment(path, overrides)
+    folder = out or path.parent / "results" / path.stem
+    if dry_run:
+        print_plan(loaded.title, lab.check_experiment(loaded), Console())
+        return
+    from holdfast.quiet import quieten
+
+    quieten()
+    if redraw:
+        findings = lab.redraw(loaded, folder)
+    else:
+        findings = lab.run_experiment(loaded, folder, cache=cache, seeds=seeds, processes=processes)
+    print_findings(findings, Console())
+    print(folder)
+
+
+def print_plan(title: str, costs: list[Any], console: Any) -> None:
+    """What an experiment would take, group by group."""
+    from rich.table import Table
+
+    table = Table("group", "runs", "parameters", "tokens", "FLOPs", title=title)
+    for cost in costs:
+        least, most = cost.parameters
+        size = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        open_end = "until its loss, or the data's end"
+        tokens = open_end if cost.tokens is None else f"{cost.tokens:,}"
+        table.add_row(cost.group, str(cost.runs), size, tokens, "" if cost.flops is None else f"{cost.flops:.2g}")
+    console.print(table)
+
+
+def print_findings(findings: list[dict[str, Any]], console: Any) -> None:
+    """Each claim with its figure and whether it holds."""
+    from rich.table import Table
+
+    table = Table("claim", "expected", "estimate [95 %]", "seeds", "verdict")
+    for found in findings:
+        number = "" if found["estimate"] is None else f"{found['estimate']:.3g}"
+        if found["low"] is not None:
+            number += f" [{found['low']:.3g}, {found['high']:.3g}]"
+        table.add_row(found["claim"], found["expected"], number, str(found["seeds"]), found["verdict"])
+    console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def _networks(config: RegressionConfig, draw: torch.Generator) -> Network:
     """The first layer's kinks are spread over the line, so that both halves of it can be fitted."""
     widths = [1, *config.hidden, 1]
     network = []
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         weight = torch.randn(config.particles, fan_in, fan_out, generator=draw) * (2.0 if i == 0 else fan_in**-0.5)
         bias = torch.zeros(config.particles, 1, fan_out)
         if i == 0:

@@ -1,0 +1,425 @@
+"""The figures of the experiments, from their tables: PDF and PNG, for a paper's column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import ConfigError, did_you_mean
+from holdfast.lab.derived import interval
+from holdfast.lab.findings import matching
+from holdfast.lab.tables import Row, distinct, select
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Row]
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
+)  # fmt: skip
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+STYLE: Any = {
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+    "errorbar.capsize": 2,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "holdfast",
+}
+METHODS = {
+    "none": ("no replay", BLACK, "o"),
+    "lora": ("no replay, LoRA", ORANGE, "D"),
+    "ntp_real": ("next token, real", GREEN, "s"),
+    "ntp_self": ("next token, own samples", SKY, "v"),
+    "ntp_general": ("next token, general text", GREEN, "s"),
+    "kl_real": ("KL, real", BLUE, "^"),
+    "kl_self": ("KL, own samples", RED, "P"),
+    "kl_general": ("KL, general text", BLUE, "^"),
+}
+LANGUAGES = {"eng": "English", "spa": "Spanish"}
+NATS = "nats per token"
+
+
+def draw(name: str, results: Rows, curves: Rows, path: Path) -> None:
+    """Write a figure as ``path`` with ``.pdf`` and ``.png``.
+
+    Args:
+        name: of the figure, see ``FIGURES``.
+        results: a row a run.
+        curves: a row an evaluation.
+
+    Raises:
+        ConfigError: no figure has this name.
+    """
+    import matplotlib as mpl
+
+    if name not in FIGURES:
+        raise ConfigError(f"figure: there is no figure {name!r}{did_you_mean(name, FIGURES)}")
+    with mpl.rc_context(STYLE):
+        figure = FIGURES[name](results, curves)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+        figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
+
+
+def method_comparison(results: Rows, curves: Rows) -> Figure:
+    """Loss on the old domain against loss on the new one, along each run."""
+    figure, ax = _figure(4.6, 3.0)
+    runs = [row for row in curves if row["group"] == "finetune"]
+    for method in distinct(runs, "method"):
+        label, colour, marker = METHODS[method]
+        for seed in distinct(runs, "seed"):
+            line = select(runs, method=method, seed=seed)
+            ax.plot(_of(line, "spa_loss"), _of(line, "eng_loss"), color=colour, alpha=0.35, lw=0.9)
+        ends = select(results, group="finetune", method=method)
+        x, y = (interval(_of(ends, column)) for column in ("spa_loss", "eng_loss"))
+        ax.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], color=colour, marker=marker, ls="", label=label, zorder=3)
+    ax.invert_xaxis()
+    ax.set_xlabel(f"Spanish loss ({NATS}), falling as the model learns")
+    ax.set_ylabel(f"English loss ({NATS})")
+    ax.legend(loc="upper left", title="after fine-tuning, mean of seeds", title_fontsize=7.5)
+    return figure
+
+
+def learning_rate(results: Rows, curves: Rows) -> Figure:
+    """Forgetting and tokens needed against the learning rate of fine-tuning."""
+    figure, (left, right) = _figure(6.6, 2.8, columns=2)
+    runs = select(results, group="finetune")
+    rates = sorted(distinct(runs, "pretrain_learning_rate"))
+    for colour, rate in zip((SKY, BLUE, PURPLE, RED), rates, strict=False):
+        for method, style, marker in (("none", "-", "o"), ("kl_self", "--", "P")):
+            line = select(runs, pretrain_learning_rate=rate, method=method)
+            name = f"pretrained at {_power(rate)}, {'no replay' if method == 'none' else 'KL, own samples'}"
+            look = {"color": colour, "ls": style, "marker": marker, "label": name}
+            _means(left, line, "learning_rate", "forgetting_matched", **look)
+            _means(right, [row for row in line if row["stop"] == "loss"], "learning_rate", "tokens", **look)
+    for ax in (left, right):
+        ax.set_xscale("log")
+        ax.set_xlabel("learning rate of fine-tuning")
+    left.set_ylabel(f"rise of English loss ({NATS})")
+    left.set_title("Forgetting at equal Spanish loss")
+    right.set_yscale("log")
+    right.set_ylabel("tokens of Spanish")
+    right.set_title("Training until that loss")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def high_learning_rate_replay(results: Rows, curves: Rows) -> Figure:
+    """Two ways to forget less, against what they take: a lower learning rate, or more replay at a high one."""
+    figure, ax = _figure(4.6, 3.0)
+    lines = (
+        ("rate", "learning_rate", BLUE, "o", "lower the learning rate"),
+        ("replay", "share", RED, "P", "replay more"),
+    )
+    for group, column, colour, marker, label in lines:
+        runs = [row for row in select(results, group=group) if row["stop"] == "loss"]
+        points = []
+        for value in sorted(distinct(runs, column), reverse=group == "rate"):
+            rows = select(runs, **{column: value})
+            points.append((value, interval(_of(rows, "tokens")), interval(_of(rows, "forgetting_matched"))))
+        xs, ys = [x[0] for _, x, _ in points], [y[0] for _, _, y in points]
+        ax.errorbar(xs, ys, yerr=_halves(y for _, _, y in points), color=colour, marker=marker, label=label, zorder=3)
+        for value, (x, _), (y, _) in (points[0], points[-1]):
+            shown = f"rate {_power(value)}" if group == "rate" else f"share {value:g}"
+            ax.annotate(shown, (x, y), xytext=(5, 5), textcoords="offset points", color=colour, fontsize=7)
+    ax.set_xscale("log")
+    ax.set_xlabel("training until the target, tokens (replayed ones included)")
+    ax.set_ylabel(f"rise of English loss ({NATS})")
+    ax.legend(loc="upper right")
+    return figure
+
+
+def pretrain_length(results: Rows, curves: Rows) -> Figure:
+    """English loss before and after fine-tuning against the length of pretraining."""
+    return _before_and_after(results, "pretrain_tokens_per_parameter", "tokens per parameter in pretraining")
+
+
+def model_size(results: Rows, curves: Rows) -> Figure:
+    """English loss before and after fine-tuning against the size of the model."""
+    return _before_and_after(results, "parameters", "parameters")
+
+
+def model_capacity(results: Rows, curves: Rows) -> Figure:
+    """What mixtures reach in both languages, and where fine-tuning with replay comes to."""
+    figure, ax = _figure(4.8, 3.3)
+    mixtures = select(results, group="mixture")
+    points = []
+    for share in sorted(distinct(mixtures, "spanish")):
+        rows = select(mixtures, spanish=share)
+        points.append((share, interval(_of(rows, "spa_loss")), interval(_of(rows, "eng_loss"))))
+    ax.plot([x[0] for _, x, _ in points], [y[0] for _, _, y in points], color=BLACK, lw=1, zorder=1)
+    shares = [share for share, _, _ in points]
+    image = ax.scatter(
+        [x[0] for _, x, _ in points], [y[0] for _, _, y in points], c=shares, cmap="cividis", vmin=0, vmax=1, s=26,
+        edgecolors=BLACK, linewidths=0.6, zorder=3, label="pretrained on both, long",
+    )  # fmt: skip
+    figure.colorbar(image, ax=ax, label="share of Spanish in pretraining", pad=0.02)
+    for group, colour, marker, label in (
+        ("finetune", RED, "P", "fine-tuned with KL to own samples, after long pretraining"),
+        ("finetune_short", BLUE, "^", "the same, after short pretraining"),
+    ):
+        runs = select(results, group=group)
+        if not runs:
+            continue
+        starts = interval(_of(runs, "spa_start"))[0], interval(_of(runs, "eng_start"))[0]
+        ax.plot(*starts, marker="x", color=colour, ls="", markersize=7, mew=2, zorder=4)
+        xs, ys = [], []
+        for weight in sorted(distinct(runs, "weight"), reverse=True):
+            rows = select(runs, weight=weight)
+            xs.append(interval(_of(rows, "spa_loss"))[0])
+            ys.append(interval(_of(rows, "eng_loss"))[0])
+        ax.plot(
+            [starts[0], *xs],
+            [starts[1], *ys],
+            color=colour,
+            marker=marker,
+            markevery=range(1, len(xs) + 1),
+            label=label,
+        )
+    ax.set_xlabel(f"Spanish loss ({NATS})")
+    ax.set_ylabel(f"English loss ({NATS})")
+    ax.legend(loc="upper right")
+    return figure
+
+
+def grid_2d(results: Rows, curves: Rows) -> Figure:
+    """Compute multiplier over sizes and lengths of pretraining, without replay and with."""
+    figure, axes = _figure(6.4, 2.9, columns=2)
+    runs = select(results, group="finetune")
+    sizes, lengths = (sorted(distinct(runs, column)) for column in ("parameters", "pretrain_tokens_per_parameter"))
+    grids = {}
+    for method in ("none", "kl_self"):
+        cells = [
+            [select(runs, method=method, parameters=size, pretrain_tokens_per_parameter=length) for size in sizes]
+            for length in lengths
+        ]
+        grids[method] = [[interval(_of(cell, "compute_multiplier"))[0] for cell in row] for row in cells]
+    low = min(value for grid in grids.values() for row in grid for value in row)
+    image = None
+    for ax, (method, grid) in zip(axes, grids.items(), strict=True):
+        image = ax.imshow(grid, origin="lower", aspect="auto", cmap="cividis", vmin=low, vmax=1)
+        for y, row in enumerate(grid):
+            for x, value in enumerate(row):
+                ax.text(
+                    x,
+                    y,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="white" if value < (1 + low) / 2 else "black",
+                )
+        ax.set_xticks(range(len(sizes)), [_millions(size) for size in sizes])
+        ax.set_yticks(range(len(lengths)), [f"{length:g}" for length in lengths])
+        ax.set_xlabel("parameters")
+        ax.set_title("No replay" if method == "none" else "KL to the model on its own samples")
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
+    axes[0].set_ylabel("tokens per parameter")
+    figure.colorbar(image, ax=axes, label="compute multiplier", pad=0.02)
+    return figure
+
+
+def capacity_slices(results: Rows, curves: Rows) -> Figure:
+    """Forgetting along both sides of the grid."""
+    figure, (left, right) = _figure(6.6, 2.8, columns=2)
+    runs = select(results, group="finetune")
+    slices = (
+        (left, "pretrain_tokens_per_parameter", "parameters", "tokens per parameter in pretraining", _millions),
+        (right, "parameters", "pretrain_tokens_per_parameter", "parameters", "{:g} tokens per parameter".format),
+    )
+    for ax, x, line, label, name in slices:
+        for colour, value in zip((SKY, BLUE, PURPLE, BLACK), sorted(distinct(runs, line)), strict=False):
+            for method, style, marker in (("none", "-", "o"), ("kl_self", "--", "P")):
+                rows = select(runs, method=method, **{line: value})
+                look = {"label": name(value)} if method == "none" else {}
+                _means(ax, rows, x, "forgetting_matched", color=colour, ls=style, marker=marker, **look)
+        ax.set_xscale("log")
+        ax.set_xlabel(label)
+        _ticks(ax, distinct(runs, x), _millions if x == "parameters" else "{:g}".format)
+        ax.axhline(0, color=BLACK, lw=0.6)
+        ax.legend(loc="best", title="dashed: KL, own samples", title_fontsize=7)
+    left.set_ylabel(f"rise of English loss ({NATS})")
+    left.set_title("Length of pretraining")
+    right.set_title("Size of the model")
+    return figure
+
+
+def toy_continual(results: Rows, curves: Rows) -> Figure:
+    """Accuracy on each task after each stage, without replay and with."""
+    figure, axes = _figure(6.4, 2.7, columns=2, sharey=True)
+    tasks = {"add": "addition", "reversal": "reversal", "sort": "sorting", "modadd": "modular addition"}
+    for ax, replay in zip(axes, ("none", "kl_self"), strict=True):
+        for colour, marker, (task, label) in zip(COLOURS, "osv^", tasks.items(), strict=False):
+            points: dict[int, tuple[float, float | None]] = {}
+            for number, stage in enumerate(tasks):
+                rows = select(results, group=stage) if stage == "add" else select(results, group=stage, replay=replay)
+                if rows:
+                    points[number] = interval([100 * row[f"accuracy_{task}"] for row in rows])
+            means = [mean for mean, _ in points.values()]
+            ax.errorbar(list(points), means, yerr=_halves(points.values()), color=colour, marker=marker, label=label)
+        ax.set_xticks(range(len(tasks)), list(tasks.values()), rotation=15)
+        ax.set_xlabel("learned last")
+        ax.set_ylim(-3, 108)
+        ax.set_title("No replay" if replay == "none" else "KL to the model on its own samples")
+    axes[0].set_ylabel("answers right (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def regression_1d(results: Rows, curves: Rows) -> Figure:
+    """One seed: the old curve, and what the ensemble predicts after learning the new points."""
+    figure, axes = _figure(6.6, 2.5, columns=2, sharey=True)
+    shown = select(curves, seed=min(distinct(curves, "seed")))
+    old = select(shown, phase="old")
+    for ax, weight in zip(axes, sorted(distinct(results, "weight")), strict=True):
+        tuned = select(shown, phase=weight)
+        ax.plot(_of(old, "x"), _of(old, "median"), color=BLACK, ls=":", lw=1.2, label="before")
+        ax.fill_between(_of(tuned, "x"), _of(tuned, "low"), _of(tuned, "high"), color=BLUE, alpha=0.25, lw=0)
+        ax.plot(_of(tuned, "x"), _of(tuned, "median"), color=BLUE, label="after (median, quartiles)")
+        for phase, colour in (("old points", ORANGE), ("new points", GREEN)):
+            points = select(shown, phase=phase)
+            ax.plot(_of(points, "x"), _of(points, "median"), ".", color=colour, markersize=4, label=phase, zorder=3)
+        rows = select(results, weight=weight)
+        error = interval(_of(rows, "old_rmse"))[0]
+        name = "No regularisation" if weight == 0 else f"KL to the old posterior, weight {weight:g}"
+        ax.set_title(f"{name}\nerror on old points {error:.3f}")
+        ax.set_xlabel("x")
+        ax.set_ylim(-2.6, 2.6)
+    axes[0].set_ylabel("y")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def instruct(results: Rows, curves: Rows) -> Figure:
+    """General ability of an instruction-tuned model against what it learned of a domain."""
+    figure, (left, right) = _figure(6.6, 2.9, columns=2)
+    runs = select(results, group="domain")
+    start = select(results, group="chat")
+    for ax, column, factor, label in (
+        (left, "choices", 100, "multiple choice right (%)"),
+        (right, "chat_loss", 1, f"loss on held-out chats ({NATS})"),
+    ):
+        if start:
+            ax.axhline(factor * interval(_of(start, column))[0], color=BLACK, ls=":", lw=1)
+        for method in distinct(runs, "method"):
+            name, colour, marker = METHODS[method]
+            rows = select(runs, method=method)
+            x, (y, half) = interval(_of(rows, "domain_loss")), interval([factor * row[column] for row in rows])
+            ax.errorbar(x[0], y, xerr=x[1], yerr=half, color=colour, marker=marker, ls="", label=name)
+        ax.invert_xaxis()
+        ax.set_xlabel(f"loss on the domain ({NATS})")
+        ax.set_ylabel(label)
+    left.set_title("Multiple choice (dotted: before)")
+    right.set_title("Chats (dotted: before)")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Rows, Rows], Any]] = {
+    function.__name__: function
+    for function in (
+        method_comparison,
+        learning_rate,
+        high_learning_rate_replay,
+        pretrain_length,
+        model_size,
+        model_capacity,
+        grid_2d,
+        capacity_slices,
+        toy_continual,
+        regression_1d,
+        instruct,
+    )
+}
+
+
+def _before_and_after(results: Rows, column: str, label: str) -> Any:
+    """Loss on the old domain before fine-tuning, after each run that reached its target, and after the best."""
+    figure, ax = _figure(4.6, 3.0)
+    runs = select(results, group="finetune")
+    reached = [row for row in runs if row["stop"] == "loss"]
+    missed = [row for row in runs if row["stop"] != "loss"]
+    _means(ax, runs, column, "eng_start", color=BLUE, marker="o", label="before fine-tuning")
+    plain = select(reached, method="none")
+    _means(ax, plain, column, "eng_loss", color=BLACK, marker="s", ls="--", label="no replay")
+    replayed = [row for row in reached if row["method"] != "none"]
+    ax.plot(
+        _of(replayed, column), _of(replayed, "eng_loss"), ".", color=RED, alpha=0.4, label="KL, own samples: every run"
+    )
+    least: list[Row] = []
+    for seed in distinct(replayed, "seed"):
+        for x in distinct(replayed, column):
+            rows = select(replayed, seed=seed, **{column: x})
+            if rows:
+                least.append(min(rows, key=lambda row: row["eng_loss"]))
+    _means(ax, least, column, "eng_loss", color=RED, marker="P", label="KL, own samples: best weight")
+    if missed:
+        ax.plot(_of(missed, column), _of(missed, "eng_loss"), "x", color=ORANGE, label="target not reached")
+    ax.set_xscale("log")
+    _ticks(ax, distinct(runs, column), _millions if column == "parameters" else "{:g}".format)
+    ax.set_xlabel(label)
+    ax.set_ylabel(f"English loss ({NATS})")
+    ax.legend(loc="best")
+    return figure
+
+
+def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure of this size in inches, without any window, and its axes in a row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(1, columns, **options)
+
+
+def _means(ax: Axes, rows: Rows, x: str, y: str, **look: Any) -> None:
+    """Means over seeds with their intervals, along x."""
+    known = [row for row in rows if row.get(y) is not None]
+    xs = sorted(distinct(known, x))
+    points = [interval(_of(matching(known, {x: value}), y)) for value in xs]
+    ax.errorbar(xs, [mean for mean, _ in points], yerr=_halves(points), **look)
+
+
+def _halves(points: Any) -> list[float]:
+    return [half or 0.0 for _, half in points]
+
+
+def _of(rows: Rows, column: str) -> list[Any]:
+    return [row[column] for row in rows]
+
+
+def _ticks(ax: Axes, values: Sequence[float], name: Callable[[float], str]) -> None:
+    """Ticks where there are points, and no others."""
+    ax.set_xticks(sorted(values), [name(value) for value in sorted(values)])
+    ax.set_xticks([], minor=True)
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value / 1e3:.0f} k"
+
+
+def _power(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    mantissa = mantissa.removesuffix(".0")
+    times = "" if mantissa == "1" else rf"{mantissa} \times "
+    return rf"${times}10^{{{int(exponent)}}}$"

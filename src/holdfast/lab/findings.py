@@ -1,0 +1,132 @@
+"""What an experiment found: each claim of the paper as a figure with an interval over seeds, and whether it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from holdfast.config import Section
+from holdfast.lab.derived import interval, slope
+from holdfast.lab.tables import Row, distinct
+
+Rows = Sequence[Row]
+
+
+class Share(Section):
+    """How far one set of runs comes on the way from a second to a third."""
+
+    worst: dict[str, Any] = Field(description="columns and values of the runs at share 0")
+    best: dict[str, Any] = Field(description="columns and values of the runs at share 1")
+
+
+class Finding(Section):
+    """A claim about the column ``value`` of the table of runs, worked out seed by seed.
+
+    Of ``where`` alone: its mean. With ``minus``: the difference of the means, where − minus. With ``share``:
+    (worst − where) / (worst − best). With ``over``: the slope over the binary logarithm of that column, so the change
+    at each doubling.
+    """
+
+    claim: str = Field(description="what the paper says, in words")
+    value: str = Field(description="column of the table of runs")
+    where: dict[str, Any] = Field(
+        default_factory=dict, description="columns and values of the runs; a list of values means any of them"
+    )
+    minus: dict[str, Any] | None = Field(None, description="columns and values of the runs to subtract")
+    share: Share | None = Field(None, description="the two sets of runs between which the first one lies")
+    over: str | None = Field(None, description="numeric column over whose logarithm the slope is taken")
+    take: Literal["mean", "min"] = Field("mean", description="of several runs of a seed: their mean or their least")
+    above: float | None = Field(None, description="the claim holds above this; 0 where neither is given")
+    below: float | None = Field(None, description="the claim holds below this")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Finding:
+        if sum(way is not None for way in (self.minus, self.share, self.over)) > 1:
+            raise ValueError("give at most one of minus, share and over")
+        if self.above is not None and self.below is not None:
+            raise ValueError("give above or below, not both")
+        return self
+
+    @property
+    def expected(self) -> str:
+        """The claim as an inequality."""
+        return f"< {self.below:g}" if self.below is not None else f"> {self.above or 0:g}"
+
+
+def judge(finding: Finding, rows: Rows) -> dict[str, Any]:
+    """Estimate a claim from the table of runs.
+
+    Returns:
+        claim, value, expected, estimate, low, high (95 %, Student's t over seeds; None with one seed), seeds, and the
+        verdict: ``holds`` (the whole interval is on the expected side), ``sign only`` (the estimate is), ``does not
+        hold``, or ``not measured``.
+    """
+    of_seeds = [_of_seed(finding, matching(rows, {"seed": seed})) for seed in distinct(rows, "seed")]
+    estimates = [estimate for estimate in of_seeds if estimate is not None]
+    found: dict[str, Any] = {"claim": finding.claim, "value": finding.value, "expected": finding.expected}
+    if not estimates:
+        return found | {"estimate": None, "low": None, "high": None, "seeds": 0, "verdict": "not measured"}
+    mean, half = interval(estimates)
+    low, high = (mean - half, mean + half) if half is not None else (None, None)
+    bound = finding.below if finding.below is not None else finding.above or 0.0
+    sign = -1 if finding.below is not None else 1
+    worst = low if sign > 0 else high
+    if worst is not None and sign * (worst - bound) > 0:
+        verdict = "holds"
+    else:
+        verdict = "sign only" if sign * (mean - bound) > 0 else "does not hold"
+    return found | {"estimate": mean, "low": low, "high": high, "seeds": len(estimates), "verdict": verdict}
+
+
+def matching(rows: Rows, where: dict[str, Any]) -> list[Row]:
+    """The rows whose columns have the values; a list of values means any of them."""
+    return [
+        row
+        for row in rows
+        if all(row.get(c) in value if isinstance(value, list) else row.get(c) == value for c, value in where.items())
+    ]
+
+
+def markdown(findings: Sequence[dict[str, Any]]) -> str:
+    """Findings as a table."""
+    lines = ["| claim | measured | expected | estimate [95 %] | seeds | verdict |", "|---|---|---|---|---|---|"]
+    for found in findings:
+        if found["estimate"] is None:
+            shown = "–"
+        elif found["low"] is None:
+            shown = f"{found['estimate']:.3g}"
+        else:
+            shown = f"{found['estimate']:.3g} [{found['low']:.3g}, {found['high']:.3g}]"
+        shown = shown.replace("-", "−")
+        cells = (found["claim"], found["value"], found["expected"], shown, str(found["seeds"]), found["verdict"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _of_seed(finding: Finding, rows: Rows) -> float | None:
+    value = lambda where: _level(finding, matching(rows, finding.where | where))  # noqa: E731
+    if finding.over is not None:
+        column = finding.over
+        points = [(math.log2(x), value({column: x})) for x in distinct(matching(rows, finding.where), column)]
+        known = [(x, y) for x, y in points if y is not None]
+        return slope(*zip(*known, strict=True)) if len(known) > 1 else None
+    own = value({})
+    if finding.minus is not None:
+        other = value(finding.minus)
+        return None if own is None or other is None else own - other
+    if finding.share is not None:
+        worst, best = value(finding.share.worst), value(finding.share.best)
+        if own is None or worst is None or best is None or worst == best:
+            return None
+        return (worst - own) / (worst - best)
+    return own
+
+
+def _level(finding: Finding, rows: Rows) -> float | None:
+    values = [row[finding.value] for row in rows if row.get(finding.value) is not None]
+    if not values:
+        return None
+    return min(values) if finding.take == "min" else sum(values) / len(values)
