@@ -53,7 +53,7 @@ def generate(
     )
     responses: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with inference(model), _generation_config(model, greedy):
+    with inference(model), generation_config(model, greedy):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             width = len(prompts[batch[0]])
@@ -93,7 +93,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+def generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     """Inside, ``config`` stands in for the model's own, from which transformers fills whatever a call leaves open."""
     own = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
     for module, _ in own:

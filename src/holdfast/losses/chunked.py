@@ -47,7 +47,10 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [tokens, hidden] -> [tokens, vocab], float32 or wider; not for use under autograd."""
-        logits = wide(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+        return self.bounded(wide(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)))
+
+    def bounded(self, logits: Tensor) -> Tensor:
+        """x -> logits, in place: what comes after the matrix product."""
         if self.logit_scale != 1:
             logits.mul_(self.logit_scale)
         if self.softcap is not None:
