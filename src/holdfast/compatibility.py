@@ -33,8 +33,8 @@ def page() -> str:
     for row in rows:
         method = methods.find(row)
         if method.tuners:
-            names = " or ".join(f"`{tuner}`" for tuner in method.tuners)
-            lines.append(f"- `{row}` works with {names} alone: {method.tuners_reason}.")
+            names = ", ".join(f"`{tuner}`" for tuner in method.tuners)
+            lines.append(f"- `{row}` works with {names}: {method.tuners_reason}.")
     return "\n".join(lines) + "\n"
 
 
@@ -43,13 +43,14 @@ HEAD = """\
 
 <!-- Written by `python -m holdfast.compatibility > docs/grid.md`. -->
 
-*yes*: the two train, continue bit for bit after a kill, evaluate and save; `tests/test_grid.py` does it on a tiny
-model, cell by cell. *–*: `holdfast check` and `holdfast run` refuse the two, with the reason and what would work.
-[What the tuners are](tuners/README.md); each method has a page in `methods/`.
+*yes*: the two train, continue bit for bit after a kill, evaluate and save. *–*: `holdfast check` and `holdfast run`
+refuse the two, with the reason and what would work. `tests/test_grid.py` proves both, cell by cell, on a tiny model:
+what is refused is run there without asking this table, and must end with the method saying what it misses in the
+model. [What the tuners are](tuners/README.md); each method has a page in `methods/`.
 """
 
 REASONS = """
-A method that needs something of a tuner goes with that tuner alone:
+A method that needs something that few tuners have goes with these alone:
 """
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from holdfast.evaluation.at_test import prompt
-from holdfast.generation import inference
 from holdfast.methods.base import Batch, Row
-from holdfast.model import hidden_only
+from holdfast.prompt_keys import queries
 
 
 def prompt_features(
@@ -19,7 +18,8 @@ def prompt_features(
 ) -> Tensor:
     """The mean over a row's prompt of the model's last hidden states, after the final norm, without dropout.
 
-    Equal prompts get equal vectors; up to float rounding these do not depend on ``batch_size`` or the other rows.
+    Equal prompts get equal vectors; up to float rounding these do not depend on ``batch_size`` or the other rows. A
+    soft prompt that stands before the input is left out.
 
     Args:
         rows: at least one; ``input_ids`` and perhaps ``labels``; of a row without a prompt (a text) all tokens count.
@@ -32,14 +32,8 @@ def prompt_features(
     prompts = [tuple(prompt(row)) for row in rows]
     different = sorted(dict.fromkeys(prompts), key=len, reverse=True)
     features: dict[tuple[int, ...], Tensor] = {}
-    with inference(model):
-        for start in range(0, len(different), batch_size):
-            part = different[start : start + batch_size]
-            batch = collate([{"input_ids": list(ids), "labels": [-100] * len(ids)} for ids in part])
-            batch.pop("labels")
-            outputs = model(**batch, use_cache=False, output_hidden_states=True, **hidden_only(model))
-            mask = batch["attention_mask"].unsqueeze(-1)
-            hidden = outputs.hidden_states[-1][:, -mask.shape[1] :]  # a soft prompt's positions come first
-            means = (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1)
-            features |= zip(part, means.cpu(), strict=True)
+    for start in range(0, len(different), batch_size):
+        part = different[start : start + batch_size]
+        batch = collate([{"input_ids": list(ids), "labels": [-100] * len(ids)} for ids in part])
+        features |= zip(part, queries(model, batch["input_ids"], batch["attention_mask"]).cpu(), strict=True)
     return torch.stack([features[ids] for ids in prompts])

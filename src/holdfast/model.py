@@ -23,6 +23,15 @@ def head(model: Any) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
 
 
+def kept_head(model: Any) -> Head | None:
+    """A copy of the head as it is now; None where it is not trained, so that it stays as it is."""
+    now = head(model)
+    if not any(t is not None and t.requires_grad for t in (now.weight, now.bias)):
+        return None
+    bias = None if now.bias is None else now.bias.detach().clone()
+    return now._replace(weight=now.weight.detach().clone(), bias=bias)
+
+
 def hidden_only(model: Any) -> dict[str, Any]:
     """Arguments of a forward pass of which only the hidden states are wanted: logits of one position, if it can."""
     takes = "logits_to_keep" in inspect.signature(base(model).forward).parameters

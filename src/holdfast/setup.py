@@ -114,7 +114,8 @@ def resolve(config: RunConfig, chosen: list[Method] | None = None) -> RunConfig:
         chosen = methods.build([(method.name, method.options) for method in config.method])
     bound = [method for method in chosen if method.tuners]
     if config.tuner is None:
-        common = [name for name in (bound[0].tuners if bound else ("lora",)) if all(name in m.tuners for m in bound)]
+        wished = [m.default_tuner for m in chosen if m.default_tuner != Method.default_tuner] or [Method.default_tuner]
+        common = [name for name in (bound[0].tuners if bound else wished) if all(name in m.tuners for m in bound)]
         if not common:
             needs = "; ".join(f"{method.name!r} needs {' or '.join(method.tuners)}" for method in bound)
             raise ConfigError(f"method: these cannot be applied together, since no tuner suits them all: {needs}")

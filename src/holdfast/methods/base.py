@@ -193,6 +193,9 @@ class Method:
     tuners_reason: ClassVar[str] = ""
     """Why it works with these alone."""
 
+    default_tuner: ClassVar[str] = "lora"
+    """The default of a method that works with any."""
+
     not_with: ClassVar[Mapping[str, str]] = {}
     """Methods, by name, with which it cannot be applied together, each with the reason."""
 

@@ -1,4 +1,4 @@
-"""HiDe-LoRA: an adapter for each task, and at test time the one whose task a prompt looks like."""
+"""HiDe-LoRA: weights for each task, and at test time those of the task that a prompt looks like."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.config import Section
-from holdfast.errors import ConfigError
 from holdfast.features import prompt_features
 from holdfast.methods.base import Method, Row, Stage, State
 from holdfast.shards import Shards, borrowed, snapshot, weights
@@ -25,14 +24,12 @@ class HiDeLoRA(Method):
 
     p(y | x) = p(y | x, adapter t(x)),  t(x) = argmax_t max_c N(h(x); mu_t,c, S),  S = (1 - s) C + s tr(C)/d I
 
-    h(x), of d entries, is the mean of the pretrained model's last hidden states over the prompt, without any adapter;
+    h(x), of d entries, is the mean over the prompt of the model's last hidden states as it was before the first stage;
     mu_t,c are task t's means of it, and C is the covariance around them that all tasks share. Training is that of one
-    LoRA adapter; what it is after a stage is kept for that stage's task.
+    adapter, or of whatever the tuner trains; what that is after a stage is kept for the stage's task.
     """
 
     name = "hide_lora"
-    tuners = ("lora",)
-    tuners_reason = "it keeps a LoRA adapter for each task"
     not_with: ClassVar = {
         "o_lora": "it exchanges the trained adapter in each stage, and hide_lora keeps one of one shape for each task",
         "seq_lora_merge": "each decides what becomes of a stage's adapter",
@@ -53,18 +50,13 @@ class HiDeLoRA(Method):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.start: Shards | None = None  # the trained weights before the first stage, with which LoRA adds nothing
+        self.start: Shards | None = None  # the trained weights before the first stage
         self.adapters: list[Shards] = []  # by task, on the CPU
         self.means: list[Tensor] = []  # by task, float64 [centroids, hidden]
         self.scatter = torch.zeros(0)  # sum over rows of all tasks of d d^T, d = h - mu; float64 [hidden, hidden]
         self.rows = 0  # that the scatter sums up
 
     def before_stage(self, stage: Stage) -> None:
-        if not getattr(stage.model, "peft_config", None):
-            raise ConfigError(
-                f"method {self.name!r}: needs a model with a LoRA adapter, as peft.get_peft_model(model, "
-                "peft.LoraConfig(...)) makes it, since it keeps the trained weights of every task"
-            )
         if self.start is None:
             self.start = snapshot(stage.model)
         elif self.options.start == "fresh":

@@ -1,4 +1,4 @@
-"""LFPT5: one soft prompt learns to answer the tasks and to write samples of them, which keep the past ones alive."""
+"""LFPT5: a soft prompt learns to answer the tasks and to write samples of them, which keep the past ones alive."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from holdfast.data.encode import IGNORED
 from holdfast.data.memory import Memory
 from holdfast.errors import ConfigError
 from holdfast.losses import kl_divergence, next_token_nll
+from holdfast.losses.chunked import Head
 from holdfast.methods.base import Batch, Extra, Method, Row, Stage, State, Step
-from holdfast.model import head
+from holdfast.model import context, head, kept_head
 from holdfast.rehearsal.pseudo import Writing, write_samples
 from holdfast.rehearsal.teacher import predicting
-from holdfast.soft_prompts import SoftPromptModel
 
 logger = logging.getLogger("holdfast")
 
@@ -32,12 +32,13 @@ class LFPT5(Method):
 
     (x', y') are pseudo samples of all past tasks: before a stage the model, as it then is, writes them, prompt and
     answer, after the mark of each task. CE and KL on them are means over their answers' tokens, with p_before the model
-    that wrote them. By the lm term it learns to write: over the task's rows (x, y) and the pseudo samples alike.
+    that wrote them. By the lm term it learns to write: over the task's rows (x, y) and the pseudo samples alike. What
+    learns is the paper's soft prompt, or whatever the tuner trains; with ``full`` this is LAMOL (Sun et al., 2020,
+    arXiv 1909.03329) with KL.
     """
 
     name = "lfpt5"
-    tuners = ("prompt",)
-    tuners_reason = "it learns to write its rehearsal rows with a soft prompt"
+    default_tuner = "prompt"
     reads_outputs = False
 
     class Options(Section):
@@ -54,21 +55,17 @@ class LFPT5(Method):
         self.lengths: list[int] = []  # of each one's longest row, in tokens
         self.memory = Memory(1, "quota")  # the pseudo samples of this stage
         self.before: list[Tensor] = []  # where p_before comes from: [answer tokens, hidden] of each, on the CPU
+        self.head: Head | None = None  # that made it, where the tuner trains the head
         self.tokens = {"pseudo": 0, "written": 0}  # supervised in the current step
 
     def before_stage(self, stage: Stage) -> None:
-        if not isinstance(stage.model, SoftPromptModel):
-            raise ConfigError(
-                "method 'lfpt5': needs a model with a soft prompt: in a run the tuner prompt; in Python "
-                "model = holdfast.tuners.prompt_tuning.PromptTuning().prepare(model)"
-            )
         if stage.tokenizer is None:
             raise ConfigError("method 'lfpt5': writes samples, so the trainer needs processing_class, the tokenizer")
-        context = getattr(stage.model.config.get_text_config(), "max_position_embeddings", None)
-        self.room = context - stage.model.virtual_tokens if context else None
+        longest = context(stage.model)
+        self.room = longest - getattr(stage.model, "virtual_tokens", 0) if longest else None
         self.writings = [Writing.of(stage.tokenizer, task) for task in [*self.tasks, stage.task]]
         options = self.options
-        self.memory, self.before = Memory(options.samples * max(1, len(self.tasks)), "quota"), []
+        self.memory, self.before, self.head = Memory(options.samples * max(1, len(self.tasks)), "quota"), [], None
         if options.weight or options.kl_weight:
             for number, (task, length) in enumerate(zip(self.tasks, self.lengths, strict=True)):
                 self._write(stage, number, task, length)
@@ -77,6 +74,7 @@ class LFPT5(Method):
                 hidden[predicting(torch.tensor([row["labels"]]))[0].to(hidden.device)].cpu()
                 for row, hidden in zip(self.memory.rows, stage.hidden_states(self.memory.rows), strict=True)
             ]
+            self.head = kept_head(stage.model) if self.before else None
 
     def declares(self, stage: Stage) -> tuple[str, ...]:
         options, pseudo = self.options, bool(len(self.memory))
@@ -117,7 +115,7 @@ class LFPT5(Method):
         if options.kl_weight:
             hidden = torch.cat([self.before[i] for i in rehearsed.samples if i != WRITTEN]).to(logits.device)
             student = logits[~written][predicting(labels[~written])]
-            divergence, _ = kl_divergence(student, head(step.stage.model).logits(hidden))
+            divergence, _ = kl_divergence(student, (self.head or head(step.stage.model)).logits(hidden))
             terms["lfpt5/kl"] = options.kl_weight * divergence * share
         return terms
 
@@ -129,12 +127,17 @@ class LFPT5(Method):
         state = self.memory.state() | {"learned": self.tasks, "longest": self.lengths}
         if self.before:
             state |= {"before": torch.cat(self.before), "answers": [len(hidden) for hidden in self.before]}
+        if self.head is not None:
+            state |= {f"head/{part}": w for part, w in self.head._asdict().items() if isinstance(w, Tensor)}
         return state
 
     def load_state(self, state: State, model: nn.Module) -> None:
         self.memory.load_state(state)
         self.tasks, self.lengths = list(state["learned"]), list(state["longest"])
         self.before = list(torch.split(state["before"], state["answers"])) if "before" in state else []
+        now = head(model)
+        kept = {part: state[f"head/{part}"].to(now.weight.device) for part in now._fields if f"head/{part}" in state}
+        self.head = now._replace(**kept) if kept else None
 
     def _write(self, stage: Stage, number: int, task: str, length: int) -> None:
         """Put pseudo samples of a past task into the memory."""

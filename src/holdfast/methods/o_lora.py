@@ -31,7 +31,7 @@ class OLoRA(Method):
 
     name = "o_lora"
     tuners = ("lora",)
-    tuners_reason = "it holds a stage's LoRA factor A orthogonal to those of earlier stages"
+    tuners_reason = "it lays the LoRA factors of all stages side by side, in one adapter whose rank grows"
     not_with = dict.fromkeys(
         ("ewc", "si", "mas", "ogd", "cia", "tree_lora"),
         "it remembers something of every trained weight, and o_lora trains new ones in each stage",

@@ -36,8 +36,8 @@ class TreeLoRA(Method):
     """
 
     name = "tree_lora"
-    tuners = ("lora",)
-    tuners_reason = "it compares tasks by their gradients of the LoRA factors A and B"
+    tuners = ("lora", "adalora", "moe_lora")
+    tuners_reason = "it compares tasks by their gradients of LoRA's factors"
 
     class Options(Section):
         strength: float = Field(
