@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from families import FAMILIES, SIZES, family_model, write_family
@@ -111,8 +111,8 @@ experts = pytest.mark.parametrize("name", [name for name, family in FAMILIES.ite
 
 @experts
 def test_what_stacked_experts_cannot_take_is_refused(name):
-    for option in ({}, {"lora_dropout": 0, "use_dora": True}, {"lora_dropout": 0, "init_lora_weights": "pissa"}):
-        with pytest.raises(ConfigError, match=r"tuner lora: stacked experts .*set lora_dropout: 0"):
+    for option in ({"lora_dropout": 0.05}, {"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(ConfigError, match=r"tuner lora: stacked experts .*leave lora_dropout, "):
             build(Named(name="lora", **option)).prepare(family_model(name))
     attention = build(Named(name="lora", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
     assert not any(
@@ -120,8 +120,35 @@ def test_what_stacked_experts_cannot_take_is_refused(name):
     )
 
 
+@experts
+def test_plain_lora_on_stacked_experts_leaves_dropout_out_and_says_so(name, caplog):
+    model = build(Named(name="lora")).prepare(family_model(name)).train()
+    assert "stacked experts take no dropout, so lora_dropout is 0 instead of 0.05" in caplog.text
+    assert model.peft_config["default"].lora_dropout == 0
+    assert not any(isinstance(part, torch.nn.Dropout) and part.p for part in model.modules())
+
+
+def test_the_default_dropout_is_pefts_elsewhere(caplog):
+    """Equal logits and configuration of the tuner with nothing but defaults and of PEFT that is told of them."""
+    found = []
+    for tuner in (build(Named(name="lora")), None):
+        torch.manual_seed(1)
+        if tuner is None:
+            options = {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+            model = get_peft_model(family_model("llama3"), LoraConfig(**options, target_modules="all-linear"))
+        else:
+            model = tuner.prepare(family_model("llama3"))
+        for key, p in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(p)
+        torch.manual_seed(2)
+        found.append((model.peft_config["default"].to_dict(), model.train()(**pad_rows(tiny_rows(4))).logits))
+    assert found[0][0] == found[1][0] and not caplog.text
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_experts_can_be_adapted_by_name():
-    options = LORA | {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    options = {"name": "lora", "r": 2, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     model = build(Named(**options)).prepare(family_model("qwen2_moe"))
     trained = [key for key, p in model.named_parameters() if p.requires_grad and ".experts." in key]
     assert len(trained) == 2 * 2 * 2, "A and B of two parameters in two layers"

@@ -17,4 +17,6 @@ def quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT's own entry for stacked experts, which it does follow
+    warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys [^,]*gate_up_proj'\]\.")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)

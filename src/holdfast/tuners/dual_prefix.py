@@ -6,14 +6,12 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import load_peft_weights
 from pydantic import Field
@@ -25,15 +23,10 @@ from holdfast.config import Section
 from holdfast.errors import ConfigError
 from holdfast.generation import inference
 from holdfast.tuners.base import Tuner
+from holdfast.tuners.peft_types import register
 
 CACHES = ("past_key_values", "layer_past")
 """What transformers' attention layers call the cache that they hand their keys and values to."""
-
-
-class Type(StrEnum):
-    """The name under which PEFT knows this tuner; PEFT's own enumeration of them is closed."""
-
-    DUAL_PREFIX = "DUAL_PREFIX"
 
 
 class DualPrefix(Tuner):
@@ -72,7 +65,7 @@ class DualPrefixConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type: Any = Type.DUAL_PREFIX
+        self.peft_type: Any = DUAL_PREFIX
 
 
 class PerTask(nn.Module):
@@ -264,6 +257,4 @@ def attention_layers(model: Any) -> list[AttentionLayer]:
     return layers
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING[Type.DUAL_PREFIX] = DualPrefixConfig
-PEFT_TYPE_TO_TUNER_MAPPING[Type.DUAL_PREFIX] = DualPrefixModel
-PEFT_TYPE_TO_PREFIX_MAPPING[Type.DUAL_PREFIX] = DualPrefixModel.prefix
+DUAL_PREFIX = register("dual_prefix", DualPrefixConfig, DualPrefixModel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,15 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from pydantic import ConfigDict, Field, model_validator
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.config import Section
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.tuners.lora_factors import TRAINED, Factors, exchange_adapters, factors, times_rank
 from holdfast.tuners.peft import PeftTuner
+
+logger = logging.getLogger("holdfast")
 
 INITS = ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4")
 MOVES_BASE = re.compile(r"olora|pissa(_niter_\d+)?")
@@ -37,7 +40,13 @@ class Lora(PeftTuner):
 
         r: int = Field(16, ge=1, description="rank")
         lora_alpha: float = Field(32, gt=0, description="the update is scaled by lora_alpha / r")
-        lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
+        lora_dropout: float = Field(
+            0.05,
+            ge=0,
+            lt=1,
+            description="dropout on the adapter's input; unless it is given, 0 where a Mixture-of-Experts' stacked "
+            "experts are adapted, which take none",
+        )
         target_modules: str | list[str] = Field(
             "all-linear", description="names of the layers to adapt; all-linear: every linear layer but the head"
         )
@@ -60,15 +69,32 @@ class Lora(PeftTuner):
 
     def wrap(self, model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         moves = MOVES_BASE.fullmatch(str(config.init_lora_weights))
+        given = "lora_dropout" in self.options.model_fields_set
+        if not given:
+            config.lora_dropout = 0.0
         try:
-            return MovedBase(model, config) if moves else get_peft_model(model, config)
+            wrapped: Any = MovedBase(model, config) if moves else get_peft_model(model, config)
         except (ValueError, AttributeError) as error:
             if not config.target_parameters:  # PEFT adds a Mixture-of-Experts' stacked weights to all-linear
                 raise
             raise ConfigError(
-                f"tuner lora: stacked experts take plain LoRA alone ({error}): set lora_dropout: 0 and leave use_dora "
-                "and init_lora_weights out, or name the layers to adapt in target_modules"
+                f"tuner lora: stacked experts take plain LoRA alone ({error}): leave lora_dropout, use_dora and "
+                "init_lora_weights out, or name the layers to adapt in target_modules"
             ) from None
+        if not given:
+            self._drop_out(wrapped)
+        return wrapped
+
+    def _drop_out(self, model: Any) -> None:
+        """Give the adapter the default dropout, unless PEFT has found stacked experts to adapt, which take none."""
+        config, dropout = model.peft_config[TRAINED], self.options.lora_dropout
+        if config.target_parameters:
+            logger.warning("tuner lora: stacked experts take no dropout, so lora_dropout is 0 instead of %s", dropout)
+            return
+        config.lora_dropout = dropout
+        for layer in model.modules():
+            if TRAINED in getattr(layer, "lora_dropout", ()):
+                layer.lora_dropout[TRAINED] = nn.Dropout(dropout)
 
     def load(self, model: Any, folder: Path) -> None:
         """The adapter's configuration is the saved one: a method may have changed its rank."""
