@@ -135,9 +135,12 @@ def pretrain(config: Config, overrides: Overrides = None) -> None:
     quieten()
     from holdfast.lab.config import load_lab_config
     from holdfast.lab.pretrain import pretrain as train
+    from holdfast.process import Process
 
     loaded = load_lab_config(config, overrides)
     result = train(loaded)
+    if not Process.this().main:
+        return
     for name, at in (("before", result["start"]), ("after", result["end"])):
         losses = "  ".join(f"{domain} {found['loss']:.3f}" for domain, found in at["domains"].items())
         print(f"{name:6}  {at['tokens']:,} tokens  {losses}".rstrip())
