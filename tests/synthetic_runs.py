@@ -73,7 +73,10 @@ def make_run(
         for j, task in enumerate(tasks):
             chance = accuracy(method, t, j, T, rng)
             if metrics[j] in ("loss", "perplexity"):
-                lines = [{"row": row, "score": 4 * (1 - chance), "tokens": 7} for row in range(rows)]
+                lines = [
+                    {"row": row, "score": 4 * (1 - chance), "nats": 28 * (1 - chance), "tokens": 7}
+                    for row in range(rows)
+                ]
             else:
                 lines = [_response(row, chance, rng, metrics[j]) for row in range(rows)]
             write_jsonl(path / "stages" / folder / "responses" / f"{_file(task)}.jsonl", lines)

@@ -262,7 +262,7 @@ def test_a_collator_with_a_mask_of_four_dimensions(tmp_path, texts):
         method=[{"name": "gere", "path": texts}, "replay"],
     )
     trainer.train()
-    assert logged(trainer, "gere")[-1] > 0 and trainer.tokens_seen > 0
+    assert logged(trainer, "gere")[-1] > 0 and trainer.cost.tokens > 0
     assert len(trainer.methods[1].memory) == len(PAIRS)
 
 

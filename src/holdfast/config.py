@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from holdfast.errors import ConfigError, did_you_mean
 
-# A key marked so may change between two starts of the same run: no number in the run's results depends on it.
+# A key marked so may change between two starts of the same run: no number of what is done already depends on it.
 FREE: Any = {"free": True}
 
 
@@ -54,10 +55,6 @@ class Named(Section):
 class TaskConfig(Section):
     """One task of a stream that is composed by hand."""
 
-    name: str = Field(description="what the task is called in the matrix and the report")
-    path: str | None = Field(None, description="folder with train, eval (or dev) and test files")
-    dataset: str | None = Field(None, description="a Hugging Face dataset: hub name or local folder")
-    subset: str | None = Field(None, description="configuration name of the Hugging Face dataset")
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="renames columns of the source to those of a format, for example {text: sentence}",
@@ -161,6 +158,17 @@ class GeneralConfig(Section):
     rows: int | None = Field(None, ge=1, description="use only the first n rows")
 
 
+def _increase(value: float | str | None) -> float | str | None:
+    share = value.removesuffix("%") if isinstance(value, str) else value
+    try:
+        known = share is None or math.isfinite(float(share))
+    except ValueError:
+        known = False
+    if not known or (isinstance(value, str) and not value.endswith("%")):
+        raise ValueError(f"must be a number of nats a token, such as 0.05, or a share, such as 2%, not {value!r}")
+    return value
+
+
 class EvaluationConfig(Section):
     """What is measured after every stage."""
 
@@ -172,6 +180,71 @@ class EvaluationConfig(Section):
         None, description="measures of general ability; where absent, those of the stream itself"
     )
     bootstrap: int = Field(1000, ge=0, description="resamples for 95 % intervals over test examples; 0 turns them off")
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between evaluations of a stage's own task while it trains, for its learning curve",
+    )
+    watch_general: int | None = Field(
+        None, ge=1, description="steps between measurements of the loss on general text while a stage trains"
+    )
+
+
+class GateConfig(Section):
+    """Limits on what may be forgotten, checked after every stage; the interval of a figure says how sure it is."""
+
+    max_forgetting: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="forgetting at most, over the tasks learned so far",
+        json_schema_extra=FREE,
+    )
+    max_task_forgetting: float | None = Field(
+        None, allow_inf_nan=False, description="forgetting of any single task at most", json_schema_extra=FREE
+    )
+    max_general_loss_increase: Annotated[float | str | None, AfterValidator(_increase)] = Field(
+        None,
+        description="rise of each loss on general text since before training at most: in nats a token, or as a share "
+        "of what it was, such as 2%",
+        json_schema_extra=FREE,
+    )
+    max_general_drop: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="fall of each accuracy-like general ability since before training at most",
+        json_schema_extra=FREE,
+    )
+    min_average: float | None = Field(
+        None, allow_inf_nan=False, description="average over the tasks learned so far at least", json_schema_extra=FREE
+    )
+    min_new_task: float | None = Field(
+        None, allow_inf_nan=False, description="score of a stage's own task at least", json_schema_extra=FREE
+    )
+    on_fail: Literal["stop", "rollback", "continue"] = Field(
+        "stop",
+        description="after a stage that fails: stop the run, go back to the last stage that passed, or go on",
+        json_schema_extra=FREE,
+    )
+    stop_early: bool = Field(
+        False,
+        description="end a stage as soon as the general loss, as evaluation.watch_general measures it, is beyond "
+        "max_general_loss_increase",
+        json_schema_extra=FREE,
+    )
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The limits that are given, by key."""
+        return self.model_dump(exclude={"on_fail", "stop_early"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _has_limits(self) -> GateConfig:
+        if not self.limits:
+            known = ", ".join(key for key in GateConfig.model_fields if key.startswith(("max_", "min_")))
+            raise ValueError(f"gives no limit; at least one of {known} is needed")
+        if self.stop_early and self.max_general_loss_increase is None:
+            raise ValueError("stop_early needs max_general_loss_increase, the limit at which it stops")
+        return self
 
 
 def as_named(value: Any) -> Any:
@@ -211,6 +284,9 @@ class RunConfig(Section):
     data: DataConfig = Field(DataConfig(), description="how rows become tokens")
     training: TrainingConfig = Field(TrainingConfig(), description="one stage's training")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
+    gate: GateConfig | None = Field(
+        None, description="limits on what may be forgotten, checked after every stage", json_schema_extra=FREE
+    )
     seed: int = Field(0, ge=0, description="every random choice of the run follows from it")
     output: str = Field(description="the run's directory", json_schema_extra=FREE)
 

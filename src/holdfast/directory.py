@@ -71,10 +71,10 @@ class RunDirectory:
                 "give another output, or the old values to continue that run"
             )
 
-    def finish(self, seconds: dict[str, float]) -> None:
-        """Note in run.json that the run is complete, and how long it took."""
+    def finish(self, seconds: dict[str, float], **cost: float) -> None:
+        """Note in run.json that the run is complete, how long it took, and what else it cost."""
         if self.record["finished"] is None:
-            self.record |= {"finished": _now(), "seconds": seconds}
+            self.record |= {"finished": _now(), "seconds": seconds} | cost
             self.write()
 
     def write(self) -> None:
@@ -85,11 +85,12 @@ class RunDirectory:
         return self.path / "stages" / f"{index:02d}-{slug(name)}"
 
     def trim_events(self, stage: int, step: int) -> None:
-        """Drop the events after a step of a stage: a resumed run writes them again."""
-        path = self.path / "events.jsonl"
-        if path.exists():
-            events = [e for e in read_jsonl(path) if (e["stage"], e["step"]) <= (stage, step)]
-            write_jsonl(path, events)
+        """Drop the events and curves after a step of a stage: a resumed run writes them again."""
+        for name in ("events.jsonl", "curves.jsonl"):
+            path = self.path / name
+            if path.exists():
+                lines = [line for line in read_jsonl(path) if (line["stage"], line["step"]) <= (stage, step)]
+                write_jsonl(path, lines)
 
 
 @contextlib.contextmanager
@@ -125,6 +126,16 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
         yield RunDirectory(path)
     finally:
         lock.release()
+
+
+def current_stage(record: dict[str, Any], stage: int) -> int:
+    """The stage whose weights a run holds after a stage: itself, or an earlier one to which the gate went back.
+
+    Args:
+        record: run.json.
+    """
+    decisions = {decision["stage"]: decision for decision in record.get("gate", [])}
+    return decisions[stage]["current"] if stage in decisions else stage
 
 
 def require_runs(paths: list[Path]) -> None:

@@ -32,6 +32,12 @@ class NonFiniteLossError(UserError):
     """A loss became NaN or infinite; training stopped before the optimizer touched the weights."""
 
 
+class GateFailed(Exception):  # noqa: N818 - it is a verdict on the model, not a fault of the run
+    """A stage did not keep to the gate's limits; the message is the table of what failed."""
+
+    exit_code = 3
+
+
 class MethodError(RuntimeError):
     """A method broke its contract, for example by declaring a loss term that never contributes."""
 

@@ -14,16 +14,18 @@ import torch
 from torch import nn
 
 from holdfast.config import RunConfig, load_config
+from holdfast.curves import Curves
 from holdfast.data.task import Task
-from holdfast.directory import RunDirectory, open_directory, slug
-from holdfast.errors import ConfigError, Interrupted, RunDirectoryError, UserError
+from holdfast.directory import RunDirectory, current_stage, open_directory, slug
+from holdfast.errors import ConfigError, GateFailed, Interrupted, RunDirectoryError, UserError
 from holdfast.evaluation.at_test import Evaluation
 from holdfast.evaluation.general import evaluate_general, matrix_name
 from holdfast.evaluation.respond import evaluate_task, response_limit, task_score
 from holdfast.files import is_disk_full, read_json, read_jsonl, whole_folder, write_json, write_jsonl
+from holdfast.gate import Increase, failed, judge, record
 from holdfast.interrupt import Interrupt
 from holdfast.methods.saved import load_states, save_states
-from holdfast.metrics import intervals, summarize
+from holdfast.metrics import area_under_curve, by_task, clipped_backward_transfer, intervals, summarize
 from holdfast.progress import Progress
 from holdfast.quantization import ready_for_training, weight_options
 from holdfast.setup import Planned, Setup, prepare, resolve
@@ -43,6 +45,7 @@ def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | No
 
     Raises:
         UserError: the configuration, data or directory cannot be used, or a loss is not finite.
+        GateFailed: a stage failed the configuration's gate, whose ``on_fail`` is ``stop``.
         Interrupted: SIGINT or SIGTERM asked the run to stop; the same call continues it.
     """
     if not isinstance(config, RunConfig):
@@ -64,6 +67,10 @@ def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | No
             raise
 
 
+START = Planned(0, "start", (), 0)
+"""Before training."""
+
+
 class Run:
     """One run at work. Everything that must survive a restart is in its directory, nothing in this object."""
 
@@ -78,23 +85,21 @@ class Run:
 
     def go(self) -> dict[str, Any]:
         """Do what is left to do."""
-        stages = self.setup.stages
-        done = [stage for stage in stages if (self._folder(stage) / "stage.json").exists()]
-        start = Planned(0, "start", (), 0)
-        last = done[-1] if done else start
-        self._measure(last)
-        for stage in stages[len(done) :]:
-            self._train(stage, previous=last)
+        done = self._done()
+        self._measure(done[-1])
+        self._judge(done[-1])
+        for stage in self.setup.stages[len(done) - 1 :]:
+            self._train(stage)
             self._measure(stage)
-            last = stage
+            self._judge(stage)
         matrix = self._write_matrix()
-        self.directory.finish(self._seconds())
+        self.directory.finish(**self._cost())
         self._report()
         return matrix
 
     @property
     def model(self) -> Any:
-        """The model with its tuner, at the weights of the last complete stage."""
+        """The model with its tuner, at the weights that the run holds."""
         if self._model is None:
             self._model = self._load_model()
         return self._model
@@ -102,11 +107,20 @@ class Run:
     def _folder(self, stage: Planned) -> Path:
         return self.directory.stage(stage.index, stage.name)
 
+    def _done(self) -> list[Planned]:
+        """The stages that are trained, after the start."""
+        return [START, *(stage for stage in self.setup.stages if (self._folder(stage) / "stage.json").exists())]
+
+    def _held(self) -> Planned:
+        """The stage whose weights the run holds: the last one that is trained, if the gate did not go back."""
+        done = self._done()
+        return done[current_stage(self.directory.record, done[-1].index)]
+
     def _load_model(self) -> Any:
         model = load_model(self.setup)
-        done = [stage for stage in self.setup.stages if (self._folder(stage) / "stage.json").exists()]
-        if done:
-            folder = self._folder(done[-1])
+        held = self._held()
+        if held.index:
+            folder = self._folder(held)
             self.setup.tuner.load(model, folder / self.setup.tuner.folder)
             load_states(self.setup.applied, folder / "method", model)
         if "parameters" not in self.directory.record:
@@ -117,19 +131,22 @@ class Run:
             self.directory.write()
         return model
 
-    def _train(self, stage: Planned, previous: Planned) -> None:
+    def _train(self, stage: Planned) -> None:
         folder = self._folder(stage)
-        model = self.model
-        if previous.index:
-            expected = read_json(self._folder(previous) / "stage.json")["weights"]
+        model, held = self.model, self._held()
+        if held.index:
+            expected = read_json(self._folder(held) / "stage.json")["weights"]
             if trained_weights(model) != expected:
                 raise RuntimeError(
-                    f"stage {stage.index} would not start from the weights that stage {previous.index} ended with"
+                    f"stage {stage.index} would not start from the weights that stage {held.index} ended with"
                 )
-        started = time.monotonic()
-        steps = train_stage(self.setup, stage, self.directory, model, self.progress, self.interrupt)
-        seconds = time.monotonic() - started
-        self.progress.line(f"stage {stage.index} ({stage.name}): trained {steps} steps in {seconds:.0f} s")
+        curves = self._curves(stage)
+        trained = train_stage(self.setup, stage, self.directory, model, self.progress, self.interrupt, curves)
+        what = f"stage {stage.index} ({stage.name}): trained {trained['steps']} steps in {trained['seconds']:.0f} s"
+        if curves.stopped:
+            what += "; stopped early, since the loss on {general} rose from {before:.3f} to {loss:.3f}, beyond {limit}"
+            what = what.format(**curves.stopped)
+        self.progress.line(what)
         with whole_folder(folder / self.setup.tuner.folder) as partial:
             self.setup.tuner.save(model, partial)
             self.setup.encoder.tokenizer.save_pretrained(partial)
@@ -137,13 +154,7 @@ class Run:
             save_states(self.setup.applied, partial)
         write_json(
             folder / "stage.json",
-            {
-                "stage": stage.index,
-                "task": stage.name,
-                "steps": steps,
-                "seconds": seconds,
-                "weights": trained_weights(model),
-            },
+            {"stage": stage.index, "task": stage.name} | trained | {"weights": trained_weights(model)},
         )
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
@@ -175,6 +186,75 @@ class Run:
         matrix = self._write_matrix()
         scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
         self.progress.line(f"{when}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores))
+
+    def _curves(self, stage: Planned) -> Curves:
+        """What is measured while a stage trains."""
+        settings, gate = self.config.evaluation, self.config.gate
+        texts = [measure for measure in self.setup.general if measure.kind == "perplexity"]
+        limit = gate.max_general_loss_increase if gate is not None and gate.stop_early else None
+
+        def scores() -> dict[str, float]:
+            found = {}
+            for task in stage.tasks:
+                limit = settings.max_new_tokens or self._response_limit(task)
+                records = evaluate_task(self._evaluation(), task, max_new_tokens=limit)
+                found[task.name] = task_score(records, task.metric)
+            return found
+
+        return Curves(
+            path=self.directory.path / "curves.jsonl",
+            stage=stage,
+            every=settings.every,
+            scores=scores,
+            general_every=settings.watch_general,
+            general=lambda: evaluate_general(self._evaluation(), texts),
+            before=read_json(self._folder(START) / "evaluation.json")["general"],
+            limit=None if limit is None else Increase.read(limit),
+        )
+
+    def _judge(self, stage: Planned) -> None:
+        """Hold a stage against the gate, write down what follows, and do it; what is decided already stays so.
+
+        A run that the gate stopped is judged again, since its limits may be other ones by now.
+        """
+        from holdfast.report.read import read_run
+        from holdfast.report.verdict import as_text
+
+        gate, decisions = self.config.gate, self.directory.record.get("gate", [])
+        if decisions and (decisions[-1]["stage"], decisions[-1]["action"]) == (stage.index, "stop"):
+            decisions = decisions[:-1]
+        if gate is None or stage.index == 0 or stage.index in (decision["stage"] for decision in decisions):
+            return
+        matrix = self._write_matrix()
+        checks = judge(read_run(self.directory.path), gate, stage.row)
+        action = gate.on_fail if failed(checks) else "continue"
+        rejected = {decision["stage"] for decision in decisions if not decision["passed"]}
+        current = stage.index
+        if action == "rollback":
+            current = max(t for t in range(stage.index) if t not in rejected)
+        decision = {
+            "stage": stage.index,
+            "task": stage.name,
+            "passed": not failed(checks),
+            "action": action,
+            "current": current,
+            "checks": record(checks),
+            "scores": matrix["scores"][stage.row],
+        }
+        self.directory.record["gate"] = [*decisions, decision]
+        self.directory.write()
+        if not failed(checks):
+            return
+        what = f"gate after stage {stage.index} ({stage.name}) failed"
+        if action == "stop":
+            self._report()
+            raise GateFailed(f"{what}; the run stops\n{as_text(failed(checks))}")
+        if action == "rollback":
+            # As a new process would find it: methods without what they learned in this stage, and the older weights.
+            self.setup, self._model = prepare(self.config), None
+            self._write_matrix()
+            what += f"; the run goes back to stage {current}" if current else "; the run goes back to its start"
+        self.progress.line(f"{what}\n{as_text(failed(checks))}")
 
     def _evaluation(self) -> Evaluation:
         config = self.config
@@ -208,12 +288,17 @@ class Run:
         write_json(self.directory.path / "matrix.json", matrix)
         return matrix
 
-    def _seconds(self) -> dict[str, float]:
-        folders = [self._folder(stage) for stage in self.setup.stages]
-        start = self.directory.stage(0, "start")
+    def _cost(self) -> dict[str, Any]:
+        """What the run cost, for run.json; a run that trains nothing has no peak of memory."""
+        start, *stages = [self._folder(stage) for stage in [START, *self.setup.stages]]
+        trained = [read_json(folder / "stage.json") for folder in stages]
         return {
-            "train": sum(read_json(folder / "stage.json")["seconds"] for folder in folders),
-            "evaluate": sum(read_json(folder / "evaluation.json")["seconds"] for folder in [start, *folders]),
+            "seconds": {
+                "train": sum(stage["seconds"] for stage in trained),
+                "evaluate": sum(read_json(folder / "evaluation.json")["seconds"] for folder in [start, *stages]),
+            },
+            "tokens": sum(stage["tokens"] for stage in trained),
+            "peak_memory_gib": max((stage["peak_memory_gib"] for stage in trained), default=None),
         }
 
     def _report(self) -> None:
@@ -228,8 +313,10 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
     tasks = setup.stream.tasks
     rows: list[list[Any]] = [[None] * len(tasks) for _ in range(len(tasks) + 1)]
     general: dict[str, list[float | None]] = {matrix_name(g): [None] * (len(tasks) + 1) for g in setup.general}
-    for stage in [Planned(0, "start", (), 0), *setup.stages]:
-        folder = directory.stage(stage.index, stage.name)
+    stages = [START, *setup.stages]
+    for stage in stages:
+        held = stages[current_stage(directory.record, stage.index)]
+        folder = directory.stage(held.index, held.name)
         for j, task in enumerate(tasks):
             path = folder / "responses" / f"{slug(task.name)}.jsonl"
             if path.exists():
@@ -258,8 +345,36 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
         "general": general,
         "joint": scores[-1] if setup.methods[0].schedule == "joint" else None,
         "summary": summarize(scores, metrics=metrics, general=general),
+        "clipped_backward_transfer": clipped_backward_transfer(scores, metrics=metrics),
+        "by_task": by_task(scores, metrics=metrics),
+        "curves": read_curves(setup, directory, scores),
         "intervals": intervals(samples, metrics=metrics, weights=tokens, resamples=resamples) if resamples else {},
     }
+
+
+def read_curves(setup: Setup, directory: RunDirectory, scores: list[list[Any]]) -> dict[str, Any]:
+    """The learning curve of each task that was evaluated while its stage trained: steps, scores and the area under it.
+
+    A curve begins with the model that the stage began with and ends with the one that it made.
+    """
+    path = directory.path / "curves.jsonl"
+    measured = [line for line in (read_jsonl(path) if path.exists() else []) if "scores" in line]
+    names = [task.name for task in setup.stream.tasks]
+    curves = {}
+    for stage in setup.stages:
+        folder = directory.stage(stage.index, stage.name)
+        lines = [line for line in measured if line["stage"] == stage.index]
+        if not lines or not (folder / "evaluation.json").exists():
+            continue
+        last = read_json(folder / "stage.json")["steps"]
+        for task in stage.tasks:
+            before = scores[stage.index - 1][names.index(task.name)]
+            after = task_score(read_jsonl(folder / "responses" / f"{slug(task.name)}.jsonl"), task.metric)
+            between = [(line["step"], line["scores"][task.name]) for line in lines if line["step"] < last]
+            points = [(0, before), *between, (last, after)]
+            steps, values = [list(column) for column in zip(*points, strict=True)]
+            curves[task.name] = {"steps": steps, "scores": values, "area": area_under_curve(steps, values)}
+    return curves
 
 
 def load_model(setup: Setup) -> Any:

@@ -15,6 +15,8 @@ from holdfast.data.encode import Encoder, load_tokenizer, resolve_max_length
 from holdfast.data.load import load_general, load_stream
 from holdfast.data.task import General, Stream, Task
 from holdfast.errors import ConfigError, did_you_mean
+from holdfast.evaluation.general import matrix_name
+from holdfast.gate import check_limits, is_general_loss
 from holdfast.methods.base import Method
 from holdfast.quantization import check_quantization
 from holdfast.tuners.base import Tuner
@@ -92,6 +94,7 @@ def prepare(config: RunConfig) -> Setup:
     encoder = Encoder(tokenizer, max_length=max_length, template=config.data.template, supervise=config.data.supervise)
     stream = load_stream(config.stream, config.data)
     general = load_general(config.evaluation.general, stream)
+    check_watching(config, general, stream.tasks)
     stages = plan(chosen, stream)
     epochs = config.training.epochs
     if isinstance(epochs, list) and len(epochs) != len(stages):
@@ -99,6 +102,17 @@ def prepare(config: RunConfig) -> Setup:
     rows = {task.name: encoder.encode_all(task.train) for task in stream.tasks}
     tuner.plan(config.training, sum(optimizer_steps(config, stage, rows, max_length) for stage in stages))
     return Setup(config, stream, general, chosen, tuner, tuner.companion(), encoder, max_length, rows, stages)
+
+
+def check_watching(config: RunConfig, general: list[General], tasks: list[Task]) -> None:
+    """ConfigError if the run does not measure what its gate, or watching it, needs."""
+    names = [matrix_name(measure) for measure in general]
+    if config.evaluation.watch_general and not any(map(is_general_loss, names)):
+        raise ConfigError("evaluation.watch_general: the run measures no loss on general text; name one in general")
+    if config.gate is not None:
+        check_limits(config.gate, names, [task.metric for task in tasks])
+        if config.gate.stop_early and config.evaluation.watch_general is None:
+            raise ConfigError("gate.stop_early: needs evaluation.watch_general (or --watch-general), which measures it")
 
 
 def resolve(config: RunConfig, chosen: list[Method] | None = None) -> RunConfig:

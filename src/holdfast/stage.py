@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from holdfast.setup import Planned
 from holdfast.trainer import COMPLETE, ContinualTrainer
 
 if TYPE_CHECKING:
+    from holdfast.curves import Curves
     from holdfast.directory import RunDirectory
     from holdfast.interrupt import Interrupt
     from holdfast.progress import Bar, Progress
@@ -25,12 +25,19 @@ if TYPE_CHECKING:
 
 
 def train_stage(
-    setup: Setup, stage: Planned, directory: RunDirectory, model: Any, progress: Progress, interrupt: Interrupt
-) -> int:
+    setup: Setup,
+    stage: Planned,
+    directory: RunDirectory,
+    model: Any,
+    progress: Progress,
+    interrupt: Interrupt,
+    curves: Curves,
+) -> dict[str, Any]:
     """Train a stage from its newest whole checkpoint, or from its start.
 
     Returns:
-        the number of optimizer steps of the stage.
+        for the stage's record: ``steps`` (optimizer steps), what they cost (:meth:`holdfast.cost.Cost.state`), and
+        ``stopped_early``, where the general loss ended the stage.
 
     Raises:
         Interrupted: the run was asked to stop; a checkpoint is saved.
@@ -63,11 +70,12 @@ def train_stage(
     if checkpoint:
         progress.line(f"{title}: continues from step {step}")
     with progress.bar(title) as bar:
-        trainer.add_callback(_Watch(trainer, stage, directory.path / "events.jsonl", bar, interrupt))
+        trainer.add_callback(_Watch(trainer, stage, directory.path / "events.jsonl", bar, interrupt, curves))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.interrupted:
         raise Interrupted(f"stopped in {title} after step {trainer.state.global_step} of {trainer.state.max_steps}")
-    return trainer.state.global_step
+    stopped = {"stopped_early": curves.stopped} if curves.stopped else {}
+    return {"steps": trainer.state.global_step} | trainer.cost.state() | stopped
 
 
 def rows_by_file(rows: list[tuple[str, int]]) -> str:
@@ -141,16 +149,28 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
 
 
 class _Watch(TrainerCallback):
-    """Writes events, moves the progress bar, and turns a signal into a checkpoint and a stop."""
+    """Writes events, moves the progress bar, measures the curves, and turns a signal into a checkpoint and a stop."""
 
-    def __init__(self, trainer: Any, stage: Planned, events: Path, bar: Bar, interrupt: Interrupt):
-        self.trainer, self.stage, self.events, self.bar, self.interrupt = trainer, stage, events, bar, interrupt
+    def __init__(self, trainer: Any, stage: Planned, events: Path, bar: Bar, interrupt: Interrupt, curves: Curves):
+        self.trainer, self.stage, self.events, self.bar = trainer, stage, events, bar
+        self.interrupt, self.curves = interrupt, curves
         self.note = ""
-        self.tokens, self.since = 0, time.monotonic()
+        self.tokens, self.seconds = 0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.tokens, self.seconds = self.trainer.cost.tokens, self.trainer.cost.seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step, self.note, total=state.max_steps)
         last = state.global_step >= state.max_steps
+        if not last and self.curves.due(state.global_step):
+            with self.trainer.cost.aside():
+                self.curves.measure(state.global_step)
+        note = "  ".join(filter(None, (self.note, self.curves.note)))
+        self.bar.update(state.global_step, note, total=state.max_steps)
+        if self.curves.stopped:
+            # No checkpoint lies beyond this step, so that a killed stage comes here again and stops again.
+            last = control.should_training_stop = True
+            control.should_save = False
         if self.interrupt.requested and not last:
             self.trainer.interrupted = True
             control.should_save = control.should_training_stop = True
@@ -161,7 +181,7 @@ class _Watch(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         terms = {key.removeprefix("term/"): value for key, value in logs.items() if key.startswith("term/")}
-        now, tokens = time.monotonic(), self.trainer.tokens_seen
+        seconds, tokens = self.trainer.cost.seconds, self.trainer.cost.tokens
         event = {
             "stage": self.stage.index,
             "task": self.stage.name,
@@ -170,9 +190,9 @@ class _Watch(TrainerCallback):
             "terms": terms,
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
-            "tokens_per_second": round((tokens - self.tokens) / (now - self.since), 1),
+            "tokens_per_second": round((tokens - self.tokens) / (seconds - self.seconds), 1),
         }
-        self.tokens, self.since = tokens, now
+        self.tokens, self.seconds = tokens, seconds
         with self.events.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
         shown = {"loss": logs["loss"]} | {name: value for name, value in terms.items() if len(terms) > 1}

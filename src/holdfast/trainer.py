@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from holdfast.cost import Cost
 from holdfast.data.collate import Collator, concat
 from holdfast.errors import ConfigError, MethodError, NonFiniteLossError
 from holdfast.evaluation.respond import token_losses
-from holdfast.files import flush_folder, write_json
+from holdfast.files import flush_folder, read_json, write_json
 from holdfast.losses.next_token import supervised_tokens
 from holdfast.methods import build
 from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, Step
@@ -65,7 +66,7 @@ def continual(trainer_class: type) -> type:
             self.task = task
             self.stage_index = stage_index
             self.interrupted = False
-            self.tokens_seen = 0
+            self.cost = Cost()
             self._rows = rows
             self._folder = folder
             self._tokenizer = tokenizer
@@ -84,6 +85,8 @@ def continual(trainer_class: type) -> type:
         def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            self.cost = Cost()
+            self.cost.start()
             stage = self._stage = Stage(
                 index=self.stage_index,
                 task=self.task or f"stage {self.stage_index}",
@@ -103,6 +106,7 @@ def continual(trainer_class: type) -> type:
             self._terms = Terms(name for method in self.methods for name in method.declares(stage))
             if resume_from_checkpoint:
                 load_states(self.methods, Path(str(resume_from_checkpoint), "method"), self.model)
+                self.cost.load(read_json(Path(str(resume_from_checkpoint), COMPLETE))["cost"])
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
             if not self.interrupted:
                 self._terms.check(stage)
@@ -111,6 +115,7 @@ def continual(trainer_class: type) -> type:
                 for method in self.methods:
                     method.after_stage(stage)
                 self.stage_index += 1
+            self.cost.stop()
             self._stage = self._step = None
             return result
 
@@ -176,7 +181,7 @@ def continual(trainer_class: type) -> type:
                     items = self._get_num_items_in_batch(batches, *args)
                 else:
                     self._put_beside(batches, extra, step, method.name)
-            self.tokens_seen += sum(_tokens(batch) for batch in batches)
+            self.cost.tokens += sum(_tokens(batch) for batch in batches)
             return batches, items
 
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -264,7 +269,7 @@ def continual(trainer_class: type) -> type:
             save_states(self.methods, folder / "method")
             if self.args.should_save:
                 flush_folder(folder)
-                write_json(folder / COMPLETE, {"step": self.state.global_step})
+                write_json(folder / COMPLETE, {"step": self.state.global_step, "cost": self.cost.state()})
                 rotate_checkpoints(
                     output_dir=self.args.output_dir,
                     save_total_limit=limit,

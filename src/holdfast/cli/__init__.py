@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from holdfast.cli import check, compare, convert, demo, doctor, export, lab, listing, report, run
+from holdfast.cli import check, compare, convert, demo, doctor, export, gate, lab, listing, report, run
 
 app = typer.Typer(
     name="holdfast",
@@ -29,16 +29,17 @@ app.command("streams")(listing.streams)
 app.command("convert")(convert.convert)
 app.command("export")(export.export)
 app.command("doctor")(doctor.doctor)
+app.command("gate")(gate.gate)
 app.add_typer(lab.app, name="lab")
 
 
 def main() -> None:
-    """Exit codes: 0 done; 2 the user's configuration or data is wrong; 1 anything else (DESIGN 4.1)."""
-    from holdfast.errors import Interrupted, UserError
+    """Exit codes: 0 done; 2 the user's configuration or data is wrong; 3 a gate failed; 1 anything else."""
+    from holdfast.errors import GateFailed, Interrupted, UserError
 
     try:
         app()
-    except UserError as error:
+    except (UserError, GateFailed) as error:
         print(f"holdfast: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Interrupted as stopped:

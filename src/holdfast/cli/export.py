@@ -10,7 +10,7 @@ import typer
 
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
 To = Annotated[Path, typer.Option("--to", help="Folder to write; an earlier export there is replaced.")]
-Stage = Annotated[int | None, typer.Option("--stage", help="Which stage, from 1; the last complete one if absent.")]
+Stage = Annotated[int | None, typer.Option("--stage", help="Which stage, from 1; the one the run holds if absent.")]
 Merge = Annotated[bool, typer.Option("--merge", help="Merge the adapter into its model.")]
 PushTo = Annotated[str | None, typer.Option("--push-to", help="Upload the folder to the hub under this name.")]
 

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+WATCH_EVERY = 50
+"""Steps between the measurements of --watch-general, where evaluation.watch_general does not say."""
+
 Config = Annotated[Path, typer.Argument(help="The run's configuration, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -34,10 +37,16 @@ class HelpWithKeys(TyperCommand):
             formatter.write(f"  {key}{f' ({default})' if default else ''}\n      {text}\n")
 
 
-def run(config: Config, overrides: Overrides = None) -> None:
+WatchGeneral = Annotated[
+    bool, typer.Option("--watch-general", help="Show the loss on general text while a stage trains.")
+]
+
+
+def run(config: Config, overrides: Overrides = None, watch_general: WatchGeneral = False) -> None:
     """Learn every task of a stream in turn and measure all of them after each.
 
-    The same command continues a run that was stopped or killed, and ends with the same numbers.
+    The same command continues a run that was stopped or killed, and ends with the same numbers. Exit code 3: a stage
+    failed the configuration's gate.
     """
     from rich.console import Console
 
@@ -45,9 +54,13 @@ def run(config: Config, overrides: Overrides = None) -> None:
     from holdfast.quiet import quieten
 
     resolved = load_config(config, overrides)
+    if watch_general and resolved.evaluation.watch_general is None:
+        resolved.evaluation.watch_general = WATCH_EVERY
     quieten()
     from holdfast.cli.table import print_table
+    from holdfast.gate import raise_if_failed
     from holdfast.runner import run as run_stages
 
     run_stages(resolved)
     print_table([Path(resolved.output)], Console())
+    raise_if_failed(Path(resolved.output))

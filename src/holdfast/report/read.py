@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from holdfast.config import flat
+from holdfast.directory import current_stage, slug
 from holdfast.errors import RunDirectoryError
 from holdfast.files import read_json, read_jsonl
 from holdfast.metrics import LOWER_IS_BETTER
@@ -91,17 +93,44 @@ class Run:
             means.append(sum(scores) / len(scores) if scores and len(scores) == len(seen) else None)
         return means
 
-    def stages_with_responses(self) -> dict[int, Path]:
-        """Folders of responses by the number of their stage, in order."""
-        return {
-            int(folder.parent.name[:2]): folder for folder in sorted(self.path.glob("stages/[0-9][0-9]-*/responses"))
-        }
+    @cached_property
+    def folders(self) -> dict[int, Path]:
+        """The stages' folders by number; 0 is before training."""
+        return {int(folder.name.partition("-")[0]): folder for folder in sorted(self.path.glob("stages/[0-9]*-*"))}
 
-    def responses(self, stage: int, task: str) -> list[dict[str, Any]]:
-        """The test rows of a task after a stage, with response and score; empty where nothing was kept."""
-        folder = self.stages_with_responses().get(stage)
-        file = folder / f"{task.replace('/', '_')}.jsonl" if folder else None
-        return read_jsonl(file) if file and file.exists() else []
+    def held(self, row: int) -> int:
+        """The stage whose weights a row of the score matrix is measured with; 0 is the model before training."""
+        stage = min(row, 1) if self.joint else row
+        return current_stage(self.info, stage) if stage in self.folders else 0
+
+    def responses(self, row: int, task: str) -> list[dict[str, Any]]:
+        """The test rows of a task at a row of the score matrix, with their scores; empty where nothing was kept."""
+        if self.held(row) not in self.folders:
+            return []
+        file = self.folders[self.held(row)] / "responses" / f"{slug(task)}.jsonl"
+        return read_jsonl(file) if file.exists() else []
+
+    def examples(self, last: int, tasks: int) -> tuple[list[list[Any]], list[Any]]:
+        """Statistics of the test examples and how scores follow from them, as :mod:`holdfast.metrics` takes them.
+
+        Args:
+            last: the last row of the score matrix that is read.
+            tasks: how many tasks are read, from the first one on.
+        """
+        from holdfast.evaluation.score import statistics, total
+
+        metrics = [self.matrix["metrics"][task] for task in self.tasks[:tasks]]
+        known: dict[tuple[int, int], Any] = {}  # by stage and task: several rows may be of one stage
+
+        def known_statistics(t: int, j: int) -> Any:
+            place = self.held(t), j
+            if place not in known:
+                rows = self.responses(t, self.tasks[j]) if self.scores[t][j] is not None else []
+                known[place] = statistics(rows, metrics[j]) if rows else None
+            return known[place]
+
+        scores = [[known_statistics(t, j) for j in range(tasks)] for t in range(last + 1)]
+        return scores, [total(metric) for metric in metrics]
 
 
 @dataclass
@@ -164,13 +193,16 @@ def changes(run: Run, j: int) -> Changes | None:
     that know only right and wrong, wherever it changed.
     None where the responses are not kept, or the task has none (it is scored by loss).
     """
-    stages = list(run.stages_with_responses())
-    if run.lower_is_better(j) or len(stages) < 2:
+    measured = [t for t, row in enumerate(run.scores) if row[j] is not None]
+    if run.lower_is_better(j) or not measured:
         return None
-    task, last = run.tasks[j], stages[-1]
-    then = run.own_stage(j) if run.own_stage(j) in stages[:-1] and not run.joint else stages[0]
-    before = {row["row"]: row for row in run.responses(then, task)}
-    pairs = [(before[row["row"]], row) for row in run.responses(last, task) if row["row"] in before]
+    task, last = run.tasks[j], measured[-1]
+    then = run.own_stage(j) if run.own_stage(j) in measured[:-1] else measured[0]
+    if run.held(then) == run.held(last):
+        return None
+    before = {(row["row"], row.get("number")): row for row in run.responses(then, task)}
+    after = [((row["row"], row.get("number")), row) for row in run.responses(last, task)]
+    pairs = [(before[place], row) for place, row in after if place in before]
     if not pairs:
         return None
     change = [after["score"] - first["score"] for first, after in pairs]

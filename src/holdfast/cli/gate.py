@@ -1,0 +1,60 @@
+"""`holdfast gate`: whether a run kept to limits on what may be forgotten; exit code 3 where it did not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
+Forgetting = Annotated[float | None, typer.Option(help="Forgetting, of the tasks learned so far.")]
+TaskForgetting = Annotated[float | None, typer.Option(help="Forgetting of any single task.")]
+LossIncrease = Annotated[
+    str | None, typer.Option(help="Rise of each loss on general text: nats a token, or a share such as 2%.")
+]
+GeneralDrop = Annotated[float | None, typer.Option(help="Fall of each accuracy-like general ability.")]
+Average = Annotated[float | None, typer.Option(help="Average over the tasks learned so far.")]
+NewTask = Annotated[float | None, typer.Option(help="Score of the stage's own task.")]
+Stage = Annotated[int | None, typer.Option(help="After which stage, from 1; the last one if absent.")]
+Junit = Annotated[Path | None, typer.Option(help="Write JUnit XML here.")]
+Markdown = Annotated[Path | None, typer.Option(help="Write a summary in Markdown here.")]
+
+
+def gate(
+    run: RunPath,
+    max_forgetting: Forgetting = None,
+    max_task_forgetting: TaskForgetting = None,
+    max_general_loss_increase: LossIncrease = None,
+    max_general_drop: GeneralDrop = None,
+    min_average: Average = None,
+    min_new_task: NewTask = None,
+    stage: Stage = None,
+    junit: Junit = None,
+    markdown: Markdown = None,
+) -> None:
+    """Check a run against limits: those given here, and otherwise those of its configuration.
+
+    Exit code 3: a limit was exceeded, or a score that it needs was not measured.
+    """
+    from holdfast.files import write_text
+    from holdfast.gate import failed, judge_directory
+    from holdfast.report.verdict import as_junit, as_markdown, as_text
+
+    limits = {
+        "max_forgetting": max_forgetting,
+        "max_task_forgetting": max_task_forgetting,
+        "max_general_loss_increase": max_general_loss_increase,
+        "max_general_drop": max_general_drop,
+        "min_average": min_average,
+        "min_new_task": min_new_task,
+    }
+    title, checks = judge_directory(run, {key: value for key, value in limits.items() if value is not None}, stage)
+    if markdown is not None:
+        write_text(markdown, as_markdown(checks, title))
+    if junit is not None:
+        write_text(junit, as_junit(checks, title))
+    print(f"{title}: gate {'failed' if failed(checks) else 'passed'}")
+    print(as_text(checks) if checks else "  there is nothing to check yet")
+    if failed(checks):
+        raise typer.Exit(3)
