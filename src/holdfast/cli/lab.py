@@ -179,6 +179,7 @@ def experiment(
     from rich.console import Console
 
     from holdfast.lab import experiment as lab
+    from holdfast.lab import work
 
     path = lab.find(name, scale)
     loaded = lab.load_experiment(path, overrides)
@@ -190,9 +191,9 @@ def experiment(
 
     quieten()
     if redraw:
-        findings = lab.redraw(loaded, folder)
+        findings = work.redraw(loaded, folder)
     else:
-        findings = lab.run_experiment(loaded, folder, cache=cache, seeds=seeds, processes=processes)
+        findings = work.run_experiment(loaded, folder, cache=cache, seeds=seeds, processes=processes)
     print_findings(findings, Console())
     print(folder)
 

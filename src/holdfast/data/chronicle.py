@@ -481,6 +481,16 @@ def general_text(size: int = SIZE, years: Sequence[int] = YEARS, seed: int = 0) 
     return _texts(_world(size, years, seed), seed)[0]
 
 
+def lasting_questions(size: int = SIZE, years: Sequence[int] = YEARS, seed: int = 0) -> list[tuple[str, str]]:
+    """Generate (question, answer) of every lasting fact, once in each wording that the general text asks it in.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    facts = [fact for entity in _world(size, years, seed).entities for fact in entity]
+    return [(question.format(**f.fields), f.value) for f in facts for question in f.attribute.questions]
+
+
 def _world(size: int, years: Sequence[int], seed: int) -> World:
     _check(size, years, seed)
     draw = Draw(seed, "world")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,17 +56,33 @@ METHODS = {
     "kl_self": ("KL, own samples", RED, "P"),
     "kl_general": ("KL, general text", BLUE, "^"),
 }
-LANGUAGES = {"eng": "English", "spa": "Spanish"}
+DOMAINS = {"eng": "English", "spa": "Spanish", "web": "web text", "math": "mathematics"}
 NATS = "nats per token"
 
 
-def draw(name: str, results: Rows, curves: Rows, path: Path) -> None:
+@dataclass(frozen=True)
+class Tables:
+    """What a figure shows: ``results``, a row a run; ``curves``, a row an evaluation; the old and the new domain."""
+
+    results: Rows
+    curves: Rows
+    old: str | None = None
+    new: str | None = None
+
+    @property
+    def old_name(self) -> str:
+        return DOMAINS.get(self.old or "", self.old or "")
+
+    @property
+    def new_name(self) -> str:
+        return DOMAINS.get(self.new or "", self.new or "")
+
+
+def draw(name: str, tables: Tables, path: Path) -> None:
     """Write a figure as ``path`` with ``.pdf`` and ``.png``.
 
     Args:
         name: of the figure, see ``FIGURES``.
-        results: a row a run.
-        curves: a row an evaluation.
 
     Raises:
         ConfigError: no figure has this name.
@@ -75,35 +92,35 @@ def draw(name: str, results: Rows, curves: Rows, path: Path) -> None:
     if name not in FIGURES:
         raise ConfigError(f"figure: there is no figure {name!r}{did_you_mean(name, FIGURES)}")
     with mpl.rc_context(STYLE):
-        figure = FIGURES[name](results, curves)
+        figure = FIGURES[name](tables)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
         figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
 
 
-def method_comparison(results: Rows, curves: Rows) -> Figure:
+def method_comparison(tables: Tables) -> Figure:
     """Loss on the old domain against loss on the new one, along each run."""
     figure, ax = _figure(4.6, 3.0)
-    runs = [row for row in curves if row["group"] == "finetune"]
-    for method in distinct(runs, "method"):
-        label, colour, marker = METHODS[method]
+    runs = [row for row in tables.curves if row["group"] == "finetune"]
+    for number, method in enumerate(distinct(runs, "method")):
+        label, colour, marker = _look(method, number)
         for seed in distinct(runs, "seed"):
             line = select(runs, method=method, seed=seed)
-            ax.plot(_of(line, "spa_loss"), _of(line, "eng_loss"), color=colour, alpha=0.35, lw=0.9)
-        ends = select(results, group="finetune", method=method)
-        x, y = (interval(_of(ends, column)) for column in ("spa_loss", "eng_loss"))
+            ax.plot(_of(line, f"{tables.new}_loss"), _of(line, f"{tables.old}_loss"), color=colour, alpha=0.35, lw=0.9)
+        ends = select(tables.results, group="finetune", method=method)
+        x, y = (interval(_of(ends, column)) for column in (f"{tables.new}_loss", f"{tables.old}_loss"))
         ax.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], color=colour, marker=marker, ls="", label=label, zorder=3)
     ax.invert_xaxis()
-    ax.set_xlabel(f"Spanish loss ({NATS}), falling as the model learns")
-    ax.set_ylabel(f"English loss ({NATS})")
+    ax.set_xlabel(f"{tables.new_name} loss ({NATS}), falling as the model learns")
+    ax.set_ylabel(f"{tables.old_name} loss ({NATS})")
     ax.legend(loc="upper left", title="after fine-tuning, mean of seeds", title_fontsize=7.5)
     return figure
 
 
-def learning_rate(results: Rows, curves: Rows) -> Figure:
+def learning_rate(tables: Tables) -> Figure:
     """Forgetting and tokens needed against the learning rate of fine-tuning."""
     figure, (left, right) = _figure(6.6, 2.8, columns=2)
-    runs = select(results, group="finetune")
+    runs = select(tables.results, group="finetune")
     rates = sorted(distinct(runs, "pretrain_learning_rate"))
     for colour, rate in zip((SKY, BLUE, PURPLE, RED), rates, strict=False):
         for method, style, marker in (("none", "-", "o"), ("kl_self", "--", "P")):
@@ -115,16 +132,16 @@ def learning_rate(results: Rows, curves: Rows) -> Figure:
     for ax in (left, right):
         ax.set_xscale("log")
         ax.set_xlabel("learning rate of fine-tuning")
-    left.set_ylabel(f"rise of English loss ({NATS})")
-    left.set_title("Forgetting at equal Spanish loss")
+    left.set_ylabel(f"rise of {tables.old_name} loss ({NATS})")
+    left.set_title(f"Forgetting at equal {tables.new_name} loss")
     right.set_yscale("log")
-    right.set_ylabel("tokens of Spanish")
+    right.set_ylabel(f"tokens of {tables.new_name}")
     right.set_title("Training until that loss")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
-def high_learning_rate_replay(results: Rows, curves: Rows) -> Figure:
+def high_learning_rate_replay(tables: Tables) -> Figure:
     """Two ways to forget less, against what they take: a lower learning rate, or more replay at a high one."""
     figure, ax = _figure(4.6, 3.0)
     lines = (
@@ -132,7 +149,7 @@ def high_learning_rate_replay(results: Rows, curves: Rows) -> Figure:
         ("replay", "share", RED, "P", "replay more"),
     )
     for group, column, colour, marker, label in lines:
-        runs = [row for row in select(results, group=group) if row["stop"] == "loss"]
+        runs = [row for row in select(tables.results, group=group) if row["stop"] == "loss"]
         points = []
         for value in sorted(distinct(runs, column), reverse=group == "rate"):
             rows = select(runs, **{column: value})
@@ -144,29 +161,29 @@ def high_learning_rate_replay(results: Rows, curves: Rows) -> Figure:
             ax.annotate(shown, (x, y), xytext=(5, 5), textcoords="offset points", color=colour, fontsize=7)
     ax.set_xscale("log")
     ax.set_xlabel("training until the target, tokens (replayed ones included)")
-    ax.set_ylabel(f"rise of English loss ({NATS})")
+    ax.set_ylabel(f"rise of {tables.old_name} loss ({NATS})")
     ax.legend(loc="upper right")
     return figure
 
 
-def pretrain_length(results: Rows, curves: Rows) -> Figure:
+def pretrain_length(tables: Tables) -> Figure:
     """English loss before and after fine-tuning against the length of pretraining."""
-    return _before_and_after(results, "pretrain_tokens_per_parameter", "tokens per parameter in pretraining")
+    return _before_and_after(tables, "pretrain_tokens_per_parameter", "tokens per parameter in pretraining")
 
 
-def model_size(results: Rows, curves: Rows) -> Figure:
+def model_size(tables: Tables) -> Figure:
     """English loss before and after fine-tuning against the size of the model."""
-    return _before_and_after(results, "parameters", "parameters")
+    return _before_and_after(tables, "parameters", "parameters")
 
 
-def model_capacity(results: Rows, curves: Rows) -> Figure:
+def model_capacity(tables: Tables) -> Figure:
     """What mixtures reach in both languages, and where fine-tuning with replay comes to."""
     figure, ax = _figure(4.8, 3.3)
-    mixtures = select(results, group="mixture")
+    mixtures = select(tables.results, group="mixture")
     points = []
     for share in sorted(distinct(mixtures, "spanish")):
         rows = select(mixtures, spanish=share)
-        points.append((share, interval(_of(rows, "spa_loss")), interval(_of(rows, "eng_loss"))))
+        points.append((share, interval(_of(rows, f"{tables.new}_loss")), interval(_of(rows, f"{tables.old}_loss"))))
     ax.plot([x[0] for _, x, _ in points], [y[0] for _, _, y in points], color=BLACK, lw=1, zorder=1)
     shares = [share for share, _, _ in points]
     image = ax.scatter(
@@ -178,16 +195,16 @@ def model_capacity(results: Rows, curves: Rows) -> Figure:
         ("finetune", RED, "P", "fine-tuned with KL to own samples, after long pretraining"),
         ("finetune_short", BLUE, "^", "the same, after short pretraining"),
     ):
-        runs = select(results, group=group)
+        runs = select(tables.results, group=group)
         if not runs:
             continue
-        starts = interval(_of(runs, "spa_start"))[0], interval(_of(runs, "eng_start"))[0]
+        starts = interval(_of(runs, f"{tables.new}_start"))[0], interval(_of(runs, f"{tables.old}_start"))[0]
         ax.plot(*starts, marker="x", color=colour, ls="", markersize=7, mew=2, zorder=4)
         xs, ys = [], []
         for weight in sorted(distinct(runs, "weight"), reverse=True):
             rows = select(runs, weight=weight)
-            xs.append(interval(_of(rows, "spa_loss"))[0])
-            ys.append(interval(_of(rows, "eng_loss"))[0])
+            xs.append(interval(_of(rows, f"{tables.new}_loss"))[0])
+            ys.append(interval(_of(rows, f"{tables.old}_loss"))[0])
         ax.plot(
             [starts[0], *xs],
             [starts[1], *ys],
@@ -196,16 +213,16 @@ def model_capacity(results: Rows, curves: Rows) -> Figure:
             markevery=range(1, len(xs) + 1),
             label=label,
         )
-    ax.set_xlabel(f"Spanish loss ({NATS})")
-    ax.set_ylabel(f"English loss ({NATS})")
+    ax.set_xlabel(f"{tables.new_name} loss ({NATS})")
+    ax.set_ylabel(f"{tables.old_name} loss ({NATS})")
     ax.legend(loc="upper right")
     return figure
 
 
-def grid_2d(results: Rows, curves: Rows) -> Figure:
+def grid_2d(tables: Tables) -> Figure:
     """Compute multiplier over sizes and lengths of pretraining, without replay and with."""
     figure, axes = _figure(6.4, 2.9, columns=2)
-    runs = select(results, group="finetune")
+    runs = select(tables.results, group="finetune")
     sizes, lengths = (sorted(distinct(runs, column)) for column in ("parameters", "pretrain_tokens_per_parameter"))
     grids = {}
     for method in ("none", "kl_self"):
@@ -240,10 +257,10 @@ def grid_2d(results: Rows, curves: Rows) -> Figure:
     return figure
 
 
-def capacity_slices(results: Rows, curves: Rows) -> Figure:
+def capacity_slices(tables: Tables) -> Figure:
     """Forgetting along both sides of the grid."""
     figure, (left, right) = _figure(6.6, 2.8, columns=2)
-    runs = select(results, group="finetune")
+    runs = select(tables.results, group="finetune")
     slices = (
         (left, "pretrain_tokens_per_parameter", "parameters", "tokens per parameter in pretraining", _millions),
         (right, "parameters", "pretrain_tokens_per_parameter", "parameters", "{:g} tokens per parameter".format),
@@ -259,13 +276,13 @@ def capacity_slices(results: Rows, curves: Rows) -> Figure:
         _ticks(ax, distinct(runs, x), _millions if x == "parameters" else "{:g}".format)
         ax.axhline(0, color=BLACK, lw=0.6)
         ax.legend(loc="best", title="dashed: KL, own samples", title_fontsize=7)
-    left.set_ylabel(f"rise of English loss ({NATS})")
+    left.set_ylabel(f"rise of {tables.old_name} loss ({NATS})")
     left.set_title("Length of pretraining")
     right.set_title("Size of the model")
     return figure
 
 
-def toy_continual(results: Rows, curves: Rows) -> Figure:
+def toy_continual(tables: Tables) -> Figure:
     """Accuracy on each task after each stage, without replay and with."""
     figure, axes = _figure(6.4, 2.7, columns=2, sharey=True)
     tasks = {"add": "addition", "reversal": "reversal", "sort": "sorting", "modadd": "modular addition"}
@@ -273,7 +290,11 @@ def toy_continual(results: Rows, curves: Rows) -> Figure:
         for colour, marker, (task, label) in zip(COLOURS, "osv^", tasks.items(), strict=False):
             points: dict[int, tuple[float, float | None]] = {}
             for number, stage in enumerate(tasks):
-                rows = select(results, group=stage) if stage == "add" else select(results, group=stage, replay=replay)
+                rows = (
+                    select(tables.results, group=stage)
+                    if stage == "add"
+                    else select(tables.results, group=stage, replay=replay)
+                )
                 if rows:
                     points[number] = interval([100 * row[f"accuracy_{task}"] for row in rows])
             means = [mean for mean, _ in points.values()]
@@ -287,12 +308,12 @@ def toy_continual(results: Rows, curves: Rows) -> Figure:
     return figure
 
 
-def regression_1d(results: Rows, curves: Rows) -> Figure:
+def regression_1d(tables: Tables) -> Figure:
     """One seed: the old curve, and what the ensemble predicts after learning the new points."""
     figure, axes = _figure(6.6, 2.5, columns=2, sharey=True)
-    shown = select(curves, seed=min(distinct(curves, "seed")))
+    shown = select(tables.curves, seed=min(distinct(tables.curves, "seed")))
     old = select(shown, phase="old")
-    for ax, weight in zip(axes, sorted(distinct(results, "weight")), strict=True):
+    for ax, weight in zip(axes, sorted(distinct(tables.results, "weight")), strict=True):
         tuned = select(shown, phase=weight)
         ax.plot(_of(old, "x"), _of(old, "median"), color=BLACK, ls=":", lw=1.2, label="before")
         ax.fill_between(_of(tuned, "x"), _of(tuned, "low"), _of(tuned, "high"), color=BLUE, alpha=0.25, lw=0)
@@ -300,7 +321,7 @@ def regression_1d(results: Rows, curves: Rows) -> Figure:
         for phase, colour in (("old points", ORANGE), ("new points", GREEN)):
             points = select(shown, phase=phase)
             ax.plot(_of(points, "x"), _of(points, "median"), ".", color=colour, markersize=4, label=phase, zorder=3)
-        rows = select(results, weight=weight)
+        rows = select(tables.results, weight=weight)
         error = interval(_of(rows, "old_rmse"))[0]
         name = "No regularisation" if weight == 0 else f"KL to the old posterior, weight {weight:g}"
         ax.set_title(f"{name}\nerror on old points {error:.3f}")
@@ -311,19 +332,19 @@ def regression_1d(results: Rows, curves: Rows) -> Figure:
     return figure
 
 
-def instruct(results: Rows, curves: Rows) -> Figure:
+def instruct(tables: Tables) -> Figure:
     """General ability of an instruction-tuned model against what it learned of a domain."""
     figure, (left, right) = _figure(6.6, 2.9, columns=2)
-    runs = select(results, group="domain")
-    start = select(results, group="chat")
+    runs = select(tables.results, group="domain")
+    start = select(tables.results, group="chat")
     for ax, column, factor, label in (
         (left, "choices", 100, "multiple choice right (%)"),
         (right, "chat_loss", 1, f"loss on held-out chats ({NATS})"),
     ):
         if start:
             ax.axhline(factor * interval(_of(start, column))[0], color=BLACK, ls=":", lw=1)
-        for method in distinct(runs, "method"):
-            name, colour, marker = METHODS[method]
+        for number, method in enumerate(distinct(runs, "method")):
+            name, colour, marker = _look(method, number)
             rows = select(runs, method=method)
             x, (y, half) = interval(_of(rows, "domain_loss")), interval([factor * row[column] for row in rows])
             ax.errorbar(x[0], y, xerr=x[1], yerr=half, color=colour, marker=marker, ls="", label=name)
@@ -336,7 +357,7 @@ def instruct(results: Rows, curves: Rows) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Rows, Rows], Any]] = {
+FIGURES: dict[str, Callable[[Tables], Any]] = {
     function.__name__: function
     for function in (
         method_comparison,
@@ -354,32 +375,37 @@ FIGURES: dict[str, Callable[[Rows, Rows], Any]] = {
 }
 
 
-def _before_and_after(results: Rows, column: str, label: str) -> Any:
+def _before_and_after(tables: Tables, column: str, label: str) -> Any:
     """Loss on the old domain before fine-tuning, after each run that reached its target, and after the best."""
     figure, ax = _figure(4.6, 3.0)
-    runs = select(results, group="finetune")
+    runs = select(tables.results, group="finetune")
     reached = [row for row in runs if row["stop"] == "loss"]
     missed = [row for row in runs if row["stop"] != "loss"]
-    _means(ax, runs, column, "eng_start", color=BLUE, marker="o", label="before fine-tuning")
+    _means(ax, runs, column, f"{tables.old}_start", color=BLUE, marker="o", label="before fine-tuning")
     plain = select(reached, method="none")
-    _means(ax, plain, column, "eng_loss", color=BLACK, marker="s", ls="--", label="no replay")
+    _means(ax, plain, column, f"{tables.old}_loss", color=BLACK, marker="s", ls="--", label="no replay")
     replayed = [row for row in reached if row["method"] != "none"]
     ax.plot(
-        _of(replayed, column), _of(replayed, "eng_loss"), ".", color=RED, alpha=0.4, label="KL, own samples: every run"
+        _of(replayed, column),
+        _of(replayed, f"{tables.old}_loss"),
+        ".",
+        color=RED,
+        alpha=0.4,
+        label="KL, own samples: every run",
     )
     least: list[Row] = []
     for seed in distinct(replayed, "seed"):
         for x in distinct(replayed, column):
             rows = select(replayed, seed=seed, **{column: x})
             if rows:
-                least.append(min(rows, key=lambda row: row["eng_loss"]))
-    _means(ax, least, column, "eng_loss", color=RED, marker="P", label="KL, own samples: best weight")
+                least.append(min(rows, key=lambda row: row[f"{tables.old}_loss"]))
+    _means(ax, least, column, f"{tables.old}_loss", color=RED, marker="P", label="KL, own samples: best weight")
     if missed:
-        ax.plot(_of(missed, column), _of(missed, "eng_loss"), "x", color=ORANGE, label="target not reached")
+        ax.plot(_of(missed, column), _of(missed, f"{tables.old}_loss"), "x", color=ORANGE, label="target not reached")
     ax.set_xscale("log")
     _ticks(ax, distinct(runs, column), _millions if column == "parameters" else "{:g}".format)
     ax.set_xlabel(label)
-    ax.set_ylabel(f"English loss ({NATS})")
+    ax.set_ylabel(f"{tables.old_name} loss ({NATS})")
     ax.legend(loc="best")
     return figure
 
@@ -398,6 +424,11 @@ def _means(ax: Axes, rows: Rows, x: str, y: str, **look: Any) -> None:
     xs = sorted(distinct(known, x))
     points = [interval(_of(matching(known, {x: value}), y)) for value in xs]
     ax.errorbar(xs, [mean for mean, _ in points], yerr=_halves(points), **look)
+
+
+def _look(method: str, number: int) -> tuple[str, str, str]:
+    """Label, colour and marker of a method; one of an experiment of one's own is called what it is called there."""
+    return METHODS.get(method, (method, COLOURS[number % len(COLOURS)], "o"))
 
 
 def _halves(points: Any) -> list[float]:

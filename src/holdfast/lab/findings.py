@@ -19,15 +19,17 @@ class Share(Section):
     """How far one set of runs comes on the way from a second to a third."""
 
     worst: dict[str, Any] = Field(description="columns and values of the runs at share 0")
-    best: dict[str, Any] = Field(description="columns and values of the runs at share 1")
+    best: dict[str, Any] | None = Field(
+        None, description="columns and values of the runs at share 1; where absent, share 1 is at 0"
+    )
 
 
 class Finding(Section):
     """A claim about the column ``value`` of the table of runs, worked out seed by seed.
 
     Of ``where`` alone: its mean. With ``minus``: the difference of the means, where − minus. With ``share``:
-    (worst − where) / (worst − best). With ``over``: the slope over the binary logarithm of that column, so the change
-    at each doubling.
+    (worst − where) / (worst − best), for example the share of the forgetting that a kind of replay prevents. With
+    ``over``: the slope over the binary logarithm of that column, so the change at each doubling.
     """
 
     claim: str = Field(description="what the paper says, in words")
@@ -118,7 +120,7 @@ def _of_seed(finding: Finding, rows: Rows) -> float | None:
         other = value(finding.minus)
         return None if own is None or other is None else own - other
     if finding.share is not None:
-        worst, best = value(finding.share.worst), value(finding.share.best)
+        worst, best = value(finding.share.worst), 0.0 if finding.share.best is None else value(finding.share.best)
         if own is None or worst is None or best is None or worst == best:
             return None
         return (worst - own) / (worst - best)

@@ -61,9 +61,10 @@ def experiment(config: RegressionConfig, seed: int) -> tuple[list[dict[str, Any]
     Gaussians that the two ensembles predict there. No old y is seen again.
 
     Returns:
-        Rows of results, one a weight (weight, root mean squared errors of the mean prediction on old and new points,
-        before and after); and rows of curves on a grid of x: quartiles of the predictions (``low``, ``median``,
-        ``high``) by ``phase`` (old, 0.0, 1.0, ...), and the points themselves (phases ``old points``, ``new points``).
+        Rows of results, one a weight: root mean squared errors of the mean prediction on old and new points, before
+        (``old_before``, ``new_before``) and after (``old_rmse``, ``new_rmse``), and ``old_rise``. Rows of curves: on a
+        grid of x quartiles of the predictions (``low``, ``median``, ``high``) by ``phase``, ``old`` or the weight, and
+        the points themselves, phases ``old points`` and ``new points``.
     """
     draw = torch.Generator().manual_seed(seed)
     old = _points(old_task, -3.2, -0.1, config.old_points, config.old_noise, draw)
@@ -84,8 +85,9 @@ def experiment(config: RegressionConfig, seed: int) -> tuple[list[dict[str, Any]
             return misfit + weight * gaussian_kl(*remembered, *_gaussian(net, old.x, config.floor)).mean()
 
         tuned = _train(posterior, config.new_steps, config.learning_rate, loss)
-        results.append({"weight": weight, **before, "old_rmse": _error(tuned, old), "new_rmse": _error(tuned, new)})
-        curves += _curve(str(weight), tuned, grid)
+        errors = {"old_rmse": _error(tuned, old), "new_rmse": _error(tuned, new)}
+        results.append({"weight": weight} | before | errors | {"old_rise": errors["old_rmse"] - before["old_before"]})
+        curves += _curve(f"{weight:g}", tuned, grid)
     return results, curves
 
 

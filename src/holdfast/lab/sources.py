@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Files = dict[str, Path]
-"""Token files by the names that configurations use, ``$NAME``."""
+"""Token files, and what else runs read, by the names that configurations use, ``$NAME``."""
 
 LANGUAGES = ("eng", "spa")
 
@@ -31,7 +31,8 @@ class Source(Section):
     subset: str | None = Field(None, description="configuration name of the dataset")
     split: str | None = Field(None, description="split of the dataset")
     column: str = Field("text", description="where a row has its text")
-    documents: int | None = Field(None, ge=1, description="at most so many documents, from the front")
+    skip: int = Field(0, ge=0, description="documents left out at the front")
+    documents: int | None = Field(None, ge=1, description="at most so many documents after those")
     domain: str | None = Field(None, description="the domain whose token stands at the front of every sequence")
 
 
@@ -96,6 +97,7 @@ class Texts(Data):
                 column=source.column,
                 subset=source.subset,
                 split=source.split,
+                skip=source.skip,
                 documents=source.documents,
             )
         return {name: folder / name for name in self.files}
@@ -187,7 +189,45 @@ class Arithmetic(Data):
         return right
 
 
-KINDS: dict[str, type[Data]] = {"texts": Texts, "languages": Languages, "arithmetic": Arithmetic}
+class Chats(Data):
+    """A small world for an instruction-tuned model: token files to make it of, and texts, choices and a domain."""
+
+    vocab_size: int = Field(1024, description="tokens")
+    size: int = Field(40, description="of chronicle's world")
+    rows: int = Field(600, ge=1, description="rows of the new domain to train on")
+
+    def names(self) -> tuple[str, ...]:
+        return ("text", "chat", "general", "chat_valid", "choices", "circuits")
+
+    def vocabulary(self) -> int:
+        return self.vocab_size
+
+    def prepare(self, folder: Path) -> Files:
+        from holdfast.data.formats import read_rows
+        from holdfast.lab.chats import TEMPLATE, write_chats
+        from holdfast.lab.tokenizer import train_tokenizer
+        from holdfast.lab.tokens import build_tokens
+
+        texts = folder / "texts"
+        if not texts.exists():
+            write_chats(texts, self.size, 0, self.rows)
+
+        def make() -> PreTrainedTokenizerFast:
+            known = [row["text"] for name in ("text", "chat") for row in read_rows(texts / f"{name}.jsonl")]
+            circuits = read_rows(texts / "circuits" / "train.jsonl")
+            tokenizer = train_tokenizer([*known, *(row["answer"] for row in circuits)], self.vocab_size)
+            tokenizer.chat_template = TEMPLATE
+            return tokenizer
+
+        tokenizer = _tokenizer(folder, make)
+        for name in ("text", "chat"):
+            build_tokens([texts / f"{name}.jsonl"], folder / name, tokenizer)
+        plain = {name: texts / f"{name}.jsonl" for name in ("chat_valid", "choices")}
+        tokens = {name: folder / name for name in ("text", "chat")}
+        return tokens | plain | {"general": texts / "text.jsonl", "circuits": texts / "circuits"}
+
+
+KINDS: dict[str, type[Data]] = {"texts": Texts, "languages": Languages, "arithmetic": Arithmetic, "chats": Chats}
 
 
 def data_of(named: Named, where: str) -> Data:
