@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,12 @@ import torch
 from holdfast.config import load_config, read_yaml
 from holdfast.data.chronicle import general_text
 from holdfast.demo import SIZE, configuration, make_model
+from holdfast.lab.derived import interval
 from holdfast.progress import Progress
 from holdfast.quiet import quieten
 from holdfast.runner import run
 
 FIGURES = ("average", "new_task", "forgetting", "general_change")
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # quantile of Student's t by number of seeds
 TEXTS, HELD_OUT, TOKENS = 330, 60, 160  # texts that a model writes about itself
 
 
@@ -167,11 +166,8 @@ def cell(values: list[float], logarithmic: bool = False) -> str:
     """Mean [low, high]; logarithms are shown as what they are logarithms of."""
     if not values:
         return "–"
-    mean = statistics.mean(values)
-    bounds = [mean]
-    if len(values) > 1:
-        half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-        bounds += [mean - half, mean + half]
+    mean, half = interval(values)
+    bounds = [mean] if half is None else [mean, mean - half, mean + half]
     shown = [f"{math.exp(v):.3g}" if logarithmic else f"{v:.2f}".replace("-", "−") for v in bounds]
     return shown[0] + (f" [{shown[1]}, {shown[2]}]" if len(shown) > 1 else "")
 
