@@ -18,11 +18,13 @@ from holdfast.config import ModelConfig
 from holdfast.data.encode import Encoder, load_tokenizer
 from holdfast.data.task import Example, General, Task, Turn
 from holdfast.errors import ConfigError
-from holdfast.evaluation import score
 from holdfast.evaluation.at_test import Evaluation
 from holdfast.evaluation.general import evaluate_general
-from holdfast.evaluation.respond import evaluate_task, response_limit, task_score, token_losses
-from holdfast.evaluation.score import accuracy, normalize, rouge_l
+from holdfast.evaluation.respond import evaluate_task, response_limit, token_losses
+from holdfast.evaluation.score import task_score
+from holdfast.evaluation.scorers import overlap
+from holdfast.evaluation.scorers.match import accuracy, normalize
+from holdfast.evaluation.scorers.overlap import rouge_l
 
 torch.set_num_threads(1)  # models this small lose time to threads
 
@@ -38,6 +40,7 @@ class Letters:
     """An encoder whose tokens are letters; text is read in windows of ``WINDOW`` tokens."""
 
     tokenizer = SimpleNamespace(pad_token_id=PAD)
+    max_length = 128
 
     def __init__(self):
         self.stop_ids = [EOS]
@@ -206,7 +209,7 @@ def test_rouge_l_reads_every_script():
 
 def test_rouge_l_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    score._rouge.cache_clear()
+    overlap._rouge.cache_clear()
     with pytest.raises(ConfigError, match="pip install rouge-score"):
         rouge_l("a", "a")
 
@@ -280,7 +283,8 @@ def test_losses_equal_a_plain_loop(model, task: Task, batch_size: int):
     for record, example in zip(records, task.test, strict=True):
         parts = [plain_losses(model, row) for row in encoder.encode(example)]
         nats, tokens = (sum(part) for part in zip(*parts, strict=True))
-        assert record == {"row": example.row, "score": pytest.approx(nats / tokens, rel=1e-5), "tokens": tokens}
+        loss = pytest.approx(nats / tokens, rel=1e-5)
+        assert record == {"row": example.row, "score": loss, "nats": pytest.approx(nats, rel=1e-5), "tokens": tokens}
         all_nats, all_tokens = all_nats + nats, all_tokens + tokens
     assert task_score(records, "loss") == pytest.approx(all_nats / all_tokens, rel=1e-5)
     assert task_score(records, "loss") != pytest.approx(np.mean([record["score"] for record in records]), rel=1e-3)

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast import load_config, run
-from holdfast.evaluation.score import accuracy
+from holdfast.evaluation.scorers.match import accuracy
 from holdfast.files import read_json, read_jsonl, write_jsonl
 from holdfast.metrics import summarize
 from holdfast.progress import Progress

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from holdfast.config import RunConfig
+from holdfast.data.task import Task
 from holdfast.directory import free_gib
 from holdfast.setup import Setup, load_model_config, optimizer_steps, prepare
 
@@ -19,21 +20,35 @@ def print_check(config: RunConfig, console: Console) -> None:
         UserError: what `holdfast run` would refuse.
     """
     setup = prepare(config)
+    console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)
     for task in setup.stream.tasks:
         row = setup.rows[task.name][0]
-        counts = task.counts
         console.rule(f"task {task.name}", align="left")
-        console.print(
-            f"{len(task.train)} train and {len(task.test)} test examples, metric {task.metric}; "
-            f"{counts.duplicate_train_rows} duplicate train rows, "
-            f"{counts.test_rows_in_train} test rows stand in train"
-            + (f", {counts.dropped_train_rows} train rows dropped" if counts.dropped_train_rows else "")
-        )
+        beside = f", beside it {', '.join(task.beside)}" if task.beside else ""
+        console.print(f"{len(task.train)} train and {len(task.test)} test examples, metric {task.metric}{beside}")
+        console.print(noticed(task), soft_wrap=True)
         console.print(f"first train example, {len(row['input_ids'])} tokens, [supervised] in brackets:", markup=False)
         console.print(masked(setup, row), markup=False, soft_wrap=True)
     console.rule("plan", align="left")
     for line in plan_lines(setup):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def noticed(task: Task) -> str:
+    """What is odd about a task's rows, in a line."""
+    counts = task.counts
+    said = [
+        f"{counts.duplicate_train_rows} duplicate train rows",
+        f"{counts.test_rows_in_train} test rows stand in train",
+    ]
+    for count, what in (
+        (counts.contradicting_train_rows, "train rows ask again with another answer"),
+        (counts.duplicate_test_rows, "duplicate test rows"),
+        (counts.test_rows_in_other_tasks, "test rows stand in the train rows of other tasks"),
+        (counts.dropped_train_rows, "train rows dropped"),
+    ):
+        said += [f"{count} {what}"] if count else []
+    return ", ".join(said)
 
 
 def masked(setup: Setup, row: dict[str, Any]) -> str:
@@ -64,6 +79,8 @@ def plan_lines(setup: Setup) -> list[str]:
         seen = round(sum(len(row["input_ids"]) for row in rows) * min(epochs, steps * training.batch_size / len(rows)))
         total += seen
         lines.append(f"stage {stage.index} {stage.name}: {len(rows)} rows, {steps} steps, {seen:,} tokens")
+    if setup.stream.samples is not None:
+        lines.append(f"general samples of the stream, for a method's path: {setup.stream.samples}")
     if not setup.stages:
         lines.append("no stages: the model stays as it is")
     tests = sum(len(task.test) for task in setup.stream.tasks)
@@ -72,7 +89,8 @@ def plan_lines(setup: Setup) -> list[str]:
     lines += [
         f"training sees {total:,} tokens of the tasks; methods may add rehearsal rows",
         f"evaluation: {tests} test examples, {times} times, and {len(setup.general)} general measures",
-        f"{setup.encoder.truncated} train examples were shortened to max_length",
+        f"{setup.encoder.truncated} train examples were shortened to max_length"
+        + (f", of {setup.encoder.cut_answers} the answer too" if setup.encoder.cut_answers else ""),
         f"weights: about {size / 2**30:.3f} GiB; a full checkpoint about {3 * size / 2**30:.3f} GiB; "
         f"{free_gib(Path(config.output)):.0f} GiB are free for {config.output}",
     ]

@@ -52,8 +52,16 @@ class Named(Section):
         return dict(self.model_extra or {})
 
 
-class TaskConfig(Section):
-    """One task of a stream that is composed by hand."""
+def _text(value: Any) -> Any:
+    """Names of tasks may be years, which YAML reads as numbers."""
+    return str(value) if type(value) is int else value
+
+
+TaskName = Annotated[str, BeforeValidator(_text)]
+
+
+class TaskOptions(Section):
+    """How a task's rows are read and scored."""
 
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -62,8 +70,52 @@ class TaskConfig(Section):
     format: str | None = Field(
         None, description="prompt_answer, sentence_label, messages, sharegpt, alpaca or text; detected where absent"
     )
-    metric: str | None = Field(None, description="accuracy, rouge_l or loss; by format where absent")
+    metric: str | None = Field(
+        None, description="how it is scored (`holdfast streams --metrics` lists the metrics); by format where absent"
+    )
+    beside: list[str] = Field(
+        default_factory=list, description="further metrics of the same responses, reported beside the score matrix"
+    )
+    labels: list[str] | None = Field(
+        None, description="every answer there may be; a sentence_label folder has them in labels.json"
+    )
     instruction: str | None = Field(None, description="instruction put before each sentence of a sentence_label task")
+    prompt: str | None = Field(
+        None, description="how a sentence_label row is asked, from {instruction}, {labels} and {sentence}"
+    )
+    input: str | None = Field(
+        None,
+        description="regular expression whose group 1 is what a prompt is about: what sari compares with, and what is "
+        "cut where a row is too long",
+    )
+    turns: Literal["last", "each"] = Field(
+        "last", description="a test conversation is asked for its last answer, or for each after the true ones before"
+    )
+    max_new_tokens: int | None = Field(None, ge=1, description="longest response, where evaluation does not say")
+
+    @model_validator(mode="after")
+    def _prompt_and_input(self) -> TaskOptions:
+        if self.prompt is not None:
+            unknown = set(re.findall(r"\{\w*\}", self.prompt)) - {"{instruction}", "{labels}", "{sentence}"}
+            if unknown or self.prompt.count("{sentence}") != 1:
+                raise ValueError("prompt: must hold {sentence} once, and of {...} else only {instruction} and {labels}")
+        if self.input is not None:
+            try:
+                groups = re.compile(self.input).groups
+            except re.error as error:
+                raise ValueError(f"input: {self.input!r} is no regular expression: {error}") from None
+            if groups != 1:
+                raise ValueError(f"input: {self.input!r} must have exactly one group, around what the prompt is about")
+        return self
+
+
+class TaskConfig(TaskOptions):
+    """One task of a stream that is composed by hand."""
+
+    name: TaskName = Field(description="what the task is called in the matrix and the report")
+    path: str | None = Field(None, description="folder with train, eval (or dev) and test files")
+    dataset: str | None = Field(None, description="a Hugging Face dataset: hub name or local folder")
+    subset: str | None = Field(None, description="configuration name of the Hugging Face dataset")
 
     @model_validator(mode="after")
     def _one_source(self) -> TaskConfig:
@@ -72,23 +124,54 @@ class TaskConfig(Section):
         return self
 
 
-class StreamConfig(Section):
-    """Tasks in an order: a built-in stream by name, a folder of task folders, or a list of tasks."""
+def _order(value: Any) -> Any:
+    if isinstance(value, list):
+        value = [_text(name) for name in value]
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError(f"must be names of tasks, not {value!r}")
+        if len(value) == 0 or len(set(value)) != len(value):
+            raise ValueError("must name at least one task, and each task once")
+    elif isinstance(value, str) and value.startswith("random") and not re.fullmatch(r"random:\d+", value):
+        raise ValueError(f"{value!r} must say its seed, for example random:0")
+    elif value is not None and not isinstance(value, str):
+        raise ValueError(f"must be a list of tasks, reverse, random:SEED or an order by name, not {value!r}")
+    return value
 
-    name: str | None = Field(None, description="a built-in stream (`holdfast streams` lists them)")
-    path: str | None = Field(None, description="folder in which every task is a folder with train and test files")
+
+class StreamConfig(Section):
+    """Tasks in an order: a stream by name, a folder of task folders, or a list of tasks."""
+
+    name: str | None = Field(None, description="a benchmark or the built-in stream (`holdfast streams` lists them)")
+    path: str | None = Field(
+        None, description="folder of the named stream's data; alone, one in which every task is a folder"
+    )
+    paths: dict[TaskName, str] = Field(
+        default_factory=dict, description="folders of single tasks of a named stream whose data lie elsewhere"
+    )
     tasks: list[TaskConfig] | None = Field(None, description="tasks composed by hand")
-    order: list[str] | None = Field(None, description="names of the tasks to learn, in order; all of them where absent")
+    order: Annotated[list[str] | str | None, BeforeValidator(_order)] = Field(
+        None,
+        description="the tasks to learn, in order: their names, reverse, random:SEED, or an order of the named stream; "
+        "where absent, all of them",
+    )
+    scoring: Literal["strict", "source"] = Field(
+        "strict",
+        description="whether a named stream is scored by whole answers or as its source does, where that differs; "
+        "the other figure stands beside it",
+    )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="options of a built-in stream, for example {size: 40, seed: 1} of chronicle"
+        default_factory=dict,
+        description="options of a stream that is made, for example {size: 40, seed: 1} of chronicle",
     )
 
     @model_validator(mode="after")
     def _one_source(self) -> StreamConfig:
-        if sum(x is not None for x in (self.name, self.path, self.tasks)) != 1:
-            raise ValueError("give exactly one of name (a built-in stream), path (a folder) and tasks (a list)")
-        if self.order is not None and (len(self.order) == 0 or len(set(self.order)) != len(self.order)):
-            raise ValueError("order must name at least one task, and each task once")
+        if (self.tasks is not None) == (self.name is not None or self.path is not None):
+            raise ValueError("give name (a stream, with the path of its data), or path (a folder), or tasks (a list)")
+        if self.name is None:
+            for key in ("paths", "scoring"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"{key}: only a named stream (stream.name) has it")
         return self
 
 
@@ -103,6 +186,10 @@ class DataConfig(Section):
     )
     supervise: Literal["answer", "all"] = Field("answer", description="tokens that the loss counts")
     packing: bool = Field(False, description="put several short rows into one sequence of max_length tokens")
+    long_answers: Literal["error", "cut"] = Field(
+        "error",
+        description="train rows whose answer alone is too long: stop, or cut its end, so that it has no end token",
+    )
     on_overlap: Literal["error", "warn", "drop"] = Field(
         "warn", description="what to do with test rows that stand in the train split; drop removes them from train"
     )
@@ -169,6 +256,31 @@ def _increase(value: float | str | None) -> float | str | None:
     return value
 
 
+class JudgeConfig(Section):
+    """The language model that metric judge asks, behind an OpenAI-compatible endpoint."""
+
+    url: str = Field(description="base of the endpoint, for example http://localhost:8000/v1")
+    model: str = Field(description="the judge's name at the endpoint")
+    key_variable: str = Field("OPENAI_API_KEY", description="environment variable that holds the key, if one is needed")
+    prompt: str = Field(
+        "Question:\n{question}\n\nRight answer:\n{answer}\n\nResponse:\n{response}\n\n"
+        "Does the response say what the right answer says, in whatever words? Reply with one word: "
+        "correct or incorrect.",
+        description="what the judge is asked, from {question}, {answer} and {response}; it must reply with correct or "
+        "incorrect",
+    )
+    max_tokens: int = Field(512, ge=1, description="longest reply of the judge")
+    concurrency: int = Field(8, ge=1, description="requests under way at once", json_schema_extra=FREE)
+    timeout: float = Field(60.0, gt=0, description="seconds that a request may take", json_schema_extra=FREE)
+    retries: int = Field(5, ge=0, description="how often a request that failed is repeated", json_schema_extra=FREE)
+
+    @model_validator(mode="after")
+    def _asks_about_the_response(self) -> JudgeConfig:
+        if "{response}" not in self.prompt:
+            raise ValueError("prompt: must hold {response}, what is judged")
+        return self
+
+
 class EvaluationConfig(Section):
     """What is measured after every stage."""
 
@@ -179,6 +291,11 @@ class EvaluationConfig(Section):
     general: list[GeneralConfig] | None = Field(
         None, description="measures of general ability; where absent, those of the stream itself"
     )
+    similarity_model: str = Field(
+        "paraphrase-multilingual-MiniLM-L12-v2",
+        description="Sentence Transformers model of metric semantic_similarity: folder or hub name",
+    )
+    judge: JudgeConfig | None = Field(None, description="the language model that metric judge asks")
     bootstrap: int = Field(1000, ge=0, description="resamples for 95 % intervals over test examples; 0 turns them off")
     every: int | None = Field(
         None,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,7 +19,8 @@ from holdfast.directory import RunDirectory, current_stage, open_directory, slug
 from holdfast.errors import ConfigError, GateFailed, Interrupted, RunDirectoryError, UserError
 from holdfast.evaluation.at_test import Evaluation
 from holdfast.evaluation.general import evaluate_general, matrix_name
-from holdfast.evaluation.respond import evaluate_task, response_limit, task_score
+from holdfast.evaluation.respond import evaluate_task, response_limit
+from holdfast.evaluation.score import beside_score, scorer, statistics, task_score, total
 from holdfast.files import is_disk_full, read_json, read_jsonl, whole_folder, write_json, write_jsonl
 from holdfast.gate import Increase, failed, judge, record
 from holdfast.interrupt import Interrupt
@@ -264,10 +264,11 @@ class Run:
             methods=self.setup.applied,
             batch_size=config.evaluation.batch_size,
             seed=config.seed,
+            scorers=self.setup.stream.scorers,
         )
 
     def _response_limit(self, task: Task) -> int | None:
-        if task.metric != "loss" and task.name not in self._limits:
+        if scorer(task.metric).reads == "response" and task.name not in self._limits:
             self._limits[task.name] = response_limit(self.setup.encoder, task)
         return self._limits.get(task.name)
 
@@ -335,20 +336,28 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
         ]
         for row in rows
     ]
-    samples = [[None if r is None else np.array([x["score"] for x in r]) for r in row] for row in rows]
-    tokens = [None if r is None or "tokens" not in r[0] else np.array([x["tokens"] for x in r]) for r in rows[0]]
+    columns = {
+        task.name: {name: [row[j] and beside_score(row[j], name) for row in rows] for name in task.beside}
+        for j, task in enumerate(tasks)
+    }
+    samples = [
+        [None if r is None else statistics(r, task.metric) for task, r in zip(tasks, row, strict=True)] for row in rows
+    ]
+    totals = [total(task.metric) for task in tasks]
     resamples = setup.config.evaluation.bootstrap
     return {
         "tasks": [task.name for task in tasks],
         "metrics": metrics,
         "scores": scores,
+        "beside": {task: values for task, values in columns.items() if values},
+        "floors": {task.name: scores[0][j] for j, task in enumerate(tasks) if setup.stream.scorers[task.metric].floor},
         "general": general,
         "joint": scores[-1] if setup.methods[0].schedule == "joint" else None,
         "summary": summarize(scores, metrics=metrics, general=general),
         "clipped_backward_transfer": clipped_backward_transfer(scores, metrics=metrics),
         "by_task": by_task(scores, metrics=metrics),
         "curves": read_curves(setup, directory, scores),
-        "intervals": intervals(samples, metrics=metrics, weights=tokens, resamples=resamples) if resamples else {},
+        "intervals": intervals(samples, metrics=metrics, totals=totals, resamples=resamples) if resamples else {},
     }
 
 

@@ -61,6 +61,7 @@ class Setup:
     def facts(self) -> dict[str, Any]:
         """What run.json says of the data."""
         return {
+            "stream": {"name": self.stream.name, "version": self.stream.version},
             "tasks": {
                 task.name: {
                     "train": len(task.train),
@@ -73,6 +74,7 @@ class Setup:
             },
             "max_length": self.max_length,
             "truncated_train_rows": self.encoder.truncated,
+            "cut_answers": self.encoder.cut_answers,
         }
 
 
@@ -91,8 +93,14 @@ def prepare(config: RunConfig) -> Setup:
     model_config = load_model_config(config.model)
     max_length = resolve_max_length(config.data.max_length, model_config, tuner.virtual_tokens)
     tokenizer = load_tokenizer(config.model)
-    encoder = Encoder(tokenizer, max_length=max_length, template=config.data.template, supervise=config.data.supervise)
-    stream = load_stream(config.stream, config.data)
+    encoder = Encoder(
+        tokenizer,
+        max_length=max_length,
+        template=config.data.template,
+        supervise=config.data.supervise,
+        long_answers=config.data.long_answers,
+    )
+    stream = load_stream(config.stream, config.data, config.evaluation)
     general = load_general(config.evaluation.general, stream)
     check_watching(config, general, stream.tasks)
     stages = plan(chosen, stream)

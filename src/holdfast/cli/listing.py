@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from holdfast.streams import Definition
 
 Name = Annotated[str | None, typer.Argument(help="Show this one in full.", show_default=False)]
 
@@ -27,17 +30,49 @@ def tuners(name: Name = None) -> None:
     _show({name: tuners[name]} if name else tuners, bool(name))
 
 
-def streams() -> None:
-    """List the built-in streams."""
-    import importlib
-    from inspect import getdoc
+def streams(
+    name: Name = None,
+    metrics: Annotated[bool, typer.Option("--metrics", help="List the metrics that tasks can be scored by.")] = False,
+) -> None:
+    """List the streams that are known by name."""
+    from holdfast.evaluation.scorers import CONFIGURED, SCORERS
+    from holdfast.streams import find, known
 
-    from holdfast.data.load import BUILT_IN
+    if metrics:
+        for metric, about in ({m: scorer.about for m, scorer in SCORERS.items()} | CONFIGURED).items():
+            print(f"{metric:23} {about}")
+    elif name is None:
+        for stream, definition in known().items():
+            print(f"{stream:15} {definition.about}")
+        print("\nholdfast streams NAME shows one in full: its tasks, metrics and orders, and where its data are obtained.")
+        print("Any folder of task folders is a stream too: stream: {path: FOLDER, order: [TASK, ...]}")
+    else:
+        _show_stream(name, find(name))
 
-    for name, module in BUILT_IN.items():
-        text = getdoc(getattr(importlib.import_module(module), name)) or ""
-        print(f"{name:12} {text.splitlines()[0]}")
-    print("\nAny folder of task folders is a stream too: stream: {path: FOLDER, order: [TASK, ...]}")
+
+def _show_stream(name: str, definition: Definition) -> None:
+    from inspect import getdoc, signature
+
+    from holdfast.streams import maker
+
+    print(f"{name}, version {definition.version}\n\n{definition.about}\n\nobtained from: {definition.source}\n")
+    keys = {"name": name} | ({"path": "FOLDER"} if definition.needs_path else {})
+    if definition.make is None:
+        print("tasks, their metrics and the source's own where it differs (scoring: source):")
+        for task in definition.tasks:
+            print(f"  {task.name:12} {task.metric}" + (f" ({task.source_metric})" if task.source_metric else ""))
+    else:
+        make = maker(definition)
+        print(getdoc(make) or "")
+        options = [key for key in signature(make).parameters if key != "path"]
+        if options:
+            keys |= {"options": "{" + ", ".join(f"{key}: ..." for key in options) + "}"}
+        source = definition.defaults.get("source_metric")
+        print(f"\nmetric: {definition.defaults['metric']}" + (f" ({source})" if source else ""))
+    print("\norders, beside that of the list, reverse and random:SEED:" if definition.orders else "", end="")
+    for order, tasks in definition.orders.items():
+        print(f"\n  {order}: {', '.join(tasks)}", end="")
+    print(f"\n\nstream: {{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}")
 
 
 def _show(classes: dict[str, Any], full: bool) -> None:
@@ -64,5 +99,7 @@ def _company(cls: Any) -> list[str]:
     lines = []
     if getattr(cls, "tuners", ()):
         lines.append(f"tuner: {' or '.join(cls.tuners)}, since {cls.tuners_reason}\n")
+    elif hasattr(cls, "default_tuner"):
+        lines.append(f"tuner: any; {cls.default_tuner} where none is named\n")
     lines += [f"not with {other}: {reason}\n" for other, reason in getattr(cls, "not_with", {}).items()]
     return lines

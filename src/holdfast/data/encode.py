@@ -38,6 +38,9 @@ class Encoder:
             the end-of-sequence token after it. auto: chat where the tokenizer has such a template.
         supervise: answer: the loss counts the tokens of all answers with their ends. all: every token but a
             beginning-of-sequence token.
+        long_answers: what becomes of a training sequence that is too long even without its input. error: it is
+            refused. cut: its last answer loses its end, down to half of ``max_length`` where the input needs the rest,
+            and the sequence its end token.
 
     Raises:
         ConfigError: template is chat and the tokenizer has no chat template.
@@ -50,6 +53,7 @@ class Encoder:
         max_length: int,
         template: Literal["auto", "chat", "plain"] = "auto",
         supervise: Literal["answer", "all"] = "answer",
+        long_answers: Literal["error", "cut"] = "error",
     ):
         if template == "chat" and not tokenizer.chat_template:
             raise ConfigError("data.template: is chat, but the tokenizer has no chat template; plain or auto would do")
@@ -57,7 +61,9 @@ class Encoder:
         self.max_length = max_length
         self.supervise = supervise
         self.chat = template != "plain" and bool(tokenizer.chat_template)
+        self._cuts_answers = long_answers == "cut"
         self._shortened: set[tuple[str, int]] = set()
+        self._cut: set[tuple[str, int]] = set()
 
         self._begin = begin_tokens(tokenizer)
         self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -69,6 +75,11 @@ class Encoder:
     def truncated(self) -> int:
         """Examples that were shortened so far, each counted once."""
         return len(self._shortened)
+
+    @property
+    def cut_answers(self) -> int:
+        """Examples among them whose answer lost its end, each counted once."""
+        return len(self._cut)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -250,6 +261,15 @@ class Encoder:
             return parts
         spans = self._cut_spans(example, number, pieces, tokens)
         sizes = [last - first for _, first, last in spans]
+        if sum(sizes) < excess and self._cuts_answers and pieces[-1].answer:
+            if pieces[-1].ends:
+                pieces[-1] = replace(pieces[-1], ends=False)
+                excess -= len(self._end)
+            surplus = max(0, excess - sum(sizes), min(excess, len(parts[-1]) - self.max_length // 2))
+            kept = max(1, len(parts[-1]) - surplus)
+            excess -= len(parts[-1]) - kept
+            parts[-1] = parts[-1][:kept]
+            self._cut.add((example.file, example.row))
         if sum(sizes) < excess:
             raise DataError(
                 f"{where(example.file, example.row)}: has {length} tokens, of which {sum(sizes)} are input that may be "
@@ -257,6 +277,7 @@ class Encoder:
                 f"data.max_length={self.max_length}"
                 + (f" less {reserve} for the response (evaluation.max_new_tokens)" if reserve else "")
                 + "; raise data.max_length, or shorten the row"
+                + ("" if reserve or self._cuts_answers else "; data.long_answers=cut cuts the end of its answer")
             )
         self._shortened.add((example.file, example.row))
         for (index, first, last), keep in reversed(list(zip(spans, _levelled(sizes, excess), strict=True))):

@@ -136,6 +136,9 @@ def to_examples(
     file: str | Path,
     labels: list[str] | None = None,
     instruction: str | None = None,
+    prompt: str | None = None,
+    input: str | None = None,
+    each: bool = False,
 ) -> list[Example]:
     """Turn the rows of one split into examples.
 
@@ -143,8 +146,11 @@ def to_examples(
         rows: what `read_rows` returned.
         format: one of `KEYS`.
         file: where the rows came from, for messages.
-        labels: the labels that a sentence_label row may have; None: any.
+        labels: the answers that a row may have; None: any.
         instruction: what is asked about each sentence of a sentence_label split.
+        prompt: how a sentence_label row is asked; where absent, as :func:`asked` says.
+        input: regular expression whose group 1 is what the prompt of a prompt_answer row is about; None: all of it.
+        each: a conversation gives an example for each of its answers, after the true ones before, not for its last.
 
     Raises:
         ConfigError: the format is unknown.
@@ -152,13 +158,18 @@ def to_examples(
     """
     if format not in KEYS:
         raise ConfigError(f"format: unknown format {format!r}{did_you_mean(format, KEYS)}")
+    template = asked(instruction, labels, prompt)
     examples = []
     for index, row in enumerate(rows):
         try:
             if format == "text":
                 examples.append(Example(file=str(file), row=index, text=_field(row, "text")))
-            else:
-                examples.append(Example(file=str(file), row=index, turns=_turns(row, format, labels, instruction)))
+                continue
+            turns = _turns(row, format, template, input)
+            ends = [end for end, turn in enumerate(turns, 1) if turn.role == "assistant"]
+            for number, end in enumerate(ends) if each else [(None, ends[-1])]:
+                _check_label(turns[end - 1].content, labels)
+                examples.append(Example(file=str(file), row=index, turns=turns[:end], number=number))
         except _BadRowError as error:
             raise DataError(f"{where(file, index, row)}: {error}") from None
     return examples
@@ -168,27 +179,35 @@ class _BadRowError(Exception):
     """The reason why a row cannot be used."""
 
 
-def _turns(row: dict[str, Any], format: str, labels: list[str] | None, instruction: str | None) -> tuple[Turn, ...]:
+def asked(instruction: str | None, labels: list[str] | None, prompt: str | None = None) -> str:
+    """How a sentence_label row is asked, with {sentence} in its place.
+
+    O-LoRA's prompt where none is given: instruction, options, sentence, "Answer:". Without an instruction the sentence
+    asks itself.
+    """
+    if prompt is None:
+        options = "Option: {labels}\n" if labels else ""
+        prompt = ("{instruction}\n" + options if instruction else "") + "{sentence}\nAnswer:"
+    return prompt.replace("{labels}", ", ".join(labels or [])).replace("{instruction}", (instruction or "").rstrip())
+
+
+def _turns(row: dict[str, Any], format: str, template: str, input: str | None) -> tuple[Turn, ...]:
     match format:
         case "prompt_answer":
             prompt = _field(row, "prompt")
-            return Turn("user", prompt, (0, len(prompt))), Turn("assistant", _field(row, "answer").strip())
+            return Turn("user", prompt, _about(prompt, input)), Turn("assistant", _field(row, "answer").strip())
         case "sentence_label":
             sentence, label = _field(row, "sentence"), _field(row, "label").strip()
-            if labels is not None and label not in labels:
-                near = did_you_mean(label, labels)
-                raise _BadRowError(
-                    f"label: {label!r} is not one of the labels ({', '.join(labels)})"
-                    + (near if near.startswith("; did") else "")
-                )
-            return _question(sentence, labels, instruction), Turn("assistant", label)
+            before, _, after = template.partition("{sentence}")
+            cut = (len(before), len(before) + len(sentence))
+            return Turn("user", before + sentence + after, cut), Turn("assistant", label)
         case "alpaca":
-            instruction, input = _field(row, "instruction"), _field({"input": ""} | row, "input", may_be_empty=True)
-            asked = Turn("user", instruction)
-            if input.strip():
+            instruction, text = _field(row, "instruction"), _field({"input": ""} | row, "input", may_be_empty=True)
+            question = Turn("user", instruction)
+            if text.strip():
                 start = len(instruction) + 1
-                asked = Turn("user", f"{instruction}\n{input}", (start, start + len(input)))
-            return asked, Turn("assistant", _field(row, "output").strip())
+                question = Turn("user", f"{instruction}\n{text}", (start, start + len(text)))
+            return question, Turn("assistant", _field(row, "output").strip())
         case "messages":
             return _conversation(row, "messages", "role", "content", {r: r for r in ("system", "user", "assistant")})
         case "sharegpt":
@@ -196,14 +215,23 @@ def _turns(row: dict[str, Any], format: str, labels: list[str] | None, instructi
     raise AssertionError(format)
 
 
-def _question(sentence: str, labels: list[str] | None, instruction: str | None) -> Turn:
-    """O-LoRA's prompt: instruction, options, sentence, "Answer:"; without an instruction the sentence asks itself."""
-    before = ""
-    if instruction:
-        before = instruction.rstrip() + "\n"
-        if labels:
-            before += f"Option: {', '.join(labels)}\n"
-    return Turn("user", f"{before}{sentence}\nAnswer:", (len(before), len(before) + len(sentence)))
+def _about(prompt: str, input: str | None) -> tuple[int, int]:
+    """The span of a prompt that says what it is about."""
+    if input is None:
+        return 0, len(prompt)
+    found = re.search(input, prompt)
+    if found is None:
+        raise _BadRowError(f"prompt: does not match {input!r}, the task's input")
+    return found.span(1)
+
+
+def _check_label(answer: str, labels: list[str] | None) -> None:
+    if labels is not None and answer not in labels:
+        near = did_you_mean(answer, labels)
+        raise _BadRowError(
+            f"label: {answer!r:.60} is not one of the labels ({', '.join(labels)})"
+            + (near if near.startswith("; did") else "")
+        )
 
 
 def _conversation(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from holdfast.data.encode import Encoder
     from holdfast.data.task import Example, Task
+    from holdfast.evaluation.scorers import Scorer
     from holdfast.methods.base import Method, Row
 
 
@@ -27,6 +28,7 @@ class Evaluation:
         batch_size: sequences in one forward pass.
         methods: asked in this order.
         seed: of the run; methods draw their random choices at test time from it.
+        scorers: of metrics that need more than their name, by name.
     """
 
     model: PreTrainedModel | PeftModel
@@ -34,6 +36,7 @@ class Evaluation:
     batch_size: int
     methods: Sequence[Method] = field(default_factory=list)
     seed: int = 0
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
 
     def ask(self, task: Task, example: Example, reserve: int) -> Example:
         """What the model is asked instead of a test example; ``reserve`` tokens are left for the response."""

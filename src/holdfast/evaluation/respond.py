@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from holdfast.data.task import Example, Task
-from holdfast.evaluation.score import SCORERS
+from holdfast.data.task import Example, Task, Turn
+from holdfast.evaluation.score import named, response_records, score_records
+from holdfast.evaluation.scorers import SCORERS
+from holdfast.evaluation.scorers.choice import ChoiceLikelihood
 from holdfast.generation import generate, inference
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
     from holdfast.data.encode import Encoder
     from holdfast.evaluation.at_test import Evaluation
+
+OnBatch = Callable[[int, int], None] | None
 
 MARGIN = 8  # tokens that a response may be longer than the longest train answer
 
@@ -40,20 +45,60 @@ def evaluate_task(
         on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
 
     Returns:
-        One record a test example, in order: row, prompt, answer, response and score; for metric loss: row,
-        score (mean negative log-likelihood per supervised token, in nats) and tokens (how many these are).
+        One scored record a test example, in order: row, prompt, answer, response and score. Where choices are
+        compared, the response is the likeliest, and choices, choice_nats and choice_tokens say how likely each is; of
+        losses there are row, score, and nats and tokens (the negative log-likelihood, and of how many tokens).
 
     Raises:
         DataError: a test example cannot be encoded in the encoder's ``max_length``, or has no token to predict.
-        ConfigError: the library that computes the metric is not installed.
+        ConfigError: a library or an endpoint that a metric needs cannot be used.
     """
+    scorers = {**SCORERS, **evaluation.scorers}
+    match scorers[task.metric].reads:
+        case "loss":
+            records = _losses(evaluation, task, on_batch)
+        case "choices":
+            records = _choices(evaluation, task, on_batch)
+        case "response":
+            records = response_records(task, _responses(evaluation, task, max_new_tokens, on_batch))
+    return score_records(task, records, scorers)
+
+
+def _losses(evaluation: Evaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
+    losses, counts = example_losses(evaluation, task.test, on_batch=on_batch)
+    return [
+        named(example) | {"nats": float(nats), "tokens": int(tokens)}
+        for example, nats, tokens in zip(task.test, losses, counts, strict=True)
+    ]
+
+
+def _choices(evaluation: Evaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
+    """Each choice in the place of the answer, with its negative log-likelihood."""
     encoder = evaluation.encoder
-    if task.metric == "loss":
-        losses, counts = example_losses(evaluation, task.test, on_batch=on_batch)
-        return [
-            {"row": example.row, "score": float(loss / n), "tokens": int(n)}
-            for example, loss, n in zip(task.test, losses, counts, strict=True)
-        ]
+    offered = [example.choices or tuple(task.labels or ()) for example in task.test]
+    examples = []
+    for example, choices in zip(task.test, offered, strict=True):
+        each = [replace(example, turns=(*example.turns[:-1], Turn("assistant", choice))) for choice in choices]
+        asked = evaluation.ask(task, example, max(encoder.answer_length(choice) for choice in each))
+        examples += [replace(asked, turns=(*asked.turns[:-1], choice.turns[-1])) for choice in each]
+    losses, counts = example_losses(evaluation, examples, on_batch=on_batch)
+    ends = np.cumsum([len(choices) for choices in offered])[:-1]
+    records: list[dict[str, Any]] = []
+    for example, choices, nats, tokens in zip(
+        task.test, offered, np.split(losses, ends), np.split(counts, ends), strict=True
+    ):
+        record = named(example) | {"prompt": example.question, "answer": example.answer, "response": ""}
+        record |= {"choices": list(choices), "choice_nats": nats.tolist(), "choice_tokens": tokens.tolist()}
+        scorer = evaluation.scorers.get(task.metric, SCORERS[task.metric])
+        assert isinstance(scorer, ChoiceLikelihood)
+        record["response"] = choices[scorer.likeliest(record)]
+        records.append(record)
+    return records
+
+
+def _responses(evaluation: Evaluation, task: Task, max_new_tokens: int | None, on_batch: OnBatch) -> list[str]:
+    """The model's response to each test example."""
+    encoder = evaluation.encoder
     if max_new_tokens is None:
         max_new_tokens = response_limit(encoder, task)
     asked = [evaluation.ask(task, example, max_new_tokens) for example in task.test]
@@ -74,31 +119,14 @@ def evaluate_task(
             for i, tokens in zip(part, found, strict=True):
                 responses[i] = tokens
             done += len(part)
-    score = SCORERS[task.metric]
-    records = []
-    for example, tokens in zip(task.test, responses, strict=True):
-        response = encoder.decode(tokens)
-        records.append(
-            {
-                "row": example.row,
-                "prompt": example.question,
-                "answer": example.answer,
-                "response": response,
-                "score": score(response, example.answer),
-            }
-        )
-    return records
+    return [encoder.decode(tokens) for tokens in responses]
 
 
 def response_limit(encoder: Encoder, task: Task) -> int:
-    """Tokens that a response needs: those of the longest train answer, with its end, and 8 more."""
-    return max(encoder.answer_length(example) for example in task.train) + MARGIN
-
-
-def task_score(records: Sequence[dict[str, Any]], metric: str) -> float:
-    """The score of a task from its records: their mean; for metric loss, nats per token over all tokens."""
-    weights = [record["tokens"] for record in records] if metric == "loss" else None
-    return float(np.average([record["score"] for record in records], weights=weights))
+    """Tokens that a response may have: those of the longest train answer, with its end, and 8 more; but no more than
+    the task allows, nor than half of the encoder's ``max_length``, which prompts need too."""
+    longest = max(encoder.answer_length(example) for example in task.train) + MARGIN
+    return min(longest, task.max_new_tokens or longest, max(encoder.max_length // 2, 1))
 
 
 def example_losses(

@@ -1,82 +1,80 @@
-"""Scores of one response against its answer, in [0, 1], by name of the metric."""
+"""From responses to records with scores, and from records to the score of a task."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast.errors import ConfigError
+import numpy as np
+from numpy.typing import NDArray
 
-# What may stand before and after an answer without being part of it. Signs that carry a meaning there (-5, .5, 5%, C#)
-# are not among them.
-_QUOTES = "\"'`"
-_BEFORE = _QUOTES + "¿¡"
-_AFTER = _QUOTES + ".,;:!?。、।؟،؛"
-
-# One token a character in scripts that write no spaces between words (kana, Han, Thai, Lao, Khmer, Burmese).
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+from holdfast.data.task import Example, Task
+from holdfast.evaluation.scorers import SCORERS, Record, Scorer
+from holdfast.metrics import Total
 
 
-def accuracy(response: str, answer: str) -> float:
-    """1 if the whole response equals the whole answer after :func:`normalize`, otherwise 0."""
-    return float(normalize(response) == normalize(answer))
+def response_records(task: Task, responses: Sequence[str]) -> list[dict[str, Any]]:
+    """One record a test example, in order, not scored yet: row, prompt, answer and response, and where the task has
+    them ``answers`` (all right ones) and ``input`` (what the prompt is about, without its instruction)."""
+    records = []
+    for example, response in zip(task.test, responses, strict=True):
+        record = named(example) | {"prompt": example.question, "answer": example.answer}
+        if example.also_right:
+            record["answers"] = [example.answer, *example.also_right]
+        if task.metric in ABOUT_INPUT or ABOUT_INPUT.intersection(task.beside):
+            record["input"] = example.input
+        records.append(record | {"response": response})
+    return records
 
 
-def normalize(text: str) -> str:
-    """Bring a response or an answer into the form in which accuracy compares them.
-
-    In order: Unicode NFKC and case folding (full-width forms, ligatures and capitals become plain); each run of
-    whitespace becomes one space, and none is left at the ends; quotation marks, opening brackets and ¿ ¡ are taken
-    off the beginning; quotation marks, closing brackets and . , ; : ! ? (and those of Chinese, Hindi and Arabic) off
-    the end. Text of nothing but such signs stays as it is. So "Positive." equals "positive", and "75" is not "7".
-    """
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    text = " ".join(text.split())
-    start, end = 0, len(text)
-    while start < end and _around(text[start], _BEFORE, "Ps"):
-        start += 1
-    while end > start and _around(text[end - 1], _AFTER, "Pe"):
-        end -= 1
-    return text[start:end] or text
+def named(example: Example) -> dict[str, Any]:
+    """What names a test example among those of its task: its row and, of a conversation's, its number."""
+    return {"row": example.row} | ({} if example.number is None else {"number": example.number})
 
 
-def _around(character: str, signs: str, bracket: str) -> bool:
-    # Unicode categories: Pi and Pf are quotation marks, Ps and Pe opening and closing brackets.
-    return character.isspace() or character in signs or unicodedata.category(character) in ("Pi", "Pf", bracket)
+ABOUT_INPUT = {"sari"}
+"""Metrics that compare with what a prompt is about; no other needs it in the records."""
 
 
-def rouge_l(response: str, answer: str) -> float:
-    """ROUGE-L F-measure (Lin 2004) over case-folded words, without stemming.
+def score_records(
+    task: Task, records: list[dict[str, Any]], scorers: Mapping[str, Scorer] = SCORERS
+) -> list[dict[str, Any]]:
+    """Give each record its ``score`` and, where the task has further metrics, their scores as ``beside``.
 
-    In scripts without spaces between words (Han, kana, Thai ...) every character is a word. The rouge-score library
-    computes it, and on plain English text its own default words give the same. An empty response scores 0.
+    Args:
+        scorers: of the task's metrics, by name.
 
     Raises:
-        ConfigError: the rouge-score library is not installed.
+        ConfigError: a library or an endpoint that a metric needs cannot be used.
     """
-    return float(_rouge().score(answer, response)["rougeL"].fmeasure)
+    for record, score in zip(records, scorers[task.metric].rows(records), strict=True):
+        record["score"] = score
+    for name in task.beside:
+        for record, score in zip(records, scorers[name].rows(records), strict=True):
+            record.setdefault("beside", {})[name] = score
+    return records
 
 
-class _Words:
-    """Tokenizer for rouge-score: its own knows the letters a to z only."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+def task_score(records: Sequence[Record], metric: str) -> float:
+    """The score of a task from its scored records: their mean for most metrics, and never for a loss, F1 or BLEU."""
+    return scorer(metric).corpus(records)
 
 
-@cache
-def _rouge() -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise ConfigError("metric rouge_l: needs the rouge-score library; pip install rouge-score") from None
-    return RougeScorer(["rougeL"], tokenizer=_Words())
+def beside_score(records: Sequence[Record], metric: str) -> float:
+    """The score of a task by one of the metrics beside its own."""
+    return task_score([{**record, "score": record["beside"][metric]} for record in records], metric)
 
 
-SCORERS: dict[str, Callable[[str, str], float]] = {"accuracy": accuracy, "rouge_l": rouge_l}
+def statistics(records: Sequence[Record], metric: str) -> NDArray[np.float64]:
+    """What :mod:`holdfast.metrics` resamples: ``[rows, k]``, of whose sums :func:`total` makes the task's score."""
+    return scorer(metric).statistics(records)
+
+
+def total(metric: str) -> Total:
+    """How a task's score follows from the sums of its rows' statistics."""
+    return scorer(metric).total
+
+
+def scorer(metric: str) -> Scorer:
+    """What makes a task's score of rows that are scored already; for that, no metric needs more than its name."""
+    return SCORERS.get(metric) or Scorer(metric)

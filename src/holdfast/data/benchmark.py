@@ -1,0 +1,187 @@
+"""Streams by name: their definition applied to the user's copy of the data."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+from holdfast.config import DataConfig, StreamConfig, TaskOptions, validate
+from holdfast.data.formats import SUFFIXES
+from holdfast.data.order import check_names, ordered
+from holdfast.data.source import SPLITS, Source, load_task, read_json_file, scored, split_files
+from holdfast.data.task import Stream, Task
+from holdfast.errors import ConfigError, DataError, did_you_mean
+from holdfast.evaluation.scorers import CONFIGURED
+from holdfast.streams import Definition, TaskDefinition, find, maker
+
+
+def load_benchmark(config: StreamConfig, data: DataConfig) -> Stream:
+    """Load a stream by name.
+
+    Raises:
+        ConfigError: there is no such stream, it lacks the path of its data, or an option is wrong.
+        DataError: a file is missing, with where it is obtained; a row cannot be used.
+    """
+    assert config.name is not None
+    definition = find(config.name)
+    if definition.make is not None:
+        stream = _made(config, definition, data)
+    else:
+        if config.options:
+            raise ConfigError(f"stream.options: {config.name} has none")
+        stream = _from_folders(config, definition, data)
+    stream.version = str(definition.version)
+    return stream
+
+
+def measured(task: TaskDefinition, scoring: str) -> TaskOptions:
+    """The metric that fills the score matrix, and those beside it: the strict one and the source's, either way round.
+
+    One that needs more than holdfast's own dependencies stands beside no other.
+    """
+    names = [task.metric, *([task.source_metric] if task.source_metric else [])]
+    if scoring == "source":
+        names.reverse()
+    beside = [name for name in [*names[1:], *task.beside] if name and name not in CONFIGURED]
+    return task.model_copy(update={"metric": names[0], "beside": list(dict.fromkeys(beside))})
+
+
+def group_instructions(file: Path) -> dict[str, str]:
+    """The zero-shot instruction of each group of tasks, as O-LoRA's benchmark states them; none without the file."""
+    if not file.is_file():
+        return {}
+    values = read_json_file(file)
+    try:
+        chosen = {
+            group: [entry["instruction"] for entry in entries if entry["instruction_type"] == "zero-shot"]
+            for group, entries in values.items()
+        }
+    except (AttributeError, KeyError, TypeError):
+        raise DataError(
+            f'{file}: must map each group of tasks to [{{"instruction_type": "zero-shot", "instruction": "..."}}]'
+        ) from None
+    return {group: texts[0] for group, texts in chosen.items() if texts}
+
+
+def _made(config: StreamConfig, definition: Definition, data: DataConfig) -> Stream:
+    """A stream that a function makes, from options, or from files of a layout of its own."""
+    make = maker(definition)
+    known = [name for name in inspect.signature(make).parameters if name != "path"]
+    for option in config.options:
+        if option not in known:
+            raise ConfigError(f"stream.options.{option}: {config.name} has no such option{did_you_mean(option, known)}")
+    if config.paths:
+        raise ConfigError(f"stream.paths: {config.name} does not lie in a folder a task; stream.path is enough")
+    options: dict[str, Any] = dict(config.options)
+    if definition.needs_path:
+        options["path"] = _root(config, definition)
+    elif config.path is not None:
+        raise ConfigError(f"stream.path: {config.name} needs no data; leave it out")
+    stream: Stream = make(**options)
+    tasks = {task.name: task for task in stream.tasks}
+    stream.tasks = [_limited(tasks[name], data) for name in ordered(list(tasks), config.order, definition.orders)]
+    for task in stream.tasks:
+        values = {"name": task.name} | definition.defaults
+        scored(task, measured(validate(TaskDefinition, values, f"stream {config.name}"), config.scoring))
+        task.asked = task.asked or str(definition.make)
+    return stream
+
+
+def _limited(task: Task, data: DataConfig) -> Task:
+    task.train, task.test = task.train[: data.train_rows], task.test[: data.test_rows]
+    return task
+
+
+def _from_folders(config: StreamConfig, definition: Definition, data: DataConfig) -> Stream:
+    assert config.name is not None
+    tasks = {task.name: task for task in definition.tasks}
+    for name in config.paths:
+        if name not in tasks:
+            raise ConfigError(f"stream.paths.{name}: {config.name} has no such task{did_you_mean(name, tasks)}")
+    names = ordered(list(tasks), config.order, definition.orders)
+    check_names(names)
+    root = _root(config, definition)
+    folders = {} if definition.files else _task_folders(root)
+    sources = []
+    for name in names:
+        obtained = f", or say where it lies (stream.paths.{name}); {config.name} is obtained from {definition.source}"
+        source = Source(name, measured(tasks[name], config.scoring), obtained=obtained)
+        if name in config.paths:
+            source.folder = Path(config.paths[name])
+        elif definition.files:
+            source.files = _files(root, name, definition, obtained)
+        else:
+            source.folder = _folder(root, name, folders.get(name, []), obtained)
+        if tasks[name].group is not None and definition.instructions is not None:
+            source.instruction = _instruction(root, source.folder, definition.instructions, str(tasks[name].group))
+        sources.append(source)
+    stream = Stream(config.name, [load_task(source, data) for source in sources])
+    samples = [file for folder in folders.get(definition.samples or "", []) for file in split_files(folder, "train")]
+    stream.samples = str(samples[0]) if samples else None
+    return stream
+
+
+def _root(config: StreamConfig, definition: Definition) -> Path:
+    """The folder of the stream's data."""
+    if config.path is None:
+        raise ConfigError(
+            f"stream.path: {config.name} needs the folder of its data, which is obtained from {definition.source}"
+        )
+    root = Path(config.path)
+    if not root.is_dir():
+        raise ConfigError(
+            f"stream.path: there is no folder {config.path!r} (looked from {Path.cwd()}); {config.name} is obtained "
+            f"from {definition.source}"
+        )
+    return root
+
+
+def _task_folders(root: Path) -> dict[str, list[Path]]:
+    """The folders at or below the root that hold a train or test file, by their name."""
+    found: dict[str, list[Path]] = {}
+    for place, below, _ in os.walk(root):
+        below.sort()
+        folder = Path(place)
+        if split_files(folder, "train") or split_files(folder, "test"):
+            found.setdefault(folder.resolve().name, []).append(folder)
+    return found
+
+
+def _folder(root: Path, task: str, folders: list[Path], obtained: str) -> Path:
+    if not folders:
+        raise DataError(
+            f"{root}: holds no folder {task!r} with a train or test file; leave the task out (stream.order){obtained}"
+        )
+    if len(folders) > 1:
+        raise ConfigError(
+            f"stream.path: task {task!r} could be {' or '.join(map(str, folders))}; say which (stream.paths.{task})"
+        )
+    return folders[0]
+
+
+def _files(root: Path, task: str, definition: Definition, obtained: str) -> dict[str, Path]:
+    """The file of each split, at the first of its places that holds one."""
+    found = {}
+    for split in SPLITS:
+        places = [root / place.format(task=task) for place in definition.files.get(split, [])]
+        files = [file for place in places for end in SUFFIXES if (file := place.with_name(place.name + end)).is_file()]
+        if files:
+            found[split] = files[0]
+        elif split != "eval":
+            looked = " or ".join(f"{place.relative_to(root)}{{{','.join(SUFFIXES)}}}" for place in places)
+            raise DataError(
+                f"{root}: task {task!r} has no {split} split; looked for {looked}; add one of these, leave the task "
+                f"out (stream.order){obtained}"
+            )
+    return found
+
+
+def _instruction(root: Path, folder: Path | None, name: str, group: str) -> str | None:
+    """The instruction of a group, from the nearest file of that name: above the task's folder, or below the root."""
+    above = [] if folder is None else [place for place in folder.parents if place.is_relative_to(root)]
+    for place in [*above, root, *sorted(path.parent for path in root.glob(f"*/{name}"))]:
+        if group in (instructions := group_instructions(place / name)):
+            return instructions[group]
+    return None

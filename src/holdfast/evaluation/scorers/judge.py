@@ -1,0 +1,63 @@
+"""A language model as judge of responses, through an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from holdfast.config import JudgeConfig
+from holdfast.endpoint import Endpoint
+from holdfast.errors import ConfigError
+from holdfast.evaluation.scorers.base import Record, Scorer, answers
+
+_VERDICT = re.compile(r"\b(correct|incorrect)\b", re.IGNORECASE)
+ATTEMPTS = 3  # at a verdict, with a temperature after the first
+
+
+class Judge(Scorer):
+    """1 if a language model finds that the response says what the answer says, otherwise 0.
+
+    The judge is given question, answer and response in the words of ``evaluation.judge.prompt`` and must reply with
+    "correct" or "incorrect"; the last of these words in its reply counts. An empty response is wrong without asking.
+    A judge errs and has tastes: compare runs by one judge only, and look at what it said of some responses.
+    """
+
+    needs = "evaluation.judge"
+
+    def __init__(self, config: JudgeConfig):
+        super().__init__("judge", about=f"{config.model} says that it means what the answer means")
+        self.config = config
+
+    @property
+    def identity(self) -> str:
+        return f"{super().identity} {self.config.model} {self.config.prompt}"
+
+    def rows(self, records: Sequence[Record]) -> list[float]:
+        config = self.config
+        endpoint = Endpoint(
+            config.url,
+            config.model,
+            key_variable=config.key_variable,
+            concurrency=config.concurrency,
+            timeout=config.timeout,
+            retries=config.retries,
+        )
+        scores = {i: 0.0 for i, record in enumerate(records) if not record["response"].strip()}
+        for attempt in range(ATTEMPTS):
+            left = [i for i in range(len(records)) if i not in scores]
+            questions = [[{"role": "user", "content": self._question(records[i])}] for i in left]
+            replies = endpoint.chat(questions, temperature=0.0 if attempt == 0 else 1.0, max_tokens=config.max_tokens)
+            for i, reply in zip(left, replies, strict=True):
+                if verdicts := _VERDICT.findall(reply):
+                    scores[i] = float(verdicts[-1].lower() == "correct")
+            if len(scores) == len(records):
+                return [scores[i] for i in range(len(records))]
+        raise ConfigError(
+            f"evaluation.judge: {config.model!r} gave no verdict on {len(records) - len(scores)} of {len(records)} "
+            f"responses in {ATTEMPTS} attempts each; it must say correct or incorrect, and said {replies[-1][:200]!r}"
+        )
+
+    def _question(self, record: Record) -> str:
+        """The judge's prompt; what responses hold stands in it as it is, braces and all."""
+        values = {"question": record["prompt"], "answer": " / ".join(answers(record)), "response": record["response"]}
+        return re.sub(r"\{(question|answer|response)\}", lambda found: values[found.group(1)], self.config.prompt)
