@@ -44,7 +44,7 @@ def streams(
     elif name is None:
         for stream, definition in known().items():
             print(f"{stream:15} {definition.about}")
-        print("\nholdfast streams NAME shows one in full: its tasks, metrics and orders, and where its data are obtained.")
+        print("\nholdfast streams NAME shows one in full: tasks, metrics, orders, and where its data are obtained.")
         print("Any folder of task folders is a stream too: stream: {path: FOLDER, order: [TASK, ...]}")
     else:
         _show_stream(name, find(name))

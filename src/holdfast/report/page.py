@@ -212,7 +212,9 @@ def _environment(run: Run) -> dict[str, str]:
     hardware = info.get("hardware") or {}
     parameters = info.get("parameters") or {}
     seconds = info.get("seconds") or {}
+    stream = info.get("stream")
     facts = {
+        "stream": f"{stream['name']}, version {stream['version']}" if stream else None,
         "engine": info["engine"],
         "processor": f"{hardware['cpu']}, {hardware['cores']} cores" if hardware else None,
         "memory": f"{hardware['memory_gib']:.0f} GiB" if hardware else None,
