@@ -9,7 +9,7 @@ from typing import Any
 
 from holdfast.config import load_config
 from holdfast.files import write_json, write_jsonl
-from holdfast.metrics import summarize
+from holdfast.metrics import clipped_backward_transfer, summarize
 
 NASTY = (
     "</script><script>window.attacked = true</script>",
@@ -91,6 +91,7 @@ def make_run(
     around = {key: None if value is None else [value - 0.05, value + 0.04] for key, value in summary.items()}
     joint = scores[T] if method == "joint" else None
     matrix = {
+        "clipped_backward_transfer": clipped_backward_transfer(scores, metrics=named),
         "tasks": tasks,
         "metrics": named,
         "scores": scores,
@@ -168,4 +169,6 @@ def _info(config: dict[str, Any], metrics: dict[str, str], rows: int, finished: 
         "started": "2025-03-01T09:00:00+00:00",
         "finished": "2025-03-01T09:04:00+00:00" if finished else None,
         "seconds": {"train": 150.0, "evaluate": 42.0},
+        "tokens": 250_000,
+        "peak_memory_gib": 1.5,
     }

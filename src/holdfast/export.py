@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast import methods, tuners
 from holdfast.config import ModelConfig, RunConfig, load_config
-from holdfast.directory import versions
+from holdfast.directory import current_stage, versions
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.files import read_json, whole_folder, write_json
 from holdfast.methods.base import Method
@@ -64,7 +64,7 @@ def export(
     Args:
         run: a run's directory.
         to: the folder to write, whole or not at all; an earlier export there is replaced.
-        stage: from 1; the last complete one where absent.
+        stage: from 1; where absent, the last complete one, or the one to which the run's gate went back.
         merge: merge an adapter into its model, so that the folder needs no other.
         push_to: a hub name, under which the folder is uploaded.
 
@@ -126,7 +126,7 @@ def _find_stage(run: Run, number: int | None) -> tuple[int, Path]:
             else f"{run.path}: no stage of this run is complete yet; let it go on"
         )
     if number is None:
-        number = max(done)
+        number = current_stage(run.info, max(done))
     if number not in done:
         known = ", ".join(str(n) for n in sorted(done))
         why = "is before training, the base model itself" if number == 0 else "is no complete stage of this run"

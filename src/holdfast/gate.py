@@ -116,7 +116,8 @@ def judge(run: Run, gate: GateConfig, row: int) -> list[Check]:
     tasks = run.tasks[:learned]
     metrics = [run.matrix["metrics"][task] for task in tasks]
     scores = [stage[:learned] for stage in run.scores[: row + 1]]
-    examples, totals = run.examples(row, learned)
+    examples = [[run.statistics(t, j) for j in range(learned)] for t in range(row + 1)]
+    totals = run.totals[:learned]
     resamples = run.config["evaluation"]["bootstrap"]
     options: dict[str, Any] = {"metrics": metrics, "totals": totals, "resamples": resamples}
     summary = summarize(scores, metrics=metrics)

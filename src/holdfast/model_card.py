@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from holdfast.config import Named
 from holdfast.metrics import summarize
-from holdfast.report.compare import FIGURES
+from holdfast.report.figures import FIGURES
 from holdfast.report.read import Run
 from holdfast.report.text import NOT_MEASURED, interval, number
 

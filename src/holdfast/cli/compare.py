@@ -1,19 +1,64 @@
-"""`holdfast compare`: several runs in one table, and in one page."""
+"""`holdfast compare`: methods side by side over seeds, as a table, and as a page."""
 
 from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
 
 from holdfast.cli.report import Output, Runs
 
 
-def compare(runs: Runs, output: Output = None) -> None:
-    """Print the summary figures of several runs, and with --output also write a page that compares them."""
+class Format(StrEnum):
+    """How the table is written."""
+
+    text = "text"
+    markdown = "markdown"
+    latex = "latex"
+    csv = "csv"
+
+
+Written = Annotated[Format, typer.Option("--format", help="How the table is written.")]
+Baseline = Annotated[
+    str | None,
+    typer.Option(help="Label or directory of the runs that the others are paired with; the first ones if absent."),
+]
+Different = Annotated[
+    bool, typer.Option("--allow-different", help="Compare what should not be compared; the table says so.")
+]
+
+
+def compare(
+    runs: Runs,
+    output: Output = None,
+    format: Written = Format.text,
+    baseline: Baseline = None,
+    allow_different: Different = False,
+) -> None:
+    """Compare runs, those that differ in their seed alone together, and with --output also write a page.
+
+    Runs whose streams, prompts, budgets or metrics differ are refused.
+    """
     from rich.console import Console
 
-    from holdfast.cli.table import print_table
+    from holdfast.cli.table import print_comparison
     from holdfast.directory import require_runs
     from holdfast.report import write_report
+    from holdfast.report.compare import compare as compare_runs
+    from holdfast.report.compare import refuse_different
+    from holdfast.report.read import read_runs
+    from holdfast.report.tables import as_csv, as_latex, as_markdown
 
     require_runs(runs)
-    print_table(runs, Console())
+    read = read_runs(runs)
+    if not allow_different:
+        refuse_different(read)
+    comparison = compare_runs(read, baseline)
+    if format is Format.text:
+        print_comparison(comparison, Console())
+    else:
+        write = {Format.markdown: as_markdown, Format.latex: as_latex, Format.csv: as_csv}[format]
+        print(write(comparison), end="")
     if output is not None:
-        print(write_report(runs, output))
+        typer.echo(write_report(runs, output), err=format is not Format.text)

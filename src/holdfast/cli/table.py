@@ -1,36 +1,78 @@
-"""The table of summary figures that the terminal shows; it fits into 80 columns."""
+"""The tables that the terminal shows; they fit into 80 columns."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from holdfast.report.compare import Comparison
 
 SHOWN = ("average", "new_task", "forgetting", "backward_transfer", "general_change")
 
 
 def print_table(runs: list[Path], console: Console) -> None:
-    """One row a run: figures of matrix.json's summary with 95 % intervals, and the minutes that it took.
+    """One row a run or a group of seeds: figures with 95 % intervals, and the minutes that it took."""
+    from holdfast.report.compare import compare
+    from holdfast.report.read import read_runs
 
-    An arrow says which direction is good. The page has all figures and their definitions.
-    """
-    from holdfast.report import FIGURES, compare_table
+    print_quality(compare(read_runs(runs)), console, minutes=True)
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """The table of figures, one of costs and differences, and what a reader of both must know."""
+    from holdfast.report.tables import notes
+
+    print_quality(comparison, console)
+    print_costs(comparison, console)
+    for note in notes(comparison):
+        console.print(note, markup=False, style="bold" if note.startswith("NOT") else "dim")
+
+
+def print_quality(comparison: Comparison, console: Console, minutes: bool = False) -> None:
+    """The figures of matrix.json's summary that matter most; an arrow says which direction is good."""
+    from holdfast.report import FIGURES
+    from holdfast.report.tables import arrow, cost, label
 
     figures = [figure for figure in FIGURES if figure.key in SHOWN]
+    table = _table()
+    for figure in figures:
+        name = "\n".join([*figure.label.split(), arrow(figure, comparison)])
+        table.add_column(name, justify="right", min_width=12 if figure.signed else 10)
+    if minutes:
+        table.add_column("min", justify="right", min_width=4)
+    for row in comparison.rows:
+        cells = [_cell(row[figure.key], row["intervals"].get(figure.key), figure.signed) for figure in figures]
+        table.add_row(escape(label(row)), *cells, *([cost(row["minutes"], "minutes")] if minutes else []))
+    console.print(table)
+
+
+def print_costs(comparison: Comparison, console: Console) -> None:
+    """Rank and seeds, what each cost, and its difference to the baseline."""
+    from holdfast.report.figures import COSTS
+    from holdfast.report.tables import cost, label, p_value
+
+    table = _table()
+    less = f"average less\n{escape(comparison.baseline)}"
+    for name in ("rank", "seeds", *(figure.label for figure in COSTS), less, "p"):
+        table.add_column(name, justify="right")
+    for row in comparison.rows:
+        paired = row["difference"]
+        cells = [str(row["rank"] or "–"), str(len(row["seeds"])), *(cost(row[f.key], f.key) for f in COSTS)]
+        found = [_cell(paired["difference"], paired["interval"], True), p_value(paired["p"])] if paired else ["–", "–"]
+        table.add_row(escape(label(row)), *cells, *found)
+    console.print(table)
+
+
+def _table() -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column("run", overflow="fold")
-    for figure in figures:
-        arrow = "↑" if figure.better == "high" else "↓"
-        table.add_column("\n".join([*figure.label.split(), arrow]), justify="right", min_width=10)
-    table.add_column("min", justify="right", min_width=4)
-    for row in compare_table(runs):
-        cells = [_cell(row[figure.key], row["intervals"].get(figure.key), figure.signed) for figure in figures]
-        minutes = "–" if row["minutes"] is None else f"{row['minutes']:.1f}"
-        table.add_row(row["run"], *cells, minutes)
-    console.print(table)
+    return table
 
 
 def _cell(value: float | None, interval: Any, signed: bool) -> str:

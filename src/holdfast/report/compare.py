@@ -1,125 +1,263 @@
-"""The summary figures of runs side by side: what each means, which direction is good, which run is best."""
+"""Runs side by side: grouped over seeds, checked for whether they can be compared, ranked, and paired."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from holdfast.report.read import Run, read_runs, same_stream
+import numpy as np
 
-Direction = Literal["high", "low"]
+from holdfast.config import RunConfig, free_keys
+from holdfast.errors import ConfigError, did_you_mean
+from holdfast.metrics import mean_interval, paired_difference, seed_intervals
+from holdfast.report.figures import COMPARED, COSTS, direction
+from holdfast.report.read import Run, name_runs, read_runs, settings
+from holdfast.report.text import shorten
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One summary figure: its key in matrix.json, what it is, and which direction is good.
+@dataclass
+class Group:
+    """Runs that differ in their seed alone.
 
-    ``signed``: it is a change, so it is written with its sign.
+    Attributes:
+        label: what they are called together.
     """
 
-    key: str
     label: str
-    definition: str
-    formula: str
-    better: Direction
-    signed: bool = False
+    runs: list[Run]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.info["seed"] for run in self.runs]
+
+    @property
+    def reference(self) -> str | None:
+        """Why the group competes with nobody, where it does not."""
+        return self.runs[0].reference
+
+    def values(self, key: str) -> list[float | None]:
+        """A figure or cost of each run."""
+        return [run.figure(key) for run in self.runs]
 
 
-FIGURES = (
-    Figure(
-        "average",
-        "average",
-        "Mean score of all tasks after the last stage.",
-        "mean over j of S[T][j]",
-        "high",
-    ),
-    Figure(
-        "new_task",
-        "new task",
-        "Mean score of each task right after its own stage: how well new tasks are learned.",
-        "mean over j of S[j][j]",
-        "high",
-    ),
-    Figure(
-        "forgetting",
-        "forgetting",
-        "How far each earlier task fell from its best to the end. Positive is worse.",
-        "mean over j < T of (best S[t][j] for j ≤ t < T, less S[T][j])",
-        "low",
-    ),
-    Figure(
-        "backward_transfer",
-        "backward transfer",
-        "What later stages did to each earlier task since its own stage. Negative is worse.",
-        "mean over j < T of (S[T][j] − S[j][j])",
-        "high",
-        signed=True,
-    ),
-    Figure(
-        "forward_transfer",
-        "forward transfer",
-        "What earlier stages gave each task before its own stage, against no training. Positive is better.",
-        "mean over j > 1 of (S[j−1][j] − S[0][j])",
-        "high",
-        signed=True,
-    ),
-    Figure(
-        "general_change",
-        "general change",
-        "Change of general ability (its accuracy-like measures) from before training to the end. Negative is worse.",
-        "mean over measures of (after the last stage − before training)",
-        "high",
-        signed=True,
-    ),
-)
-MINUTES = Figure("minutes", "minutes", "Time to train and evaluate.", "", "low")
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """The runs by what they are but for their seed, in the order in which they first come.
+
+    Two runs of one seed stand in groups of their own: together they would count as two seeds.
+    """
+    unimportant = {"seed", *free_keys(RunConfig)}
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        data = [task["fingerprint"] for task in run.info["tasks"].values()]
+        config = {k: v for k, v in settings(run).items() if k not in unimportant}
+        key = json.dumps([config, data], sort_keys=True)
+        if run.info["seed"] in (other.info["seed"] for other in groups.get(key, [])):
+            key += str(run.path)
+        groups.setdefault(key, []).append(run)
+    names = name_runs([members[0] for members in groups.values()], unimportant)
+    return [Group(name, members) for name, members in zip(names, groups.values(), strict=True)]
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Why runs cannot be compared: one line each for what differs in their streams, prompts, budgets and metrics, and
+    for runs that are there twice; empty where nothing does."""
+    lines = []
+    for what, facts in (("streams", _stream), ("prompts", _prompts), ("budgets", _budget), ("metrics", _metrics)):
+        known = [(run, facts(run)) for run in runs]
+        for key in dict.fromkeys(key for _, found in known for key in found):
+            having: dict[str, list[Run]] = {}
+            for run, found in known:
+                if key in found:
+                    having.setdefault(json.dumps(found[key], ensure_ascii=False), []).append(run)
+            if len(having) > 1:
+                shown = "; ".join(f"{shorten(value, 90)} in {_paths(those)}" for value, those in having.items())
+                lines.append(f"{what} differ: {key}: {shown}")
+    return lines + _twice(runs)
+
+
+def refuse_different(runs: Sequence[Run]) -> None:
+    """ConfigError if the runs cannot be compared; it says why."""
+    lines = differences(runs)
+    if lines:
+        listed = "".join(f"\n  {line}" for line in lines)
+        raise ConfigError(f"these runs cannot be compared:{listed}\nleave some out, or give --allow-different")
+
+
+@dataclass
+class Comparison:
+    """Groups of runs side by side.
+
+    Attributes:
+        rows: one a group, with ``run`` (its label), ``directories``, ``seeds``, the figures and costs by key (means
+            over the seeds, of memory the most; None where one is not known), ``intervals`` ({figure: [low, high]}),
+            ``reference`` (why it competes with nobody, or None), ``best`` (keys for which it is the best), ``rank`` (by
+            average, from 1, or None) and ``difference`` (to the baseline, of
+            :func:`holdfast.metrics.paired_difference` at the end of the run, or None).
+        baseline: label of the group with which the others are paired.
+        different: why the runs cannot be compared; nobody is best or ranked then.
+        lower: whether a lower score is better.
+    """
+
+    rows: list[dict[str, Any]]
+    baseline: str
+    different: list[str]
+    lower: bool
+
+
+def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
+    """Compare runs, those that differ in their seed alone together.
+
+    Args:
+        baseline: label of a group, or a directory in it; where absent, the first group that is no reference.
+
+    Raises:
+        ConfigError: there is no group of this label.
+    """
+    groups = grouped(runs)
+    base = _baseline(groups, baseline)
+    rows: list[dict[str, Any]] = []
+    for group in groups:
+        means = {figure.key: _mean(group.values(figure.key)) for figure in (*COMPARED, *COSTS)}
+        most = [value for value in group.values("peak_memory_gib") if value is not None]
+        rows.append(
+            {"run": group.label, "directories": [str(run.path) for run in group.runs], "seeds": group.seeds}
+            | means
+            | {"peak_memory_gib": max(most, default=None), "intervals": _intervals(group), "reference": group.reference}
+            | {"best": [], "rank": None, "difference": None if group is base else _paired(base, group)}
+        )
+    comparison = Comparison(rows, base.label, differences(runs), runs[0].lower_is_better(0))
+    if not comparison.different:
+        _rank(comparison)
+    return comparison
 
 
 def compare_table(paths: list[Path]) -> list[dict[str, Any]]:
-    """Give one row a run, for a table of any kind.
-
-    A row holds ``run`` (its label), ``directory``, the six figures of matrix.json's summary and ``minutes`` (floats, or
-    None where not measured), ``intervals`` ({figure: [low, high]}), ``reference`` (why the run competes with nobody, or
-    None) and ``best`` (the keys for which it is the best; nobody is where all are the same or streams differ).
+    """The rows of the comparison of the runs in these directories.
 
     Raises:
         RunDirectoryError: a directory holds no run, or none that was evaluated yet.
     """
-    return rows_of(read_runs(paths))
+    return compare(read_runs(paths)).rows
 
 
-def rows_of(runs: list[Run]) -> list[dict[str, Any]]:
-    """The rows of `compare_table` for runs that are read already."""
-    rows = [
-        {
-            "run": run.label,
-            "directory": str(run.path),
-            **{figure.key: run.matrix["summary"].get(figure.key) for figure in FIGURES},
-            "minutes": run.minutes,
-            "intervals": run.matrix["intervals"],
-            "reference": run.reference,
-            "best": [],
-        }
-        for run in runs
-    ]
-    contestants = [row for row in rows if row["reference"] is None]
-    if len(contestants) < 2 or not same_stream(runs):
-        return rows
-    for figure in (*FIGURES, MINUTES):
-        better = direction(figure, runs[0])
-        values = [row[figure.key] for row in contestants if row[figure.key] is not None]
+def _rank(comparison: Comparison) -> None:
+    """Say which group is best by each figure, where they are not all the same, and number them by average."""
+    rows = [row for row in comparison.rows if row["reference"] is None]
+    for figure in (*COMPARED, *COSTS):
+        values = [row[figure.key] for row in rows if row[figure.key] is not None]
         if len(set(values)) > 1:
-            top = max(values) if better == "high" else min(values)
-            for row in contestants:
+            top = max(values) if direction(figure, comparison.lower) == "high" else min(values)
+            for row in rows:
                 if row[figure.key] == top:
                     row["best"].append(figure.key)
-    return rows
+    known = [row for row in rows if row["average"] is not None]
+    for row in known if len(rows) > 1 else []:
+        better = [other for other in known if (other["average"] < row["average"]) == comparison.lower]
+        row["rank"] = 1 + sum(other["average"] != row["average"] for other in better)
 
 
-def direction(figure: Figure, run: Run) -> Direction:
-    """Which direction is good in this run: a mean loss is good when low.
+def _stream(run: Run) -> dict[str, Any]:
+    rows = {f"rows or instructions of task {task}": run.info["tasks"][task]["fingerprint"][:12] for task in run.tasks}
+    return {"tasks": run.tasks, "version": (run.info.get("stream") or {}).get("version")} | rows
 
-    Differences are turned round for losses, so that their sign keeps its meaning.
-    """
-    return "low" if figure.key in ("average", "new_task") and run.lower_is_better(0) else figure.better
+
+def _prompts(run: Run) -> dict[str, Any]:
+    config = settings(run)
+    keys = ("data.template", "data.supervise", "evaluation.max_new_tokens")
+    return {key: config.get(key) for key in keys} | {"max_length": run.info.get("max_length")}
+
+
+def _budget(run: Run) -> dict[str, Any]:
+    """Rows in an optimizer step, and how many steps or epochs there are; nothing for a run that trains nothing."""
+    if run.untrained:
+        return {}
+    config = settings(run)
+    length = "training.epochs" if config["training.max_steps"] is None else "training.max_steps"
+    return {"training.batch_size": config["training.batch_size"], "length of a stage": {length: config[length]}}
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    general = run.config["evaluation"]["general"]
+    measures = [[measure.get(key) for key in ("name", "kind", "rows")] for measure in general or []]
+    unimportant = ("batch_size", "bootstrap", "every", "watch_general", "max_new_tokens", "general")
+    how = {
+        key: value
+        for key, value in settings(run).items()
+        if key.startswith("evaluation.") and key.split(".")[1] not in unimportant and key not in free_keys(RunConfig)
+    }
+    named = {f"metric of task {task}": metric for task, metric in run.matrix["metrics"].items()}
+    return named | {"general abilities": list(run.matrix["general"]), "evaluation.general": measures} | how
+
+
+def _twice(runs: Sequence[Run]) -> list[str]:
+    """Runs that only differ in where they are."""
+    seen: dict[str, list[Run]] = {}
+    unimportant = free_keys(RunConfig)
+    for run in runs:
+        key = json.dumps({k: v for k, v in settings(run).items() if k not in unimportant}, sort_keys=True)
+        seen.setdefault(key, []).append(run)
+    return [
+        f"seeds do not differ: {_paths(those)} are the same but for their directory, and would count as several seeds"
+        for those in seen.values()
+        if len(those) > 1
+    ]
+
+
+def _paths(runs: Sequence[Run]) -> str:
+    shown = ", ".join(str(run.path) for run in runs[:2])
+    return shown if len(runs) <= 2 else f"{shown} and {len(runs) - 2} more"
+
+
+def _baseline(groups: list[Group], label: str | None) -> Group:
+    if label is None:
+        return next((group for group in groups if group.reference is None), groups[0])
+    for group in groups:
+        if label in (group.label, *(str(run.path) for run in group.runs)):
+            return group
+    raise ConfigError(f"--baseline: no run is called {label!r}{did_you_mean(label, [group.label for group in groups])}")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _intervals(group: Group) -> dict[str, list[float] | None]:
+    """95 % intervals of the group's figures: of one run over test examples, of several over seeds too."""
+    if len(group.runs) == 1:
+        return dict(group.runs[0].matrix["intervals"])
+    over_seeds = {
+        figure.key: mean_interval([v for v in group.values(figure.key) if v is not None])
+        for figure in COMPARED
+        if None not in group.values(figure.key)
+    }
+    T, first = len(group.runs[0].tasks), group.runs[0]
+    examples = [[[run.statistics(t, j) for j in range(T)] for t in range(T + 1)] for run in group.runs]
+    over_both = seed_intervals(examples, metrics=first.matrix["metrics"], totals=first.totals)
+    return over_seeds | {key: ends for key, ends in over_both.items() if ends is not None}
+
+
+def _paired(base: Group, group: Group) -> dict[str, Any] | None:
+    """The group's scores at the end less those of the baseline; None where they were not taken of the same examples."""
+    a, b = _at_the_end(base), _at_the_end(group)
+    metrics = base.runs[0].matrix["metrics"], group.runs[0].matrix["metrics"]
+    if a is None or b is None or metrics[0] != metrics[1] or group.runs[0].matrix["summary"]["average"] is None:
+        return None
+    if [task.shape for task in a] != [task.shape for task in b]:
+        return None
+    return paired_difference(a, b, totals=group.runs[0].totals)
+
+
+def _at_the_end(group: Group) -> list[Any] | None:
+    """Statistics of each task's test examples after the last stage, means over the seeds; None where one is missing."""
+    T = len(group.runs[0].tasks)
+    tasks = []
+    for j in range(T):
+        found = [run.statistics(T, j) for run in group.runs]
+        if any(entry is None for entry in found) or len({entry.shape for entry in found}) > 1:
+            return None
+        tasks.append(np.mean(found, axis=0))
+    return tasks

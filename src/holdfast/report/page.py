@@ -14,8 +14,10 @@ from holdfast.config import flat
 from holdfast.files import write_text
 from holdfast.metrics import LOWER_IS_BETTER
 from holdfast.report import plots
-from holdfast.report.compare import FIGURES, MINUTES, Figure, direction, rows_of
-from holdfast.report.read import Run, changes, read_runs, same_stream
+from holdfast.report.compare import compare
+from holdfast.report.figures import COMPARED, COSTS, FIGURES, Figure, direction
+from holdfast.report.read import Run, changes, read_runs
+from holdfast.report.tables import cost, p_value
 from holdfast.report.text import NOT_MEASURED, interval, number, shorten
 
 HERE = Path(__file__).parent
@@ -55,7 +57,14 @@ def write_report(paths: list[Path], output: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "interval": interval, "shorten": shorten, "json": _json}
+    environment.filters |= {
+        "number": number,
+        "interval": interval,
+        "shorten": shorten,
+        "json": _json,
+        "cost": cost,
+        "p_value": p_value,
+    }
     html = environment.get_template("template.html.j2").render(
         **context,
         plots={"figures": page.plots, "templates": plots.templates()},
@@ -80,12 +89,15 @@ class _Page:
         return {"id": name, "alt": alt, "width": figure.pop("min_width", 0), "height": figure["layout"]["height"]}
 
     def comparison(self, runs: list[Run]) -> dict[str, Any]:
-        rows = rows_of(runs)
+        found = compare(runs)
+        rows = found.rows
         points = [figure for figure in FIGURES if figure.key in ("average", "forgetting")]
         return {
             "rows": rows,
-            "figures": [_figure(figure, runs[0]) for figure in (*FIGURES, MINUTES)],
-            "same_stream": same_stream(runs),
+            "figures": [_figure(figure, runs[0]) for figure in (*COMPARED, *COSTS)],
+            "costs": {figure.key: figure for figure in COSTS},
+            "baseline": found.baseline,
+            "different": found.different,
             "headline": _comparison_headline(rows),
             "points": [
                 {"figure": _figure(figure, runs[0])}
@@ -93,6 +105,13 @@ class _Page:
                     plots.compare_points(rows, figure), f"The {figure.label} of every run, as in the table above"
                 )
                 for figure in points
+            ],
+            "costly": [
+                self.plot(
+                    plots.cost_points(rows, FIGURES[0], figure), f"Average of every run against its {figure.label}"
+                )
+                for figure in COSTS
+                if all(row[figure.key] is not None for row in rows)
             ],
             "seen": self.plot(
                 plots.seen_average_curves(runs),
@@ -151,7 +170,7 @@ class _Page:
 
 def _figure(figure: Figure, run: Run) -> dict[str, Any]:
     """A figure's name and definition, and which direction is good in this run."""
-    return asdict(figure) | {"better": direction(figure, run)}
+    return asdict(figure) | {"better": direction(figure, run.lower_is_better(0))}
 
 
 def _json(value: Any) -> str:

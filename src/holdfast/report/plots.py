@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from holdfast.metrics import LOWER_IS_BETTER
-from holdfast.report.compare import Figure
+from holdfast.report.figures import Figure
 from holdfast.report.read import Run
 from holdfast.report.text import number
 
@@ -169,6 +169,38 @@ def compare_points(rows: list[dict[str, Any]], figure: Figure) -> Plot:
         "yaxis": _names([row["run"] for row in rows], 26) | {"range": [len(rows) - 0.4, -0.6], "showgrid": True},
         "annotations": missing,
         "hovermode": "closest",
+    }
+    return {"data": series, "layout": layout}
+
+
+def cost_points(rows: list[dict[str, Any]], figure: Figure, cost: Figure) -> Plot:
+    """A figure of every row against what it cost, with the figure's 95 % interval; up and to the left is better."""
+    series = []
+    for i, row in enumerate(rows):
+        value, ends = row[figure.key], row["intervals"].get(figure.key)
+        bars = {}
+        if value is not None and ends:
+            above, below = max(0, ends[1] - value), max(0, value - ends[0])
+            bars = {"error_y": {"type": "data", "symmetric": False, "array": [above], "arrayminus": [below]}}
+        series.append(
+            {
+                "type": "scatter",
+                "name": _short(row["run"], 26),
+                "x": [row[cost.key]],
+                "y": [value],
+                "mode": "markers",
+                "cliponaxis": False,
+                "marker": {"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 12, "opacity": 1},
+                "hovertemplate": f"{cost.label} %{{x:,.4~g}}<br>{figure.label} %{{y:.4f}}",
+            }
+            | bars
+        )
+    layout = {
+        "height": 280 + 16 * len(rows),
+        "xaxis": {"title": {"text": cost.label}, "rangemode": "tozero", "showgrid": True},
+        "yaxis": {"title": {"text": figure.label}},
+        "hovermode": "closest",
+        "showlegend": True,
     }
     return {"data": series, "layout": layout}
 

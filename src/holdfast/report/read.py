@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from holdfast.config import flat
 from holdfast.directory import current_stage, slug
 from holdfast.errors import RunDirectoryError
 from holdfast.files import read_json, read_jsonl
-from holdfast.metrics import LOWER_IS_BETTER
+from holdfast.metrics import LOWER_IS_BETTER, Total
 
 REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
 
@@ -31,6 +32,7 @@ class Run:
     matrix: dict[str, Any]
     events: list[dict[str, Any]] = field(default_factory=list)
     label: str = ""
+    _statistics: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -64,9 +66,22 @@ class Run:
         return self.info.get("finished") is not None
 
     @property
+    def untrained(self) -> bool:
+        """Whether the method trains nothing."""
+        return self.finished and list(self.folders) == [0]
+
+    @property
     def minutes(self) -> float | None:
         seconds = self.info.get("seconds")
         return sum(seconds.values()) / 60 if seconds else None
+
+    def figure(self, key: str) -> float | None:
+        """A figure of matrix.json or a cost of run.json, by its key; None where it is not known."""
+        if key == "minutes":
+            return self.minutes
+        if key in self.matrix["summary"]:
+            return self.matrix["summary"][key]
+        return self.matrix.get(key, self.info.get(key))
 
     def lower_is_better(self, j: int) -> bool:
         """Whether task j is scored by a loss or a perplexity."""
@@ -110,27 +125,23 @@ class Run:
         file = self.folders[self.held(row)] / "responses" / f"{slug(task)}.jsonl"
         return read_jsonl(file) if file.exists() else []
 
-    def examples(self, last: int, tasks: int) -> tuple[list[list[Any]], list[Any]]:
-        """Statistics of the test examples and how scores follow from them, as :mod:`holdfast.metrics` takes them.
+    def statistics(self, row: int, j: int) -> Any:
+        """What :mod:`holdfast.metrics` resamples of task j's test examples at a row of the score matrix, [examples, k];
+        None where nothing was measured or kept."""
+        from holdfast.evaluation.score import statistics
 
-        Args:
-            last: the last row of the score matrix that is read.
-            tasks: how many tasks are read, from the first one on.
-        """
-        from holdfast.evaluation.score import statistics, total
+        place = self.held(row), j  # several rows may be of one stage
+        if self.scores[row][j] is not None and place not in self._statistics:
+            rows = self.responses(row, self.tasks[j])
+            self._statistics[place] = statistics(rows, self.matrix["metrics"][self.tasks[j]]) if rows else None
+        return self._statistics.get(place)
 
-        metrics = [self.matrix["metrics"][task] for task in self.tasks[:tasks]]
-        known: dict[tuple[int, int], Any] = {}  # by stage and task: several rows may be of one stage
+    @property
+    def totals(self) -> list[Total]:
+        """How each task's score follows from the sums of its statistics."""
+        from holdfast.evaluation.score import total
 
-        def known_statistics(t: int, j: int) -> Any:
-            place = self.held(t), j
-            if place not in known:
-                rows = self.responses(t, self.tasks[j]) if self.scores[t][j] is not None else []
-                known[place] = statistics(rows, metrics[j]) if rows else None
-            return known[place]
-
-        scores = [[known_statistics(t, j) for j in range(tasks)] for t in range(last + 1)]
-        return scores, [total(metric) for metric in metrics]
+        return [total(self.matrix["metrics"][task]) for task in self.tasks]
 
 
 @dataclass
@@ -158,31 +169,32 @@ def read_run(path: Path) -> Run:
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """Read several runs and give each a label of its own: its method, then what else differs."""
+    """Read several runs and give each a label of its own."""
     runs = [read_run(path) for path in paths]
-    for run in runs:
-        run.label = run.method
-    for group in _same_label(runs):
-        settings = [_settings(run) for run in group]
-        keys = list(dict.fromkeys(key for setting in settings for key in setting))
-        differing = [key for key in keys if len({json.dumps(setting.get(key)) for setting in settings}) > 1]
-        for run, setting in zip(group, settings, strict=True):
-            parts = [f"{key.rpartition('.')[2]} {setting.get(key, 'absent')}" for key in differing[:2]]
-            run.label = ", ".join([run.label, *parts])
-    for name in (lambda path: path.resolve().name, lambda path: str(path.resolve())):
-        for group in _same_label(runs):
-            for run in group:
-                run.label = f"{run.method}, {name(run.path)}"
+    for run, label in zip(runs, name_runs(runs), strict=True):
+        run.label = label
     return runs
 
 
-def same_stream(runs: list[Run]) -> bool:
-    """Whether the runs learned the same tasks, of the same rows, in the same order."""
-    streams = [
-        [(task, run.matrix["metrics"][task], run.info["tasks"][task]["fingerprint"]) for task in run.tasks]
-        for run in runs
-    ]
-    return all(stream == streams[0] for stream in streams)
+def name_runs(runs: list[Run], ignored: Collection[str] = ()) -> list[str]:
+    """A name of its own for each run: its method, then what else differs, then its directory.
+
+    Args:
+        ignored: keys of the configuration that are not named.
+    """
+    names = [run.method for run in runs]
+    for places in _same(names):
+        config = [settings(runs[i]) for i in places]
+        keys = dict.fromkeys(key for values in config for key in values if key not in ignored)
+        differing = [key for key in keys if len({json.dumps(values.get(key)) for values in config}) > 1]
+        for i, values in zip(places, config, strict=True):
+            parts = [f"{key.rpartition('.')[2]} {values.get(key, 'absent')}" for key in differing[:2]]
+            names[i] = ", ".join([names[i], *parts])
+    for directory in (lambda path: path.resolve().name, lambda path: str(path.resolve())):
+        for places in _same(names):
+            for i in places:
+                names[i] = f"{runs[i].method}, {directory(runs[i].path)}"
+    return names
 
 
 def changes(run: Run, j: int) -> Changes | None:
@@ -216,12 +228,13 @@ def changes(run: Run, j: int) -> Changes | None:
     )
 
 
-def _same_label(runs: list[Run]) -> list[list[Run]]:
-    counts = Counter(run.label for run in runs)
-    return [[run for run in runs if run.label == label] for label, count in counts.items() if count > 1]
+def _same(names: list[str]) -> list[list[int]]:
+    """Places of names that are there more than once."""
+    counts = Counter(names)
+    return [[i for i, name in enumerate(names) if name == one] for one, count in counts.items() if count > 1]
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def settings(run: Run) -> dict[str, Any]:
     """The configuration as dotted keys, methods by their names, without where the run is written."""
     config = {key: value for key, value in run.config.items() if key not in ("output", "method")}
     return flat({method["name"]: method for method in run.config["method"]} | config)
