@@ -97,7 +97,7 @@ class Build:
                 "unfinished build has tokenised; put the old ones back, or delete the folder to begin anew"
             )
         read, empty = self.done.read, self.done.empty
-        given, part, size = read, list[str](), 0
+        part, size = list[str](), 0
         last = None if at_most is None else skip + at_most
         while read - empty != last and (text := next(texts, None)) is not None:
             digest.update(text.encode() + b"\0")
@@ -109,9 +109,8 @@ class Build:
                 size += len(text)
             if size >= PART:
                 yield Part(part, read, empty, digest.hexdigest())
-                given, part, size = read, [], 0
-        if read > given:
-            yield Part(part, read, empty, digest.hexdigest())
+                part, size = [], 0
+        yield Part(part, read, empty, digest.hexdigest())
 
     def append(self, part: Part, ids: np.ndarray) -> None:
         """Write a part's tokens, then its line of the journal."""
