@@ -121,6 +121,7 @@ def test_a_figure_that_one_seed_lacks_is_no_mean_over_the_others(tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1, finished=False)]
     (row,) = compare(read_runs(runs)).rows
     assert row["average"] is None and row["forgetting"] is None
+    assert row["intervals"].get("average") is None and row["difference"] is None
 
 
 def test_other_hyperparameters_are_another_group_and_may_be_compared(tmp_path):

@@ -130,11 +130,13 @@ class Run:
         None where nothing was measured or kept."""
         from holdfast.evaluation.score import statistics
 
+        if self.scores[row][j] is None:
+            return None
         place = self.held(row), j  # several rows may be of one stage
-        if self.scores[row][j] is not None and place not in self._statistics:
+        if place not in self._statistics:
             rows = self.responses(row, self.tasks[j])
             self._statistics[place] = statistics(rows, self.matrix["metrics"][self.tasks[j]]) if rows else None
-        return self._statistics.get(place)
+        return self._statistics[place]
 
     @property
     def totals(self) -> list[Total]:
