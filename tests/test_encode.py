@@ -308,6 +308,27 @@ def test_what_does_not_fit_is_refused_with_its_lengths(tokenizers: Any) -> None:
         assert encoder.truncated == 0
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_answer_that_is_too_long_may_lose_its_end(tokenizers: Any, case: Any) -> None:
+    sentence = " ".join(WORDS * 4)
+    row = asked(f"Who?\n{sentence}\nAnswer:", "good bad " * 160, cut=sentence)
+    [full] = Encoder(tokenizers[case], max_length=5000).encode(row)
+    answer = supervised(full)
+    encoder = Encoder(tokenizers[case], max_length=100, long_answers="cut")
+    [short] = encoder.encode(row)
+    assert len(short["input_ids"]) == 100
+    assert supervised(short) == answer[: len(supervised(short))]  # its beginning, and no end token
+    assert 50 <= len(supervised(short)) < len(answer)
+    assert (encoder.truncated, encoder.cut_answers) == (1, 1)
+    with pytest.raises(DataError, match=r"data\.long_answers=cut cuts the end of its answer"):
+        Encoder(tokenizers[case], max_length=100).encode(row)
+    fits = asked(f"Who?\n{sentence}\nAnswer:", "good", cut=sentence)
+    need = len(Encoder(tokenizers[case], max_length=5000).encode(fits)[0]["input_ids"])
+    encoder = Encoder(tokenizers[case], max_length=need - 5, long_answers="cut")
+    assert encoder.encode(fits) == Encoder(tokenizers[case], max_length=need - 5).encode(fits)  # the input suffices
+    assert encoder.cut_answers == 0
+
+
 def test_without_a_cut_span_nothing_is_cut() -> None:
     with pytest.raises(DataError, match="0 are input that may be cut"):
         Encoder(byte_level(), max_length=10).encode(asked("What is the name of this town in the year?", "good"))
