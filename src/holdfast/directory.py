@@ -14,16 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from holdfast.config import RunConfig, difference
 from holdfast.errors import RunDirectoryError
-from holdfast.files import read_json, read_jsonl, write_json, write_jsonl
+from holdfast.files import LOCK, locked_folder, read_json, read_jsonl, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from holdfast.lab.config import LabConfig
-
-LOCK = ".lock"
 
 
 class RunDirectory:
@@ -98,25 +94,10 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
     """Make the directory if it is new and hold its lock.
 
     Raises:
-        RunDirectoryError: it is a file, cannot be written, holds something else, or another process uses it.
+        RunDirectoryError: it is a file, cannot be written, holds something else, or another process uses it; or what
+            is done in it fills the disk.
     """
-    if path.exists() and not path.is_dir():
-        raise RunDirectoryError(f"output: {path} is a file; it must be a directory, or not exist yet")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunDirectoryError(f"output: {path} cannot be written ({error.strerror}); choose another output") from None
-    lock = FileLock(path / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunDirectoryError(
-            f"output: {path} is in use by another process; wait for it, or choose another output"
-        ) from None
-    try:
+    with locked_folder(path):
         if not (path / "run.json").exists():
             others = sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(".partial"))
             if others:
@@ -124,8 +105,6 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
                     f"output: {path} is no run but holds other files ({', '.join(others[:3])}); choose another output"
                 )
         yield RunDirectory(path)
-    finally:
-        lock.release()
 
 
 def current_stage(record: dict[str, Any], stage: int) -> int:

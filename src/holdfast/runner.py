@@ -16,12 +16,12 @@ from holdfast.config import RunConfig, load_config
 from holdfast.curves import Curves
 from holdfast.data.task import Task
 from holdfast.directory import RunDirectory, current_stage, open_directory, slug
-from holdfast.errors import ConfigError, GateFailed, Interrupted, RunDirectoryError, UserError
+from holdfast.errors import ConfigError, GateFailed, Interrupted
 from holdfast.evaluation.at_test import Evaluation
 from holdfast.evaluation.general import evaluate_general, matrix_name
 from holdfast.evaluation.respond import evaluate_task, response_limit
 from holdfast.evaluation.score import beside_score, scorer, statistics, task_score, total
-from holdfast.files import is_disk_full, read_json, read_jsonl, whole_folder, write_json, write_jsonl
+from holdfast.files import read_json, read_jsonl, whole_folder, write_json, write_jsonl
 from holdfast.gate import Increase, failed, judge, record
 from holdfast.interrupt import Interrupt
 from holdfast.methods.saved import load_states, save_states
@@ -50,21 +50,12 @@ def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | No
     """
     if not isinstance(config, RunConfig):
         config = load_config(config)
-    output = Path(config.output)
-    with open_directory(output) as directory, Interrupt() as interrupt:
-        try:
-            config = resolve(config)
-            directory.check_config(config)
-            setup = prepare(config)
-            directory.begin(config, setup.facts())
-            return Run(setup, directory, progress or Progress(), interrupt).go()
-        except Exception as error:
-            if not isinstance(error, UserError) and is_disk_full(error, output):
-                raise RunDirectoryError(
-                    f"output: no space is left on the disk of {output}; what is complete is kept: free some space and "
-                    "run the same command again"
-                ) from error
-            raise
+    with open_directory(Path(config.output)) as directory, Interrupt() as interrupt:
+        config = resolve(config)
+        directory.check_config(config)
+        setup = prepare(config)
+        directory.begin(config, setup.facts())
+        return Run(setup, directory, progress or Progress(), interrupt).go()
 
 
 START = Planned(0, "start", (), 0)
