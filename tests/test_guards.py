@@ -57,7 +57,9 @@ class Case:
 
 GENTLE = {"epochs": 16, "learning_rate": 0.01}
 GENTLER = {"epochs": 24, "learning_rate": 0.005}
+LORA = {"name": "lora", "r": 4, "lora_dropout": 0.0}
 TEXTS, CORPUS = {"path": "GENERAL"}, {"path": "CORPUS"}
+DRAWN = {"length": 12, "buffer": 2}
 SILENT = {"weight": 0, "ce_weight": 0}
 CASES: dict[str, Case] = {
     "a_gem": Case(off={"capacity": 0}, flops=2.1, training=GENTLER),
@@ -76,12 +78,16 @@ CASES: dict[str, Case] = {
         off="training is that of sequential, and rows are always sorted by task",
         flops=1.2,
         vectors=3.2,
-        margin=None,
         at_test=True,
+        tuner=LORA,
     ),
+    "kl_dwn": Case(off={"weight": 0}, flops=1.5, margin=None),
+    "kl_pre": Case(DRAWN, DRAWN | {"weight": 0}, flops=2.5, margin=None),
     "kl_replay": Case(CORPUS, CORPUS | {"weight": 0}, flops=2.5, margin=None),
     "l2p": Case(off={"strength": 0, "diversify": False}, flops=1.05, margin=None),
-    "lfpt5": Case({"samples": 2}, {"weight": 0, "kl_weight": 0, "lm_weight": 0}, flops=3.3, margin=None),
+    "lfpt5": Case(
+        {"samples": 2}, {"weight": 0, "kl_weight": 0, "lm_weight": 0}, flops=3.3, margin=None, tuner="prompt"
+    ),
     "lwf": Case(off={"weight": 0}, flops=1.5, margin=None),
     "mas": Case({"strength": 2.0, "samples": 8}, {"strength": 0}, flops=1.2, vectors=2, training=GENTLE),
     "mbpa": Case(
@@ -91,10 +97,12 @@ CASES: dict[str, Case] = {
         vectors=1.2,
         at_test=True,
     ),
+    "ntp_pre": Case(DRAWN, DRAWN | {"weight": 0}, flops=2.5, margin=None),
     "o_lora": Case(off="it trains a new adapter in each stage, whatever its strengths are", flops=1.3, margin=None),
     "ogd": Case({"samples": 8, "capacity": 12}, {"capacity": 0}, flops=2.1, vectors=12.1, margin=None),
     "osf": Case(off="it always decomposes and projects", flops=1.3, margin=None),
     "rehearsal": Case({"loss": "kl"}, {"weight": 0}, flops=1.7),
+    "replace": Case(DRAWN, "it replaces at least one row in a batch", flops=2.5, margin=None),
     "replay": Case({"ratio": 0.5}, {"weight": 0}, flops=1.6),
     "self_replay": Case(CORPUS, CORPUS | {"weight": 0}, flops=2.5, margin=None),
     "seq_lora_merge": Case(off="it merges what its stages trained, and has no strength", vectors=3, margin=None),

@@ -39,5 +39,6 @@ def hidden_only(model: Any) -> dict[str, Any]:
 
 
 def context(model: Any) -> int | None:
-    """Tokens that a model reads at most, where it says so."""
-    return getattr(base(model).config.get_text_config(), "max_position_embeddings", None)
+    """Tokens that a model reads at most, where it says so, without the places that soft prompts take."""
+    most = getattr(base(model).config.get_text_config(), "max_position_embeddings", None)
+    return None if most is None else most - getattr(model, "virtual_tokens", 0)

@@ -43,7 +43,7 @@ def sample(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     seed: int | str,
     numbers: Sequence[int] | None = None,
     temperature: float = 1.0,
@@ -64,7 +64,7 @@ def sample(
     Args:
         model: a causal language model, with or without adapters.
         prompts: token ids, at least one a prompt.
-        max_new_tokens: most tokens to draw for a prompt.
+        max_new_tokens: most tokens to draw for a prompt, or for each.
         seed: of the choices.
         numbers: one a prompt; 0, 1, ... where absent.
         temperature: above 0.
@@ -87,17 +87,18 @@ def sample(
     ids = torch.tensor([[pad_token_id] * p + list(row) for p, row in zip(padding, prompts, strict=True)], device=device)
     mask = (torch.arange(width, device=device) >= torch.tensor(padding, device=device)[:, None]).long()
     chosen = range(len(prompts)) if numbers is None else numbers
-    draw = Draw(_uniform(seed, chosen, max_new_tokens).to(device), temperature)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    draw = Draw(_uniform(seed, chosen, max(limits)).to(device), temperature)
     stops = sorted(stop_token_ids)
     with inference(model):
         if use_cache and _has_plain_decoder(model):
-            tokens, states = _steps(model, ids, mask, draw, stops, hidden)
+            tokens, states = _steps(model, ids, mask, draw, limits, stops, hidden)
         else:
             tokens, states = _generate(model, ids, mask, draw, stops, hidden, pad_token_id, use_cache)
     log_probs = torch.cat(draw.log_probs, dim=1).cpu()
     if not torch.isfinite(log_probs).all():
         raise DataError("the model's logits are not finite, so nothing can be sampled from it")
-    new = [_until_stop(row, stops) for row in tokens[:, width:].tolist()]
+    new = [_until_stop(row[:n], stops) for row, n in zip(tokens[:, width:].tolist(), limits, strict=True)]
     sums = [float(row[: len(own)].sum()) for row, own in zip(log_probs, new, strict=True)]
     if states is None:
         return Samples(new, sums, [])
@@ -158,7 +159,7 @@ def _uniform(seed: int | str, numbers: Sequence[int], steps: int) -> Tensor:
 
 
 def _steps(
-    model: Any, ids: Tensor, mask: Tensor, draw: Draw, stops: list[int], hidden: bool
+    model: Any, ids: Tensor, mask: Tensor, draw: Draw, limits: list[int], stops: list[int], hidden: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Step the decoder and its head: tokens [rows, width + at most new], hidden states of all but the last."""
     inner, own = base(model), head(model)
@@ -170,7 +171,7 @@ def _steps(
     mask = F.pad(mask, (0, draw.steps), value=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0) if padded else torch.arange(length, device=ids.device)[None]
     tokens = F.pad(ids, (0, draw.steps))
-    ending = torch.tensor(stops, device=ids.device)
+    ending, most = torch.tensor(stops, device=ids.device), torch.tensor(limits, device=ids.device)
     ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
     states = None
     first = 0
@@ -189,7 +190,7 @@ def _steps(
         tokens[:, last : last + 1] = draw(own.bounded(wide(layer(part[:, -1]))))
         first = last
         if stops:
-            ended |= torch.isin(tokens[:, last], ending)
+            ended |= torch.isin(tokens[:, last], ending) | (most <= last + 1 - width)
             if bool(ended.all()):
                 break
     return tokens[:, : last + 1], states

@@ -97,6 +97,7 @@ def continual(trainer_class: type) -> type:
                 micro_batch_size=self.args.per_device_train_batch_size,
                 folder=self._folder or Path(self.args.output_dir, "rehearsal"),
                 tokenizer=self._tokenizer or self.processing_class,
+                rows_a_step=self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
             )
             for method in self.methods:
                 method.before_stage(stage)
@@ -373,6 +374,7 @@ def continual(trainer_class: type) -> type:
                 hidden=tuple(outputs.hidden_states[layer][part, :seq] for layer in asked.layers),
                 share=step.micro_batches * int(supervised_tokens(labels)) / step.rehearsal_tokens[name],
                 made=outputs.logits if asked.way == "task" and _full(outputs, labels) else None,
+                batch=batch,
             )
 
         def _collate_rows(self, rows: Sequence[Row]) -> Batch:

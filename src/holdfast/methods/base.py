@@ -38,6 +38,7 @@ class Stage:
         seed: of the run; use :meth:`random` or :meth:`Step.random` for choices, so that a resumed run repeats them.
         micro_batch_size: rows that fit into one forward pass.
         folder: where a method may keep files for as long as the run lives.
+        rows_a_step: task rows of a full optimizer step, in this process.
     """
 
     index: int
@@ -49,6 +50,7 @@ class Stage:
     micro_batch_size: int
     folder: Path = Path()
     tokenizer: Any = None
+    rows_a_step: int = 1
 
     def random(self, purpose: str) -> random.Random:
         """A generator of random choices that depends on seed, stage and purpose alone."""
@@ -114,6 +116,7 @@ class Rehearsed:
             not the method asked for logits; None where there are none.
         share: what the mean over this micro-batch's supervised tokens counts in the mean over micro-batches, so that
             the step's term is the mean over all its tokens, however its rows fall into micro-batches.
+        batch: the rows themselves.
     """
 
     samples: list[int]
@@ -122,6 +125,7 @@ class Rehearsed:
     hidden: tuple[Tensor, ...]
     share: float
     made: Tensor | None = None
+    batch: Batch = field(default_factory=dict)
 
 
 @dataclass

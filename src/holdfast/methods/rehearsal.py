@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +14,15 @@ from torch import Tensor, nn
 from holdfast.config import Section
 from holdfast.data.memory import Memory
 from holdfast.errors import ConfigError
+from holdfast.lab.build import TOKENS
+from holdfast.lab.tokens import TokenFile, TokenRows
 from holdfast.losses import dynamic_weight, next_token_nll
 from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, State, Step
 from holdfast.model import context
+from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
+from holdfast.rehearsal.request import Request
 from holdfast.rehearsal.samples import corpus_rows, general_rows
-from holdfast.rehearsal.teacher import HiddenTeacher, StateTeacher, cached_teacher, live_teacher
+from holdfast.rehearsal.teacher import HiddenTeacher, StateTeacher, cached_teacher, live_states, live_teacher
 
 
 class Rehearsal(Method):
@@ -62,10 +68,26 @@ class Rehearsal(Method):
         policy: Literal["quota", "reservoir"] = Field(
             "quota", description="quota: as many samples of each past task; reservoir: each past row equally likely"
         )
-        path: str | None = Field(None, description="general texts (.txt, .jsonl, .parquet, a folder), or a self corpus")
+        path: str | None = Field(
+            None,
+            description="general texts (.txt, .jsonl, .parquet, a folder) or a token file; or a corpus that the model "
+            "wrote (`holdfast replay`), without which source self draws samples while training runs",
+        )
         dataset: str | None = Field(None, description="a Hugging Face dataset of general texts, instead of a path")
-        samples: int = Field(1000, ge=1, description="general samples at most")
+        samples: int = Field(1000, ge=1, description="general samples at most; of a token file, where not given, all")
         max_tokens: int = Field(563, ge=2, description="tokens of a general sample at most, within the context")
+        buffer: int = Field(8, ge=1, description="steps whose samples are drawn from the model together")
+        length: int | None = Field(
+            None, ge=2, description="tokens of a drawn sample; where absent, the model's context, at most 1,024"
+        )
+        domain: str | None = Field(
+            None, description="domain whose token drawn samples begin with; where absent, the begin token"
+        )
+        chat: bool | None = Field(
+            None,
+            description="draw the user's words and the answer in the chat template; where absent, if there is one and "
+            "no domain is given",
+        )
         layer: int = Field(-1, description="hidden state of margin, l1 and l2; -1: the last, after the final norm")
         multiple: float = Field(1.0, gt=0, description="thresholds of the margin loss: mean +- multiple * std")
         reduction: Literal["nonzero", "mean"] = Field(
@@ -82,6 +104,11 @@ class Rehearsal(Method):
                 if wrong:
                     raise ValueError(reason)
             return self
+
+        @property
+        def drawn(self) -> bool:
+            """Whether the samples are drawn from the model while training runs."""
+            return self.source == "self" and self.path is None
 
         def _uses(self) -> list[tuple[bool, tuple[str, ...], str]]:
             """(whether these keys are used, keys, why they are not)."""
@@ -103,10 +130,11 @@ class Rehearsal(Method):
                     f"source {self.source} is not general",
                 ),
                 (self.source != "current", ("way", "ratio", "count"), "source current is the batch itself"),
+                (self.drawn, ("buffer", "length", "domain", "chat"), "only source self without a path draws samples"),
             ]
 
         def _contradictions(self) -> list[tuple[bool, str]]:
-            replace, texts = self.way == "replace", self.source in ("general", "self")
+            replace = self.way == "replace"
             return [
                 (
                     self.source == "current" and self.loss in ("ce", "margin"),
@@ -140,30 +168,48 @@ class Rehearsal(Method):
                 ),
                 (self.weight != "dynamic" and self.weight < 0, f"weight: must not be below 0, as {self.weight} is"),
                 (
-                    texts and (self.path is None) == (self.dataset is None),
-                    "path: source general needs texts: give path (a file or folder) or dataset (of Hugging Face)"
-                    if self.source == "general"
-                    else "path: source self needs a corpus that the model generated (.jsonl of text or input_ids)",
+                    self.source == "general" and (self.path is None) == (self.dataset is None),
+                    "path: source general needs texts: give path (a file or folder) or dataset (of Hugging Face)",
+                ),
+                (
+                    self.drawn and self.loss == "margin",
+                    "loss margin: its thresholds are those of a fixed set of samples; write one with `holdfast replay` "
+                    "and give it as path",
+                ),
+                (
+                    self.drawn and self.loss != "ce" and self.teacher == "start",
+                    "teacher start: samples are drawn from the model as it was before the stage, and so is the teacher "
+                    "that they come with; use teacher previous, or a path",
+                ),
+                (
+                    bool(self.chat) and self.domain is not None,
+                    "chat: a chat begins as its template does, so it takes no domain",
                 ),
             ]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.memory = Memory(self.options.capacity, self.options.policy)
-        self.rows: list[Row] = []  # what this stage rehearses
+        self.rows: Sequence[Row] = []  # those of a fixed set
+        self.size = 0  # so many of them, from the front, are rehearsed in this stage
         self.held_out: list[Row] = []  # general or own samples that are never rehearsed, to measure forgetting on
+        self.buffer: SampleBuffer | None = None  # where samples are drawn while training runs
         self.teacher: HiddenTeacher | StateTeacher | None = None
         self._start: dict[str, Any] = {}  # what the start teacher's cache was made for
 
     def before_stage(self, stage: Stage) -> None:
         options = self.options
         if options.source == "past":
-            self.rows = list(self.memory.rows)
-        elif options.source != "current" and not self.rows:
-            self.rows = self._read(stage)
-        if options.loss == "ce" or not options.weight or not (self.rows or options.source == "current"):
+            self.rows, self.size = list(self.memory.rows), len(self.memory)
+        elif options.source != "current" and not options.drawn and not self.rows:
+            self._read(stage)
+        if self._is_off or not self._has_samples:
             return
-        if options.source == "current":
+        if options.drawn:
+            self._draw(stage)
+        if options.loss == "ce" or not options.weight or self.teacher is not None:
+            return
+        if options.source == "current" or options.drawn or isinstance(self.rows, TokenRows):
             self.teacher = live_teacher(options, stage)
             return
         folder = Path(stage.folder, self.name)
@@ -171,27 +217,40 @@ class Rehearsal(Method):
         if options.teacher == "start":
             self._start = key
 
+    @property
+    def _is_off(self) -> bool:
+        return not (self.options.weight or self.options.ce_weight)
+
+    @property
+    def _has_samples(self) -> bool:
+        return bool(self.size) or self.options.source == "current" or self.options.drawn
+
     def declares(self, stage: Stage) -> tuple[str, ...]:
-        if self.options.way == "replace" or not (self.rows or self.options.source == "current"):
+        if self.options.way == "replace" or not self._has_samples:
             return ()
         weights = {self.name: self.options.weight, f"{self.name}/ce": self.options.ce_weight}
         return tuple(name for name, weight in weights.items() if weight)
 
     def extra_rows(self, step: Step) -> Extra | None:
         options = self.options
-        if not (options.weight or options.ce_weight):
+        if self._is_off or not self._has_samples:
             return None
         layers = () if options.loss == "ce" else (-1 if options.loss == "kl" else options.layer,)
         logits = options.loss == "ce" or options.ce_weight > 0 or options.weight == "dynamic"
         if options.source == "current":
             return Extra((), "task", layers=layers, logits=logits)
-        if not self.rows:
-            return None
-        count = options.count or max(1, round(options.ratio * step.rows))
-        rounds, rest = divmod(count, len(self.rows))
-        numbers = list(range(len(self.rows)))
-        samples = numbers * rounds + step.random(self.name).sample(numbers, rest)
-        return Extra([self.rows[i] for i in samples], options.way, samples, layers, logits)
+        count = self._count(step.rows)
+        if self.buffer is not None:
+            rows, samples = self.buffer.rows(step.index, count)
+        else:
+            rounds, rest = divmod(count, self.size)
+            samples = [*range(self.size)] * rounds + step.random(self.name).sample(range(self.size), rest)
+            rows = [self.rows[i] for i in samples]
+        return Extra(rows, options.way, samples, layers, logits)
+
+    def _count(self, task_rows: int) -> int:
+        """Samples beside, or in, so many rows of the task."""
+        return self.options.count or max(1, round(self.options.ratio * task_rows))
 
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         rehearsed = step.rehearsed.get(self.name)
@@ -212,7 +271,7 @@ class Rehearsal(Method):
     def after_stage(self, stage: Stage) -> None:
         if self.options.source == "past":
             self.memory.add(stage.index, stage.rows, stage.random(self.name))
-        self.teacher = None
+        self.teacher = self.buffer = None
 
     def state(self) -> State:
         return self.memory.state() | {"start": self._start}
@@ -221,29 +280,54 @@ class Rehearsal(Method):
         self._start = state["start"]
         self.memory.load_state(state)
 
-    def _read(self, stage: Stage) -> list[Row]:
-        """The samples to rehearse; as many as a tenth of them are held out, where there are at least ten."""
+    def _draw(self, stage: Stage) -> None:
+        """Make ready to draw samples, with the teacher that comes with them where it is the true one."""
         options = self.options
-        if stage.tokenizer is None:
-            raise ConfigError(f"method {self.name}: reads texts, so the trainer needs processing_class, the tokenizer")
+        given = {"length": options.length, "domain": options.domain, "chat": options.chat}
+        request = Request.of(stage.model, self._tokenizer(stage), **given)
+        if not self.held_out:
+            self.held_out = held_out(request, stage)
+        before = live_states(options, stage)
+        hidden = options.loss == "kl" and drawn_states_are_exact(request, stage)
+        seed = f"{stage.seed}/{stage.index}/{self.name}"
+        self.buffer = SampleBuffer(request, before, seed, self._count(stage.rows_a_step), options.buffer, hidden)
+        if options.loss != "ce" and options.weight:
+            self.teacher = HiddenTeacher(options, self.buffer.states if hidden else before, before.head())
+
+    def _read(self, stage: Stage) -> None:
+        """Read the fixed set of samples; as many as a tenth are held out, where there are at least ten."""
+        options, tokenizer = self.options, self._tokenizer(stage)
+        most = context(stage.model)
+        length = min(options.max_tokens, most or options.max_tokens)
         if options.source == "self":
-            found: list[Row] = list(corpus_rows(options.path, stage.tokenizer, context(stage.model)))
-            rehearsed = len(found) - len(found) // 11
+            found: Sequence[Row] = corpus_rows(options.path, tokenizer, most)
+            self.size = len(found) - len(found) // 11
+        elif options.path is not None and Path(options.path, TOKENS).exists():
+            found = TokenFile.open(options.path, tokenizer).rows(length)
+            self.size = len(found) - min(len(found) // 11, options.samples // 10)
         else:
             asked = options.samples + options.samples // 10
-            found = list(
-                general_rows(
-                    stage.tokenizer,
-                    path=options.path,
-                    dataset=options.dataset,
-                    samples=asked,
-                    max_tokens=min(options.max_tokens, context(stage.model) or options.max_tokens),
-                    seed=stage.seed,
-                )
+            given = {"path": options.path, "dataset": options.dataset}
+            found = general_rows(tokenizer, **given, samples=asked, max_tokens=length, seed=stage.seed)
+            self.size = min(options.samples, len(found) - len(found) // 11)
+        self.rows, self.held_out = found, list(found[self.size :])
+        if isinstance(found, TokenRows) and self._needs_few:
+            few = random.Random(f"{stage.seed}/{self.name}").sample(range(self.size), min(options.samples, self.size))
+            self.rows, self.size = [found[i] for i in sorted(few)], len(few)
+
+    @property
+    def _needs_few(self) -> bool:
+        """Whether a token file is too large: the user wants fewer rows, or each must be seen before training."""
+        options = self.options
+        cached = options.loss != "ce" and (options.loss == "margin" or options.teacher == "start")
+        return cached or "samples" in options.model_fields_set
+
+    def _tokenizer(self, stage: Stage) -> Any:
+        if stage.tokenizer is None:
+            raise ConfigError(
+                f"method {self.name}: rehearses texts, so the trainer needs processing_class, the tokenizer"
             )
-            rehearsed = min(options.samples, len(found) - len(found) // 11)
-        self.held_out = found[rehearsed:]
-        return found[:rehearsed]
+        return stage.tokenizer
 
 
 def preset(**defaults: Any) -> Any:

@@ -1,18 +1,21 @@
 """The teacher of a rehearsal loss: the model as it was, and the loss of the student beside it.
 
-For a fixed set of samples, what the loss needs is computed once and read from disk. For the current task's rows the
-teacher runs beside the student: only the trained weights are kept twice, and they are exchanged for one forward pass.
+For a fixed set of samples, what the loss needs is computed once and read from disk. For rows that are hardly seen
+twice, as the current task's, the teacher runs beside the student: only the trained weights are kept twice, and they are
+exchanged for one forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from holdfast.generation import evaluating
 from holdfast.losses import chunked_kl, l1_loss, l2_loss, margin_loss
 from holdfast.losses.chunked import Head
 from holdfast.methods.base import Batch, Rehearsed, Row, Stage
@@ -99,16 +102,10 @@ class LiveStates:
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def __call__(self, rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = rehearsed.batch or batch
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        training = self.model.training
-        self._exchange()
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                outputs = self.model(**inputs, output_hidden_states=True, use_cache=False, **hidden_only(self.model))
-        finally:
-            self.model.train(training)
-            self._exchange()
+        with self.in_place(), evaluating(self.model), torch.no_grad():
+            outputs = self.model(**inputs, output_hidden_states=True, use_cache=False, **hidden_only(self.model))
         hidden = outputs.hidden_states[self.layer]
         return hidden, batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
 
@@ -118,6 +115,15 @@ class LiveStates:
         kept = {id(p): self.weights[name] for name, p in self.model.named_parameters() if name in self.weights}
         bias = None if now.bias is None else kept.get(id(now.bias), now.bias)
         return now._replace(weight=kept.get(id(now.weight), now.weight), bias=bias)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model has the weights that it had then."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
 
     def _exchange(self) -> None:
         for name, p in self.model.named_parameters():
@@ -181,6 +187,11 @@ def cached_teacher(
 
 
 def live_teacher(options: Any, stage: Stage) -> HiddenTeacher:
-    """The model as it is now, run beside the student on the current task's rows."""
-    states = LiveStates(stage.model, -1 if options.loss == "kl" else options.layer)
+    """The model as it is now, run beside the student."""
+    states = live_states(options, stage)
     return HiddenTeacher(options, states, states.head())
+
+
+def live_states(options: Any, stage: Stage) -> LiveStates:
+    """The hidden states that the loss needs, of the model as it is now."""
+    return LiveStates(stage.model, -1 if options.loss == "kl" else options.layer)

@@ -1,0 +1,74 @@
+"""Samples of the model as it was before the stage, drawn while training runs, those of some steps together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from holdfast.methods.base import Batch, Rehearsed, Row, Stage
+from holdfast.process import Process
+from holdfast.rehearsal.request import OwnSample, Request
+from holdfast.rehearsal.teacher import LiveStates, padded
+from holdfast.sampling import sample
+
+HELD_OUT = 64
+PROBE = 8  # tokens
+
+
+class SampleBuffer:
+    """So many samples a step, which depend on seed, stage and step alone; memory holds those of one round of steps.
+
+    Args:
+        before: the weights that the stage starts from.
+        count: samples a step.
+        steps: of a round.
+        hidden: whether the hidden states that the samples were drawn from are kept, as the teacher's: count * steps *
+            length * hidden numbers in the model's data type.
+    """
+
+    def __init__(self, request: Request, before: LiveStates, seed: str, count: int, steps: int, hidden: bool):
+        self.request, self.before, self.seed = request, before, seed
+        self.count, self.steps, self.hidden = count, steps, hidden
+        self._round = -1
+        self._samples: list[OwnSample] = []
+
+    def rows(self, step: int, count: int) -> tuple[list[Row], list[int]]:
+        """The first samples of a step, and the numbers by which :meth:`states` knows them in this step."""
+        number, place = divmod(step, self.steps)
+        if number != self._round:
+            self._fill(number)
+        first = place * self.count
+        numbers = list(range(first, first + min(count, self.count)))
+        return [self._samples[i].row for i in numbers], numbers
+
+    def states(self, rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The teacher's hidden states [rows, seq, hidden] and their mask, without a row's last token."""
+        found = [self._samples[i].hidden for i in rehearsed.samples]
+        return padded([states for states in found if states is not None], rehearsed.hidden[0])
+
+    def _fill(self, number: int) -> None:
+        size, process = self.count * self.steps, Process.this()
+        first = (number * process.world + process.rank) * size
+        self._samples = []
+        with self.before.in_place():
+            draw = partial(sample, self.before.model)
+            self._samples = self.request.write(draw, self.seed, range(first, first + size), self.hidden)
+        self._round = number
+
+
+def held_out(request: Request, stage: Stage) -> list[Row]:
+    """Samples of the model as it is, which are never rehearsed."""
+    draw = partial(sample, stage.model)
+    return [own.row for own in request.write(draw, f"{stage.seed}/held out", range(HELD_OUT))]
+
+
+def drawn_states_are_exact(request: Request, stage: Stage) -> bool:
+    """Whether the hidden states that samples are drawn from are, up to rounding, those of a forward pass."""
+    short = replace(request, turn=(), length=min(request.length, len(request.start) + PROBE))
+    [own] = short.write(partial(sample, stage.model), "probe", [0], hidden=True)
+    [expected] = stage.hidden_states([own.row])
+    if own.hidden is None or own.hidden.shape != expected[:-1].shape:
+        return False
+    return bool((own.hidden - expected[:-1]).float().norm() <= 0.05 * expected[:-1].float().norm())
