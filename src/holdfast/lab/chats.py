@@ -5,12 +5,23 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from holdfast.data.choices import read_choices
 from holdfast.data.chronicle import chronicle, general_text, lasting_questions
+from holdfast.data.encode import Encoder
+from holdfast.data.formats import read_rows
+from holdfast.data.task import Example, General, Turn
+from holdfast.evaluation.at_test import Evaluation
+from holdfast.evaluation.general import evaluate_general
+from holdfast.evaluation.respond import example_losses
 from holdfast.files import whole_folder, write_jsonl
+from holdfast.lab.tokenizer import train_tokenizer
+from holdfast.model import context
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\n"
-    "{% else %}A: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q: {% else %}A: {% endif %}"
+    "{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )
 GATES = {"and": "&", "or": "|", "exclusive or": "^"}
 WIRES = ("left", "right", "clock", "reset", "load", "carry", "enable", "select")
@@ -19,11 +30,10 @@ WIRES = ("left", "right", "clock", "reset", "load", "carry", "enable", "select")
 def write_chats(folder: Path, size: int, seed: int, rows: int) -> None:
     """Write the texts of the world, as files below a folder.
 
-    - ``text.jsonl``: general text, as it is pretrained on;
-    - ``chat.jsonl``: questions about lasting facts and their answers in the chat template, without begin and end;
-    - ``chat_valid.jsonl``: the same facts in wordings that stand nowhere else, whole;
-    - ``choices.jsonl``: the same as questions with four choices;
-    - ``circuits/train.jsonl`` and ``test.jsonl``: the new domain, prompt and answer.
+    - ``text.jsonl``: general text, to pretrain on;
+    - ``chats``: prompts and answers. ``train.jsonl``: questions about lasting facts in wordings of the general text;
+      ``test.jsonl``: the same facts in wordings that stand nowhere else; ``choices.jsonl``: those with four choices;
+    - ``circuits``: the new domain, tasks and code, ``train.jsonl`` and ``test.jsonl``.
 
     Args:
         size: of chronicle's world.
@@ -32,21 +42,54 @@ def write_chats(folder: Path, size: int, seed: int, rows: int) -> None:
     """
     held_out = chronicle(size=size, seed=seed).general[0].questions
     circuits = list(dict.fromkeys(_circuits(random.Random(seed), 4 * rows)))[: rows + rows // 5]
+    tasks = {
+        "chats/train": lasting_questions(size=size, seed=seed),
+        "chats/test": [(question, choices[answer]) for question, choices, answer in held_out],
+        "circuits/train": circuits[:rows],
+        "circuits/test": circuits[rows:],
+    }
     with whole_folder(folder) as partial:
         write_jsonl(partial / "text.jsonl", [{"text": text} for text in general_text(size=size, seed=seed)])
-        chats = [{"text": _chat(question, answer)} for question, answer in lasting_questions(size=size, seed=seed)]
-        write_jsonl(partial / "chat.jsonl", chats)
-        valid = [{"text": _chat(question, choices[answer])} for question, choices, answer in held_out]
-        write_jsonl(partial / "chat_valid.jsonl", valid)
+        for name, pairs in tasks.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            write_jsonl(partial / f"{name}.jsonl", [{"prompt": prompt, "answer": answer} for prompt, answer in pairs])
         questions = [{"question": q, "choices": choices, "answer": answer} for q, choices, answer in held_out]
         write_jsonl(partial / "choices.jsonl", questions)
-        for name, part in (("train", circuits[:rows]), ("test", circuits[rows:])):
-            (partial / "circuits").mkdir(exist_ok=True)
-            write_jsonl(partial / "circuits" / f"{name}.jsonl", [{"prompt": p, "answer": a} for p, a in part])
 
 
-def _chat(question: str, answer: str) -> str:
-    return f"Q: {question}\nA: {answer}"
+def chat_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer learned from what :func:`write_chats` wrote, with a chat template."""
+    texts = [row["text"] for row in read_rows(folder / "text.jsonl")]
+    for task in ("chats", "circuits"):
+        texts += [part for row in read_rows(folder / task / "train.jsonl") for part in (row["prompt"], row["answer"])]
+    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def measure_chats(folder: Path, chats: Path) -> dict[str, float]:
+    """What a model knows of the held-out questions, asked in its chat template.
+
+    Args:
+        folder: of the model and its tokenizer.
+        chats: the folder ``chats`` that :func:`write_chats` wrote.
+
+    Returns:
+        ``choices``: share whose right choice is the likeliest; ``chat_loss``: of the right answers, nats a token.
+    """
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    evaluation = Evaluation(model, Encoder(tokenizer, max_length=context(model) or 64, template="chat"), batch_size=128)
+    rows = read_rows(chats.parent / "choices.jsonl")
+    questions = [read_choices(row, f"choices.jsonl, row {i}") for i, row in enumerate(rows)]
+    right = evaluate_general(evaluation, [General("choices", "choices", questions=questions)])
+    nats, tokens = example_losses(
+        evaluation,
+        [
+            Example("choices.jsonl", i, (Turn("user", question), Turn("assistant", choices[answer])))
+            for i, (question, choices, answer) in enumerate(questions)
+        ],
+    )
+    return right | {"chat_loss": float(nats.sum() / tokens.sum())}
 
 
 def _circuits(draw: random.Random, count: int) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 import holdfast
 from holdfast.config import Named, Section, as_named, load
+from holdfast.directory import slug
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.lab.findings import Finding, matching
 from holdfast.lab.regression import RegressionConfig
@@ -109,6 +110,13 @@ class Planned:
     def folder(self, cache: Path) -> Path:
         return cache / "runs" / f"{self.group}-{self.key}"
 
+    def model(self, cache: Path) -> Path:
+        """Where its model is when it is done."""
+        if self.command == "pretrain":
+            return self.folder(cache) / "model"
+        [task] = self.config["stream"]["tasks"]
+        return self.folder(cache) / "stages" / f"01-{slug(task['name'])}" / "model"
+
     def is_done(self, cache: Path) -> bool:
         return (self.folder(cache) / DONE).exists()
 
@@ -186,8 +194,7 @@ def resolve(run: Planned, files: Files, cache: Path) -> dict[str, Any]:
 
     config: dict[str, Any] = filled(run.config)
     if run.parent is not None:
-        model = str(run.parent.folder(cache) / "model")
-        config["model"] = {"path" if run.command == "pretrain" else "name": model}
+        config["model"] = {"path" if run.command == "pretrain" else "name": str(run.parent.model(cache))}
     return config | {"output": str(run.folder(cache))}
 
 

@@ -49,15 +49,16 @@ STYLE: Any = {
 METHODS = {
     "none": ("no replay", BLACK, "o"),
     "lora": ("no replay, LoRA", ORANGE, "D"),
-    "ntp_real": ("next token, real", GREEN, "s"),
+    "ntp_real": ("next token, real text", GREEN, "s"),
     "ntp_self": ("next token, own samples", SKY, "v"),
     "ntp_general": ("next token, general text", GREEN, "s"),
-    "kl_real": ("KL, real", BLUE, "^"),
+    "kl_real": ("KL, real text", BLUE, "^"),
     "kl_self": ("KL, own samples", RED, "P"),
     "kl_general": ("KL, general text", BLUE, "^"),
 }
 DOMAINS = {"eng": "English", "spa": "Spanish", "web": "web text", "math": "mathematics"}
 NATS = "nats per token"
+MOST_WRITTEN = 25  # cells of a grid whose values are written into them
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ def learning_rate(tables: Tables) -> Figure:
     figure, (left, right) = _figure(6.6, 2.8, columns=2)
     runs = select(tables.results, group="finetune")
     rates = sorted(distinct(runs, "pretrain_learning_rate"))
-    for colour, rate in zip((SKY, BLUE, PURPLE, RED), rates, strict=False):
-        for method, style, marker in (("none", "-", "o"), ("kl_self", "--", "P")):
+    for colour, rate in zip(COLOURS, rates, strict=False):
+        for method, style, marker in (("none", "-", "o"), ("kl_real", "--", "^")):
             line = select(runs, pretrain_learning_rate=rate, method=method)
-            name = f"pretrained at {_power(rate)}, {'no replay' if method == 'none' else 'KL, own samples'}"
+            name = f"pretrained at {_power(rate)}, {METHODS[method][0]}"
             look = {"color": colour, "ls": style, "marker": marker, "label": name}
             _means(left, line, "learning_rate", "forgetting_matched", **look)
             _means(right, [row for row in line if row["stop"] == "loss"], "learning_rate", "tokens", **look)
@@ -146,7 +147,7 @@ def high_learning_rate_replay(tables: Tables) -> Figure:
     figure, ax = _figure(4.6, 3.0)
     lines = (
         ("rate", "learning_rate", BLUE, "o", "lower the learning rate"),
-        ("replay", "share", RED, "P", "replay more"),
+        ("replay", "ratio", RED, "P", "replay more"),
     )
     for group, column, colour, marker, label in lines:
         runs = [row for row in select(tables.results, group=group) if row["stop"] == "loss"]
@@ -154,12 +155,14 @@ def high_learning_rate_replay(tables: Tables) -> Figure:
         for value in sorted(distinct(runs, column), reverse=group == "rate"):
             rows = select(runs, **{column: value})
             points.append((value, interval(_of(rows, "tokens")), interval(_of(rows, "forgetting_matched"))))
+        if not points:
+            continue
         xs, ys = [x[0] for _, x, _ in points], [y[0] for _, _, y in points]
         ax.errorbar(xs, ys, yerr=_halves(y for _, _, y in points), color=colour, marker=marker, label=label, zorder=3)
         for value, (x, _), (y, _) in (points[0], points[-1]):
             shown = f"rate {_power(value)}" if group == "rate" else f"share {value:g}"
             ax.annotate(shown, (x, y), xytext=(5, 5), textcoords="offset points", color=colour, fontsize=7)
-    ax.set_xscale("log")
+    _log_counts(ax)
     ax.set_xlabel("training until the target, tokens (replayed ones included)")
     ax.set_ylabel(f"rise of {tables.old_name} loss ({NATS})")
     ax.legend(loc="upper right")
@@ -225,7 +228,7 @@ def grid_2d(tables: Tables) -> Figure:
     runs = select(tables.results, group="finetune")
     sizes, lengths = (sorted(distinct(runs, column)) for column in ("parameters", "pretrain_tokens_per_parameter"))
     grids = {}
-    for method in ("none", "kl_self"):
+    for method in ("none", "kl_real"):
         cells = [
             [select(runs, method=method, parameters=size, pretrain_tokens_per_parameter=length) for size in sizes]
             for length in lengths
@@ -235,7 +238,7 @@ def grid_2d(tables: Tables) -> Figure:
     image = None
     for ax, (method, grid) in zip(axes, grids.items(), strict=True):
         image = ax.imshow(grid, origin="lower", aspect="auto", cmap="cividis", vmin=low, vmax=1)
-        for y, row in enumerate(grid):
+        for y, row in enumerate(grid if len(sizes) * len(lengths) <= MOST_WRITTEN else []):
             for x, value in enumerate(row):
                 ax.text(
                     x,
@@ -249,7 +252,7 @@ def grid_2d(tables: Tables) -> Figure:
         ax.set_xticks(range(len(sizes)), [_millions(size) for size in sizes])
         ax.set_yticks(range(len(lengths)), [f"{length:g}" for length in lengths])
         ax.set_xlabel("parameters")
-        ax.set_title("No replay" if method == "none" else "KL to the model on its own samples")
+        ax.set_title("No replay" if method == "none" else "KL to the model on real text")
         ax.grid(False)
         ax.spines[:].set_visible(False)
     axes[0].set_ylabel("tokens per parameter")
@@ -267,7 +270,7 @@ def capacity_slices(tables: Tables) -> Figure:
     )
     for ax, x, line, label, name in slices:
         for colour, value in zip((SKY, BLUE, PURPLE, BLACK), sorted(distinct(runs, line)), strict=False):
-            for method, style, marker in (("none", "-", "o"), ("kl_self", "--", "P")):
+            for method, style, marker in (("none", "-", "o"), ("kl_real", "--", "^")):
                 rows = select(runs, method=method, **{line: value})
                 look = {"label": name(value)} if method == "none" else {}
                 _means(ax, rows, x, "forgetting_matched", color=colour, ls=style, marker=marker, **look)
@@ -275,7 +278,7 @@ def capacity_slices(tables: Tables) -> Figure:
         ax.set_xlabel(label)
         _ticks(ax, distinct(runs, x), _millions if x == "parameters" else "{:g}".format)
         ax.axhline(0, color=BLACK, lw=0.6)
-        ax.legend(loc="best", title="dashed: KL, own samples", title_fontsize=7)
+        ax.legend(loc="best", title="dashed: KL, real text", title_fontsize=7)
     left.set_ylabel(f"rise of {tables.old_name} loss ({NATS})")
     left.set_title("Length of pretraining")
     right.set_title("Size of the model")
@@ -384,14 +387,14 @@ def _before_and_after(tables: Tables, column: str, label: str) -> Any:
     _means(ax, runs, column, f"{tables.old}_start", color=BLUE, marker="o", label="before fine-tuning")
     plain = select(reached, method="none")
     _means(ax, plain, column, f"{tables.old}_loss", color=BLACK, marker="s", ls="--", label="no replay")
-    replayed = [row for row in reached if row["method"] != "none"]
+    replayed = [row for row in reached if row.get("method") != "none"]
     ax.plot(
         _of(replayed, column),
         _of(replayed, f"{tables.old}_loss"),
         ".",
         color=RED,
         alpha=0.4,
-        label="KL, own samples: every run",
+        label="KL, real text: every weight",
     )
     least: list[Row] = []
     for seed in distinct(replayed, "seed"):
@@ -399,7 +402,7 @@ def _before_and_after(tables: Tables, column: str, label: str) -> Any:
             rows = select(replayed, seed=seed, **{column: x})
             if rows:
                 least.append(min(rows, key=lambda row: row[f"{tables.old}_loss"]))
-    _means(ax, least, column, f"{tables.old}_loss", color=RED, marker="P", label="KL, own samples: best weight")
+    _means(ax, least, column, f"{tables.old}_loss", color=RED, marker="P", label="KL, real text: the best weight")
     if missed:
         ax.plot(_of(missed, column), _of(missed, f"{tables.old}_loss"), "x", color=ORANGE, label="target not reached")
     ax.set_xscale("log")
@@ -443,6 +446,16 @@ def _ticks(ax: Axes, values: Sequence[float], name: Callable[[float], str]) -> N
     """Ticks where there are points, and no others."""
     ax.set_xticks(sorted(values), [name(value) for value in sorted(values)])
     ax.set_xticks([], minor=True)
+
+
+def _log_counts(ax: Axes) -> None:
+    """A logarithmic axis of counts with few ticks in words, also over less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _millions(value)))
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def _millions(value: float) -> str:

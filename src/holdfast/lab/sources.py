@@ -190,41 +190,39 @@ class Arithmetic(Data):
 
 
 class Chats(Data):
-    """A small world for an instruction-tuned model: token files to make it of, and texts, choices and a domain."""
+    """A small world for an instruction-tuned model: text and chats to make it of, multiple choice, and a domain."""
 
     vocab_size: int = Field(1024, description="tokens")
     size: int = Field(40, description="of chronicle's world")
     rows: int = Field(600, ge=1, description="rows of the new domain to train on")
 
     def names(self) -> tuple[str, ...]:
-        return ("text", "chat", "general", "chat_valid", "choices", "circuits")
+        return ("text", "general", "chats", "circuits")
 
     def vocabulary(self) -> int:
         return self.vocab_size
 
     def prepare(self, folder: Path) -> Files:
-        from holdfast.data.formats import read_rows
-        from holdfast.lab.chats import TEMPLATE, write_chats
-        from holdfast.lab.tokenizer import train_tokenizer
+        from holdfast.lab.chats import chat_tokenizer, write_chats
         from holdfast.lab.tokens import build_tokens
 
         texts = folder / "texts"
         if not texts.exists():
             write_chats(texts, self.size, 0, self.rows)
+        tokenizer = _tokenizer(folder, lambda: chat_tokenizer(texts, self.vocab_size))
+        build_tokens([texts / "text.jsonl"], folder / "text", tokenizer)
+        return {
+            "text": folder / "text",
+            "general": texts / "text.jsonl",
+            "chats": texts / "chats",
+            "circuits": texts / "circuits",
+        }
 
-        def make() -> PreTrainedTokenizerFast:
-            known = [row["text"] for name in ("text", "chat") for row in read_rows(texts / f"{name}.jsonl")]
-            circuits = read_rows(texts / "circuits" / "train.jsonl")
-            tokenizer = train_tokenizer([*known, *(row["answer"] for row in circuits)], self.vocab_size)
-            tokenizer.chat_template = TEMPLATE
-            return tokenizer
+    def measures(self, model: Path, files: Files) -> dict[str, float]:
+        """``choices``: share of held-out questions answered right; ``chat_loss``: of the right answers, nats a token."""
+        from holdfast.lab.chats import measure_chats
 
-        tokenizer = _tokenizer(folder, make)
-        for name in ("text", "chat"):
-            build_tokens([texts / f"{name}.jsonl"], folder / name, tokenizer)
-        plain = {name: texts / f"{name}.jsonl" for name in ("chat_valid", "choices")}
-        tokens = {name: folder / name for name in ("text", "chat")}
-        return tokens | plain | {"general": texts / "text.jsonl", "circuits": texts / "circuits"}
+        return measure_chats(model, files["chats"])
 
 
 KINDS: dict[str, type[Data]] = {"texts": Texts, "languages": Languages, "arithmetic": Arithmetic, "chats": Chats}

@@ -188,7 +188,7 @@ def _work_off(
 
     def job(run: Planned) -> tuple[Any, ...]:
         paths = {name: str(path) for name, path in files.items()}
-        return run.command, resolve(run, files, cache), experiment.data.model_dump(), paths
+        return run.command, resolve(run, files, cache), run.model(cache), experiment.data.model_dump(), paths
 
     def finished(run: Planned, said: str) -> None:
         done.add(run.key)
@@ -214,7 +214,7 @@ def _work_off(
             raise
 
 
-def _do(command: str, config: dict[str, Any], data: dict[str, Any], files: dict[str, str]) -> str:
+def _do(command: str, config: dict[str, Any], model: Path, data: dict[str, Any], files: dict[str, str]) -> str:
     """One run in one thread, and what is measured of its model; another process may be at the same run.
 
     Returns:
@@ -240,6 +240,6 @@ def _do(command: str, config: dict[str, Any], data: dict[str, Any], files: dict[
             said = f"{losses} after {result['tokens']:,} tokens, {result['seconds']:.0f} s"
         if not (folder / DONE).exists():
             kind = data_of(Named(**data), "experiment")
-            measured = kind.measures(folder / "model", {name: Path(path) for name, path in files.items()})
+            measured = kind.measures(model, {name: Path(path) for name, path in files.items()})
             write_json(folder / DONE, measured)
     return said
