@@ -110,6 +110,20 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
     assert decoded(found) == WORDS[:2] + WORDS[4:] + WORDS[2:4]
 
 
+def test_rows_of_a_task_give_all_that_they_say(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]
+    for row in (
+        {"prompt": "who?", "answer": "me"},
+        {"instruction": "who?", "output": "me"},
+        {"messages": turns},
+    ):
+        write_jsonl(tmp_path / "a.jsonl", [row])
+        assert decoded(general_rows(tiny_tokenizer(), path=str(tmp_path / "a.jsonl"))) == ["who?\nme"]
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "who?", "answer": ""}])
+    with pytest.raises(DataError, match=r"a\.jsonl: row 1 \(line 1\): answer: is empty"):
+        general_rows(tiny_tokenizer(), path=str(tmp_path / "a.jsonl"))
+
+
 def test_a_line_of_text_ends_at_newlines_only(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\u2028two\x0cthree\nfour\n", encoding="utf-8")
     assert [len(row["input_ids"]) for row in general_rows(tiny_tokenizer(), path=str(tmp_path / "a.txt"))] == [13, 4]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from doubles import ChatServer, write_sentence_model
 from holdfast.config import EvaluationConfig
 from holdfast.data.task import Example, Task, Turn
 from holdfast.endpoint import Endpoint
@@ -294,19 +292,8 @@ def test_an_unknown_metric_is_refused_with_the_near_name():
 
 @pytest.fixture(scope="module")
 def sentence_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Sentence Transformers model of word vectors, made here: words that begin alike lie near each other."""
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<unk>", "good", "great", "bad", "bed", "sun"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    vectors = np.array([[0, 0, 1], [1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [-1, 0, 0], [0, 0.6, 0.8]], dtype=np.float32)
-    folder = tmp_path_factory.mktemp("sentences")
-    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=vectors)]).save(str(folder))
-    return folder
+    return write_sentence_model(tmp_path_factory.mktemp("sentences"))
 
 
 def test_similarity_is_the_cosine_of_embeddings(sentence_model: Path):
@@ -330,49 +317,14 @@ def test_a_model_that_is_none_is_named(tmp_path: Path):
 # --- a judge behind an endpoint ---
 
 
-class Server:
-    """An OpenAI-compatible server on loopback; ``replies`` is called with each request, and may raise a status."""
-
-    def __init__(self, replies: Any):
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[str | None] = []
-        lock, outer = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.requests.append(body)
-                    outer.headers.append(self.headers["Authorization"])
-                    found = replies(body, len(outer.requests))
-                status, text = found if isinstance(found, tuple) else (200, found)
-                message = {"choices": [{"message": {"role": "assistant", "content": text}}]}
-                payload = json.dumps(message if status == 200 else {"error": text}).encode()
-                self.send_response(status if self.path == "/v1/chat/completions" else 404)
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr("holdfast.endpoint.PAUSE", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    servers: list[Server] = []
+    servers: list[ChatServer] = []
 
-    def start(replies: Any) -> Server:
-        servers.append(Server(replies))
+    def start(replies: Any) -> ChatServer:
+        servers.append(ChatServer(replies))
         return servers[-1]
 
     yield start
@@ -380,7 +332,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         server.close()
 
 
-def judge(server: Server, **options: Any) -> Scorer:
+def judge(server: ChatServer, **options: Any) -> Scorer:
     return build("judge", EvaluationConfig.model_validate({"judge": {"url": server.url, "model": "judge-1"} | options}))
 
 
@@ -398,7 +350,7 @@ def test_a_judge_says_what_is_right(serve: Any, monkeypatch: pytest.MonkeyPatch)
     assert len(server.requests) == 3  # an empty response is wrong without asking
     assert {body["model"] for body in server.requests} == {"judge-1"}
     assert {body["temperature"] for body in server.requests} == {0}
-    assert set(server.headers) == {"Bearer secret"}
+    assert set(server.keys) == {"Bearer secret"}
     asked = {body["messages"][0]["content"] for body in server.requests}
     assert any(
         "Question:\nWhat is 3 + 4?\n\nRight answer:\n7\n\nResponse:\n{question} and {answer}" in q for q in asked
@@ -422,7 +374,7 @@ def test_an_endpoint_is_asked_again_after_statuses_that_pass(serve: Any):
     assert texts == [f"QUESTION {n}" for n in range(20)] == [answers[n] for n in range(20)]
     assert len(server.requests) == 22
     assert server.requests[0]["max_tokens"] == 5
-    assert set(server.headers) == {None}
+    assert set(server.keys) == {None}
 
 
 def test_an_endpoint_that_refuses_or_is_not_there_is_named(serve: Any):

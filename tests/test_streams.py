@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from doubles import ChatServer, write_sentence_model
 from holdfast import load_config, run
 from holdfast.check import noticed
 from holdfast.cli import app
 from holdfast.config import DataConfig, StreamConfig
 from holdfast.data.load import load_stream
 from holdfast.data.task import Stream
-from holdfast.errors import ConfigError, DataError
-from holdfast.evaluation.scorers import SCORERS
+from holdfast.errors import ConfigError, DataError, RunDirectoryError
+from holdfast.evaluation.scorers import METRICS, SCORERS
 from holdfast.files import read_json, read_jsonl
 from holdfast.progress import Progress
 from holdfast.streams import find, known
@@ -471,6 +472,18 @@ def test_a_yearly_stream_of_messages_runs_and_keeps_what_is_beside(tmp_path: Pat
     assert {example.answer for example in plain.tasks[0].test} == {"no 2023"}
 
 
+def test_a_similarity_is_reported_with_its_floor(folder: Path, tmp_path: Path):
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    write_model(tmp_path / "model")
+    task = {"name": "a", "path": str(folder / "trace" / "NumGLUE-cm"), "metric": "semantic_similarity"}
+    config = tiny_config(tmp_path, stream={"tasks": [task]})
+    model = str(write_sentence_model(tmp_path / "sentences"))
+    config["evaluation"] = {"max_new_tokens": 2, "bootstrap": 0, "similarity_model": model}
+    matrix = run(load_config(config), Progress(quiet=True))
+    assert matrix["floors"] == {"a": matrix["scores"][0][0]}
+    assert "only what is above this floor was learned" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_metrics_that_are_no_means_and_choices_run(folder: Path, tmp_path: Path):
     write_model(tmp_path / "model")
     path = str(folder / "cl" / "SC" / "yelp")
@@ -537,7 +550,10 @@ def test_benchmarks_run_from_the_real_data(tmp_path: Path, stream: dict[str, Any
 @needs_shared
 def test_every_scorer_runs_on_real_rows(tmp_path: Path):
     choices = {"choice_letter", "choice_likelihood", "choice_likelihood_mean"}
-    plain = list(SCORERS)
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    server = ChatServer(lambda body, number: "correct" if number % 2 else "incorrect")
+    judge = {"url": server.url, "model": "judge", "concurrency": 1}
+    similarity = str(write_sentence_model(tmp_path / "sentences"))
     tasks = [
         {
             "name": metric,
@@ -546,8 +562,20 @@ def test_every_scorer_runs_on_real_rows(tmp_path: Path):
         }
         | ({"labels": ["A", "B", "C"]} if metric in choices else {})
         | ({"input": r"(?s)Paragraph:\n(.*)\n\nSimplification:"} if metric == "sari" else {})
-        for metric in plain
+        for metric in METRICS
     ]
-    matrix = real_run(tmp_path, {"tasks": tasks}, method={"name": "frozen"})
-    assert matrix["metrics"] == dict(zip(plain, plain, strict=True))
+    changes = {"method": {"name": "frozen"}, "evaluation": {"judge": judge, "similarity_model": similarity}}
+    matrix = real_run(tmp_path, {"tasks": tasks}, **changes)
+    server.close()
+    assert matrix["metrics"] == dict(zip(METRICS, METRICS, strict=True))
     assert all(score is not None for score in matrix["scores"][0])
+    assert matrix["scores"][0][METRICS.index("judge")] == 0.5
+
+
+def test_a_run_is_not_continued_by_another_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = load_config(tiny_config(tmp_path, method="frozen"))
+    run(config, Progress(quiet=True))
+    run(config, Progress(quiet=True))
+    monkeypatch.setattr(SCORERS["accuracy"], "version", 2)
+    with pytest.raises(RunDirectoryError, match="prompts or metrics of its stream changed since this run began"):
+        run(config, Progress(quiet=True))

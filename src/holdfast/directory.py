@@ -51,6 +51,12 @@ class RunDirectory:
             } | facts
             self.write()
             return
+        if "stream" in self.record and self.record["stream"] != facts["stream"]:
+            old, new = self.record["stream"]["version"], facts["stream"]["version"]
+            raise RunDirectoryError(
+                f"{self.path}: the prompts or metrics of its stream changed since this run began (version {old} -> "
+                f"{new}); give another output"
+            )
         for name, piece in facts[data].items():
             if self.record[data][name]["fingerprint"] != piece["fingerprint"]:
                 raise RunDirectoryError(

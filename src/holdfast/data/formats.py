@@ -175,6 +175,21 @@ def to_examples(
     return examples
 
 
+def all_said(row: dict[str, Any], file: str | Path, index: int) -> str | None:
+    """All that a row of a task says, turn by turn, on lines of their own; None where its keys are those of no format.
+
+    Raises:
+        DataError: the row is not of the format that its keys tell.
+    """
+    if not any(row.keys() >= set(keys) for keys in KEYS.values()):
+        return None
+    try:
+        turns = _turns(row, detect([row], file), asked(None, None), None)
+    except _BadRowError as error:
+        raise DataError(f"{where(file, index, row)}: {error}") from None
+    return "\n".join(turn.content for turn in turns)
+
+
 class _BadRowError(Exception):
     """The reason why a row cannot be used."""
 

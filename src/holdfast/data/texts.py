@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.formats import SUFFIXES, iterate_rows, open_text, where
+from holdfast.data.formats import SUFFIXES, all_said, iterate_rows, open_text, where
 from holdfast.errors import ConfigError, DataError, did_you_mean
 
 TEXT_SUFFIXES = (".txt", *SUFFIXES)
@@ -78,6 +78,8 @@ def text_files(path: Path) -> list[Path]:
 def file_texts(file: Path, column: str) -> Iterator[str]:
     """Read the documents of a file: the lines of a .txt file, the column of any other.
 
+    Rows of a task, which have no column "text", give all that they say, turn by turn, on lines of their own.
+
     Raises:
         DataError: the file cannot be read, or a row lacks the column or has no text in it.
     """
@@ -87,7 +89,8 @@ def file_texts(file: Path, column: str) -> Iterator[str]:
                 yield line.removesuffix("\n").removesuffix("\r")
     else:
         for index, row in enumerate(iterate_rows(file)):
-            yield row_text(row, column, where(file, index, row))
+            said = all_said(row, file, index) if column == "text" and column not in row else None
+            yield row_text(row, column, where(file, index, row)) if said is None else said
 
 
 def dataset_texts(dataset: str, subset: str | None, split: str, column: str) -> Iterator[str]:
