@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from holdfast.cli import check, compare, convert, demo, doctor, export, gate, lab, listing, report, run
+from holdfast.cli import check, compare, convert, demo, doctor, export, gate, lab, listing, replay, report, run
 
 app = typer.Typer(
     name="holdfast",
@@ -30,6 +30,7 @@ app.command("convert")(convert.convert)
 app.command("export")(export.export)
 app.command("doctor")(doctor.doctor)
 app.command("gate")(gate.gate)
+app.command("replay")(replay.replay)
 app.add_typer(lab.app, name="lab")
 
 

@@ -283,8 +283,8 @@ class Rehearsal(Method):
     def _draw(self, stage: Stage) -> None:
         """Make ready to draw samples, with the teacher that comes with them where it is the true one."""
         options = self.options
-        given = {"length": options.length, "domain": options.domain, "chat": options.chat}
-        request = Request.of(stage.model, self._tokenizer(stage), **given)
+        given: dict[str, Any] = {"length": options.length, "domain": options.domain, "chat": options.chat}
+        request = Request.of(self._tokenizer(stage), context(stage.model), **given)
         if not self.held_out:
             self.held_out = held_out(request, stage)
         before = live_states(options, stage)

@@ -12,7 +12,6 @@ from holdfast.data.encode import DATE, IGNORED, Encoder
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.lab.tokenizer import domain_ids, domain_token
 from holdfast.methods.base import Row
-from holdfast.model import context
 from holdfast.sampling import Samples
 
 LENGTH = 1024  # tokens of a sample where the model's context is longer
@@ -60,8 +59,8 @@ class Request:
     @classmethod
     def of(
         cls,
-        model: Any,
         tokenizer: Any,
+        context: int | None,
         *,
         length: int | None = None,
         domain: str | None = None,
@@ -72,19 +71,24 @@ class Request:
         """The request for a model.
 
         Args:
-            length: where absent, the model's context, at most 1,024.
+            context: tokens that the model reads at most, where it says so.
+            length: where absent, the context, at most 1,024.
             domain: name of the domain whose token a sample begins with, or the token itself.
             token: the number of that token, instead.
             chat: where absent, whether the tokenizer has a chat template, unless a domain or token is given.
 
         Raises:
-            ConfigError: the tokenizer has no such domain, no begin token or no chat template, the template does not
-                show where a turn ends, or the length is beyond the context or leaves no room.
+            ConfigError: the tokenizer has no such domain or token, no begin token or no chat template, the template
+                does not show where a turn ends, the length is beyond the context or leaves no room, or the temperature
+                is not above 0.
         """
-        most = context(model)
-        if length is not None and most is not None and length > most:
-            raise ConfigError(f"length: {length} is more than the model's context of {most} tokens")
-        length = length or min(most or LENGTH, LENGTH)
+        if length is not None and context is not None and length > context:
+            raise ConfigError(f"length: {length} is more than the model's context of {context} tokens")
+        if not temperature > 0:
+            raise ConfigError(f"temperature: {temperature} cannot divide logits; it must be above 0")
+        if token is not None and not 0 <= token < len(tokenizer):
+            raise ConfigError(f"prompt token: {token} is none of the tokenizer's {len(tokenizer)} tokens")
+        length = length or min(context or LENGTH, LENGTH)
         if chat is None:
             chat = bool(tokenizer.chat_template) and domain is None and token is None
         if not chat:

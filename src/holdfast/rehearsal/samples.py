@@ -17,6 +17,7 @@ from holdfast.data.formats import read_rows, where
 from holdfast.data.texts import dataset_texts, file_texts, row_text, text_files
 from holdfast.errors import ConfigError, DataError
 from holdfast.methods.base import Row
+from holdfast.rehearsal.corpus import corpus_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,11 +100,13 @@ def general_rows(
 def corpus_rows(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, context: int | None = None
 ) -> list[dict[str, Any]]:
-    """Read a corpus that a model generated: a .jsonl file of tokens or texts, each taken whole.
+    """Read a corpus that a model generated, each sample taken whole: a folder that :func:`write_corpus
+    <holdfast.rehearsal.corpus.write_corpus>` wrote, or a .jsonl file of tokens or texts.
 
     Args:
-        path: rows of ``input_ids`` and, if not all are supervised, ``labels`` (-100 where not); or rows of ``text``.
-        tokenizer: needed where the rows are texts.
+        path: a folder; or rows of ``input_ids`` and, if not all are supervised, ``labels`` (-100 where not), or of
+            ``text``.
+        tokenizer: of the model; needed where the rows are texts.
         context: tokens that the model reads at most; where absent, any number.
 
     Returns:
@@ -111,14 +114,16 @@ def corpus_rows(
 
     Raises:
         ConfigError: there is no such file, or it holds texts and no tokenizer is given.
-        DataError: a row is malformed, longer than the context, or supervises no token.
+        DataError: a row is malformed, longer than the context, or supervises no token; the folder is unfinished,
+            damaged or of another tokenizer.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"self-generated corpus: there is no file {str(path)!r} (looked from {Path.cwd()})")
+    if not path.exists():
+        raise ConfigError(f"self-generated corpus: there is no file or folder {str(path)!r} (looked from {Path.cwd()})")
+    files = corpus_files(path, tokenizer) if path.is_dir() else [path]
     rows = []
-    for index, row in enumerate(read_rows(path)):
-        place = where(path, index, row)
+    for shard, index, row in ((file, index, row) for file in files for index, row in enumerate(read_rows(file))):
+        place = where(shard, index, row)
         if "input_ids" in row:
             rows.append(_checked(row, place))
         elif "text" in row:

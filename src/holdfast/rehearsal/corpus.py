@@ -1,0 +1,187 @@
+"""A corpus that a model wrote of itself: shards of samples on disk, made in order and continued after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from holdfast.errors import ConfigError, DataError, Interrupted
+from holdfast.files import LOCK, PARTIAL, locked_folder, read_json, read_jsonl, whole_folder, write_json, write_jsonl
+from holdfast.interrupt import Interrupt
+from holdfast.lab.build import require_same
+from holdfast.rehearsal.cache import tokenizer_fingerprint
+from holdfast.rehearsal.request import Request, Sampler
+
+MANIFEST, SETTINGS, TOKENIZER = "manifest.json", "settings.json", "tokenizer"
+FORMAT = 1
+
+
+def write_corpus(
+    draw: Sampler,
+    request: Request,
+    out: str | Path,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    batch_size: int = 64,
+    seed: int = 0,
+    facts: dict[str, Any] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Sample from a model into a folder; a corpus that is there already is kept, and an unfinished one continued.
+
+    Samples are numbered, and a sample depends on the seed and its number alone; ``batch_size`` of them are drawn
+    together into one shard, ``shard-00000.jsonl`` and so on: one object a line with ``number``, ``input_ids``,
+    ``labels`` (-100 where not drawn) and ``log_prob`` (of all drawn tokens under the model, nats). A sample that equals
+    an earlier one is left out. A kill loses no shard that was written, and the files end up the same.
+
+    Args:
+        draw: samples from the model, see :func:`holdfast.sampling.sample`.
+        tokenizer: the model's; a copy is kept.
+        tokens: the corpus ends with the sample that reaches so many.
+        facts: what else the manifest should say under ``settings``, such as the model's name; all of ``settings`` must
+            be the same when an unfinished corpus is continued.
+        on_progress: told (tokens, tokens asked for) after every shard.
+
+    Returns:
+        the manifest, which is written last: ``settings``; ``samples``, ``tokens``, ``supervised`` (drawn tokens),
+        ``duplicates`` (left out), ``log_prob`` (sum); ``files``, each with ``rows``, ``bytes`` and ``sha256``.
+
+    Raises:
+        ConfigError: the folder holds something else, or a corpus of other settings.
+        DataError: nearly all samples are duplicates.
+        RunDirectoryError: another process uses the folder, or it cannot be written.
+        Interrupted: SIGINT or SIGTERM asked to stop; the same call continues.
+    """
+    out = Path(out)
+    settings = {"format": FORMAT, **(facts or {}), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    settings |= {"request": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(request).items()}}
+    settings |= {"tokens": tokens, "batch_size": batch_size, "seed": seed}
+    with locked_folder(out), Interrupt() as interrupt:
+        if (out / MANIFEST).exists():
+            manifest = read_json(out / MANIFEST)
+            require_same(out, "a corpus", manifest.get("settings", {}), settings)
+            return manifest
+        _begin(out, settings, tokenizer)
+        tally = _Tally(tokens)
+        for shard in itertools.count():
+            path = out / f"shard-{shard:05d}.jsonl"
+            if path.exists():
+                for line in read_jsonl(path):
+                    tally.add(line)
+            else:
+                numbers = range(shard * batch_size, (shard + 1) * batch_size)
+                own = request.write(draw, seed, numbers)
+                lines = [
+                    {"number": n} | dict(o.row) | {"log_prob": o.log_prob} for n, o in zip(numbers, own, strict=True)
+                ]
+                write_jsonl(path, [line for line in lines if tally.add(line)])
+            if on_progress:
+                on_progress(min(tally.tokens, tokens), tokens)
+            if tally.tokens >= tokens:
+                break
+            drawn = (shard + 1) * batch_size
+            if drawn - tally.samples > 1000 + 9 * tally.samples:
+                raise DataError(
+                    f"{out}: of {drawn} samples only {tally.samples} are different ones; a corpus of {tokens} tokens "
+                    "needs longer samples, a higher temperature, or another model"
+                )
+            if interrupt.requested:
+                raise Interrupted(f"{out}: stopped after {tally.tokens} of {tokens} tokens")
+        files = {path.name: _facts(path) for path in sorted(out.glob("shard-*.jsonl"))}
+        write_json(out / MANIFEST, {"settings": settings} | tally.counts() | {"files": files})
+        (out / SETTINGS).unlink()
+        return read_json(out / MANIFEST)
+
+
+def corpus_files(folder: Path, tokenizer: Any = None) -> list[Path]:
+    """The shards of a finished corpus that hold samples, in order, each compared with the manifest.
+
+    Args:
+        tokenizer: that the corpus must have been written with; any where absent.
+
+    Raises:
+        DataError: the folder holds no finished corpus, one of another tokenizer, or a shard is missing or damaged.
+    """
+    if not (folder / MANIFEST).exists():
+        raise DataError(
+            f"{folder}: is unfinished; the command that began it continues it"
+            if (folder / SETTINGS).exists()
+            else f"{folder}: is no corpus that a model wrote: it has no {MANIFEST}; `holdfast replay` writes one"
+        )
+    try:
+        manifest = read_json(folder / MANIFEST)
+        written, files = manifest["settings"]["tokenizer"], manifest["files"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{folder / MANIFEST}: is no manifest of a corpus that a model wrote") from None
+    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != written:
+        raise DataError(f"{folder}: was written with another tokenizer than the model's; write a corpus of this model")
+    for name, expected in files.items():
+        if not (folder / name).exists():
+            raise DataError(f"{folder / name}: is missing; write the corpus anew")
+        if _facts(folder / name) != expected:
+            raise DataError(f"{folder / name}: is damaged: it is not what {MANIFEST} says; write the corpus anew")
+    return [folder / name for name, facts in files.items() if facts["rows"]]
+
+
+class _Tally:
+    """What is in a corpus so far.
+
+    Attributes:
+        drawn: samples up to the last one kept, duplicates too.
+    """
+
+    def __init__(self, enough: int):
+        self.enough = enough
+        self.samples = self.tokens = self.supervised = self.drawn = 0
+        self.log_prob = 0.0
+        self._seen: set[bytes] = set()
+
+    def add(self, line: dict[str, Any]) -> bool:
+        """Count a sample, if it is a new one and there are not enough yet; whether it was."""
+        digest = hashlib.blake2b(np.asarray(line["input_ids"], "<i8").tobytes(), digest_size=16).digest()
+        if self.tokens >= self.enough or digest in self._seen:
+            return False
+        self._seen.add(digest)
+        self.samples += 1
+        self.tokens += len(line["input_ids"])
+        self.supervised += sum(label != -100 for label in line["labels"])
+        self.log_prob += line["log_prob"]
+        self.drawn = line["number"] + 1
+        return True
+
+    def counts(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        found = {name: getattr(self, name) for name in ("samples", "tokens", "supervised", "log_prob")}
+        return found | {"duplicates": self.drawn - self.samples}
+
+
+def _begin(out: Path, settings: dict[str, Any], tokenizer: Any) -> None:
+    """Write down what is to be made, or compare it with what was begun."""
+    if (out / SETTINGS).exists():
+        require_same(out, "an unfinished corpus", read_json(out / SETTINGS), settings)
+    else:
+        known = {LOCK, SETTINGS + PARTIAL, TOKENIZER, TOKENIZER + PARTIAL}
+        others = sorted({path.name for path in out.iterdir()} - known)
+        if others:
+            raise ConfigError(
+                f"{out}: holds other files ({', '.join(others[:3])}); give a folder that does not exist yet"
+            )
+        with whole_folder(out / TOKENIZER) as folder:
+            tokenizer.save_pretrained(folder)
+        write_json(out / SETTINGS, settings)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {
+        "rows": content.count(b"\n"),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
