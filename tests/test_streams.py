@@ -108,7 +108,7 @@ def test_tree_lora_is_trace_and_o_lora_scored_by_prefix():
 
 
 def test_a_change_of_prompt_metric_or_order_changes_the_version(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """The digests of the definitions as they are. Who changes one raises its version and puts the new digest here."""
+    """The definitions as they are, and prompts that code makes: who changes one raises its version and states it."""
     streams = {
         "trace": load(name="trace", path=folder / "trace"),
         "trace, source": load(name="trace", path=folder / "trace", scoring="source"),
@@ -117,7 +117,8 @@ def test_a_change_of_prompt_metric_or_order_changes_the_version(folder: Path, mo
         "tree_lora": load(name="tree_lora", path=folder),
         "chronicle": load(name="chronicle", options={"size": 3}),
     }
-    assert {name: stream.version for name, stream in streams.items()} == read_json(GOLDEN)
+    made = {name: value for name, value in read_json(GOLDEN).items() if isinstance(value, list)}
+    assert {name: stream.version for name, stream in streams.items()} | made == read_json(GOLDEN)
     assert len({stream.version for stream in streams.values()}) == len(streams)
     version = streams["trace"].version
     assert load({"train_rows": 1}, name="trace", path=folder / "trace").version == version  # rows are no definition
@@ -375,6 +376,8 @@ def test_realtimeqa_is_learned_as_questions_and_tested_as_a_quiz(tmp_path: Path)
     assert asked.question == "Question: Today is December 30, 2022. Who?\nA) Ann\nB) Bob\nAnswer:"
     assert (learned.answer, asked.answer, asked.choices) == ("Bob", "Bob", ("Ann", "Bob"))
     assert (stream.tasks[0].metric, stream.tasks[0].beside) == ("choice_likelihood", ["choice_likelihood_mean"])
+    assert stream.tasks[0].asked == "Question: {sentence}Answer:"
+    assert read_json(GOLDEN)["realtimeqa"] == [stream.version, stream.tasks[0].fingerprint[:12]]
     (tmp_path / "2024.jsonl").write_text(json.dumps(question("x_1", "Who?", 0, "a", "b")))
     with pytest.raises(
         DataError, match=r"2024\.jsonl: row 1 \(line 1\): question_id: must be YYYYMMDD_NUMBER, not 'x_1"
@@ -400,6 +403,8 @@ def test_super_ni_in_folders_with_splits_and_in_files(tmp_path: Path):
     said = "Definition: Say what is felt.\n\nNow complete the following example -\nInput: text 1.\nOutput:"
     assert (example.question, example.input) == (said, "text 1.")
     assert (example.answer, example.also_right) == ("POS", ("positive",))
+    assert folder.asked == said.replace("text 1.", "{sentence}")
+    assert read_json(GOLDEN)["super_ni"] == [stream.version, folder.fingerprint[:12]]
     assert (folder.metric, folder.beside, folder.max_new_tokens) == ("rouge_l", ["super_ni_rouge_l", "accuracy"], 128)
     bad = instances(2)
     bad["Instances"][1]["output"] = []

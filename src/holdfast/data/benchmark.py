@@ -11,7 +11,7 @@ from holdfast.config import DataConfig, StreamConfig, TaskOptions, validate
 from holdfast.data.formats import SUFFIXES
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import SPLITS, Source, load_task, read_json_file, scored, split_files
-from holdfast.data.task import Stream, Task
+from holdfast.data.task import Example, Stream, Task
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.evaluation.scorers import CONFIGURED
 from holdfast.streams import Definition, TaskDefinition, find, maker
@@ -85,8 +85,17 @@ def _made(config: StreamConfig, definition: Definition, data: DataConfig) -> Str
     for task in stream.tasks:
         values = {"name": task.name} | definition.defaults
         scored(task, measured(validate(TaskDefinition, values, f"stream {config.name}"), config.scoring))
-        task.asked = task.asked or str(definition.make)
+        task.asked = _frame(task.test[0]) or str(definition.make)
     return stream
+
+
+def _frame(example: Example) -> str | None:
+    """A prompt with {sentence} in the place of what it is about; None where it is about nothing in particular."""
+    asked = example.turns[-2]
+    if asked.cut is None:
+        return None
+    start, end = asked.cut
+    return f"{asked.content[:start]}{{sentence}}{asked.content[end:]}"
 
 
 def _limited(task: Task, data: DataConfig) -> Task:
