@@ -286,7 +286,10 @@ class EvaluationConfig(Section):
 
     batch_size: int = Field(32, ge=1, description="prompts generated together")
     max_new_tokens: int | None = Field(
-        None, ge=1, description="longest response; where absent, the longest train answer of the task and 8 more"
+        None,
+        ge=1,
+        description="longest response; where absent, the longest train answer of the task and 8 more, but no more than "
+        "the task allows and half of data.max_length",
     )
     general: list[GeneralConfig] | None = Field(
         None, description="measures of general ability; where absent, those of the stream itself"
