@@ -1,5 +1,6 @@
 """The toy tasks: their rows are right, and accuracy is that of greedy decoding."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from holdfast.lab import arithmetic
 from holdfast.lab.sources import Arithmetic
 from holdfast.lab.tokens import TokenFile
+from holdfast.rehearsal.request import Request
+from holdfast.sampling import sample
+from tiny import tiny_model
 
 
 @pytest.mark.parametrize("task", arithmetic.TASKS)
@@ -38,6 +42,18 @@ def test_token_files_hold_a_row_a_sequence_under_the_task_s_token(tmp_path):
         assert {row[-1] for row in words} == {"</s>"}
         assert ["".join(row[1:-1]) for row in words] == [row[1:] for row in arithmetic.rows(task, 2, 30, seed=0)]
     assert Arithmetic().vocabulary() == len(TokenFile.open(files["add"]).tokenizer())
+
+
+def test_samples_of_several_tasks_are_asked_for_in_turn():
+    tokenizer = arithmetic.arithmetic_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    request = Request.of(tokenizer, 64, length=11, domain=["sort", "add"])
+    rows = [own.row for own in request.write(partial(sample, model), "seed", range(5))]
+    words = [tokenizer.convert_ids_to_tokens(row["input_ids"][0]) for row in rows]
+    assert words == ["<|sort|>", "<|add|>"] * 2 + ["<|sort|>"]
+    assert all(len(row["input_ids"]) == 11 and row["labels"] == [-100, *row["input_ids"][1:]] for row in rows)
+    later = request.write(partial(sample, model), "seed", [3])  # a sample depends on its number alone
+    assert later[0].row == rows[3]
 
 
 class Writer:

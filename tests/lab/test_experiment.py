@@ -127,8 +127,8 @@ def test_every_experiment_validates_at_both_scales(path):
     assert path.with_name("tiny.yaml").exists()
     assert experiment.findings
     costs = lab.check_experiment(experiment)
-    assert all(cost.runs and cost.parameters[0] > 0 for cost in costs)
-    assert sum(cost.runs for cost in costs) > 0 or experiment.regression or experiment.slices_of
+    assert all(cost.runs > 0 for cost in costs)
+    assert costs or experiment.regression or experiment.slices_of
 
 
 def test_cost_counts_every_run(tmp_path):

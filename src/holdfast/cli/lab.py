@@ -205,8 +205,8 @@ def print_plan(title: str, costs: list[Any], console: Any) -> None:
     table = Table("group", "runs", "parameters", "tokens", "FLOPs", title=title)
     for cost in costs:
         least, most = cost.parameters
-        size = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-        open_end = "until its loss, or the data's end"
+        size = "" if not least else f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        open_end = "until its loss, or its epochs"
         tokens = open_end if cost.tokens is None else f"{cost.tokens:,}"
         table.add_row(cost.group, str(cost.runs), size, tokens, "" if cost.flops is None else f"{cost.flops:.2g}")
     console.print(table)

@@ -7,13 +7,11 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from holdfast.data.choices import read_choices
 from holdfast.data.chronicle import chronicle, general_text, lasting_questions
 from holdfast.data.encode import Encoder
 from holdfast.data.formats import read_rows
-from holdfast.data.task import Example, General, Turn
+from holdfast.data.task import Example, Turn
 from holdfast.evaluation.at_test import Evaluation
-from holdfast.evaluation.general import evaluate_general
 from holdfast.evaluation.respond import example_losses
 from holdfast.files import whole_folder, write_jsonl
 from holdfast.lab.tokenizer import train_tokenizer
@@ -68,28 +66,18 @@ def chat_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def measure_chats(folder: Path, chats: Path) -> dict[str, float]:
-    """What a model knows of the held-out questions, asked in its chat template.
+    """``chat_loss``: of the answers to the held-out questions, in the model's chat template, in nats a token.
 
     Args:
         folder: of the model and its tokenizer.
         chats: the folder ``chats`` that :func:`write_chats` wrote.
-
-    Returns:
-        ``choices``: share whose right choice is the likeliest; ``chat_loss``: of the right answers, nats a token.
     """
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     evaluation = Evaluation(model, Encoder(tokenizer, max_length=context(model) or 64, template="chat"), batch_size=128)
-    rows = read_rows(chats.parent / "choices.jsonl")
-    questions = [read_choices(row, f"choices.jsonl, row {i}") for i, row in enumerate(rows)]
-    right = evaluate_general(evaluation, [General("choices", "choices", questions=questions)])
-    nats, tokens = example_losses(
-        evaluation,
-        [
-            Example("choices.jsonl", i, (Turn("user", question), Turn("assistant", choices[answer])))
-            for i, (question, choices, answer) in enumerate(questions)
-        ],
-    )
-    return right | {"chat_loss": float(nats.sum() / tokens.sum())}
+    rows = [(row["prompt"], row["answer"]) for row in read_rows(chats / "test.jsonl")]
+    turns = [(Turn("user", question), Turn("assistant", answer)) for question, answer in rows]
+    nats, tokens = example_losses(evaluation, [Example("test.jsonl", row, turn) for row, turn in enumerate(turns)])
+    return {"chat_loss": float(nats.sum() / tokens.sum())}
 
 
 def _circuits(draw: random.Random, count: int) -> list[tuple[str, str]]:

@@ -49,7 +49,8 @@ class Experiment(Section):
 
     title: str = Field(description="what is asked, in one line")
     data: Annotated[Named, BeforeValidator(as_named)] = Field(
-        Named(name="languages"), description="what the runs read: languages, texts, arithmetic or chats, with options"
+        Named(name="languages"),
+        description="what the runs read: languages, texts, arithmetic, chats or verilog, with options",
     )
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="every run is done with each")
     common: dict[str, Any] = Field(default_factory=dict, description="keys of every laboratory run")
@@ -213,8 +214,8 @@ def check_experiment(experiment: Experiment) -> list[Cost]:
     """Validate every run of the grid without any data, and count what it would take.
 
     Returns:
-        of each group: runs, least and most parameters (the embeddings counted once), tokens trained on at most, and
-        6 x parameters x tokens floating-point operations, rehearsal apart.
+        of each group: runs, least and most parameters (the embeddings counted once; 0 where the model comes from
+        elsewhere), tokens trained on at most, and 6 x parameters x tokens operations, rehearsal apart.
 
     Raises:
         ConfigError: a key of a run is wrong, or its method does not go with its tuner.
@@ -242,7 +243,9 @@ def check_experiment(experiment: Experiment) -> list[Cost]:
                     raise ConfigError(f"tuner: {refused[0]}")
         except ConfigError as error:
             raise ConfigError(f"{run.name}: {error}") from None
-        if run.parent is None:
+        if run.command == "run" and run.parent is None:
+            sizes[run.key] = 0
+        elif run.parent is None:
             sizes[run.key] = _parameters(json.dumps(resolved["model"]), data.vocabulary(), resolved["context"])
         else:
             sizes[run.key] = sizes[run.parent.key]

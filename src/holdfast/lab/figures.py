@@ -337,26 +337,23 @@ def regression_1d(tables: Tables) -> Figure:
 
 def instruct(tables: Tables) -> Figure:
     """General ability of an instruction-tuned model against what it learned of a domain."""
-    figure, (left, right) = _figure(6.6, 2.9, columns=2)
-    runs = select(tables.results, group="domain")
-    start = select(tables.results, group="chat")
-    for ax, column, factor, label in (
-        (left, "choices", 100, "multiple choice right (%)"),
-        (right, "chat_loss", 1, f"loss on held-out chats ({NATS})"),
-    ):
-        if start:
-            ax.axhline(factor * interval(_of(start, column))[0], color=BLACK, ls=":", lw=1)
+    runs = [row for row in tables.results if row["group"] in ("domain", "plain")]
+    chats = select(tables.results, group="chat")
+    panels = [("choices", 100, "multiple choice right (%)", _of(runs, "choices_start"))]
+    if chats:
+        panels.append(("chat_loss", 1, f"loss on held-out chats ({NATS})", _of(chats, "chat_loss")))
+    figure, axes = _figure(3.4 * len(panels), 2.9, columns=len(panels), squeeze=False)
+    for ax, (column, factor, label, start) in zip(axes[0], panels, strict=True):
+        ax.axhline(factor * interval(start)[0], color=BLACK, ls=":", lw=1, label="before")
         for number, method in enumerate(distinct(runs, "method")):
             name, colour, marker = _look(method, number)
             rows = select(runs, method=method)
-            x, (y, half) = interval(_of(rows, "domain_loss")), interval([factor * row[column] for row in rows])
-            ax.errorbar(x[0], y, xerr=x[1], yerr=half, color=colour, marker=marker, ls="", label=name)
+            x, y = interval(_of(rows, f"{tables.new}_loss")), interval([factor * row[column] for row in rows])
+            ax.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], color=colour, marker=marker, ls="", label=name)
         ax.invert_xaxis()
         ax.set_xlabel(f"loss on the domain ({NATS})")
         ax.set_ylabel(label)
-    left.set_title("Multiple choice (dotted: before)")
-    right.set_title("Chats (dotted: before)")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

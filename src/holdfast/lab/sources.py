@@ -44,7 +44,7 @@ class Data(Section):
         raise NotImplementedError
 
     def vocabulary(self) -> int:
-        """Tokens of its tokenizer."""
+        """Tokens of its tokenizer, where it makes one."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Chats(Data):
     rows: int = Field(600, ge=1, description="rows of the new domain to train on")
 
     def names(self) -> tuple[str, ...]:
-        return ("text", "general", "chats", "circuits")
+        return ("text", "general", "chats", "choices", "circuits")
 
     def vocabulary(self) -> int:
         return self.vocab_size
@@ -215,17 +215,45 @@ class Chats(Data):
             "text": folder / "text",
             "general": texts / "text.jsonl",
             "chats": texts / "chats",
+            "choices": texts / "choices.jsonl",
             "circuits": texts / "circuits",
         }
 
     def measures(self, model: Path, files: Files) -> dict[str, float]:
-        """``choices``: share of held-out questions answered right; ``chat_loss``: of the right answers, nats a token."""
+        """``chat_loss``: of the answers to held-out questions, nats a token."""
         from holdfast.lab.chats import measure_chats
 
         return measure_chats(model, files["chats"])
 
 
-KINDS: dict[str, type[Data]] = {"texts": Texts, "languages": Languages, "arithmetic": Arithmetic, "chats": Chats}
+class Verilog(Data):
+    """What the paper fine-tunes an instruction-tuned model on, and asks it before and after; fetched from the hub."""
+
+    rows: int = Field(100_000, ge=1, description="programs to train on")
+    test_rows: int = Field(2000, ge=1, description="programs to test on")
+    documents: int = Field(50_000, ge=1, description="documents of general text")
+    questions: int = Field(1000, ge=1, description="questions of each set with choices")
+
+    def names(self) -> tuple[str, ...]:
+        return ("verilog", "general", "mmlu", "arc", "commonsense")
+
+    def prepare(self, folder: Path) -> Files:
+        from holdfast.lab.verilog import write_verilog
+
+        texts = folder / "texts"
+        if not texts.exists():
+            write_verilog(texts, self.rows, self.test_rows, self.documents, self.questions)
+        questions = {name: texts / "choices" / f"{name}.jsonl" for name in ("mmlu", "arc", "commonsense")}
+        return {"verilog": texts / "verilog", "general": texts / "general.jsonl"} | questions
+
+
+KINDS: dict[str, type[Data]] = {
+    "texts": Texts,
+    "languages": Languages,
+    "arithmetic": Arithmetic,
+    "chats": Chats,
+    "verilog": Verilog,
+}
 
 
 def data_of(named: Named, where: str) -> Data:

@@ -147,17 +147,24 @@ def _measure_over_front(results: list[Row], group: str, new: str, old: str) -> N
 
 
 def _scores(matrix: dict[str, Any]) -> Row:
-    """Of a run of one stage, before and after: losses as of a laboratory run, other scores ``NAME_start``, ``NAME``."""
-    before, after = matrix["scores"]
+    """Of a run of one stage, before and after: losses as of a laboratory run, other scores ``NAME_start`` and ``NAME``.
+
+    ``choices_start``, ``choices`` and ``choices_lost``, the first less the second, are means over all multiple choice.
+    """
     columns: Row = {}
-    for name, start, end in zip(matrix["tasks"], before, after, strict=True):
+    for name, start, end in zip(matrix["tasks"], *matrix["scores"], strict=True):
         columns |= {f"{name}_start": start, f"{name}_loss" if matrix["metrics"][name] == "loss" else name: end}
+    shares = []
     for name, (start, end) in matrix["general"].items():
-        if name.startswith("perplexity/"):
-            measure = name.removeprefix("perplexity/")
+        measure = name.removeprefix("perplexity/")
+        if measure != name:
             columns |= {f"{measure}_start": math.log(start), f"{measure}_loss": math.log(end)}
         else:
-            columns |= {f"{name}_start": start, name: end}
+            columns |= {f"{measure}_start": start, measure: end}
+            shares.append((start, end))
+    if shares:
+        start, end = (sum(values) / len(shares) for values in zip(*shares, strict=True))
+        columns |= {"choices_start": start, "choices": end, "choices_lost": start - end}
     return columns
 
 

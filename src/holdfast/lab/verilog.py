@@ -1,0 +1,86 @@
+"""The data of the paper's experiment on an instruction-tuned model: Verilog, general text and multiple choice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from holdfast.files import whole_folder, write_jsonl
+
+Row = dict[str, Any]
+QUESTIONS = {
+    "mmlu": ("cais/mmlu", "all", "test"),
+    "arc": ("allenai/ai2_arc", "ARC-Challenge", "test"),
+    "commonsense": ("tau/commonsense_qa", None, "validation"),
+}
+
+
+def write_verilog(folder: Path, rows: int, test_rows: int, documents: int, questions: int) -> None:
+    """Fetch and write what the experiment reads: ``verilog`` (a task), ``general.jsonl`` and ``choices/NAME.jsonl``.
+
+    Args:
+        rows: programs to train on.
+        test_rows: programs to test on, those before them in the dataset.
+        documents: of general text.
+        questions: of each set of questions, evenly spread over it.
+
+    Raises:
+        DataError: a dataset cannot be read.
+    """
+    from holdfast.data.texts import dataset_texts
+
+    programs = itertools.islice(pairs(_rows("bnadimi/PyraNet-Verilog", None, "train")), rows + test_rows)
+    with whole_folder(folder) as partial:
+        for part in ("verilog", "choices"):
+            (partial / part).mkdir()
+        found = [{"prompt": prompt, "answer": answer} for prompt, answer in programs]
+        write_jsonl(partial / "verilog" / "test.jsonl", found[:test_rows])
+        write_jsonl(partial / "verilog" / "train.jsonl", found[test_rows:])
+        texts = itertools.islice(dataset_texts("allenai/dolmino-mix-1124", "dclm", "train", "text"), documents)
+        write_jsonl(partial / "general.jsonl", [{"text": text} for text in texts])
+        for name, source in QUESTIONS.items():
+            known = [question(row) for row in _rows(*source)]
+            write_jsonl(partial / "choices" / f"{name}.jsonl", known[:: max(1, len(known) // questions)][:questions])
+
+
+def pairs(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
+    """(request, program) of PyraNet's rows that compile and hold a described, whole module; others are passed over."""
+    for row in rows:
+        try:
+            about = json.loads(row["description"])
+        except (TypeError, ValueError):
+            continue
+        described, code = about.get("description"), row.get("code")
+        if about.get("compile_status") != "No error!" or not isinstance(described, str) or not isinstance(code, str):
+            continue
+        described, code = described.strip(), code.strip()
+        whole = re.search(r"\bmodule\b", code) and re.search(r"\bendmodule\b", code)
+        if len(described) >= 16 and whole and code[0] not in "['\"" and ("\n" in code or "\\n" not in code):
+            yield f"Write the following Verilog program. {described}", code
+
+
+def question(row: Row) -> Row:
+    """A row of MMLU, ARC or CommonsenseQA as question, choices and answer (its index)."""
+    choices = row["choices"]
+    if isinstance(choices, dict):
+        return {
+            "question": row["question"],
+            "choices": list(choices["text"]),
+            "answer": list(choices["label"]).index(row["answerKey"]),
+        }
+    return {"question": row["question"], "choices": list(choices), "answer": row["answer"]}
+
+
+def _rows(dataset: str, subset: str | None, split: str) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    from holdfast.errors import DataError
+
+    try:
+        yield from load_dataset(dataset, subset, split=split, streaming=True)
+    except Exception as error:  # whatever a hub or a disk may raise
+        raise DataError(f"dataset {dataset!r} cannot be read: {error}") from None
