@@ -1,17 +1,20 @@
 """Experiments: the grid of runs, sharing and resuming them, their tables, and what is found in those."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from holdfast.cli import app
 from holdfast.errors import ConfigError
 from holdfast.files import read_json, read_jsonl
 from holdfast.lab import experiment as lab
 from holdfast.lab import work
 from holdfast.lab.findings import Finding, judge, markdown
-from holdfast.lab.sources import data_of, dialect
+from holdfast.lab.sources import Languages, data_of, dialect, write_dialects
 from holdfast.lab.tables import read_table, select, write_table
 from holdfast.progress import Progress
 
@@ -252,9 +255,33 @@ def test_the_second_dialect_is_another_language_of_the_same_form():
     assert other.split()[:2] == [words[0].lower(), words[1].capitalize()]
 
 
+def test_where_the_novels_are_absent_two_dialects_stand_in(tmp_path):
+    write_dialects(tmp_path / "texts", size=2)
+    parts = {path.stem: {row["text"] for row in read_jsonl(path)} for path in (tmp_path / "texts").iterdir()}
+    assert set(parts) == {"eng_train", "eng_valid", "spa_train", "spa_valid"}
+    assert not parts["eng_train"] & parts["eng_valid"] and not parts["spa_train"] & parts["spa_valid"]
+    words = {name: {word for text in texts for word in text.split() if word.islower()} for name, texts in parts.items()}
+    assert not words["eng_train"] & words["spa_train"]
+    there, absent = Languages(novels=str(tmp_path / "texts")), Languages(novels=str(tmp_path / "no"))
+    assert there.identity() != absent.identity() == Languages(novels="nowhere").identity()
+
+
 @pytest.mark.parametrize("folder", sorted(EXPERIMENTS.glob("*/results/*")), ids=lambda path: path.parents[1].name)
 def test_published_findings_and_figures_come_from_the_published_tables(folder, tmp_path):
     experiment = lab.load_experiment(folder.parents[1] / f"{folder.name}.yaml")
     for table in folder.glob("*.csv"):
         shutil.copy(table, tmp_path)
     assert work.redraw(experiment, tmp_path) == read_json(folder / "findings.json")
+
+
+def test_the_command_line_plans_and_redraws(tmp_path):
+    run = CliRunner().invoke
+    plan = run(app, ["lab", "experiment", "grid_2d", "--dry-run", "seeds=[0]"])
+    assert plan.exit_code == 0
+    assert re.search(r"pretrain\W+9\W", plan.output) and re.search(r"finetune\W+18\W", plan.output)
+    for table in (EXPERIMENTS / "regression_1d" / "results" / "tiny").glob("*.csv"):
+        shutil.copy(table, tmp_path)
+    drawn = run(app, ["lab", "experiment", "regression_1d", "--redraw", "--out", str(tmp_path)])
+    assert drawn.exit_code == 0
+    assert "holds" in drawn.output
+    assert (tmp_path / "figure.pdf").exists()
