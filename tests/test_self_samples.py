@@ -49,22 +49,29 @@ def shake(model, size=0.1):
 def test_a_sample_begins_with_a_domain_or_the_begin_token_and_is_as_long_as_asked():
     tokenizer = train_tokenizer(["some text"] * 9, 300, domains=["eng", "spa"])
     model = tiny_model(vocab_size=300)
+    assert Request.of(tokenizer, 128, begin=4).start == (4,) and Request.of(tokenizer, 128, begin=5).start == (0,)
     for options, first in (({}, 0), ({"domain": "spa"}, 4), ({"domain": "<|eng|>"}, 3), ({"token": 7}, 7)):
-        request = Request.of(model, tokenizer, length=10, **options)
+        request = Request.of(tokenizer, 128, length=10, **options)
         for own in request.write(partial(sample, model), "seed", range(3)):
             ids, labels = own.row["input_ids"], own.row["labels"]
             assert len(ids) == 10 and ids[0] == first and labels == [-100, *ids[1:]]
-    assert Request.of(model, tokenizer).length == 128
-    assert Request.of(tiny_model(vocab_size=300, max_position_embeddings=4096), tokenizer).length == 1024
+    assert [Request.of(tokenizer, context).length for context in (128, 4096, None)] == [128, 1024, 1024]
     tokenizer.bos_token = None
-    assert Request.of(model, tokenizer).start == (1,)
+    assert Request.of(tokenizer, 128).start == (1,) and Request.of(tokenizer, 128, begin=9).start == (9,)
+
+
+def test_samples_begin_with_several_domains_in_turn():
+    tokenizer = train_tokenizer(["some text"] * 9, 300, domains=["eng", "spa"])
+    request = Request.of(tokenizer, 128, length=6, domain=["spa", "eng"])
+    own = request.write(partial(sample, tiny_model(vocab_size=300)), "seed", range(3, 7))
+    assert [one.row["input_ids"][0] for one in own] == [3, 4, 3, 4]
 
 
 @pytest.mark.parametrize("family", CHATS)
 def test_a_chat_is_the_template_around_words_and_an_answer(family):
     """The words that the model draws for the user end with the template's end of turn, then the answer is drawn."""
     model, tokenizer = family_model(family, vocab_size=80), family_tokenizer(family)
-    request = Request.of(model, tokenizer, length=60)
+    request = Request.of(tokenizer, 128, length=60)
     own = request.write(partial(sample, model), "seed", range(80), hidden=True)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "WORDS"}], tokenize=False, add_generation_prompt=True
@@ -118,13 +125,13 @@ ASKED_WRONG = {
 def test_what_cannot_be_asked_is_refused(case):
     options, tokenizer, reason = ASKED_WRONG[case]
     with pytest.raises(ConfigError, match=reason.replace("|", r"\|").replace("<", ".")):
-        Request.of(tiny_model(), plain(**tokenizer), **options)
+        Request.of(plain(**tokenizer), 128, **options)
 
 
 def test_what_a_step_gets_depends_on_seed_stage_and_step_alone():
     """Whatever was drawn before, and whatever became of the model since the stage began."""
     model = wild_model()
-    request = Request.of(model, tiny_tokenizer(), length=12)
+    request = Request.of(tiny_tokenizer(), 128, length=12)
     before = LiveStates(model, -1)
     start = vector(model)
 

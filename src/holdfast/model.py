@@ -42,3 +42,8 @@ def context(model: Any) -> int | None:
     """Tokens that a model reads at most, where it says so, without the places that soft prompts take."""
     most = getattr(base(model).config.get_text_config(), "max_position_embeddings", None)
     return None if most is None else most - getattr(model, "virtual_tokens", 0)
+
+
+def begin_token(model: Any) -> int | None:
+    """The begin token that a model's configuration names, where it names one."""
+    return getattr(base(model).config.get_text_config(), "bos_token_id", None)

@@ -12,7 +12,7 @@ import torch
 from holdfast.config import ModelConfig
 from holdfast.data.encode import load_tokenizer
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.model import context
+from holdfast.model import begin_token, context
 from holdfast.rehearsal.cache import model_fingerprint
 from holdfast.rehearsal.corpus import write_corpus
 from holdfast.rehearsal.request import Request
@@ -61,11 +61,12 @@ def replay(
     fingerprint = None
     if engine == "vllm":
         config = load_model_config(ModelConfig(name=model)).get_text_config()
-        request = Request.of(tokenizer, getattr(config, "max_position_embeddings", None), **asked)
+        reads, begin = (getattr(config, key, None) for key in ("max_position_embeddings", "bos_token_id"))
+        request = Request.of(tokenizer, reads, begin, **asked)
         draw = vllm_engine(model, request.length)
     else:
         loaded = _load(model)
-        request = Request.of(tokenizer, context(loaded), **asked)
+        request = Request.of(tokenizer, context(loaded), begin_token(loaded), **asked)
         fingerprint = model_fingerprint(loaded)
         draw = partial(sample, loaded)
     return write_corpus(

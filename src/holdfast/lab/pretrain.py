@@ -113,6 +113,9 @@ class LabRun:
         paths = {path: TokenFile.open(Path(path), tokenizer) for path in (*self.data_paths, *config.valid.values())}
         rows = [paths[path].rows(config.context) for path in self.data_paths]
         model, start, init = make_model(config, tokenizer)
+        largest = max(range(len(rows)), key=lambda i: config.data[i].weight)
+        if config.model.path is None and rows[largest].domain_id is not None:
+            model.config.bos_token_id = rows[largest].domain_id  # what its sequences begin with
         parameters = counted_parameters(model)
         steps, self.bound = self.last_step(parameters, sum(map(len, rows)))
         tuner.plan(config.training, steps or ENDLESS)  # type: ignore[arg-type]

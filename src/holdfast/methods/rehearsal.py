@@ -18,7 +18,7 @@ from holdfast.lab.build import TOKENS
 from holdfast.lab.tokens import TokenFile, TokenRows
 from holdfast.losses import dynamic_weight, next_token_nll
 from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, State, Step
-from holdfast.model import context
+from holdfast.model import begin_token, context
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
 from holdfast.rehearsal.request import Request
 from holdfast.rehearsal.samples import corpus_rows, general_rows
@@ -80,8 +80,8 @@ class Rehearsal(Method):
         length: int | None = Field(
             None, ge=2, description="tokens of a drawn sample; where absent, the model's context, at most 1,024"
         )
-        domain: str | None = Field(
-            None, description="domain whose token drawn samples begin with; where absent, the begin token"
+        domain: str | list[str] | None = Field(
+            None, description="domain whose token drawn samples begin with, or several in turn; else the begin token"
         )
         chat: bool | None = Field(
             None,
@@ -284,7 +284,7 @@ class Rehearsal(Method):
         """Make ready to draw samples, with the teacher that comes with them where it is the true one."""
         options = self.options
         given: dict[str, Any] = {"length": options.length, "domain": options.domain, "chat": options.chat}
-        request = Request.of(self._tokenizer(stage), context(stage.model), **given)
+        request = Request.of(self._tokenizer(stage), context(stage.model), begin_token(stage.model), **given)
         if not self.held_out:
             self.held_out = held_out(request, stage)
         before = live_states(options, stage)

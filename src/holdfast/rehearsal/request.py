@@ -41,7 +41,8 @@ class Request:
     """What a model is given to write samples of itself.
 
     Attributes:
-        start: what every sample begins with: a domain's or the begin token, or a chat's up to the user's words.
+        start: without a chat, the tokens that samples begin with, one each, in turn: the domains', or the begin token;
+            of a chat, what stands before the user's words.
         length: tokens of a sample at most; without a chat, each has as many.
         turn: of a chat, what stands between the user's words and the answer; its first token ends a turn. The model
             speaks for both, as it would go on: the user's words until that token, with at most half of the room, then
@@ -61,9 +62,10 @@ class Request:
         cls,
         tokenizer: Any,
         context: int | None,
+        begin: int | None = None,
         *,
         length: int | None = None,
-        domain: str | None = None,
+        domain: str | Sequence[str] | None = None,
         token: int | None = None,
         chat: bool | None = None,
         temperature: float = 1.0,
@@ -72,8 +74,10 @@ class Request:
 
         Args:
             context: tokens that the model reads at most, where it says so.
+            begin: the begin token that the model's configuration names; it counts where it is a domain's, as in a
+                model of the laboratory, or where the tokenizer has none.
             length: where absent, the context, at most 1,024.
-            domain: name of the domain whose token a sample begins with, or the token itself.
+            domain: name of the domain whose token a sample begins with, or the token itself; of several, each in turn.
             token: the number of that token, instead.
             chat: where absent, whether the tokenizer has a chat template, unless a domain or token is given.
 
@@ -92,29 +96,28 @@ class Request:
         if chat is None:
             chat = bool(tokenizer.chat_template) and domain is None and token is None
         if not chat:
-            start: tuple[int, ...] = (_first(tokenizer, domain) if token is None else token,)
-            request = cls(start, length, temperature=temperature)
+            domains = [domain] if domain is None or isinstance(domain, str) else domain
+            firsts = [token] if token is not None else [_first(tokenizer, name, begin) for name in domains]
+            request = cls(tuple(firsts), length, temperature=temperature)
         elif domain is not None or token is not None:
             raise ConfigError("chat: a chat begins as its template does, so it takes no domain")
         else:
             start, turn = _chat(tokenizer)
             stops = Encoder(tokenizer, max_length=length, template="chat").stop_ids
             request = cls(start, length, turn, tuple(stops), temperature)
-        if length < len(request.start) + len(request.turn) + 2 * bool(request.turn) + 1:
-            raise ConfigError(
-                f"length: {length} leaves no room beside the {len(request.start) + len(request.turn)} tokens that a "
-                "sample is given"
-            )
+        given = len(request.start) + len(request.turn) if request.turn else 1
+        if length < given + 2 * bool(request.turn) + 1:
+            raise ConfigError(f"length: {length} leaves no room beside the {given} tokens that a sample is given")
         return request
 
     def write(self, draw: Sampler, seed: int | str, numbers: Sequence[int], hidden: bool = False) -> list[OwnSample]:
         """One sample a number; each depends on the seed, its number and the model alone, up to float rounding."""
-        start = list(self.start)
-        room = self.length - len(start)
         options: dict[str, Any] = {"numbers": numbers, "temperature": self.temperature, "hidden": hidden}
         if not self.turn:
-            found = draw([start] * len(numbers), max_new_tokens=room, seed=seed, **options)
-            return [_sample(found, i, [(start, found.tokens[i])]) for i in range(len(numbers))]
+            firsts = [[self.start[number % len(self.start)]] for number in numbers]
+            found = draw(firsts, max_new_tokens=self.length - 1, seed=seed, **options)
+            return [_sample(found, i, [(first, found.tokens[i])]) for i, first in enumerate(firsts)]
+        start, room = list(self.start), self.length - len(self.start)
         stops = {self.turn[0], *self.stops}
         words = draw(
             [start] * len(numbers),
@@ -149,17 +152,18 @@ def _sample(found: Samples, number: int, parts: list[tuple[list[int], list[int]]
     return OwnSample(row, log_prob + found.log_probs[number], found.hidden[number] if found.hidden else None)
 
 
-def _first(tokenizer: Any, domain: str | None) -> int:
+def _first(tokenizer: Any, domain: str | None, begin: int | None) -> int:
     """The token that a sample begins with: a domain's, or the begin token, or what ends a text and so begins one."""
+    known = domain_ids(tokenizer)
     if domain is not None:
-        known = domain_ids(tokenizer)
         vocabulary = tokenizer.get_vocab()
         if domain not in known and domain not in vocabulary:
             raise ConfigError(
                 f"domain: the tokenizer has no token {domain_token(domain)} or {domain!r}{did_you_mean(domain, known)}"
             )
         return known[domain] if domain in known else vocabulary[domain]
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    own = begin if begin in known.values() else None
+    first = next((t for t in (own, tokenizer.bos_token_id, begin, tokenizer.eos_token_id) if t is not None), None)
     if first is None:
         raise ConfigError(
             "domain: the tokenizer has no begin or end token, so name the token that a sample begins with"
