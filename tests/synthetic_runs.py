@@ -9,7 +9,7 @@ from typing import Any
 
 from holdfast.config import load_config
 from holdfast.files import write_json, write_jsonl
-from holdfast.metrics import clipped_backward_transfer, summarize
+from holdfast.metrics import by_task, clipped_backward_transfer, summarize
 
 NASTY = (
     "</script><script>window.attacked = true</script>",
@@ -92,6 +92,7 @@ def make_run(
     joint = scores[T] if method == "joint" else None
     matrix = {
         "clipped_backward_transfer": clipped_backward_transfer(scores, metrics=named),
+        "by_task": by_task(scores, metrics=named),
         "tasks": tasks,
         "metrics": named,
         "scores": scores,

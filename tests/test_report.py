@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -16,6 +18,7 @@ from holdfast.files import read_json, write_json, write_jsonl
 from holdfast.report import FIGURES, compare_table, write_report
 from holdfast.report.plots import POINTS, SCALE_DARK, SCALE_LIGHT, loss_curves, templates, thin
 from holdfast.report.read import changes, read_run, read_runs
+from holdfast.report.rows import pack
 from holdfast.report.text import interval, number, shorten
 from synthetic_runs import NASTY, STAGES, TASKS, make_run
 
@@ -173,6 +176,80 @@ def test_what_was_learned_last_is_compared_with_the_model_before_training(runs: 
             assert change.since == "before training"
             difference = run.scores[STAGES][j] - run.scores[0][j]
             assert len(change.gained) - len(change.lost) == pytest.approx(difference * change.rows)
+
+
+def unpacked(chunk: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(gzip.decompress(base64.b64decode(chunk["rows"])))
+
+
+def test_every_test_row_of_every_run_is_in_the_page(runs: list[Path], tmp_path: Path) -> None:
+    packed = report(runs, tmp_path / "compare.html").plots()["rows"]
+    assert packed["runs"] == ["sequential", "replay", "joint"]
+    assert [chunk["task"] for chunk in packed["chunks"]] == TASKS
+    for j, chunk in enumerate(packed["chunks"]):
+        texts = unpacked(chunk)
+        assert len(texts["numbers"]) == 27 and len(texts["runs"]) == len(chunk["runs"]) == 3
+        for found, of in zip(texts["runs"], chunk["runs"], strict=True):
+            run = read_run(runs[of["run"]])
+            last = {str(row["row"]): row for row in run.responses(STAGES, TASKS[j])}
+            for place, name in enumerate(texts["numbers"]):
+                row = last[name]
+                assert found["is"][place] == row["score"]
+                assert found["after"][place] == shorten(row["response"], packed["length"])
+                assert texts["prompts"][place] == shorten(row["prompt"], packed["length"])
+            right_to_wrong = sum(was - now >= 0.5 for was, now in zip(found["was"], found["is"], strict=True))
+            assert of["lost"] == right_to_wrong == len(changes(run, j).lost)
+
+
+def test_runs_with_other_test_rows_stand_apart(runs: list[Path], tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", "ewc", rows=9)
+    packed = pack(read_runs([runs[0], other]))
+    assert [(chunk["task"], len(chunk["runs"])) for chunk in packed["chunks"]] == [(t, 1) for t in TASKS * 2]
+
+
+def test_texts_are_kept_to_a_length(tmp_path: Path) -> None:
+    packed = pack(read_runs([make_run(tmp_path / "run", rows=27)]))
+    for chunk in packed["chunks"]:
+        texts = unpacked(chunk)
+        assert max(map(len, texts["prompts"])) <= packed["length"]
+        assert max(map(len, texts["runs"][0]["before"])) <= packed["length"]
+
+
+def test_the_gate_and_what_it_decided(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    check = {"key": "max_forgetting", "figure": "forgetting <b>", "value": 0.21, "limit": 0.05, "interval": [0.1, 0.3]}
+    decisions = [
+        {"stage": 1, "task": TASKS[0], "passed": True, "action": "continue", "current": 1, "checks": []},
+        {"stage": 2, "task": TASKS[1], "passed": False, "action": "rollback", "current": 1, "checks": [check]},
+    ]
+    write_json(run / "run.json", read_json(run / "run.json") | {"gate": decisions})
+    page = report(run, tmp_path / "report.html")
+    passed, failed = page.all("data-gate")
+    assert "open" not in passed and "nothing to check" in passed["text"]
+    assert "open" in failed and "failed: rolled back to stage 1" in failed["text"]
+    assert "forgetting <b>" in failed["text"] and "0.160" in failed["text"] and "0.100 to 0.300" in failed["text"]
+    report([run, make_run(tmp_path / "replay", "replay")], tmp_path / "compare.html")
+    assert "gate: 1 of 2 stages failed" in (tmp_path / "compare.html").read_text(encoding="utf-8")
+
+
+def test_forgetting_by_task_and_learning_curves(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    matrix = read_json(run / "matrix.json")
+    curve = {"steps": [0, 10, 40], "scores": [0.1, 0.5, 0.9], "area": 0.6}
+    write_json(run / "matrix.json", matrix | {"curves": {TASKS[1]: curve}})
+    page = report(run, tmp_path / "report.html")
+    shown = [e["text"] for e in page.all("data-by-task") if e["data-by-task"] == "forgetting"]
+    assert shown == [number(v, signed=True) for v in matrix["by_task"]["forgetting"][:-1]] + ["–"]
+    assert "learning" in {e["data-section"] for e in page.all("data-section")}
+    (drawn,) = [f for f in page.plots()["figures"].values() if "area 0.600" in f["data"][0].get("name", "")]
+    assert drawn["data"][0]["x"] == [0, 0.25, 1] and drawn["data"][0]["y"] == curve["scores"]
+
+
+def test_general_abilities_of_runs_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
+    report(runs, tmp_path / "compare.html")
+    text = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    table = text[text.index('class="abilities"') :].partition("</table>")[0]
+    assert table.count("0.620 → 0.420<small>−0.200</small>") == 3 and "9.500 → 25.500" in table
 
 
 def test_tasks_scored_by_loss_have_a_reversed_scale_and_no_responses(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from holdfast.files import read_json
 from holdfast.report import write_report
-from synthetic_runs import STAGES, make_run
+from holdfast.report.read import changes, read_run
+from synthetic_runs import STAGES, TASKS, make_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -170,6 +171,58 @@ def test_paper_is_light_and_plots_fit_it(visit: Callable[..., Page]) -> None:
     assert max(widths) <= 680, "an A4 page has 180 mm between margins of 15 mm"
     page.evaluate("() => dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(fill) == night
+
+
+ROWS = "() => document.querySelector('#rows').dataset.ready"
+
+
+def test_test_rows_are_filtered_as_one_types(visit: Callable[..., Page], folder: Path) -> None:
+    page = visit("many.html")
+    page.wait_for_function(ROWS)
+    rows, count = page.locator("#rows .row"), page.locator("[data-rows=count]")
+    lost = int(count.text_content().split()[0])
+    assert f"{lost} of {27 * STAGES * 3} answers" == count.text_content()
+    page.locator("[data-rows=change]").select_option("any")
+    assert count.text_content() == f"{27 * STAGES * 3} of {27 * STAGES * 3} answers"
+    assert rows.count() < 20, "only what is seen is drawn"
+    page.locator("[data-rows=run]").select_option("1")
+    page.locator("[data-rows=task]").select_option("2023")
+    assert count.text_content() == "27 of 27 answers"
+    page.locator("[data-rows=text]").fill("EMOJI maths")
+    pairs = changes(read_run(folder / "replay"), TASKS.index("2023")).pairs
+    texts = [f"{after['prompt']} {before['response']} {after['response']}".lower() for before, after in pairs]
+    assert count.text_content() == f"{sum('emoji' in text and 'maths' in text for text in texts)} of 27 answers"
+    page.locator("[data-rows=text]").fill("no such words")
+    assert count.text_content() == "0 of 27 answers" and rows.count() == 0
+
+
+def test_the_list_draws_the_rows_that_it_is_scrolled_to(visit: Callable[..., Page]) -> None:
+    page = visit("many.html", 390)
+    page.wait_for_function(ROWS)
+    page.locator("[data-rows=change]").select_option("any")
+    page.evaluate(
+        "() => { const list = document.querySelector('[data-rows=list]'); list.scrollTop = list.scrollHeight; }"
+    )
+    total = 27 * STAGES * 3
+    page.wait_for_selector(f"#rows [aria-label='answer {total} of {total}']")
+    assert page.locator("#rows .row").count() < 20
+
+
+def test_a_test_row_opens_with_what_every_run_answered(visit: Callable[..., Page], folder: Path) -> None:
+    page = visit("many.html", 390, "dark")
+    page.wait_for_function(ROWS)
+    page.locator("#rows details summary").click()
+    page.locator("#rows .counts button").first.click()
+    assert page.locator("[data-rows=run]").input_value() == "0"
+    assert page.locator("[data-rows=task]").input_value() == "2022"
+    lost = int(page.locator("#rows .counts button").first.text_content().split()[0])
+    assert page.locator("[data-rows=count]").text_content().startswith(f"{lost} of 27")
+    page.locator("#rows .row").first.click()
+    dialog = page.locator("dialog[open]")
+    assert dialog.locator(".pair").count() == 3
+    assert "expected" in dialog.text_content() and page.evaluate(OVERFLOW) == 0
+    page.keyboard.press("Escape")
+    assert page.locator("dialog[open]").count() == 0
 
 
 def test_what_cannot_be_seen_can_be_heard(visit: Callable[..., Page]) -> None:

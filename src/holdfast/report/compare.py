@@ -38,6 +38,23 @@ class Group:
         """Why the group competes with nobody, where it does not."""
         return self.runs[0].reference
 
+    @property
+    def general(self) -> dict[str, tuple[float | None, float | None]]:
+        """Each general ability before training and at the end, means over the runs."""
+        names = dict.fromkeys(name for run in self.runs for name in run.matrix["general"])
+        columns = {name: [run.matrix["general"].get(name, [None]) for run in self.runs] for name in names}
+        return {
+            name: (_mean([values[0] for values in column]), _mean([values[-1] for values in column]))
+            for name, column in columns.items()
+        }
+
+    @property
+    def gate(self) -> str | None:
+        """What the gates of the runs said, in words; None where there was none."""
+        decisions = [decision for run in self.runs for decision in run.info.get("gate", [])]
+        failed = sum(not decision["passed"] for decision in decisions)
+        return f"{failed} of {len(decisions)} stages failed" if decisions else None
+
     def values(self, key: str) -> list[float | None]:
         """A figure or cost of each run."""
         return [run.figure(key) for run in self.runs]
@@ -94,8 +111,9 @@ class Comparison:
         rows: one a group, with ``run`` (its label), ``directories``, ``seeds``, the figures and costs by key (means
             over the seeds, of memory the most; None where one is not known), ``intervals`` ({figure: [low, high]}),
             ``reference`` (why it competes with nobody, or None), ``best`` (keys for which it is the best), ``rank`` (by
-            average, from 1, or None) and ``difference`` (to the baseline, of
-            :func:`holdfast.metrics.paired_difference` at the end of the run, or None).
+            average, from 1, or None), ``difference`` (to the baseline, of
+            :func:`holdfast.metrics.paired_difference` at the end of the run, or None), ``general`` ({name: (before
+            training, at the end)}) and ``gate`` (what it said, in words, or None).
         baseline: label of the group with which the others are paired.
         different: why the runs cannot be compared; nobody is best or ranked then.
         lower: whether a lower score is better.
@@ -127,6 +145,7 @@ def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
             | means
             | {"peak_memory_gib": max(most, default=None), "intervals": _intervals(group), "reference": group.reference}
             | {"best": [], "rank": None, "difference": None if group is base else _paired(base, group)}
+            | {"general": group.general, "gate": group.gate}
         )
     comparison = Comparison(rows, base.label, differences(runs), runs[0].lower_is_better(0))
     if not comparison.different:

@@ -1,5 +1,5 @@
-// Draws the plots in the person's light or dark setting, again when it changes, and light on paper.
-"use strict";
+// Draws the plots in the person's light or dark setting, again when it changes, and light on paper. Until plotly, which
+// is large, has been read the page can be used without plots.
 const page = JSON.parse(document.getElementById("plots").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const PAPER_WIDTH = 660;
@@ -17,6 +17,7 @@ function draw(box, theme, width) {
 
 // A plot in closed details has no width to fill; it is drawn when they open.
 function drawAll(within = document, theme = dark.matches ? "dark" : "light", width = undefined) {
+  if (typeof Plotly === "undefined") return;
   for (const box of within.querySelectorAll(".plot")) {
     if (!box.closest("details:not([open])")) draw(box, theme, width);
   }
@@ -29,4 +30,11 @@ dark.addEventListener("change", () => drawAll());
 addEventListener("beforeprint", () => drawAll(document, "light", PAPER_WIDTH));
 addEventListener("afterprint", () => drawAll());
 
-drawAll();
+(async () => {
+  if (document.getElementById("rows")) await testRows(document.getElementById("rows"), page.rows);
+  await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  const script = document.createElement("script");
+  script.textContent = document.getElementById("plotly").textContent;
+  document.head.append(script);
+  drawAll();
+})();

@@ -17,8 +17,10 @@ from holdfast.report import plots
 from holdfast.report.compare import compare
 from holdfast.report.figures import COMPARED, COSTS, FIGURES, Figure, direction
 from holdfast.report.read import Run, changes, read_runs
+from holdfast.report.rows import pack
 from holdfast.report.tables import cost, p_value
 from holdfast.report.text import NOT_MEASURED, interval, number, shorten
+from holdfast.report.verdict import HEAD, decisions
 
 HERE = Path(__file__).parent
 EXAMPLES = 3  # responses shown of a task, of those lost and of those gained
@@ -42,13 +44,16 @@ def write_report(paths: list[Path], output: Path) -> Path:
     assert paths, "a report needs at least one run"
     runs = read_runs(paths)
     page = _Page()
+    packed = pack(runs)
     context = {
         "title": f"{runs[0].label}: holdfast report"
         if len(runs) == 1
         else f"{len(runs)} runs compared: holdfast report",
         "runs": [page.run(run) for run in runs],
         "comparison": page.comparison(runs) if len(runs) > 1 else None,
+        "rows": _test_rows(packed) if packed["chunks"] else None,
         "not_measured": NOT_MEASURED,
+        "gate_head": HEAD,
     }
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -67,9 +72,9 @@ def write_report(paths: list[Path], output: Path) -> Path:
     }
     html = environment.get_template("template.html.j2").render(
         **context,
-        plots={"figures": page.plots, "templates": plots.templates()},
+        plots={"figures": page.plots, "templates": plots.templates(), "rows": packed},
         css=(HERE / "page.css").read_text(encoding="utf-8"),
-        script=(HERE / "page.js").read_text(encoding="utf-8"),
+        script="".join((HERE / name).read_text(encoding="utf-8") for name in ("rows.js", "page.js")),
         plotly=get_plotlyjs(),
     )
     write_text(output, html)
@@ -99,6 +104,7 @@ class _Page:
             "baseline": found.baseline,
             "different": found.different,
             "headline": _comparison_headline(rows),
+            "general": list(dict.fromkeys(name for row in rows for name in row["general"])),
             "points": [
                 {"figure": _figure(figure, runs[0])}
                 | self.plot(
@@ -160,6 +166,13 @@ class _Page:
                 }
                 for names in abilities
             ],
+            "gate": decisions(run.info),
+            "learning": self.plot(
+                plots.learning_curves(run),
+                "Score of each task while its own stage trained, over the share of its steps",
+            )
+            if run.matrix.get("curves")
+            else None,
             "losses": self.plot(plots.loss_curves(run), "Loss and its terms over optimizer steps")
             if run.events
             else None,
@@ -171,6 +184,14 @@ class _Page:
 def _figure(figure: Figure, run: Run) -> dict[str, Any]:
     """A figure's name and definition, and which direction is good in this run."""
     return asdict(figure) | {"better": direction(figure, run.lower_is_better(0))}
+
+
+def _test_rows(packed: dict[str, Any]) -> dict[str, Any]:
+    """The list of test rows: what is packed, and how many changed by task and run."""
+    counts: dict[str, dict[int, dict[str, Any]]] = {}
+    for chunk in packed["chunks"]:
+        counts.setdefault(chunk["task"], {}).update({run["run"]: run for run in chunk["runs"]})
+    return {"packed": packed, "runs": packed["runs"], "length": packed["length"], "counts": counts}
 
 
 def _json(value: Any) -> str:
@@ -243,6 +264,8 @@ def _environment(run: Run) -> dict[str, str]:
         "started": info["started"],
         "finished": info.get("finished"),
         **{f"time to {what}": f"{value:,.0f} s" for what, value in seconds.items()},
+        "tokens trained on": f"{info['tokens']:,}" if info.get("tokens") else None,
+        "peak memory of training": f"{info['peak_memory_gib']:.2f} GiB" if info.get("peak_memory_gib") else None,
         **{f"{library} version": version for library, version in (info.get("versions") or {}).items()},
     }
     return {name: fact for name, fact in facts.items() if fact is not None}

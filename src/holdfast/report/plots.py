@@ -119,6 +119,23 @@ def general_curves(run: Run, names: list[str]) -> Plot:
     return plot
 
 
+def learning_curves(run: Run) -> Plot:
+    """Each task's score while its own stage trained, over the share of the stage's steps."""
+    series = []
+    for i, task in enumerate(task for task in run.tasks if task in run.matrix["curves"]):
+        found = run.matrix["curves"][task]
+        curve = _curve(f"{task}: area {number(found['area'])}", i, found["scores"])
+        series.append(curve | {"x": [step / found["steps"][-1] for step in found["steps"]]})
+    layout = {
+        "height": 310 + 16 * len(series),
+        "xaxis": {"title": {"text": "share of the stage's steps"}, "tickformat": ".0%", "range": [-0.02, 1.02]},
+        "yaxis": {} if run.lower_is_better(0) else dict(FRACTIONS),
+        "hovermode": "closest",
+        "showlegend": True,
+    }
+    return {"data": series, "layout": layout}
+
+
 def seen_average_curves(runs: list[Run]) -> Plot:
     """Average over the tasks learned so far, by stage, one curve a run."""
     series = [
@@ -282,7 +299,7 @@ def _over_stages(run: Run, series: list[Plot], fractions: bool) -> Plot:
 def _curve(name: str, i: int, y: list[float | None], large: int | None = None) -> Plot:
     return {
         "type": "scatter",
-        "name": _short(name, 26),
+        "name": _short(name, 32),
         "x": list(range(len(y))),
         "y": y,
         "mode": "lines+markers",

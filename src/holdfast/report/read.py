@@ -148,13 +148,24 @@ class Run:
 
 @dataclass
 class Changes:
-    """What became of one task's test rows between two evaluations; rows are (before, after) pairs, worst first."""
+    """What became of one task's test rows between two evaluations.
+
+    Attributes:
+        since: when the first one was.
+        pairs: (before, after) of each row, in order.
+        lost: of these the ones that went from right to wrong, worst first.
+        gained: those that went from wrong to right, best first.
+    """
 
     task: str
     since: str
-    rows: int
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]]
     lost: list[tuple[dict[str, Any], dict[str, Any]]]
     gained: list[tuple[dict[str, Any], dict[str, Any]]]
+
+    @property
+    def rows(self) -> int:
+        return len(self.pairs)
 
 
 def read_run(path: Path) -> Run:
@@ -224,7 +235,7 @@ def changes(run: Run, j: int) -> Changes | None:
     return Changes(
         task=task,
         since=run.stage_names()[then],
-        rows=len(pairs),
+        pairs=pairs,
         lost=[pairs[i] for i in ranked if change[i] <= -0.5 and pairs[i][1]["score"] < 0.5],
         gained=[pairs[i] for i in ranked if change[i] >= 0.5 and pairs[i][0]["score"] < 0.5],
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 from xml.etree import ElementTree
 
-from holdfast.gate import Check, failed
+from holdfast.gate import DONE, Check, failed
 from holdfast.report.text import interval, number
 
 HEAD = ("figure", "value", "95 % interval", "limit", "beyond it by", "verdict")
@@ -24,6 +26,24 @@ def rows(checks: Sequence[Check]) -> list[tuple[str, ...]]:
         )
         for check in _failed_first(checks)
     ]
+
+
+def decisions(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a run's gate decided after each stage, for people: ``stage``, ``task``, ``passed``, ``what`` the run did
+    then, and the ``rows`` of the checks.
+
+    Args:
+        info: run.json.
+    """
+    keys = [field.name for field in fields(Check)]
+    found = []
+    for decision in info.get("gate", []):
+        checks = [Check(**{key: check[key] for key in keys}) for check in decision["checks"]]
+        what = "passed" if decision["passed"] else f"failed: {DONE[decision['action']]}"
+        if decision["action"] == "rollback":
+            what += f" to stage {decision['current']}" if decision["current"] else " to the model before training"
+        found.append({key: decision[key] for key in ("stage", "task", "passed")} | {"what": what, "rows": rows(checks)})
+    return found
 
 
 def as_text(checks: Sequence[Check]) -> str:
