@@ -170,10 +170,40 @@ def test_a_relative_base_model_is_named_so_that_it_is_found_from_anywhere(tmp_pa
     adapter = read_json(tmp_path / "out" / "adapter_config.json")
     assert adapter["base_model_name_or_path"] == str(tmp_path / "model") and adapter["revision"] is None
     assert any(str(tmp_path / "model") in line and "--merge" in line for line in exported.lacks)
-    shutil.move(tmp_path / "model", tmp_path / "gone")
-    with pytest.raises(ConfigError, match=r"model\.name: './model'"):
-        export(Path("run"), Path("out"))
+
+
+def test_a_relative_base_model_is_found_from_the_run_and_then_from_here(tmp_path, monkeypatch):
+    project, away = tmp_path / "project", tmp_path / "away"
+    away.mkdir()
+    project.mkdir()
+    monkeypatch.chdir(project)
+    run(tiny_config(project, tuner="lora", model="model") | {"training": {"max_steps": 1}, "output": "runs/a"}, QUIET)
+    shutil.copytree(project / "model", away / "model")  # of the same name, and not the run's
+    monkeypatch.chdir(away)
+
+    def base(directory: Path) -> str:
+        for merge in (True, False):
+            export(directory, tmp_path / "out", merge=merge)
+        return read_json(tmp_path / "out" / "adapter_config.json")["base_model_name_or_path"]
+
+    assert base(project / "runs" / "a") == str(project / "model")
+    moved = project.rename(tmp_path / "moved")
+    assert base(moved / "runs" / "a") == str(moved / "model")
+    lone = (moved / "runs" / "a").rename(tmp_path / "lone")
+    assert base(lone) == str(away / "model")
+    shutil.rmtree(away / "model")
+    with pytest.raises(ConfigError, match=r"model\.name: .*'model'.* neither at .* nor at ") as said:
+        base(lone)
+    assert str(lone.resolve() / ".." / ".." / "model") not in str(said.value) and str(away / "model") in str(said.value)
     assert (tmp_path / "out" / "README.md").exists()
+
+
+def test_a_whole_model_needs_no_base_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(tiny_config(tmp_path, tuner="full", model="model") | {"training": {"max_steps": 1}}, QUIET)
+    shutil.rmtree(tmp_path / "model")
+    assert export(Path("run"), Path("out")).local_base
+    assert "base_model:" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_it_stops_where_the_runs_responses_end_and_keeps_the_models_other_settings(lora, tmp_path):
@@ -240,6 +270,7 @@ def test_a_hub_model_and_hub_data_stand_in_the_cards_metadata(lora, tmp_path, mo
     copy = shutil.copytree(lora, tmp_path / "run")
     info = read_json(copy / "run.json")
     info["config"]["model"] |= {"name": "some/model", "revision": "v2"}
+    info["model_folder"] = None
     info["config"]["stream"] = {"tasks": [{"name": n, "dataset": f"some/{n}"} for n in TASKS]}
     write_json(copy / "run.json", info)
     monkeypatch.setattr("holdfast.setup.load_model_config", lambda model: tiny_model().config)

@@ -79,6 +79,10 @@ class RunDirectory:
             self.record |= {"finished": _now(), "seconds": seconds} | cost
             self.write()
 
+    def way_to(self, model: str) -> str | None:
+        """The way from here to a model's folder, which stays right where both are moved; None for a hub name."""
+        return os.path.relpath(Path(model).absolute(), self.path.resolve()) if Path(model).is_dir() else None
+
     def write(self) -> None:
         write_json(self.path / "run.json", self.record)
 

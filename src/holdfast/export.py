@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast import methods, tuners
 from holdfast.config import ModelConfig, RunConfig, load_config
+from holdfast.data.encode import Encoder
 from holdfast.directory import current_stage, versions
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.files import read_json, whole_folder, write_json
@@ -84,7 +85,8 @@ def export(
     kind = "model" if tuner.folder == "model" else "merged" if merge else "adapter"
     if kind == "merged":
         _check_mergeable(tuner)
-    base = str(Path(config.model.name).resolve()) if Path(config.model.name).is_dir() else config.model.name
+    base = _find_base(found, config.model.name, needed=kind != "model")
+    pretrained = config.model.model_copy(update={"name": base})
     if kind == "adapter" and push_to is not None and Path(base).is_absolute():
         raise ConfigError(
             f"--push-to: the adapter's base model is a folder of this machine ({config.model.name}), which nobody else "
@@ -92,8 +94,9 @@ def export(
         )
     tokenizer = _tokenizer(saved, config.model)
     chat = config.data.template != "plain" and bool(tokenizer.chat_template)
-    settings = _generation_settings(config, saved if kind == "model" else None, tokenizer, found.info["max_length"])
-    merged = _merged(config.model, tuner, saved) if kind == "merged" else None
+    encoder = Encoder(tokenizer, max_length=found.info["max_length"], template=config.data.template)
+    settings = _generation_settings(pretrained, saved if kind == "model" else None, encoder)
+    merged = _merged(pretrained, tuner, saved) if kind == "merged" else None
     exported = Exported(
         run=found,
         config=config,
@@ -134,6 +137,26 @@ def _find_stage(run: Run, number: int | None) -> tuple[int, Path]:
     return number, done[number]
 
 
+def _find_base(run: Run, name: str, needed: bool) -> str:
+    """The base model: a hub name, or its folder as an absolute path, looked for from the run, and then from here.
+
+    Raises:
+        ConfigError: it is needed, was a folder when the run began, and is in neither place.
+    """
+    recorded = run.info.get("model_folder")
+    places = [Path(name)] if recorded is None else [run.path.resolve() / recorded, Path(name)]
+    places = [place.resolve() for place in places]
+    there = next((place for place in places if place.is_dir()), None)
+    if there is None and recorded is not None:
+        there = places[0]
+        if needed:
+            raise ConfigError(
+                f"model.name: the run began with the folder {name!r}, which is neither at {places[0]}, where it lay as "
+                f"seen from the run, nor at {places[1]}; put it there, or call export where {name!r} leads to it"
+            )
+    return name if there is None else str(there)
+
+
 def _check_target(to: Path) -> None:
     if to.exists() and not to.is_dir():
         raise ConfigError(f"--to: {to} is a file; give a folder, or a name that does not exist yet")
@@ -147,9 +170,7 @@ def _tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
 
 
-def _generation_settings(
-    config: RunConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> GenerationConfig:
+def _generation_settings(model: ModelConfig, folder: Path | None, encoder: Encoder) -> GenerationConfig:
     """The model's own, which also stop where the run's responses end, and can pad.
 
     Args:
@@ -160,10 +181,8 @@ def _generation_settings(
     """
     from transformers import AutoConfig, GenerationConfig
 
-    from holdfast.data.encode import Encoder
     from holdfast.setup import load_model_config
 
-    model = config.model
     if folder is None:
         name, revision, own = model.name, model.revision, load_model_config(model)
     else:
@@ -174,9 +193,8 @@ def _generation_settings(
     except OSError:
         settings = GenerationConfig.from_model_config(own)
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    stops = Encoder(tokenizer, max_length=max_length, template=config.data.template).stop_ids
-    settings.eos_token_id = sorted({*stops, *(end for end in ends if end is not None)}) or None
-    settings.pad_token_id = tokenizer.pad_token_id
+    settings.eos_token_id = sorted({*encoder.stop_ids, *(end for end in ends if end is not None)}) or None
+    settings.pad_token_id = encoder.tokenizer.pad_token_id
     settings._from_model_config = False  # else transformers may put the model's own end tokens back
     return settings
 

@@ -54,7 +54,7 @@ def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | No
         config = resolve(config)
         directory.check_config(config)
         setup = prepare(config)
-        directory.begin(config, setup.facts())
+        directory.begin(config, setup.facts() | {"model_folder": directory.way_to(config.model.name)})
         return Run(setup, directory, progress or Progress(), interrupt).go()
 
 
