@@ -61,17 +61,18 @@ def write_corpus_page(corpus: Path, output: Path, against: Path | None = None) -
     tokenizer = AutoTokenizer.from_pretrained(corpus / TOKENIZER)
     samples = _samples(files)
     rows = [sample.ids for sample in samples]
-    found = {"the model's own": Statistics.of(rows)}
+    found = {"the model": Statistics.of(rows)}
     reference = _reference(against, tokenizer, rows) if against is not None else None
     if reference is not None:
         found["real text"] = Statistics.of(reference)
     page = {
         "title": f"{corpus.name}: what the model wrote",
         "manifest": manifest,
+        "begins": [_text(tokenizer, [token]) for token in manifest["settings"]["request"]["start"]],
         "looked_at": len(samples),
         "columns": list(found),
         "figures": _figures(manifest, samples, found, None if reference is None else shared(rows, reference)),
-        "headline": _headline(manifest, found["the model's own"]),
+        "headline": _headline(manifest, found["the model"]),
         "lengths": sorted({len(row) for row in rows}),
         "frequent": _frequent(tokenizer, found),
         "chosen": [(why, one, _text(tokenizer, one.ids)) for why, one in _chosen(samples)],
@@ -184,7 +185,7 @@ def _headline(manifest: dict[str, Any], own: Statistics) -> str:
     loss = number(-manifest["log_prob"] / manifest["supervised"])
     text = f"{manifest['samples']:,} samples of {manifest['tokens']:,} tokens, at {loss} nats per drawn token."
     if own.repeating is not None:
-        text += f" {_share(own.repeating)} of them repeat {LONG} tokens in a row."
+        text += f" {_share(own.repeating) if own.repeating else 'None'} of them repeat {LONG} tokens in a row."
     return text
 
 
@@ -249,7 +250,7 @@ def _share(share: float | None) -> str:
     if share is None:
         return "–"
     percent = 100 * share
-    return f"{percent:.3g} %" if 0 < percent < 1 else f"{percent:.1f} %"
+    return f"{percent:.2g} %" if 0 < percent < 1 else f"{percent:.1f} %"
 
 
 def _text(tokenizer: Any, ids: Any) -> str:
