@@ -170,13 +170,13 @@ def high_learning_rate_replay(tables: Tables) -> Figure:
 
 
 def pretrain_length(tables: Tables) -> Figure:
-    """English loss before and after fine-tuning against the length of pretraining."""
-    return _before_and_after(tables, "pretrain_tokens_per_parameter", "tokens per parameter in pretraining")
+    """Forgetting against the length of pretraining."""
+    return _by_weight(tables, "pretrain_tokens_per_parameter", "tokens per parameter in pretraining")
 
 
 def model_size(tables: Tables) -> Figure:
-    """English loss before and after fine-tuning against the size of the model."""
-    return _before_and_after(tables, "parameters", "parameters")
+    """Forgetting against the size of the model."""
+    return _by_weight(tables, "parameters", "parameters")
 
 
 def model_capacity(tables: Tables) -> Figure:
@@ -375,38 +375,36 @@ FIGURES: dict[str, Callable[[Tables], Any]] = {
 }
 
 
-def _before_and_after(tables: Tables, column: str, label: str) -> Any:
-    """Loss on the old domain before fine-tuning, after each run that reached its target, and after the best."""
+def _by_weight(tables: Tables, column: str, label: str) -> Any:
+    """Forgetting of the runs that reached their target: without replay, at each weight of the KL, and at the best."""
     figure, ax = _figure(4.6, 3.0)
     runs = select(tables.results, group="finetune")
     reached = [row for row in runs if row["stop"] == "loss"]
-    missed = [row for row in runs if row["stop"] != "loss"]
-    _means(ax, runs, column, f"{tables.old}_start", color=BLUE, marker="o", label="before fine-tuning")
-    plain = select(reached, method="none")
-    _means(ax, plain, column, f"{tables.old}_loss", color=BLACK, marker="s", ls="--", label="no replay")
-    replayed = [row for row in reached if row.get("method") != "none"]
-    ax.plot(
-        _of(replayed, column),
-        _of(replayed, f"{tables.old}_loss"),
-        ".",
-        color=RED,
-        alpha=0.4,
-        label="KL, real text: every weight",
-    )
-    least: list[Row] = []
-    for seed in distinct(replayed, "seed"):
-        for x in distinct(replayed, column):
-            rows = select(replayed, seed=seed, **{column: x})
-            if rows:
-                least.append(min(rows, key=lambda row: row[f"{tables.old}_loss"]))
-    _means(ax, least, column, f"{tables.old}_loss", color=RED, marker="P", label="KL, real text: the best weight")
-    if missed:
-        ax.plot(_of(missed, column), _of(missed, f"{tables.old}_loss"), "x", color=ORANGE, label="target not reached")
+    plain, replayed = select(reached, method="none"), [row for row in reached if row.get("method") != "none"]
+    if plain:
+        _means(ax, plain, column, "forgetting", color=BLACK, marker="o", label="no replay")
+    weight = "method" if distinct(replayed, "method") else "weight"
+    for number, value in enumerate(distinct(replayed, weight)):
+        look = {"color": RED, "alpha": 0.4, "lw": 0.9, "markersize": 3, "label": "" if number else "KL, each weight"}
+        _means(ax, select(replayed, **{weight: value}), column, "forgetting", marker=".", **look)
+    least = [
+        min(rows, key=lambda row: row["forgetting"])
+        for seed in distinct(replayed, "seed")
+        for x in distinct(replayed, column)
+        if (rows := select(replayed, seed=seed, **{column: x}))
+    ]
+    _means(ax, least, column, "forgetting", color=RED, marker="^", label="KL, best weight")
     ax.set_xscale("log")
+    ax.set_yscale("symlog", linthresh=0.01)
+    ax.axhline(0, color=BLACK, lw=0.6)
     _ticks(ax, distinct(runs, column), _millions if column == "parameters" else "{:g}".format)
+    rises = _of(reached, "forgetting")
+    ax.set_ylim(min(-0.002, 1.2 * min(rises)), 1.5 * max(rises))
+    ax.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+    ax.set_yticks([], minor=True)
     ax.set_xlabel(label)
-    ax.set_ylabel(f"{tables.old_name} loss ({NATS})")
-    ax.legend(loc="best")
+    ax.set_ylabel(f"rise of {tables.old_name} loss ({NATS})")
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 
