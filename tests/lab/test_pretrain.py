@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from holdfast.attention import FLOAT32
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
 from holdfast.files import read_json, read_jsonl
 from holdfast.lab import pretrain as module
@@ -348,3 +349,27 @@ def test_configuration_takes_overrides():
     )
     assert (config.training.learning_rate, config.seed, config.data[0].path) == (0.5, 3, "a")
     assert module.LabTrainer.__name__ == "ContinualInOrder"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_in_float32_is_sdpa(languages, padded):
+    size = SizeConfig(width=32, depth=2, head_size=16)
+    ids = torch.randint(3, 200, (4, CONTEXT), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :5] = 0
+    results = []
+    for attention in ("sdpa", FLOAT32):
+        model = new_model(size, languages.tokenizer, CONTEXT, 0, attention)
+        model(input_ids=ids, attention_mask=mask).logits[mask.bool()].square().sum().backward()
+        results.append([p.grad for p in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_how_attention_is_computed_is_not_saved(languages, tmp_path):
+    config = lab_config(languages, tmp_path / "run", stop={"tokens": BATCH * CONTEXT})
+    config["training"] |= {"precision": "bfloat16"}
+    pretrain(config, QUIET)
+    assert "attn" not in (tmp_path / "run" / "model" / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config._attn_implementation == "sdpa"

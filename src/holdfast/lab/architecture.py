@@ -13,7 +13,9 @@ from holdfast.lab.config import SizeConfig
 FAMILIES: dict[str, Any] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
 
-def new_model(size: SizeConfig, tokenizer: PreTrainedTokenizerBase, context: int, seed: int) -> Any:
+def new_model(
+    size: SizeConfig, tokenizer: PreTrainedTokenizerBase, context: int, seed: int, attention: str | None = None
+) -> Any:
     """A model with random weights; the same arguments give the same weights on one machine.
 
     Every matrix is drawn with standard deviation fan_in^(-1/2), as in "Forgetting in Language Models" (arXiv
@@ -22,6 +24,7 @@ def new_model(size: SizeConfig, tokenizer: PreTrainedTokenizerBase, context: int
     Args:
         tokenizer: of its vocabulary and special tokens.
         context: tokens that it reads at most.
+        attention: implementation of transformers; its default where absent.
 
     Raises:
         ConfigError: no model of this family comes near the number of parameters.
@@ -30,7 +33,7 @@ def new_model(size: SizeConfig, tokenizer: PreTrainedTokenizerBase, context: int
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     set_seed(seed)
-    options = {"attn_implementation": size.attention} if size.attention else {}
+    options = {"attn_implementation": attention} if attention else {}
     model = AutoModelForCausalLM.from_config(config, **options)
     for module in model.modules():
         if isinstance(module, nn.Linear) and not (size.tie_embeddings and module is model.get_output_embeddings()):

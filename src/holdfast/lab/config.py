@@ -158,7 +158,8 @@ class LabConfig(Section):
         bounded = stop.tokens or stop.tokens_per_parameter or stop.epochs
         if self.training.schedule != "constant" and not bounded:
             raise ValueError(
-                f"stop: schedule {self.training.schedule} must know the end: give tokens, tokens_per_parameter or epochs"
+                f"stop: schedule {self.training.schedule} must know the end: give tokens, tokens_per_parameter or "
+                "epochs"
             )
         return self
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from holdfast.attention import fastest
 from holdfast.config import ModelConfig
 from holdfast.data.encode import load_tokenizer
 from holdfast.errors import ConfigError
@@ -38,11 +39,12 @@ def make_model(config: LabConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[A
         ConfigError: the model cannot be loaded, or reads fewer tokens than a sequence has.
     """
     size = config.model
+    attention = size.attention or fastest(config.training.precision)
     if size.path is None:
-        model = new_model(size, tokenizer, config.context, config.seed)
+        model = new_model(size, tokenizer, config.context, config.seed, attention)
         start = weights_of(model)
         return model, start, start
-    options = {"attn_implementation": size.attention} if size.attention else {}
+    options = {"attn_implementation": attention} if attention else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(size.path, dtype="float32", **options)
     except (OSError, ValueError) as error:
