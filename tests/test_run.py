@@ -171,10 +171,11 @@ def test_accumulation_gives_the_same_trajectory(tmp_path):
     config["stream"]["order"] = ["red", "green"]
     losses = []
     for micro in (8, 2):
-        config["training"] |= {"micro_batch_size": micro}
+        # at a gentle rate, since training amplifies what the order of a sum rounds differently
+        config["training"] |= {"micro_batch_size": micro, "learning_rate": 3e-3}
         run(config | {"output": str(tmp_path / f"micro{micro}")}, QUIET)
         losses.append([e["loss"] for e in read_jsonl(tmp_path / f"micro{micro}" / "events.jsonl")])
-    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_config_may_change_where_no_number_depends_on_it(tmp_path):
