@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from holdfast.attention import fastest
 from holdfast.config import RunConfig, load_config
 from holdfast.curves import Curves
 from holdfast.data.task import Task
@@ -387,7 +388,8 @@ def load_model(setup: Setup) -> Any:
 
     model = setup.config.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options: dict[str, Any] = {"attn_implementation": model.attention} if model.attention else {}
+    attention = model.attention or fastest(setup.config.training.precision)
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     options |= weight_options(model, device)
     set_seed(setup.config.seed)
     try:
