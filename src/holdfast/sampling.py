@@ -121,20 +121,18 @@ class Draw:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The next tokens: logits, float32 [rows, vocab] -> int64 [rows, 1]."""
-        top = logits.amax(-1, keepdim=True)
-        weights = logits - top
-        total = None if self.temperature == 1 else weights.exp().sum(-1, keepdim=True, dtype=torch.float64)
-        if total is not None:
-            weights /= self.temperature
-        blocks = F.pad(weights.exp_(), (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+        plain = self.temperature == 1
+        p = (logits if plain else logits / self.temperature).softmax(-1)
+        short = -p.shape[-1] % BLOCK
+        blocks = (F.pad(p, (0, short)) if short else p).unflatten(-1, (-1, BLOCK))
         up_to = blocks.sum(-1).double().cumsum(-1)  # block by block, so that rounding stays small and sums are fast
         target = self.uniform[:, len(self.log_probs), None] * up_to[:, -1:]
         block = _first_beyond(up_to, target)
         inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].double().cumsum(-1)
         token = block * BLOCK + _first_beyond(inside, target - F.pad(up_to, (1, 0)).gather(1, block))
         token.clamp_(max=logits.shape[-1] - 1)  # without finite logits there is none
-        total = up_to[:, -1:] if total is None else total
-        self.log_probs.append((logits.gather(1, token) - top).double() - total.log())
+        log_p = p.gather(1, token).log() if plain else logits.gather(1, token) - logits.logsumexp(-1, keepdim=True)
+        self.log_probs.append(log_p.double())
         return token
 
 
