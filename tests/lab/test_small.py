@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast.data.chronicle import general_text
 from holdfast.errors import ConfigError, DataError
-from holdfast.lab.pretrain import pack, pretrain
+from holdfast.lab.small import pack, pretrain_small
 from holdfast.lab.tokenizer import train_tokenizer
 
 SMALL = {"hidden": 32, "layers": 1, "heads": 2, "context": 32, "batch_size": 4}
@@ -25,10 +25,10 @@ def tokenizer(texts):
 
 
 @pytest.fixture(scope="module")
-def pretrained(texts, tokenizer, tmp_path_factory):
+def small(texts, tokenizer, tmp_path_factory):
     told = []
     folder = tmp_path_factory.mktemp("lab") / "model"
-    pretrain(texts, tokenizer, folder, **SMALL, steps=60, on_step=lambda done, steps: told.append((done, steps)))
+    pretrain_small(texts, tokenizer, folder, **SMALL, steps=60, on_step=lambda done, steps: told.append((done, steps)))
     return folder, told
 
 
@@ -47,8 +47,8 @@ def test_texts_shorter_than_a_block_are_refused(tokenizer):
         pack(["short"], tokenizer, 32)
 
 
-def test_pretraining_learns_and_its_folder_loads(texts, tokenizer, pretrained):
-    folder, told = pretrained
+def test_pretraining_learns_and_its_folder_loads(texts, tokenizer, small):
+    folder, told = small
     model, loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert loaded(texts[:5])["input_ids"] == tokenizer(texts[:5])["input_ids"]
     assert (loaded.model_max_length, loaded.padding_side) == (32, "left")
@@ -61,8 +61,8 @@ def test_pretraining_learns_and_its_folder_loads(texts, tokenizer, pretrained):
     assert told == [(step, 60) for step in range(1, 61)]
 
 
-def test_nothing_in_the_folder_needs_unpickling(pretrained):
-    folder, _ = pretrained
+def test_nothing_in_the_folder_needs_unpickling(small):
+    folder, _ = small
     assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors"}
     assert not list(folder.parent.glob("*.partial"))
 
@@ -71,7 +71,7 @@ def test_the_seed_decides_the_weights(texts, tokenizer, tmp_path):
     weights = []
     for number, seed in enumerate([3, 3, 4]):
         torch.manual_seed(number)
-        folder = pretrain(texts, tokenizer, tmp_path / str(number), **SMALL, steps=4, seed=seed)
+        folder = pretrain_small(texts, tokenizer, tmp_path / str(number), **SMALL, steps=4, seed=seed)
         weights.append((folder / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
@@ -82,5 +82,5 @@ def test_the_seed_decides_the_weights(texts, tokenizer, tmp_path):
 )
 def test_arguments_out_of_range_are_refused(texts, tokenizer, tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
-        pretrain(texts, tokenizer, tmp_path / "model", **{"steps": 1} | SMALL | change)
+        pretrain_small(texts, tokenizer, tmp_path / "model", **{"steps": 1} | SMALL | change)
     assert not (tmp_path / "model").exists()
