@@ -15,6 +15,7 @@ from holdfast.lab.tokens import build_tokens
 from holdfast.losses import kl_divergence
 from holdfast.methods.base import Rehearsed, Step
 from holdfast.methods.rehearsal import Rehearsal
+from holdfast.process import Process
 from holdfast.rehearsal.buffer import HELD_OUT, SampleBuffer, drawn_states_are_exact
 from holdfast.rehearsal.request import Request
 from holdfast.rehearsal.teacher import LiveStates, predicting
@@ -147,6 +148,19 @@ def test_what_a_step_gets_depends_on_seed_stage_and_step_alone():
     assert torch.equal(vector(model), now) and not torch.equal(now, start)
     assert len({tuple(row["input_ids"]) for rows in steps for row in rows}) == 30
     assert buffer("1/2/x").rows(0, 3)[0] != steps[0]
+
+
+def test_processes_share_the_samples_that_one_would_have(monkeypatch):
+    """A step's, whether their number is given or a ratio; so that two processes learn what one does."""
+    for options in ({"count": 6}, {"ratio": 0.75}):
+        found = []
+        for rank, world in ((0, 1), (0, 2), (1, 2)):
+            monkeypatch.setattr(Process, "this", classmethod(lambda cls, r=rank, w=world: cls(r, w)))
+            method = Rehearsal(source="self", length=12, buffer=2, **options)
+            stage = stage_of(wild_model(), rows_a_step=8 // world)
+            method.before_stage(stage)
+            found.append(method.extra_rows(Step(stage, 3, 8 // world, 1, True)).rows)
+        assert len(found[0]) == 6 and found[1] + found[2] == found[0]
 
 
 @pytest.mark.parametrize("adapted", [False, True])

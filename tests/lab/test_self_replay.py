@@ -1,7 +1,13 @@
 """Replay in a laboratory run: what it keeps, with the model's own rows or real ones, and that a killed run goes on."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from holdfast.files import read_jsonl
 from holdfast.lab.pretrain import LabRun, pretrain
@@ -87,3 +93,22 @@ def test_from_the_command_line_a_corpus_and_then_training_on_it(languages, pretr
     method = {"name": "kl_pre", "path": str(corpus)}
     result = pretrain(south(languages, pretrained, tmp_path / "run", method), QUIET)
     assert result["end"]["domains"]["north"]["kl"] < 0.5
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(languages, pretrained, tmp_path):
+    """Each draws its share of a step's samples; the sum of both is a step of one process."""
+    method, training = (
+        {"name": "kl_pre", "count": 4, "buffer": 5},
+        {"batch_size": 8, "learning_rate": 1e-2, "log_every": 1},
+    )
+    changes = {"training": training, "stop": {"tokens": 6 * 8 * 16}}
+    pretrain(south(languages, pretrained, tmp_path / "one", method, **changes), QUIET)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(south(languages, pretrained, tmp_path / "two", method, **changes)), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command += ["holdfast", "lab", "pretrain", str(config)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "two")]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)

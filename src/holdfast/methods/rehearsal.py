@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from copy import copy
@@ -19,6 +20,7 @@ from holdfast.lab.tokens import TokenFile, TokenRows
 from holdfast.losses import dynamic_weight, next_token_nll
 from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, State, Step
 from holdfast.model import begin_token, context
+from holdfast.process import Process
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
 from holdfast.rehearsal.request import Request
 from holdfast.rehearsal.samples import corpus_rows, general_rows
@@ -290,7 +292,8 @@ class Rehearsal(Method):
         before = live_states(options, stage)
         hidden = options.loss == "kl" and drawn_states_are_exact(request, stage)
         seed = f"{stage.seed}/{stage.index}/{self.name}"
-        self.buffer = SampleBuffer(request, before, seed, self._count(stage.rows_a_step), options.buffer, hidden)
+        count = math.ceil(options.count / Process.this().world) if options.count else self._count(stage.rows_a_step)
+        self.buffer = SampleBuffer(request, before, seed, count, options.buffer, hidden)
         if options.loss != "ce" and options.weight:
             self.teacher = HiddenTeacher(options, self.buffer.states if hidden else before, before.head())
 

@@ -20,9 +20,11 @@ PROBE = 8  # tokens
 class SampleBuffer:
     """So many samples a step, which depend on seed, stage and step alone; memory holds those of one round of steps.
 
+    Processes that train together share a step's samples: together they have those that one would have alone.
+
     Args:
         before: the weights that the stage starts from.
-        count: samples a step.
+        count: samples a step in this process.
         steps: of a round.
         hidden: whether the hidden states that the samples were drawn from are kept, as the teacher's: count * steps *
             length * hidden numbers in the model's data type.
@@ -49,12 +51,14 @@ class SampleBuffer:
         return padded([states for states in found if states is not None], rehearsed.hidden[0])
 
     def _fill(self, number: int) -> None:
-        size, process = self.count * self.steps, Process.this()
-        first = (number * process.world + process.rank) * size
+        process = Process.this()
+        steps = range(number * self.steps, (number + 1) * self.steps)
+        firsts = [(step * process.world + process.rank) * self.count for step in steps]
         self._samples = []
         with self.before.in_place():
             draw = partial(sample, self.before.model)
-            self._samples = self.request.write(draw, self.seed, range(first, first + size), self.hidden)
+            numbers = [first + i for first in firsts for i in range(self.count)]
+            self._samples = self.request.write(draw, self.seed, numbers, self.hidden)
         self._round = number
 
 
