@@ -32,6 +32,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import holdfast.arguments
 import holdfast.quantization
 import holdfast.runner
 import holdfast.stage
@@ -556,7 +557,7 @@ def test_a_prefix_and_recomputed_activations_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"tuner prefix: .* cache .* turn gradient checkpointing off"):
         prepare(load_config(config))
     args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False)
-    setattr(args, holdfast.stage.GRADIENT_CHECKPOINTING, True)
+    setattr(args, holdfast.arguments.GRADIENT_CHECKPOINTING, True)
     model = prepared(CASES["prefix"], llama())
     with pytest.raises(ConfigError, match="gradient checkpointing off"):
         ContinualTrainer(model=model, args=args, train_dataset=tiny_rows(4), data_collator=pad_rows).train()

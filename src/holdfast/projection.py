@@ -28,7 +28,7 @@ def gem_dual(gram: NDArray[np.float64], margin: float) -> NDArray[np.float64]:
     Returns:
         v, [k].
     """
-    from scipy.optimize import nnls  # type: ignore[import-untyped]
+    from scipy.optimize import nnls
 
     norms = np.sqrt(np.diag(gram))
     norms[norms == 0] = 1.0

@@ -89,7 +89,7 @@ def prepare(config: RunConfig) -> Setup:
     assert config.tuner is not None
     tuner = tuners.build(config.tuner)
     check_quantization(config.model, tuner)
-    check_arguments(config)
+    check_arguments(config.training.arguments, RESERVED)
     model_config = load_model_config(config.model)
     max_length = resolve_max_length(config.data.max_length, model_config, tuner.virtual_tokens)
     tokenizer = load_tokenizer(config.model)
@@ -192,14 +192,18 @@ def load_model_config(model: ModelConfig) -> Any:
         raise ConfigError(f"model.name: {model.name!r} cannot be used as a model: {error}") from None
 
 
-def check_arguments(config: RunConfig) -> None:
-    """ConfigError if training.arguments names a field that TrainingArguments lacks or that the run itself sets."""
+def check_arguments(arguments: dict[str, Any], taken: dict[str, str]) -> None:
+    """ConfigError if training.arguments names a field that TrainingArguments lacks or that another key stands for.
+
+    Args:
+        taken: the keys that stand for fields.
+    """
     from transformers import TrainingArguments
 
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for key in config.training.arguments:
-        if key in RESERVED:
-            raise ConfigError(f"training.arguments.{key}: is set by the run; use {RESERVED[key]} instead")
+    for key in arguments:
+        if key in taken:
+            raise ConfigError(f"training.arguments.{key}: is set by the run; use {taken[key]} instead")
         if key not in known:
             raise ConfigError(f"training.arguments.{key}: unknown key{did_you_mean(key, known)}")
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from holdfast.arguments import training_arguments
 from holdfast.data.collate import Collator, pack
-from holdfast.errors import ConfigError, Interrupted
+from holdfast.directory import learned_stages
+from holdfast.errors import Interrupted
 from holdfast.setup import Planned
 from holdfast.trainer import COMPLETE, ContinualTrainer
 
@@ -59,7 +59,7 @@ def train_stage(
         data_collator=Collator(setup.encoder.tokenizer.pad_token_id),
         method=setup.applied,
         task=stage.name,
-        stage_index=stage.index,
+        stage_index=len(learned_stages(directory.record, stage.index - 1)) + 1,
         rows=rows,
         folder=directory.path / "rehearsal",
         tokenizer=setup.encoder.tokenizer,
@@ -96,45 +96,19 @@ def arguments(setup: Setup, stage: Planned, checkpoints: Path) -> TrainingArgume
     training = config.training
     micro = training.micro_batch_size or training.batch_size
     epochs = training.epochs[stage.index - 1] if isinstance(training.epochs, list) else training.epochs
-    values = {
-        "output_dir": str(checkpoints),
-        "num_train_epochs": epochs,
-        "max_steps": training.max_steps or -1,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": training.batch_size // micro,
-        "learning_rate": training.learning_rate,
-        "lr_scheduler_type": training.schedule,
-        "warmup_steps": training.warmup,
-        "weight_decay": training.weight_decay,
-        "optim": training.optimizer,
-        "max_grad_norm": training.max_grad_norm,
-        "bf16": training.precision == "bfloat16",
-        GRADIENT_CHECKPOINTING: training.gradient_checkpointing,
+    return training_arguments(
+        training,
+        checkpoints,
+        num_train_epochs=epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=training.batch_size // micro,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=training.warmup,
+        optim=training.optimizer,
         # Epochs of a stage shuffle with seed, seed + 1, ..., so stages are kept apart.
-        "seed": config.seed * 1_000_000 + stage.index * 1000,
-        "save_strategy": "steps",
-        "save_steps": training.save_every,
-        "save_total_limit": 1,
-        "logging_steps": training.log_every,
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    try:
-        return TrainingArguments(**values | training.arguments)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"training: {error}") from None
-
-
-GRADIENT_CHECKPOINTING = (
-    "activation_checkpointing"
-    if "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
-    else "gradient_checkpointing"
-)
-"""The name of this switch changed within transformers 5."""
+        seed=config.seed * 1_000_000 + stage.index * 1000,
+    )
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:

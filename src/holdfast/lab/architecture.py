@@ -54,7 +54,7 @@ def architecture(size: SizeConfig, vocab_size: int, context: int) -> Any:
     if size.parameters is not None:
         shapes = [(w, max(2, round(w / 64))) for w in range(size.head_size, 64 * size.head_size + 1, size.head_size)]
         wanted = size.parameters
-        width, depth = min(shapes, key=lambda shape: abs(_parameters(size, *shape, vocab_size) - wanted))
+        width, depth = min(shapes, key=lambda shape: abs(_parameters(size, shape[0], shape[1], vocab_size) - wanted))
         found = _parameters(size, width, depth, vocab_size)
         if abs(found - wanted) > wanted / 4:
             raise ConfigError(

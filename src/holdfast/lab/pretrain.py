@@ -16,6 +16,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from holdfast import methods, tuners
+from holdfast.arguments import training_arguments
 from holdfast.chunked_trainer import ChunkedLossTrainer
 from holdfast.compatibility import refusal
 from holdfast.directory import RunDirectory, open_directory
@@ -30,11 +31,22 @@ from holdfast.lab.model import make_model, tokenizer_of, write_note
 from holdfast.lab.tokens import TokenFile
 from holdfast.process import Process
 from holdfast.progress import Bar, Progress
-from holdfast.stage import GRADIENT_CHECKPOINTING, newest_whole_checkpoint
+from holdfast.setup import RESERVED, check_arguments
+from holdfast.stage import newest_whole_checkpoint
 from holdfast.trainer import continual
 
 ENDLESS = 1 << 40
 """Sequences of a run that only its loss or the clock ends."""
+
+TAKEN = RESERVED | {
+    "num_train_epochs": "stop.epochs",
+    "max_steps": "stop.tokens",
+    "warmup_steps": "training.warmup_tokens",
+    "adam_beta1": "training.betas",
+    "adam_beta2": "training.betas",
+    "torch_compile": "training.compile",
+}
+"""Fields of TrainingArguments that a key of the configuration stands for."""
 
 
 class InOrder(ChunkedLossTrainer):
@@ -104,6 +116,7 @@ class LabRun:
     def go(self) -> None:
         """Train what is left to train, and write the model and the result."""
         config = self.config
+        check_arguments(config.training.arguments, TAKEN)
         chosen = methods.build([(method.name, method.options) for method in config.method])
         for method in chosen:
             if reason := refusal(method, config.tuner.name):
@@ -283,7 +296,7 @@ def arguments(config: LabConfig, steps: int | None, checkpoints: Path, process: 
     Raises:
         ConfigError: the batch cannot be shared by the processes, or a value is not one that transformers takes.
     """
-    training, tokens_a_step = config.training, config.training.batch_size * config.context
+    training = config.training
     micro = training.micro_batch_size or training.batch_size // process.world
     if training.batch_size % (micro * process.world or 1) or not micro:
         raise ConfigError(
@@ -291,43 +304,28 @@ def arguments(config: LabConfig, steps: int | None, checkpoints: Path, process: 
             f"micro-batches of {micro or 1}"
         )
     schedules = {"constant": "constant_with_warmup", "cosine": "cosine", "wsd": "warmup_stable_decay"}
-    values: dict[str, Any] = {
-        "output_dir": str(checkpoints),
-        "max_steps": steps or ENDLESS // training.batch_size,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": training.batch_size // (micro * process.world),
-        "learning_rate": training.learning_rate,
-        "lr_scheduler_type": schedules[training.schedule],
-        "warmup_steps": round(training.warmup_tokens / tokens_a_step),
-        "weight_decay": training.weight_decay,
-        "adam_beta1": training.betas[0],
-        "adam_beta2": training.betas[1],
-        "optim": "adamw_torch_fused",
-        "max_grad_norm": training.max_grad_norm,
-        "bf16": training.precision == "bfloat16",
-        "torch_compile": training.compile,
-        GRADIENT_CHECKPOINTING: training.gradient_checkpointing,
-        "seed": config.seed,
-        "save_strategy": "steps",
-        "save_steps": training.save_every,
-        "save_total_limit": 1,
-        "logging_steps": training.log_every,
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-        "ddp_backend": None if process.world == 1 or torch.cuda.is_available() else "gloo",
-        "ddp_find_unused_parameters": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
+    own: dict[str, Any] = {}
     if training.schedule == "wsd":
         assert steps is not None
-        values["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, round(training.decay * steps))}
-    try:
-        return TrainingArguments(**values | training.arguments)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"training: {error}") from None
+        own["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, round(training.decay * steps))}
+    if process.world > 1 and not torch.cuda.is_available():
+        own["ddp_backend"] = "gloo"
+    return training_arguments(
+        training,
+        checkpoints,
+        max_steps=steps or ENDLESS // training.batch_size,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=training.batch_size // (micro * process.world),
+        lr_scheduler_type=schedules[training.schedule],
+        warmup_steps=round(training.warmup_tokens / (training.batch_size * config.context)),
+        adam_beta1=training.betas[0],
+        adam_beta2=training.betas[1],
+        optim="adamw_torch_fused",
+        torch_compile=training.compile,
+        seed=config.seed,
+        ddp_find_unused_parameters=False,
+        **own,
+    )
 
 
 def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,0 +1,53 @@
+"""TrainingArguments of transformers from a configuration's training section."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from holdfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from holdfast.config import TrainingConfig
+    from holdfast.lab.config import OptimizerConfig
+
+GRADIENT_CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
+    else "gradient_checkpointing"
+)
+"""The name of this switch changed within transformers 5."""
+
+
+def training_arguments(training: TrainingConfig | OptimizerConfig, checkpoints: Path, **own: Any) -> TrainingArguments:
+    """What runs and laboratory runs have in common, what is their ``own``, and over these the user's `arguments`.
+
+    Raises:
+        ConfigError: a value is not one that transformers takes.
+    """
+    values = {
+        "output_dir": str(checkpoints),
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "bf16": training.precision == "bfloat16",
+        GRADIENT_CHECKPOINTING: training.gradient_checkpointing,
+        "save_strategy": "steps",
+        "save_steps": training.save_every,
+        "save_total_limit": 1,
+        "logging_steps": training.log_every,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        return TrainingArguments(**values | own | training.arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"training: {error}") from None
