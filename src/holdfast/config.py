@@ -246,14 +246,17 @@ class GeneralConfig(Section):
 
 
 def _increase(value: float | str | None) -> float | str | None:
-    share = value.removesuffix("%") if isinstance(value, str) else value
+    """A number of nats, or a share with its sign of percent; on the command line both come as text."""
+    if value is None:
+        return None
+    text = str(value)
     try:
-        known = share is None or math.isfinite(float(share))
+        number = float(text.removesuffix("%"))
     except ValueError:
-        known = False
-    if not known or (isinstance(value, str) and not value.endswith("%")):
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(f"must be a number of nats a token, such as 0.05, or a share, such as 2%, not {value!r}")
-    return value
+    return text if text.endswith("%") else number
 
 
 class JudgeConfig(Section):

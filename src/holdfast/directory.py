@@ -63,6 +63,9 @@ class RunDirectory:
                     f"{self.path}: the data of {data.removesuffix('s')} {name!r} changed since this run began; "
                     "put the old data back, or give another output"
                 )
+        if self.record["config"] != config.model_dump(mode="json"):  # in keys that change nothing that is done
+            self.record["config"] = config.model_dump(mode="json")
+            self.write()
 
     def check_config(self, config: RunConfig | LabConfig) -> None:
         """RunDirectoryError if a run with another configuration began here."""
@@ -125,6 +128,16 @@ def current_stage(record: dict[str, Any], stage: int) -> int:
     """
     decisions = {decision["stage"]: decision for decision in record.get("gate", [])}
     return decisions[stage]["current"] if stage in decisions else stage
+
+
+def learned_stages(record: dict[str, Any], stage: int) -> list[int]:
+    """The stages that made the weights that a run holds after a stage: all up to it, without those that the gate undid.
+
+    Args:
+        record: run.json.
+    """
+    held = current_stage(record, stage)
+    return [*learned_stages(record, held - 1), held] if held else []
 
 
 def require_runs(paths: list[Path]) -> None:
