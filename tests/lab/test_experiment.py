@@ -272,6 +272,7 @@ def test_published_findings_and_figures_come_from_the_published_tables(folder, t
     for table in folder.glob("*.csv"):
         shutil.copy(table, tmp_path)
     assert work.redraw(experiment, tmp_path) == read_json(folder / "findings.json")
+    assert (tmp_path / "findings.md").read_text() in (folder.parents[1] / "README.md").read_text()
 
 
 def test_the_command_line_plans_and_redraws(tmp_path):

@@ -216,10 +216,9 @@ def print_findings(findings: list[dict[str, Any]], console: Any) -> None:
     """Each claim with its figure and whether it holds."""
     from rich.table import Table
 
+    from holdfast.lab.findings import estimate
+
     table = Table("claim", "expected", "estimate [95 %]", "seeds", "verdict")
     for found in findings:
-        number = "" if found["estimate"] is None else f"{found['estimate']:.3g}"
-        if found["low"] is not None:
-            number += f" [{found['low']:.3g}, {found['high']:.3g}]"
-        table.add_row(found["claim"], found["expected"], number, str(found["seeds"]), found["verdict"])
+        table.add_row(found["claim"], found["expected"], estimate(found), str(found["seeds"]), found["verdict"])
     console.print(table)

@@ -100,21 +100,28 @@ def draw(name: str, tables: Tables, path: Path) -> None:
 
 
 def method_comparison(tables: Tables) -> Figure:
-    """Loss on the old domain against loss on the new one, along each run."""
-    figure, ax = _figure(4.6, 3.0)
-    runs = [row for row in tables.curves if row["group"] == "finetune"]
-    for number, method in enumerate(distinct(runs, "method")):
-        label, colour, marker = _look(method, number)
-        for seed in distinct(runs, "seed"):
-            line = select(runs, method=method, seed=seed)
-            ax.plot(_of(line, f"{tables.new}_loss"), _of(line, f"{tables.old}_loss"), color=colour, alpha=0.35, lw=0.9)
-        ends = select(tables.results, group="finetune", method=method)
-        x, y = (interval(_of(ends, column)) for column in (f"{tables.new}_loss", f"{tables.old}_loss"))
-        ax.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], color=colour, marker=marker, ls="", label=label, zorder=3)
-    ax.invert_xaxis()
-    ax.set_xlabel(f"{tables.new_name} loss ({NATS}), falling as the model learns")
-    ax.set_ylabel(f"{tables.old_name} loss ({NATS})")
-    ax.legend(loc="upper left", title="after fine-tuning, mean of seeds", title_fontsize=7.5)
+    """Loss on the old domain against loss on the new one, along each run; replay alone once more, nearer."""
+    figure, axes = _figure(6.8, 3.0, columns=2)
+    methods = distinct(select(tables.curves, group="finetune"), "method")
+    replayed = [method for method in methods if method not in ("none", "lora")]
+    for ax, shown in zip(axes, (methods, replayed), strict=True):
+        for method in shown:
+            label, colour, marker = _look(method, methods.index(method))
+            runs = select(tables.curves, group="finetune", method=method)
+            for seed in distinct(runs, "seed"):
+                line = select(runs, seed=seed)
+                ax.plot(
+                    _of(line, f"{tables.new}_loss"), _of(line, f"{tables.old}_loss"), color=colour, alpha=0.35, lw=0.9
+                )
+            ends = select(tables.results, group="finetune", method=method)
+            x, y = (interval(_of(ends, f"{name}_loss")) for name in (tables.new, tables.old))
+            ax.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], color=colour, marker=marker, ls="", label=label, zorder=3)
+        ax.invert_xaxis()
+        ax.set_xlabel(f"{tables.new_name} loss ({NATS}), falling")
+    axes[0].set_ylabel(f"{tables.old_name} loss ({NATS})")
+    axes[0].set_title("Each run, and its end (mean of seeds)")
+    axes[1].set_title("With replay, nearer")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -96,16 +96,32 @@ def markdown(findings: Sequence[dict[str, Any]]) -> str:
     """Findings as a table."""
     lines = ["| claim | measured | expected | estimate [95 %] | seeds | verdict |", "|---|---|---|---|---|---|"]
     for found in findings:
-        if found["estimate"] is None:
-            shown = "–"
-        elif found["low"] is None:
-            shown = f"{found['estimate']:.3g}"
-        else:
-            shown = f"{found['estimate']:.3g} [{found['low']:.3g}, {found['high']:.3g}]"
-        shown = shown.replace("-", "−")
-        cells = (found["claim"], found["value"], found["expected"], shown, str(found["seeds"]), found["verdict"])
+        cells = [
+            found["claim"],
+            found["value"],
+            found["expected"],
+            estimate(found),
+            str(found["seeds"]),
+            found["verdict"],
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def estimate(found: dict[str, Any]) -> str:
+    """The estimate of a finding with its interval, for people."""
+    if found["estimate"] is None:
+        return "–"
+    shown = _number(found["estimate"])
+    if found["low"] is not None:
+        shown += f" [{_number(found['low'])}, {_number(found['high'])}]"
+    return shown.replace("-", "−")
+
+
+def _number(value: float) -> str:
+    if 0.01 <= abs(value) < 100 or value == 0:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1g}"
 
 
 def _of_seed(finding: Finding, rows: Rows) -> float | None:
