@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -373,6 +374,20 @@ def watched(folder) -> dict[str, Any]:
     config = tiny_config(folder, stream={"path": str(folder / "tasks"), "order": ["red", "green"]})
     config["evaluation"]["general"] = [{"name": "colours", "path": str(folder / "general.txt")}]
     return config
+
+
+def test_general_ability_is_judged_with_an_interval_over_its_texts(plain):
+    """The rise of the loss of each resample of the texts, by a plain loop."""
+    found = read_run(plain)
+    (check,) = judge(found, GateConfig(max_general_loss_increase=0.5), 1)
+    before, after = (found.general_statistics(row, "perplexity/colours") for row in (0, 1))
+    assert before.shape == after.shape == (3, 2) and (before[:, 1] == after[:, 1]).all()
+    assert check.value == pytest.approx(after[:, 0].sum() / after[:, 1].sum() - before[:, 0].sum() / before[:, 1].sum())
+    chance, rises = np.random.default_rng([0, 0]), []
+    for _ in range(found.config["evaluation"]["bootstrap"]):
+        drawn = chance.integers(3, size=3)
+        rises.append((after[drawn, 0] - before[drawn, 0]).sum() / before[drawn, 1].sum())
+    assert check.interval == pytest.approx(np.percentile(rises, [2.5, 97.5]).tolist())
 
 
 @pytest.fixture(scope="module")

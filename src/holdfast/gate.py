@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.config import GateConfig, validate
 from holdfast.errors import ConfigError, GateFailed
 from holdfast.files import read_json
-from holdfast.metrics import LOWER_IS_BETTER, by_task, intervals, summarize, task_intervals
+from holdfast.metrics import LOWER_IS_BETTER, by_task, intervals, paired_difference, summarize, task_intervals
 
 if TYPE_CHECKING:
     from holdfast.report.read import Run
@@ -232,7 +232,7 @@ def _general_losses(run: Run, row: int, limit: Increase) -> list[Check]:
             before = general_loss(name, values[0])
             value, allowed = general_loss(name, values[row]) - before, limit.nats(before)
         figure = f"rise of the loss on {name.removeprefix('perplexity/')}"
-        checks.append(Check("max_general_loss_increase", figure, value, allowed))
+        checks.append(Check("max_general_loss_increase", figure, value, allowed, _interval(run, name, 0, row)))
     return checks
 
 
@@ -241,5 +241,19 @@ def _general_drops(run: Run, row: int, limit: float) -> list[Check]:
     for name, values in run.matrix["general"].items():
         if not is_general_loss(name):
             value = None if None in (values[0], values[row]) else values[0] - values[row]
-            checks.append(Check("max_general_drop", f"fall of {name}", value, limit))
+            checks.append(Check("max_general_drop", f"fall of {name}", value, limit, _interval(run, name, row, 0)))
     return checks
+
+
+def _interval(run: Run, name: str, first: int, second: int) -> list[float] | None:
+    """95 % interval of a general ability at the second row less that at the first, of a loss in nats: bootstrap over
+    its texts or questions."""
+    resamples = run.config["evaluation"]["bootstrap"]
+    if not resamples or None in (run.matrix["general"][name][row] for row in (first, second)):
+        return None
+    both = [run.general_statistics(row, name) for row in (first, second)]
+    if any(entry is None for entry in both) or both[0].shape != both[1].shape:
+        return None
+    before, after = ([entry] for entry in both)
+    totals = [lambda sums: sums[..., 0] / sums[..., 1]]
+    return paired_difference(before, after, totals=totals, resamples=resamples, permutations=1)["interval"]

@@ -19,7 +19,7 @@ from holdfast.data.task import Task
 from holdfast.directory import RunDirectory, current_stage, open_directory, slug
 from holdfast.errors import ConfigError, GateFailed, Interrupted
 from holdfast.evaluation.at_test import Evaluation
-from holdfast.evaluation.general import evaluate_general, matrix_name
+from holdfast.evaluation.general import evaluate_general, general_statistics, general_value, matrix_name
 from holdfast.evaluation.respond import evaluate_task, response_limit
 from holdfast.evaluation.score import beside_score, scorer, statistics, task_score, total
 from holdfast.files import read_json, read_jsonl, whole_folder, write_json, write_jsonl
@@ -173,8 +173,13 @@ class Run:
         general = {}
         if self.setup.general:
             with self._bar(f"evaluate general abilities {when}") as on_batch:
-                general = evaluate_general(self._evaluation(), self.setup.general, on_batch=on_batch)
-        write_json(folder / "evaluation.json", {"general": general, "seconds": time.monotonic() - started})
+                general = general_statistics(self._evaluation(), self.setup.general, on_batch=on_batch)
+        evaluated = {
+            "general": {name: general_value(name, statistics) for name, statistics in general.items()},
+            "general_examples": {name: statistics.tolist() for name, statistics in general.items()},
+            "seconds": time.monotonic() - started,
+        }
+        write_json(folder / "evaluation.json", evaluated)
         matrix = self._write_matrix()
         scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
         self.progress.line(f"{when}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores))

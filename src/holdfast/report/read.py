@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from holdfast.config import flat
 from holdfast.directory import current_stage, slug
 from holdfast.errors import RunDirectoryError
@@ -137,6 +139,12 @@ class Run:
             rows = self.responses(row, self.tasks[j])
             self._statistics[place] = statistics(rows, self.matrix["metrics"][self.tasks[j]]) if rows else None
         return self._statistics[place]
+
+    def general_statistics(self, row: int, name: str) -> Any:
+        """The same of a measure of general ability, by its name in matrix.json, [examples, 2]."""
+        path = self.folders.get(self.held(row), self.path) / "evaluation.json"
+        found = read_json(path).get("general_examples", {}) if path.exists() else {}
+        return np.array(found[name]) if name in found else None
 
     @property
     def totals(self) -> list[Total]:
