@@ -243,6 +243,21 @@ class GeneralConfig(Section):
         "perplexity", description="perplexity of texts, or accuracy of the likeliest of several choices"
     )
     rows: int | None = Field(None, ge=1, description="use only the first n rows")
+    by: Literal["answer", "letter"] = Field(
+        "answer", description="of choices, which likelihood is compared: that of the whole answer, or of its letter"
+    )
+    shots: int = Field(0, ge=0, description="of choices by letter, answered questions of the same subject shown before")
+    demonstrations: str | None = Field(None, description="file of the questions that shots shows, such as MMLU's dev")
+
+    @model_validator(mode="after")
+    def _of_choices(self) -> GeneralConfig:
+        if self.by == "letter" and self.kind != "choices":
+            raise ValueError(f"by: letter is for kind choices, not {self.kind}")
+        if self.shots and (self.by != "letter" or self.demonstrations is None):
+            raise ValueError("shots: needs by: letter, and the questions to show, such as demonstrations: dev.jsonl")
+        if self.demonstrations is not None and not self.shots:
+            raise ValueError("demonstrations: needs shots, the number of them to show before a question, for example 5")
+        return self
 
 
 def _increase(value: float | str | None) -> float | str | None:

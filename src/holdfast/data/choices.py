@@ -1,14 +1,27 @@
-"""Questions with choices: what a row offers, and which of it is right."""
+"""Questions with choices: what a row offers, which of it is right, and how it is asked by letter."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
+from holdfast.data.formats import where
 from holdfast.errors import DataError
 
+Question = tuple[str, list[str], int]
 
-def read_choices(row: dict[str, Any], place: str) -> tuple[str, list[str], int]:
-    """Question, choices and the index of the right one, of a row of question (or question_sentence), choices, answer.
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")
+
+
+def read_choices(row: dict[str, Any], place: str) -> Question:
+    """Question, choices and the index of the right one, of a row of one of these shapes, told by its keys.
+
+    - {question (or question_sentence), choices, answer}: MMLU, RealTimeQA;
+    - {ctx, endings, label}: HellaSwag's own files;
+    - {instruction, input, output, answer}: LLM-Adapters' ARC and BoolQ. The question is the instruction, and the input
+      where there is one; the choices are those that its last words name, "Answer format: true/false".
 
     Args:
         place: of the row, for messages.
@@ -16,16 +29,93 @@ def read_choices(row: dict[str, Any], place: str) -> tuple[str, list[str], int]:
     Raises:
         DataError: a key is missing or of another kind, or the answer names no choice, or more than one.
     """
-    question = row.get("question", row.get("question_sentence"))
+    if "endings" in row:
+        return _question(row, "ctx", "endings", "label", place)
+    if "choices" in row or "instruction" not in row:
+        asked = "question_sentence" if "question_sentence" in row and "question" not in row else "question"
+        return _question(row, asked, "choices", "answer", place)
+    parts = [row["instruction"], row.get("input") or ""]
+    if not all(isinstance(part, str) for part in parts):
+        raise DataError(f"{place}: instruction and input: must be texts, not {parts!r}")
+    question = "\n".join(part for part in parts if part.strip())
+    offered = _FORMAT.search(parts[0])
+    if offered is None:
+        raise DataError(
+            f"{place}: instruction: must end with the answers that there are, such as Answer format: true/false, "
+            f"not with {parts[0][-40:]!r}"
+        )
+    found = {"instruction": question, "choices": offered[1].split("/"), "answer": row.get("answer")}
+    return _question(found, "instruction", "choices", "answer", place)
+
+
+def by_letter(
+    rows: list[dict[str, Any]],
+    questions: list[Question],
+    dev: list[dict[str, Any]],
+    shots: int,
+    path: Path,
+    dev_path: str | None,
+) -> tuple[list[Question], list[list[str]]]:
+    """Ask questions as MMLU does (Hendrycks et al. 2021), with their letters in the place of the choices.
+
+    Args:
+        rows: of the questions; ``subject`` says what a question is about, where there is one.
+        dev: rows of the questions that may be shown with their answers.
+        shots: how many are shown: the first of the same subject.
+        path, dev_path: where rows and dev came from, for messages.
+
+    Returns:
+        The questions, and for each the pieces of text before it: a heading and the demonstrations.
+
+    Raises:
+        DataError: a row brings its own instruction, or more choices than there are letters; a row of dev cannot be
+            used; a subject has fewer demonstrations than shots.
+    """
+    demonstrations: dict[Any, list[str]] = {}
+    for i, row in enumerate(dev):
+        place = where(str(dev_path), i, row)
+        question = read_choices(row, place)
+        asked, letters, right = _lettered(row, question, place)
+        demonstrations.setdefault(row.get("subject"), []).append(f"{asked} {letters[right]}\n\n")
+    found, shown = [], []
+    for i, (row, question) in enumerate(zip(rows, questions, strict=True)):
+        place, subject = where(path, i, row), row.get("subject")
+        known = demonstrations.get(subject, [])
+        if len(known) < shots:
+            raise DataError(
+                f"{place}: subject: {dev_path} holds {len(known)} demonstrations of {subject!r}, not the {shots} of "
+                "shots; add some, or show fewer"
+            )
+        about = f" about {subject.replace('_', ' ')}" if isinstance(subject, str) else ""
+        heading = f"The following are multiple choice questions (with answers){about}.\n\n"
+        found.append(_lettered(row, question, place))
+        shown.append([heading, *known[:shots]])
+    return found, shown
+
+
+def _lettered(row: dict[str, Any], question: Question, place: str) -> Question:
+    """A question with its choices under letters, which are what is chosen from."""
+    asked, choices, right = question
+    if "choices" not in row and "endings" not in row:
+        raise DataError(f"{place}: instruction: names its own answers ({'/'.join(choices)}); leave out by: letter")
+    if len(choices) > len(LETTERS):
+        raise DataError(f"{place}: choices: {len(choices)} are more than there are letters; leave out by: letter")
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    return "\n".join([asked, *lines, "Answer:"]), list(LETTERS[: len(choices)]), right
+
+
+def _question(row: dict[str, Any], question_key: str, choices_key: str, answer_key: str, place: str) -> Question:
+    question, choices = row.get(question_key), row.get(choices_key)
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{place}: question: must be text; found the keys {', '.join(map(repr, row))}")
-    choices = row.get("choices")
+        raise DataError(f"{place}: {question_key}: must be text; found the keys {', '.join(map(repr, row))}")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{place}: choices: must be a list of texts, not {choices!r}")
-    right = _right(row.get("answer"), choices, place)
+        raise DataError(f"{place}: {choices_key}: must be a list of texts, not {choices!r}")
+    right = _right(row.get(answer_key), choices, f"{place}: {answer_key}")
     kept = [i for i, choice in enumerate(choices) if choice.strip()]  # tables of questions pad short lists with blanks
     if len(kept) < 2 or right not in kept:
-        raise DataError(f"{place}: choices: must be at least two texts, the right one among them, not {choices!r}")
+        raise DataError(
+            f"{place}: {choices_key}: must be at least two texts, the right one among them, not {choices!r}"
+        )
     return question, [choices[i] for i in kept], kept.index(right)
 
 
@@ -37,15 +127,14 @@ def _right(answer: Any, choices: list[str], place: str) -> int:
     if type(answer) is int:
         meant = {answer} & set(range(len(choices)))
     elif isinstance(answer, str):
-        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
         meant = {
             i
             for i, choice in enumerate(choices)
-            if answer.strip() in (choice.strip(), str(i)) or answer.strip().upper() == letters[i : i + 1]
+            if answer.strip() in (choice.strip(), str(i)) or answer.strip().upper() == LETTERS[i : i + 1]
         }
     if len(meant) != 1:
         raise DataError(
-            f"{place}: answer: {answer!r} {'names no choice' if not meant else 'could be two choices'}; it must be an "
+            f"{place}: {answer!r} {'names no choice' if not meant else 'could be two choices'}; it must be an "
             f"index from 0 to {len(choices) - 1}, a letter, or the text of one of {choices!r}"
         )
     return meant.pop()

@@ -11,7 +11,7 @@ from typing import Any
 
 from holdfast.config import DataConfig, EvaluationConfig, GeneralConfig, StreamConfig, TaskConfig
 from holdfast.data.benchmark import group_instructions, load_benchmark
-from holdfast.data.choices import read_choices
+from holdfast.data.choices import by_letter, read_choices
 from holdfast.data.formats import SUFFIXES, read_rows, read_text, to_examples, where
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import Source, load_task, split_files
@@ -191,6 +191,9 @@ def _general(config: GeneralConfig) -> General:
     if config.kind == "perplexity":
         examples = to_examples(rows, "text", file=path)
         return General(config.name, "perplexity", texts=[example.text or "" for example in examples])
-    return General(
-        config.name, "choices", questions=[read_choices(row, where(path, i, row)) for i, row in enumerate(rows)]
-    )
+    questions = [read_choices(row, where(path, i, row)) for i, row in enumerate(rows)]
+    if config.by == "answer":
+        return General(config.name, "choices", questions=questions)
+    dev = [] if config.demonstrations is None else read_rows(Path(config.demonstrations))
+    asked, shown = by_letter(rows, questions, dev, config.shots, path, config.demonstrations)
+    return General(config.name, "choices", questions=asked, shown=shown, by="letter")

@@ -119,13 +119,17 @@ def _said(row: Example) -> object:
 class General:
     """A measure of general ability: texts (perplexity) or questions with choices (accuracy).
 
-    ``questions`` are (question, choices, index of the right choice).
+    ``questions`` are (question, choices, index of the right choice). ``shown`` holds for each question the pieces of
+    text that stand before it, or is empty; of pieces that do not fit the last ones are left out. ``by``: the whole
+    choices are compared, or only the token in which they, as letters, differ.
     """
 
     name: str
     kind: Literal["perplexity", "choices"]
     texts: list[str] = field(default_factory=list)
     questions: list[tuple[str, list[str], int]] = field(default_factory=list)
+    shown: list[list[str]] = field(default_factory=list)
+    by: Literal["answer", "letter"] = "answer"
 
 
 @dataclass

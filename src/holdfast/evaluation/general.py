@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from holdfast.data.encode import IGNORED
 from holdfast.data.task import Example, General, Turn
-from holdfast.evaluation.respond import example_losses
+from holdfast.errors import DataError
+from holdfast.evaluation.respond import sequence_losses
 
 if TYPE_CHECKING:
+    from holdfast.data.encode import Encoder
     from holdfast.evaluation.at_test import Evaluation
 
 
@@ -44,7 +47,9 @@ def general_statistics(
       encoder's ``max_length`` is read in windows, of which each knows the one before by its last token only.
     - choices: share of questions whose right choice is the likeliest. Question and choice stand in the template that
       training uses, and a choice's likelihood is the plain sum of its tokens' log-probabilities, end token included,
-      not divided by its length (what lm-evaluation-harness calls ``acc``). Of equal ones the first counts.
+      not divided by its length (what lm-evaluation-harness calls ``acc``). By letter, it is the log-probability of
+      the first token in which the letters differ, and what is shown before a question loses its last pieces where it
+      does not fit. Of equal ones the first counts.
 
     Args:
         on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
@@ -53,9 +58,10 @@ def general_statistics(
         {:func:`matrix_name` of the measure: [examples, 2]}, in order: nats and tokens of each text; 1 or 0 for a right
         or wrong choice, and 1.
     """
-    examples = [_texts(measure) if measure.kind == "perplexity" else _choices(measure) for measure in measures]
-    losses, tokens = example_losses(evaluation, [example for part in examples for example in part], on_batch=on_batch)
-    bounds = np.cumsum([len(part) for part in examples])
+    encode = {"perplexity": _texts, "choices": _choices}
+    encoded = [encode[measure.kind](evaluation.encoder, measure) for measure in measures]
+    losses, tokens = sequence_losses(evaluation, [rows for part in encoded for rows in part], on_batch=on_batch)
+    bounds = np.cumsum([len(part) for part in encoded])
     found: dict[str, NDArray[np.float64]] = {}
     for measure, nats, counts in zip(
         measures, np.split(losses, bounds)[:-1], np.split(tokens, bounds)[:-1], strict=True
@@ -78,17 +84,41 @@ def matrix_name(measure: General) -> str:
     return measure.name
 
 
-def _texts(measure: General) -> list[Example]:
-    return [Example(file=measure.name, row=row, text=text) for row, text in enumerate(measure.texts)]
+def _texts(encoder: Encoder, measure: General) -> list[list[dict[str, Any]]]:
+    """The sequences of each text."""
+    return [encoder.encode(Example(measure.name, row, text=text)) for row, text in enumerate(measure.texts)]
 
 
-def _choices(measure: General) -> list[Example]:
-    return [
-        Example(
-            file=measure.name,
-            row=row,
-            turns=(Turn("user", question, cut=(0, len(question))), Turn("assistant", choice)),
-        )
-        for row, (question, choices, _) in enumerate(measure.questions)
-        for choice in choices
-    ]
+def _choices(encoder: Encoder, measure: General) -> list[list[dict[str, Any]]]:
+    """The sequences of each choice of each question."""
+    encoded = []
+    for row, (_, choices, _) in enumerate(measure.questions):
+        pieces = list(measure.shown[row]) if measure.shown else []
+        each = [_asked(measure, row, pieces, choice) for choice in choices]
+        while pieces and not all(encoder.fits(asked, encoder.answer_length(asked)) for asked in each):
+            pieces.pop()
+            each = [_asked(measure, row, pieces, choice) for choice in choices]
+        sequences = [encoder.encode(asked) for asked in each]
+        if measure.by == "letter":
+            _supervise_first_difference(measure.name, sequences)
+        encoded += sequences
+    return encoded
+
+
+def _asked(measure: General, row: int, pieces: list[str], choice: str) -> Example:
+    """A choice in the place of the answer; only the question itself may be cut."""
+    before, question = "".join(pieces), measure.questions[row][0]
+    turn = Turn("user", before + question, cut=(len(before), len(before) + len(question)))
+    return Example(measure.name, row, turns=(turn, Turn("assistant", choice)))
+
+
+def _supervise_first_difference(name: str, choices: list[list[dict[str, Any]]]) -> None:
+    """Leave of the labels of a question's choices only those of the first token in which they differ."""
+    rows = [sequences[-1] for sequences in choices]
+    columns = zip(*(row["input_ids"] for row in rows), strict=False)
+    at = next((i for i, tokens in enumerate(columns) if len(set(tokens)) > 1), None)
+    if at is None:
+        raise DataError(f"{name}: the tokenizer has the same token for all letters; leave out by: letter")
+    for row in rows:
+        row["labels"] = [IGNORED] * len(row["input_ids"])
+        row["labels"][at] = row["input_ids"][at]

@@ -140,7 +140,16 @@ def example_losses(
     Raises:
         DataError: an example cannot be encoded, or has no token to predict.
     """
-    encoded = [evaluation.encoder.encode(example) for example in examples]
+    return sequence_losses(evaluation, [evaluation.encoder.encode(example) for example in examples], on_batch=on_batch)
+
+
+def sequence_losses(
+    evaluation: Evaluation,
+    encoded: Sequence[Sequence[dict[str, Any]]],
+    *,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The same of examples that are encoded already: the sequences of each."""
     owner = np.array([i for i, rows in enumerate(encoded) for _ in rows], dtype=np.int64)
     rows = [row for rows in encoded for row in rows]
     losses, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
@@ -155,7 +164,7 @@ def example_losses(
                 on_batch=_from(on_batch, done, len(rows)),
             )
             done += len(part)
-    loss_sums, token_sums = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
+    loss_sums, token_sums = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
     np.add.at(loss_sums, owner, losses)
     np.add.at(token_sums, owner, tokens)
     return loss_sums, token_sums

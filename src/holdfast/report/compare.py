@@ -200,7 +200,7 @@ def _budget(run: Run) -> dict[str, Any]:
 
 def _metrics(run: Run) -> dict[str, Any]:
     general = run.config["evaluation"]["general"]
-    measures = [[measure.get(key) for key in ("name", "kind", "rows")] for measure in general or []]
+    measures = [[measure.get(key) for key in ("name", "kind", "rows", "by", "shots")] for measure in general or []]
     unimportant = ("batch_size", "bootstrap", "every", "watch_general", "max_new_tokens", "general")
     how = {
         key: value

@@ -1,0 +1,168 @@
+"""General abilities from local files: choices by answer and by letter, few-shot prompts, refusals, GeRe's summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from holdfast.config import GeneralConfig
+from holdfast.data.encode import Encoder
+from holdfast.data.load import load_general
+from holdfast.data.task import General, Stream
+from holdfast.errors import DataError
+from holdfast.evaluation.at_test import Evaluation
+from holdfast.evaluation.general import general_statistics
+from tiny import tiny_model, tiny_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+TRUE_FALSE = {
+    "instruction": "is it?\n\nAnswer format: true/false",
+    "input": "",
+    "output": "",
+    "answer": "",
+}
+
+
+def load(path: Path, **config: Any) -> General:
+    config = {"name": "g", "path": str(path), "kind": "choices"} | config
+    return load_general([GeneralConfig.model_validate(config)], Stream("s", []))[0]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def asked(question: str, answer: int, subject: str = "high_school_logic") -> dict[str, Any]:
+    return {"subject": subject, "question": question, "choices": ["one", "two", "three", "four"], "answer": answer}
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"ctx": "a man", "endings": ["runs", "eats", "is", "has"], "label": "2"}, ("a man", 4, 2)),
+        ({"ctx": "a man", "endings": ["runs", "eats"], "label": 0}, ("a man", 2, 0)),
+        (TRUE_FALSE | {"answer": "false"}, (TRUE_FALSE["instruction"], 2, 1)),
+        (TRUE_FALSE | {"answer": "true", "input": "it"}, (TRUE_FALSE["instruction"] + "\nit", 2, 0)),
+    ],
+)
+def test_a_row_tells_its_shape(tmp_path: Path, row: dict[str, Any], expected: tuple[str, int, int]) -> None:
+    [(question, choices, right)] = load(write(tmp_path / "a.jsonl", [row])).questions
+    assert (question, len(choices), right) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"ctx": "a man", "endings": ["runs", "eats"], "label": ""}, "label: '' names no choice"),
+        ({"ctx": "a man", "endings": "runs", "label": 0}, "endings: must be a list"),
+        ({"endings": ["runs", "eats"], "label": 0}, "ctx: must be text"),
+        (TRUE_FALSE | {"answer": "maybe"}, "answer: 'maybe' names no choice"),
+        (TRUE_FALSE | {"instruction": "is it?", "answer": "true"}, "instruction: must end with the answers"),
+        (TRUE_FALSE | {"instruction": 7, "answer": "true"}, "instruction and input: must be texts"),
+        ({"text": "a"}, "question: must be text; found the keys 'text'"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    good = {"ctx": "a man", "endings": ["runs", "eats"], "label": 0}
+    with pytest.raises(DataError, match=rf"a\.jsonl: row 2 \(line 2\): {said}"):
+        load(write(tmp_path / "a.jsonl", [good, row]))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared data are not here")
+def test_real_files() -> None:
+    for name, options, count in (("ARC-Easy", {3, 4}, 300), ("boolq", {2}, 300)):
+        questions = load(SHARED / "multiple_choice" / name / "test.jsonl").questions
+        assert len(questions) == count and {len(choices) for _, choices, _ in questions} == options
+    dev = str(SHARED / "mmlu" / "dev.jsonl")
+    mmlu = load(SHARED / "mmlu" / "test.jsonl", by="letter", shots=5, demonstrations=dev)
+    assert len(mmlu.questions) == 57 * 20
+    assert all(len(pieces) == 6 for pieces in mmlu.shown)
+
+
+# --- by letter ---
+
+
+def test_the_prompt_of_mmlu(tmp_path: Path) -> None:
+    dev = [asked("first?", 1), asked("other?", 0, "law"), asked("second?", 3), asked("third?", 0)]
+    found = load(
+        write(tmp_path / "test.jsonl", [asked("which?", 2)]),
+        by="letter",
+        shots=2,
+        demonstrations=str(write(tmp_path / "dev.jsonl", dev)),
+    )
+    options = "\nA. one\nB. two\nC. three\nD. four\nAnswer:"
+    assert found.questions == [(f"which?{options}", ["A", "B", "C", "D"], 2)]
+    assert found.shown == [
+        [
+            "The following are multiple choice questions (with answers) about high school logic.\n\n",
+            f"first?{options} B\n\n",
+            f"second?{options} D\n\n",
+        ]
+    ]
+
+
+def test_too_few_demonstrations_and_questions_without_letters(tmp_path: Path) -> None:
+    test = write(tmp_path / "test.jsonl", [asked("a?", 0), asked("b?", 0, "law")])
+    dev = write(tmp_path / "dev.jsonl", [asked("c?", 1)])
+    with pytest.raises(DataError, match=r"test\.jsonl: row 2 .*dev\.jsonl holds 0 demonstrations of 'law', not the 1"):
+        load(test, by="letter", shots=1, demonstrations=str(dev))
+    with pytest.raises(DataError, match=r"row 1 .*instruction: names its own answers \(true/false\)"):
+        load(write(tmp_path / "boolq.jsonl", [TRUE_FALSE | {"answer": "true"}]), by="letter")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"kind": "perplexity", "by": "letter"}, "by: letter is for kind choices"),
+        ({"shots": 5, "demonstrations": "dev.jsonl"}, "shots: needs by: letter"),
+        ({"shots": 5, "by": "letter"}, "shots: needs by: letter, and the questions to show"),
+        ({"by": "letter", "demonstrations": "dev.jsonl"}, "demonstrations: needs shots"),
+    ],
+)
+def test_settings_that_do_not_go_together(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        GeneralConfig.model_validate({"name": "g", "path": "a.jsonl", "kind": "choices"} | config)
+
+
+def lettered(max_length: int) -> Evaluation:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(list("ABCD"))
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512)
+    return Evaluation(model, Encoder(tokenizer, max_length=max_length), batch_size=3)
+
+
+def test_the_likeliest_letter_is_that_of_the_next_token_and_demonstrations_that_do_not_fit_are_left_out(
+    tmp_path: Path,
+) -> None:
+    rows = [asked(question, 0) for question in ("what is it?", "is it so?", "why?", "when was that?")]
+    path, dev = write(tmp_path / "test.jsonl", rows), write(tmp_path / "dev.jsonl", rows)
+    for max_length, kept in ((512, 3), (210, 2)):  # the heading has 84 tokens, a question with its letters 40 or so
+        evaluation = lettered(max_length)
+        measure = load(path, by="letter", shots=2, demonstrations=str(dev))
+        nats = []
+        for (question, letters, _), pieces in zip(measure.questions, measure.shown, strict=True):
+            text = "".join(pieces[:kept]) + question + " "
+            ids = [evaluation.encoder.tokenizer.bos_token_id]
+            ids += evaluation.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert len(ids) < max_length
+            with torch.no_grad():
+                logits = evaluation.model(torch.tensor([ids])).logits[0, -1]
+            nats.append(logits[evaluation.encoder.tokenizer.convert_tokens_to_ids(letters)].tolist())
+        best = [letters.index(max(letters)) for letters in nats]
+        measure.questions = [(q, c, best[i]) for i, (q, c, _) in enumerate(measure.questions)]
+        assert general_statistics(evaluation, [measure])["g"].tolist() == [[1, 1]] * 4
+
+
+def test_letters_that_the_tokenizer_does_not_know_are_refused(tmp_path: Path) -> None:
+    evaluation = Evaluation(tiny_model(), Encoder(tiny_tokenizer(), max_length=256), batch_size=3)
+    with pytest.raises(DataError, match="g: the tokenizer has the same token for all letters"):
+        general_statistics(evaluation, [load(write(tmp_path / "a.jsonl", [asked("so?", 0)]), by="letter")])
