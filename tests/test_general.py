@@ -17,6 +17,7 @@ from holdfast.data.task import General, Stream
 from holdfast.errors import DataError
 from holdfast.evaluation.at_test import Evaluation
 from holdfast.evaluation.general import general_statistics
+from holdfast.metrics import harmonic_mean, summarize
 from tiny import tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -166,3 +167,25 @@ def test_letters_that_the_tokenizer_does_not_know_are_refused(tmp_path: Path) ->
     evaluation = Evaluation(tiny_model(), Encoder(tiny_tokenizer(), max_length=256), batch_size=3)
     with pytest.raises(DataError, match="g: the tokenizer has the same token for all letters"):
         general_statistics(evaluation, [load(write(tmp_path / "a.jsonl", [asked("so?", 0)]), by="letter")])
+
+
+# --- GeRe's summary ---
+
+
+def test_the_harmonic_mean_is_that_of_gere() -> None:
+    assert harmonic_mean(60.72, 74.08) == pytest.approx(66.74, abs=0.005)
+    assert harmonic_mean(74.08, 60.72) == harmonic_mean(60.72, 74.08)
+    assert harmonic_mean(0.0, 0.9) == harmonic_mean(0.0, 0.0) == 0
+    with pytest.raises(ValueError, match="from 0, not of"):
+        harmonic_mean(-0.1, 0.5)
+
+
+def test_the_harmonic_mean_is_of_the_end_and_stands_only_where_an_accuracy_is_measured() -> None:
+    scores = [[0.0, 0.0], [90.0, 10.0], [70.0, 78.16]]
+    general: Any = {"mmlu": [65.0, 50.0, 60.72], "perplexity/wiki": [9, 9, 9]}
+    assert summarize(scores, general=general)["harmonic_mean"] == pytest.approx(66.74, abs=0.005)
+    two = general | {"boolq": [0.0, 0.0, 40.0]}
+    assert summarize(scores, general=two)["harmonic_mean"] == pytest.approx(harmonic_mean(50.36, 74.08))
+    assert "harmonic_mean" not in summarize(scores, general={"perplexity/wiki": [9, 9, 9]})
+    for changed in ({"metrics": "loss"}, {"metrics": ["loss", "accuracy"]}, {"general": {"mmlu": [0.5, 0.5, None]}}):
+        assert summarize(scores, **({"general": general} | changed))["harmonic_mean"] is None

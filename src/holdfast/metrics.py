@@ -46,6 +46,8 @@ def summarize(
     - backward_transfer = mean_{j<T} ( S[T][j] - S[j][j] ); negative is worse
     - forward_transfer = mean_{j>1} ( S[j-1][j] - S[0][j] ); negative is worse
     - general_change = mean over the accuracy-like measures of general ability of (last - first); negative is worse
+    - harmonic_mean = :func:`harmonic_mean` of the mean of the last of these measures and of average; only where there
+      is such a measure
 
     For a metric of which lower is better, differences are taken the other way round, so that their signs keep their
     meaning: forgetting is S[T][j] - min_{j<=t<T} S[t][j]. Nothing is rescaled: percent in, percent out.
@@ -55,10 +57,10 @@ def summarize(
         metrics: the metric of every task: one name for all, T names, or {task: name}; names in ``LOWER_IS_BETTER``
             are lower-is-better, all others (and None) higher-is-better.
         general: {measure: T+1 values}; measures whose names begin with one of ``LOWER_IS_BETTER`` do not enter
-            general_change.
+            general_change and harmonic_mean.
 
     Returns:
-        The six figures. A figure is None if a score that it needs is missing or not finite, if it has no terms
+        The figures. A figure is None if a score that it needs is missing or not finite, if it has no terms
         (T = 1: forgetting and both transfers), or if the metrics of the tasks have no common scale: a mean over
         accuracies and losses, or over losses and perplexities, does not exist.
 
@@ -69,7 +71,31 @@ def summarize(
     stages, tasks = matrix.shape
     scale = _common_scale(metrics, tasks)
     summary = dict.fromkeys(FIGURES) if scale is None else {k: _finite(v) for k, v in _figures(matrix, scale).items()}
-    return summary | {"general_change": _general_change(general or {}, stages)}
+    accuracies = _accuracies(general or {}, stages)
+    if not len(accuracies):
+        return summary | {"general_change": None}
+    first, last = accuracies[:, 0].mean(), accuracies[:, -1].mean()
+    average = summary["average"]
+    both = math.nan if average is None or average < 0 or scale == -1 else harmonic_mean(last, average)
+    return summary | {"general_change": _finite(last - first), "harmonic_mean": _finite(both)}
+
+
+def harmonic_mean(general: float, average: float) -> float:
+    """What was kept and what was learned in one number, which is low where either is: GeRe's F1 Avg.
+
+    F1 = 2 * general * average / (general + average)
+
+    Args:
+        general: an accuracy of general ability after the last stage; GeRe's is that on MMLU.
+        average: the mean score of the tasks after it (AP), on the same scale.
+
+    Raises:
+        ValueError: one of them is negative; of such numbers there is no harmonic mean.
+    """
+    if general < 0 or average < 0:
+        raise ValueError(f"a harmonic mean is one of numbers from 0, not of {general} and {average}")
+    total = general + average
+    return 2 * general * average / total if total else 0.0
 
 
 def by_task(scores: Scores, *, metrics: Metrics = None) -> dict[str, list[float | None]]:
@@ -463,8 +489,9 @@ def _common_scale(metrics: Metrics, tasks: int) -> int | None:
     return 1 if scales == {"fraction"} else -1
 
 
-def _general_change(general: Mapping[str, Sequence[float | None]], stages: int) -> float | None:
-    changes = []
+def _accuracies(general: Mapping[str, Sequence[float | None]], stages: int) -> NDArray[np.float64]:
+    """The values of the accuracy-like measures of general ability, [measures, T+1], NaN where missing."""
+    found = []
     for name, values in general.items():
         if len(values) != stages:
             raise ValueError(
@@ -472,8 +499,8 @@ def _general_change(general: Mapping[str, Sequence[float | None]], stages: int) 
             )
         numbers = [_number(value, f"general[{name!r}][{t}]") for t, value in enumerate(values)]
         if not name.startswith(LOWER_IS_BETTER):
-            changes.append(numbers[-1] - numbers[0])
-    return _finite(np.mean(changes)) if changes else None
+            found.append(numbers)
+    return np.array(found, dtype=float)
 
 
 def _finite(value: Any) -> float | None:

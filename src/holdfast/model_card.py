@@ -197,6 +197,7 @@ def _scores(exported: Exported) -> str:
     rows = [
         (f.label, number(summary[f.key], f.signed), interval(ends.get(f.key), f.signed), f.definition, f.formula)
         for f in FIGURES
+        if f.key in summary
     ]
     over = "all tasks" if last else f"the {row} tasks learned by then, as if the run had ended there"
     return (

@@ -13,7 +13,7 @@ import numpy as np
 from holdfast.config import RunConfig, free_keys
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.metrics import mean_interval, paired_difference, seed_intervals
-from holdfast.report.figures import COMPARED, COSTS, direction
+from holdfast.report.figures import COMPARED, COSTS, Figure, direction
 from holdfast.report.read import Run, name_runs, read_runs, settings
 from holdfast.report.text import shorten
 
@@ -123,6 +123,11 @@ class Comparison:
     baseline: str
     different: list[str]
     lower: bool
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Those of which something is known."""
+        return [figure for figure in COMPARED if any(row[figure.key] is not None for row in self.rows)]
 
 
 def compare(runs: list[Run], baseline: str | None = None) -> Comparison:

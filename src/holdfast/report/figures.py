@@ -69,6 +69,13 @@ FIGURES = (
         "high",
         signed=True,
     ),
+    Figure(
+        "harmonic_mean",
+        "harmonic mean",
+        "General ability and average in one number, low where either is (GeRe's F1 Avg).",
+        "2ab / (a + b), where a is the mean of the accuracy-like measures after the last stage and b the average",
+        "high",
+    ),
 )
 CLIPPED = Figure(
     "clipped_backward_transfer",

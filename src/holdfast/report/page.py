@@ -15,7 +15,7 @@ from holdfast.files import write_text
 from holdfast.metrics import LOWER_IS_BETTER
 from holdfast.report import plots
 from holdfast.report.compare import compare
-from holdfast.report.figures import COMPARED, COSTS, FIGURES, Figure, direction
+from holdfast.report.figures import COSTS, FIGURES, Figure, direction
 from holdfast.report.read import Run, changes, read_runs
 from holdfast.report.rows import pack
 from holdfast.report.tables import cost, p_value
@@ -99,7 +99,7 @@ class _Page:
         points = [figure for figure in FIGURES if figure.key in ("average", "forgetting")]
         return {
             "rows": rows,
-            "figures": [_figure(figure, runs[0]) for figure in (*COMPARED, *COSTS)],
+            "figures": [_figure(figure, runs[0]) for figure in (*found.figures, *COSTS)],
             "costs": {figure.key: figure for figure in COSTS},
             "baseline": found.baseline,
             "different": found.different,
@@ -137,6 +137,7 @@ class _Page:
                 {"value": run.matrix["summary"].get(figure.key), "ends": run.matrix["intervals"].get(figure.key)}
                 | _figure(figure, run)
                 for figure in FIGURES
+                if figure.key in run.matrix["summary"]
             ],
             "mixed": len(scales) > 1,
             "scales": [

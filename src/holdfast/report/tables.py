@@ -113,7 +113,7 @@ def _cells(
 ) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table; columns of which nothing is known are left out."""
     rows = comparison.rows
-    figures = [figure for figure in COMPARED if any(row[figure.key] is not None for row in rows)]
+    figures = comparison.figures
     paired = any(row["difference"] for row in rows)
     ranked = any(row["rank"] for row in rows)
     head = ["method", "seeds", *(["rank"] if ranked else [])]
