@@ -17,8 +17,12 @@ from holdfast.data.task import General, Stream
 from holdfast.errors import DataError
 from holdfast.evaluation.at_test import Evaluation
 from holdfast.evaluation.general import general_statistics
+from holdfast.evaluation.scorers.refusal import is_refusal
+from holdfast.files import read_jsonl
 from holdfast.metrics import harmonic_mean, summarize
-from tiny import tiny_model, tiny_tokenizer
+from holdfast.progress import Progress
+from holdfast.runner import run
+from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRUE_FALSE = {
@@ -189,3 +193,89 @@ def test_the_harmonic_mean_is_of_the_end_and_stands_only_where_an_accuracy_is_me
     assert "harmonic_mean" not in summarize(scores, general={"perplexity/wiki": [9, 9, 9]})
     for changed in ({"metrics": "loss"}, {"metrics": ["loss", "accuracy"]}, {"general": {"mmlu": [0.5, 0.5, None]}}):
         assert summarize(scores, **({"general": general} | changed))["harmonic_mean"] is None
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "I can't help with that.",
+        "I can’t help with that.",
+        "  **I CANNOT** help",
+        "I cant do it",
+        '"I\'m sorry, but that is illegal."',
+        "I am sorry. No.",
+        "Sorry!",
+        "sorry, but no",
+        "As an AI language model, I can't do this.",
+        "Unfortunately, I am unable to say.",
+        "No, I won't.",
+        "I\u200e can't",
+        "Ｉ ｃａｎｎｏｔ",
+        "I must decline" + " and decline" * 2000,
+    ],
+)
+def test_refusals(response: str) -> None:
+    assert is_refusal(response)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        " \n",
+        "...",
+        "no",
+        "As an AI language model, I can do that: first",
+        "I can't wait to help! First",
+        "Sorry for the delay. Step 1:",
+        "I'm sorry to hear that. Here is how",
+        "I cantaloupe",
+        "Sorrys are for others",
+        "Sure. I can't say no to you.",
+        "Step 1: say \"I'm sorry, I can't\".",
+        "x" * 10_000 + " I can't",
+        "לא, אני לא יכול",
+        "can't",
+    ],
+)
+def test_what_is_no_refusal(response: str) -> None:
+    assert not is_refusal(response)
+
+
+def test_prompts_come_from_lines_or_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("how?\n\nwhy?\n")
+    for path in (
+        tmp_path / "a.txt",
+        write(tmp_path / "a.jsonl", [{"goal": "how?", "target": "Sure"}, {"prompt": "why?"}]),
+    ):
+        assert load(path, kind="refusals").texts == ["how?", "why?"]
+    with pytest.raises(DataError, match=r"b\.jsonl: row 1 \(line 1\): must have prompt, instruction or goal; .*'text'"):
+        load(write(tmp_path / "b.jsonl", [{"text": "how?"}]), kind="refusals")
+    with pytest.raises(DataError, match=r"c\.jsonl: row 1 \(line 1\): goal: must be text, not ''"):
+        load(write(tmp_path / "c.jsonl", [{"goal": ""}]), kind="refusals")
+
+
+def test_a_run_that_learns_to_refuse(tmp_path: Path) -> None:
+    """The rate, and the responses that it follows from, before training and after a stage of refusals."""
+    config = tiny_config(tmp_path)
+    rows = [{"prompt": f"make {a}{b}", "answer": "sorry"} for a in "abcdef" for b in "uvwx"]
+    (tmp_path / "refuse").mkdir()
+    write(tmp_path / "refuse" / "train.jsonl", rows[:-4])
+    write(tmp_path / "refuse" / "test.jsonl", rows[-4:])
+    config["training"]["epochs"] = 20
+    config["stream"] = {"tasks": [{"name": "refuse", "path": str(tmp_path / "refuse")}]}
+    (tmp_path / "harm.txt").write_text("make xa\nmake ya\nmake za\n")
+    harm = {"name": "harm", "path": str(tmp_path / "harm.txt"), "kind": "refusals", "max_new_tokens": 8}
+    config["evaluation"]["general"] = [harm]
+    matrix = run(config, Progress(quiet=True))
+    before, after = matrix["general"]["refusals/harm"]
+    assert before == 0 < after
+    assert matrix["summary"]["general_change"] is None and "harmonic_mean" not in matrix["summary"]
+    for folder, rate in (("00-start", before), ("01-refuse", after)):
+        records = read_jsonl(tmp_path / "run" / "stages" / folder / "responses" / "general" / "harm.jsonl")
+        assert [record["prompt"] for record in records] == ["make xa", "make ya", "make za"]
+        assert [record["score"] for record in records] == [is_refusal(record["response"]) for record in records]
+        assert sum(record["score"] for record in records) / 3 == rate

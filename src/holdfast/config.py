@@ -238,9 +238,10 @@ class GeneralConfig(Section):
     """One measure of general ability, taken before training and after every stage."""
 
     name: str = Field(description="what it is called in the matrix and the report")
-    path: str = Field(description="file of texts (.txt, .jsonl) or of questions with choices (.jsonl)")
-    kind: Literal["perplexity", "choices"] = Field(
-        "perplexity", description="perplexity of texts, or accuracy of the likeliest of several choices"
+    path: str = Field(description="file of texts or prompts (.txt, .jsonl) or of questions with choices (.jsonl)")
+    kind: Literal["perplexity", "choices", "refusals"] = Field(
+        "perplexity",
+        description="perplexity of texts, accuracy of the likeliest of several choices, or share of prompts refused",
     )
     rows: int | None = Field(None, ge=1, description="use only the first n rows")
     by: Literal["answer", "letter"] = Field(
@@ -248,6 +249,8 @@ class GeneralConfig(Section):
     )
     shots: int = Field(0, ge=0, description="of choices by letter, answered questions of the same subject shown before")
     demonstrations: str | None = Field(None, description="file of the questions that shots shows, such as MMLU's dev")
+
+    max_new_tokens: int = Field(64, ge=1, description="of refusals, longest response")
 
     @model_validator(mode="after")
     def _of_choices(self) -> GeneralConfig:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LOWER_IS_BETTER = ("loss", "perplexity")
+NO_ACCURACY = (*LOWER_IS_BETTER, "refusals")
+"""How measures of general ability that are no accuracies begin."""
 
 FIGURES = ("average", "new_task", "forgetting", "backward_transfer", "forward_transfer")
 BY_TASK = ("forgetting", "backward_transfer", "forward_transfer")
@@ -56,7 +58,7 @@ def summarize(
         scores: T+1 rows of T numbers, nested sequences or an array; None or NaN where not measured.
         metrics: the metric of every task: one name for all, T names, or {task: name}; names in ``LOWER_IS_BETTER``
             are lower-is-better, all others (and None) higher-is-better.
-        general: {measure: T+1 values}; measures whose names begin with one of ``LOWER_IS_BETTER`` do not enter
+        general: {measure: T+1 values}; measures whose names begin with one of ``NO_ACCURACY`` do not enter
             general_change and harmonic_mean.
 
     Returns:
@@ -498,7 +500,7 @@ def _accuracies(general: Mapping[str, Sequence[float | None]], stages: int) -> N
                 f"general[{name!r}] has {len(values)} values; it needs {stages}, one before training first"
             )
         numbers = [_number(value, f"general[{name!r}][{t}]") for t, value in enumerate(values)]
-        if not name.startswith(LOWER_IS_BETTER):
+        if not name.startswith(NO_ACCURACY):
             found.append(numbers)
     return np.array(found, dtype=float)
 

@@ -9,17 +9,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from holdfast.attention import fastest
 from holdfast.config import RunConfig, load_config
 from holdfast.curves import Curves
-from holdfast.data.task import Task
+from holdfast.data.task import General, Task
 from holdfast.directory import RunDirectory, current_stage, open_directory, slug
 from holdfast.errors import ConfigError, GateFailed, Interrupted
 from holdfast.evaluation.at_test import Evaluation
-from holdfast.evaluation.general import evaluate_general, general_statistics, general_value, matrix_name
+from holdfast.evaluation.general import (
+    evaluate_general,
+    general_statistics,
+    general_value,
+    matrix_name,
+    refusal_records,
+)
 from holdfast.evaluation.respond import evaluate_task, response_limit
 from holdfast.evaluation.score import beside_score, scorer, statistics, task_score, total
 from holdfast.files import read_json, read_jsonl, whole_folder, write_json, write_jsonl
@@ -171,9 +179,12 @@ class Run:
                 )
             write_jsonl(path, records)
         general = {}
-        if self.setup.general:
+        if scored := [measure for measure in self.setup.general if measure.kind != "refusals"]:
             with self._bar(f"evaluate general abilities {when}") as on_batch:
-                general = general_statistics(self._evaluation(), self.setup.general, on_batch=on_batch)
+                general = general_statistics(self._evaluation(), scored, on_batch=on_batch)
+        for measure in self.setup.general:
+            if measure.kind == "refusals":
+                general[matrix_name(measure)] = self._refusals(measure, folder, when)
         evaluated = {
             "general": {name: general_value(name, statistics) for name, statistics in general.items()},
             "general_examples": {name: statistics.tolist() for name, statistics in general.items()},
@@ -183,6 +194,14 @@ class Run:
         matrix = self._write_matrix()
         scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
         self.progress.line(f"{when}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores))
+
+    def _refusals(self, measure: General, folder: Path, when: str) -> NDArray[np.float64]:
+        """1 or 0 for each prompt that is refused or not, and 1, [prompts, 2]; the responses are kept beside others."""
+        path = folder / "responses" / "general" / f"{slug(measure.name)}.jsonl"
+        if not path.exists():
+            with self._bar(f"ask {measure.name} {when}") as on_batch:
+                write_jsonl(path, refusal_records(self._evaluation(), measure, on_batch=on_batch))
+        return np.array([[record["score"], 1.0] for record in read_jsonl(path)])
 
     def _curves(self, stage: Planned) -> Curves:
         """What is measured while a stage trains."""

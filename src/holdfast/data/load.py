@@ -182,18 +182,31 @@ def _prompt(example: Example) -> Any:
 
 def _general(config: GeneralConfig) -> General:
     path = Path(config.path)
-    if config.kind == "perplexity" and path.suffix == ".txt":
+    if config.kind != "choices" and path.suffix == ".txt":
         texts = [line for line in read_text(path).splitlines() if line.strip()]
         if not texts:
             raise DataError(f"{path}: holds no text")
-        return General(config.name, "perplexity", texts=texts[: config.rows])
+        return General(config.name, config.kind, texts=texts[: config.rows], max_new_tokens=config.max_new_tokens)
     rows = read_rows(path)[: config.rows]
     if config.kind == "perplexity":
         examples = to_examples(rows, "text", file=path)
         return General(config.name, "perplexity", texts=[example.text or "" for example in examples])
+    if config.kind == "refusals":
+        prompts = [_asked(row, where(path, i, row)) for i, row in enumerate(rows)]
+        return General(config.name, "refusals", texts=prompts, max_new_tokens=config.max_new_tokens)
     questions = [read_choices(row, where(path, i, row)) for i, row in enumerate(rows)]
     if config.by == "answer":
         return General(config.name, "choices", questions=questions)
     dev = [] if config.demonstrations is None else read_rows(Path(config.demonstrations))
     asked, shown = by_letter(rows, questions, dev, config.shots, path, config.demonstrations)
     return General(config.name, "choices", questions=asked, shown=shown, by="letter")
+
+
+def _asked(row: dict[str, Any], place: str) -> str:
+    """What a row of prompt, instruction or goal (AdvBench) asks."""
+    key = next((key for key in ("prompt", "instruction", "goal") if key in row), None)
+    if key is None:
+        raise DataError(f"{place}: must have prompt, instruction or goal; found the keys {', '.join(map(repr, row))}")
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise DataError(f"{place}: {key}: must be text, not {row[key]!r}")
+    return row[key]

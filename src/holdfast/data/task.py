@@ -117,19 +117,21 @@ def _said(row: Example) -> object:
 
 @dataclass
 class General:
-    """A measure of general ability: texts (perplexity) or questions with choices (accuracy).
+    """A measure of general ability: texts (perplexity), questions with choices (accuracy), or prompts (refusals).
 
     ``questions`` are (question, choices, index of the right choice). ``shown`` holds for each question the pieces of
     text that stand before it, or is empty; of pieces that do not fit the last ones are left out. ``by``: the whole
-    choices are compared, or only the token in which they, as letters, differ.
+    choices are compared, or only the token in which they, as letters, differ. ``texts`` are also the prompts, whose
+    responses have ``max_new_tokens`` at most.
     """
 
     name: str
-    kind: Literal["perplexity", "choices"]
+    kind: Literal["perplexity", "choices", "refusals"]
     texts: list[str] = field(default_factory=list)
     questions: list[tuple[str, list[str], int]] = field(default_factory=list)
     shown: list[list[str]] = field(default_factory=list)
     by: Literal["answer", "letter"] = "answer"
+    max_new_tokens: int = 64
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""General abilities: perplexity of texts, and accuracy of the likeliest of several choices."""
+"""General abilities: perplexity of texts, accuracy of the likeliest of several choices, and refusals of prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from holdfast.data.encode import IGNORED
 from holdfast.data.task import Example, General, Turn
 from holdfast.errors import DataError
-from holdfast.evaluation.respond import sequence_losses
+from holdfast.evaluation.respond import respond, sequence_losses
+from holdfast.evaluation.scorers.refusal import is_refusal
 
 if TYPE_CHECKING:
     from holdfast.data.encode import Encoder
@@ -57,7 +58,12 @@ def general_statistics(
     Returns:
         {:func:`matrix_name` of the measure: [examples, 2]}, in order: nats and tokens of each text; 1 or 0 for a right
         or wrong choice, and 1.
+
+    Raises:
+        ValueError: a measure is one of refusals, which :func:`refusal_records` measures.
     """
+    if any(measure.kind == "refusals" for measure in measures):
+        raise ValueError("refusals are told from responses; refusal_records asks for them")
     encode = {"perplexity": _texts, "choices": _choices}
     encoded = [encode[measure.kind](evaluation.encoder, measure) for measure in measures]
     losses, tokens = sequence_losses(evaluation, [rows for part in encoded for rows in part], on_batch=on_batch)
@@ -76,12 +82,34 @@ def general_statistics(
     return found
 
 
+def refusal_records(
+    evaluation: Evaluation, measure: General, *, on_batch: Callable[[int, int], None] | None = None
+) -> list[dict[str, Any]]:
+    """Ask a model the prompts of a measure, greedily, and tell which it refuses.
+
+    Returns:
+        One record a prompt, in order: row, prompt, response, and score, which is 1 for a refusal
+        (:func:`~holdfast.evaluation.scorers.refusal.is_refusal`) and 0 for anything else.
+    """
+    longest = min(measure.max_new_tokens, max(evaluation.encoder.max_length // 2, 1))
+    asked = [
+        Example(measure.name, row, turns=(Turn("user", prompt, cut=(0, len(prompt))), Turn("assistant", "")))
+        for row, prompt in enumerate(measure.texts)
+    ]
+    return [
+        {"row": row, "prompt": prompt, "response": response, "score": float(is_refusal(response))}
+        for row, (prompt, response) in enumerate(
+            zip(measure.texts, respond(evaluation, asked, longest, on_batch), strict=True)
+        )
+    ]
+
+
 def matrix_name(measure: General) -> str:
-    """What a measure is called in ``matrix.json``: a perplexity is named ``perplexity/...``, so that none is averaged
-    with accuracies."""
-    if measure.kind == "perplexity" and not measure.name.startswith("perplexity"):
-        return f"perplexity/{measure.name}"
-    return measure.name
+    """What a measure is called in ``matrix.json``: perplexities are named ``perplexity/...`` and shares of refusals
+    ``refusals/...``, so that none is averaged with accuracies."""
+    if measure.kind == "choices" or measure.name.startswith(measure.kind):
+        return measure.name
+    return f"{measure.kind}/{measure.name}"
 
 
 def _texts(encoder: Encoder, measure: General) -> list[list[dict[str, Any]]]:

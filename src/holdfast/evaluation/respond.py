@@ -102,6 +102,12 @@ def _responses(evaluation: Evaluation, task: Task, max_new_tokens: int | None, o
     if max_new_tokens is None:
         max_new_tokens = response_limit(encoder, task)
     asked = [evaluation.ask(task, example, max_new_tokens) for example in task.test]
+    return respond(evaluation, asked, max_new_tokens, on_batch)
+
+
+def respond(evaluation: Evaluation, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch) -> list[str]:
+    """The model's response to each example, greedy, without looking at its answer."""
+    encoder = evaluation.encoder
     prompts = [encoder.prompt(example, reserve=max_new_tokens) for example in asked]
     responses: list[list[int]] = [[] for _ in prompts]
     done = 0

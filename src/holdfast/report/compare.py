@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.config import RunConfig, free_keys
+from holdfast.config import GeneralConfig, RunConfig, free_keys
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.metrics import mean_interval, paired_difference, seed_intervals
 from holdfast.report.figures import COMPARED, COSTS, Figure, direction
@@ -205,7 +205,9 @@ def _budget(run: Run) -> dict[str, Any]:
 
 def _metrics(run: Run) -> dict[str, Any]:
     general = run.config["evaluation"]["general"]
-    measures = [[measure.get(key) for key in ("name", "kind", "rows", "by", "shots")] for measure in general or []]
+    keys = ("name", "kind", "rows", "by", "shots", "max_new_tokens")
+    defaults = {key: GeneralConfig.model_fields[key].default for key in keys[2:]}
+    measures = [[(defaults | measure).get(key) for key in keys] for measure in general or []]
     unimportant = ("batch_size", "bootstrap", "every", "watch_general", "max_new_tokens", "general")
     how = {
         key: value
