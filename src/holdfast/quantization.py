@@ -53,7 +53,14 @@ def weight_options(model: ModelConfig, device: str) -> dict[str, Any]:
 
 
 def ready_for_training(model: Any) -> Any:
-    """A quantised model, frozen, with norms and embeddings in float32."""
+    """A quantised model, frozen, with norms and embeddings in float32.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 packs a layer's weights anew when it first answers: with loss, for good,
+    and so that no gradient goes through it any more. That is turned off.
+    """
     from peft import prepare_model_for_kbit_training
 
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
