@@ -36,7 +36,12 @@ def test_height_over_a_front():
 
 def test_slope_of_a_line_and_of_its_noise():
     assert slope([1, 2, 4], [3, 5, 9]) == pytest.approx(2)
-    assert slope([0, 1, 2], [1, -2, 1]) == 0
+    assert slope([0, 1, 2], [1, -2, 1]) == pytest.approx(0)
+
+
+def test_slope_at_equal_values_of_another_quantity():
+    xs, held = [1, 2, 3, 4, 2], [0, 5, 1, 4, 2]
+    assert slope(xs, [3 - 2 * x + 7 * z for x, z in zip(xs, held, strict=True)], held) == pytest.approx(-2)
 
 
 @pytest.mark.parametrize(("count", "quantile"), [(2, 12.7062), (3, 4.3027), (5, 2.7764)])

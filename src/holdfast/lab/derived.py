@@ -62,11 +62,14 @@ def above_front(front: Sequence[tuple[float, float]], point: tuple[float, float]
     return point[1] - float(np.interp(point[0], xs, ys))
 
 
-def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Least-squares slope of y over x; at least two different x."""
-    mean_x, mean_y = statistics.mean(xs), statistics.mean(ys)
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
+def slope(xs: Sequence[float], ys: Sequence[float], held: Sequence[float] | None = None) -> float:
+    """Least-squares slope of y over x; where ``held`` is given, of y over x and it together, so at equal ``held``.
+
+    At least as many points as there are coefficients, at different places.
+    """
+    columns = [[1.0] * len(xs), xs] + ([] if held is None else [held])
+    coefficients, *_ = np.linalg.lstsq(np.array(columns).T, np.array(ys), rcond=None)
+    return float(coefficients[1])
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:

@@ -127,7 +127,7 @@ def method_comparison(tables: Tables) -> Figure:
 
 def learning_rate(tables: Tables) -> Figure:
     """Forgetting and tokens needed against the learning rate of fine-tuning."""
-    figure, (left, right) = _figure(6.6, 2.8, columns=2)
+    figure, (left, right) = _figure(6.6, 3.2, columns=2)
     runs = select(tables.results, group="finetune")
     rates = sorted(distinct(runs, "pretrain_learning_rate"))
     for colour, rate in zip(COLOURS, rates, strict=False):
@@ -138,7 +138,7 @@ def learning_rate(tables: Tables) -> Figure:
             _means(left, line, "learning_rate", "forgetting_matched", **look)
             _means(right, [row for row in line if row["stop"] == "loss"], "learning_rate", "tokens", **look)
     for ax in (left, right):
-        ax.set_xscale("log")
+        _log_rates(ax)
         ax.set_xlabel("learning rate of fine-tuning")
     left.set_ylabel(f"rise of {tables.old_name} loss ({NATS})")
     left.set_title(f"Forgetting at equal {tables.new_name} loss")
@@ -268,15 +268,16 @@ def grid_2d(tables: Tables) -> Figure:
 
 
 def capacity_slices(tables: Tables) -> Figure:
-    """Forgetting along both sides of the grid."""
-    figure, (left, right) = _figure(6.6, 2.8, columns=2)
+    """Forgetting along both sides of the grid, along a few lines of each."""
+    figure, (left, right) = _figure(6.6, 3.2, columns=2)
     runs = select(tables.results, group="finetune")
     slices = (
         (left, "pretrain_tokens_per_parameter", "parameters", "tokens per parameter in pretraining", _millions),
-        (right, "parameters", "pretrain_tokens_per_parameter", "parameters", "{:g} tokens per parameter".format),
+        (right, "parameters", "pretrain_tokens_per_parameter", "parameters", "{:g}".format),
     )
     for ax, x, line, label, name in slices:
-        for colour, value in zip((SKY, BLUE, PURPLE, BLACK), sorted(distinct(runs, line)), strict=False):
+        values = sorted(distinct(runs, line))
+        for colour, value in zip((SKY, BLUE, PURPLE, BLACK), values[:: -(-len(values) // 4)], strict=False):
             for method, style, marker in (("none", "-", "o"), ("kl_real", "--", "^")):
                 rows = select(runs, method=method, **{line: value})
                 look = {"label": name(value)} if method == "none" else {}
@@ -285,16 +286,17 @@ def capacity_slices(tables: Tables) -> Figure:
         ax.set_xlabel(label)
         _ticks(ax, distinct(runs, x), _millions if x == "parameters" else "{:g}".format)
         ax.axhline(0, color=BLACK, lw=0.6)
-        ax.legend(loc="best", title="dashed: KL, real text", title_fontsize=7)
+        lines = "parameters" if line == "parameters" else "tokens per parameter"
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, title=lines, title_fontsize=7.5)
     left.set_ylabel(f"rise of {tables.old_name} loss ({NATS})")
-    left.set_title("Length of pretraining")
-    right.set_title("Size of the model")
+    left.set_title("Length of pretraining (dashed: KL, real text)")
+    right.set_title("Size of the model (dashed: KL, real text)")
     return figure
 
 
 def toy_continual(tables: Tables) -> Figure:
     """Accuracy on each task after each stage, without replay and with."""
-    figure, axes = _figure(6.4, 2.7, columns=2, sharey=True)
+    figure, axes = _figure(6.6, 3.0, columns=2, sharey=True)
     tasks = {"add": "addition", "reversal": "reversal", "sort": "sorting", "modadd": "modular addition"}
     for ax, replay in zip(axes, ("none", "kl_self"), strict=True):
         for colour, marker, (task, label) in zip(COLOURS, "osv^", tasks.items(), strict=False):
@@ -451,12 +453,21 @@ def _ticks(ax: Axes, values: Sequence[float], name: Callable[[float], str]) -> N
 
 
 def _log_counts(ax: Axes) -> None:
-    """A logarithmic axis of counts with few ticks in words, also over less than a decade."""
+    """A logarithmic x axis of counts, in words, with a few ticks also over less than a decade."""
+    _log_x(ax, (1, 2, 5), _millions)
+
+
+def _log_rates(ax: Axes) -> None:
+    """A logarithmic x axis of learning rates."""
+    _log_x(ax, (1, 3), lambda value: f"{value:.0e}".replace("e-0", "e−"))
+
+
+def _log_x(ax: Axes, steps: tuple[int, ...], name: Callable[[float], str]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _millions(value)))
+    ax.xaxis.set_major_locator(LogLocator(subs=steps))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: name(value)))
     ax.xaxis.set_minor_locator(NullLocator())
 
 

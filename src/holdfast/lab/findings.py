@@ -29,7 +29,8 @@ class Finding(Section):
 
     Of ``where`` alone: its mean. With ``minus``: the difference of the means, where − minus. With ``share``:
     (worst − where) / (worst − best), for example the share of the forgetting that a kind of replay prevents. With
-    ``over``: the slope over the binary logarithm of that column, so the change at each doubling.
+    ``over``: the slope over the binary logarithm of that column, so the change at each doubling, and with ``held`` that
+    at equal values of another column, over all runs.
     """
 
     claim: str = Field(description="what the paper says, in words")
@@ -40,6 +41,7 @@ class Finding(Section):
     minus: dict[str, Any] | None = Field(None, description="columns and values of the runs to subtract")
     share: Share | None = Field(None, description="the two sets of runs between which the first one lies")
     over: str | None = Field(None, description="numeric column over whose logarithm the slope is taken")
+    held: str | None = Field(None, description="numeric column at whose equal values the slope is taken")
     take: Literal["mean", "min"] = Field("mean", description="of several runs of a seed: their mean or their least")
     above: float | None = Field(None, description="the claim holds above this; 0 where neither is given")
     below: float | None = Field(None, description="the claim holds below this")
@@ -48,6 +50,8 @@ class Finding(Section):
     def _one_way(self) -> Finding:
         if sum(way is not None for way in (self.minus, self.share, self.over)) > 1:
             raise ValueError("give at most one of minus, share and over")
+        if self.held is not None and self.over is None:
+            raise ValueError("held: holds a column while a slope is taken, so it needs over")
         if self.above is not None and self.below is not None:
             raise ValueError("give above or below, not both")
         return self
@@ -126,6 +130,11 @@ def _number(value: float) -> str:
 
 def _of_seed(finding: Finding, rows: Rows) -> float | None:
     value = lambda where: _level(finding, matching(rows, finding.where | where))  # noqa: E731
+    if finding.over is not None and finding.held is not None:
+        runs = [row for row in matching(rows, finding.where) if row.get(finding.value) is not None]
+        xs, held = [math.log2(row[finding.over]) for row in runs], [row[finding.held] for row in runs]
+        enough = len(runs) > 2 and len(set(xs)) > 1 and len(set(held)) > 1
+        return slope(xs, [row[finding.value] for row in runs], held) if enough else None
     if finding.over is not None:
         column = finding.over
         points = [(math.log2(x), value({column: x})) for x in distinct(matching(rows, finding.where), column)]
