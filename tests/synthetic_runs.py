@@ -83,7 +83,7 @@ def make_run(
             line.append(sum(entry["score"] for entry in lines) / rows)
         scores.append(line)
     general: dict[str, list[float | None]] = {
-        "lasting facts": [0.62 - 0.05 * t if t in measured else None for t in range(T + 1)],
+        "lasting facts": [max(0.0, 0.62 - 0.05 * t) if t in measured else None for t in range(T + 1)],
         "perplexity/held-out": [9.5 + 4 * t if t in measured else None for t in range(T + 1)],
     }
     named = dict(zip(tasks, metrics, strict=True))

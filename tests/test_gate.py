@@ -76,6 +76,9 @@ def test_general_loss_rises_in_nats_or_by_a_share(made):
     assert nats.limit == 1.5 and nats.passed
     (drop,) = judge(read_run(made), GateConfig(max_general_drop=0.1), STAGES)
     assert drop.value == pytest.approx(0.05 * STAGES) and not drop.passed
+    found = read_run(made)
+    found.matrix["general"]["refusals/prompts"] = [0.9] * STAGES + [0.1]
+    assert judge(found, GateConfig(max_general_drop=0.1), STAGES) == [drop], "a share of refusals is no accuracy"
 
 
 def test_the_limit_itself_is_kept_to_and_rounding_is_forgiven():

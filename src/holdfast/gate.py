@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from holdfast.config import GateConfig, validate
 from holdfast.errors import ConfigError, GateFailed
 from holdfast.files import read_json
-from holdfast.metrics import LOWER_IS_BETTER, by_task, intervals, paired_difference, summarize, task_intervals
+from holdfast.metrics import (
+    LOWER_IS_BETTER,
+    NO_ACCURACY,
+    by_task,
+    intervals,
+    paired_difference,
+    summarize,
+    task_intervals,
+)
 
 if TYPE_CHECKING:
     from holdfast.report.read import Run
@@ -95,6 +103,11 @@ def general_loss(name: str, value: float) -> float:
 def is_general_loss(name: str) -> bool:
     """Whether a measure of general ability, by its name in matrix.json, is a perplexity or a loss."""
     return name.startswith(LOWER_IS_BETTER)
+
+
+def is_accuracy(name: str) -> bool:
+    """Whether a measure of general ability, by its name in matrix.json, is accuracy-like."""
+    return not name.startswith(NO_ACCURACY)
 
 
 def judge(run: Run, gate: GateConfig, row: int) -> list[Check]:
@@ -209,12 +222,12 @@ def check_limits(gate: GateConfig, general: Iterable[str], metrics: Iterable[str
     Raises:
         ConfigError: it does not.
     """
-    losses = [is_general_loss(name) for name in general]
+    names = list(general)
     for key, wanted, kind in (
-        ("max_general_loss_increase", True, "loss on general text"),
-        ("max_general_drop", False, "accuracy-like general ability"),
+        ("max_general_loss_increase", is_general_loss, "loss on general text"),
+        ("max_general_drop", is_accuracy, "accuracy-like general ability"),
     ):
-        if key in gate.limits and wanted not in losses:
+        if key in gate.limits and not any(map(wanted, names)):
             raise ConfigError(f"gate.{key}: the run measures no {kind}; name one in evaluation.general")
     lower = [metric for metric in metrics if metric in LOWER_IS_BETTER]
     for key in ("min_average", "min_new_task"):
@@ -239,7 +252,7 @@ def _general_losses(run: Run, row: int, limit: Increase) -> list[Check]:
 def _general_drops(run: Run, row: int, limit: float) -> list[Check]:
     checks = []
     for name, values in run.matrix["general"].items():
-        if not is_general_loss(name):
+        if is_accuracy(name):
             value = None if None in (values[0], values[row]) else values[0] - values[row]
             checks.append(Check("max_general_drop", f"fall of {name}", value, limit, _interval(run, name, row, 0)))
     return checks
