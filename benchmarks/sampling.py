@@ -1,10 +1,11 @@
 """Sampling in batches beside one sequence at a time and transformers' own generation, and its share of a kl_pre step.
 
-usage: python benchmarks/sampling.py [--rounds 3]
+usage: python benchmarks/sampling.py [--rounds 3] [--busy]
 
 A Llama of width 128, 4 layers, heads of 32, context 128, vocabulary 4096, in float32. Sampling: 128 sequences of 127
 tokens after the begin token, with hidden states. A step: 32 rows of the task and 16 drawn ones, 128 tokens each, those
-of 8 steps drawn together. Both sides have their turn in each round; the best round counts.
+of 8 steps drawn together. Both sides have their turn in each round; the best round counts. On a busy machine, --busy
+counts the CPU seconds of one thread instead of the clock's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from holdfast.trainer import ContinualTrainer
 
 VOCAB, CONTEXT, BATCH, REPLAYED, BUFFER, STEPS = 4096, 128, 32, 16, 8, 16
 
+Clock = Callable[[], float]
+
 
 def make_model() -> Any:
     """The model of the benchmark, with random weights."""
@@ -46,13 +49,13 @@ def make_model() -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object], clock: Clock) -> float:
     """Seconds that a call takes."""
-    started = time.perf_counter()
+    started = clock()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def ours(model: Any, rows: int) -> None:
@@ -75,16 +78,16 @@ def theirs(model: Any, rows: int) -> None:
 
 
 @contextmanager
-def timed(owner: Any, name: str, spent: dict[str, float], part: str) -> Iterator[None]:
+def timed(owner: Any, name: str, spent: dict[str, float], part: str, clock: Clock) -> Iterator[None]:
     """Inside, the time in a function counts for a part."""
     original = getattr(owner, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
+        started = clock()
         try:
             return original(*args, **kwargs)
         finally:
-            spent[part] = spent.get(part, 0.0) + time.perf_counter() - started
+            spent[part] = spent.get(part, 0.0) + clock() - started
 
     setattr(owner, name, counted)
     try:
@@ -114,7 +117,7 @@ def training(method: Any, steps: int) -> None:
         trainer.train()
 
 
-def step_shares(live: bool) -> tuple[float, dict[str, float]]:
+def step_shares(live: bool, clock: Clock) -> tuple[float, dict[str, float]]:
     """Seconds of a kl_pre step, and of its parts; ``live``: with a teacher's forward pass instead of kept states."""
     spent: dict[str, float] = {}
     method = {"name": "kl_pre", "count": REPLAYED, "buffer": BUFFER, "length": CONTEXT}
@@ -124,13 +127,13 @@ def step_shares(live: bool) -> tuple[float, dict[str, float]]:
     training("sequential", 1)
     try:
         with (
-            timed(buffer, "sample", spent, "sampling"),
-            timed(teacher.LiveStates, "__call__", spent, "teacher"),
-            timed(teacher.HiddenTeacher, "term", spent, "heads and KL"),
+            timed(buffer, "sample", spent, "sampling", clock),
+            timed(teacher.LiveStates, "__call__", spent, "teacher", clock),
+            timed(teacher.HiddenTeacher, "term", spent, "heads and KL", clock),
         ):
-            before = seconds(lambda: training(method, BUFFER))  # what comes once: held-out samples, set-up
+            before = seconds(lambda: training(method, BUFFER), clock)  # what comes once: held-out samples, set-up
             spent_before = dict(spent)
-            whole = seconds(lambda: training(method, BUFFER + STEPS))
+            whole = seconds(lambda: training(method, BUFFER + STEPS), clock)
     finally:
         rehearsal.drawn_states_are_exact = exact
     parts = {part: (value - 2 * spent_before[part]) / STEPS for part, value in spent.items()}
@@ -143,7 +146,11 @@ def main() -> None:
     """Print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--busy", action="store_true", help="CPU seconds of one thread instead of the clock's")
     options = parser.parse_args()
+    if options.busy:
+        torch.set_num_threads(1)
+    clock: Clock = time.process_time if options.busy else time.perf_counter
     model = make_model()
     cases = {
         "holdfast, 128 at a time": (ours, 128),
@@ -154,16 +161,17 @@ def main() -> None:
     rates: dict[str, float] = {}
     for _ in range(options.rounds):
         for name, (run, rows) in cases.items():
-            rate = rows * (CONTEXT - 1) / seconds(lambda run=run, rows=rows: run(model, rows))
+            rate = rows * (CONTEXT - 1) / seconds(lambda run=run, rows=rows: run(model, rows), clock)
             rates[name] = max(rates.get(name, 0.0), rate)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds\n")
+    unit = "CPU seconds" if options.busy else "seconds"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds, {unit}\n")
     print("| sampling | tokens/s | / holdfast, 1 at a time |\n|---|---|---|")
     for name, rate in rates.items():
         print(f"| {name} | {rate:,.0f} | {rate / rates['holdfast, 1 at a time']:.1f} |")
     print(
         "\n| kl_pre | ms a step | sampling | teacher | heads and KL | student, optimizer |\n|---|---|---|---|---|---|"
     )
-    found = {live: [step_shares(live) for _ in range(options.rounds)] for live in (False, True)}
+    found = {live: [step_shares(live, clock) for _ in range(options.rounds)] for live in (False, True)}
     for live, name in ((False, "states kept from sampling"), (True, "a forward pass of the teacher")):
         step, parts = min(found[live], key=lambda one: one[0])
         shares = [parts.get(part, 0.0) / step for part in ("sampling", "teacher", "heads and KL")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def replay(
     *,
     tokens: int,
     length: int | None = None,
-    domain: str | None = None,
+    domain: str | Sequence[str] | None = None,
     token: int | None = None,
     chat: bool | None = None,
     temperature: float = 1.0,

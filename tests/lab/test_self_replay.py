@@ -88,6 +88,15 @@ def test_from_the_command_line_a_corpus_and_then_training_on_it(languages, pretr
     assert "125 samples, 2,000 tokens" in capsys.readouterr().out
     rows = corpus_rows(corpus)
     assert {row["input_ids"][0] for row in rows} == {TokenFile.open(languages.north).domain_id}
+    both = tmp_path / "both"
+    assert (
+        cli("replay", model, "--tokens", 64, "--out", both, "--length", 16, "--domain", "north", "--domain", "south")
+        == 0
+    )
+    assert [row["input_ids"][0] for row in corpus_rows(both)] == [
+        TokenFile.open(languages.north).domain_id,
+        TokenFile.open(languages.south).domain_id,
+    ] * 2
     text = languages.tokenizer.decode([token for row in rows for token in row["input_ids"]], skip_special_tokens=True)
     assert sum(map(text.count, "bcdfg")) > 5 * sum(map(text.count, "klmnp"))
     method = {"name": "kl_pre", "path": str(corpus)}

@@ -20,8 +20,12 @@ Length = Annotated[
     typer.Option("--length", min=2, help="Tokens of a sample.", show_default="the model's context, at most 1024"),
 ]
 Domain = Annotated[
-    str | None,
-    typer.Option("--domain", help="Domain whose token begins a sample.", show_default="the begin token"),
+    list[str] | None,
+    typer.Option(
+        "--domain",
+        help="Domain whose token begins a sample; repeat for several in turn.",
+        show_default="the begin token",
+    ),
 ]
 PromptToken = Annotated[
     int | None, typer.Option("--prompt-token", min=0, help="Number of that token, instead.", show_default=False)
@@ -85,7 +89,7 @@ def replay(
                 out,
                 tokens=tokens,
                 length=length,
-                domain=domain,
+                domain=domain or None,
                 token=prompt_token,
                 temperature=temperature,
                 batch_size=batch_size,
