@@ -498,7 +498,7 @@ def test_the_optimizer_gets_the_projected_gradient(kind, accumulation, tmp_path)
     """With plain SGD the weights move by -learning_rate * g~, once a step, however many micro-batches there are."""
     model, old = tiny_model(), tiny_rows(8, seed=1)
     new = opposed(old)
-    for _ in range(40):
+    for _ in range(10):
         for p, g in zip(model.parameters(), gradient_of(mean_loss(model, old), model), strict=True):
             p.data.sub_(0.5 * g)
     method = made(kind)
