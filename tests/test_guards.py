@@ -79,6 +79,7 @@ CASES: dict[str, Case] = {
         flops=1.2,
         vectors=3.2,
         at_test=True,
+        training={"epochs": 24, "learning_rate": 0.02},
         tuner=LORA,
     ),
     "kl_dwn": Case(off={"weight": 0}, flops=1.5, margin=None),
@@ -159,7 +160,7 @@ def tuner_of(name: str) -> Any:
     if case(name).tuner is not None:
         return case(name).tuner
     first = (METHODS[name].tuners or ("full",))[0]
-    return {"name": "lora", "r": 4, "lora_dropout": 0.0} if first == "lora" else first
+    return LORA if first == "lora" else first
 
 
 def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
