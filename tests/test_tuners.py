@@ -605,7 +605,7 @@ def test_tuners_of_the_model_s_own_weights_refuse_quantization(name, tmp_path, m
 
 @pytest.mark.parametrize(("dtype", "compute"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", "bfloat16")])
 def test_what_transformers_is_told_is_qlora_s(dtype, compute, tmp_path, monkeypatch):
-    """bitsandbytes cannot run here: a stand-in shows what the model would be loaded with."""
+    """A stand-in for bitsandbytes shows what the model would be loaded with."""
     version, told = importlib.metadata.version, {}
     stand_in = types.ModuleType("bitsandbytes")
     stand_in.__spec__ = ModuleSpec("bitsandbytes", None)
