@@ -18,7 +18,9 @@ async function testRows(section, packed) {
   let shown = []; // [chunk, place of the run in it, row]
 
   async function unpack(chunk) {
-    const bytes = Uint8Array.from(atob(chunk.rows), (sign) => sign.charCodeAt(0));
+    const signs = atob(chunk.rows);
+    const bytes = new Uint8Array(signs.length);
+    for (let i = 0; i < signs.length; i++) bytes[i] = signs.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     chunk.texts = JSON.parse(await new Response(stream).text());
     delete chunk.rows;
