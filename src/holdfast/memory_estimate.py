@@ -12,11 +12,17 @@ of those before are there all along:
 
 With checkpointing, the activations are what lies outside of the decoder blocks, the input of each block, and all of
 the one block that is recomputed at a time.
+
+On a CPU, what the tensors hold is not all: glibc keeps those of less than 32 MiB in a heap, where a hole does not serve
+for an aligned tensor of its own size, so that a pass leaves holes, which stay with the process. They are taken to be
+:data:`HOLES` of the activations, on top of either phase.
 """
 
 from __future__ import annotations
 
 import copy
+import os
+import platform
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -33,6 +39,12 @@ from holdfast.tuners.base import Tuner
 
 NF4_BITS = 4.127
 """Bits a weight in QLoRA's NF4 with double quantisation (Dettmers et al., 2023, arXiv 2305.14314, section 3)."""
+
+HOLES = 0.7
+"""Holes in glibc's heap, as a share of those activations that lie in it: measured, by ``benchmarks/memory.py``."""
+
+IN_HEAP = 32 * 2**20
+"""Bytes from which glibc always maps a tensor apart."""
 
 STEPS = 1000
 """Optimizer steps that a tuner is told of, where it asks; its memory does not depend on them."""
@@ -53,6 +65,7 @@ class Memory:
             weights as they were cast.
         checkpointed: the same with activation checkpointing; None where the tuner cannot train so.
         logits: log-probabilities, their gradient and that of the logits, 3 x 4 bytes x rows x length x vocabulary.
+        holes: in the heap, where the process has glibc's with its own settings.
     """
 
     trained: int
@@ -63,6 +76,7 @@ class Memory:
     activations: int
     checkpointed: int | None
     logits: int
+    holes: int = 0
 
     def peak(self, checkpointing: bool = False, accumulation: bool = False) -> int:
         """The most that a step holds at a time, bytes.
@@ -73,10 +87,10 @@ class Memory:
         """
         activations = self.checkpointed if checkpointing else self.activations
         assert activations is not None, "this tuner cannot train with checkpointing"
-        forward, update = activations + self.logits, self.update
+        forward, update, held = activations + self.logits, self.update, self.weights + self.optimizer + self.holes
         if accumulation:
-            return self.weights + self.optimizer + self.gradients + max(forward, update)
-        return self.weights + self.optimizer + max(forward, self.gradients + update)
+            return held + self.gradients + max(forward, update)
+        return held + max(forward, self.gradients + update)
 
 
 class Estimate:
@@ -156,6 +170,7 @@ class Estimate:
             "activations": saved.outside + sum(blocks),
             "checkpointed": checkpointed if self._can_checkpoint else None,
             "logits": 3 * 4 * saved.logits,
+            "holes": round(HOLES * saved.in_heap) if self.device == "cpu" and heap_keeps_holes() else 0,
         }
 
 
@@ -168,12 +183,14 @@ class Saved:
         blocks: by each of them that no earlier one kept.
         inputs: the hidden states that each gets.
         logits: how many numbers the head gives; a count, no bytes.
+        in_heap: of all of it, what lies in glibc's heap.
     """
 
     outside: int
     blocks: list[int]
     inputs: list[int]
     logits: int
+    in_heap: int = 0
 
 
 def _saved(model: Any, rows: int, length: int, precision: str, device: str) -> Saved:
@@ -189,6 +206,7 @@ def _saved(model: Any, rows: int, length: int, precision: str, device: str) -> S
             own.add(_storage(tensor))
             kept.append(tensor)
             size = tensor.untyped_storage().nbytes()
+            found.in_heap += size if size < IN_HEAP else 0
             if inside:
                 found.blocks[inside[-1]] += size
             else:
@@ -300,6 +318,11 @@ def advice(estimate: Estimate, rows: int, free: int) -> str | None:
                 changes += [f"training.micro_batch_size: {micro}"] if micro < rows else []
                 return ", ".join(changes)
     return None
+
+
+def heap_keeps_holes() -> bool:
+    """Whether this process has glibc's heap, and no MALLOC_MMAP_THRESHOLD_ by which tensors lie outside of it."""
+    return platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
 
 
 def free_memory(device: str) -> int:

@@ -71,7 +71,7 @@ def _show_memory(model: str, rows: int, length: int, precision: Precision, only:
 
     from holdfast import tuners
     from holdfast.errors import ConfigError
-    from holdfast.memory_estimate import Estimate, advice, free_memory
+    from holdfast.memory_estimate import Estimate, advice, free_memory, heap_keeps_holes
     from holdfast.setup import load_model_config
 
     config = load_model_config(ModelConfig(name=model))
@@ -102,21 +102,25 @@ def _show_memory(model: str, rows: int, length: int, precision: Precision, only:
         "activa-\ntions",
         "recom-\nputed",
         "logits",
+        "holes",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("peak", justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True, min_width=4)
     for label, memory in found:
         sizes = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.checkpointed]
-        cells = ["–" if size is None else f"{size / unit:.1f}" for size in [*sizes, memory.logits, memory.peak()]]
+        cells = [
+            "–" if size is None else f"{size / unit:.1f}"
+            for size in [*sizes, memory.logits, memory.holes, memory.peak()]
+        ]
         table.add_row(label, _count(memory.trained), *cells, "yes" if memory.peak() <= free else "no")
     where = torch.cuda.get_device_name(0) if device == "cuda" else "main memory"
     print(
         f"{model}: {rows} rows of {length} tokens, {precision}, sizes in {name}; {free / 2**30:.2f} GiB free ({where})"
     )
     console.print(table)
-    print("peak = weights + optimizer + the larger of: activations + logits; gradients + the optimizer's step")
-    if device == "cpu":
+    print("peak = weights + optimizer + holes + the larger of: activations + logits; gradients + the optimizer's step")
+    if device == "cpu" and heap_keeps_holes():
         print(HEAP)
     for note in notes:
         print(note)
@@ -136,8 +140,8 @@ LARGER = (
 )
 
 HEAP = (
-    "On a CPU, glibc's heap may hold up to half as much again; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it "
-    "does not."
+    "holes: in glibc's heap; with MALLOC_MMAP_THRESHOLD_=65536 in the environment there are none, and a step takes up "
+    "to a tenth longer"
 )
 
 EXTRAS = {

@@ -41,7 +41,7 @@ class SeqLoRAMerge(Method):
 
     name = "seq_lora_merge"
     tuners = ("lora",)
-    tuners_reason = "it adds up the updates B A of LoRA adapters, and merges them into one of another rank"
+    tuners_reason = "it merges the updates B A of LoRA adapters into one of another rank"
     not_with = dict.fromkeys(
         ("ewc", "si", "mas", "ogd", "cia", "tree_lora"),
         "it remembers something of every trained weight, and seq_lora_merge exchanges them in each stage",
