@@ -140,8 +140,8 @@ LARGER = (
 )
 
 HEAP = (
-    "holes: in glibc's heap; with MALLOC_MMAP_THRESHOLD_=65536 in the environment there are none, and a step takes up "
-    "to a tenth longer"
+    "holes: in glibc's heap; with MALLOC_MMAP_THRESHOLD_=65536 in the environment there are none, and a step takes "
+    "about a tenth longer"
 )
 
 EXTRAS = {
