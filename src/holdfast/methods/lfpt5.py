@@ -33,8 +33,8 @@ class LFPT5(Method):
     (x', y') are pseudo samples of all past tasks: before a stage the model, as it then is, writes them, prompt and
     answer, after the mark of each task. CE and KL on them are means over their answers' tokens, with p_before the model
     that wrote them. By the lm term it learns to write: over the task's rows (x, y) and the pseudo samples alike. What
-    learns is the paper's soft prompt, or whatever the tuner trains; with ``full`` this is LAMOL (Sun et al., 2020,
-    arXiv 1909.03329) with KL.
+    learns is the paper's soft prompt, or whatever the tuner trains; with ``full`` this is near LAMOL (Sun et al., 2020,
+    arXiv 1909.03329), with a KL term.
     """
 
     name = "lfpt5"
