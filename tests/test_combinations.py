@@ -22,6 +22,7 @@ TOGETHER = [
     ("o_lora", "replay"),
     ("l2p", "replay"),
     ("ewc", "gem"),
+    ("kl_pre", "replace"),
 ]
 
 

@@ -169,19 +169,18 @@ def continual(trainer_class: type) -> type:
                 micro_batches=len(batches),
                 logged=(at + 1) % self.state.logging_steps == 0 or at + 1 == self.state.max_steps,
             )
-            self._extras, self._step_rows = {}, []
-            for method in self.methods:
-                extra = method.extra_rows(step)
-                if extra is None:
-                    continue
-                self._extras[method.name] = extra
-                if extra.way == "task":
-                    step.rehearsal_tokens[method.name] = sum(int(supervised_tokens(b["labels"])) for b in batches)
-                elif extra.way == "replace":
-                    batches = self._replace(batches, extra, step.random(f"{method.name}/places"))
+            asked = {method.name: method.extra_rows(step) for method in self.methods}
+            self._extras = {name: extra for name, extra in asked.items() if extra is not None}
+            self._step_rows = []
+            for name, extra in self._extras.items():
+                if extra.way == "replace":
+                    batches = self._replace(batches, extra, step.random(f"{name}/places"))
                     items = self._get_num_items_in_batch(batches, *args)
-                else:
-                    self._put_beside(batches, extra, step, method.name)
+            for name, extra in self._extras.items():
+                if extra.way == "task":
+                    step.rehearsal_tokens[name] = sum(int(supervised_tokens(b["labels"])) for b in batches)
+                elif extra.way == "beside":
+                    self._put_beside(batches, extra, step, name)
             self.cost.tokens += sum(_tokens(batch) for batch in batches)
             return batches, items
 
