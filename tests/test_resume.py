@@ -52,7 +52,7 @@ CASES = {
         {"method": ["replay", {"name": "ewc", "samples": 4}]},
         [
             ("response", 2), ("step", 5), ("checkpoint", 2), ("manifest", 1), ("weights", 1),
-            ("response", 1), ("matrix", 2), ("step", 3), ("after_stage", 1), ("report", 1),
+            ("response", 1), ("answers", 2), ("matrix", 2), ("step", 3), ("after_stage", 1), ("report", 1),
         ],
     ),
     # dropout makes the weights depend on the state of the random number generators

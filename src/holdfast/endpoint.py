@@ -1,9 +1,10 @@
-"""An OpenAI-compatible endpoint: conversations go in, texts come out, several at a time, again where it failed."""
+"""An OpenAI-compatible endpoint: prompts or conversations go in, texts come out, several at a time, again where it
+failed."""
 
 from __future__ import annotations
 
 import os
-import time
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -15,13 +16,19 @@ from holdfast.errors import ConfigError
 PAUSE = 0.5  # seconds before the second attempt; doubled before each further one, up to LONGEST_PAUSE
 LONGEST_PAUSE = 30.0
 TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
+NO_ROUTE = (404, 405)
 
 Conversation = Sequence[dict[str, str]]
 """Turns of ``role`` and ``content``."""
+OnAnswer = Callable[[int, str], None] | None
+
+
+class NoRouteError(ConfigError):
+    """The endpoint does not know what it was asked for."""
 
 
 class Endpoint:
-    """A chat model behind ``POST {url}/chat/completions``.
+    """A language model behind an OpenAI-compatible server.
 
     Args:
         url: the endpoint's base, for example http://localhost:8000/v1.
@@ -48,63 +55,105 @@ class Endpoint:
         key = os.environ.get(key_variable)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def chat(
-        self,
-        conversations: Sequence[Conversation],
-        on_answer: Callable[[int, str], None] | None = None,
-        **parameters: Any,
-    ) -> list[str]:
-        """The model's answer to each conversation, in order.
+    def chat(self, conversations: Sequence[Conversation], on_answer: OnAnswer = None, **parameters: Any) -> list[str]:
+        """The model's answer to each conversation, in order, by ``POST {url}/chat/completions``.
 
         Args:
-            on_answer: called with the number of a conversation and its answer as soon as it is there.
+            on_answer: called with the number of a conversation and its answer as soon as it is there; it may raise to
+                stop.
             parameters: of the request, for example temperature and max_tokens.
 
         Raises:
-            ConfigError: a request was refused, or failed ``retries`` + 1 times.
+            ConfigError: a request was refused, or failed ``retries`` + 1 times; answers that were under way then are
+                waited for and handed to ``on_answer``, and nothing further is asked.
         """
-        texts: list[str] = [""] * len(conversations)
-        with (
-            httpx2.Client(headers=self._headers, timeout=self._timeout) as client,
-            ThreadPoolExecutor(self._concurrency) as pool,
-        ):
-            futures = {pool.submit(self._ask, client, turns, parameters): i for i, turns in enumerate(conversations)}
+        bodies = [{"messages": list(turns)} | parameters for turns in conversations]
+        return self._all("chat/completions", bodies, on_answer, lambda choice: choice["message"]["content"])
+
+    def complete(self, prompts: Sequence[str], on_answer: OnAnswer = None, **parameters: Any) -> list[str]:
+        """What the model writes after each prompt, in order, by ``POST {url}/completions``; as :meth:`chat`."""
+        bodies = [{"prompt": prompt} | parameters for prompt in prompts]
+        return self._all("completions", bodies, on_answer, lambda choice: choice["text"])
+
+    def models(self) -> list[str]:
+        """The names of the models that the endpoint serves, by ``GET {url}/models``.
+
+        Raises:
+            ConfigError: it does not answer, or not with a list of models.
+        """
+        with self._client() as client:
+            reply = self._ask(client, "GET", "models", None, threading.Event())
+        try:
+            return [model["id"] for model in reply.json()["data"]]
+        except (ValueError, KeyError, TypeError):
+            raise self._something_else("a list of models", reply) from None
+
+    def _client(self) -> httpx2.Client:
+        limits = httpx2.Limits(max_connections=self._concurrency)
+        return httpx2.Client(headers=self._headers, timeout=self._timeout, limits=limits)
+
+    def _all(
+        self, route: str, bodies: Sequence[dict[str, Any]], on_answer: OnAnswer, text: Callable[[Any], str | None]
+    ) -> list[str]:
+        texts: list[str] = [""] * len(bodies)
+        stop, failure = threading.Event(), None
+
+        def answer(client: httpx2.Client, body: dict[str, Any]) -> str:
+            reply = self._ask(client, "POST", route, {"model": self.model} | body, stop)
+            try:
+                return text(reply.json()["choices"][0]) or ""
+            except (ValueError, KeyError, IndexError, TypeError):
+                raise self._something_else(f"a {'chat ' * route.startswith('chat')}completion", reply) from None
+
+        with self._client() as client, ThreadPoolExecutor(self._concurrency) as pool:
+            futures = {pool.submit(answer, client, body): i for i, body in enumerate(bodies)}
             try:
                 for future in as_completed(futures):
-                    i = futures[future]
-                    texts[i] = future.result()
-                    if on_answer is not None:
-                        on_answer(i, texts[i])
+                    if future.cancelled():
+                        continue
+                    error = future.exception()
+                    if error is None:
+                        texts[futures[future]] = future.result()
+                        if on_answer is not None:
+                            on_answer(futures[future], texts[futures[future]])
+                    elif failure is None:
+                        failure = error
+                        stop.set()
+                        for other in futures:
+                            other.cancel()
             finally:
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
+        if failure is not None:
+            raise failure
         return texts
 
-    def _ask(self, client: httpx2.Client, conversation: Conversation, parameters: dict[str, Any]) -> str:
-        body = {"model": self.model, "messages": list(conversation)} | parameters
-        pause = PAUSE
+    def _ask(
+        self, client: httpx2.Client, verb: str, route: str, body: dict[str, Any] | None, stop: threading.Event
+    ) -> httpx2.Response:
+        pause, problem = PAUSE, ""
         for attempt in range(self._retries + 1):
             if attempt:
-                time.sleep(pause)
+                if stop.wait(pause):
+                    break
                 pause = min(2 * pause, LONGEST_PAUSE)
             try:
-                reply = client.post(f"{self.url}/chat/completions", json=body)
+                reply = client.request(verb, f"{self.url}/{route}", json=body)
             except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
                 raise ConfigError(f"endpoint {self.url!r}: is no URL that can be asked: {error}") from None
             except httpx2.TransportError as error:
                 problem = f"no answer: {error or type(error).__name__}"
                 continue
             if reply.is_success:
-                return self._text(reply)
+                return reply
             problem = f"status {reply.status_code}: {reply.text.strip()[:200]}"
             if reply.status_code not in TRY_AGAIN:
-                raise ConfigError(f"endpoint {self.url!r}, model {self.model!r}: {problem}")
-        attempts = self._retries + 1
-        raise ConfigError(f"endpoint {self.url!r}, model {self.model!r}: {problem}; {attempts} attempts were made")
+                kind = NoRouteError if reply.status_code in NO_ROUTE else ConfigError
+                raise kind(f"{self._named()}: {problem}")
+        raise ConfigError(f"{self._named()}: {problem}; {attempt + 1} attempts were made")
 
-    def _text(self, reply: httpx2.Response) -> str:
-        try:
-            return reply.json()["choices"][0]["message"]["content"] or ""
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise ConfigError(
-                f"endpoint {self.url!r}: answered with something else than a chat completion: {reply.text[:200]!r}"
-            ) from None
+    def _named(self) -> str:
+        return f"endpoint {self.url!r}" + (f", model {self.model!r}" if self.model else "")
+
+    def _something_else(self, than: str, reply: httpx2.Response) -> ConfigError:
+        return ConfigError(f"endpoint {self.url!r}: answered with something else than {than}: {reply.text[:200]!r}")

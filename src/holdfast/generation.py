@@ -24,6 +24,7 @@ def generate(
     eos_token_ids: list[int],
     pad_token_id: int,
     on_batch: Callable[[int, int], None] | None = None,
+    on_responses: Callable[[list[int], list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt with the likeliest next token, until an end token or ``max_new_tokens``.
 
@@ -39,6 +40,7 @@ def generate(
         eos_token_ids: tokens that end a response.
         pad_token_id: fills short prompts on the left; masked, so any id of the vocabulary will do.
         on_batch: called after every batch with the prompts done and all prompts; it may raise to stop.
+        on_responses: called before that with the numbers of the batch's prompts and what they are returned.
 
     Returns:
         The new tokens of every prompt, in the order of ``prompts``, up to and without the end token.
@@ -68,6 +70,8 @@ def generate(
             for i, new in zip(batch, tokens[:, width:].tolist(), strict=True):
                 end = next((k for k, token in enumerate(new) if token in eos_token_ids), len(new))
                 responses[i] = new[:end]
+            if on_responses is not None:
+                on_responses(batch, [responses[i] for i in batch])
             if on_batch is not None:
                 on_batch(start + len(batch), len(prompts))
     return responses

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from holdfast.data.encode import Encoder
     from holdfast.data.task import Example, Task
+    from holdfast.evaluation.kept import Kept
     from holdfast.evaluation.scorers import Scorer
     from holdfast.methods.base import Method, Row
 
@@ -29,6 +30,7 @@ class Evaluation:
         methods: asked in this order.
         seed: of the run; methods draw their random choices at test time from it.
         scorers: of metrics that need more than their name, by name.
+        kept: answers of the same weights that are not asked for again, and where further ones are kept.
     """
 
     model: PreTrainedModel | PeftModel
@@ -37,6 +39,7 @@ class Evaluation:
     methods: Sequence[Method] = field(default_factory=list)
     seed: int = 0
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    kept: Kept | None = None
 
     def ask(self, task: Task, example: Example, reserve: int) -> Example:
         """What the model is asked instead of a test example; ``reserve`` tokens are left for the response."""

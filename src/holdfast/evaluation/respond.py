@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from holdfast.data.task import Example, Task, Turn
+from holdfast.evaluation.kept import Add, Kept
 from holdfast.evaluation.score import named, response_records, score_records
 from holdfast.evaluation.scorers import SCORERS
 from holdfast.evaluation.scorers.choice import ChoiceLikelihood
@@ -61,7 +62,7 @@ def evaluate_task(
             records = _choices(evaluation, task, on_batch)
         case "response":
             records = response_records(task, _responses(evaluation, task, max_new_tokens, on_batch))
-    return score_records(task, records, scorers)
+    return score_records(task, records, scorers, evaluation.kept)
 
 
 def _losses(evaluation: Evaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
@@ -109,22 +110,26 @@ def respond(evaluation: Evaluation, asked: Sequence[Example], max_new_tokens: in
     """The model's response to each example, greedy, without looking at its answer."""
     encoder = evaluation.encoder
     prompts = [encoder.prompt(example, reserve=max_new_tokens) for example in asked]
-    responses: list[list[int]] = [[] for _ in prompts]
-    done = 0
-    with closing(evaluation.parts([{"input_ids": ids} for ids in prompts])) as parts:
-        for part in parts:
-            found = generate(
-                evaluation.model,
-                [prompts[i] for i in part],
-                max_new_tokens=max_new_tokens,
-                batch_size=evaluation.batch_size,
-                eos_token_ids=encoder.stop_ids,
-                pad_token_id=encoder.tokenizer.pad_token_id,
-                on_batch=_from(on_batch, done, len(prompts)),
-            )
-            for i, tokens in zip(part, found, strict=True):
-                responses[i] = tokens
-            done += len(part)
+
+    def ask(left: list[int], add: Add) -> None:
+        done = len(prompts) - len(left)
+        with closing(evaluation.parts([{"input_ids": prompts[i]} for i in left])) as parts:
+            for part in parts:
+                numbers = [left[k] for k in part]
+                generate(
+                    evaluation.model,
+                    [prompts[i] for i in numbers],
+                    max_new_tokens=max_new_tokens,
+                    batch_size=evaluation.batch_size,
+                    eos_token_ids=encoder.stop_ids,
+                    pad_token_id=encoder.tokenizer.pad_token_id,
+                    on_batch=_from(on_batch, done, len(prompts)),
+                    on_responses=_keep(add, numbers),
+                )
+                done += len(part)
+
+    kept = evaluation.kept or Kept()
+    responses = kept.complete([["response", ids, max_new_tokens] for ids in prompts], ask)
     return [encoder.decode(tokens) for tokens in responses]
 
 
@@ -158,22 +163,33 @@ def sequence_losses(
     """The same of examples that are encoded already: the sequences of each."""
     owner = np.array([i for i, rows in enumerate(encoded) for _ in rows], dtype=np.int64)
     rows = [row for rows in encoded for row in rows]
-    losses, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
-    done = 0
-    with closing(evaluation.parts(rows)) as parts:
-        for part in parts:
-            losses[part], tokens[part] = token_losses(
-                evaluation.model,
-                [rows[i] for i in part],
-                batch_size=evaluation.batch_size,
-                pad_token_id=evaluation.encoder.tokenizer.pad_token_id,
-                on_batch=_from(on_batch, done, len(rows)),
-            )
-            done += len(part)
+
+    def ask(left: list[int], add: Add) -> None:
+        done = len(rows) - len(left)
+        with closing(evaluation.parts([rows[i] for i in left])) as parts:
+            for part in parts:
+                numbers = [left[k] for k in part]
+                token_losses(
+                    evaluation.model,
+                    [rows[i] for i in numbers],
+                    batch_size=evaluation.batch_size,
+                    pad_token_id=evaluation.encoder.tokenizer.pad_token_id,
+                    on_batch=_from(on_batch, done, len(rows)),
+                    on_losses=_keep(add, numbers),
+                )
+                done += len(part)
+
+    kept = evaluation.kept or Kept()
+    found = kept.complete([["loss", row["input_ids"], row["labels"]] for row in rows], ask)
     loss_sums, token_sums = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
-    np.add.at(loss_sums, owner, losses)
-    np.add.at(token_sums, owner, tokens)
+    np.add.at(loss_sums, owner, [nats for nats, _ in found])
+    np.add.at(token_sums, owner, [tokens for _, tokens in found])
     return loss_sums, token_sums
+
+
+def _keep(add: Add, numbers: list[int]) -> Callable[[list[int], list[Any]], None]:
+    """Keeps the answers to a part of the questions, whose ``numbers`` among all these are."""
+    return lambda batch, answers: add([numbers[i] for i in batch], answers)
 
 
 def _from(on_batch: Callable[[int, int], None] | None, done: int, total: int) -> Callable[[int, int], None] | None:
@@ -188,6 +204,7 @@ def token_losses(
     batch_size: int,
     pad_token_id: int,
     on_batch: Callable[[int, int], None] | None = None,
+    on_losses: Callable[[list[int], list[tuple[float, int]]], None] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Negative log-likelihood of the supervised tokens of each sequence, teacher-forced.
 
@@ -197,6 +214,7 @@ def token_losses(
         batch_size: sequences in one forward pass.
         pad_token_id: fills short sequences on the right; masked, so any id of the vocabulary will do.
         on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
+        on_losses: called before that with the numbers of the batch's sequences, and the nats and tokens of each.
 
     Returns:
         Sums in nats (log-probabilities in float32, summed in float64) and counts of tokens, both ``[rows]``.
@@ -221,6 +239,8 @@ def token_losses(
                 supervised = label != -100
                 nats = F.cross_entropy(logit[supervised].float(), label[supervised], reduction="none")
                 losses[i], counts[i] = float(nats.cpu().double().sum()), len(nats)
+            if on_losses is not None:
+                on_losses(batch, [(float(losses[i]), int(counts[i])) for i in batch])
             if on_batch is not None:
                 on_batch(start + len(batch), len(rows))
     return losses, counts

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.data.task import Example, Task
+from holdfast.evaluation.kept import Kept
 from holdfast.evaluation.scorers import SCORERS, Record, Scorer
 from holdfast.metrics import Total
 
@@ -37,20 +38,21 @@ ABOUT_INPUT = {"sari"}
 
 
 def score_records(
-    task: Task, records: list[dict[str, Any]], scorers: Mapping[str, Scorer] = SCORERS
+    task: Task, records: list[dict[str, Any]], scorers: Mapping[str, Scorer] = SCORERS, kept: Kept | None = None
 ) -> list[dict[str, Any]]:
     """Give each record its ``score`` and, where the task has further metrics, their scores as ``beside``.
 
     Args:
         scorers: of the task's metrics, by name.
+        kept: answers of those that ask a model themselves.
 
     Raises:
         ConfigError: a library or an endpoint that a metric needs cannot be used.
     """
-    for record, score in zip(records, scorers[task.metric].rows(records), strict=True):
+    for record, score in zip(records, scorers[task.metric].rows(records, kept), strict=True):
         record["score"] = score
     for name in task.beside:
-        for record, score in zip(records, scorers[name].rows(records), strict=True):
+        for record, score in zip(records, scorers[name].rows(records, kept), strict=True):
             record.setdefault("beside", {})[name] = score
     return records
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.data.task import Example
+from holdfast.evaluation.kept import Kept
 
 Record = Mapping[str, Any]
 """One test row that was answered: ``response``, ``answer`` and, where there are several right ones, ``answers``;
@@ -48,8 +49,12 @@ class Scorer:
         assert self._row is not None
         return max(self._row(record["response"], answer) for answer in answers(record))
 
-    def rows(self, records: Sequence[Record]) -> list[float]:
-        """The scores of rows, in order."""
+    def rows(self, records: Sequence[Record], kept: Kept | None = None) -> list[float]:
+        """The scores of rows, in order.
+
+        Args:
+            kept: where a scorer that asks a model keeps its answers, so that they are not asked for again.
+        """
         return [self.row(record) for record in records]
 
     def statistics(self, records: Sequence[Record]) -> NDArray[np.float64]:

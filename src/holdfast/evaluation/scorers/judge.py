@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from holdfast.config import JudgeConfig
 from holdfast.endpoint import Endpoint
 from holdfast.errors import ConfigError
+from holdfast.evaluation.kept import Kept
 from holdfast.evaluation.scorers.base import Record, Scorer, answers
 
 _VERDICT = re.compile(r"\b(correct|incorrect)\b", re.IGNORECASE)
@@ -32,8 +33,8 @@ class Judge(Scorer):
     def identity(self) -> str:
         return f"{super().identity} {self.config.model} {self.config.prompt}"
 
-    def rows(self, records: Sequence[Record]) -> list[float]:
-        config = self.config
+    def rows(self, records: Sequence[Record], kept: Kept | None = None) -> list[float]:
+        config, kept = self.config, kept or Kept()
         endpoint = Endpoint(
             config.url,
             config.model,
@@ -42,18 +43,29 @@ class Judge(Scorer):
             timeout=config.timeout,
             retries=config.retries,
         )
-        scores = {i: 0.0 for i, record in enumerate(records) if not record["response"].strip()}
+        questions = [self._question(record) for record in records]
+        asked = [["judge", self.identity, question] for question in questions]
+        scores = {i: kept.find(asked[i]) for i in range(len(records))}
+        scores |= {i: 0.0 for i, record in enumerate(records) if not record["response"].strip()}
         for attempt in range(ATTEMPTS):
-            left = [i for i in range(len(records)) if i not in scores]
-            questions = [[{"role": "user", "content": self._question(records[i])}] for i in left]
-            replies = endpoint.chat(questions, temperature=0.0 if attempt == 0 else 1.0, max_tokens=config.max_tokens)
-            for i, reply in zip(left, replies, strict=True):
+            left = [i for i, score in scores.items() if score is None]
+
+            def on_answer(number: int, reply: str, left: list[int] = left) -> None:
                 if verdicts := _VERDICT.findall(reply):
+                    i = left[number]
                     scores[i] = float(verdicts[-1].lower() == "correct")
-            if len(scores) == len(records):
+                    kept.add(asked[i], scores[i])
+
+            replies = endpoint.chat(
+                [[{"role": "user", "content": questions[i]}] for i in left],
+                on_answer,
+                temperature=0.0 if attempt == 0 else 1.0,
+                max_tokens=config.max_tokens,
+            )
+            if None not in scores.values():
                 return [scores[i] for i in range(len(records))]
         raise ConfigError(
-            f"evaluation.judge: {config.model!r} gave no verdict on {len(records) - len(scores)} of {len(records)} "
+            f"evaluation.judge: {config.model!r} gave no verdict on {[*scores.values()].count(None)} of {len(records)} "
             f"responses in {ATTEMPTS} attempts each; it must say correct or incorrect, and said {replies[-1][:200]!r}"
         )
 

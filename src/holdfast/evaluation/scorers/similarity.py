@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.errors import ConfigError
+from holdfast.evaluation.kept import Kept
 from holdfast.evaluation.scorers.base import Record, Scorer, answers
 
 
@@ -36,7 +37,7 @@ class Similarity(Scorer):
     def identity(self) -> str:
         return f"{super().identity} {self.model}"
 
-    def rows(self, records: Sequence[Record]) -> list[float]:
+    def rows(self, records: Sequence[Record], kept: Kept | None = None) -> list[float]:
         encoder = _encoder(self.model)
         texts = sorted({text for record in records for text in (record["response"], *answers(record)) if text.strip()})
         vectors = encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False) if texts else []
