@@ -1,0 +1,277 @@
+"""How DeepSpeed's ZeRO divides weights, gradients and optimizer state among processes, and when it steps.
+
+Nothing here imports DeepSpeed where it is not used: what it has divided is told by what it writes on a parameter.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+BUCKET = 1 << 24
+"""Entries of gradients that are summed over the processes at a time."""
+
+_ENGINE = "_zero_engine"
+"""Where a model keeps a reference to the engine that trains it."""
+
+
+class Part:
+    """This process's part of a parameter: consecutive entries of it, in row-major order.
+
+    Attributes:
+        shape: of the whole parameter.
+        start, length: of the part; the length may be 0.
+    """
+
+    def __init__(self, shape: torch.Size, start: int, length: int, device: torch.device):
+        self.shape, self.start, self.length = shape, start, length
+        self._device = device
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This process's part [length] of a tensor of the parameter's shape."""
+        return whole.reshape(-1).narrow(0, self.start, self.length)
+
+    def join(self, part: Tensor) -> Tensor:
+        """The whole tensor of all processes' parts, or of stacks of such; empty but in the main process."""
+        rows = part.shape[:-1]
+        whole = torch.zeros(*rows, self.shape.numel(), dtype=part.dtype, device=self._device)
+        whole.narrow(-1, self.start, self.length).copy_(part)
+        dist.reduce(whole, 0)
+        return whole.cpu().reshape(*rows, *self.shape) if dist.get_rank() == 0 else torch.empty(0)
+
+
+def is_partitioned(p: Tensor) -> bool:
+    """Whether the parameter itself lies in pieces: ZeRO-3."""
+    return hasattr(p, "ds_id")
+
+
+def lies_here(p: Tensor) -> bool:
+    """Whether a trainable parameter's weight and gradient, as the optimizer has them, lie in pieces: ZeRO-1 to 3."""
+    return hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")
+
+
+def part(p: Any) -> Part:
+    """How a parameter for which :func:`lies_here` holds is divided."""
+    if is_partitioned(p):
+        size, numel = p.partition_numel(), p.ds_shape.numel()
+        start = min(size * dist.get_rank(p.ds_process_group), numel)
+        return Part(p.ds_shape, start, min(size, numel - start), p.device)
+    held = p._hp_mapping
+    start, length = (held.lp_fragment_address.start, held.lp_fragment_address.numel) if held else (0, 0)
+    return Part(p.shape, start, length, p.device)
+
+
+def weight(p: Any) -> Tensor:
+    """A live view [length] on this process's part of the weight that the optimizer steps, float32."""
+    if is_partitioned(p):
+        if not p.requires_grad:
+            return p.ds_tensor.data[: part(p).length]
+        return p._z3_optimizer._get_fp32_opt_state_partition(p, False)[0].detach()[: part(p).length]
+    return p._hp_mapping.hp_fragment.detach() if p._hp_mapping else torch.empty(0, device=p.device)
+
+
+def gradient(p: Any) -> Tensor:
+    """A live view [length] on this process's part of the mean gradient that the next step uses, float32.
+
+    It holds from the last micro-batch's backward pass to the step: where :func:`before_step` calls.
+    """
+    if is_partitioned(p):
+        return p._z3_optimizer._get_fp32_grad_state_partition(p, False)[0].detach()[: part(p).length]
+    if not p._hp_mapping:
+        return torch.empty(0, device=p.device)
+    return p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).detach().view(-1)
+
+
+def whole(p: Any) -> Tensor:
+    """A copy of a parameter that lies in pieces, in every process; all must ask for it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([p]):
+        return p.detach().clone()
+
+
+@torch.no_grad()
+def agree(model: nn.Module) -> None:
+    """After a change of :func:`weight`: bring the model's own parameters up to it, in every process."""
+    optimizer = _optimizer(model)
+    if hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp16_partitioned_groups_flat"):
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if kept := optimizer.persistent_parameters:
+            kept[0].all_gather(kept)
+
+
+def gradient_of_sum(losses: Iterable[Tensor], parameters: Mapping[str, Any], divide: bool) -> dict[str, Tensor]:
+    """This process's parts of the gradient of a sum of scalars at the current weights, float32.
+
+    What the engine accumulates stays as it is: its hooks wait for gradients to be accumulated, which these are not.
+    No more than :data:`BUCKET` entries, or one tensor, of the whole gradient are held at a time.
+
+    Args:
+        losses: as many scalars in each process.
+        divide: whether each process has its own scalars, so that the sum goes over the processes too.
+    """
+    parts = {name: part(p) for name, p in parameters.items()}
+    total = {
+        name: torch.zeros(parts[name].length, dtype=torch.float32, device=p.device) for name, p in parameters.items()
+    }
+    held: dict[str, Tensor] = {}
+
+    def empty() -> None:
+        if divide and held:
+            flat = torch.cat([g.flatten() for g in held.values()])
+            dist.all_reduce(flat)
+            for (name, g), summed in zip(held.items(), flat.split([g.numel() for g in held.values()]), strict=True):
+                held[name] = summed.view_as(g)
+        for name, g in held.items():
+            total[name] += parts[name].take(g)
+        held.clear()
+
+    def take(name: str) -> Callable[[Tensor], Tensor]:
+        def hook(g: Tensor) -> Tensor:
+            held[name] = g.float()
+            if not divide or sum(t.numel() for t in held.values()) >= BUCKET:
+                empty()
+            return g.new_zeros(()).expand(g.shape)
+
+        return hook
+
+    hooks = [p.register_hook(take(name)) for name, p in parameters.items()]
+    try:
+        for loss in losses:
+            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            empty()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def begin() -> None:
+    """Let accelerate's state say DeepSpeed, on a CPU too, before TrainingArguments that use the configured state.
+
+    A process that no launcher has started is the only one. DeepSpeed's own collectives for a CPU, which it would
+    compile, are not used.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        PartialState(backend=None if torch.cuda.is_available() else "gloo")
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+def attach(engine: Any, before_step: Callable[[], None]) -> None:
+    """Let an engine, new, call ``before_step`` between a step's last backward pass and the optimizer's step.
+
+    It may change :func:`gradient` in place: clipping comes after it.
+    """
+    model, optimizer, step = engine.module, engine.optimizer, engine.step
+    model.__dict__[_ENGINE] = weakref.ref(engine)
+
+    def stepped(*args: Any, **kwargs: Any) -> None:
+        before_step()
+        if hasattr(optimizer, "norm_for_param_grads"):  # with offload taken in the backward pass
+            norms = {key: gradient(p).norm() for key, p in optimizer.param_dict.items()}
+            optimizer.norm_for_param_grads.update(norms)
+        step(*args, **kwargs)
+        # ZeRO-3 would take a parameter's last gradient again where it gets none in the next step.
+        if hasattr(optimizer, "grad_partitions_flat_buffer"):
+            optimizer.grad_partitions_flat_buffer.zero_()
+            for flat in optimizer.fp32_partitioned_groups_flat:
+                if flat.grad is not None:
+                    flat.grad.zero_()
+
+    engine.step = stepped
+
+
+def release(model: nn.Module) -> None:
+    """End a model's engine, if it has one, so that another can take over: parameters keep what they hold."""
+    engine = _engine(model)
+    if engine is None:
+        return
+    del model.__dict__[_ENGINE]
+    if hasattr(engine.optimizer, "parameter_offload"):
+        engine.optimizer._partition_all_parameters()
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for p in model.parameters():
+        p.__dict__.pop("_hp_mapping", None)
+
+
+def optimizer_state(model: nn.Module, parameters: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """By parameter and by kind: this process's parts [length] of what the optimizer keeps, or scalars []."""
+    state = {}
+    for name, p in parameters.items():
+        flat, start = _place(model, p)
+        length = part(p).length
+        state[name] = {
+            kind: t.narrow(0, start, length) if t.shape == flat.shape else t
+            for kind, t in _inner(model).state[flat].items()
+            if isinstance(t, Tensor)
+        }
+    return state
+
+
+def load_optimizer_state(model: nn.Module, parameters: Mapping[str, Any], state: Mapping[str, Mapping[str, Tensor]]):
+    """Put back what :func:`optimizer_state` gave, on a new engine."""
+    kept = _inner(model).state
+    for name, p in parameters.items():
+        flat, start = _place(model, p)
+        for kind, t in state.get(name, {}).items():
+            if not t.dim():
+                kept[flat][kind] = t.clone()
+                continue
+            if kind not in kept[flat]:
+                kept[flat][kind] = torch.zeros_like(flat, dtype=t.dtype, requires_grad=False)
+            kept[flat][kind].narrow(0, start, len(t)).copy_(t)
+
+
+def _place(model: nn.Module, p: Any) -> tuple[Tensor, int]:
+    """The flat tensor that the optimizer steps for a parameter, and where this process's part of it begins there."""
+    optimizer = _optimizer(model)
+    if is_partitioned(p):
+        group, start, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+        return optimizer.fp32_partitioned_groups_flat[group], start
+    group = next(i for i, group in enumerate(optimizer.bit16_groups) if any(other is p for other in group))
+    flat = optimizer.single_partition_of_fp32_groups[group]
+    return flat, p._hp_mapping.hp_fragment_address.start if p._hp_mapping else 0
+
+
+def _engine(model: nn.Module) -> Any:
+    reference = model.__dict__.get(_ENGINE)
+    return reference() if reference else None
+
+
+def _optimizer(model: nn.Module) -> Any:
+    return getattr(_engine(model), "optimizer", None)
+
+
+def _inner(model: nn.Module) -> Any:
+    """The torch optimizer."""
+    return _optimizer(model).optimizer
+
+
+def _free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
