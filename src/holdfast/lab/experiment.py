@@ -16,6 +16,7 @@ import holdfast
 from holdfast.config import Named, Section, as_named, load
 from holdfast.directory import slug
 from holdfast.errors import ConfigError, did_you_mean
+from holdfast.grid import Grid, cells
 from holdfast.lab.findings import Finding, matching
 from holdfast.lab.regression import RegressionConfig
 from holdfast.lab.sources import Data, Files, data_of, digest
@@ -38,7 +39,7 @@ class Group(Section):
     config: dict[str, Any] = Field(
         default_factory=dict, description="keys of the run; of a laboratory run, over those of `common`"
     )
-    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(
+    grid: Grid = Field(
         default_factory=dict,
         description="columns: a dotted key with its values, or a name with what each of its values changes",
     )
@@ -267,17 +268,12 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _cells(group: Group) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Columns of each cell of a grid, and what it changes."""
-    axes: list[list[tuple[str, Any, dict[str, Any]]]] = []
-    for key, values in group.grid.items():
-        if isinstance(values, dict):
-            axes.append([(key, value, patch) for value, patch in values.items()])
-        else:
-            axes.append([(key.rpartition(".")[2], value, _nested(key, value)) for value in values])
-    for cell in itertools.product(*axes):
+    for cell in cells(group.grid):
         patch: dict[str, Any] = {}
-        for _, _, change in cell:
-            patch = merge(patch, change)
-        yield {column: value for column, value, _ in cell}, patch
+        for axis in cell:
+            for key, change in axis.changes.items():
+                patch = merge(patch, _nested(key, change))
+        yield {axis.column: axis.value for axis in cell}, patch
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

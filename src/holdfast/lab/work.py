@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from holdfast.lab.findings import judge, markdown
 from holdfast.lab.regression import RegressionConfig
 from holdfast.lab.sources import Files, data_of, digest
 from holdfast.lab.tables import Row, read_table, write_table
+from holdfast.pool import Pool
 from holdfast.progress import Progress
 
 RESULTS, CURVES = "results.csv", "curves.csv"
@@ -207,18 +206,13 @@ def _work_off(
             run = left.pop(next(key for key, run in left.items() if ready(run)))
             finished(run, _do(*job(run)))
         return
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        working: dict[Future[str], Planned] = {}
-        try:
-            while left or working:
-                for key in [key for key, run in left.items() if ready(run)][: processes - len(working)]:
-                    run = left.pop(key)
-                    working[pool.submit(_do, *job(run))] = run
-                for future in wait(working, return_when=FIRST_COMPLETED).done:
-                    finished(working.pop(future), future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with Pool(_do, [{}] * processes) as pool:
+        while left or pool.working:
+            for key in [key for key, run in left.items() if ready(run)][: pool.free]:
+                run = left.pop(key)
+                pool.submit(run, *job(run))
+            for run, outcome in pool.wait():
+                finished(run, outcome.result())
 
 
 def _do(command: str, config: dict[str, Any], model: Path, data: dict[str, Any], files: dict[str, str]) -> str:

@@ -1,0 +1,37 @@
+"""A grid: columns with their values, and every cell of their product."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Grid = dict[str, list[Any] | dict[str, dict[str, Any]]]
+"""A dotted key with its values, or a name with what each of its named values changes."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One column of a cell.
+
+    Attributes:
+        column: its name.
+        value: or the name of its value.
+        changes: what it changes, {dotted key: value}.
+    """
+
+    column: str
+    value: Any
+    changes: dict[str, Any]
+
+
+def cells(grid: Grid) -> Iterator[tuple[Axis, ...]]:
+    """Every cell, the last column fastest."""
+    axes = []
+    for key, values in grid.items():
+        if isinstance(values, dict):
+            axes.append([Axis(key, value, changes) for value, changes in values.items()])
+        else:
+            axes.append([Axis(key.rpartition(".")[2], value, {key: value}) for value in values])
+    return itertools.product(*axes)
