@@ -197,6 +197,9 @@ class DataConfig(Section):
     test_rows: int | None = Field(None, ge=1, description="use only the first n test rows of each task")
 
 
+Engine = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+
+
 class TrainingConfig(Section):
     """One stage's training; what is not here goes into `arguments`."""
 
@@ -213,6 +216,11 @@ class TrainingConfig(Section):
     optimizer: str = Field("adamw_torch", description="transformers' name of an optimizer")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 turns clipping off")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: mixed precision (autocast)")
+    engine: Engine | None = Field(
+        None,
+        description="how processes divide the work: ddp, fsdp2, zero0 to zero3, zero3_offload; absent: ddp",
+        json_schema_extra=FREE,
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     save_every: int = Field(200, ge=1, description="optimizer steps between checkpoints", json_schema_extra=FREE)
     log_every: int = Field(10, ge=1, description="steps between lines of events.jsonl", json_schema_extra=FREE)
@@ -305,6 +313,9 @@ class JudgeConfig(Section):
 class EvaluationConfig(Section):
     """What is measured after every stage."""
 
+    split: Literal["test", "dev"] = Field(
+        "test", description="rows that the tasks are measured on: test, or their eval (dev) split, to choose settings"
+    )
     batch_size: int = Field(32, ge=1, description="prompts generated together")
     max_new_tokens: int | None = Field(
         None,
@@ -566,13 +577,25 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         value = text
+    try:
+        set_key(values, key, value)
+    except ConfigError as error:
+        raise ConfigError(f"{override!r}: {error}") from None
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key of a mapping, as ``key=value`` on the command line does.
+
+    Raises:
+        ConfigError: a part of the key is not a section.
+    """
     *parents, last = key.split(".")
     for parent in parents:
         below = values.get(parent)
         if isinstance(below, str) and parent in ("model", "tuner", "method", "stream"):
             below = {"name": below}
         if below is not None and not isinstance(below, dict):
-            raise ConfigError(f"{override!r}: {parent} is not a section but {below!r}")
+            raise ConfigError(f"{parent} is not a section but {below!r}")
         values[parent] = below = dict(below or {})
         values = below
     values[last] = value

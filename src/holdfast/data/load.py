@@ -14,7 +14,7 @@ from holdfast.data.benchmark import group_instructions, load_benchmark
 from holdfast.data.choices import by_letter, read_choices
 from holdfast.data.formats import SUFFIXES, read_rows, read_text, to_examples, where
 from holdfast.data.order import check_names, ordered
-from holdfast.data.source import Source, load_task, split_files
+from holdfast.data.source import Source, check_scorable, load_task, split_files
 from holdfast.data.task import Counts, Example, General, Stream, Task, fingerprint
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.evaluation.scorers import build
@@ -26,12 +26,12 @@ def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationCo
     """Load the tasks of a stream, in order, and their scorers; relative paths start at the current directory.
 
     Args:
-        evaluation: what metrics need beyond their name.
+        evaluation: the split that is measured on, and what metrics need beyond their name.
 
     Raises:
         ConfigError: a name, an option, a path or a metric is unknown or lacks something; two tasks have one name.
-        DataError: a split is missing or empty; a row cannot be used; ``data.on_overlap`` is "error" and test rows
-            stand in a train split.
+        DataError: a split is missing or empty (eval too, where it is measured on); a row cannot be used;
+            ``data.on_overlap`` is "error" and test rows stand in a train split.
     """
     if config.name is not None:
         stream = load_benchmark(config, data)
@@ -44,9 +44,13 @@ def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationCo
             sources, name = _composed(config), "tasks"
         check_names([source.name for source in sources])
         stream = Stream(name, [load_task(source, data) for source in sources])
+    evaluation = evaluation or EvaluationConfig()
+    if evaluation.split == "dev":
+        for task in stream.tasks:
+            _measure_on_dev(task, data)
     _check_overlap(stream.tasks, data)
     metrics = {metric for task in stream.tasks for metric in (task.metric, *task.beside)}
-    stream.scorers = {metric: build(metric, evaluation or EvaluationConfig()) for metric in sorted(metrics)}
+    stream.scorers = {metric: build(metric, evaluation) for metric in sorted(metrics)}
     stream.version = f"{stream.version}-{_digest(stream)}".removeprefix("-")
     return stream
 
@@ -134,6 +138,17 @@ def _folders(path: Path, order: list[str] | str | None) -> list[Source]:
         )
         for key, folder_name in zip(picked, names, strict=True)
     ]
+
+
+def _measure_on_dev(task: Task, data: DataConfig) -> None:
+    """Put the eval split in the test split's place."""
+    if not task.eval:
+        raise DataError(
+            f"task {task.name!r}: has no eval split (eval, dev or validation), which evaluation.split: dev measures "
+            "on; hold some train rows back in one"
+        )
+    task.test = task.eval[: data.test_rows]
+    check_scorable(task)
 
 
 # --- duplicates and overlap ---

@@ -111,12 +111,23 @@ def scored(task: Task, options: TaskOptions, default: str = "accuracy") -> Task:
                 f"task {task.name!r}: beside: {name} scores another thing ({reads}) than {task.metric} "
                 f"({_reads(task.metric)}), so one evaluation does not give both"
             )
+    check_scorable(task)
+    return task
+
+
+def check_scorable(task: Task) -> None:
+    """Make sure that a task's metrics can score its test examples.
+
+    Raises:
+        ConfigError: a metric needs answers where there are none.
+        DataError: an example cannot be scored so.
+    """
+    for key, name in [("metric", task.metric), *(("beside", name) for name in task.beside)]:
         for example in task.test:
-            if reads != "loss" and not example.turns:
+            if _reads(name) != "loss" and not example.turns:
                 raise ConfigError(f"task {task.name!r}: {key}: {name} needs answers, and text has none; loss would do")
             if name in SCORERS and (reason := SCORERS[name].refusal(example, task.labels)):
                 raise DataError(f"{where(example.file, example.row)}: metric {name}: {reason}")
-    return task
 
 
 def _reads(metric: str) -> str:

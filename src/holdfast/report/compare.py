@@ -113,7 +113,7 @@ class Comparison:
             ``reference`` (why it competes with nobody, or None), ``best`` (keys for which it is the best), ``rank`` (by
             average, from 1, or None), ``difference`` (to the baseline, of
             :func:`holdfast.metrics.paired_difference` at the end of the run, or None), ``general`` ({name: (before
-            training, at the end)}) and ``gate`` (what it said, in words, or None).
+            training, at the end)}), ``gate`` (what it said, in words, or None) and ``split`` (what was measured on).
         baseline: label of the group with which the others are paired.
         different: why the runs cannot be compared; nobody is best or ranked then.
         lower: whether a lower score is better.
@@ -150,7 +150,7 @@ def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
             | means
             | {"peak_memory_gib": max(most, default=None), "intervals": _intervals(group), "reference": group.reference}
             | {"best": [], "rank": None, "difference": None if group is base else _paired(base, group)}
-            | {"general": group.general, "gate": group.gate}
+            | {"general": group.general, "gate": group.gate, "split": group.runs[0].split}
         )
     comparison = Comparison(rows, base.label, differences(runs), runs[0].lower_is_better(0))
     if not comparison.different:
@@ -208,13 +208,14 @@ def _metrics(run: Run) -> dict[str, Any]:
     keys = ("name", "kind", "rows", "by", "shots", "max_new_tokens")
     defaults = {key: GeneralConfig.model_fields[key].default for key in keys[2:]}
     measures = [[(defaults | measure).get(key) for key in keys] for measure in general or []]
-    unimportant = ("batch_size", "bootstrap", "every", "watch_general", "max_new_tokens", "general")
+    unimportant = ("split", "batch_size", "bootstrap", "every", "watch_general", "max_new_tokens", "general")
     how = {
         key: value
         for key, value in settings(run).items()
         if key.startswith("evaluation.") and key.split(".")[1] not in unimportant and key not in free_keys(RunConfig)
     }
     named = {f"metric of task {task}": metric for task, metric in run.matrix["metrics"].items()}
+    named["evaluation.split"] = run.split
     return named | {"general abilities": list(run.matrix["general"]), "evaluation.general": measures} | how
 
 

@@ -64,6 +64,11 @@ class Run:
         return self.config["method"][0]["name"] == "joint"
 
     @property
+    def split(self) -> str:
+        """The rows that the tasks are measured on: test, or dev."""
+        return self.config["evaluation"].get("split", "test")
+
+    @property
     def finished(self) -> bool:
         return self.info.get("finished") is not None
 

@@ -18,6 +18,8 @@ def notes(comparison: Comparison) -> list[str]:
     """What a reader of the table must know."""
     rows = comparison.rows
     lines = [f"NOT COMPARABLE, so that nobody is ranked or best: {line}." for line in comparison.different]
+    if "dev" in (row["split"] for row in rows):
+        lines.append("Measured on dev splits, on which settings are chosen; not what a paper reports.")
     if max(len(row["seeds"]) for row in rows) > 1:
         lines.append("Means over seeds; 95 % intervals (after ±, half of one): bootstrap over seeds and test examples.")
     else:
