@@ -38,6 +38,12 @@ class GateFailed(Exception):  # noqa: N818 - it is a verdict on the model, not a
     exit_code = 3
 
 
+class ProcessFailed(RuntimeError):  # noqa: N818 - as GateFailed
+    """One of the processes of a run died; the message is its own error, or how it ended."""
+
+    exit_code = 1
+
+
 class MethodError(RuntimeError):
     """A method broke its contract, for example by declaring a loss term that never contributes."""
 

@@ -7,7 +7,23 @@ import sys
 
 import typer
 
-from holdfast.cli import check, compare, convert, demo, doctor, export, gate, lab, listing, replay, report, run
+from holdfast.cli import (
+    check,
+    compare,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    gate,
+    lab,
+    listing,
+    replay,
+    report,
+    run,
+    serve,
+    sweep,
+)
 
 app = typer.Typer(
     name="holdfast",
@@ -20,7 +36,10 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("run", cls=run.HelpWithKeys)(run.run)
+app.command("sweep", cls=sweep.HelpWithSweepKeys)(sweep.sweep)
 app.command("check")(check.check)
+app.command("evaluate")(evaluate.evaluate)
+app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("methods")(listing.methods)
@@ -36,14 +55,21 @@ app.add_typer(lab.app, name="lab")
 
 def main() -> None:
     """Exit codes: 0 done; 2 the user's configuration or data is wrong; 3 a gate failed; 1 anything else."""
-    from holdfast.errors import GateFailed, Interrupted, UserError
+    from holdfast.errors import GateFailed, Interrupted, ProcessFailed, UserError
+    from holdfast.launch import tell_launcher
 
     try:
         app()
-    except (UserError, GateFailed) as error:
-        print(f"holdfast: {error}", file=sys.stderr)
+    except (UserError, GateFailed, ProcessFailed) as error:
+        if not tell_launcher(error):
+            print(f"holdfast: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Interrupted as stopped:
-        command = shlex.join(["holdfast", *sys.argv[1:]])
-        print(f"holdfast: {stopped}; all of it is saved. Continue with: {command}", file=sys.stderr)
+        if not tell_launcher(stopped):
+            command = shlex.join(["holdfast", *sys.argv[1:]])
+            print(f"holdfast: {stopped}; all of it is saved. Continue with: {command}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if not tell_launcher(error):
+            raise
         sys.exit(1)

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from holdfast.errors import ConfigError
+
 WATCH_EVERY = 50
 """Steps between the measurements of --watch-general, where evaluation.watch_general does not say."""
 
@@ -42,7 +44,19 @@ WatchGeneral = Annotated[
 ]
 
 
-def run(config: Config, overrides: Overrides = None, watch_general: WatchGeneral = False) -> None:
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine that train together.")]
+Restarts = Annotated[
+    int, typer.Option("--max-restarts", min=0, help="How often to go on from the last checkpoint where one died.")
+]
+
+
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    watch_general: WatchGeneral = False,
+    processes: Processes = 1,
+    max_restarts: Restarts = 0,
+) -> None:
     """Learn every task of a stream in turn and measure all of them after each.
 
     The same command continues a run that was stopped or killed, and ends with the same numbers. Exit code 3: a stage
@@ -51,16 +65,25 @@ def run(config: Config, overrides: Overrides = None, watch_general: WatchGeneral
     from rich.console import Console
 
     from holdfast.config import load_config
+    from holdfast.launch import launch, launched
     from holdfast.quiet import quieten
 
     resolved = load_config(config, overrides)
+    if processes > 1 or max_restarts:
+        if launched():
+            raise ConfigError("--processes: a launcher (torchrun, accelerate, deepspeed) has started these processes")
+        watching = ["--watch-general"] if watch_general else []
+        launch(["run", str(config), *(overrides or []), *watching], processes, max_restarts)
+        return
     if watch_general and resolved.evaluation.watch_general is None:
         resolved.evaluation.watch_general = WATCH_EVERY
     quieten()
     from holdfast.cli.table import print_table
     from holdfast.gate import raise_if_failed
+    from holdfast.process import Process
     from holdfast.runner import run as run_stages
 
     run_stages(resolved)
-    print_table([Path(resolved.output)], Console())
+    if Process.this().main:
+        print_table([Path(resolved.output)], Console())
     raise_if_failed(Path(resolved.output))
