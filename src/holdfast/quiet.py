@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from functools import cache
 
 
 def quieten() -> None:
@@ -20,3 +21,17 @@ def quieten() -> None:
     # PEFT's own entry for stacked experts, which it does follow
     warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys [^,]*gate_up_proj'\]\.")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+
+
+@cache
+def say_once() -> None:
+    """Show each of holdfast's warnings once, where many runs have it."""
+    seen: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        known = said in seen
+        seen.add(said)
+        return not known
+
+    logging.getLogger("holdfast").addFilter(new)

@@ -1,0 +1,102 @@
+"""`holdfast sweep`: many runs from one file, side by side, on this machine or on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from holdfast.cli.run import HelpWithKeys
+
+if TYPE_CHECKING:
+    from holdfast.sweep import PlannedRun
+    from holdfast.sweep_work import Ended
+
+SweepFile = Annotated[Path, typer.Argument(help="The sweep, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to it, for example run.training.epochs=3.", metavar="[KEY.PATH=VALUE]..."),
+]
+
+
+class HelpWithSweepKeys(HelpWithKeys):
+    """The keys of a sweep."""
+
+    def configuration(self) -> type[Any]:
+        from holdfast.sweep import Sweep
+
+        return Sweep
+
+
+def sweep(
+    config: SweepFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every run, and list them.")] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes", min=1, help="Runs at work at the same time.", show_default="the GPUs, or the cores"
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Address of a Ray cluster to run on, or auto.", show_default="here")
+    ] = None,
+) -> None:
+    """Check every run of a grid, do those that are not done, and compare them all.
+
+    The same command continues what was stopped or killed. A run that fails stops no other; the exit code is that of
+    the runs that failed.
+    """
+    from rich.console import Console
+
+    from holdfast.progress import Progress
+    from holdfast.quiet import quieten, say_once
+    from holdfast.sweep import check, expand, load_sweep
+
+    loaded = load_sweep(config, overrides)
+    quieten()
+    say_once()
+    runs = expand(loaded)
+    check(runs)
+    console = Console(highlight=False)
+    if dry_run:
+        print_runs(runs, console)
+        return
+    from holdfast.sweep_work import exit_code, finish, local_workers, on_ray, work_off
+
+    make = local_workers(processes) if ray is None else on_ray(ray)
+    if loaded.search is not None:
+        from holdfast.search import searched
+
+        runs = searched(loaded, make, Progress())
+    ended = work_off(runs, loaded.resources, make, Progress())
+    if report := finish(ended, Path(loaded.output)):
+        from holdfast.cli.table import print_comparison
+
+        print_comparison(report.comparison, console)
+        print(report.page)
+    if any(end.why for end in ended):
+        print_failures(ended, console)
+    raise typer.Exit(exit_code(ended))
+
+
+def print_runs(runs: list[PlannedRun], console: Any) -> None:
+    """What a sweep would do."""
+    states = [run.state for run in runs]
+    for run, state in zip(runs, states, strict=True):
+        console.print(f"{state:6}{run.name}", markup=False, soft_wrap=True)
+    console.print(f"{len(runs)} runs, {states.count('done')} done, {states.count('begun')} begun")
+
+
+def print_failures(ended: list[Ended], console: Any) -> None:
+    """Which runs are not done, and why."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("run", "state", "exit", "why", box=box.SIMPLE_HEAD, pad_edge=False)
+    for end in ended:
+        if end.why:
+            table.add_row(escape(end.run.name), end.state, str(end.code), escape(end.why))
+    console.print(table)

@@ -1,0 +1,92 @@
+"""What :class:`holdfast.pool.Pool` is, on a cluster of Ray: a job whose machine was lost begins again elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from holdfast.errors import ConfigError, Interrupted
+from holdfast.pool import Outcome, WorkerDiedError
+from holdfast.sweep import Resources
+
+
+class RayPool:
+    """Jobs as tasks of Ray. What they write must lie where every machine sees it."""
+
+    def __init__(self, do: Callable[..., Any], resources: Resources, address: str):
+        """
+        Args:
+            do: does a job; a function of a module that every machine has.
+            resources: of one job.
+            address: of a cluster's head, or auto.
+
+        Raises:
+            ConfigError: Ray is not installed, or no cluster answers there, or none of its machines is enough.
+        """
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError("--ray: needs Ray: pip install 'holdfast[ray]'") from None
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+        except ConnectionError as error:
+            raise ConfigError(f"--ray: no cluster answers at {address!r}: {error}") from None
+        self._ray = ray
+        cores, gpus = resources.cores * resources.processes, resources.gpus * resources.processes
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(m.get("CPU", 0) >= cores and m.get("GPU", 0) >= gpus for m in machines):
+            raise ConfigError(f"resources: a run needs {cores:g} cores and {gpus:g} GPUs, which no machine here has")
+        options: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus, "max_retries": resources.retries}
+        self._do = ray.remote(**options)(do)
+        self._jobs: dict[Any, Any] = {}
+        self._stopping = False
+
+    @property
+    def free(self) -> int:
+        """How many more jobs can be submitted: any number, which Ray keeps until there is room."""
+        return 0 if self._stopping else 1
+
+    @property
+    def working(self) -> int:
+        """How many jobs are under way or waiting for room."""
+        return len(self._jobs)
+
+    def submit(self, key: Any, *arguments: Any) -> None:
+        """Begin a job under a name of its own."""
+        self._jobs[self._do.remote(*arguments)] = key
+
+    def wait(self, seconds: float | None = None) -> list[tuple[Any, Outcome]]:
+        """The jobs that are done by now, once there is one or the time is over."""
+        if not self._jobs:
+            return []
+        ready, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=seconds)
+        return [(self._jobs.pop(job), self._outcome(job)) for job in ready]
+
+    def stop(self) -> None:
+        """Ask the jobs under way to save and leave; nothing else begins."""
+        self._stopping = True
+        for job in self._jobs:
+            self._ray.cancel(job)
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            self.stop()
+        self._ray.shutdown()
+
+    def _outcome(self, job: Any) -> Outcome:
+        errors = self._ray.exceptions
+        try:
+            return Outcome(self._ray.get(job))
+        except errors.TaskCancelledError:
+            return Outcome(error=Interrupted("stopped"))
+        except errors.RayTaskError as error:
+            cause = error.cause
+            if self._stopping and isinstance(cause, KeyboardInterrupt):
+                return Outcome(error=Interrupted("stopped"))
+            return Outcome(error=cause if isinstance(cause, Exception) else RuntimeError(str(error)))
+        except errors.RayError as error:
+            return Outcome(error=WorkerDiedError(f"its machine or process was lost: {str(error).splitlines()[0]}"))

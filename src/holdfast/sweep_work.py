@@ -1,0 +1,214 @@
+"""The runs of a sweep at work, on this machine or on a cluster; what became of each, and of all together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock
+
+from holdfast.errors import ConfigError, GateFailed, Interrupted, UserError
+from holdfast.files import read_json, write_json, write_text
+from holdfast.interrupt import Interrupt
+from holdfast.pool import Outcome, Pool
+from holdfast.progress import Progress
+from holdfast.sweep import PlannedRun, Resources
+
+
+class Workers(Protocol):
+    """Where runs are done: :class:`holdfast.pool.Pool`, or :class:`holdfast.ray_pool.RayPool`."""
+
+    @property
+    def free(self) -> int: ...
+
+    @property
+    def working(self) -> int: ...
+
+    def submit(self, key: Any, *arguments: Any) -> None: ...
+
+    def wait(self, seconds: float | None = None) -> list[tuple[Any, Outcome]]: ...
+
+    def stop(self) -> None: ...
+
+
+MakeWorkers = Callable[[Callable[..., Any], Resources], AbstractContextManager[Workers]]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        state: done, skipped (it was done before), stopped or failed.
+        why: in words, where it is not done.
+        code: exit code of ``holdfast run``.
+    """
+
+    run: PlannedRun
+    state: str
+    why: str = ""
+    code: int = 0
+
+
+def work_off(runs: Sequence[PlannedRun], resources: Resources, make: MakeWorkers, progress: Progress) -> list[Ended]:
+    """Do the runs that are not done; one that fails stops no other.
+
+    Returns:
+        what became of each, in their order.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM asked it to stop; the same call continues.
+    """
+    ended = {run.name: Ended(run, "skipped") for run in runs if run.state == "done"}
+    left = [run for run in runs if run.name not in ended]
+    if ended:
+        progress.line(f"{len(ended)} of {len(runs)} runs are done already")
+        if not left:
+            return list(ended.values())
+    asked = False
+    with Interrupt() as interrupt, make(do_run, resources) as workers:
+        while (left and not asked) or workers.working:
+            while left and workers.free and not asked:
+                run = left.pop(0)
+                workers.submit(run, run.config.model_dump(mode="json"), resources.processes)
+            for run, outcome in workers.wait(0.5):
+                ended[run.name] = how(run, outcome)
+                progress.line(f"{len(ended)}/{len(runs)} {run.name}: {said(ended[run.name])}")
+            if interrupt.requested and not asked:
+                asked = True
+                progress.line(f"stopping {workers.working} runs at a checkpoint")
+                workers.stop()
+    if asked:
+        done = sum(end.state in ("done", "skipped") for end in ended.values())
+        raise Interrupted(f"stopped with {done} of {len(runs)} runs done")
+    return [ended[run.name] for run in runs]
+
+
+def how(run: PlannedRun, outcome: Outcome) -> Ended:
+    """What became of a run, from what its process told."""
+    match outcome.error:
+        case None:
+            return Ended(run, "done")
+        case Interrupted() as error:
+            return Ended(run, "stopped", str(error), 1)
+        case UserError() | GateFailed() as error:
+            return Ended(run, "failed", str(error), error.exit_code)
+        case error:
+            return Ended(run, "failed", f"{type(error).__name__}: {error}", 1)
+
+
+def said(end: Ended) -> str:
+    """What became of a run, in a line."""
+    return f"{end.state}: {end.why.splitlines()[0]}" if end.why else end.state
+
+
+def exit_code(ended: Sequence[Ended]) -> int:
+    """Of the whole sweep: that of the runs that failed, and 1 where these differ."""
+    codes = {end.code for end in ended if end.code}
+    return codes.pop() if len(codes) == 1 else int(bool(codes))
+
+
+def do_run(config: dict[str, Any], processes: int) -> None:
+    """One run, in this process or in several; another sweep may be at the same one, and is waited for."""
+    output = Path(config["output"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(output.with_name(f".{output.name}.lock")):
+        record = output / "run.json"
+        if record.exists() and read_json(record)["finished"] is not None:
+            return
+        if processes > 1:
+            from holdfast.launch import launch
+
+            path = output.with_name(f".{output.name}.json")
+            write_json(path, config)
+            launch(["run", str(path)], processes)
+            return
+        import torch
+
+        from holdfast.quiet import quieten, say_once
+        from holdfast.runner import run
+
+        quieten()
+        say_once()
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        run(config, Progress(quiet=True))
+
+
+def local_workers(processes: int | None) -> MakeWorkers:
+    """Makes workers on this machine: as many at a time as the GPUs, or else the cores, are enough for.
+
+    Args:
+        processes: runs at work at the same time; where absent, as many as that.
+    """
+
+    def make(do: Callable[..., Any], resources: Resources) -> Pool:
+        import torch
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        gpus = visible_gpus(torch.cuda.device_count())
+        together = resources.processes
+        places = [gpus[i : i + together] for i in range(0, len(gpus) - together + 1, together)]
+        if gpus and not places:
+            raise ConfigError(f"resources.processes: {together} processes need as many GPUs, and there are {len(gpus)}")
+        count = processes or len(places) or max(1, cores // together)
+        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (count * together))))}
+        seen = [{"CUDA_VISIBLE_DEVICES": ",".join(places[i % len(places)])} if places else {} for i in range(count)]
+        return Pool(do, [environment | own for own in seen])
+
+    return make
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Names of the GPUs of this process, as CUDA_VISIBLE_DEVICES has them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+
+
+def on_ray(address: str) -> MakeWorkers:
+    """Makes workers on a cluster of Ray.
+
+    Args:
+        address: of its head, or auto.
+    """
+
+    def make(do: Callable[..., Any], resources: Resources) -> Any:
+        from holdfast.ray_pool import RayPool
+
+        return RayPool(do, resources, address)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all runs that are done came to.
+
+    Attributes:
+        page: the HTML file.
+    """
+
+    comparison: Any
+    page: Path
+
+
+def finish(ended: Sequence[Ended], folder: Path) -> Report | None:
+    """Write what became of each run (sweep.json), and of those that are done the table (table.md, table.csv) and the
+    page; None where none is done."""
+    from holdfast.report import write_report
+    from holdfast.report.compare import compare
+    from holdfast.report.read import read_runs
+    from holdfast.report.tables import as_csv, as_markdown
+
+    rows = [{"run": end.run.name, "state": end.state, "why": end.why, "exit_code": end.code} for end in ended]
+    write_json(folder / "sweep.json", rows)
+    paths = [end.run.path for end in ended if end.state in ("done", "skipped")]
+    if not paths:
+        return None
+    comparison = compare(read_runs(paths))
+    write_text(folder / "table.md", as_markdown(comparison))
+    write_text(folder / "table.csv", as_csv(comparison))
+    return Report(comparison, write_report(paths, folder / "report.html"))
