@@ -18,9 +18,10 @@ class ChatServer:
     """An OpenAI-compatible server on loopback.
 
     ``replies`` is called with each request's body and its number, from 1; it gives the answer, or a status and why.
+    It is asked by chat or, where ``route`` says so, by completions.
     """
 
-    def __init__(self, replies: Callable[[dict[str, Any], int], Reply]):
+    def __init__(self, replies: Callable[[dict[str, Any], int], Reply], route: str = "chat/completions"):
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         lock, outer = threading.Lock(), self
@@ -28,14 +29,20 @@ class ChatServer:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path != f"/v1/{route}":
+                    self.answer(404, "no such route")
+                    return
                 with lock:
                     outer.requests.append(body)
                     outer.keys.append(self.headers["Authorization"])
                     found = replies(body, len(outer.requests))
                 status, text = found if isinstance(found, tuple) else (200, found)
-                message = {"choices": [{"message": {"role": "assistant", "content": text}}]}
+                self.answer(status, text)
+
+            def answer(self, status: int, text: str) -> None:
+                message = {"choices": [{"message": {"role": "assistant", "content": text}, "text": text}]}
                 payload = json.dumps(message if status == 200 else {"error": text}).encode()
-                self.send_response(status if self.path == "/v1/chat/completions" else 404)
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)

@@ -16,7 +16,7 @@ from holdfast.errors import ConfigError
 PAUSE = 0.5  # seconds before the second attempt; doubled before each further one, up to LONGEST_PAUSE
 LONGEST_PAUSE = 30.0
 TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
-NO_ROUTE = (404, 405)
+NO_ROUTE = (404, 405, 501)
 
 Conversation = Sequence[dict[str, str]]
 """Turns of ``role`` and ``content``."""
@@ -157,3 +157,18 @@ class Endpoint:
 
     def _something_else(self, than: str, reply: httpx2.Response) -> ConfigError:
         return ConfigError(f"endpoint {self.url!r}: answered with something else than {than}: {reply.text[:200]!r}")
+
+
+def only_model(endpoint: Endpoint) -> str:
+    """The name of the one model that an endpoint serves.
+
+    Raises:
+        ConfigError: it serves none or several, does not say which, or does not answer.
+    """
+    try:
+        names = endpoint.models()
+    except NoRouteError:
+        raise ConfigError(f"--model: endpoint {endpoint.url!r} does not say what it serves; name the model") from None
+    if len(names) != 1:
+        raise ConfigError(f"--model: endpoint {endpoint.url!r} serves {', '.join(names) or 'no model'}; name one")
+    return names[0]

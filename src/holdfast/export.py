@@ -85,7 +85,7 @@ def export(
     kind = "model" if tuner.folder == "model" else "merged" if merge else "adapter"
     if kind == "merged":
         _check_mergeable(tuner)
-    base = _find_base(found, config.model.name, needed=kind != "model")
+    base = find_base(found, config.model.name, needed=kind != "model")
     pretrained = config.model.model_copy(update={"name": base})
     if kind == "adapter" and push_to is not None and Path(base).is_absolute():
         raise ConfigError(
@@ -106,7 +106,7 @@ def export(
         base=base,
         kind=kind,
         chat=chat,
-        lacks=[*_method_lacks(config), *_folder_lacks(config, kind, base, tokenizer)],
+        lacks=[*method_lacks(config), *_folder_lacks(config, kind, base, tokenizer)],
     )
     try:
         _write(exported, to, saved, merged, settings, tokenizer)
@@ -137,7 +137,7 @@ def _find_stage(run: Run, number: int | None) -> tuple[int, Path]:
     return number, done[number]
 
 
-def _find_base(run: Run, name: str, needed: bool) -> str:
+def find_base(run: Run, name: str, needed: bool) -> str:
     """The base model: a hub name, or its folder as an absolute path, looked for from the run, and then from here.
 
     Raises:
@@ -304,7 +304,7 @@ IDLE: dict[str, Callable[[Any], bool]] = {
 """Options with which such a method does nothing at test time."""
 
 
-def _method_lacks(config: RunConfig) -> list[str]:
+def method_lacks(config: RunConfig) -> list[str]:
     """What the run's methods do at test time, which the scores were measured with and a plain library does not do."""
     lines = []
     for named in config.method:

@@ -28,6 +28,7 @@ from holdfast.evaluation.general import (
     matrix_name,
     refusal_records,
 )
+from holdfast.evaluation.kept import Kept
 from holdfast.evaluation.respond import evaluate_task, response_limit
 from holdfast.evaluation.score import beside_score, scorer, statistics, task_score, total
 from holdfast.files import read_json, read_jsonl, whole_folder, write_json, write_jsonl
@@ -40,6 +41,7 @@ from holdfast.quantization import ready_for_training, weight_options
 from holdfast.setup import Planned, Setup, prepare, resolve
 from holdfast.shards import fingerprint
 from holdfast.stage import train_stage
+from holdfast.tuners.base import Tuner
 
 
 def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -164,7 +166,7 @@ class Run:
         if (folder / "evaluation.json").exists():
             return
         started = time.monotonic()
-        settings = self.config.evaluation
+        settings, kept = self.config.evaluation, Kept(folder / "answers.jsonl")
         when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
         for task in self.setup.stream.tasks:
             path = folder / "responses" / f"{slug(task.name)}.jsonl"
@@ -172,7 +174,7 @@ class Run:
                 continue
             with self._bar(f"evaluate {task.name} {when}") as on_batch:
                 records = evaluate_task(
-                    self._evaluation(),
+                    self._evaluation(kept),
                     task,
                     max_new_tokens=settings.max_new_tokens or self._response_limit(task),
                     on_batch=on_batch,
@@ -181,26 +183,27 @@ class Run:
         general = {}
         if scored := [measure for measure in self.setup.general if measure.kind != "refusals"]:
             with self._bar(f"evaluate general abilities {when}") as on_batch:
-                general = general_statistics(self._evaluation(), scored, on_batch=on_batch)
+                general = general_statistics(self._evaluation(kept), scored, on_batch=on_batch)
         for measure in self.setup.general:
             if measure.kind == "refusals":
-                general[matrix_name(measure)] = self._refusals(measure, folder, when)
+                general[matrix_name(measure)] = self._refusals(measure, folder, when, kept)
         evaluated = {
             "general": {name: general_value(name, statistics) for name, statistics in general.items()},
             "general_examples": {name: statistics.tolist() for name, statistics in general.items()},
             "seconds": time.monotonic() - started,
         }
         write_json(folder / "evaluation.json", evaluated)
+        kept.remove()
         matrix = self._write_matrix()
         scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
         self.progress.line(f"{when}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores))
 
-    def _refusals(self, measure: General, folder: Path, when: str) -> NDArray[np.float64]:
+    def _refusals(self, measure: General, folder: Path, when: str, kept: Kept) -> NDArray[np.float64]:
         """1 or 0 for each prompt that is refused or not, and 1, [prompts, 2]; the responses are kept beside others."""
         path = folder / "responses" / "general" / f"{slug(measure.name)}.jsonl"
         if not path.exists():
             with self._bar(f"ask {measure.name} {when}") as on_batch:
-                write_jsonl(path, refusal_records(self._evaluation(), measure, on_batch=on_batch))
+                write_jsonl(path, refusal_records(self._evaluation(kept), measure, on_batch=on_batch))
         return np.array([[record["score"], 1.0] for record in read_jsonl(path)])
 
     def _curves(self, stage: Planned) -> Curves:
@@ -272,7 +275,7 @@ class Run:
             what += f"; the run goes back to stage {current}" if current else "; the run goes back to its start"
         self.progress.line(f"{what}\n{as_text(failed(checks))}")
 
-    def _evaluation(self) -> Evaluation:
+    def _evaluation(self, kept: Kept | None = None) -> Evaluation:
         config = self.config
         return Evaluation(
             model=self.model,
@@ -281,6 +284,7 @@ class Run:
             batch_size=config.evaluation.batch_size,
             seed=config.seed,
             scorers=self.setup.stream.scorers,
+            kept=kept,
         )
 
     def _response_limit(self, task: Task) -> int | None:
@@ -403,6 +407,11 @@ def read_curves(setup: Setup, directory: RunDirectory, scores: list[list[Any]]) 
 
 
 def load_model(setup: Setup) -> Any:
+    """:func:`load_pretrained` of a run."""
+    return load_pretrained(setup.config, setup.tuner)
+
+
+def load_pretrained(config: RunConfig, tuner: Tuner) -> Any:
     """The pretrained model with its tuner, on this machine's device; new weights follow from the seed.
 
     Raises:
@@ -410,12 +419,12 @@ def load_model(setup: Setup) -> Any:
     """
     from transformers import AutoModelForCausalLM, set_seed
 
-    model = setup.config.model
+    model = config.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    attention = model.attention or fastest(setup.config.training.precision)
+    attention = model.attention or fastest(config.training.precision)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     options |= weight_options(model, device)
-    set_seed(setup.config.seed)
+    set_seed(config.seed)
     try:
         pretrained = AutoModelForCausalLM.from_pretrained(
             model.name,
@@ -426,7 +435,7 @@ def load_model(setup: Setup) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: the weights of {model.name!r} cannot be loaded: {error}") from None
     pretrained = ready_for_training(pretrained) if model.quantization else pretrained.to(device)
-    return setup.tuner.prepare(pretrained)
+    return tuner.prepare(pretrained)
 
 
 def trained_weights(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from holdfast.evaluate import Evaluated
     from holdfast.report.compare import Comparison
 
 SHOWN = ("average", "new_task", "forgetting", "backward_transfer", "general_change")
@@ -69,9 +70,26 @@ def print_costs(comparison: Comparison, console: Console) -> None:
     console.print(table)
 
 
-def _table() -> Table:
+def print_evaluated(evaluated: Evaluated, console: Console) -> None:
+    """Scores of an evaluation beside those of the run, and how many responses differ."""
+    table = _table("task")
+    table.add_column("metric")
+    for name in ("score", "in the run", "responses\nthat differ"):
+        table.add_column(name, justify="right")
+    shown = lambda value: "–" if value is None else f"{value:.3f}"  # noqa: E731
+    for task, (now, then) in evaluated.scores.items():
+        changed = evaluated.changed[task]
+        differ = "–" if changed is None else str(changed)
+        table.add_row(escape(task), evaluated.metrics[task], shown(now), shown(then), differ)
+    for name, (now, then) in evaluated.general.items():
+        table.add_row(escape(name), "general", shown(now), shown(then), "–")
+    console.print(table)
+    console.print(str(evaluated.output), markup=False, soft_wrap=True)
+
+
+def _table(first: str = "run") -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("run", overflow="fold")
+    table.add_column(first, overflow="fold")
     return table
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from holdfast.data.task import Example, Task
     from holdfast.evaluation.kept import Kept
     from holdfast.evaluation.scorers import Scorer
+    from holdfast.evaluation.served import Served
     from holdfast.methods.base import Method, Row
 
 
@@ -31,6 +32,7 @@ class Evaluation:
         seed: of the run; methods draw their random choices at test time from it.
         scorers: of metrics that need more than their name, by name.
         kept: answers of the same weights that are not asked for again, and where further ones are kept.
+        served: the model behind an endpoint, which is asked for responses in the place of ``model``.
     """
 
     model: PreTrainedModel | PeftModel
@@ -40,6 +42,7 @@ class Evaluation:
     seed: int = 0
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     kept: Kept | None = None
+    served: Served | None = None
 
     def ask(self, task: Task, example: Example, reserve: int) -> Example:
         """What the model is asked instead of a test example; ``reserve`` tokens are left for the response."""

@@ -108,7 +108,9 @@ def _responses(evaluation: Evaluation, task: Task, max_new_tokens: int | None, o
 
 def respond(evaluation: Evaluation, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch) -> list[str]:
     """The model's response to each example, greedy, without looking at its answer."""
-    encoder = evaluation.encoder
+    encoder, kept = evaluation.encoder, evaluation.kept or Kept()
+    if evaluation.served is not None:
+        return evaluation.served.respond(encoder, asked, max_new_tokens, on_batch, kept)
     prompts = [encoder.prompt(example, reserve=max_new_tokens) for example in asked]
 
     def ask(left: list[int], add: Add) -> None:
@@ -128,7 +130,6 @@ def respond(evaluation: Evaluation, asked: Sequence[Example], max_new_tokens: in
                 )
                 done += len(part)
 
-    kept = evaluation.kept or Kept()
     responses = kept.complete([["response", ids, max_new_tokens] for ids in prompts], ask)
     return [encoder.decode(tokens) for tokens in responses]
 

@@ -1,0 +1,246 @@
+"""A stage of a run evaluated again: in process, or the model behind an endpoint; what is answered is asked no more."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from holdfast.data.task import General, Task
+from holdfast.directory import slug
+from holdfast.endpoint import Endpoint
+from holdfast.errors import ConfigError, Interrupted, RunDirectoryError
+from holdfast.evaluation.at_test import Evaluation
+from holdfast.evaluation.general import general_statistics, general_value, matrix_name, refusal_records
+from holdfast.evaluation.kept import Kept
+from holdfast.evaluation.respond import evaluate_task, response_limit
+from holdfast.evaluation.score import task_score
+from holdfast.evaluation.served import Served
+from holdfast.files import locked_folder, read_json, read_jsonl, write_json, write_jsonl
+from holdfast.interrupt import Interrupt
+from holdfast.methods.base import Method
+from holdfast.progress import Progress
+from holdfast.reload import Found, find_stage
+from holdfast.setup import Setup, prepare
+
+logger = logging.getLogger("holdfast")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was measured, beside what the run measured after the same stage.
+
+    Attributes:
+        output: the folder that holds the responses.
+        metrics: of each task.
+        scores: of each task, this time and in the run; None where not measured.
+        general: the same of each measure of general ability.
+        changed: of each task's responses, how many differ from the run's; None where there are none to compare.
+    """
+
+    output: Path
+    metrics: dict[str, str]
+    scores: dict[str, tuple[float | None, float | None]]
+    general: dict[str, tuple[float | None, float | None]]
+    changed: dict[str, int | None]
+
+
+def evaluate(
+    run: Path,
+    *,
+    stage: int | None = None,
+    endpoint: Endpoint | None = None,
+    output: Path | None = None,
+    progress: Progress | None = None,
+) -> Evaluated:
+    """Measure a stage of a run again, on the same test examples; the run's own results stay as they are.
+
+    Answers are kept as they come: the same call goes on where one was stopped or killed, or where the endpoint failed,
+    and asks nothing twice.
+
+    Args:
+        run: a run's directory.
+        stage: from 1, or 0 for the model before training; where absent, the one whose weights the run holds.
+        endpoint: asks the model there, which need not be the run's, for responses. Losses and likelihoods of choices
+            are not measured then, nor does a method act on the weights at test time.
+        output: folder for responses and scores; where absent, one of the stage's, or of the stage's and the
+            endpoint's, below ``evaluations`` in the run's directory.
+
+    Raises:
+        UserError: there is no such stage, its data have changed, ``output`` holds another evaluation, or the endpoint
+            cannot be used or fails again and again.
+        Interrupted: SIGINT or SIGTERM asked to stop.
+    """
+    found = find_stage(run, stage)
+    setup = prepare(found.config)
+    found.check_data(setup)
+    output = output or run / "evaluations" / _name(found, endpoint)
+    with locked_folder(output), Interrupt() as interrupt:
+        _claim(output, found, endpoint)
+        again = Again(found, setup, endpoint, output, progress or Progress(), interrupt)
+        if not (output / "evaluation.json").exists():
+            again.measure()
+        return again.evaluated()
+
+
+def _name(found: Found, endpoint: Endpoint | None) -> str:
+    name = found.folder.name
+    return name if endpoint is None else f"{name}-{slug(endpoint.url.partition('://')[2]).replace(':', '_')}"
+
+
+def _claim(output: Path, found: Found, endpoint: Endpoint | None) -> None:
+    """Say in ``asked.json`` what is evaluated here, or make sure that it is the same."""
+    asked = {
+        "stage": found.number,
+        "weights": found.weights,
+        "stream": found.run.info["stream"],
+        "endpoint": endpoint and {"url": endpoint.url, "model": endpoint.model},
+    }
+    path = output / "asked.json"
+    if path.exists():
+        if (before := read_json(path)) != asked:
+            differing = [
+                f"{key}: {before.get(key)!r} -> {asked[key]!r}" for key in asked if asked[key] != before.get(key)
+            ]
+            raise RunDirectoryError(
+                f"{output}: holds another evaluation ({'; '.join(differing)}); give another --output"
+            )
+        return
+    if others := sorted(p.name for p in output.iterdir() if p.name != ".lock"):
+        raise RunDirectoryError(f"{output}: holds other files ({', '.join(others[:3])}); give another --output")
+    write_json(path, asked)
+
+
+class Again:
+    """One evaluation at work."""
+
+    def __init__(
+        self,
+        found: Found,
+        setup: Setup,
+        endpoint: Endpoint | None,
+        output: Path,
+        progress: Progress,
+        interrupt: Interrupt,
+    ):
+        self.found, self.setup, self.output = found, setup, output
+        self.progress, self.interrupt = progress, interrupt
+        self.served = None if endpoint is None else Served(endpoint)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The model, loaded when it is first needed."""
+        settings = self.found.config.evaluation
+        return Evaluation(
+            model=self.found.measured_model(self.setup) if self.served is None else None,  # type: ignore[arg-type]
+            encoder=self.setup.encoder,
+            batch_size=settings.batch_size,
+            methods=self.setup.applied,
+            seed=self.found.config.seed,
+            scorers=self.setup.stream.scorers,
+            kept=Kept(self.output / "answers.jsonl"),
+            served=self.served,
+        )
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """Those that can be measured."""
+        tasks, scorers = self.setup.stream.tasks, self.setup.stream.scorers
+        return [task for task in tasks if self.served is None or scorers[task.metric].reads == "response"]
+
+    @cached_property
+    def general(self) -> list[General]:
+        """The same of measures of general ability."""
+        return [one for one in self.setup.general if self.served is None or one.kind == "refusals"]
+
+    def measure(self) -> None:
+        """Ask what has no answer yet, and write the scores."""
+        started = time.monotonic()
+        if self.served is not None:
+            self._warn()
+        for task in self.tasks:
+            if not (path := self._responses(task.name)).exists():
+                with self._bar(f"evaluate {task.name}") as on_batch:
+                    limit = self.found.config.evaluation.max_new_tokens or response_limit(self.setup.encoder, task)
+                    records = evaluate_task(self.evaluation, task, max_new_tokens=limit, on_batch=on_batch)
+                write_jsonl(path, records)
+        general = {}
+        if scored := [one for one in self.general if one.kind != "refusals"]:
+            with self._bar("evaluate general abilities") as on_batch:
+                general = general_statistics(self.evaluation, scored, on_batch=on_batch)
+        for one in self.general:
+            if one.kind == "refusals":
+                path = self.output / "responses" / "general" / f"{slug(one.name)}.jsonl"
+                if not path.exists():
+                    with self._bar(f"ask {one.name}") as on_batch:
+                        write_jsonl(path, refusal_records(self.evaluation, one, on_batch=on_batch))
+                general[matrix_name(one)] = np.array([[record["score"], 1.0] for record in read_jsonl(path)])
+        write_json(
+            self.output / "evaluation.json",
+            {
+                "scores": {
+                    task.name: task_score(read_jsonl(self._responses(task.name)), task.metric) for task in self.tasks
+                },
+                "general": {name: general_value(name, statistics) for name, statistics in general.items()},
+                "general_examples": {name: statistics.tolist() for name, statistics in general.items()},
+                "seconds": time.monotonic() - started,
+            },
+        )
+        Kept(self.output / "answers.jsonl").remove()
+
+    def evaluated(self) -> Evaluated:
+        """What was measured, read from its files."""
+        written, run, row = read_json(self.output / "evaluation.json"), self.found.run, self.found.row
+        then = dict(zip(run.tasks, run.scores[row], strict=True))
+        general = {name: values[row] for name, values in run.matrix["general"].items()}
+        names = [task.name for task in self.setup.stream.tasks]
+        return Evaluated(
+            output=self.output,
+            metrics={task.name: task.metric for task in self.setup.stream.tasks},
+            scores={name: (written["scores"].get(name), then[name]) for name in names},
+            general={name: (written["general"].get(name), value) for name, value in general.items()},
+            changed={name: self._changed(name) for name in names},
+        )
+
+    def _changed(self, task: str) -> int | None:
+        path = self._responses(task)
+        now, then = read_jsonl(path) if path.exists() else [], self.found.run.responses(self.found.row, task)
+        if not now or len(now) != len(then) or "response" not in now[0]:
+            return None
+        return sum(one["response"] != other["response"] for one, other in zip(now, then, strict=True))
+
+    def _responses(self, task: str) -> Path:
+        return self.output / "responses" / f"{slug(task)}.jsonl"
+
+    def _warn(self) -> None:
+        """Say what an endpoint is not asked for.
+
+        Raises:
+            ConfigError: that is everything.
+        """
+        left = [task.name for task in self.setup.stream.tasks if task not in self.tasks]
+        left += [one.name for one in self.setup.general if one not in self.general]
+        if left:
+            logger.warning("not measured through an endpoint, which gives no likelihoods: %s", ", ".join(left))
+        if not self.tasks and not self.general:
+            raise ConfigError("--endpoint: none of the run's tasks is scored by responses; evaluate it without")
+        for method in self.setup.applied:
+            if type(method).at_test is not Method.at_test:
+                logger.warning("method %r acts on the model at test time, which an endpoint's does not", method.name)
+
+    @contextlib.contextmanager
+    def _bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        with self.progress.bar(title) as bar:
+
+            def on_batch(done: int, total: int) -> None:
+                bar.update(done, total=total)
+                if self.interrupt.requested:
+                    raise Interrupted(f"stopped in {title!r} after {done} of {total}")
+
+            yield on_batch
