@@ -193,7 +193,7 @@ def test_an_endpoint_that_does_not_say_what_it_serves_needs_a_model():
 def test_another_evaluation_in_the_same_folder_is_refused(finished: Path, tmp_path: Path):
     first = evaluate(finished, output=tmp_path / "own", progress=QUIET)
     assert first.changed == {"red": 0, "green": 0, "blue": 0}
-    with pytest.raises(RunDirectoryError, match=r"holds another evaluation \(endpoint: None -> .*give another --output"):
+    with pytest.raises(RunDirectoryError, match=r"another evaluation \(endpoint: None -> .*give another --output"):
         evaluate(finished, endpoint=Endpoint("http://127.0.0.1:1/v1", "m"), output=tmp_path / "own", progress=QUIET)
     with pytest.raises(RunDirectoryError, match=r"holds other files .*give another --output"):
         evaluate(finished, output=tmp_path, progress=QUIET)

@@ -138,7 +138,7 @@ class Again:
         """The model, loaded when it is first needed."""
         settings = self.found.config.evaluation
         return Evaluation(
-            model=self.found.measured_model(self.setup) if self.served is None else None,  # type: ignore[arg-type]
+            model=self.found.measured_model(self.setup) if self.served is None else None,
             encoder=self.setup.encoder,
             batch_size=settings.batch_size,
             methods=self.setup.applied,
