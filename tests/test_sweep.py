@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from holdfast.report.read import read_runs
 from holdfast.runner import run
 from holdfast.search import best
 from holdfast.sweep import SearchConfig, check, expand, load_sweep
+from jobs import job
 from tiny import tiny_config
 
 QUIET = Progress(quiet=True)
@@ -129,8 +128,8 @@ def test_twelve_runs_are_done_once_and_compared(tmp_path, capsys, monkeypatch):
     run(first.config, QUIET)
     before = (first.path / "run.json").stat().st_mtime_ns
 
-    code, said, _ = sweep(capsys, monkeypatch, path, "--processes", "2")
-    assert code == 0
+    code, said, errors = sweep(capsys, monkeypatch, path, "--processes", "2")
+    assert code == 0, errors
     states = read_json(tmp_path / "sweep" / "sweep.json")
     assert [row["state"] for row in states] == ["skipped"] + ["done"] * 11
     assert (first.path / "run.json").stat().st_mtime_ns == before
@@ -157,14 +156,6 @@ def test_a_run_that_fails_stops_no_other_and_is_told_of(tmp_path, capsys, monkey
     assert code == rows[1]["exit_code"] == 2
     assert "failed" in said and "not finite" in " ".join(said.split()).replace("NaN", "not finite")
     assert (tmp_path / "sweep" / "report.html").exists()
-
-
-def job(what: str) -> int:
-    if what == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "raise":
-        raise ConfigError("a key is wrong")
-    return os.getpid()
 
 
 def test_a_pool_outlives_a_worker_that_is_killed():
@@ -223,9 +214,10 @@ def test_a_search_tries_on_dev_and_runs_the_best_on_test(tmp_path, capsys, monke
     search = {"over": {"method.strength": {"low": 1, "high": 1e4}}, "max_forgetting": 1.0, "trials": 3, "at_once": 2}
     values = tiny_sweep(tmp_path, grid={"method": ["ewc"], "seed": [3, 4]}, search=search)
     values["run"]["stream"]["order"] = ["red", "blue"]
+    values["run"]["training"]["max_steps"] = 4
     with_dev(tmp_path)
-    code, _, _ = sweep(capsys, monkeypatch, write(tmp_path, values), "--processes", "1")
-    assert code == 0
+    code, _, said = sweep(capsys, monkeypatch, write(tmp_path, values), "--processes", "1")
+    assert code == 0, said
     [found] = read_json(tmp_path / "sweep" / "search.json")
     strength = found["best"]["method.strength"]
     assert len({trial["values"]["method.strength"] for trial in found["trials"]}) == 3

@@ -1,24 +1,23 @@
-"""What :class:`holdfast.pool.Pool` is, on a cluster of Ray: a job whose machine was lost begins again elsewhere."""
+"""What :class:`holdfast.pool.Pool` is, on a cluster of Ray: a run whose machine was lost begins again elsewhere."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from holdfast.errors import ConfigError, Interrupted
 from holdfast.pool import Outcome, WorkerDiedError
 from holdfast.sweep import Resources
+from holdfast.sweep_work import do_run
 
 
 class RayPool:
-    """Jobs as tasks of Ray. What they write must lie where every machine sees it."""
+    """Runs as tasks of Ray. Their folders must lie where every machine sees them."""
 
-    def __init__(self, do: Callable[..., Any], resources: Resources, address: str):
+    def __init__(self, resources: Resources, address: str):
         """
         Args:
-            do: does a job; a function of a module that every machine has.
-            resources: of one job.
+            resources: of one run.
             address: of a cluster's head, or auto.
 
         Raises:
@@ -38,33 +37,33 @@ class RayPool:
         if not any(m.get("CPU", 0) >= cores and m.get("GPU", 0) >= gpus for m in machines):
             raise ConfigError(f"resources: a run needs {cores:g} cores and {gpus:g} GPUs, which no machine here has")
         options: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus, "max_retries": resources.retries}
-        self._do = ray.remote(**options)(do)
+        self._do, self._processes = ray.remote(**options)(do_run), resources.processes
         self._jobs: dict[Any, Any] = {}
         self._stopping = False
 
     @property
     def free(self) -> int:
-        """How many more jobs can be submitted: any number, which Ray keeps until there is room."""
+        """How many more runs can be submitted: any number, which Ray keeps until there is room."""
         return 0 if self._stopping else 1
 
     @property
     def working(self) -> int:
-        """How many jobs are under way or waiting for room."""
+        """How many runs are under way or waiting for room."""
         return len(self._jobs)
 
     def submit(self, key: Any, *arguments: Any) -> None:
-        """Begin a job under a name of its own."""
-        self._jobs[self._do.remote(*arguments)] = key
+        """Begin a run under a name of its own."""
+        self._jobs[self._do.remote(self._processes, *arguments)] = key
 
     def wait(self, seconds: float | None = None) -> list[tuple[Any, Outcome]]:
-        """The jobs that are done by now, once there is one or the time is over."""
+        """The runs that are done by now, once there is one or the time is over."""
         if not self._jobs:
             return []
         ready, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=seconds)
         return [(self._jobs.pop(job), self._outcome(job)) for job in ready]
 
     def stop(self) -> None:
-        """Ask the jobs under way to save and leave; nothing else begins."""
+        """Ask the runs under way to save and leave; nothing else begins."""
         self._stopping = True
         for job in self._jobs:
             self._ray.cancel(job)

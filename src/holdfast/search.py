@@ -15,10 +15,10 @@ from holdfast.files import write_json
 from holdfast.grid import Axis, cells
 from holdfast.progress import Progress
 from holdfast.sweep import PlannedRun, Range, SearchConfig, Sweep, check, planned
-from holdfast.sweep_work import MakeWorkers, said, work_off
+from holdfast.sweep_work import Workers, said, work_off
 
 
-def searched(sweep: Sweep, make: MakeWorkers, progress: Progress) -> list[PlannedRun]:
+def searched(sweep: Sweep, workers: Workers, progress: Progress) -> list[PlannedRun]:
     """Search each cell of the grid, whatever its seeds, and give its runs what was found.
 
     Writes search.json: of each cell its trials and the best one.
@@ -36,7 +36,7 @@ def searched(sweep: Sweep, make: MakeWorkers, progress: Progress) -> list[Planne
             rest = [axis for axis in axes if set(axis.changes) != {"seed"}]
             name = planned(sweep, rest, {}).name
             if name not in known:
-                trials = _search(sweep, sweep.search, rest, name, make, progress)
+                trials = _search(sweep, sweep.search, rest, name, workers, progress)
                 known[name] = best(trials, sweep.search, name)
                 found.append({"cell": name, "best": known[name], "trials": trials})
                 write_json(Path(sweep.output) / "search.json", found)
@@ -65,7 +65,7 @@ def best(trials: Sequence[dict[str, Any]], search: SearchConfig, name: str) -> d
 
 
 def _search(
-    sweep: Sweep, search: SearchConfig, axes: Sequence[Axis], name: str, make: MakeWorkers, progress: Progress
+    sweep: Sweep, search: SearchConfig, axes: Sequence[Axis], name: str, workers: Workers, progress: Progress
 ) -> list[dict[str, Any]]:
     """The trials of one cell."""
     try:
@@ -85,7 +85,7 @@ def _search(
         chosen = [{key: _suggest(trial, key, range_) for key, range_ in search.over.items()} for trial in asked]
         runs = [planned(sweep, [*axes, dev], values, Path(sweep.output) / "search" / name) for values in chosen]
         check(runs)
-        for trial, values, end in zip(asked, chosen, work_off(runs, sweep.resources, make, progress), strict=True):
+        for trial, values, end in zip(asked, chosen, work_off(runs, workers, progress), strict=True):
             summary: dict[str, Any] = {"average": None, "forgetting": None}
             lower = False
             if end.state in ("done", "skipped"):

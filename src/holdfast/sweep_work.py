@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,9 +35,6 @@ class Workers(Protocol):
     def stop(self) -> None: ...
 
 
-MakeWorkers = Callable[[Callable[..., Any], Resources], AbstractContextManager[Workers]]
-
-
 @dataclass(frozen=True)
 class Ended:
     """How a run ended.
@@ -54,8 +51,11 @@ class Ended:
     code: int = 0
 
 
-def work_off(runs: Sequence[PlannedRun], resources: Resources, make: MakeWorkers, progress: Progress) -> list[Ended]:
+def work_off(runs: Sequence[PlannedRun], workers: Workers, progress: Progress) -> list[Ended]:
     """Do the runs that are not done; one that fails stops no other.
+
+    Args:
+        workers: that :func:`do_run`.
 
     Returns:
         what became of each, in their order.
@@ -67,14 +67,12 @@ def work_off(runs: Sequence[PlannedRun], resources: Resources, make: MakeWorkers
     left = [run for run in runs if run.name not in ended]
     if ended:
         progress.line(f"{len(ended)} of {len(runs)} runs are done already")
-        if not left:
-            return list(ended.values())
     asked = False
-    with Interrupt() as interrupt, make(do_run, resources) as workers:
+    with Interrupt() as interrupt:
         while (left and not asked) or workers.working:
             while left and workers.free and not asked:
                 run = left.pop(0)
-                workers.submit(run, run.config.model_dump(mode="json"), resources.processes)
+                workers.submit(run, run.config.model_dump(mode="json"))
             for run, outcome in workers.wait(0.5):
                 ended[run.name] = how(run, outcome)
                 progress.line(f"{len(ended)}/{len(runs)} {run.name}: {said(ended[run.name])}")
@@ -112,7 +110,7 @@ def exit_code(ended: Sequence[Ended]) -> int:
     return codes.pop() if len(codes) == 1 else int(bool(codes))
 
 
-def do_run(config: dict[str, Any], processes: int) -> None:
+def do_run(processes: int, config: dict[str, Any]) -> None:
     """One run, in this process or in several; another sweep may be at the same one, and is waited for."""
     output = Path(config["output"])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -138,49 +136,33 @@ def do_run(config: dict[str, Any], processes: int) -> None:
         run(config, Progress(quiet=True))
 
 
-def local_workers(processes: int | None) -> MakeWorkers:
-    """Makes workers on this machine: as many at a time as the GPUs, or else the cores, are enough for.
+def local_workers(resources: Resources, count: int | None) -> Pool:
+    """Workers on this machine, each with GPUs of its own where there are any, and its share of the cores.
 
     Args:
-        processes: runs at work at the same time; where absent, as many as that.
+        count: runs at work at the same time; where absent, as many as the GPUs, or else the cores, are enough for.
+
+    Raises:
+        ConfigError: there are GPUs, but too few for one run.
     """
+    import torch
 
-    def make(do: Callable[..., Any], resources: Resources) -> Pool:
-        import torch
-
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        gpus = visible_gpus(torch.cuda.device_count())
-        together = resources.processes
-        places = [gpus[i : i + together] for i in range(0, len(gpus) - together + 1, together)]
-        if gpus and not places:
-            raise ConfigError(f"resources.processes: {together} processes need as many GPUs, and there are {len(gpus)}")
-        count = processes or len(places) or max(1, cores // together)
-        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (count * together))))}
-        seen = [{"CUDA_VISIBLE_DEVICES": ",".join(places[i % len(places)])} if places else {} for i in range(count)]
-        return Pool(do, [environment | own for own in seen])
-
-    return make
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = visible_gpus(torch.cuda.device_count())
+    together = resources.processes
+    places = [gpus[i : i + together] for i in range(0, len(gpus) - together + 1, together)]
+    if gpus and not places:
+        raise ConfigError(f"resources.processes: {together} processes need as many GPUs, and there are {len(gpus)}")
+    count = count or len(places) or max(1, cores // together)
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (count * together))))
+    seen = [{"CUDA_VISIBLE_DEVICES": ",".join(places[i % len(places)])} if places else {} for i in range(count)]
+    return Pool(partial(do_run, together), [{"OMP_NUM_THREADS": threads} | own for own in seen])
 
 
 def visible_gpus(count: int) -> list[str]:
     """Names of the GPUs of this process, as CUDA_VISIBLE_DEVICES has them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:count] if named else [str(i) for i in range(count)]
-
-
-def on_ray(address: str) -> MakeWorkers:
-    """Makes workers on a cluster of Ray.
-
-    Args:
-        address: of its head, or auto.
-    """
-
-    def make(do: Callable[..., Any], resources: Resources) -> Any:
-        from holdfast.ray_pool import RayPool
-
-        return RayPool(do, resources, address)
-
-    return make
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,15 @@ def sweep(
     if dry_run:
         print_runs(runs, console)
         return
-    from holdfast.sweep_work import exit_code, finish, local_workers, on_ray, work_off
+    from holdfast.ray_pool import RayPool
+    from holdfast.search import searched
+    from holdfast.sweep_work import exit_code, finish, local_workers, work_off
 
-    make = local_workers(processes) if ray is None else on_ray(ray)
-    if loaded.search is not None:
-        from holdfast.search import searched
-
-        runs = searched(loaded, make, Progress())
-    ended = work_off(runs, loaded.resources, make, Progress())
+    need = loaded.resources
+    with local_workers(need, processes) if ray is None else RayPool(need, ray) as workers:
+        if loaded.search is not None:
+            runs = searched(loaded, workers, Progress())
+        ended = work_off(runs, workers, Progress())
     if report := finish(ended, Path(loaded.output)):
         from holdfast.cli.table import print_comparison
 
