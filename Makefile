@@ -26,6 +26,10 @@ format: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	# DeepSpeed comes as source, whose setup asks the torch that is installed; it compiles nothing.
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt \
+		--no-build-isolation deepspeed
 	touch $@
 
 clean:

@@ -5,15 +5,20 @@ Nothing here imports DeepSpeed where it is not used: what it has divided is told
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed where it is; it would warn of a guess
 
 BUCKET = 1 << 24
 """Entries of gradients that are summed over the processes at a time."""
@@ -171,12 +176,37 @@ def begin() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for logger in ("DeepSpeed", "accelerate.accelerator"):
+        logging.getLogger(logger).addFilter(_is_news)
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     try:
         PartialState(backend=None if torch.cuda.is_available() else "gloo")
     finally:
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a warning says more than that the run's own optimizer and accumulation are used, as they should be."""
+    return not any(text in record.getMessage() for text in ("untested optimizer", "accumulation steps mismatch"))
+
+
+def keep_float32(arguments: Any) -> None:
+    """Let ``bf16`` of TrainingArguments mean autocast on float32 weights, as on one process; see :func:`autocast`.
+
+    accelerate would turn it into bfloat16 weights, where the DeepSpeed configuration does not speak of it.
+    """
+    arguments.hf_deepspeed_config.config.setdefault("bf16", {"enabled": False})
+
+
+def autocast(model: Any) -> None:
+    """Let the model's forward pass run in bfloat16 where that is safe, and give float32, as accelerate does it."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    if not hasattr(model, "_original_forward"):
+        model._original_forward = model.forward
+        cast = torch.autocast(device_type=next(model.parameters()).device.type, dtype=torch.bfloat16)
+        model.forward = MethodType(convert_outputs_to_fp32(cast(model.forward.__func__)), model)
 
 
 def attach(engine: Any, before_step: Callable[[], None]) -> None:
@@ -218,43 +248,67 @@ def release(model: nn.Module) -> None:
         p.__dict__.pop("_hp_mapping", None)
 
 
-def optimizer_state(model: nn.Module, parameters: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """By parameter and by kind: this process's parts [length] of what the optimizer keeps, or scalars []."""
-    state = {}
-    for name, p in parameters.items():
-        flat, start = _place(model, p)
-        length = part(p).length
-        state[name] = {
-            kind: t.narrow(0, start, length) if t.shape == flat.shape else t
-            for kind, t in _inner(model).state[flat].items()
-            if isinstance(t, Tensor)
+class Unflattened:
+    """An engine's torch optimizer, which steps flat tensors, as if it held the model's parameters.
+
+    Attributes:
+        param_groups: as a torch optimizer's.
+        state: by parameter and kind, live: this process's part [length], or a scalar [].
+    """
+
+    def __init__(self, optimizer: Any):
+        self._optimizer, self._inner = optimizer, optimizer.optimizer
+        if hasattr(optimizer, "fp16_groups"):
+            groups: list[list[Any]] = [[] for _ in self._inner.param_groups]
+            for number, parameters in enumerate(optimizer.fp16_groups):
+                groups[optimizer.sub_group_to_group_id[number]] += parameters
+        else:
+            groups = optimizer.bit16_groups
+        self.param_groups = [
+            group | {"params": parameters} for group, parameters in zip(self._inner.param_groups, groups, strict=True)
+        ]
+        self.state = {p: self._parts(p) for parameters in groups for p in parameters}
+
+    def _parts(self, p: Any) -> dict[str, Any]:
+        flat, start = self._place(p)
+        return {
+            kind: t.narrow(0, start, part(p).length) if isinstance(t, Tensor) and t.shape == flat.shape else t
+            for kind, t in self._inner.state[flat].items()
         }
-    return state
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Put back a state of the form of a torch optimizer's state_dict, whose tensors are this process's parts."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for group, known in zip(self._inner.param_groups, saved["param_groups"], strict=True):
+            group.update({key: value for key, value in known.items() if key != "params"})
+        for number, state in saved["state"].items():
+            flat, start = self._place(parameters[number])
+            kept = self._inner.state[flat]
+            for kind, value in state.items():
+                if isinstance(value, Tensor) and value.dim():
+                    if kind not in kept:
+                        kept[kind] = torch.zeros_like(flat, dtype=value.dtype, requires_grad=False)
+                    kept[kind].narrow(0, start, len(value)).copy_(value)
+                else:
+                    kept[kind] = value
+
+    def _place(self, p: Any) -> tuple[Tensor, int]:
+        """The flat tensor that is stepped for a parameter, and where this process's part of it begins there."""
+        optimizer = self._optimizer
+        if is_partitioned(p):
+            group, start, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+            return optimizer.fp32_partitioned_groups_flat[group], start
+        group = next(
+            i for i, parameters in enumerate(optimizer.bit16_groups) if any(other is p for other in parameters)
+        )
+        flat = optimizer.single_partition_of_fp32_groups[group]
+        return flat, p._hp_mapping.hp_fragment_address.start if p._hp_mapping else 0
 
 
-def load_optimizer_state(model: nn.Module, parameters: Mapping[str, Any], state: Mapping[str, Mapping[str, Tensor]]):
-    """Put back what :func:`optimizer_state` gave, on a new engine."""
-    kept = _inner(model).state
-    for name, p in parameters.items():
-        flat, start = _place(model, p)
-        for kind, t in state.get(name, {}).items():
-            if not t.dim():
-                kept[flat][kind] = t.clone()
-                continue
-            if kind not in kept[flat]:
-                kept[flat][kind] = torch.zeros_like(flat, dtype=t.dtype, requires_grad=False)
-            kept[flat][kind].narrow(0, start, len(t)).copy_(t)
-
-
-def _place(model: nn.Module, p: Any) -> tuple[Tensor, int]:
-    """The flat tensor that the optimizer steps for a parameter, and where this process's part of it begins there."""
+def unflattened(model: nn.Module) -> Unflattened | None:
+    """The optimizer of a model's engine, where that steps flat tensors."""
     optimizer = _optimizer(model)
-    if is_partitioned(p):
-        group, start, _ = optimizer.grad_position[optimizer.get_param_id(p)]
-        return optimizer.fp32_partitioned_groups_flat[group], start
-    group = next(i for i, group in enumerate(optimizer.bit16_groups) if any(other is p for other in group))
-    flat = optimizer.single_partition_of_fp32_groups[group]
-    return flat, p._hp_mapping.hp_fragment_address.start if p._hp_mapping else 0
+    return Unflattened(optimizer) if hasattr(optimizer, "optimizer") else None
 
 
 def _engine(model: nn.Module) -> Any:
@@ -264,11 +318,6 @@ def _engine(model: nn.Module) -> Any:
 
 def _optimizer(model: nn.Module) -> Any:
     return getattr(_engine(model), "optimizer", None)
-
-
-def _inner(model: nn.Module) -> Any:
-    """The torch optimizer."""
-    return _optimizer(model).optimizer
 
 
 def _free_port() -> int:
