@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+import holdfast.directory
 import holdfast.evaluation.kept
 import holdfast.runner
 import holdfast.trainer
@@ -27,7 +28,7 @@ POINTS = {
     "after_stage": (Replay, "after_stage"),
     "weights": (holdfast.runner, "save_states"),  # the stage's weights stand, its manifest does not
     "answers": (holdfast.evaluation.kept.Kept, "_add"),  # a batch of an evaluation is answered
-    "response": (holdfast.runner, "write_jsonl"),  # one task of an evaluation is done
+    "response": (holdfast.directory, "write_jsonl"),  # one task of an evaluation is done
     "matrix": (holdfast.runner, "summarize"),
     "report": (holdfast.runner.Run, "_report"),
 }

@@ -8,9 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from holdfast.process import Process
 
 
 class Cost:
@@ -59,6 +62,15 @@ class Cost:
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "peak_memory_gib": round(self.peak_memory_gib, 3),
+        }
+
+    def of_all(self, process: Process) -> dict[str, Any]:
+        """:meth:`state` of all processes together: the tokens of all, the longest time and the highest peak."""
+        states = process.all(self.state())
+        return {
+            "tokens": sum(state["tokens"] for state in states),
+            "seconds": max(state["seconds"] for state in states),
+            "peak_memory_gib": max(state["peak_memory_gib"] for state in states),
         }
 
     def load(self, state: dict[str, Any]) -> None:

@@ -16,17 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.config import RunConfig, difference
 from holdfast.errors import RunDirectoryError
-from holdfast.files import LOCK, locked_folder, read_json, read_jsonl, write_json, write_jsonl
+from holdfast.files import LOCK, locked_folder, read_json, read_jsonl, whole_folder, write_json, write_jsonl
+from holdfast.process import Process
 
 if TYPE_CHECKING:
     from holdfast.lab.config import LabConfig
 
 
 class RunDirectory:
-    """The files of one run. Only :func:`open_directory` makes one, under a lock."""
+    """The files of one run. Only :func:`open_directory` makes one, under a lock.
+
+    All processes of a run have one; the main process alone writes, and they wait for each other after it has.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.process = Process.this()
         self.record: dict[str, Any] = read_json(path / "run.json") if (path / "run.json").exists() else {}
 
     def begin(self, config: RunConfig | LabConfig, facts: dict[str, Any], data: str = "tasks") -> None:
@@ -38,13 +43,15 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the directory belongs to another configuration or other data; the difference is listed.
         """
+        world = self.process.world
         if not self.record:
             self.record = {
                 "config": config.model_dump(mode="json"),
                 "seed": config.seed,
                 "versions": versions(),
                 "hardware": hardware(),
-                "engine": "single",
+                "engine": getattr(config.training, "engine", None) or ("single" if world == 1 else "ddp"),
+                "processes": world,
                 "commit": _commit(),
                 "started": _now(),
                 "finished": None,
@@ -87,7 +94,33 @@ class RunDirectory:
         return os.path.relpath(Path(model).absolute(), self.path.resolve()) if Path(model).is_dir() else None
 
     def write(self) -> None:
-        write_json(self.path / "run.json", self.record)
+        self.write_json(self.path / "run.json", self.record)
+
+    def exists(self, path: Path) -> bool:
+        """Whether the main process finds a file, in all processes."""
+        return self.process.first(path.exists())
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write a JSON file; all processes call this."""
+        if self.process.main:
+            write_json(path, value)
+        self.process.wait()
+
+    def write_jsonl(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        """Write a JSON-lines file; all processes call this."""
+        if self.process.main:
+            write_jsonl(path, rows)
+        self.process.wait()
+
+    @contextlib.contextmanager
+    def whole_folder(self, path: Path) -> Iterator[Path]:
+        """A temporary folder to fill, which becomes ``path``; all processes call this, and the main one writes."""
+        if self.process.main:
+            with whole_folder(path) as partial:
+                yield partial
+        else:
+            yield path
+        self.process.wait()
 
     def stage(self, index: int, name: str) -> Path:
         """The folder of a stage; index 0 is before training."""
@@ -97,9 +130,10 @@ class RunDirectory:
         """Drop the events and curves after a step of a stage: a resumed run writes them again."""
         for name in ("events.jsonl", "curves.jsonl"):
             path = self.path / name
-            if path.exists():
+            if path.exists() and self.process.main:
                 lines = [line for line in read_jsonl(path) if (line["stage"], line["step"]) <= (stage, step)]
                 write_jsonl(path, lines)
+        self.process.wait()
 
 
 @contextlib.contextmanager
@@ -110,6 +144,11 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
         RunDirectoryError: it is a file, cannot be written, holds something else, or another process uses it; or what
             is done in it fills the disk.
     """
+    process = Process.this()
+    if not process.main:
+        process.wait()
+        yield RunDirectory(path)
+        return
     with locked_folder(path):
         if not (path / "run.json").exists():
             others = sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(".partial"))
@@ -117,6 +156,7 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
                 raise RunDirectoryError(
                     f"output: {path} is no run but holds other files ({', '.join(others[:3])}); choose another output"
                 )
+        process.wait()
         yield RunDirectory(path)
 
 

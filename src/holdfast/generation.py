@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
+
+from holdfast.process import Process
+from holdfast.shards import is_divided
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,8 +59,8 @@ def generate(
     responses: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with inference(model), generation_config(model, greedy):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+
+        def answers(batch: list[int]) -> list[list[int]]:
             width = len(prompts[batch[0]])
             padding = [width - len(prompts[i]) for i in batch]
             tokens = model.generate(
@@ -67,20 +70,47 @@ def generate(
                 attention_mask=torch.tensor([[0] * p + [1] * (width - p) for p in padding], device=model.device),
                 generation_config=greedy,
             )
-            for i, new in zip(batch, tokens[:, width:].tolist(), strict=True):
-                end = next((k for k, token in enumerate(new) if token in eos_token_ids), len(new))
-                responses[i] = new[:end]
+            return [until(eos_token_ids, new) for new in tokens[:, width:].tolist()]
+
+        done = 0
+        for batch, found in by_batch(order, batch_size, answers):
+            for i, response in zip(batch, found, strict=True):
+                responses[i] = response
+            done += len(batch)
             if on_responses is not None:
-                on_responses(batch, [responses[i] for i in batch])
+                on_responses(batch, found)
             if on_batch is not None:
-                on_batch(start + len(batch), len(prompts))
+                on_batch(done, len(prompts))
     return responses
+
+
+def until(ends: list[int], tokens: list[int]) -> list[int]:
+    """The tokens before the first of ``ends``."""
+    return tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def by_batch(
+    order: Sequence[int], batch_size: int, answers: Callable[[list[int]], list[Any]]
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Each batch of at most ``batch_size`` numbers with its answers, in every process; each process answers its share.
+
+    Processes go through the model together: one that has no batch left answers the last one, and nobody looks at it.
+    """
+    process = Process.this()
+    size = min(batch_size, -(-len(order) // process.world) or 1)
+    batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
+    for first in range(0, len(batches), process.world):
+        part = batches[first : first + process.world]
+        found = process.all(answers(part[min(process.rank, len(part) - 1)]))
+        yield from zip(part, found, strict=False)
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode and records no gradients; after, every module is in its former mode."""
-    with evaluating(model), torch.inference_mode():
+    # FSDP2 keeps buffers between forward passes, and those that are made in inference mode are of no use for training.
+    without_gradients = torch.no_grad() if is_divided(model) else torch.inference_mode()
+    with evaluating(model), without_gradients:
         yield
 
 

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from holdfast.losses.chunked import Head
+from holdfast.shards import full
 
 
 def base(model: Any) -> Any:
@@ -28,8 +29,8 @@ def kept_head(model: Any) -> Head | None:
     now = head(model)
     if not any(t is not None and t.requires_grad for t in (now.weight, now.bias)):
         return None
-    bias = None if now.bias is None else now.bias.detach().clone()
-    return now._replace(weight=now.weight.detach().clone(), bias=bias)
+    bias = None if now.bias is None else full(now.bias.detach()).clone()
+    return now._replace(weight=full(now.weight.detach()).clone(), bias=bias)
 
 
 def hidden_only(model: Any) -> dict[str, Any]:

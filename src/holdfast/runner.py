@@ -31,15 +31,16 @@ from holdfast.evaluation.general import (
 from holdfast.evaluation.kept import Kept
 from holdfast.evaluation.respond import evaluate_task, response_limit
 from holdfast.evaluation.score import beside_score, scorer, statistics, task_score, total
-from holdfast.files import read_json, read_jsonl, whole_folder, write_json, write_jsonl
+from holdfast.files import read_json, read_jsonl
 from holdfast.gate import Increase, failed, judge, record
 from holdfast.interrupt import Interrupt
 from holdfast.methods.saved import load_states, save_states
 from holdfast.metrics import area_under_curve, by_task, clipped_backward_transfer, intervals, summarize
+from holdfast.process import Process
 from holdfast.progress import Progress
 from holdfast.quantization import ready_for_training, weight_options
 from holdfast.setup import Planned, Setup, prepare, resolve
-from holdfast.shards import fingerprint
+from holdfast.shards import fingerprint, is_divided, trainable
 from holdfast.stage import train_stage
 from holdfast.tuners.base import Tuner
 
@@ -66,7 +67,7 @@ def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | No
         directory.check_config(config)
         setup = prepare(config)
         directory.begin(config, setup.facts() | {"model_folder": directory.way_to(config.model.name)})
-        return Run(setup, directory, progress or Progress(), interrupt).go()
+        return Run(setup, directory, progress or Progress(quiet=not directory.process.main), interrupt).go()
 
 
 START = Planned(0, "start", (), 0)
@@ -111,7 +112,10 @@ class Run:
 
     def _done(self) -> list[Planned]:
         """The stages that are trained, after the start."""
-        return [START, *(stage for stage in self.setup.stages if (self._folder(stage) / "stage.json").exists())]
+        return [START, *(stage for stage in self.setup.stages if self._there(self._folder(stage) / "stage.json"))]
+
+    def _there(self, path: Path) -> bool:
+        return self.directory.exists(path)
 
     def _held(self) -> Planned:
         """The stage whose weights the run holds: the last one that is trained, if the gate did not go back."""
@@ -149,28 +153,30 @@ class Run:
             what += "; stopped early, since the loss on {general} rose from {before:.3f} to {loss:.3f}, beyond {limit}"
             what = what.format(**curves.stopped)
         self.progress.line(what)
-        with whole_folder(folder / self.setup.tuner.folder) as partial:
+        with self.directory.whole_folder(folder / self.setup.tuner.folder) as partial:
             self.setup.tuner.save(model, partial)
-            self.setup.encoder.tokenizer.save_pretrained(partial)
-        with whole_folder(folder / "method") as partial:
+            if self.directory.process.main:
+                self.setup.encoder.tokenizer.save_pretrained(partial)
+        with self.directory.whole_folder(folder / "method") as partial:
             save_states(self.setup.applied, partial)
-        write_json(
+        self.directory.write_json(
             folder / "stage.json",
             {"stage": stage.index, "task": stage.name} | trained | {"weights": trained_weights(model)},
         )
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        if self.directory.process.main:
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
     def _measure(self, stage: Planned) -> None:
         """Evaluate every task and the general abilities after a stage; what is there already is not asked again."""
         folder = self._folder(stage)
-        if (folder / "evaluation.json").exists():
+        if self._there(folder / "evaluation.json"):
             return
         started = time.monotonic()
-        settings, kept = self.config.evaluation, Kept(folder / "answers.jsonl")
+        settings, kept = self.config.evaluation, self._kept(folder)
         when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
         for task in self.setup.stream.tasks:
             path = folder / "responses" / f"{slug(task.name)}.jsonl"
-            if path.exists():
+            if self._there(path):
                 continue
             with self._bar(f"evaluate {task.name} {when}") as on_batch:
                 records = evaluate_task(
@@ -179,7 +185,7 @@ class Run:
                     max_new_tokens=settings.max_new_tokens or self._response_limit(task),
                     on_batch=on_batch,
                 )
-            write_jsonl(path, records)
+            self.directory.write_jsonl(path, records)
         general = {}
         if scored := [measure for measure in self.setup.general if measure.kind != "refusals"]:
             with self._bar(f"evaluate general abilities {when}") as on_batch:
@@ -192,7 +198,7 @@ class Run:
             "general_examples": {name: statistics.tolist() for name, statistics in general.items()},
             "seconds": time.monotonic() - started,
         }
-        write_json(folder / "evaluation.json", evaluated)
+        self.directory.write_json(folder / "evaluation.json", evaluated)
         kept.remove()
         matrix = self._write_matrix()
         scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
@@ -201,10 +207,17 @@ class Run:
     def _refusals(self, measure: General, folder: Path, when: str, kept: Kept) -> NDArray[np.float64]:
         """1 or 0 for each prompt that is refused or not, and 1, [prompts, 2]; the responses are kept beside others."""
         path = folder / "responses" / "general" / f"{slug(measure.name)}.jsonl"
-        if not path.exists():
+        if not self._there(path):
             with self._bar(f"ask {measure.name} {when}") as on_batch:
-                write_jsonl(path, refusal_records(self._evaluation(kept), measure, on_batch=on_batch))
+                records = refusal_records(self._evaluation(kept), measure, on_batch=on_batch)
+            self.directory.write_jsonl(path, records)
         return np.array([[record["score"], 1.0] for record in read_jsonl(path)])
+
+    def _kept(self, folder: Path) -> Kept:
+        """The answers of an evaluation that did not come to its end."""
+        kept = Kept(folder / "answers.jsonl", writes=self.directory.process.main)
+        self.directory.process.wait()
+        return kept
 
     def _curves(self, stage: Planned) -> Curves:
         """What is measured while a stage trains."""
@@ -306,7 +319,7 @@ class Run:
 
     def _write_matrix(self) -> dict[str, Any]:
         matrix = read_matrix(self.setup, self.directory)
-        write_json(self.directory.path / "matrix.json", matrix)
+        self.directory.write_json(self.directory.path / "matrix.json", matrix)
         return matrix
 
     def _cost(self) -> dict[str, Any]:
@@ -325,6 +338,8 @@ class Run:
     def _report(self) -> None:
         from holdfast.report import write_report
 
+        if not self.directory.process.main:
+            return
         path = write_report([self.directory.path], self.directory.path / "report.html")
         self.progress.line(f"report: {path}")
 
@@ -423,7 +438,7 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = model.attention or fastest(config.training.precision)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    options |= weight_options(model, device)
+    options |= weight_options(model, device) | _sharding(config.training.engine)
     set_seed(config.seed)
     try:
         pretrained = AutoModelForCausalLM.from_pretrained(
@@ -434,10 +449,23 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: the weights of {model.name!r} cannot be loaded: {error}") from None
-    pretrained = ready_for_training(pretrained) if model.quantization else pretrained.to(device)
+    if model.quantization:
+        pretrained = ready_for_training(pretrained)
+    elif not is_divided(pretrained):
+        pretrained = pretrained.to(device)
     return tuner.prepare(pretrained)
+
+
+def _sharding(engine: str | None) -> dict[str, Any]:
+    """Options of from_pretrained: each process reads its shard of the weights, where FSDP2 divides them."""
+    world = Process.this().world
+    if engine != "fsdp2" or world == 1:
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=world)}
 
 
 def trained_weights(model: nn.Module) -> str:
     """SHA-256 over the trainable weights, by name."""
-    return fingerprint((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return fingerprint(trainable(model).items())

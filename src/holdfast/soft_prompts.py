@@ -11,6 +11,8 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +253,14 @@ class PromptPoolModel(SoftPromptModel):
     def _cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         outputs = super()._cut(module, args, kwargs, outputs)
         if self.training and not self._adapters_disabled:
-            outputs |= self._chosen
+            return _with_fields(type(outputs), tuple(self._chosen))(**outputs, **self._chosen)
         return outputs
+
+
+@cache
+def _with_fields(outputs: type, names: tuple[str, ...]) -> type:
+    """A class of outputs with further tensors; wrappers such as DDP take outputs apart and make them anew."""
+    return make_dataclass(outputs.__name__, [(name, Tensor | None, None) for name in names], bases=(outputs,))
 
 
 def _fingerprint(ids: Sequence[int]) -> int:

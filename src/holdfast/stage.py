@@ -12,7 +12,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from holdfast.arguments import training_arguments
 from holdfast.data.collate import Collator, pack
 from holdfast.directory import learned_stages
-from holdfast.errors import Interrupted
+from holdfast.errors import ConfigError, Interrupted
+from holdfast.process import Process
 from holdfast.setup import Planned
 from holdfast.trainer import COMPLETE, ContinualTrainer
 
@@ -49,7 +50,8 @@ def train_stage(
             origins.append((task.train[0].file, row["row"] + 1))
             rows.append(row | {"row": len(rows)})
     checkpoints = directory.stage(stage.index, stage.name) / "checkpoint"
-    checkpoint = newest_whole_checkpoint(checkpoints)
+    process = directory.process
+    checkpoint = process.first(newest_whole_checkpoint(checkpoints) if process.main else None)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     directory.trim_events(stage.index, step)
     trainer = ContinualTrainer(
@@ -75,7 +77,7 @@ def train_stage(
     if trainer.interrupted:
         raise Interrupted(f"stopped in {title} after step {trainer.state.global_step} of {trainer.state.max_steps}")
     stopped = {"stopped_early": curves.stopped} if curves.stopped else {}
-    return {"steps": trainer.state.global_step} | trainer.cost.state() | stopped
+    return {"steps": trainer.state.global_step} | trainer.cost.of_all(process) | stopped
 
 
 def rows_by_file(rows: list[tuple[str, int]]) -> str:
@@ -94,7 +96,13 @@ def arguments(setup: Setup, stage: Planned, checkpoints: Path) -> TrainingArgume
     """
     config = setup.config
     training = config.training
-    micro = training.micro_batch_size or training.batch_size
+    world = Process.this().world
+    micro = training.micro_batch_size or max(1, training.batch_size // world)
+    if training.batch_size % (micro * world):
+        raise ConfigError(
+            f"training.batch_size: {training.batch_size} rows do not make whole micro-batches of {micro} rows for each "
+            f"of {world} processes; a multiple of {micro * world} would"
+        )
     epochs = training.epochs[stage.index - 1] if isinstance(training.epochs, list) else training.epochs
     return training_arguments(
         training,
@@ -102,7 +110,7 @@ def arguments(setup: Setup, stage: Planned, checkpoints: Path) -> TrainingArgume
         num_train_epochs=epochs,
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=training.batch_size // micro,
+        gradient_accumulation_steps=training.batch_size // (micro * world),
         lr_scheduler_type=training.schedule,
         warmup_steps=training.warmup,
         optim=training.optimizer,
@@ -128,6 +136,7 @@ class _Watch(TrainerCallback):
     def __init__(self, trainer: Any, stage: Planned, events: Path, bar: Bar, interrupt: Interrupt, curves: Curves):
         self.trainer, self.stage, self.events, self.bar = trainer, stage, events, bar
         self.interrupt, self.curves = interrupt, curves
+        self.process = trainer._process
         self.note = ""
         self.tokens, self.seconds = 0, 0.0
 
@@ -145,14 +154,14 @@ class _Watch(TrainerCallback):
             # No checkpoint lies beyond this step, so that a killed stage comes here again and stops again.
             last = control.should_training_stop = True
             control.should_save = False
-        if self.interrupt.requested and not last:
+        if self.process.any(self.interrupt.requested) and not last:
             self.trainer.interrupted = True
             control.should_save = control.should_training_stop = True
         if control.should_save or last:
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
+        if not logs or "loss" not in logs or not self.process.main:
             return
         terms = {key.removeprefix("term/"): value for key, value in logs.items() if key.startswith("term/")}
         seconds, tokens = self.trainer.cost.seconds, self.trainer.cost.tokens

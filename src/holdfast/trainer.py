@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, has_length, rotate_checkpoints
 
 from holdfast.cost import Cost
 from holdfast.data.collate import Collator, concat
@@ -23,8 +26,10 @@ from holdfast.methods import build
 from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, Step
 from holdfast.methods.saved import load_states, save_states
 from holdfast.model import hidden_only
+from holdfast.optimizer_state import load_optimizer, save_optimizer
+from holdfast.process import Process
 from holdfast.rehearsal.rows import CollatedRows
-from holdfast.shards import gradients, weights
+from holdfast.shards import gradients, is_divided, trainable, weights
 
 Choice = str | Mapping[str, Any] | Method
 
@@ -33,6 +38,7 @@ ONE_PASS_TOKENS = 4096
 """On an accelerator, task and rehearsal rows of up to so many tokens share a forward pass, since launching its kernels
 costs more than their arithmetic. On a CPU two passes were always cheaper (benchmarks/RESULTS.md)."""
 
+SCHEDULER_NAME = "scheduler.pt"
 COMPLETE = "complete.json"
 """Written last into a checkpoint: one without it was cut off while it was written."""
 
@@ -61,7 +67,12 @@ def continual(trainer_class: type) -> type:
             tokenizer: Any = None,
             **kwargs: Any,
         ) -> None:
-            super().__init__(*args, **kwargs)
+            sharded = getattr(kwargs.get("model", args[0] if args else None), "_is_fsdp_managed_module", False)
+            given = kwargs.get("args", args[1] if len(args) > 1 else None)
+            if given is not None and given.ddp_find_unused_parameters is None:
+                given.ddp_find_unused_parameters = False  # none is unused: see _Reach
+            with _no_optimizer_saved(given if sharded else None):
+                super().__init__(*args, **kwargs)
             self.methods = [_built(m) for m in ([method] if isinstance(method, str | Mapping | Method) else method)]
             self.task = task
             self.stage_index = stage_index
@@ -79,6 +90,10 @@ def continual(trainer_class: type) -> type:
             self._general_before: float | None = None
             self._pad = Collator(_pad_token_id(self.processing_class, self.data_collator))
             self._one_pass = True
+            self._process = Process.this()
+            self._together = False  # whether all processes must go through the model at the same time
+            self._micro_batches = 1  # of the step in this process
+            self._sizes: list[int] = []  # task rows of each
             self._optimizer_is_given = self.optimizer is not None
             self.add_callback(_AfterStep(self))
 
@@ -97,8 +112,10 @@ def continual(trainer_class: type) -> type:
                 micro_batch_size=self.args.per_device_train_batch_size,
                 folder=self._folder or Path(self.args.output_dir, "rehearsal"),
                 tokenizer=self._tokenizer or self.processing_class,
-                rows_a_step=self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
+                rows_a_step=self.args.train_batch_size * self.args.gradient_accumulation_steps * self._process.world,
             )
+            self._together = is_divided(self.model)
+            self._one_pass = not self._together
             for method in self.methods:
                 method.before_stage(stage)
             self._follow_parameters()
@@ -107,10 +124,12 @@ def continual(trainer_class: type) -> type:
             self._terms = Terms(name for method in self.methods for name in method.declares(stage))
             if resume_from_checkpoint:
                 load_states(self.methods, Path(str(resume_from_checkpoint), "method"), self.model)
-                self.cost.load(read_json(Path(str(resume_from_checkpoint), COMPLETE))["cost"])
+                if self._process.main:
+                    self.cost.load(read_json(Path(str(resume_from_checkpoint), COMPLETE))["cost"])
+            trainable(self.model)  # at rest, as the optimizer must find them
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
             if not self.interrupted:
-                self._terms.check(stage)
+                self._terms.check(stage, self._process)
                 for method in self.methods:
                     method.final_weights(stage)
                 for method in self.methods:
@@ -161,12 +180,18 @@ def continual(trainer_class: type) -> type:
             batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)
             if self._stage is None or not batches:
                 return batches, items
-            at = self.state.global_step
+            at, process = self.state.global_step, self._process
+            if sizes := self._drop_repeated(batches):
+                items = self._get_num_items_in_batch(batches, *args)
+            self._sizes = sizes or [_rows(batch) for batch in batches]
+            own = torch.tensor([sum(self._sizes), len(batches)], dtype=torch.float64)
+            rows, micro_batches = process.sum(own).long().tolist()
+            self._micro_batches = len(batches)
             step = self._step = Step(
                 stage=self._stage,
                 index=at,
-                rows=sum(_rows(batch) for batch in batches),
-                micro_batches=len(batches),
+                rows=rows,
+                micro_batches=micro_batches,
                 logged=(at + 1) % self.state.logging_steps == 0 or at + 1 == self.state.max_steps,
             )
             asked = {method.name: method.extra_rows(step) for method in self.methods}
@@ -178,7 +203,8 @@ def continual(trainer_class: type) -> type:
                     items = self._get_num_items_in_batch(batches, *args)
             for name, extra in self._extras.items():
                 if extra.way == "task":
-                    step.rehearsal_tokens[name] = sum(int(supervised_tokens(b["labels"])) for b in batches)
+                    tokens = torch.tensor(float(sum(int(supervised_tokens(b["labels"])) for b in batches)))
+                    step.rehearsal_tokens[name] = int(process.sum(tokens.double()))
                 elif extra.way == "beside":
                     self._put_beside(batches, extra, step, name)
             self.cost.tokens += sum(_tokens(batch) for batch in batches)
@@ -212,22 +238,24 @@ def continual(trainer_class: type) -> type:
             step.rehearsed = self._rehearse(model, inputs, outputs, extra, bool(together), step)
             # The task's loss is this micro-batch's share of the step's mean if Trainer has scaled it so; otherwise a
             # mean that training_step divides by the number of micro-batches. The extra terms must come out the same.
-            scale = 1 / step.micro_batches if self._is_scaled(num_items_in_batch) else 1.0
+            scale = 1 / self._micro_batches if self._is_scaled(num_items_in_batch) else 1.0
             terms = {"task": loss}
             for method in self.methods:
                 for name, term in method.loss_terms(step, inputs, outputs).items():
                     self._terms.check_gradient(step.stage, method, name, term)
                     terms[name] = scale * term
             total = sum(terms.values())
+            if isinstance(model, DistributedDataParallel):
+                total = _Reach.apply(total, *trainable(self.model).values())
             if not torch.isfinite(total):
                 self._stop_before_update(terms, [] if rows is None else rows.tolist())
-            share = 1.0 if scale < 1 else 1 / step.micro_batches
+            share = 1.0 if self._is_scaled(num_items_in_batch) else 1 / self._micro_batches
             self._terms.add({name: share * term.detach() for name, term in terms.items()}, mean=False)
             return (total, outputs) if return_outputs else total
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             if "loss" in logs:
-                logs |= self._terms.flush()
+                logs |= self._terms.flush(self._process)
                 # Trainer's figure lacks the declared terms that came as gradients.
                 logs["loss"] += sum(logs.get(f"term/{name}", 0.0) for name in self._terms.as_gradients)
             super().log(logs, *args, **kwargs)
@@ -249,6 +277,9 @@ def continual(trainer_class: type) -> type:
         def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             """Trainer loads all adapters of a model, but would leave only the first of several active ones active."""
             active: Any = getattr(self.model, "active_adapters", None)
+            if self._together and not hasattr(self.model, "peft_config"):
+                weights(self.model).load_(_saved_weights(Path(str(args[0]))))
+                return
             several = isinstance(active, list) and len(active) > 1
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
             if several:
@@ -259,6 +290,21 @@ def continual(trainer_class: type) -> type:
                 for name, p in self.model.named_parameters():
                     p.requires_grad_(name in trained)
 
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            """As whole tensors, so that another number of processes, or another engine, can go on."""
+            save_optimizer(self._torch_optimizer(), self.model, Path(output_dir))
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is None or not Path(checkpoint, SCHEDULER_NAME).exists():
+                return
+            load_optimizer(self._torch_optimizer(), self.model, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+        def _torch_optimizer(self) -> Any:
+            return getattr(self.optimizer, "optimizer", self.optimizer)
+
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
@@ -267,9 +313,10 @@ def continual(trainer_class: type) -> type:
                 self.args.save_total_limit = limit
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             save_states(self.methods, folder / "method")
+            cost = self.cost.of_all(self._process)
             if self.args.should_save:
                 flush_folder(folder)
-                write_json(folder / COMPLETE, {"step": self.state.global_step, "cost": self.cost.state()})
+                write_json(folder / COMPLETE, {"step": self.state.global_step, "cost": cost})
                 rotate_checkpoints(
                     output_dir=self.args.output_dir,
                     save_total_limit=limit,
@@ -356,14 +403,19 @@ def continual(trainer_class: type) -> type:
             return rehearsed
 
         def _forward(self, model: Any, batch: Batch, asked: Extra) -> Any:
-            """A forward pass of rehearsal rows by themselves, for what the method needs of it."""
+            """A forward pass of rehearsal rows by themselves, for what the method needs of it.
+
+            Not every process has some, so DDP, which lets processes wait for each other in its forward pass, is left
+            out: it has seen the task's rows, and all gradients come through it (:class:`_Reach`).
+            """
+            model = self.model if isinstance(model, DistributedDataParallel) else model
             states = {"output_hidden_states": True} if asked.layers else {}
             kept = {} if asked.logits else hidden_only(self.model)
             known = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
             return model(**known, use_cache=False, **states, **kept)
 
         def _rehearsed(self, name: str, batch: Batch, outputs: Any, start: int, step: Step) -> Rehearsed:
-            asked, labels = self._extras[name], batch["labels"]
+            asked, labels, counts = self._extras[name], batch["labels"], batch.get("counts", True)
             rows, seq = labels.shape
             part = slice(start, start + rows)
             return Rehearsed(
@@ -371,7 +423,8 @@ def continual(trainer_class: type) -> type:
                 labels=labels,
                 logits=outputs.logits[part, :seq] if asked.logits else None,
                 hidden=tuple(outputs.hidden_states[layer][part, :seq] for layer in asked.layers),
-                share=step.micro_batches * int(supervised_tokens(labels)) / step.rehearsal_tokens[name],
+                share=counts * step.micro_batches * int(supervised_tokens(labels)) / step.rehearsal_tokens[name],
+                counts=counts,
                 made=outputs.logits if asked.way == "task" and _full(outputs, labels) else None,
                 batch=batch,
             )
@@ -384,15 +437,43 @@ def continual(trainer_class: type) -> type:
 
         def _put_beside(self, batches: list[Any], extra: Extra, step: Step, name: str) -> None:
             samples = list(extra.samples) if extra.samples is not None else list(range(len(extra.rows)))
+            rank, world = (0, 1) if extra.dealt else (self._process.rank, self._process.world)
             tokens = 0
-            for position, batch in enumerate(batches):
-                rows = extra.rows[position :: len(batches)]
-                if rows:
-                    collated = self._collate(rows)
-                    tokens += int(supervised_tokens(collated["labels"]))
-                    collated["sample"] = torch.tensor(samples[position :: len(batches)])
+            for number, batch in enumerate(batches):
+                part = slice(number * world + rank, None, len(batches) * world)
+                rows = extra.rows[part]
+                if rows or self._together:
+                    collated = self._collate(rows or extra.rows[:1])
+                    tokens += int(supervised_tokens(collated["labels"])) if rows else 0
+                    collated["sample"] = torch.tensor(samples[part] if rows else samples[:1])
+                    collated["counts"] = bool(rows)  # others need this process to go along with their rows, if not
                     batch.setdefault("rehearsal", {})[name] = collated
-            step.rehearsal_tokens[name] = tokens
+            step.rehearsal_tokens[name] = int(self._process.sum(torch.tensor(tokens, dtype=torch.float64)))
+
+        def _drop_repeated(self, batches: list[Any]) -> list[int]:
+            """Take out the rows that accelerate repeats to even out an epoch's last batches.
+
+            Where a micro-batch has no other rows, one stays, of which nothing is learned.
+
+            Returns:
+                how many rows of each batch count; empty where none is repeated.
+            """
+            process, loader = self._process, self.callback_handler.train_dataloader
+            if process.world == 1 or not has_length(loader) or not has_length(self.train_dataset):
+                return []
+            accumulated, size = self.args.gradient_accumulation_steps, self._train_batch_size
+            first = self.state.global_step % math.ceil(len(loader) / accumulated) * accumulated
+            if (first + len(batches)) * process.world * size <= len(self.train_dataset):
+                return []
+            sizes = []
+            for number, batch in enumerate(batches):
+                start = ((first + number) * process.world + process.rank) * size
+                kept = min(size, max(0, len(self.train_dataset) - start))
+                sizes.append(kept)
+                batches[number] = {key: value[: max(kept, 1)] for key, value in batch.items()}
+                if not kept:
+                    batches[number]["labels"] = torch.full_like(batches[number]["labels"], -100)
+            return sizes
 
         def _replace(self, batches: list[Any], extra: Extra, chance: random.Random) -> list[Any]:
             """Put the extra rows in random places of the step, instead of the rows that stood there."""
@@ -401,13 +482,16 @@ def continual(trainer_class: type) -> type:
                     "way replace: rows that share a sequence cannot be replaced one by one; use way beside, or turn "
                     "packing off"
                 )
-            places = [(b, r) for b, batch in enumerate(batches) for r in range(len(batch["input_ids"]))]
-            taken = set(chance.sample(places, min(len(extra.rows), len(places))))
-            rows, result = iter(extra.rows), []
+            process = Process(0, 1) if extra.dealt else self._process
+            sizes = process.all(self._sizes)
+            places = [(b, w, r) for b in range(len(batches)) for w in range(process.world) for r in range(sizes[w][b])]
+            taken = sorted(chance.sample(range(len(places)), min(len(extra.rows), len(places))))
+            chosen = {places[place]: row for place, row in zip(taken, extra.rows, strict=False)}
+            result = []
             for b, batch in enumerate(batches):
                 size = len(batch["input_ids"])
-                kept = [r for r in range(size) if (b, r) not in taken]
-                new = [next(rows) for _ in range(size - len(kept))]
+                kept = [r for r in range(size) if (b, process.rank, r) not in chosen]
+                new = [chosen[b, process.rank, r] for r in range(size) if r not in kept]
                 parts = [{key: value[kept] for key, value in batch.items()}] if kept else []
                 if new:
                     parts.append(self._collate(new))
@@ -499,11 +583,14 @@ class Terms:
         self.steps += 1
         self._window += 1
 
-    def flush(self) -> dict[str, float]:
-        """Mean of every term since the last call."""
+    def flush(self, process: Process) -> dict[str, float]:
+        """Mean of every term since the last call, over all processes."""
         window = max(1, self._window)
-        means = {f"term/{name}": float(s) / (self._counts[name] or window) for name, s in self._sums.items()}
-        self.contributed |= {name for name in self._sums if means[f"term/{name}"] != 0}
+        own = {name: float(s) / (self._counts[name] or window) for name, s in self._sums.items()}
+        every = process.all(own)
+        names = dict.fromkeys(name for found in every for name in found)
+        means = {f"term/{name}": sum(found.get(name, 0.0) for found in every) / process.world for name in names}
+        self.contributed |= {name for name in names if means[f"term/{name}"] != 0}
         self._sums, self._counts, self._window = {}, {}, 0
         return means
 
@@ -520,18 +607,53 @@ class Terms:
                 "computed from detached tensors or under no_grad?"
             )
 
-    def check(self, stage: Stage) -> None:
+    def check(self, stage: Stage, process: Process) -> None:
         """MethodError if a declared term was exactly zero, or absent, for the whole stage.
 
         One step proves nothing: a penalty on the distance from the start is zero there.
         """
-        self.flush()
+        self.flush(process)
         missing = [name for name in self.declared if name not in self.contributed]
         if missing and self.steps > 1:
             raise MethodError(
                 f"stage {stage.index} ({stage.task}): the declared loss term {missing[0]!r} was exactly zero, or never "
                 f"returned, in all {self.steps} steps: the method did nothing"
             )
+
+
+class _Reach(torch.autograd.Function):
+    """A loss, which every given parameter seems to have a part in.
+
+    DDP waits for the gradients of all parameters. It looks for those that the forward pass did not use, but counts
+    among them what a method's term uses beside it; so it is not asked to look, and told that all are used.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return (*gradients, *[None] * ctx.count)
+
+
+@contextlib.contextmanager
+def _no_optimizer_saved(args: Any) -> Iterator[None]:
+    """Inside, arguments say that no optimizer is saved: Trainer refuses sharded models that would, and we save it."""
+    if args is None:
+        yield
+        return
+    kept, args.save_only_model = args.save_only_model, True
+    try:
+        yield
+    finally:
+        args.save_only_model = kept
+
+
+def _saved_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights that save_pretrained wrote, in one file or several."""
+    return {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in load_file(path).items()}
 
 
 class _AfterStep(TrainerCallback):

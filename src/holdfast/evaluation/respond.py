@@ -17,7 +17,7 @@ from holdfast.evaluation.kept import Add, Kept
 from holdfast.evaluation.score import named, response_records, score_records
 from holdfast.evaluation.scorers import SCORERS
 from holdfast.evaluation.scorers.choice import ChoiceLikelihood
-from holdfast.generation import generate, inference
+from holdfast.generation import by_batch, generate, inference
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -223,8 +223,8 @@ def token_losses(
     losses, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     with inference(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+
+        def answers(batch: list[int]) -> list[tuple[float, int]]:
             width = len(rows[batch[0]]["input_ids"])
             padding = [width - len(rows[i]["input_ids"]) for i in batch]
             ids, labels, mask = (
@@ -236,12 +236,19 @@ def token_losses(
                 )
             )
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [batch, seq, vocab]
-            for i, logit, label in zip(batch, logits[:, :-1], labels[:, 1:], strict=True):
+            found = []
+            for logit, label in zip(logits[:, :-1], labels[:, 1:], strict=True):
                 supervised = label != -100
                 nats = F.cross_entropy(logit[supervised].float(), label[supervised], reduction="none")
-                losses[i], counts[i] = float(nats.cpu().double().sum()), len(nats)
+                found.append((float(nats.cpu().double().sum()), len(nats)))
+            return found
+
+        done = 0
+        for batch, found in by_batch(order, batch_size, answers):
+            losses[batch], counts[batch] = zip(*found, strict=True)
+            done += len(batch)
             if on_losses is not None:
-                on_losses(batch, [(float(losses[i]), int(counts[i])) for i in batch])
+                on_losses(batch, found)
             if on_batch is not None:
-                on_batch(start + len(batch), len(rows))
+                on_batch(done, len(rows))
     return losses, counts

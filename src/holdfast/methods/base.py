@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from holdfast.config import Section, validate
+from holdfast.process import Process
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,9 +38,9 @@ class Stage:
         rows: the task's train rows.
         collate: turns rows into a batch on the model's device.
         seed: of the run; use :meth:`random` or :meth:`Step.random` for choices, so that a resumed run repeats them.
-        micro_batch_size: rows that fit into one forward pass.
+        micro_batch_size: rows that fit into one forward pass, in each process.
         folder: where a method may keep files for as long as the run lives.
-        rows_a_step: task rows of a full optimizer step, in this process.
+        rows_a_step: task rows of a full optimizer step, of all processes.
     """
 
     index: int
@@ -87,20 +89,25 @@ class Stage:
     def gradient(self, rows: Sequence[Row]) -> Shards:
         """Gradient of the mean next-token loss over all supervised tokens of ``rows`` at the current weights.
 
-        Gradients that are being accumulated stay untouched.
+        Each process goes through its share of the rows. Gradients that are being accumulated stay untouched.
         """
         from holdfast.losses.next_token import next_token_nll
-        from holdfast.shards import gradient_of
+        from holdfast.shards import gradient_of_sum
 
-        total, tokens = None, 0
-        for start in range(0, len(rows), self.micro_batch_size):
-            batch = self.collate(rows[start : start + self.micro_batch_size])
-            labels = batch.pop("labels")
-            nll, count = next_token_nll(self.model(**batch).logits, labels)
-            part = gradient_of(nll, self.model)
-            total, tokens = (part if total is None else total.add_(part)), tokens + int(count)
-        assert total is not None, "no rows"
-        return total.scale_(1 / tokens)
+        assert rows, "no rows"
+        process, size = Process.this(), self.micro_batch_size
+
+        def losses() -> Iterator[Tensor]:
+            own = rows[process.rank :: process.world]
+            for start in range(0, math.ceil(len(rows) / process.world), size):
+                # A process that has no rows left goes along, since others may need it for their weights.
+                batch = self.collate(own[start : start + size] or rows[:1])
+                labels = batch.pop("labels")
+                nll, _ = next_token_nll(self.model(**batch).logits, labels)
+                yield nll if start < len(own) else 0.0 * nll
+
+        tokens = sum(label != -100 for row in rows for label in row["labels"][1:])
+        return gradient_of_sum(losses(), self.model).scale_(1 / tokens)
 
 
 @dataclass
@@ -117,6 +124,7 @@ class Rehearsed:
         share: what the mean over this micro-batch's supervised tokens counts in the mean over micro-batches, so that
             the step's term is the mean over all its tokens, however its rows fall into micro-batches.
         batch: the rows themselves.
+        counts: whether they count; otherwise, at share 0, this process goes along for the sake of others' rows.
     """
 
     samples: list[int]
@@ -126,6 +134,7 @@ class Rehearsed:
     share: float
     made: Tensor | None = None
     batch: Batch = field(default_factory=dict)
+    counts: bool = True
 
 
 @dataclass
@@ -135,8 +144,8 @@ class Step:
     Attributes:
         stage: the stage that it belongs to.
         index: 0 for the first optimizer step of the stage.
-        rows: task rows in this step.
-        micro_batches: forward passes in this step.
+        rows: task rows in this step, of all processes.
+        micro_batches: micro-batches in this step, of all processes.
         logged: whether this step's values are written to the log, so that they need computing.
         rehearsed: by method name, what the model made of the rehearsal rows of the current micro-batch.
         rehearsal_tokens: by method name, supervised rehearsal tokens of the whole step.
@@ -165,6 +174,7 @@ class Extra:
             ``replace``: they take the places of task rows; ``task``: there are none, and the task's own rows come
             back as :class:`Rehearsed`.
         samples: a number for each row by which the method knows it again; 0, 1, ... where absent.
+        dealt: whether these are this process's rows alone; otherwise they are the same in all, and dealt among them.
         layers: hidden states that the method needs, as in :meth:`Stage.hidden_states`.
         logits: whether the method needs logits.
     """
@@ -174,10 +184,16 @@ class Extra:
     samples: Sequence[int] | None = None
     layers: tuple[int, ...] = ()
     logits: bool = True
+    dealt: bool = False
 
 
 State = dict[str, Any]
 """A method's memory: names to tensors (saved as safetensors) or plain values (saved as JSON)."""
+
+
+def learned(batch: Batch) -> int:
+    """How many of a batch's rows, from the front, are the task's own: none, where nothing in it is supervised."""
+    return len(batch["input_ids"]) if bool((batch["labels"] != -100).any()) else 0
 
 
 class Method:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from holdfast.config import Section
 from holdfast.errors import ConfigError
 from holdfast.features import prompt_features
-from holdfast.methods.base import Batch, Method, Row, Stage, Step
+from holdfast.methods.base import Batch, Method, Row, Stage, Step, learned
 from holdfast.prompt_keys import nearest, prompt_mask, queries, similarity
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class DualPrompt(Method):
         with model.disable_adapter():
             found = queries(model, batch["input_ids"], prompt_mask(mask, batch["labels"]))
         distances = 1 - similarity(found, _prefixes(model).key.now[None])
-        return {self.name: self.options.strength * distances.sum() * step.micro_batches / step.rows}
+        return {self.name: self.options.strength * distances[: learned(batch)].sum() * step.micro_batches / step.rows}
 
     def after_stage(self, stage: Stage) -> None:
         if self.options.strength:

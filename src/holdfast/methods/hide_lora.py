@@ -114,10 +114,10 @@ class HiDeLoRA(Method):
     def load_state(self, state: State, model: nn.Module) -> None:
         if not state:
             return
-        names = weights(model).tensors
+        like = snapshot(model)
 
         def part(prefix: str) -> Shards:
-            return Shards({name: state[f"{prefix}/{name}"] for name in names})
+            return Shards.from_state(state, prefix, like)
 
         numbers = range(1, state["stages"] + 1)
         self.start = part("start")

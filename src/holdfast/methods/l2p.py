@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from holdfast.config import Section
 from holdfast.errors import ConfigError
-from holdfast.methods.base import Batch, Method, Row, Stage, State, Step
+from holdfast.methods.base import Batch, Method, Row, Stage, State, Step, learned
+from holdfast.process import Process
 from holdfast.soft_prompts import PromptPoolModel
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class L2P(Method):
         return (self.name,) if self.options.strength else ()
 
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
-        rows = len(batch["input_ids"])  # rehearsal rows may stand after them
+        rows = learned(batch)  # others may stand after them
         self.now += torch.bincount(outputs["chosen"][:rows].flatten().cpu(), minlength=len(self.now))
         if not self.options.strength:
             return {}
@@ -67,7 +68,11 @@ class L2P(Method):
 
     def after_stage(self, stage: Stage) -> None:
         _pool(stage.model).frequency = None
-        self.past += self.now
+        self.past += self._chosen()
+
+    def _chosen(self) -> Tensor:
+        """What this stage chose so far, in all processes."""
+        return Process.this().sum(self.now.clone())
 
     def at_test(self, evaluation: Evaluation, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
         """The model chooses row by row; of a row that comes with its answer it is told where that begins."""
@@ -76,10 +81,11 @@ class L2P(Method):
 
     def state(self) -> State:
         known = torch.tensor([*self.known.items()], dtype=torch.int64).reshape(-1, 2)
-        return {"past": self.past, "now": self.now, "known": known}
+        return {"past": self.past, "now": self._chosen(), "known": known}
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.past, self.now = state["past"].clone(), state["now"].clone()
+        now = state["now"].clone()
+        self.past, self.now = state["past"].clone(), now if Process.this().main else torch.zeros_like(now)
         self.known = dict(state["known"].tolist())
         _pool(model).known |= self.known
 

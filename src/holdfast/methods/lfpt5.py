@@ -103,12 +103,13 @@ class LFPT5(Method):
         options, logits, labels = self.options, rehearsed.logits, rehearsed.labels
         written = torch.tensor([sample == WRITTEN for sample in rehearsed.samples], device=labels.device)
         terms = {}
+        counts = step.micro_batches if rehearsed.counts else 0
         if options.lm_weight and written.any():
             nll, _ = next_token_nll(logits[written], labels[written])
-            terms["lfpt5/lm"] = options.lm_weight * nll * step.micro_batches / self.tokens["written"]
+            terms["lfpt5/lm"] = options.lm_weight * nll * counts / self.tokens["written"]
         if written.all():
             return terms
-        share = step.micro_batches / self.tokens["pseudo"]
+        share = counts / self.tokens["pseudo"]
         if options.weight:
             nll, _ = next_token_nll(logits[~written], labels[~written])
             terms["lfpt5"] = options.weight * nll * share

@@ -16,7 +16,7 @@ from holdfast.features import prompt_features
 from holdfast.generation import evaluating
 from holdfast.losses.common import wide
 from holdfast.methods.base import Method, Row, Stage, State, Step
-from holdfast.shards import Shards, borrowed, gradient_of, snapshot, weights
+from holdfast.shards import Shards, borrowed, gradient_of, snapshot
 
 if TYPE_CHECKING:
     from holdfast.evaluation.at_test import Evaluation
@@ -131,7 +131,7 @@ class MbPA(Method):
     def load_state(self, state: State, model: nn.Module) -> None:
         if state:
             self.memory.load_state(state)
-            self.start = Shards({name: state[f"start/{name}"] for name in weights(model).tensors})
+            self.start = Shards.from_state(state, "start", like=snapshot(model))
             self.keys, self.steps = state["keys"], state["steps"]
 
 

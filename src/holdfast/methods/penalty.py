@@ -64,7 +64,7 @@ class QuadraticPenalty(Method):
         for name, t in theta.tensors.items():
             distance = t - self.anchor.tensors[name]
             gradient[name] = distance.mul_(self.importance.tensors[name]).mul_(self.options.strength)
-        return Shards(gradient)
+        return theta.like(gradient)
 
     def choose(self, stage: Stage, count: int) -> list[Row]:
         """``count`` train rows of the stage at random, or all where there are fewer."""
@@ -81,7 +81,7 @@ class QuadraticPenalty(Method):
         share = {}  # of the new term in the sum; 0 where both are 0
         for name, new in importance.tensors.items():
             share[name] = new / (new + self.importance.tensors[name]).clamp_min_(torch.finfo(new.dtype).tiny)
-        step = product(Shards(share), moved)
+        step = product(importance.like(share), moved)
         self.spread += moved.dot(product(self.importance, step))
         self.anchor.add_(step)
         self.importance.add_(importance)
@@ -107,7 +107,7 @@ class QuadraticPenalty(Method):
 
 def product(one: Shards, other: Shards) -> Shards:
     """Elementwise product."""
-    return Shards({name: t * other.tensors[name] for name, t in one.tensors.items()})
+    return one.like({name: t * other.tensors[name] for name, t in one.tensors.items()})
 
 
 def row_gradients(stage: Stage, rows: Sequence[Row], scalar: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Shards]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from copy import copy
@@ -20,7 +19,6 @@ from holdfast.lab.tokens import TokenFile, TokenRows
 from holdfast.losses import dynamic_weight, next_token_nll
 from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, State, Step
 from holdfast.model import begin_token, context
-from holdfast.process import Process
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
 from holdfast.rehearsal.request import Request
 from holdfast.rehearsal.samples import corpus_rows, general_rows
@@ -248,7 +246,9 @@ class Rehearsal(Method):
             rounds, rest = divmod(count, self.size)
             samples = [*range(self.size)] * rounds + step.random(self.name).sample(range(self.size), rest)
             rows = [self.rows[i] for i in samples]
-        return Extra(rows, options.way, samples, layers, logits)
+        return Extra(
+            rows, options.way, samples, layers, logits, dealt=self.buffer is not None and not self.buffer.together
+        )
 
     def _count(self, task_rows: int) -> int:
         """Samples beside, or in, so many rows of the task."""
@@ -292,8 +292,7 @@ class Rehearsal(Method):
         before = live_states(options, stage)
         hidden = options.loss == "kl" and drawn_states_are_exact(request, stage)
         seed = f"{stage.seed}/{stage.index}/{self.name}"
-        count = math.ceil(options.count / Process.this().world) if options.count else self._count(stage.rows_a_step)
-        self.buffer = SampleBuffer(request, before, seed, count, options.buffer, hidden)
+        self.buffer = SampleBuffer(request, before, seed, self._count(stage.rows_a_step), options.buffer, hidden)
         if options.loss != "ce" and options.weight:
             self.teacher = HiddenTeacher(options, self.buffer.states if hidden else before, before.head())
 

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from holdfast.files import read_json, write_json
 from holdfast.methods.base import Method
+from holdfast.process import Process
 
 
 def save_states(methods: Sequence[Method], folder: Path) -> None:
-    """Write the state of every method into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the state of every method into ``folder``; all processes join the tensors, and the main one writes."""
     for method in methods:
         state = method.state()
+        if not Process.this().main:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         save_file(
             {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / f"{method.name}.safetensors"

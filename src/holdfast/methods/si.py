@@ -72,5 +72,5 @@ class SI(QuadraticPenalty):
             gained = path.div_(moved.square_().add_(self.options.xi))
             past = 0 if self.importance is None else self.importance.tensors[name]
             importance[name] = (past + gained).clamp_min_(0)
-        self.set_term(Shards(importance), theta)
+        self.set_term(theta.like(importance), theta)
         self.path = None

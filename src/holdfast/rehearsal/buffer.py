@@ -12,6 +12,7 @@ from holdfast.process import Process
 from holdfast.rehearsal.request import OwnSample, Request
 from holdfast.rehearsal.teacher import LiveStates, padded
 from holdfast.sampling import sample
+from holdfast.shards import is_divided
 
 HELD_OUT = 64
 PROBE = 8  # tokens
@@ -20,11 +21,12 @@ PROBE = 8  # tokens
 class SampleBuffer:
     """So many samples a step, which depend on seed, stage and step alone; memory holds those of one round of steps.
 
-    Processes that train together share a step's samples: together they have those that one would have alone.
+    Processes that train together share a step's samples: together they have those that one would have alone. Where the
+    weights lie in pieces they go through the model ``together``, so each of them draws them all.
 
     Args:
         before: the weights that the stage starts from.
-        count: samples a step in this process.
+        count: samples a step, of all processes.
         steps: of a round.
         hidden: whether the hidden states that the samples were drawn from are kept, as the teacher's: count * steps *
             length * hidden numbers in the model's data type.
@@ -34,15 +36,20 @@ class SampleBuffer:
         self.request, self.before, self.seed = request, before, seed
         self.count, self.steps, self.hidden = count, steps, hidden
         self._round = -1
-        self._samples: list[OwnSample] = []
+        self._samples: dict[int, OwnSample] = {}
+        self.together = is_divided(before.model)
+        process = Process(0, 1) if self.together else Process.this()
+        self._rank, self._world = process.rank, process.world
 
     def rows(self, step: int, count: int) -> tuple[list[Row], list[int]]:
-        """The first samples of a step, and the numbers by which :meth:`states` knows them in this step."""
-        number, place = divmod(step, self.steps)
+        """The first samples of a step, and the numbers by which :meth:`states` knows them.
+
+        They are this process's share, unless ``together``.
+        """
+        number = step // self.steps
         if number != self._round:
             self._fill(number)
-        first = place * self.count
-        numbers = list(range(first, first + min(count, self.count)))
+        numbers = self._own(step)[: len(range(self._rank, min(count, self.count), self._world))]
         return [self._samples[i].row for i in numbers], numbers
 
     def states(self, rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -51,15 +58,17 @@ class SampleBuffer:
         return padded([states for states in found if states is not None], rehearsed.hidden[0])
 
     def _fill(self, number: int) -> None:
-        process = Process.this()
         steps = range(number * self.steps, (number + 1) * self.steps)
-        firsts = [(step * process.world + process.rank) * self.count for step in steps]
-        self._samples = []
+        numbers = [i for step in steps for i in self._own(step)]
+        self._samples = {}
         with self.before.in_place():
-            draw = partial(sample, self.before.model)
-            numbers = [first + i for first in firsts for i in range(self.count)]
-            self._samples = self.request.write(draw, self.seed, numbers, self.hidden)
+            samples = self.request.write(partial(sample, self.before.model), self.seed, numbers, self.hidden)
+        self._samples = dict(zip(numbers, samples, strict=True))
         self._round = number
+
+    def _own(self, step: int) -> list[int]:
+        """The numbers of this process's samples of a step."""
+        return list(range(step * self.count + self._rank, (step + 1) * self.count, self._world))
 
 
 def held_out(request: Request, stage: Stage) -> list[Row]:

@@ -22,7 +22,7 @@ from holdfast.files import PARTIAL, read_json, write_json
 from holdfast.losses.margin import classify
 from holdfast.methods.base import Row
 from holdfast.rehearsal.states import RunningMoments, pack
-from holdfast.shards import fingerprint
+from holdfast.shards import at_rest, fingerprint
 
 MANIFEST = "manifest.json"
 EXTRAS = "extras.safetensors"
@@ -43,6 +43,7 @@ class _Plan:
     rank: int
     world: int
     barrier: Callable[[], None] | None
+    together: bool = False
 
     def wait(self) -> None:
         assert self.world == 1 or self.barrier is not None, "several processes need a barrier"
@@ -83,6 +84,7 @@ class TeacherCache:
         rank: int = 0,
         world: int = 1,
         barrier: Callable[[], None] | None = None,
+        together: bool = False,
     ) -> TeacherCache:
         """Open the cache in ``folder`` if it was made for ``key`` and as many rows; otherwise build it anew.
 
@@ -97,6 +99,7 @@ class TeacherCache:
             rank: number of this process among those that share the folder.
             world: how many processes share the folder.
             barrier: returns once every process has called it; needed where there are several.
+            together: the processes go through the model together, so each computes everything and the first one writes.
 
         Raises:
             ConfigError: the folder cannot be made.
@@ -104,7 +107,7 @@ class TeacherCache:
         """
         cache = cls._reuse(folder, key, len(rows), rank)
         if cache is None:
-            plan = _Plan(shard_rows, batch_rows, rank, world, barrier)
+            plan = _Plan(shard_rows, batch_rows, rank, world, barrier, together)
             cache = cls._build(folder, key, rows, compute, extras or {}, plan)
         return cache
 
@@ -199,10 +202,12 @@ class TeacherCache:
             if kept:
                 logger.info("teacher's cache %s: goes on from %d of %d shards", folder, kept, len(shards))
         plan.wait()
-        for number in range(plan.rank, len(shards), plan.world):
-            path = folder / _shard(number)
-            if not path.exists():
-                _write(path, _computed(compute, rows, shards[number], plan.batch_rows), build)
+        missing = [number for number in range(len(shards)) if not (folder / _shard(number)).exists()]
+        plan.wait()
+        for number in missing if plan.together else missing[plan.rank :: plan.world]:
+            tensors = _computed(compute, rows, shards[number], plan.batch_rows)
+            if plan.rank == 0 or not plan.together:
+                _write(folder / _shard(number), tensors, build)
         if plan.rank == 0 and extras:
             _write(folder / EXTRAS, {name: _copy(tensor) for name, tensor in extras.items()}, build)
         plan.wait()
@@ -226,6 +231,7 @@ def state_cache(
     rank: int = 0,
     world: int = 1,
     barrier: Callable[[], None] | None = None,
+    together: bool = False,
 ) -> tuple[TeacherCache, Tensor, Tensor]:
     """GeRe's activation states of all samples, two bits each (arXiv 2508.04676).
 
@@ -264,6 +270,7 @@ def state_cache(
             rank=rank,
             world=world,
             barrier=barrier,
+            together=together,
         )
         moments = RunningMoments()
         for sample in range(len(rows)):
@@ -274,8 +281,10 @@ def state_cache(
         def classes_of(batch: Sequence[Row]) -> list[Tensor]:
             return [pack(classify(h, low, high)) for h in hidden_states(batch)]
 
-        plan = _Plan(shard_rows, batch_rows, rank, world, barrier)
+        plan = _Plan(shard_rows, batch_rows, rank, world, barrier, together)
         cache = TeacherCache._build(folder, key, rows, classes_of, {"low": low, "high": high}, plan)
+    if barrier is not None:
+        barrier()
     if rank == 0:
         shutil.rmtree(pass_1, ignore_errors=True)
     return cache, cache.extra("low"), cache.extra("high")
@@ -283,6 +292,7 @@ def state_cache(
 
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 (hexadecimal) over all weights and buffers of a model, by name, trainable or not."""
+    at_rest(model)
     return fingerprint((*model.named_parameters(), *model.named_buffers()))
 
 

@@ -20,9 +20,11 @@ from holdfast.losses import chunked_kl, l1_loss, l2_loss, margin_loss
 from holdfast.losses.chunked import Head
 from holdfast.methods.base import Batch, Rehearsed, Row, Stage
 from holdfast.model import head, hidden_only
+from holdfast.process import Process
 from holdfast.rehearsal.cache import TeacherCache, model_fingerprint, state_cache, tokenizer_fingerprint
 from holdfast.rehearsal.samples import rows_fingerprint
 from holdfast.rehearsal.states import unpack
+from holdfast.shards import full, is_divided, trainable, weights
 
 States = Callable[[Rehearsed, Batch], tuple[Tensor, Tensor]]
 """(student's rows, the task's batch) -> the teacher's hidden states [rows, seq, hidden], and mask [rows, seq]."""
@@ -99,7 +101,13 @@ class LiveStates:
 
     def __init__(self, model: nn.Module, layer: int):
         self.model, self.layer = model, layer
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        theta = weights(model)
+        self.weights = theta.like({name: t.clone() for name, t in theta.tensors.items()})
+        self._undivided = {name: p for name, p in trainable(model).items() if name not in theta.pieces}
+        kept = {id(p): self.weights.tensors[name] for name, p in self._undivided.items()}
+        now = head(model)
+        bias = None if now.bias is None else kept.get(id(now.bias), full(now.bias.detach()))
+        self._head = now._replace(weight=kept.get(id(now.weight), full(now.weight.detach())), bias=bias)
 
     def __call__(self, rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
         batch = rehearsed.batch or batch
@@ -110,11 +118,8 @@ class LiveStates:
         return hidden, batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
 
     def head(self) -> Head:
-        """The head as it was; weights that are not trained are those of the model."""
-        now = head(self.model)
-        kept = {id(p): self.weights[name] for name, p in self.model.named_parameters() if name in self.weights}
-        bias = None if now.bias is None else kept.get(id(now.bias), now.bias)
-        return now._replace(weight=kept.get(id(now.weight), now.weight), bias=bias)
+        """The head as it was, in one piece; weights that are not trained are those of the model."""
+        return self._head
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -126,9 +131,12 @@ class LiveStates:
             self._exchange()
 
     def _exchange(self) -> None:
-        for name, p in self.model.named_parameters():
-            if name in self.weights:
-                p.data, self.weights[name] = self.weights[name], p.data
+        """Whole tensors change places; the engine's pieces are where it knows them, so their values do."""
+        kept = self.weights.tensors
+        for name, p in self._undivided.items():
+            p.data, kept[name] = kept[name], p.data
+        if self.weights.pieces:
+            weights(self.model).exchange_(self.weights, list(self.weights.pieces))
 
 
 def cached_teacher(
@@ -164,15 +172,17 @@ def cached_teacher(
             )
         return stage.hidden_states(batch, layer)
 
-    settings: dict[str, Any] = {"batch_rows": stage.micro_batch_size}
+    process = Process.this()
+    settings: dict[str, Any] = {"rank": process.rank, "world": process.world, "barrier": process.wait}
+    settings |= {"batch_rows": stage.micro_batch_size, "together": is_divided(stage.model)}
     if options.loss == "margin":
         cache, low, high = state_cache(folder, key, rows, compute, multiple=options.multiple, **settings)
         return StateTeacher(options, cache, low, high), key
     extras, trained = {}, head(stage.model)
     if options.loss == "kl" and trained.weight.requires_grad:
-        extras = {"head": trained.weight.detach().cpu()}
+        extras = {"head": full(trained.weight.detach()).cpu()}
         if trained.bias is not None:
-            extras["bias"] = trained.bias.detach().cpu()
+            extras["bias"] = full(trained.bias.detach()).cpu()
     cache = TeacherCache.open_or_build(folder, key | {"kind": "hidden"}, rows, compute, extras=extras, **settings)
     old = None
     if extras:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from holdfast.config import Section, validate
+from holdfast.process import Process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,5 +66,5 @@ class Tuner(ABC):
         """Put weights that :meth:`save` wrote into a prepared model, in place."""
 
     def save(self, model: Any, folder: Path) -> None:
-        """Write the trained weights so that plain transformers or PEFT loads them."""
-        model.save_pretrained(folder)
+        """Write the trained weights so that plain transformers or PEFT loads them; all processes take part."""
+        model.save_pretrained(folder, is_main_process=Process.this().main)

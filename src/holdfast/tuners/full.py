@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from holdfast.shards import weights
 from holdfast.tuners.base import Tuner
 
 
@@ -20,5 +21,5 @@ class Full(Tuner):
         return model.requires_grad_(True)
 
     def load(self, model: PreTrainedModel, folder: Path) -> None:
-        saved = type(model).from_pretrained(folder, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+        weights(model).load_(dict(saved.named_parameters()))
