@@ -242,14 +242,21 @@ class TrainingConfig(Section):
         return self
 
 
+HARNESS = ("tasks", "include_path", "num_fewshot", "limit", "apply_chat_template", "metric")
+"""Keys of a measure of general ability that are for lm-evaluation-harness."""
+
+
 class GeneralConfig(Section):
     """One measure of general ability, taken before training and after every stage."""
 
-    name: str = Field(description="what it is called in the matrix and the report")
-    path: str = Field(description="file of texts or prompts (.txt, .jsonl) or of questions with choices (.jsonl)")
-    kind: Literal["perplexity", "choices", "refusals"] = Field(
+    name: str = Field(
+        "", description="what it is called in the matrix and the report; of lm_eval, put before each task's name"
+    )
+    path: str = Field("", description="file of texts or prompts (.txt, .jsonl) or of questions with choices (.jsonl)")
+    kind: Literal["perplexity", "choices", "refusals", "lm_eval"] = Field(
         "perplexity",
-        description="perplexity of texts, accuracy of the likeliest of several choices, or share of prompts refused",
+        description="perplexity of texts, accuracy of the likeliest of several choices, share of prompts refused, or "
+        "tasks of lm-evaluation-harness",
     )
     rows: int | None = Field(None, ge=1, description="use only the first n rows")
     by: Literal["answer", "letter"] = Field(
@@ -259,6 +266,36 @@ class GeneralConfig(Section):
     demonstrations: str | None = Field(None, description="file of the questions that shots shows, such as MMLU's dev")
 
     max_new_tokens: int = Field(64, ge=1, description="of refusals, longest response")
+    tasks: list[str] = Field(default_factory=list, description="of lm_eval, names of tasks, groups or tags")
+    include_path: str | None = Field(None, description="of lm_eval, folder of task definitions (YAML) of your own")
+    num_fewshot: int | None = Field(None, ge=0, description="of lm_eval, examples shown; where absent, the task's own")
+    limit: float | None = Field(None, gt=0, description="of lm_eval, first examples of each task; below 1, their share")
+    apply_chat_template: bool = Field(False, description="of lm_eval, ask in the tokenizer's chat template")
+    metric: str | None = Field(
+        None, description="of lm_eval, such as acc_norm or exact_match,strict-match; where absent, each task's first"
+    )
+
+    @property
+    def harness(self) -> dict[str, Any]:
+        """What lm-evaluation-harness is told."""
+        return self.model_dump(include=set(HARNESS))
+
+    @model_validator(mode="after")
+    def _of_kind(self) -> GeneralConfig:
+        if self.kind == "lm_eval":
+            if not self.tasks:
+                raise ValueError("tasks: kind lm_eval needs them, for example tasks: [hellaswag]")
+            others = set(GeneralConfig.model_fields) - {"name", "kind", *HARNESS}
+            wrong = f"is not for kind lm_eval, which has {', '.join(HARNESS)}"
+        else:
+            for key in ("name", "path"):
+                if not getattr(self, key):
+                    raise ValueError(f"{key}: is required but absent")
+            others, wrong = set(HARNESS), f"is for kind lm_eval, not {self.kind}"
+        for key in sorted(others):  # run.json names their defaults, too
+            if getattr(self, key) != GeneralConfig.model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(f"{key}: {wrong}")
+        return self
 
     @model_validator(mode="after")
     def _of_choices(self) -> GeneralConfig:
@@ -456,10 +493,15 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
     return load(RunConfig, source, overrides)
 
 
-def load(cls: type[Any], source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Any:
-    """Read a configuration of any class, as :func:`load_config` does."""
+def load(
+    cls: type[Any],
+    source: str | Path | dict[str, Any],
+    overrides: list[str] | None = None,
+    where: str = "the configuration",
+) -> Any:
+    """Read a configuration of any class, as :func:`load_config` does; ``where`` says where a mapping came from."""
     if isinstance(source, dict):
-        where, values = "the configuration", dict(source)
+        values = dict(source)
     else:
         where, values = str(source), read_yaml(Path(source))
     for override in overrides or []:

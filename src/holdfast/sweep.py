@@ -76,6 +76,9 @@ class Sweep(Section):
     )
     search: SearchConfig | None = Field(None, description="values that are searched before the runs")
     resources: Resources = Field(Resources(), description="what one run needs")
+    published: str | None = Field(
+        None, description="CSV file, beside this one, of published figures that the runs are compared with"
+    )
 
     @model_validator(mode="after")
     def _no_output(self) -> Sweep:
@@ -114,11 +117,30 @@ class PlannedRun:
 def load_sweep(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Sweep:
     """Read a sweep: a YAML file or the mapping that it holds, with ``key.path=value`` changes.
 
+    A file may name another one as its ``base``: then its ``run`` holds changes ({dotted key: value}) to that one's run,
+    its ``grid`` exchanges or adds columns, and its other keys take the place of that one's.
+
     Raises:
         ConfigError: a key is unknown, missing or wrong; the message names it and a near name.
     """
-    sweep: Sweep = load(Sweep, source, overrides)
+    where = "the sweep" if isinstance(source, dict) else str(source)
+    values = dict(source) if isinstance(source, dict) else _read(Path(source))
+    sweep: Sweep = load(Sweep, values, overrides, where)
     return sweep
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
+    if isinstance(values.get("published"), str):
+        values["published"] = str(path.parent / values["published"])
+    if "base" not in values:
+        return values
+    below = _read(path.parent / str(values.pop("base")))
+    if not isinstance(below.get("run"), dict) or not isinstance(values.get("grid", {}), dict):
+        raise ConfigError(f"{path}: base: run and grid of a sweep with a base, and of its base, must be mappings")
+    for key, value in values.pop("run", {}).items():
+        set_key(below["run"], key, value)
+    return below | values | {"grid": below.get("grid", {}) | values.get("grid", {})}
 
 
 def expand(sweep: Sweep, folder: Path | None = None) -> list[PlannedRun]:

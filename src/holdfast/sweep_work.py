@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
@@ -17,6 +17,10 @@ from holdfast.interrupt import Interrupt
 from holdfast.pool import Outcome, Pool
 from holdfast.progress import Progress
 from holdfast.sweep import PlannedRun, Resources
+
+if TYPE_CHECKING:
+    from holdfast.report.compare import Comparison
+    from holdfast.report.read import Run
 
 
 class Workers(Protocol):
@@ -173,7 +177,8 @@ class Report:
         page: the HTML file.
     """
 
-    comparison: Any
+    runs: list[Run]
+    comparison: Comparison
     page: Path
 
 
@@ -190,7 +195,8 @@ def finish(ended: Sequence[Ended], folder: Path) -> Report | None:
     paths = [end.run.path for end in ended if end.state in ("done", "skipped")]
     if not paths:
         return None
-    comparison = compare(read_runs(paths))
+    runs = read_runs(paths)
+    comparison = compare(runs)
     write_text(folder / "table.md", as_markdown(comparison))
     write_text(folder / "table.csv", as_csv(comparison))
-    return Report(comparison, write_report(paths, folder / "report.html"))
+    return Report(runs, comparison, write_report(paths, folder / "report.html"))

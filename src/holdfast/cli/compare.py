@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,6 +29,10 @@ Different = Annotated[
     bool, typer.Option("--allow-different", help="Compare what should not be compared; the table says so.")
 ]
 
+Publication = Annotated[
+    Path | None, typer.Option("--published", help="CSV file of published figures, to print beside ours.")
+]
+
 
 def compare(
     runs: Runs,
@@ -35,6 +40,7 @@ def compare(
     format: Written = Format.text,
     baseline: Baseline = None,
     allow_different: Different = False,
+    published: Publication = None,
 ) -> None:
     """Compare runs, those that differ in their seed alone together, and with --output also write a page.
 
@@ -42,11 +48,12 @@ def compare(
     """
     from rich.console import Console
 
-    from holdfast.cli.table import print_comparison
+    from holdfast.cli.table import print_comparison, print_published
     from holdfast.directory import require_runs
     from holdfast.report import write_report
     from holdfast.report.compare import compare as compare_runs
     from holdfast.report.compare import refuse_different
+    from holdfast.report.published import beside_published, read_published
     from holdfast.report.read import read_runs
     from holdfast.report.tables import as_csv, as_latex, as_markdown
 
@@ -60,5 +67,7 @@ def compare(
     else:
         write = {Format.markdown: as_markdown, Format.latex: as_latex, Format.csv: as_csv}[format]
         print(write(comparison), end="")
+    if published is not None:
+        print_published(beside_published(read, read_published(published)), Console(stderr=format is not Format.text))
     if output is not None:
         typer.echo(write_report(runs, output), err=format is not Format.text)

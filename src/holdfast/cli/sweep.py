@@ -52,6 +52,7 @@ def sweep(
 
     from holdfast.progress import Progress
     from holdfast.quiet import quieten, say_once
+    from holdfast.report.published import read_published
     from holdfast.sweep import check, expand, load_sweep
 
     loaded = load_sweep(config, overrides)
@@ -59,6 +60,7 @@ def sweep(
     say_once()
     runs = expand(loaded)
     check(runs)
+    published = read_published(Path(loaded.published)) if loaded.published else []
     console = Console(highlight=False)
     if dry_run:
         print_runs(runs, console)
@@ -73,9 +75,12 @@ def sweep(
             runs = searched(loaded, workers, Progress())
         ended = work_off(runs, workers, Progress())
     if report := finish(ended, Path(loaded.output)):
-        from holdfast.cli.table import print_comparison
+        from holdfast.cli.table import print_comparison, print_published
+        from holdfast.report.published import beside_published
 
         print_comparison(report.comparison, console)
+        if published:
+            print_published(beside_published(report.runs, published), console)
         print(report.page)
     if any(end.why for end in ended):
         print_failures(ended, console)
