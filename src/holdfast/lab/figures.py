@@ -350,7 +350,7 @@ def instruct(tables: Tables) -> Figure:
     chats = select(tables.results, group="chat")
     panels = [("choices", 100, "multiple choice right (%)", _of(runs, "choices_start"))]
     if chats:
-        panels.append(("chat_loss", 1, f"loss on held-out chats ({NATS})", _of(chats, "chat_loss")))
+        panels.append(("chat_loss", 1, f"loss on chats ({NATS})", _of(chats, "chat_loss")))
     figure, axes = _figure(3.4 * len(panels), 2.9, columns=len(panels), squeeze=False)
     for ax, (column, factor, label, start) in zip(axes[0], panels, strict=True):
         ax.axhline(factor * interval(start)[0], color=BLACK, ls=":", lw=1, label="before")
