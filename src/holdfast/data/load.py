@@ -79,11 +79,12 @@ def load_general(configs: list[GeneralConfig] | None, stream: Stream) -> list[Ge
     """
     if configs is None:
         return stream.general
-    names = [config.name for config in configs]
+    found = [measure for config in configs for measure in _general(config)]
+    names = [measure.name for measure in found]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"evaluation.general: two measures are called {name!r}")
-    return [_general(config) for config in configs]
+    return found
 
 
 # --- where tasks come from ---
@@ -195,7 +196,20 @@ def _prompt(example: Example) -> Any:
 # --- general ability ---
 
 
-def _general(config: GeneralConfig) -> General:
+def _general(config: GeneralConfig) -> list[General]:
+    if config.kind != "lm_eval":
+        return [_from_file(config)]
+    from holdfast.evaluation.harness import check_tasks
+
+    check_tasks(config.tasks, config.include_path)
+    return [
+        General(f"{config.name}/{task}".lstrip("/"), "lm_eval", harness=config.harness | {"task": task})
+        for task in config.tasks
+    ]
+
+
+def _from_file(config: GeneralConfig) -> General:
+    assert config.kind != "lm_eval"
     path = Path(config.path)
     if config.kind != "choices" and path.suffix == ".txt":
         texts = [line for line in read_text(path).splitlines() if line.strip()]

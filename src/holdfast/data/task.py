@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from holdfast.evaluation.scorers.base import Scorer
@@ -117,21 +117,24 @@ def _said(row: Example) -> object:
 
 @dataclass
 class General:
-    """A measure of general ability: texts (perplexity), questions with choices (accuracy), or prompts (refusals).
+    """A measure of general ability: texts (perplexity), questions with choices (accuracy), prompts (refusals), or a
+    task of lm-evaluation-harness.
 
     ``questions`` are (question, choices, index of the right choice). ``shown`` holds for each question the pieces of
     text that stand before it, or is empty; of pieces that do not fit the last ones are left out. ``by``: the whole
     choices are compared, or only the token in which they, as letters, differ. ``texts`` are also the prompts, whose
-    responses have ``max_new_tokens`` at most.
+    responses have ``max_new_tokens`` at most. ``harness`` are the options of the configuration that the library takes,
+    and ``task``, one of theirs.
     """
 
     name: str
-    kind: Literal["perplexity", "choices", "refusals"]
+    kind: Literal["perplexity", "choices", "refusals", "lm_eval"]
     texts: list[str] = field(default_factory=list)
     questions: list[tuple[str, list[str], int]] = field(default_factory=list)
     shown: list[list[str]] = field(default_factory=list)
     by: Literal["answer", "letter"] = "answer"
     max_new_tokens: int = 64
+    harness: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -51,20 +51,25 @@ def general_statistics(
       not divided by its length (what lm-evaluation-harness calls ``acc``). By letter, it is the log-probability of
       the first token in which the letters differ, and what is shown before a question loses its last pieces where it
       does not fit. Of equal ones the first counts.
+    - lm_eval: as :func:`~holdfast.evaluation.harness.harness_statistics` says.
 
     Args:
         on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
 
     Returns:
-        {:func:`matrix_name` of the measure: [examples, 2]}, in order: nats and tokens of each text; 1 or 0 for a right
-        or wrong choice, and 1.
+        {:func:`matrix_name` of the measure: [examples, 2]}, those of lm_eval last: nats and tokens of each text; 1 or 0
+        for a right or wrong choice, and 1.
 
     Raises:
         ValueError: a measure is one of refusals, which :func:`refusal_records` measures.
     """
     if any(measure.kind == "refusals" for measure in measures):
         raise ValueError("refusals are told from responses; refusal_records asks for them")
+    from holdfast.evaluation.harness import harness_statistics
+
     encode = {"perplexity": _texts, "choices": _choices}
+    harness = [measure for measure in measures if measure.kind == "lm_eval"]
+    measures = [measure for measure in measures if measure.kind != "lm_eval"]
     encoded = [encode[measure.kind](evaluation.encoder, measure) for measure in measures]
     losses, tokens = sequence_losses(evaluation, [rows for part in encoded for rows in part], on_batch=on_batch)
     bounds = np.cumsum([len(part) for part in encoded])
@@ -79,7 +84,7 @@ def general_statistics(
             likeliest = [int(part.argmin()) for part in np.split(nats, ends)[:-1]]
             right = [answer for _, _, answer in measure.questions]
             found[matrix_name(measure)] = np.stack([np.equal(likeliest, right), np.ones(len(right))], axis=1)
-    return found
+    return found | {matrix_name(measure): harness_statistics(evaluation, measure, on_batch) for measure in harness}
 
 
 def refusal_records(
@@ -107,6 +112,8 @@ def refusal_records(
 def matrix_name(measure: General) -> str:
     """What a measure is called in ``matrix.json``: perplexities are named ``perplexity/...`` and shares of refusals
     ``refusals/...``, so that none is averaged with accuracies."""
+    if measure.kind == "lm_eval":
+        return f"perplexity/{measure.name}" if "perplexity" in (measure.harness["metric"] or "") else measure.name
     if measure.kind == "choices" or measure.name.startswith(measure.kind):
         return measure.name
     return f"{measure.kind}/{measure.name}"

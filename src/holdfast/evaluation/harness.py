@@ -1,0 +1,165 @@
+"""Tasks of lm-evaluation-harness as general abilities, in process, on the model in memory."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.data.task import General
+from holdfast.errors import ConfigError, DataError, did_you_mean
+from holdfast.generation import evaluating
+from holdfast.methods.base import Method
+from holdfast.process import Process
+
+if TYPE_CHECKING:
+    from holdfast.evaluation.at_test import Evaluation
+
+logger = logging.getLogger("holdfast")
+
+
+def check_tasks(names: Sequence[str], include_path: str | None) -> None:
+    """ConfigError if the library is not installed, or knows no task, group or tag of such a name."""
+    known = task_manager(include_path, tuple(names)).all_tasks
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"evaluation.general: lm_eval knows no task {name!r}{did_you_mean(name, known)}")
+
+
+@cache
+def task_manager(include_path: str | None, names: tuple[str, ...]) -> Any:
+    """What finds tasks: among the user's own alone where these have all the names, since the others take long to list.
+
+    Raises:
+        ConfigError: the library is not installed, or there is no such folder.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ConfigError("evaluation.general: kind lm_eval needs pip install 'holdfast[eval]'") from None
+    try:
+        if include_path is not None:
+            own = TaskManager(include_path=include_path, include_defaults=False)
+            if set(names) <= set(own.all_tasks):
+                return own
+        return TaskManager(include_path=include_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"evaluation.general: include_path: {include_path!r} cannot be read: {error}") from None
+
+
+def harness_statistics(
+    evaluation: Evaluation, measure: General, on_batch: Callable[[int, int], None] | None = None
+) -> NDArray[np.float64]:
+    """Measure one task or group: of each example its score and 1, or of a perplexity nats and their tokens, words or
+    bytes, [examples, 2]. The examples of a group's tasks stand one after another.
+
+    The model is asked as its weights stand: methods that act at test time do not. Nothing global is seeded.
+
+    Raises:
+        ConfigError: the metric is none of the task's, lower is better and it is no perplexity, or the task's value is
+            not the mean over its examples.
+        DataError: the task or its data cannot be loaded.
+    """
+    options = measure.harness
+    asked = ["lm_eval", options]
+    found = None if evaluation.kept is None else evaluation.kept.find(asked)
+    if found is None:
+        results = _results(evaluation, options)
+        found = Process.this().first(None if results is None else _statistics(results, options))
+        if evaluation.kept is not None:
+            evaluation.kept.add(asked, found)
+    if on_batch is not None:
+        on_batch(len(found), len(found))
+    return np.array(found, dtype=np.float64)
+
+
+def _results(evaluation: Evaluation, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the library gives in the main process."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    for method in evaluation.methods:
+        if type(method).at_test is not Method.at_test:
+            logger.warning("lm_eval: method %r acts on the model at test time, which is not done there", method.name)
+    task, encoder = options["task"], evaluation.encoder
+    with _quiet(), evaluating(evaluation.model):
+        model = HFLM(
+            pretrained=evaluation.model,
+            tokenizer=copy.deepcopy(encoder.tokenizer),
+            batch_size=evaluation.batch_size,
+            max_length=encoder.max_length,
+        )
+        try:
+            return lm_eval.simple_evaluate(
+                model,
+                tasks=[task],
+                task_manager=task_manager(options["include_path"], tuple(options["tasks"])),
+                num_fewshot=options["num_fewshot"],
+                limit=options["limit"],
+                apply_chat_template=options["apply_chat_template"],
+                bootstrap_iters=0,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"evaluation.general: lm_eval task {task!r} cannot be measured: {error}") from None
+
+
+def _statistics(results: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The statistics of every example of a task, or of a group's tasks."""
+    return [pair for leaf in _leaves(results, options["task"]) for pair in _of_task(results, leaf, options["metric"])]
+
+
+def _leaves(results: Mapping[str, Any], name: str) -> Iterator[str]:
+    if name in results["samples"]:
+        yield name
+    elif name in results["group_subtasks"]:
+        for below in results["group_subtasks"][name]:
+            yield from _leaves(results, below)
+    else:  # a tag
+        yield from results["samples"]
+
+
+def _of_task(results: Mapping[str, Any], task: str, chosen: str | None) -> list[tuple[float, float]]:
+    samples, values = results["samples"][task], results["results"][task]
+    first = f"{samples[0]['metrics'][0]},{samples[0]['filter']}"
+    known = [key for key in values if "," in key and "_stderr," not in key]
+    key = next((key for key in known if chosen in (key, key.partition(",")[0])), None) if chosen else first
+    where = f"evaluation.general: lm_eval task {task!r}"
+    if key is None:
+        raise ConfigError(f"{where}: metric: has none called {chosen!r}{did_you_mean(str(chosen), known)}")
+    name, _, filtered = key.partition(",")
+    scores = [sample[name] for sample in samples if sample["filter"] == filtered and name in sample]
+    if not results["higher_is_better"][task].get(name, True) and "perplexity" not in name:
+        raise ConfigError(f"{where}: metric: of {name} lower is better; choose another: {', '.join(known)}")
+    if "perplexity" in name:
+        if chosen is None:
+            raise ConfigError(f"{where}: is measured by a perplexity; say so: metric: {name}")
+        pairs = [(-score[0], score[1]) if isinstance(score, tuple | list) else (-score, 1.0) for score in scores]
+    else:
+        pairs = [(score if isinstance(score, int | float) else math.nan, 1.0) for score in scores]
+    total = np.array(pairs, dtype=np.float64).reshape(-1, 2).sum(axis=0)
+    value = total[0] / total[1] if pairs else math.nan
+    if not math.isclose(math.exp(value) if "perplexity" in name else value, values[key], rel_tol=1e-6, abs_tol=1e-9):
+        raise ConfigError(f"{where}: metric: {name} is no mean over examples; choose another: {', '.join(known)}")
+    return [(float(score), float(count)) for score, count in pairs]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, the library's notices are not shown; its errors are."""
+    library = logging.getLogger("lm_eval")
+    before = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.setLevel(before)
