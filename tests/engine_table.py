@@ -1,0 +1,186 @@
+"""Every method on every engine, beside one process: the runs, and how far their results lie apart.
+
+`python tests/engine_table.py [FOLDER] > docs/engines.md` runs all of it and writes the page; runs that stand in the
+folder are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from test_guards import GENERAL, LORA, METHODS, case, configuration, terms, tuner_of, weights
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3_offload")
+TRAINING = {"epochs": 2, "batch_size": 10, "micro_batch_size": 5, "optimizer": "sgd", "learning_rate": 0.3}
+"""Steps of 10, 10 and 4 rows, so that with two processes the last one is uneven; plain SGD, since Adam blows rounding
+up. One process takes two micro-batches to a step, two processes one each."""
+
+TOLERANCE = 2e-3
+"""Of weights, beside the largest of their tensor, and of loss terms."""
+
+
+def rows() -> list[tuple[str, str]]:
+    """(method, tuner): each method with its first tuner or full, and those that take any with LoRA, too."""
+    own = [(name, name_of(tuner_of(name))) for name in METHODS]
+    return sorted({*own, *((name, "lora") for name, cls in METHODS.items() if not cls.tuners)})
+
+
+def name_of(tuner: Any) -> str:
+    return tuner["name"] if isinstance(tuner, dict) else tuner
+
+
+def config_of(
+    folder: Path, engine: str | None, processes: int, method: str, tuner: str, **training: Any
+) -> dict[str, Any]:
+    """A run of a method on an engine; None: one process, whatever there are."""
+    output = folder / f"{engine or 'one'}-{processes}" / f"{method}-{tuner}"
+    own = tuner_of(method)
+    chosen = own if name_of(own) == tuner else LORA if tuner == "lora" else tuner
+    settings = TRAINING | {"engine": engine} | training
+    return configuration(folder, output, method, case(method).options, chosen, 0, settings)
+
+
+def prepare(folder: Path) -> Path:
+    """The texts that some methods rehearse."""
+    (folder / "general.txt").write_text(GENERAL)
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in GENERAL.splitlines()))
+    return folder
+
+
+def launch(configs: list[dict[str, Any]], processes: int, folder: Path, *dying: object) -> None:
+    """Run the configurations in so many processes; one that fails leaves error.txt, and the rest are begun again."""
+    left = configs
+    while left:
+        path = folder / f"configs-{processes}.json"
+        path.write_text(json.dumps(left))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER), str(path)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        subprocess.run([*command, *map(str, dying)], env=environment, capture_output=True, check=False)
+        if dying:
+            return
+        first, *later = [config for config in left if not done(config)] or [None]
+        if first is not None and not error(first):
+            Path(first["output"]).mkdir(parents=True, exist_ok=True)
+            Path(first["output"], "error.txt").write_text("it ended without saying why")
+        left = [config for config in later if not error(config)]
+
+
+def done(config: dict[str, Any]) -> bool:
+    return Path(config["output"], "report.html").exists()
+
+
+def error(config: dict[str, Any]) -> str:
+    path = Path(config["output"], "error.txt")
+    return path.read_text() if path.exists() else ""
+
+
+@dataclass
+class Apart:
+    """How far two runs lie apart.
+
+    Attributes:
+        weights: of both stages, as a share of the largest of their tensor.
+        terms: of the loss, as a share of it.
+        scores: whether the score matrices and the general figures are equal.
+        error: of the run that failed.
+    """
+
+    weights: float
+    terms: float
+    scores: bool
+    error: str = ""
+
+    @property
+    def equal(self) -> bool:
+        return not self.error and self.scores and max(self.weights, self.terms) <= TOLERANCE
+
+
+def apart(one: dict[str, Any], other: dict[str, Any]) -> Apart:
+    """Compare the results of two configurations."""
+    for config in (one, other):
+        if not done(config):
+            return Apart(0, 0, False, error(config) or "it did not end")
+    first, second = (Path(config["output"]) for config in (one, other))
+    found = Apart(0.0, 0.0, True)
+    for stage in ("01-red", "02-green"):
+        theirs = weights(second, stage)
+        for name, w in weights(first, stage).items():
+            if w.shape != theirs[name].shape:
+                return Apart(0, 0, False, f"{name}: {w.shape} and {theirs[name].shape}")
+            if w.numel():
+                far = float((w.double() - theirs[name].double()).abs().max() / w.double().abs().max().clamp(min=1e-3))
+                found.weights = max(found.weights, far)
+    for index in (1, 2):
+        for ours, theirs in zip(terms(first, index), terms(second, index), strict=True):
+            assert ours.keys() == theirs.keys()
+            far = [abs(value - theirs[name]) / max(abs(value), 1e-2) for name, value in ours.items()]
+            found.terms = max([found.terms, *far])
+    matrices = [json.loads((path / "matrix.json").read_text()) for path in (first, second)]
+    found.scores = matrices[0]["scores"] == matrices[1]["scores"] and matrices[0]["general"] == matrices[1]["general"]
+    return found
+
+
+def compare(
+    folder: Path, engine: str, which: Iterable[tuple[str, str]], processes: int = 2
+) -> dict[tuple[str, str], Apart]:
+    """Run what is asked for on an engine and in one process, and compare."""
+    which = list(which)
+    reference = [config_of(folder, None, 1, *row) for row in which]
+    found = [config_of(folder, engine, processes, *row) for row in which]
+    launch([config for config in reference if not done(config)], 1, folder)
+    launch([config for config in found if not done(config)], processes, folder)
+    return {row: apart(*pair) for row, pair in zip(which, zip(reference, found, strict=True), strict=True)}
+
+
+PAGE = """\
+# Which method runs on which engine
+
+<!-- Written by `python tests/engine_table.py > docs/engines.md`, from runs. -->
+
+*yes*: two processes on this engine, after two stages of a tiny model, are where one process with the same global batch
+is: the final weights of both stages and every logged loss term to {tolerance:g} of their size, and the score matrix,
+which is equal. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped or
+repeated. In brackets, where they lie furthest apart. `tests/test_engines.py` runs a selection of this table in `make
+test`, all of it in `make test-all`{seconds}; there, too, gradient accumulation, bfloat16, and a run that is killed and
+continued by another number of processes. [What the engines are, and how to start them](launch.md).
+
+{table}
+"""
+
+
+def page(found: dict[str, dict[tuple[str, str], Apart]], seconds: float) -> str:
+    """docs/engines.md, of what each engine gave for each row."""
+    lines = [
+        "| method | tuner | " + " | ".join(f"`{engine}`" for engine in found) + " |",
+        "|---" * (len(found) + 2) + "|",
+    ]
+    for row in rows():
+        cells = []
+        for engine in found:
+            cell = found[engine][row]
+            cells.append(f"yes ({max(cell.weights, cell.terms):.0e})" if cell.equal else f"**no** {cell.error[:80]}")
+        lines.append(f"| `{row[0]}` | `{row[1]}` | " + " | ".join(cells) + " |")
+    spent = f" (about {seconds / 60:.0f} minutes on two cores)" if seconds else ""
+    return PAGE.format(tolerance=TOLERANCE, seconds=spent, table="\n".join(lines))
+
+
+def main() -> None:
+    folder = prepare(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()))
+    started = time.monotonic()
+    found = {engine: compare(folder, engine, rows()) for engine in ENGINES}
+    print(page(found, time.monotonic() - started), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Runs configurations one after another in processes that train together; the tests of engines start it by torchrun.
+
+usage: torchrun --nproc-per-node N engine_worker.py CONFIGS.json [kill STAGE STEP | count]
+
+CONFIGS.json is a list of configurations. One that fails leaves error.txt in its output and ends all processes. kill:
+the last process dies by SIGKILL after that step. count: leave counts.json beside the results: the last stage's steps,
+how many sums over processes it asked for, and how many entries of vectors its methods held in this process at most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+
+from holdfast.files import write_json
+from holdfast.process import Process
+from holdfast.progress import Progress
+from holdfast.runner import run
+from holdfast.shards import Shards
+from holdfast.stage import _Watch
+
+
+def after_each_step(look: Callable[[Any, Any], None]) -> None:
+    """Call ``look`` with the watching callback and the trainer's state."""
+    original = _Watch.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        look(self, state)
+
+    _Watch.on_step_end = on_step_end  # type: ignore[method-assign]
+
+
+def kill(stage: int, step: int) -> None:
+    def look(watch: Any, state: Any) -> None:
+        process = Process.this()
+        if (watch.stage.index, state.global_step) == (stage, step) and process.rank == process.world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    after_each_step(look)
+
+
+class Count:
+    """Sums over processes and vectors held, of the stage that trains."""
+
+    def __init__(self) -> None:
+        self.found = {"steps": 0, "sums": 0, "entries": 0}
+        self.stack = 0
+        after_each_step(self.look)
+        for name in ("sum", "sum_all"):
+            self.counted(name)
+        stacked = Shards.stack.__func__  # type: ignore[attr-defined]
+
+        def stack(cls: Any, vectors: Any) -> Shards:
+            result = stacked(cls, vectors)
+            self.stack = sum(t.numel() for t in result)
+            return result
+
+        Shards.stack = classmethod(stack)  # type: ignore[assignment]
+
+    def counted(self, name: str) -> None:
+        original = getattr(Process, name)
+
+        def counting(process: Process, value: Any) -> Any:
+            self.found["sums"] += 1
+            return original(process, value)
+
+        setattr(Process, name, counting)
+
+    def look(self, watch: Any, state: Any) -> None:
+        if state.global_step == 1:
+            self.found = {"steps": 0, "sums": 0, "entries": 0}
+        self.found["steps"] += 1
+        kept = [v for method in watch.trainer.methods for v in vars(method).values() if isinstance(v, Shards)]
+        held = sum(t.numel() for vector in kept for t in vector) + self.stack
+        self.found["entries"] = max(self.found["entries"], held)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    counts = Count() if sys.argv[2:] == ["count"] else None
+    if sys.argv[2:3] == ["kill"]:
+        kill(*map(int, sys.argv[3:]))
+    for config in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        output = Path(config["output"])
+        if (output / "report.html").exists():
+            continue
+        try:
+            run(config, Progress(quiet=True))
+        except Exception:
+            (output / "error.txt").write_text(traceback.format_exc())
+            os._exit(1)  # others may wait for this process: the launcher ends them
+        if counts is not None and Process.this().main:
+            write_json(output / "counts.json", counts.found)

@@ -1,0 +1,121 @@
+"""Every method on every engine: two processes, after two stages, are where one process is.
+
+The whole table is slow (`python tests/engine_table.py` writes it into docs/engines.md); `make test` takes a selection
+in which every method and every engine stands.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from engine_table import ENGINES, apart, compare, config_of, error, launch, prepare, rows
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "engines.md"
+
+
+def selected(engine: str) -> list[tuple[str, str]]:
+    """Every so many-th row: all engines together take each once."""
+    return rows()[ENGINES.index(engine) :: len(ENGINES)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("engines"))
+
+
+def needs(engine: str) -> None:
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed: pip install 'holdfast[deepspeed]'")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_are_where_one_is(engine, folder):
+    needs(engine)
+    for row, found in compare(folder, engine, selected(engine)).items():
+        assert found.equal, (row, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_so_they_are_with_every_method(engine, folder):
+    needs(engine)
+    wrong = {row: found for row, found in compare(folder, engine, rows()).items() if not found.equal}
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_accumulated_and_in_bfloat16(engine, folder):
+    """Two micro-batches in each process; and with precision bfloat16 the loss terms are near those of one process."""
+    needs(engine)
+    for method in ("ewc", "gem", "gere_kl"):
+        small = {"micro_batch_size": 2, "batch_size": 8}
+        one, two = (
+            config_of(folder, None, 1, method, "full", **small),
+            config_of(folder, engine, 2, method, "full", **small),
+        )
+        for config in (one, two):
+            config["output"] += "-accumulated"
+        launch([one], 1, folder)
+        launch([two], 2, folder)
+        assert apart(one, two).equal, (method, apart(one, two))
+        half = [config_of(folder, e, n, method, "full", precision="bfloat16") for e, n in ((None, 1), (engine, 2))]
+        for config in half:
+            config["output"] += "-bfloat16"
+        launch(half[:1], 1, folder)
+        launch(half[1:], 2, folder)
+        found = apart(*half)
+        assert not found.error and found.terms < 0.2, (method, found)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "ddp",
+        pytest.param("fsdp2", marks=pytest.mark.slow),
+        pytest.param("zero2", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_continued_by_another_number_of_processes(engine, folder):
+    """A run of two, one of which is killed in the second stage, ends with the same numbers in one or three."""
+    needs(engine)
+    unbroken = config_of(folder, None, 1, "ewc", "full", batch_size=12, micro_batch_size=4)
+    unbroken["output"] += "-unbroken"
+    launch([unbroken], 1, folder)
+    for processes in (1, 3):
+        broken = config_of(folder, engine, 2, "ewc", "full", batch_size=12, micro_batch_size=2)
+        broken["output"] += f"-broken-{processes}"
+        launch([broken], 2, folder, "kill", 2, 4)
+        assert not Path(broken["output"], "report.html").exists() and not error(broken)
+        launch([broken], processes, folder)
+        assert apart(unbroken, broken).equal, (processes, apart(unbroken, broken))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_what_methods_keep_is_divided(engine, folder):
+    """Each of two processes holds about half of what one holds, and a step asks for a few small sums only."""
+    needs(engine)
+    for method in ("ewc", "gem", "ogd", "cia"):
+        held = {}
+        for name, processes in ((None, 1), (engine, 2)):
+            config = config_of(folder, name, processes, method, "full")
+            config["output"] += "-counted"
+            launch([config], processes, folder, "count")
+            assert not error(config), error(config)
+            held[processes] = json.loads(Path(config["output"], "counts.json").read_text())
+        assert held[2]["entries"] <= 0.6 * held[1]["entries"], method
+        assert held[2]["sums"] <= 12 * held[2]["steps"], method
+
+
+def test_the_page_has_every_row_and_engine():
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    [header] = [line for line in lines if line.startswith("| method |")]
+    assert [cell.strip(" `") for cell in header.split("|")[3:-1]] == list(ENGINES)
+    table = {tuple(cell.strip(" `") for cell in line.split("|")[1:3]): line for line in lines if line.startswith("| `")}
+    assert set(table) == set(rows())
+    assert all(line.count("yes") == len(ENGINES) for line in table.values())
