@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import holdfast.runner
 import holdfast.stage
 from holdfast import load_config, run
+from holdfast.check import gate_lines
 from holdfast.cli import main
 from holdfast.config import GateConfig
 from holdfast.errors import ConfigError, GateFailed
@@ -476,3 +477,12 @@ def test_a_run_records_its_cost_over_every_restart(watched, plain, folder, monke
     record = read_json(directory / "run.json")
     assert record["tokens"] == sum(stage["tokens"] for stage in stages)
     assert record["peak_memory_gib"] == max(stage["peak_memory_gib"] for stage in stages) > 0.05
+
+
+def test_check_shows_the_limits():
+    gate = GateConfig(max_forgetting=0.05, max_general_loss_increase="2%", on_fail="rollback", stop_early=True)
+    assert gate_lines(gate) == [
+        "gate after every stage: max_forgetting 0.05, max_general_loss_increase 2%; on_fail rollback; "
+        "a stage ends early beyond max_general_loss_increase"
+    ]
+    assert gate_lines(None) == []

@@ -14,13 +14,14 @@ from doubles import ChatServer, write_sentence_model
 from holdfast import load_config, run
 from holdfast.check import noticed
 from holdfast.cli import app
-from holdfast.config import DataConfig, StreamConfig
+from holdfast.config import DataConfig, RunConfig, StreamConfig
 from holdfast.data.load import load_stream
 from holdfast.data.task import Stream
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
 from holdfast.evaluation.scorers import METRICS, SCORERS
 from holdfast.files import read_json, read_jsonl
 from holdfast.progress import Progress
+from holdfast.setup import resolve
 from holdfast.streams import find, known
 from tiny import tiny_config, write_model
 
@@ -237,7 +238,20 @@ def test_tasks_of_tree_loras_own_archive_hold_their_prompts(tmp_path: Path):
     save(tmp_path / "Lima" / "train.json", [{"prompt": "Why?", "answer": "So."}])
     stream = load(name="tree_lora", path=tmp_path, order=["yelp"])
     assert stream.tasks[0].test[0].question == "Of SC? Text: bad\nAnswer:"
-    assert stream.samples == str(tmp_path / "Lima" / "train.json")
+    assert stream.samples == (lima := str(tmp_path / "Lima" / "train.json"))
+
+    def paths(**given: Any) -> list[Any]:
+        """The path of each of two methods that rehearse general texts, after the stream had its say."""
+        texts = {"name": "rehearsal", "source": "general"} | given
+        stream = {"name": "tree_lora", "path": str(tmp_path), "order": ["yelp"]}
+        config = RunConfig(model="m", stream=stream, method=["ewc", "gere_ce", texts], output="o")
+        ewc, *others = resolve(config).method
+        assert ewc.options == {}
+        return [method.options.get("path") for method in others]
+
+    assert paths() == [lima, lima]
+    assert paths(path="mine.txt") == [lima, "mine.txt"]
+    assert paths(dataset="mine") == [lima, None]
 
 
 @pytest.mark.parametrize(

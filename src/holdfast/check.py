@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from holdfast.config import RunConfig
+from holdfast.config import GateConfig, RunConfig
 from holdfast.data.task import Task
 from holdfast.directory import free_gib
 from holdfast.setup import Setup, load_model_config, optimizer_steps, prepare
@@ -80,7 +80,7 @@ def plan_lines(setup: Setup) -> list[str]:
         total += seen
         lines.append(f"stage {stage.index} {stage.name}: {len(rows)} rows, {steps} steps, {seen:,} tokens")
     if setup.stream.samples is not None:
-        lines.append(f"general samples of the stream, for a method's path: {setup.stream.samples}")
+        lines.append(f"general samples of the stream, for methods that name no others: {setup.stream.samples}")
     if not setup.stages:
         lines.append("no stages: the model stays as it is")
     tests = sum(len(task.test) for task in setup.stream.tasks)
@@ -91,10 +91,20 @@ def plan_lines(setup: Setup) -> list[str]:
         f"evaluation: {tests} test examples, {times} times, and {len(setup.general)} general measures",
         f"{setup.encoder.truncated} train examples were shortened to max_length"
         + (f", of {setup.encoder.cut_answers} the answer too" if setup.encoder.cut_answers else ""),
+        *gate_lines(config.gate),
         f"weights: about {size / 2**30:.3f} GiB; a full checkpoint about {3 * size / 2**30:.3f} GiB; "
         f"{free_gib(Path(config.output)):.0f} GiB are free for {config.output}",
     ]
     return lines
+
+
+def gate_lines(gate: GateConfig | None) -> list[str]:
+    """The limits that each stage is held to, and what follows where it fails."""
+    if gate is None:
+        return []
+    limits = ", ".join(f"{key} {limit}" for key, limit in gate.limits.items())
+    early = "; a stage ends early beyond max_general_loss_increase" if gate.stop_early else ""
+    return [f"gate after every stage: {limits}; on_fail {gate.on_fail}{early}"]
 
 
 def model_bytes(setup: Setup) -> int:

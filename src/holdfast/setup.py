@@ -10,6 +10,7 @@ from typing import Any
 from holdfast import methods, tuners
 from holdfast.compatibility import refusal
 from holdfast.config import ModelConfig, Named, RunConfig
+from holdfast.data.benchmark import general_samples
 from holdfast.data.collate import pack
 from holdfast.data.encode import Encoder, load_tokenizer, resolve_max_length
 from holdfast.data.load import load_general, load_stream
@@ -84,6 +85,7 @@ def prepare(config: RunConfig) -> Setup:
     Raises:
         UserError: something in the configuration or the data cannot be used.
     """
+    config = with_general_samples(config)
     chosen = methods.build([(method.name, method.options) for method in config.method])
     config = resolve(config, chosen)
     assert config.tuner is not None
@@ -123,8 +125,26 @@ def check_watching(config: RunConfig, general: list[General], tasks: list[Task])
             raise ConfigError("gate.stop_early: needs evaluation.watch_general (or --watch-general), which measures it")
 
 
+def with_general_samples(config: RunConfig) -> RunConfig:
+    """The configuration with the stream's own general samples, where it has such, as the path of each method that
+    rehearses general texts and names none."""
+    samples = general_samples(config.stream)
+
+    def filled(named: Named) -> Named:
+        fields = methods.find(named.name).Options.model_fields
+        source = named.options.get("source", fields["source"].default if "source" in fields else None)
+        if source != "general" or {"path", "dataset"} & set(named.options):
+            return named
+        return Named(name=named.name, **named.options, path=samples)
+
+    if samples is None:
+        return config
+    return config.model_copy(update={"method": [filled(named) for named in config.method]})
+
+
 def resolve(config: RunConfig, chosen: list[Method] | None = None) -> RunConfig:
-    """The configuration with the tuner that its methods need, where it names none.
+    """The configuration with the tuner that its methods need, and the general samples of its stream, where it names
+    none.
 
     Args:
         chosen: the configuration's methods, where they are built already.
@@ -133,6 +153,7 @@ def resolve(config: RunConfig, chosen: list[Method] | None = None) -> RunConfig:
         ConfigError: the tuner is not one that a method works with, or two methods need different ones.
     """
     if chosen is None:
+        config = with_general_samples(config)
         chosen = methods.build([(method.name, method.options) for method in config.method])
     bound = [method for method in chosen if method.tuners]
     if config.tuner is None:

@@ -127,9 +127,17 @@ def _from_folders(config: StreamConfig, definition: Definition, data: DataConfig
             source.instruction = _instruction(root, source.folder, definition.instructions, str(tasks[name].group))
         sources.append(source)
     stream = Stream(config.name, [load_task(source, data) for source in sources])
-    samples = [file for folder in folders.get(definition.samples or "", []) for file in split_files(folder, "train")]
-    stream.samples = str(samples[0]) if samples else None
+    stream.samples = general_samples(config)
     return stream
+
+
+def general_samples(config: StreamConfig) -> str | None:
+    """The file of general samples that a benchmark's methods rehearse, where it has such and the data hold it."""
+    wanted = None if config.name is None else find(config.name).samples
+    if wanted is None or config.path is None:
+        return None
+    folders = _task_folders(Path(config.path)).get(wanted, [])
+    return next((str(file) for folder in folders for file in split_files(folder, "train")), None)
 
 
 def _root(config: StreamConfig, definition: Definition) -> Path:
