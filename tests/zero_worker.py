@@ -1,7 +1,7 @@
 """Trains a tiny model under plain transformers and DeepSpeed, changing gradients and weights on the way, for test_zero.
 
-usage: [torchrun --nproc-per-node N] zero_worker.py FOLDER [ENGINE ...]: trains with each engine, or with none, from the start,
-and leaves weights and optimizer state in FOLDER/ENGINE.pt. Where FOLDER/before.pt is, it starts from that.
+usage: [torchrun --nproc-per-node N] zero_worker.py FOLDER [ENGINE ...]: trains with each engine, or with none, from
+the start, and leaves weights and optimizer state in FOLDER/ENGINE.pt. Where FOLDER/before.pt is, it starts from that.
 """
 
 from __future__ import annotations

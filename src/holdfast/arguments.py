@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
+from holdfast import zero
+from holdfast.engines import DEEPSPEED
 from holdfast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +49,14 @@ def training_arguments(training: TrainingConfig | OptimizerConfig, checkpoints: 
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    profile = DEEPSPEED.get(getattr(training, "engine", None) or "")
+    if profile is not None:
+        zero.begin()
+        values |= {"deepspeed": profile, "use_cpu": False, "accelerator_config": {"use_configured_state": True}}
     try:
-        return TrainingArguments(**values | own | training.arguments)
+        arguments = TrainingArguments(**values | own | training.arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from None
+    if profile is not None:
+        zero.keep_float32(arguments)
+    return arguments

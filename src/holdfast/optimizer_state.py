@@ -29,7 +29,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     piece = piece_of(p)
-                    whole = piece.join(_local(value)) if piece and value.shape == p.shape else value
+                    whole = piece.join(_local(value)) if piece and piece.holds(value) else value
                     tensors[f"{name}/{key}"] = whole.detach().cpu().contiguous()
                 else:
                     values["states"].setdefault(name, {})[key] = value
@@ -67,6 +67,6 @@ def _local(value: Tensor) -> Tensor:
 def _divided(value: Any, p: nn.Parameter) -> Any:
     """A state's value as the optimizer keeps it beside a parameter."""
     piece = piece_of(p)
-    if not isinstance(value, Tensor) or piece is None or value.shape != p.shape:
+    if not isinstance(value, Tensor) or piece is None or value.shape != piece.shape:
         return value.clone() if isinstance(value, Tensor) else value
     return piece.like(value)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from holdfast import zero
 from holdfast.attention import fastest
 from holdfast.config import RunConfig, load_config
 from holdfast.curves import Curves
@@ -439,6 +440,7 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> Any:
     attention = model.attention or fastest(config.training.precision)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     options |= weight_options(model, device) | _sharding(config.training.engine)
+    zero.load_whole()
     set_seed(config.seed)
     try:
         pretrained = AutoModelForCausalLM.from_pretrained(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from holdfast import zero
 from holdfast.process import Process
 
 CHUNK = 1 << 18
@@ -227,6 +228,10 @@ class _Sharded:
         """A tensor that is divided as the parameter is, such as its optimizer's state."""
         return distribute_tensor(whole.to(self._mesh.device_type), self._mesh, self._placements, src_data_rank=None)
 
+    def holds(self, value: Tensor) -> bool:
+        """Whether a tensor of the optimizer's state is divided as the parameter is."""
+        return value.shape == self.shape
+
     def join(self, piece: Tensor) -> Tensor:
         if piece.dim() > len(self.shape):
             return torch.stack([self.join(row) for row in piece])
@@ -250,8 +255,10 @@ def _gram(rows: Tensor) -> Tensor:
     return total
 
 
-def piece_of(p: Tensor) -> _Sharded | None:
+def piece_of(p: Tensor) -> _Sharded | zero.Part | None:
     """How a parameter is divided; None where it is whole."""
+    if zero.lies_here(p):
+        return zero.part(p)
     return _Sharded(p) if isinstance(p, DTensor) else None
 
 
@@ -270,20 +277,41 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def is_divided(model: nn.Module) -> bool:
     """Whether a part of the model lies in pieces, so that processes go through it together or not at all."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    return any(isinstance(p, DTensor) or zero.is_partitioned(p) for p in model.parameters())
 
 
 def full(t: Tensor) -> Tensor:
     """A parameter in one piece, on its device; every process must ask for it."""
+    if zero.is_partitioned(t):
+        return zero.whole(t)
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """What ``save_pretrained`` needs as ``state_dict`` where it cannot gather the weights itself; else None.
+
+    The tensors are gathered one by one, for the main process alone, on the CPU; of an adapter, its own.
+    """
+    if not any(map(zero.is_partitioned, model.parameters())):
+        return None
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else ""
+    state, joined = {}, {}
+    for name, t in model.state_dict(keep_vars=True).items():
+        if prefix and not t.requires_grad and prefix not in name:
+            continue
+        if id(t) not in joined:  # tied weights stay one tensor
+            whole = full(t).detach()
+            joined[id(t)] = whole.cpu() if Process.this().main else whole.new_empty(0)
+        state[name] = joined[id(t)]
+    return state
+
+
 def weights(model: nn.Module) -> Shards:
-    """A live view on the trainable parameters."""
-    return _view(model, lambda p: p.data)
+    """A live view on the trainable parameters, as the optimizer has them."""
+    return _view(model, lambda p: zero.weight(p) if zero.lies_here(p) else p.data, lambda: zero.agree(model))
 
 
-def _view(model: nn.Module, of: Callable[[nn.Parameter], Tensor]) -> Shards:
+def _view(model: nn.Module, of: Callable[[nn.Parameter], Tensor], written: Callable[[], None] | None = None) -> Shards:
     """A vector of what belongs to each trainable parameter: itself, or its gradient."""
     tensors: dict[str, Tensor] = {}
     pieces: dict[str, Piece] = {}
@@ -293,7 +321,7 @@ def _view(model: nn.Module, of: Callable[[nn.Parameter], Tensor]) -> Shards:
             pieces[name] = piece
             t = t.to_local() if isinstance(t, DTensor) else t
         tensors[name] = t
-    return Shards(tensors, pieces)
+    return Shards(tensors, pieces, written)
 
 
 def snapshot(model: nn.Module) -> Shards:
@@ -317,6 +345,8 @@ def gradients(model: nn.Module) -> Shards:
     """A live view on the accumulated gradients; a parameter that got none gets a zero gradient."""
 
     def gradient(p: nn.Parameter) -> Tensor:
+        if zero.lies_here(p):
+            return zero.gradient(p)
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         return p.grad
@@ -338,6 +368,8 @@ def gradient_of_sum(losses: Iterable[Tensor], model: nn.Module) -> Shards:
     Every process gives as many scalars; each is computed when it is asked for, so that one graph is held at a time.
     """
     world = Process.this().world
+    if any(map(zero.lies_here, trainable(model).values())):
+        return _by_zero(losses, model, divide=True)
     if not any(isinstance(p, DTensor) for p in trainable(model).values()):
         return Process.this().sum_all(_gradient(losses, model))
     return _gradient(losses, model).scale_(world)  # FSDP2 has taken the mean
@@ -346,6 +378,8 @@ def gradient_of_sum(losses: Iterable[Tensor], model: nn.Module) -> Shards:
 def _gradient(losses: Iterable[Tensor], model: nn.Module) -> Shards:
     """The gradient of the sum of this process's scalars."""
     parameters = trainable(model)
+    if any(map(zero.lies_here, parameters.values())):
+        return _by_zero(losses, model, divide=False)
     if any(isinstance(p, DTensor) for p in parameters.values()):
         return _gradient_by_backward(losses, model)
     total: dict[str, Tensor] = {}
@@ -355,6 +389,13 @@ def _gradient(losses: Iterable[Tensor], model: nn.Module) -> Shards:
             part = torch.zeros_like(p, dtype=torch.float32) if g is None else g.float()
             total[name] = total[name].add_(part) if name in total else part
     return Shards(total)
+
+
+def _by_zero(losses: Iterable[Tensor], model: nn.Module, divide: bool) -> Shards:
+    """The same where DeepSpeed's ZeRO divides the parameters."""
+    parameters = trainable(model)
+    found = zero.gradient_of_sum(losses, parameters, divide)
+    return Shards(found, {name: zero.part(p) for name, p in parameters.items()})
 
 
 def _gradient_by_backward(losses: Iterable[Tensor], model: nn.Module) -> Shards:

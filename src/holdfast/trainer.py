@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, has_length, rotate_checkpoints
 
+from holdfast import zero
 from holdfast.cost import Cost
 from holdfast.data.collate import Collator, concat
 from holdfast.errors import ConfigError, MethodError, NonFiniteLossError
@@ -29,7 +30,7 @@ from holdfast.model import hidden_only
 from holdfast.optimizer_state import load_optimizer, save_optimizer
 from holdfast.process import Process
 from holdfast.rehearsal.rows import CollatedRows
-from holdfast.shards import gradients, is_divided, trainable, weights
+from holdfast.shards import gradients, is_divided, trainable, weights, whole_state
 
 Choice = str | Mapping[str, Any] | Method
 
@@ -114,7 +115,7 @@ def continual(trainer_class: type) -> type:
                 tokenizer=self._tokenizer or self.processing_class,
                 rows_a_step=self.args.train_batch_size * self.args.gradient_accumulation_steps * self._process.world,
             )
-            self._together = is_divided(self.model)
+            self._together = is_divided(self.model) or zero.will_partition(self.accelerator)
             self._one_pass = not self._together
             for method in self.methods:
                 method.before_stage(stage)
@@ -127,6 +128,7 @@ def continual(trainer_class: type) -> type:
                 if self._process.main:
                     self.cost.load(read_json(Path(str(resume_from_checkpoint), COMPLETE))["cost"])
             trainable(self.model)  # at rest, as the optimizer must find them
+            zero.release(self.model)
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
             if not self.interrupted:
                 self._terms.check(stage, self._process)
@@ -212,13 +214,19 @@ def continual(trainer_class: type) -> type:
 
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(*args, **kwargs)
-            if self._step is not None and self.accelerator.gradient_state.sync_gradients:
-                gradient = gradients(self.model)
-                for method in self.methods:
-                    values = method.after_backward(self._step, gradient)
-                    self._terms.add(values)
-                    self._terms.as_gradients |= values.keys() & set(self._terms.declared)
+            if not self.is_deepspeed_enabled and self.accelerator.gradient_state.sync_gradients:
+                self._after_backward()
             return loss
+
+        def _after_backward(self) -> None:
+            """Hand the accumulated gradient to the methods; DeepSpeed, which steps in its backward pass, calls this."""
+            if self._step is None:
+                return
+            gradient = gradients(self.model)
+            for method in self.methods:
+                values = method.after_backward(self._step, gradient)
+                self._terms.add(values)
+                self._terms.as_gradients |= values.keys() & set(self._terms.declared)
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -260,6 +268,18 @@ def continual(trainer_class: type) -> type:
                 logs["loss"] += sum(logs.get(f"term/{name}", 0.0) for name in self._terms.as_gradients)
             super().log(logs, *args, **kwargs)
 
+        def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+            if not self.is_deepspeed_enabled:
+                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            if resume_from_checkpoint is not None:  # of our own form, not DeepSpeed's
+                self._load_from_checkpoint(resume_from_checkpoint)
+            if self.args.bf16 and zero.keeps_float32(self.accelerator):
+                zero.autocast(self.model)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            zero.attach(self.model_wrapped, self._after_backward)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            return prepared
+
         def _follow_parameters(self) -> None:
             """Let Trainer make its optimizer anew where a method exchanged the trained parameters before the stage."""
             if self.optimizer is None:
@@ -290,6 +310,14 @@ def continual(trainer_class: type) -> type:
                 for name, p in self.model.named_parameters():
                     p.requires_grad_(name in trained)
 
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            if not self.is_deepspeed_enabled:
+                super().save_model(output_dir, _internal_call)
+                return
+            state = whole_state(self.model)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=state)
+
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             """As whole tensors, so that another number of processes, or another engine, can go on."""
             save_optimizer(self._torch_optimizer(), self.model, Path(output_dir))
@@ -303,7 +331,7 @@ def continual(trainer_class: type) -> type:
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
         def _torch_optimizer(self) -> Any:
-            return getattr(self.optimizer, "optimizer", self.optimizer)
+            return zero.unflattened(self.model) or getattr(self.optimizer, "optimizer", self.optimizer)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             limit, self.args.save_total_limit = self.args.save_total_limit, None

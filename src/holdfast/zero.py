@@ -43,6 +43,12 @@ class Part:
         """This process's part [length] of a tensor of the parameter's shape."""
         return whole.reshape(-1).narrow(0, self.start, self.length)
 
+    like = take
+
+    def holds(self, value: Tensor) -> bool:
+        """Whether a tensor of the optimizer's state is a part as this one is."""
+        return value.shape == (self.length,)
+
     def join(self, part: Tensor) -> Tensor:
         """The whole tensor of all processes' parts, or of stacks of such; empty but in the main process."""
         rows = part.shape[:-1]
@@ -76,7 +82,7 @@ def part(p: Any) -> Part:
 def weight(p: Any) -> Tensor:
     """A live view [length] on this process's part of the weight that the optimizer steps, float32."""
     if is_partitioned(p):
-        if not p.requires_grad:
+        if not hasattr(p, "_z3_optimizer"):  # between two engines
             return p.ds_tensor.data[: part(p).length]
         return p._z3_optimizer._get_fp32_opt_state_partition(p, False)[0].detach()[: part(p).length]
     return p._hp_mapping.hp_fragment.detach() if p._hp_mapping else torch.empty(0, device=p.device)
@@ -98,6 +104,7 @@ def whole(p: Any) -> Tensor:
     """A copy of a parameter that lies in pieces, in every process; all must ask for it."""
     from deepspeed.runtime.zero import GatheredParameters
 
+    p.ds_active_sub_modules.clear()  # a module whose input has no gradient, such as an embedding, may not have left
     with GatheredParameters([p]):
         return p.detach().clone()
 
@@ -109,7 +116,7 @@ def agree(model: nn.Module) -> None:
     if hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
     elif hasattr(optimizer, "fp16_partitioned_groups_flat"):
-        optimizer._partition_all_parameters()
+        _put_away(model)
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if kept := optimizer.persistent_parameters:
@@ -156,6 +163,8 @@ def gradient_of_sum(losses: Iterable[Tensor], parameters: Mapping[str, Any], div
         for loss in losses:
             torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             empty()
+            for offload in {getattr(p, "_z3_optimizer", None) for p in parameters.values()} - {None}:
+                offload.backward_epilogue()
     finally:
         for hook in hooks:
             hook.remove()
@@ -186,6 +195,13 @@ def begin() -> None:
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
 
 
+def load_whole() -> None:
+    """Let transformers load the next model whole: after ZeRO-3 it would divide it, without an engine to join it."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a warning says more than that the run's own optimizer and accumulation are used, as they should be."""
     return not any(text in record.getMessage() for text in ("untested optimizer", "accumulation steps mismatch"))
@@ -197,6 +213,17 @@ def keep_float32(arguments: Any) -> None:
     accelerate would turn it into bfloat16 weights, where the DeepSpeed configuration does not speak of it.
     """
     arguments.hf_deepspeed_config.config.setdefault("bf16", {"enabled": False})
+
+
+def keeps_float32(accelerator: Any) -> bool:
+    """Whether the engine that will be made keeps weights in float32."""
+    return not accelerator.state.deepspeed_plugin.hf_ds_config.is_true("bf16.enabled")
+
+
+def will_partition(accelerator: Any) -> bool:
+    """Whether an engine will be made that divides weights among the processes: ZeRO-3."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.hf_ds_config.is_zero3()
 
 
 def autocast(model: Any) -> None:
@@ -240,12 +267,22 @@ def release(model: nn.Module) -> None:
         return
     del model.__dict__[_ENGINE]
     if hasattr(engine.optimizer, "parameter_offload"):
-        engine.optimizer._partition_all_parameters()
+        _put_away(model)
     engine.destroy()
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
     for p in model.parameters():
-        p.__dict__.pop("_hp_mapping", None)
+        for attribute in ("_hp_mapping", "_z3_optimizer"):
+            p.__dict__.pop(attribute, None)
+
+
+def _put_away(model: nn.Module) -> None:
+    """Free the whole weights that ZeRO-3 holds; parameters that a method has added since are not its own."""
+    parameters: Iterable[Any] = model.parameters()
+    for p in parameters:
+        if is_partitioned(p):
+            p.ds_active_sub_modules.clear()
+            p.partition()
 
 
 class Unflattened:

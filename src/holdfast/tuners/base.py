@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from holdfast.config import Section, validate
 from holdfast.process import Process
+from holdfast.shards import whole_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,4 +68,8 @@ class Tuner(ABC):
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the trained weights so that plain transformers or PEFT loads them; all processes take part."""
-        model.save_pretrained(folder, is_main_process=Process.this().main)
+        main, state = Process.this().main, whole_state(model)
+        if state is None:
+            model.save_pretrained(folder, is_main_process=main)
+        elif main:
+            model.save_pretrained(folder, state_dict=state)
