@@ -78,7 +78,7 @@ class HiddenTeacher:
             logit_scale=own.logit_scale,
             student_logits=rehearsed.made,
         )
-        return total / count
+        return total / count.clamp(min=1)  # no position, where a process goes along without rows of its own
 
 
 class StateTeacher:
