@@ -375,6 +375,13 @@ def gradient_of_sum(losses: Iterable[Tensor], model: nn.Module) -> Shards:
     return _gradient(losses, model).scale_(world)  # FSDP2 has taken the mean
 
 
+def gradients_of_sums(groups: Iterable[Iterable[Tensor]], model: nn.Module) -> Shards:
+    """A stack of such gradients, one a group of scalars; where all processes hold all of it, by one all-reduce."""
+    if any(piece_of(p) for p in trainable(model).values()):
+        return Shards.stack([gradient_of_sum(losses, model) for losses in groups])
+    return Process.this().sum_all(Shards.stack([_gradient(losses, model) for losses in groups]))
+
+
 def _gradient(losses: Iterable[Tensor], model: nn.Module) -> Shards:
     """The gradient of the sum of this process's scalars."""
     parameters = trainable(model)

@@ -257,19 +257,23 @@ def test_gem_leaves_a_gradient_without_conflict_untouched():
         assert torch.equal(p.grad, before.tensors[name])
 
 
+def each(stack: Shards) -> list[Shards]:
+    return [stack.like(dict(zip(stack.tensors, row, strict=True))) for row in zip(*stack, strict=True)]
+
+
 def test_gem_has_one_gradient_a_past_task_from_its_own_stored_rows():
     model = tiny_model()
     method = GEM(capacity=12)
     streams = after_stages(method, model, 3)
     set_gradients(model, np.ones(sum(p.numel() for p in model.parameters())))
-    found = method.past_gradients(next_step(model, 3))
+    found = each(method.past_gradients(next_step(model, 3)))
     assert len(found) == 3
     assert all(torch.all(p.grad == 1) for p in model.parameters())
     for gradient, rows in zip(found, streams, strict=True):
         stored = [row for row in method.memory.rows if row in rows]
         assert len(stored) == 4
         np.testing.assert_allclose(flat(gradient), loss_gradient(model, stored), rtol=1e-3, atol=1e-6)
-    few = method.past_gradients(next_step(model, 3, rows=2))  # as many memory rows as the step has task rows
+    few = each(method.past_gradients(next_step(model, 3, rows=2)))  # as many memory rows as the step has task rows
     stored = [row for row in method.memory.rows if row in streams[0]]
     pairs = [loss_gradient(model, pair) for pair in itertools.combinations(stored, 2)]
     assert min(np.abs(flat(few[0]) - pair).max() for pair in pairs) < 1e-6

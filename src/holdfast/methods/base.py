@@ -91,23 +91,30 @@ class Stage:
 
         Each process goes through its share of the rows. Gradients that are being accumulated stay untouched.
         """
-        from holdfast.losses.next_token import next_token_nll
         from holdfast.shards import gradient_of_sum
+
+        return gradient_of_sum(self._losses(rows), self.model)
+
+    def gradients(self, groups: Sequence[Sequence[Row]]) -> Shards:
+        """A stack of :meth:`gradient`, one a group of rows."""
+        from holdfast.shards import gradients_of_sums
+
+        return gradients_of_sums(map(self._losses, groups), self.model)
+
+    def _losses(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+        """This process's share, one micro-batch at a time, of the mean next-token loss of rows."""
+        from holdfast.losses.next_token import next_token_nll
 
         assert rows, "no rows"
         process, size = Process.this(), self.micro_batch_size
-
-        def losses() -> Iterator[Tensor]:
-            own = rows[process.rank :: process.world]
-            for start in range(0, math.ceil(len(rows) / process.world), size):
-                # A process that has no rows left goes along, since others may need it for their weights.
-                batch = self.collate(own[start : start + size] or rows[:1])
-                labels = batch.pop("labels")
-                nll, _ = next_token_nll(self.model(**batch).logits, labels)
-                yield nll if start < len(own) else 0.0 * nll
-
         tokens = sum(label != -100 for row in rows for label in row["labels"][1:])
-        return gradient_of_sum(losses(), self.model).scale_(1 / tokens)
+        own = rows[process.rank :: process.world]
+        for start in range(0, math.ceil(len(rows) / process.world), size):
+            # A process that has no rows left goes along, since others may need it for their weights.
+            batch = self.collate(own[start : start + size] or rows[:1])
+            labels = batch.pop("labels")
+            nll, _ = next_token_nll(self.model(**batch).logits, labels)
+            yield nll * (1 / tokens if start < len(own) else 0.0)
 
 
 @dataclass

@@ -55,7 +55,7 @@ class GEM(Method):
     def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
         if not len(self.memory):
             return {}
-        vectors = Shards.stack([*self.past_gradients(step), gradients])
+        vectors = self.past_gradients(step).joined(Shards.stack([gradients]))
         gram = vectors.gram()
         violated = int((gram[-1, :-1] < 0).sum())
         if violated:
@@ -63,14 +63,14 @@ class GEM(Method):
             gradients.add_combined_(vectors, torch.tensor([*v, 0.0]))
         return {"gem/violated": float(violated)}
 
-    def past_gradients(self, step: Step) -> list[Shards]:
-        """The loss gradient of each past task on rows of the memory, in the order of the tasks."""
-        found = []
+    def past_gradients(self, step: Step) -> Shards:
+        """A stack of the loss gradient of each past task on rows of the memory, in the order of the tasks."""
+        groups = []
         for task in sorted(set(self.memory.tasks)):
             rows = [row for row, of in zip(self.memory.rows, self.memory.tasks, strict=True) if of == task]
             count = min(self.options.batch_size or step.rows, len(rows))
-            found.append(step.stage.gradient(step.random(f"{self.name}/{task}").sample(rows, count)))
-        return found
+            groups.append(step.random(f"{self.name}/{task}").sample(rows, count))
+        return step.stage.gradients(groups)
 
     def after_stage(self, stage: Stage) -> None:
         self.memory.add(stage.index, stage.rows, stage.random(self.name))
