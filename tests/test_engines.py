@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from engine_table import ENGINES, apart, compare, config_of, error, launch, prepare, rows
+from engine_table import ENGINES, LONGER, apart, compare, config_of, error, launch, prepare, rows
+from test_guards import terms
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "engines.md"
 
@@ -37,6 +38,9 @@ def test_two_processes_are_where_one_is(engine, folder):
     needs(engine)
     for row, found in compare(folder, engine, selected(engine)).items():
         assert found.equal, (row, found)
+        if row[0] in LONGER:
+            output = Path(config_of(folder, engine, 2, *row)["output"])
+            assert any(value for step in terms(output, 2) for name, value in step.items() if name != "task"), row
 
 
 @pytest.mark.slow

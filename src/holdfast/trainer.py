@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -510,11 +511,13 @@ def continual(trainer_class: type) -> type:
                     "way replace: rows that share a sequence cannot be replaced one by one; use way beside, or turn "
                     "packing off"
                 )
-            process = Process(0, 1) if extra.dealt else self._process
+            process, rows = self._process, extra.rows
+            if extra.dealt:
+                rows = [row for part in zip_longest(*process.all(list(rows))) for row in part if row is not None]
             sizes = process.all(self._sizes)
             places = [(b, w, r) for b in range(len(batches)) for w in range(process.world) for r in range(sizes[w][b])]
-            taken = sorted(chance.sample(range(len(places)), min(len(extra.rows), len(places))))
-            chosen = {places[place]: row for place, row in zip(taken, extra.rows, strict=False)}
+            taken = sorted(chance.sample(range(len(places)), min(len(rows), len(places))))
+            chosen = {places[place]: row for place, row in zip(taken, rows, strict=False)}
             result = []
             for b, batch in enumerate(batches):
                 size = len(batch["input_ids"])

@@ -181,7 +181,7 @@ class Extra:
             ``replace``: they take the places of task rows; ``task``: there are none, and the task's own rows come
             back as :class:`Rehearsed`.
         samples: a number for each row by which the method knows it again; 0, 1, ... where absent.
-        dealt: whether these are this process's rows alone; otherwise they are the same in all, and dealt among them.
+        dealt: whether these are every so many-th rows, this process's own; otherwise all processes have the same.
         layers: hidden states that the method needs, as in :meth:`Stage.hidden_states`.
         logits: whether the method needs logits.
     """
