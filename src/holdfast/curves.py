@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from holdfast.gate import Increase, general_loss
+from holdfast.process import Process
 from holdfast.setup import Planned
 
 
@@ -54,8 +55,9 @@ class Curves:
             if self.general_every is not None and step % self.general_every == 0:
                 found["general"] = self.general()
                 self._look(step, found["general"])
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+        if Process.this().main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
 
     def _look(self, step: int, general: dict[str, float]) -> None:
         notes = []

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from holdfast.chunked_trainer import ChunkedLossTrainer
 from holdfast.compatibility import refusal
 from holdfast.directory import RunDirectory, open_directory
 from holdfast.errors import ConfigError, Interrupted
-from holdfast.files import read_json, read_jsonl, whole_folder, write_json, write_jsonl
+from holdfast.files import read_json, read_jsonl, whole_folder, write_jsonl
 from holdfast.interrupt import Interrupt
 from holdfast.lab.architecture import counted_parameters
 from holdfast.lab.config import LabConfig, load_lab_config
@@ -77,24 +76,12 @@ def pretrain(config: LabConfig | dict[str, Any] | str | Path, progress: Progress
     if not isinstance(config, LabConfig):
         config = load_lab_config(config)
     process = Process.this()
-    with _directory(Path(config.output), process) as directory, Interrupt() as interrupt:
+    with open_directory(Path(config.output)) as directory, Interrupt() as interrupt:
         directory.check_config(config)
         path = directory.path / "result.json"
         if not path.exists():
             LabRun(config, directory, process, progress or Progress(quiet=not process.main), interrupt).go()
         return read_json(path)
-
-
-@contextlib.contextmanager
-def _directory(path: Path, process: Process) -> Iterator[RunDirectory]:
-    """The run's directory; the main process holds its lock, the others read along."""
-    if process.main:
-        with open_directory(path) as directory:
-            process.wait()
-            yield directory
-    else:
-        process.wait()
-        yield RunDirectory(path)
 
 
 class LabRun:
@@ -161,7 +148,8 @@ class LabRun:
             tokenizer=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoint = newest_whole_checkpoint(self.path / "checkpoint")
+        main = self.process.main
+        checkpoint = self.process.first(newest_whole_checkpoint(self.path / "checkpoint") if main else None)
         self.rewind(checkpoint)
         title = f"{'go on' if config.model.path else 'pretrain'} {self.path.name}"
         if checkpoint:
@@ -181,8 +169,7 @@ class LabRun:
                 tuner.save(model, folder)
                 tokenizer.save_pretrained(folder)
                 write_note(folder, config, init, step * self.tokens_a_step)
-            self.finish(step, parameters)
-        self.process.wait()
+        self.finish(step, parameters)
 
     @property
     def data_paths(self) -> list[str]:
@@ -220,8 +207,7 @@ class LabRun:
             },
             "parameters": {"counted": parameters, "trainable": trainable},
         }
-        if self.process.main:
-            self.directory.begin(self.config, facts, data="files")
+        self.directory.begin(self.config, facts, data="files")
 
     def rewind(self, checkpoint: Path | None) -> None:
         """Drop what was noted after the step that training goes on from."""
@@ -273,9 +259,10 @@ class LabRun:
         """Write the result; checkpoints are no longer needed."""
         evaluations, watched = self.evaluations, self.config.watched
         best = min(evaluations, key=lambda e: e["domains"][watched]["loss"]) if watched else None
-        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+        if self.process.main:
+            shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
         self.directory.finish({"train": round(self.seconds, 3)})
-        write_json(
+        self.directory.write_json(
             self.path / "result.json",
             {
                 "stop": self.why,
