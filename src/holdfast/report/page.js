@@ -2,6 +2,7 @@
 // is large, has been read the page can be used without plots.
 const page = JSON.parse(document.getElementById("plots").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const setting = () => (dark.matches ? "dark" : "light");
 const PAPER_WIDTH = 660;
 
 function draw(box, theme, width) {
@@ -16,11 +17,30 @@ function draw(box, theme, width) {
 }
 
 // A plot in closed details has no width to fill; it is drawn when they open.
-function drawAll(within = document, theme = dark.matches ? "dark" : "light", width = undefined) {
+function drawAll(within = document, theme = setting(), width = undefined) {
   if (typeof Plotly === "undefined") return;
   for (const box of within.querySelectorAll(".plot")) {
     if (!box.closest("details:not([open])")) draw(box, theme, width);
   }
+}
+
+const inView = (box) => {
+  const { top, bottom } = box.getBoundingClientRect();
+  return top < innerHeight && bottom > 0;
+};
+
+// The plots in view first; then the others one at a time, while nothing else is to be done.
+async function drawFirst() {
+  const left = [...document.querySelectorAll(".plot")].filter((box) => !box.closest("details:not([open])"));
+  const idle = () => new Promise((done) => (window.requestIdleCallback ?? setTimeout)(done));
+  for (const box of left.filter(inView)) draw(box, setting());
+  performance.mark("plots in view");
+  while (left.length) {
+    await idle();
+    const [box] = left.splice(Math.max(0, left.findIndex(inView)), 1);
+    if (!box.querySelector(".main-svg")) draw(box, setting());
+  }
+  performance.mark("plots");
 }
 
 for (const details of document.querySelectorAll("details")) {
@@ -36,5 +56,5 @@ addEventListener("afterprint", () => drawAll());
   const script = document.createElement("script");
   script.textContent = document.getElementById("plotly").textContent;
   document.head.append(script);
-  drawAll();
+  await drawFirst();
 })();
