@@ -11,7 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+from tiny import tiny_config
 
 HERE = Path(__file__).parent
 STARTER = """
@@ -105,3 +108,82 @@ def test_a_launcher_within_a_launcher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, lines = ended(start(tmp_path, "--processes", "2"))
     assert code == 2 and "a launcher (torchrun, accelerate, deepspeed) has started" in lines[0]
+
+
+def real(folder: Path, output: str, *arguments: str) -> subprocess.Popen[str]:
+    """`holdfast run` of a tiny model that learns two tasks."""
+    values = tiny_config(folder, tuner={"name": "lora", "lora_dropout": 0.0}, output=str(folder / output))
+    values["stream"]["order"] = ["red", "blue"]
+    values["training"] = {"max_steps": 60, "batch_size": 4, "learning_rate": 1e-2, "save_every": 5, "log_every": 1}
+    path = folder / f"{output}.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-m", "holdfast", "run", str(path), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path: Path, pattern: str) -> None:
+    deadline = time.monotonic() + 300
+    while not list(path.glob(pattern)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def weights(folder: Path) -> str:
+    return json.loads((folder / "stages" / "02-blue" / "stage.json").read_text(encoding="utf-8"))["weights"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_goes_on_and_ends_the_same(tmp_path):
+    assert ended(real(tmp_path, "whole", "--processes", "2"))[0] == 0
+    process = real(tmp_path, "killed", "--processes", "2", "--max-restarts", "1")
+    wait_for(tmp_path / "killed", "stages/02-blue/checkpoint/checkpoint-*")
+    second = psutil.Process(process.pid).children()[1]
+    second.kill()
+    code, lines = ended(process)
+    assert code == 0, lines
+    assert any("process 1 of 2 was killed by SIGKILL" in line for line in lines)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_continues_with_another_number_of_processes(tmp_path):
+    process = real(tmp_path, "run", "--processes", "2")
+    wait_for(tmp_path / "run", "stages/01-red/checkpoint/checkpoint-*")
+    process.send_signal(signal.SIGINT)
+    code, lines = ended(process)
+    assert code == 1 and "all of it is saved. Continue with:" in lines[-1], lines
+    assert ended(real(tmp_path, "run"))[0] == 0
+    assert ended(real(tmp_path, "alone"))[0] == 0
+    scores = [
+        json.loads((tmp_path / name / "matrix.json").read_text(encoding="utf-8"))["scores"] for name in ("run", "alone")
+    ]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_torchrun_and_deepspeed_start_the_same_run(tmp_path):
+    assert ended(real(tmp_path, "ours", "--processes", "2"))[0] == 0
+    starters = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "-m"],
+        "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", "2", "--module"],
+    }
+    for name, command in starters.items():
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                *command,
+                "holdfast",
+                "run",
+                str(tmp_path / "ours.json"),
+                f"output={tmp_path / name}",
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            check=True,
+            timeout=300,
+        )
+        assert weights(tmp_path / name) == weights(tmp_path / "ours")

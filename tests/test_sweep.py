@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from holdfast.cli import main
 from holdfast.config import load_config
 from holdfast.errors import ConfigError, DataError, GateFailed
 from holdfast.files import read_json
-from holdfast.pool import Pool, WorkerDiedError
+from holdfast.pool import Outcome, Pool, WorkerDiedError
 from holdfast.progress import Progress
 from holdfast.report.compare import differences
 from holdfast.report.read import read_runs
 from holdfast.runner import run
 from holdfast.search import best
 from holdfast.sweep import SearchConfig, check, expand, load_sweep
+from holdfast.sweep_work import InUseError, do_run, work_off
 from jobs import job
 from tiny import tiny_config
 
@@ -156,6 +158,43 @@ def test_a_run_that_fails_stops_no_other_and_is_told_of(tmp_path, capsys, monkey
     assert code == rows[1]["exit_code"] == 2
     assert "failed" in said and "not finite" in " ".join(said.split()).replace("NaN", "not finite")
     assert (tmp_path / "sweep" / "report.html").exists()
+
+
+def test_a_run_that_another_sweep_is_at_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("holdfast.sweep_work.PATIENCE", 0.05)
+    runs = expand(load_sweep(tiny_sweep(tmp_path, grid={"seed": [0, 1]})))
+    runs[0].path.parent.mkdir()
+    done: list[str] = []
+
+    class Here:
+        """Does runs at once, in this process."""
+
+        outcome = None
+
+        @property
+        def free(self):
+            return int(self.outcome is None)
+
+        working = 0
+
+        def submit(self, key, config):
+            try:
+                do_run(1, config)
+                done.append(key.name)
+                self.outcome = (key, Outcome())
+            except InUseError as error:
+                self.outcome = (key, Outcome(error=error))
+                if done:
+                    lock.release()  # the other sweep has done it
+
+        def wait(self, seconds=None):
+            outcome, self.outcome = self.outcome, None
+            return [outcome]
+
+    lock = FileLock(runs[0].path.parent / f".{runs[0].name}.lock")
+    lock.acquire()
+    assert [end.state for end in work_off(runs, Here(), QUIET)] == ["done", "done"]
+    assert done == ["seed=1", "seed=0"]
 
 
 def test_a_pool_outlives_a_worker_that_is_killed():

@@ -33,5 +33,6 @@ def cells(grid: Grid) -> Iterator[tuple[Axis, ...]]:
         if isinstance(values, dict):
             axes.append([Axis(key, value, changes) for value, changes in values.items()])
         else:
-            axes.append([Axis(key.rpartition(".")[2], value, {key: value}) for value in values])
+            column = key.removesuffix(".name").rpartition(".")[2]
+            axes.append([Axis(column, value, {key: value}) for value in values])
     return itertools.product(*axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from holdfast.errors import ConfigError, GateFailed, Interrupted, UserError
 from holdfast.files import read_json, write_json, write_text
@@ -37,6 +38,14 @@ class Workers(Protocol):
     def wait(self, seconds: float | None = None) -> list[tuple[Any, Outcome]]: ...
 
     def stop(self) -> None: ...
+
+
+class InUseError(RuntimeError):
+    """Another sweep is at a run; there may be others to do until that is done."""
+
+
+PATIENCE = 5.0
+"""Seconds to wait for a run that another sweep is at, before others are tried."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,9 @@ def work_off(runs: Sequence[PlannedRun], workers: Workers, progress: Progress) -
                 run = left.pop(0)
                 workers.submit(run, run.config.model_dump(mode="json"))
             for run, outcome in workers.wait(0.5):
+                if isinstance(outcome.error, InUseError):
+                    left.append(run)
+                    continue
                 ended[run.name] = how(run, outcome)
                 progress.line(f"{len(ended)}/{len(runs)} {run.name}: {said(ended[run.name])}")
             if interrupt.requested and not asked:
@@ -115,10 +127,18 @@ def exit_code(ended: Sequence[Ended]) -> int:
 
 
 def do_run(processes: int, config: dict[str, Any]) -> None:
-    """One run, in this process or in several; another sweep may be at the same one, and is waited for."""
+    """One run, in this process or in several.
+
+    Raises:
+        InUseError: another sweep is at it.
+    """
     output = Path(config["output"])
     output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(output.with_name(f".{output.name}.lock")):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(output.with_name(f".{output.name}.lock")).acquire(timeout=PATIENCE))
+        except Timeout:
+            raise InUseError(f"{output}: another sweep is at it") from None
         record = output / "run.json"
         if record.exists() and read_json(record)["finished"] is not None:
             return

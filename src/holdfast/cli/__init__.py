@@ -58,6 +58,8 @@ def main() -> None:
     from holdfast.errors import GateFailed, Interrupted, ProcessFailed, UserError
     from holdfast.launch import tell_launcher
 
+    if sys.argv[1:2] and sys.argv[1].startswith("--local_rank="):
+        del sys.argv[1]  # DeepSpeed's launcher puts it there, and into LOCAL_RANK
     try:
         app()
     except (UserError, GateFailed, ProcessFailed) as error:
