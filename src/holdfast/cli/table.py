@@ -87,6 +87,25 @@ def print_evaluated(evaluated: Evaluated, console: Console) -> None:
     console.print(str(evaluated.output), markup=False, soft_wrap=True)
 
 
+def print_published(rows: list[dict[str, Any]], console: Console) -> None:
+    """Ours beside published, in the paper's unit, and where that stands."""
+    if not rows:
+        console.print("no published figure is about any of these runs", style="dim")
+        return
+    table = _table()
+    table.add_column("figure")
+    for name in ("ours", "published", "difference"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("source")
+    for row in rows:
+        ours = "–" if row["ours"] is None else f"{row['ours']:.2f}"
+        less = "–" if row["difference"] is None else f"{row['difference']:+.2f}"
+        figure = f"{row['figure']} {row['unit']}".rstrip()
+        published = f"{row['published']:.2f}"
+        table.add_row(escape(row["run"]), escape(figure), ours, published, less, escape(row["source"]))
+    console.print(table)
+
+
 def _table(first: str = "run") -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column(first, overflow="fold")
