@@ -64,7 +64,7 @@ def launch(configs: list[dict[str, Any]], processes: int, folder: Path, *dying: 
     """Run the configurations in so many processes; one that fails leaves error.txt, and the rest are begun again."""
     left = configs
     while left:
-        path = folder / f"configs-{processes}.json"
+        path = folder / f"configs-{os.getpid()}.json"
         path.write_text(json.dumps(left))
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER), str(path)]

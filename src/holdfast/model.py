@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from holdfast.losses.chunked import Head
-from holdfast.shards import full
+from holdfast.shards import full, used
 
 
 def base(model: Any) -> Any:
@@ -21,7 +21,16 @@ def head(model: Any) -> Head:
     config = inner.config.get_text_config()
     # Cohere multiplies the logits, Granite divides them.
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    bias = getattr(layer, "bias", None)
+    bias = None if bias is None else used(bias)
+    return Head(used(layer.weight), bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def whole_head(model: Any) -> Head:
+    """The head as it is now, in one piece, without gradient."""
+    now = head(model)
+    bias = None if now.bias is None else full(now.bias.detach())
+    return now._replace(weight=full(now.weight.detach()), bias=bias)
 
 
 def kept_head(model: Any) -> Head | None:
@@ -29,8 +38,8 @@ def kept_head(model: Any) -> Head | None:
     now = head(model)
     if not any(t is not None and t.requires_grad for t in (now.weight, now.bias)):
         return None
-    bias = None if now.bias is None else full(now.bias.detach()).clone()
-    return now._replace(weight=full(now.weight.detach()).clone(), bias=bias)
+    now = whole_head(model)
+    return now._replace(weight=now.weight.clone(), bias=None if now.bias is None else now.bias.clone())
 
 
 def hidden_only(model: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         states.setdefault(name, {})[of] = value
     number, state, groups = 0, {}, []
     for group in optimizer.param_groups:
-        known = settings[names[id(group["params"][0])]]
+        known = settings[names[id(group["params"][0])]] if group["params"] else {}
         own = {key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in known.items()}
         groups.append(group | own | {"params": list(range(number, number + len(group["params"])))})
         for p in group["params"]:

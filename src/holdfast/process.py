@@ -46,7 +46,7 @@ class Process:
 
     def sum_all(self, vector: Shards) -> Shards:
         """The sum over all processes of a vector that none of them holds in pieces, in place, by one all-reduce."""
-        if self.world > 1:
+        if self.world > 1 and vector.tensors:
             flat = torch.cat([t.flatten() for t in vector])
             torch.distributed.all_reduce(flat)
             for t, part in zip(vector, flat.split([t.numel() for t in vector]), strict=True):

@@ -12,7 +12,7 @@ from holdfast.config import Section
 from holdfast.data.memory import Memory
 from holdfast.losses import logit_mse
 from holdfast.methods.base import Batch, Extra, Method, Stage, State, Step
-from holdfast.model import head
+from holdfast.model import whole_head
 from holdfast.rehearsal.teacher import predicting
 
 
@@ -86,7 +86,7 @@ def answer_logits(stage: Stage, rows: list[Any]) -> list[Tensor]:
     Returns:
         one tensor a row, [answer tokens, vocab], in the model's data type, on the CPU.
     """
-    now = head(stage.model)
+    now = whole_head(stage.model)
     result = []
     for row, hidden in zip(rows, stage.hidden_states(rows), strict=True):
         chosen = hidden[predicting(torch.tensor([row["labels"]]))[0].to(hidden.device)]

@@ -16,7 +16,7 @@ from holdfast.config import Section
 from holdfast.errors import ConfigError
 from holdfast.methods.base import Method, Stage, State, Step
 from holdfast.model import hidden_only
-from holdfast.shards import Shards
+from holdfast.shards import Shards, full
 
 
 @dataclass
@@ -81,7 +81,7 @@ class OSF(Method):
             u, s, v = (factors[key].detach() for key in ("U_low", "S_low", "V_low"))
             share = self.options.minimum + self._importance(name) * (target - self.options.minimum)
             left, right = fixed_directions(layer, adapter)
-            fixed = torch.linalg.svdvals(left.T @ layer.get_base_layer().weight.float() @ right)
+            fixed = torch.linalg.svdvals(left.T @ full(layer.get_base_layer().weight).float() @ right)
             order = torch.cat([fixed, s.float()]).argsort(descending=True)
             count = int((order[: max(0, round(share * len(order)))] >= len(fixed)).sum())
             self.preserved[name] = Preserved(

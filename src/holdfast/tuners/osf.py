@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from peft import OSFConfig, PeftModel
+from peft.tuners.osf import OSFLayer
 from pydantic import ConfigDict, Field
+from torch import nn
 from transformers import PreTrainedModel
 
 from holdfast.config import Section
 from holdfast.errors import ConfigError
+from holdfast.shards import full
 from holdfast.tuners.peft import PeftTuner
 
 
@@ -39,9 +42,22 @@ class Osf(PeftTuner):
     def wrap(self, model: PreTrainedModel, config: Any) -> PeftModel:
         """Raises ConfigError if no direction of a matrix would be trained."""
         wrapped = super().wrap(model, config)
+        for module in wrapped.modules():
+            if isinstance(module, OSFLayer):
+                undivided(module)
         if not any(p.numel() for p in wrapped.parameters() if p.requires_grad):
             raise ConfigError(
                 f"tuner osf: nothing would be trained with effective_rank {self.options.effective_rank} and "
                 f"target_modules {self.options.target_modules}: it must leave directions of linear layers"
             )
         return wrapped
+
+
+def undivided(layer: nn.Module) -> None:
+    """Let each process hold whole factors of a matrix that lies in pieces, as it holds other tuners' weights."""
+    for part in layer.modules():
+        for name, p in part.named_parameters(recurse=False):
+            if p.requires_grad and full(p) is not p:
+                setattr(part, name, nn.Parameter(full(p.detach()).clone()))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, full(buffer))
