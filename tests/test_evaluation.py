@@ -303,6 +303,23 @@ def test_token_losses_of_rows_without_supervision_are_zero(model):
     assert losses.dtype == np.float64
 
 
+def test_sequences_that_differ_in_their_last_token_are_read_once(model):
+    rng = random.Random(3)
+    asked = [[BOS, *(rng.randrange(FIRST, VOCAB) for _ in range(length))] for length in (5, 9, 5)]
+    rows = [{"input_ids": [*ids, k], "labels": [-100] * len(ids) + [k]} for k in range(5, 9) for ids in asked]
+    rows.append({"input_ids": [*asked[0], 7], "labels": [BOS, *asked[0][1:], 7]})  # supervised elsewhere too
+    rows.append({"input_ids": [*asked[1], 7, 8], "labels": [-100] * 11 + [8]})
+    read: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _, __, given: read.append(len(given["input_ids"])), with_kwargs=True)
+    try:
+        losses, tokens = token_losses(model, rows, batch_size=3, pad_token_id=PAD)
+    finally:
+        hook.remove()
+    assert read == [3, 1]
+    assert tokens.tolist() == [1] * 12 + [6, 1]
+    assert losses == pytest.approx([plain_losses(model, row)[0] for row in rows], rel=1e-5)
+
+
 def test_perplexity_and_choices_equal_plain_loops(model):
     encoder, rng = Letters(), random.Random(2)
     asked = [(words(rng, 3, 20), [words(rng, 1, 9) for _ in range(2 + k % 3)]) for k in range(8)]

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from holdfast.data.task import General, Task
-from holdfast.directory import slug
+from holdfast.directory import RunDirectory, slug
 from holdfast.endpoint import Endpoint
-from holdfast.errors import ConfigError, Interrupted, RunDirectoryError
+from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.evaluation.at_test import Evaluation
-from holdfast.evaluation.general import general_statistics, general_value, matrix_name, refusal_records
 from holdfast.evaluation.kept import Kept
-from holdfast.evaluation.respond import evaluate_task, response_limit
+from holdfast.evaluation.measure import measure, responses_file
 from holdfast.evaluation.score import task_score
 from holdfast.evaluation.served import Served
-from holdfast.files import locked_folder, read_json, read_jsonl, write_json, write_jsonl
+from holdfast.files import locked_folder, read_json, read_jsonl, write_json
 from holdfast.interrupt import Interrupt
 from holdfast.methods.base import Method
 from holdfast.progress import Progress
@@ -134,17 +129,19 @@ class Again:
         self.served = None if endpoint is None else Served(endpoint)
 
     @cached_property
-    def evaluation(self) -> Evaluation:
-        """The model, loaded when it is first needed."""
-        settings = self.found.config.evaluation
+    def model(self) -> Any:
+        """Loaded when it is first needed; None where it is behind an endpoint."""
+        return self.found.measured_model(self.setup) if self.served is None else None
+
+    def _evaluation(self, kept: Kept) -> Evaluation:
         return Evaluation(
-            model=self.found.measured_model(self.setup) if self.served is None else None,
+            model=self.model,
             encoder=self.setup.encoder,
-            batch_size=settings.batch_size,
+            batch_size=self.found.config.evaluation.batch_size,
             methods=self.setup.applied,
             seed=self.found.config.seed,
             scorers=self.setup.stream.scorers,
-            kept=Kept(self.output / "answers.jsonl"),
+            kept=kept,
             served=self.served,
         )
 
@@ -160,63 +157,41 @@ class Again:
         return [one for one in self.setup.general if self.served is None or one.kind == "refusals"]
 
     def measure(self) -> None:
-        """Ask what has no answer yet, and write the scores."""
-        started = time.monotonic()
+        """Ask what has no answer yet, and write what was measured."""
         if self.served is not None:
             self._warn()
-        for task in self.tasks:
-            if not (path := self._responses(task.name)).exists():
-                with self._bar(f"evaluate {task.name}") as on_batch:
-                    limit = self.found.config.evaluation.max_new_tokens or response_limit(self.setup.encoder, task)
-                    records = evaluate_task(self.evaluation, task, max_new_tokens=limit, on_batch=on_batch)
-                write_jsonl(path, records)
-        general = {}
-        if scored := [one for one in self.general if one.kind != "refusals"]:
-            with self._bar("evaluate general abilities") as on_batch:
-                general = general_statistics(self.evaluation, scored, on_batch=on_batch)
-        for one in self.general:
-            if one.kind == "refusals":
-                path = self.output / "responses" / "general" / f"{slug(one.name)}.jsonl"
-                if not path.exists():
-                    with self._bar(f"ask {one.name}") as on_batch:
-                        write_jsonl(path, refusal_records(self.evaluation, one, on_batch=on_batch))
-                general[matrix_name(one)] = np.array([[record["score"], 1.0] for record in read_jsonl(path)])
-        write_json(
-            self.output / "evaluation.json",
-            {
-                "scores": {
-                    task.name: task_score(read_jsonl(self._responses(task.name)), task.metric) for task in self.tasks
-                },
-                "general": {name: general_value(name, statistics) for name, statistics in general.items()},
-                "general_examples": {name: statistics.tolist() for name, statistics in general.items()},
-                "seconds": time.monotonic() - started,
-            },
+        measure(
+            RunDirectory(self.output),
+            self.output,
+            self.tasks,
+            self.general,
+            evaluation=self._evaluation,
+            limit=lambda task: self.found.config.evaluation.max_new_tokens,
+            bar=lambda title: self.interrupt.bar(self.progress, title),
         )
-        Kept(self.output / "answers.jsonl").remove()
 
     def evaluated(self) -> Evaluated:
         """What was measured, read from its files."""
-        written, run, row = read_json(self.output / "evaluation.json"), self.found.run, self.found.row
+        run, row = self.found.run, self.found.row
+        now = read_json(self.output / "evaluation.json")["general"]
         then = dict(zip(run.tasks, run.scores[row], strict=True))
         general = {name: values[row] for name, values in run.matrix["general"].items()}
-        names = [task.name for task in self.setup.stream.tasks]
+        tasks = self.setup.stream.tasks
+        responses = {task.name: self._responses(task.name) for task in tasks}
+        scores = {
+            task.name: task_score(found, task.metric) if (found := responses[task.name]) else None for task in tasks
+        }
         return Evaluated(
             output=self.output,
-            metrics={task.name: task.metric for task in self.setup.stream.tasks},
-            scores={name: (written["scores"].get(name), then[name]) for name in names},
-            general={name: (written["general"].get(name), value) for name, value in general.items()},
-            changed={name: self._changed(name) for name in names},
+            metrics={task.name: task.metric for task in tasks},
+            scores={name: (score, then[name]) for name, score in scores.items()},
+            general={name: (now.get(name), value) for name, value in general.items()},
+            changed={name: _changed(found, run.responses(row, name)) for name, found in responses.items()},
         )
 
-    def _changed(self, task: str) -> int | None:
-        path = self._responses(task)
-        now, then = read_jsonl(path) if path.exists() else [], self.found.run.responses(self.found.row, task)
-        if not now or len(now) != len(then) or "response" not in now[0]:
-            return None
-        return sum(one["response"] != other["response"] for one, other in zip(now, then, strict=True))
-
-    def _responses(self, task: str) -> Path:
-        return self.output / "responses" / f"{slug(task)}.jsonl"
+    def _responses(self, task: str) -> list[dict[str, Any]]:
+        path = responses_file(self.output, task)
+        return read_jsonl(path) if path.exists() else []
 
     def _warn(self) -> None:
         """Say what an endpoint is not asked for.
@@ -234,13 +209,9 @@ class Again:
             if type(method).at_test is not Method.at_test:
                 logger.warning("method %r acts on the model at test time, which an endpoint's does not", method.name)
 
-    @contextlib.contextmanager
-    def _bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        with self.progress.bar(title) as bar:
 
-            def on_batch(done: int, total: int) -> None:
-                bar.update(done, total=total)
-                if self.interrupt.requested:
-                    raise Interrupted(f"stopped in {title!r} after {done} of {total}")
-
-            yield on_batch
+def _changed(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> int | None:
+    """How many responses differ."""
+    if not now or len(now) != len(then) or "response" not in now[0]:
+        return None
+    return sum(one["response"] != other["response"] for one, other in zip(now, then, strict=True))

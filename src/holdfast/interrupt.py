@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from holdfast.errors import Interrupted
+from holdfast.progress import Progress
 
 
 class Interrupt:
@@ -24,6 +29,22 @@ class Interrupt:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def bar(self, progress: Progress, title: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar that is moved by what it gives, with what is done and all; there, work that was asked to stop leaves.
+
+        Raises:
+            Interrupted: by that call.
+        """
+        with progress.bar(title) as bar:
+
+            def on_batch(done: int, total: int) -> None:
+                bar.update(done, total=total)
+                if self.requested:
+                    raise Interrupted(f"stopped in {title!r} after {done} of {total}")
+
+            yield on_batch
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

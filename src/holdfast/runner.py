@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from holdfast import zero
 from holdfast.attention import fastest
 from holdfast.config import RunConfig, load_config
 from holdfast.curves import Curves
-from holdfast.data.task import General, Task
+from holdfast.data.task import Task
 from holdfast.directory import RunDirectory, current_stage, open_directory, slug
-from holdfast.errors import ConfigError, GateFailed, Interrupted
+from holdfast.engines import loaded, loading
+from holdfast.errors import ConfigError, GateFailed
 from holdfast.evaluation.at_test import Evaluation
 from holdfast.evaluation.general import (
     evaluate_general,
-    general_statistics,
-    general_value,
     matrix_name,
-    refusal_records,
 )
 from holdfast.evaluation.kept import Kept
+from holdfast.evaluation.measure import measure
 from holdfast.evaluation.respond import evaluate_task, response_limit
 from holdfast.evaluation.score import beside_score, scorer, statistics, task_score, total
 from holdfast.files import read_json, read_jsonl
@@ -41,7 +37,7 @@ from holdfast.process import Process
 from holdfast.progress import Progress
 from holdfast.quantization import ready_for_training, weight_options
 from holdfast.setup import Planned, Setup, prepare, resolve
-from holdfast.shards import fingerprint, is_divided, trainable
+from holdfast.shards import at_rest, fingerprint, is_divided, trainable
 from holdfast.stage import train_stage
 from holdfast.tuners.base import Tuner
 
@@ -172,53 +168,20 @@ class Run:
         folder = self._folder(stage)
         if self._there(folder / "evaluation.json"):
             return
-        started = time.monotonic()
-        settings, kept = self.config.evaluation, self._kept(folder)
         when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
-        for task in self.setup.stream.tasks:
-            path = folder / "responses" / f"{slug(task.name)}.jsonl"
-            if self._there(path):
-                continue
-            with self._bar(f"evaluate {task.name} {when}") as on_batch:
-                records = evaluate_task(
-                    self._evaluation(kept),
-                    task,
-                    max_new_tokens=settings.max_new_tokens or self._response_limit(task),
-                    on_batch=on_batch,
-                )
-            self.directory.write_jsonl(path, records)
-        general = {}
-        if scored := [measure for measure in self.setup.general if measure.kind != "refusals"]:
-            with self._bar(f"evaluate general abilities {when}") as on_batch:
-                general = general_statistics(self._evaluation(kept), scored, on_batch=on_batch)
-        for measure in self.setup.general:
-            if measure.kind == "refusals":
-                general[matrix_name(measure)] = self._refusals(measure, folder, when, kept)
-        evaluated = {
-            "general": {name: general_value(name, statistics) for name, statistics in general.items()},
-            "general_examples": {name: statistics.tolist() for name, statistics in general.items()},
-            "seconds": time.monotonic() - started,
-        }
-        self.directory.write_json(folder / "evaluation.json", evaluated)
-        kept.remove()
+        measure(
+            self.directory,
+            folder,
+            self.setup.stream.tasks,
+            self.setup.general,
+            evaluation=self._evaluation,
+            limit=lambda task: self.config.evaluation.max_new_tokens or self._response_limit(task),
+            bar=self._bar,
+            when=when,
+        )
         matrix = self._write_matrix()
         scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
         self.progress.line(f"{when}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores))
-
-    def _refusals(self, measure: General, folder: Path, when: str, kept: Kept) -> NDArray[np.float64]:
-        """1 or 0 for each prompt that is refused or not, and 1, [prompts, 2]; the responses are kept beside others."""
-        path = folder / "responses" / "general" / f"{slug(measure.name)}.jsonl"
-        if not self._there(path):
-            with self._bar(f"ask {measure.name} {when}") as on_batch:
-                records = refusal_records(self._evaluation(kept), measure, on_batch=on_batch)
-            self.directory.write_jsonl(path, records)
-        return np.array([[record["score"], 1.0] for record in read_jsonl(path)])
-
-    def _kept(self, folder: Path) -> Kept:
-        """The answers of an evaluation that did not come to its end."""
-        kept = Kept(folder / "answers.jsonl", writes=self.directory.process.main)
-        self.directory.process.wait()
-        return kept
 
     def _curves(self, stage: Planned) -> Curves:
         """What is measured while a stage trains."""
@@ -306,17 +269,8 @@ class Run:
             self._limits[task.name] = response_limit(self.setup.encoder, task)
         return self._limits.get(task.name)
 
-    @contextlib.contextmanager
-    def _bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar that moves after every batch of an evaluation, where a run that was asked to stop leaves."""
-        with self.progress.bar(title) as bar:
-
-            def on_batch(done: int, total: int) -> None:
-                bar.update(done, total=total)
-                if self.interrupt.requested:
-                    raise Interrupted(f"stopped in {title!r} after {done} of {total}")
-
-            yield on_batch
+    def _bar(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return self.interrupt.bar(self.progress, title)
 
     def _write_matrix(self) -> dict[str, Any]:
         matrix = read_matrix(self.setup, self.directory)
@@ -439,7 +393,7 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = model.attention or fastest(config.training.precision)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    options |= weight_options(model, device) | _sharding(config.training.engine)
+    options |= weight_options(model, device) | loading(config.training.engine)
     zero.load_whole()
     set_seed(config.seed)
     try:
@@ -455,17 +409,13 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> Any:
         pretrained = ready_for_training(pretrained)
     elif not is_divided(pretrained):
         pretrained = pretrained.to(device)
-    return tuner.prepare(pretrained)
-
-
-def _sharding(engine: str | None) -> dict[str, Any]:
-    """Options of from_pretrained: each process reads its shard of the weights, where FSDP2 divides them."""
-    world = Process.this().world
-    if engine != "fsdp2" or world == 1:
-        return {}
-    from transformers.distributed import DistributedConfig
-
-    return {"distributed_config": DistributedConfig(fsdp_size=world)}
+    loaded(pretrained)
+    prepared = tuner.prepare(pretrained)
+    trained = {name: p.requires_grad for name, p in prepared.named_parameters()}
+    at_rest(prepared)  # a tuner that tries a pass has frozen whole weights, and not the pieces that they are made of
+    for name, p in prepared.named_parameters():
+        p.requires_grad_(trained[name])
+    return prepared
 
 
 def trained_weights(model: nn.Module) -> str:

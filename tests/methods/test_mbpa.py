@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+import holdfast.evaluation.measure
 import holdfast.runner
 from holdfast.data.collate import Collator
 from holdfast.data.encode import Encoder
@@ -359,7 +360,7 @@ def test_a_run_that_is_continued_from_its_files_is_the_unbroken_one(tmp_path, mo
 
     method = {"name": "mbpa", "steps": 2, "neighbours": 4, "replay": 0.25, "capacity": 30}
     unbroken = run(tmp_path, "unbroken", method, save_every=4)
-    evaluate = holdfast.runner.evaluate_task
+    evaluate = holdfast.evaluation.measure.evaluate_task
     calls = []
 
     def dying(*args, **options):
@@ -369,7 +370,7 @@ def test_a_run_that_is_continued_from_its_files_is_the_unbroken_one(tmp_path, mo
         return evaluate(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner, "evaluate_task", dying)
+        patch.setattr(holdfast.evaluation.measure, "evaluate_task", dying)
         with pytest.raises(Killed):
             run(tmp_path, "broken", method, save_every=4)
     broken = run(tmp_path, "broken", method, save_every=4)

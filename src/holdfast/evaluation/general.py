@@ -148,12 +148,13 @@ def _asked(measure: General, row: int, pieces: list[str], choice: str) -> Exampl
 
 
 def _supervise_first_difference(name: str, choices: list[list[dict[str, Any]]]) -> None:
-    """Leave of the labels of a question's choices only those of the first token in which they differ."""
+    """Cut a question's choices after the first token in which they differ, which alone is supervised: so they have all
+    that is read before it in common."""
     rows = [sequences[-1] for sequences in choices]
     columns = zip(*(row["input_ids"] for row in rows), strict=False)
     at = next((i for i, tokens in enumerate(columns) if len(set(tokens)) > 1), None)
     if at is None:
         raise DataError(f"{name}: the tokenizer has the same token for all letters; leave out by: letter")
     for row in rows:
-        row["labels"] = [IGNORED] * len(row["input_ids"])
-        row["labels"][at] = row["input_ids"][at]
+        row["input_ids"] = row["input_ids"][: at + 1]
+        row["labels"] = [IGNORED] * at + row["input_ids"][at:]
