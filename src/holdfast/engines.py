@@ -1,8 +1,14 @@
-"""The profiles behind ``training.engine``: what each adds to transformers' TrainingArguments."""
+"""What ``training.engine`` adds to how a model is loaded, and to transformers' TrainingArguments."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.process import Process
+from holdfast.shards import at_rest, is_divided
 
 _DEEPSPEED: dict[str, Any] = {
     # "auto": transformers fills it in from the run's own settings, or from the model's hidden size.
@@ -33,3 +39,21 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
 """DeepSpeed configurations. zero0: every process holds everything; zero1: the optimizer's state is divided among the
 processes; zero2: gradients too; zero3: weights too; zero3_offload: all of these lie in the CPU's memory when they are
 not in use. Weights stay float32; ``precision: bfloat16`` is autocast, as on one process."""
+
+
+def loading(engine: str | None) -> dict[str, Any]:
+    """Options of from_pretrained: where FSDP2 divides the weights, each process reads its share of them alone."""
+    world = Process.this().world
+    if engine != "fsdp2" or world == 1:
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=world)}
+
+
+def loaded(model: nn.Module) -> None:
+    """Make the model itself FSDP2's root, the module that is called first; a tuner may look into its embeddings."""
+    if is_divided(model):
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device))
+        at_rest(model)

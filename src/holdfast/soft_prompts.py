@@ -253,7 +253,8 @@ class PromptPoolModel(SoftPromptModel):
     def _cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         outputs = super()._cut(module, args, kwargs, outputs)
         if self.training and not self._adapters_disabled:
-            return _with_fields(type(outputs), tuple(self._chosen))(**outputs, **self._chosen)
+            kind: Any = type(outputs)
+            return _with_fields(kind, tuple(self._chosen))(**outputs, **self._chosen)
         return outputs
 
 

@@ -269,15 +269,26 @@ def test_precision_and_checkpointing_learn_the_same(languages, pretrained, tmp_p
     assert one["loss"] == pytest.approx(other["loss"], rel=0.03)
 
 
-def test_two_processes_equal_one(languages, pretrained, tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(lab_config(languages, tmp_path / "two")), encoding="utf-8")
+ENGINES = ["ddp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("fsdp2", "zero1", "zero2", "zero3"))]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_equal_one(engine, languages, pretrained, tmp_path):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    config = lab_config(languages, tmp_path / "two")
+    config["training"]["engine"] = engine
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += ["holdfast", "lab", "pretrain", str(config)]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    command += ["holdfast", "lab", "pretrain", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    ended = subprocess.run(command, check=False, capture_output=True, env=environment, timeout=300, text=True)
+    assert ended.returncode == 0, ended.stderr
     one, two = pretrained.path, tmp_path / "two"
     for a, b in zip(*(read_jsonl(p / "evaluations.jsonl") for p in (one, two)), strict=True):
         assert a["domains"]["north"]["loss"] == pytest.approx(b["domains"]["north"]["loss"], rel=1e-4)
+        assert a["weights"] == pytest.approx(b["weights"], rel=1e-4)
     for a, b in zip(*(AutoModelForCausalLM.from_pretrained(p / "model").parameters() for p in (one, two)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from holdfast.config import FREE, Named, NamedField, Section, as_methods, as_tuner, load
+from holdfast.config import FREE, Engine, Named, NamedField, Section, as_methods, as_tuner, load
 
 
 class SizeConfig(Section):
@@ -69,6 +69,11 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
     max_grad_norm: float = Field(0.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: mixed precision (autocast)")
+    engine: Engine | None = Field(
+        None,
+        description="how processes divide the work: ddp, fsdp2, zero0 to zero3, zero3_offload; absent: ddp",
+        json_schema_extra=FREE,
+    )
     compile: bool = Field(False, description="torch.compile the model")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     save_every: int = Field(500, ge=1, description="optimizer steps between checkpoints", json_schema_extra=FREE)

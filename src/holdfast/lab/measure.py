@@ -14,8 +14,9 @@ from holdfast.generation import inference
 from holdfast.lab.tokens import TokenRows
 from holdfast.losses import chunked_kl
 from holdfast.losses.chunked import CHUNK_SIZE, Head
-from holdfast.model import base, head, hidden_only
+from holdfast.model import base, hidden_only, whole_head
 from holdfast.process import Process
+from holdfast.shards import at_rest, full
 
 Weights = dict[str, Tensor]
 """A model's weights by name, float32 on the CPU, without what a tuner added."""
@@ -40,13 +41,15 @@ class Measures:
         process: Process,
     ):
         self._process = process
-        self._batches = {
-            domain: [
-                part.batch(range(start, min(start + batch_size, rows, len(part))))
-                for start in range(process.rank * batch_size, min(rows, len(part)), process.world * batch_size)
+        self._batches: dict[str, list[tuple[Tensor, bool]]] = {}  # with whether it counts
+        for domain, part in parts.items():
+            batches = range(0, min(rows, len(part)), batch_size)
+            # Processes go through the model together, so one that has no batch left takes the last one along.
+            own = range(process.rank, math.ceil(len(batches) / process.world) * process.world, process.world)
+            starts = [(batches[min(number, len(batches) - 1)], number < len(batches)) for number in own]
+            self._batches[domain] = [
+                (part.batch(range(start, min(start + batch_size, rows, len(part)))), counts) for start, counts in starts
             ]
-            for domain, part in parts.items()
-        }
         self._teacher: dict[str, list[Tensor]] = {}
         self._teacher_head: Head | None = None
 
@@ -54,10 +57,10 @@ class Measures:
         """Take a model as it is now for the one that `kl` is measured from: its hidden states and its head."""
         with inference(model):
             self._teacher = {
-                domain: [_hidden(model, ids).cpu() for ids in batches] for domain, batches in self._batches.items()
+                domain: [_hidden(model, ids).cpu() for ids, _ in batches] for domain, batches in self._batches.items()
             }
-            now = head(model)
-            self._teacher_head = now._replace(weight=now.weight.detach().clone())
+            now = whole_head(model)
+            self._teacher_head = now._replace(weight=now.weight.clone())
 
     def losses(self, model: Any) -> dict[str, dict[str, float | None]]:
         """Of each domain, in nats per predicted token, over T - 1 positions of sequences of T tokens:
@@ -71,12 +74,13 @@ class Measures:
     def _losses(self, model: Any, domain: str) -> dict[str, float | None]:
         sums = torch.zeros(6, dtype=torch.float64)
         with inference(model):
-            own = head(model)
-            for number, ids in enumerate(self._batches[domain]):
-                hidden = _hidden(model, ids)[:, :-1]
+            for number, (ids, counts) in enumerate(self._batches[domain]):
+                hidden, own = _hidden(model, ids)[:, :-1], whole_head(model)
                 nll = _token_nll(hidden, own, ids[:, 1:].to(hidden.device)).cpu().double()
                 half = nll[:, ids.shape[1] // 2 - 1 :]
-                sums[:4] += torch.stack([nll.sum(), torch.tensor(nll.numel()), half.sum(), torch.tensor(half.numel())])
+                sums[:4] += counts * torch.stack(
+                    [nll.sum(), torch.tensor(nll.numel()), half.sum(), torch.tensor(half.numel())]
+                )
                 if self._teacher_head is not None:
                     teacher = self._teacher[domain][number][:, :-1].to(hidden.device)
                     total, count = chunked_kl(
@@ -90,7 +94,7 @@ class Measures:
                         softcap=own.softcap,
                         logit_scale=own.logit_scale,
                     )
-                    sums[4:] += torch.stack([total.cpu(), count.cpu()])
+                    sums[4:] += counts * torch.stack([total.cpu(), count.cpu()])
         loss, tokens, second, second_tokens, kl, kl_tokens = self._process.sum(sums).tolist()
         return {
             "loss": loss / tokens,
@@ -115,7 +119,8 @@ def _token_nll(hidden: Tensor, layer: Head, targets: Tensor) -> Tensor:
 
 def weights_of(model: nn.Module) -> Weights:
     """A copy of a model's weights."""
-    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in base(model).named_parameters()}
+    at_rest(model)
+    return {name: full(p.detach()).to("cpu", torch.float32, copy=True) for name, p in base(model).named_parameters()}
 
 
 @torch.no_grad()
@@ -125,6 +130,7 @@ def distances(model: nn.Module, start: Weights, init: Weights | None) -> dict[st
     The update of LoRA and its kin counts as part of the weight that it changes. None where there are no initial
     weights to compare with, or a tuner's own weights change the model in another way.
     """
+    at_rest(model)
     effective = _effective(model)
     if effective is None:
         return {"norm": None, "from_start": None, "from_init": None}
@@ -140,7 +146,7 @@ def distances(model: nn.Module, start: Weights, init: Weights | None) -> dict[st
 def _effective(model: Any) -> Iterator[tuple[str, Tensor]] | None:
     """The weights by the names that they have without a tuner, each with its update; None where there are others."""
     if not hasattr(model, "peft_config"):
-        return ((name, p.float().cpu()) for name, p in model.named_parameters())
+        return ((name, full(p).float().cpu()) for name, p in model.named_parameters())
     layers = {name: m for name, m in base(model).named_modules() if hasattr(m, "get_delta_weight")}
     if not layers:
         return None
@@ -151,8 +157,8 @@ def _effective(model: Any) -> Iterator[tuple[str, Tensor]] | None:
             layer, is_base, key = name.partition(".base_layer.")
             if is_base:
                 update = layers[layer].get_delta_weight(adapter) if key == "weight" else 0
-                yield f"{layer}.{key}", (p + update).float().cpu()
+                yield f"{layer}.{key}", (full(p) + update).float().cpu()
             elif not any(name.startswith(f"{layer}.") for layer in layers):
-                yield name, p.float().cpu()
+                yield name, full(p).float().cpu()
 
     return weights()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from holdfast.attention import fastest
 from holdfast.config import ModelConfig
 from holdfast.data.encode import load_tokenizer
+from holdfast.directory import RunDirectory
+from holdfast.engines import loaded, loading
 from holdfast.errors import ConfigError
 from holdfast.files import read_json, write_json
 from holdfast.lab.architecture import new_model
@@ -28,8 +31,13 @@ def tokenizer_of(config: LabConfig, file: TokenFile) -> PreTrainedTokenizerBase:
     return load_tokenizer(ModelConfig(name=config.model.path))
 
 
-def make_model(config: LabConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Weights, Weights | None]:
+def make_model(
+    config: LabConfig, tokenizer: PreTrainedTokenizerBase, directory: RunDirectory
+) -> tuple[Any, Weights, Weights | None]:
     """A new model, or the one to go on from.
+
+    Args:
+        directory: of the run; a new model that is divided among processes passes through it.
 
     Returns:
         the model; its weights; those that its training once began with, where they are known: a model of the
@@ -40,11 +48,12 @@ def make_model(config: LabConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[A
     """
     size = config.model
     attention = size.attention or fastest(config.training.precision)
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    options |= loading(config.training.engine)
     if size.path is None:
         model = new_model(size, tokenizer, config.context, config.seed, attention)
         start = weights_of(model)
-        return model, start, start
-    options = {"attn_implementation": attention} if attention else {}
+        return _divided(model, options, directory), start, start
     try:
         model = AutoModelForCausalLM.from_pretrained(size.path, dtype="float32", **options)
     except (OSError, ValueError) as error:
@@ -52,7 +61,24 @@ def make_model(config: LabConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[A
     reads = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if reads is not None and reads < config.context:
         raise ConfigError(f"context: {config.context} is more than the {reads} tokens that {size.path!r} reads")
+    loaded(model)
     return model, weights_of(model), initial_weights(Path(size.path), tokenizer)
+
+
+def _divided(model: Any, options: dict[str, Any], directory: RunDirectory) -> Any:
+    """A new model as its engine divides it."""
+    if "distributed_config" not in options:
+        return model
+    folder = directory.path / "begin.partial"
+    if directory.process.main:
+        model.save_pretrained(folder)
+    directory.process.wait()
+    divided = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **options)
+    loaded(divided)
+    directory.process.wait()
+    if directory.process.main:
+        shutil.rmtree(folder)
+    return divided
 
 
 def initial_weights(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Weights | None:

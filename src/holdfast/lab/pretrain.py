@@ -20,7 +20,7 @@ from holdfast.chunked_trainer import ChunkedLossTrainer
 from holdfast.compatibility import refusal
 from holdfast.directory import RunDirectory, open_directory
 from holdfast.errors import ConfigError, Interrupted
-from holdfast.files import read_json, read_jsonl, whole_folder, write_jsonl
+from holdfast.files import read_json, read_jsonl, write_jsonl
 from holdfast.interrupt import Interrupt
 from holdfast.lab.architecture import counted_parameters
 from holdfast.lab.config import LabConfig, load_lab_config
@@ -31,6 +31,7 @@ from holdfast.lab.tokens import TokenFile
 from holdfast.process import Process
 from holdfast.progress import Bar, Progress
 from holdfast.setup import RESERVED, check_arguments
+from holdfast.shards import is_divided
 from holdfast.stage import newest_whole_checkpoint
 from holdfast.trainer import continual
 
@@ -112,14 +113,16 @@ class LabRun:
         tokenizer = tokenizer_of(config, TokenFile.open(Path(config.data[0].path)))
         paths = {path: TokenFile.open(Path(path), tokenizer) for path in (*self.data_paths, *config.valid.values())}
         rows = [paths[path].rows(config.context) for path in self.data_paths]
-        model, start, init = make_model(config, tokenizer)
+        model, start, init = make_model(config, tokenizer, self.directory)
         largest = max(range(len(rows)), key=lambda i: config.data[i].weight)
         if config.model.path is None and rows[largest].domain_id is not None:
             model.config.bos_token_id = rows[largest].domain_id  # what its sequences begin with
         parameters = counted_parameters(model)
         steps, self.bound = self.last_step(parameters, sum(map(len, rows)))
         tuner.plan(config.training, steps or ENDLESS)  # type: ignore[arg-type]
-        model = tuner.prepare(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+        if not is_divided(model):
+            model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = tuner.prepare(model)
         self.begin(paths, model, parameters)
         measures = Measures(
             {domain: paths[path].rows(config.context) for domain, path in config.valid.items()},
@@ -164,9 +167,9 @@ class LabRun:
             raise Interrupted(f"stopped in {title!r} after step {step}")
         if self.evaluations[-1]["step"] != step:
             measure(step)
-        if self.process.main:
-            with whole_folder(self.path / tuner.folder) as folder:
-                tuner.save(model, folder)
+        with self.directory.whole_folder(self.path / tuner.folder) as folder:
+            tuner.save(model, folder)
+            if main:
                 tokenizer.save_pretrained(folder)
                 write_note(folder, config, init, step * self.tokens_a_step)
         self.finish(step, parameters)
