@@ -19,9 +19,11 @@ import httpx2
 import pytest
 import uvicorn
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from doubles import ChatServer
 from holdfast import serve as serving
+from holdfast.cli import app
 from holdfast.endpoint import Endpoint, only_model
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.evaluate import evaluate
@@ -118,10 +120,11 @@ def test_answers_are_those_in_process(again: Any, server: Server, finished: Path
     responses = [json.loads(line)["response"] for file in finished.glob("stages/*/responses/*") for line in file.open()]
     assert len(set(responses)) > 20, "the tiny model says the same to everything"
     endpoint = Endpoint(server.url, "", concurrency=32)
-    endpoint.model = only_model(endpoint)
-    assert endpoint.model == "run/00-start"
     again(endpoint)
+    assert endpoint.model == "run/00-start"
     assert set(server.answered.values()) == {1}
+    server.stop()
+    again(Endpoint(server.url, "", retries=0))  # it is finished, so nobody is asked
 
 
 def die_after(server: Server, answers: int) -> threading.Thread:
@@ -304,3 +307,10 @@ def test_the_command_goes_on_after_its_server_was_killed(finished: Path, tmp_pat
     finally:
         server.terminate()
         assert server.wait() in (0, -signal.SIGTERM)
+
+
+def test_the_command_shows_scores_beside_those_of_the_run(finished: Path, tmp_path: Path):
+    shown = CliRunner().invoke(app, ["evaluate", str(finished), "-o", str(tmp_path / "own")])
+    assert shown.exit_code == 0, shown.output
+    rows = [line.split() for line in shown.output.splitlines() if line.strip().startswith(("red", "green", "blue"))]
+    assert rows == [[task, "accuracy", "0.000", "0.000", "0"] for task in ("red", "green", "blue")]

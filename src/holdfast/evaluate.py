@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.data.task import General, Task
 from holdfast.directory import RunDirectory, slug
-from holdfast.endpoint import Endpoint
+from holdfast.endpoint import Endpoint, only_model
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.evaluation.at_test import Evaluation
 from holdfast.evaluation.kept import Kept
@@ -62,8 +62,9 @@ def evaluate(
     Args:
         run: a run's directory.
         stage: from 1, or 0 for the model before training; where absent, the one whose weights the run holds.
-        endpoint: asks the model there, which need not be the run's, for responses. Losses and likelihoods of choices
-            are not measured then, nor does a method act on the weights at test time.
+        endpoint: asks the model there, which need not be the run's, for responses; without a name, the only one that
+            it serves. Losses and likelihoods of choices are not measured then, nor does a method act on the weights at
+            test time.
         output: folder for responses and scores; where absent, one of the stage's, or of the stage's and the
             endpoint's, below ``evaluations`` in the run's directory.
 
@@ -77,6 +78,8 @@ def evaluate(
     found.check_data(setup)
     output = output or run / "evaluations" / _name(found, endpoint)
     with locked_folder(output), Interrupt() as interrupt:
+        if endpoint is not None and not endpoint.model:
+            endpoint.model = _model_before(output, endpoint) or only_model(endpoint)
         _claim(output, found, endpoint)
         again = Again(found, setup, endpoint, output, progress or Progress(), interrupt)
         if not (output / "evaluation.json").exists():
@@ -87,6 +90,12 @@ def evaluate(
 def _name(found: Found, endpoint: Endpoint | None) -> str:
     name = found.folder.name
     return name if endpoint is None else f"{name}-{slug(endpoint.url.partition('://')[2]).replace(':', '_')}"
+
+
+def _model_before(output: Path, endpoint: Endpoint) -> str | None:
+    """The model that was asked there when the evaluation began."""
+    before = read_json(path)["endpoint"] if (path := output / "asked.json").exists() else None
+    return before["model"] if before and before["url"] == endpoint.url else None
 
 
 def _claim(output: Path, found: Found, endpoint: Endpoint | None) -> None:

@@ -148,5 +148,8 @@ EXTRAS = {
     "wandb": "logging, with training.arguments.report_to: wandb",
     "tensorboard": "logging, with training.arguments.report_to: tensorboard",
     "flash_attn": "faster attention on GPUs, with model.attention: flash_attention_2",
+    "uvicorn": "holdfast serve, with the extra serve",
+    "vllm": "holdfast serve and replay, with --engine vllm",
+    "lm_eval": "tasks of lm-evaluation-harness in evaluation.general, with the extra eval",
     "bitsandbytes": "frozen weights in 4 bits (QLoRA), with model.quantization: 4bit",
 }

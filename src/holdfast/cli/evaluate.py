@@ -51,7 +51,7 @@ def evaluate(
 
     quieten()
     from holdfast.cli.table import print_evaluated
-    from holdfast.endpoint import Endpoint, only_model
+    from holdfast.endpoint import Endpoint
     from holdfast.evaluate import evaluate as evaluate_stage
 
     asked = None
@@ -64,5 +64,4 @@ def evaluate(
             timeout=timeout,
             retries=retries,
         )
-        asked.model = model or only_model(asked)
     print_evaluated(evaluate_stage(run, stage=stage, endpoint=asked, output=output), Console())
