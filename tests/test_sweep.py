@@ -126,6 +126,9 @@ def test_twelve_runs_are_done_once_and_compared(tmp_path, capsys, monkeypatch):
     path = write(tmp_path, tiny_sweep(tmp_path))
     code, said, _ = sweep(capsys, monkeypatch, path, "--dry-run")
     assert code == 0 and "12 runs, 0 done" in said and not (tmp_path / "sweep").exists()
+    monkeypatch.setattr("sys.argv", ["holdfast", "check", str(path)])
+    main()
+    assert "12 runs, 0 done" in capsys.readouterr().out
     first = expand(load_sweep(path))[0]
     run(first.config, QUIET)
     before = (first.path / "run.json").stat().st_mtime_ns

@@ -157,7 +157,7 @@ def tables() -> str:
     head = ["method", "vectors of P", "passes"]
     columns = [(size, tuner, gpus) for size, tuner in cases for gpus in (8, 64)]
     more = [[*head, *(f"{size.name} {tuner}, {gpus}" for size, tuner, gpus in columns)]]
-    sent = [["method", *(f"{size.name} {tuner}" for size, tuner in cases), "numbers"]]
+    bytes_sent = [["method", *(f"{size.name} {tuner}" for size, tuner in cases), "numbers"]]
     for method in METHODS:
         passes, vectors = method.passes(TASKS), method.vectors(TASKS)
         row = [method.name, f"{vectors:g}", f"{1 + passes + method.forwards / 3:.3g}"]
@@ -169,8 +169,8 @@ def tables() -> str:
         for size, tuner in cases:
             total = training(size, tuner).sent(8, True, 1 + passes, method.forwards)
             row.append("–" if method.lora and tuner == "full" else _gib(total))
-        sent.append([*row, str(method.numbers(TASKS))])
-    return "\n\n".join(_markdown(table) for table in (plain, more, sent)) + "\n"
+        bytes_sent.append([*row, str(method.numbers(TASKS))])
+    return "\n\n".join(_markdown(table) for table in (plain, more, bytes_sent)) + "\n"
 
 
 def _gib(size: float) -> str:

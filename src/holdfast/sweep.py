@@ -129,6 +129,11 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: list[str] | None 
     return sweep
 
 
+def is_sweep(path: Path) -> bool:
+    """Whether a YAML file describes a sweep, not a run."""
+    return not {"run", "base", "grid"}.isdisjoint(read_yaml(path))
+
+
 def _read(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     if isinstance(values.get("published"), str):

@@ -6,10 +6,19 @@ from holdfast.cli.run import Config, Overrides
 
 
 def check(config: Config, overrides: Overrides = None) -> None:
-    """Resolve the configuration, load every task, and show one example a task, the plan and its cost."""
+    """Resolve the configuration, load every task, and show one example a task, the plan and its cost.
+
+    Of a sweep, check every run and list them, as `holdfast sweep --dry-run` does.
+    """
     from rich.console import Console
 
+    from holdfast.cli.sweep import sweep
     from holdfast.config import load_config
+    from holdfast.sweep import is_sweep
+
+    if is_sweep(config):
+        sweep(config, overrides, dry_run=True)
+        return
     from holdfast.quiet import quieten
 
     resolved = load_config(config, overrides)

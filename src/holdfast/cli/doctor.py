@@ -145,6 +145,8 @@ HEAP = (
 )
 
 EXTRAS = {
+    "ray": "sweeps on a cluster, with holdfast sweep --ray",
+    "optuna": "search of a strength, with search in a sweep",
     "wandb": "logging, with training.arguments.report_to: wandb",
     "tensorboard": "logging, with training.arguments.report_to: tensorboard",
     "flash_attn": "faster attention on GPUs, with model.attention: flash_attention_2",
