@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -170,6 +170,13 @@ class Shards:
         )
 
     @torch.no_grad()
+    @torch.no_grad()
+    def add_whole_(self, name: str, whole: Tensor, scale: float = 1.0) -> Shards:
+        """self[name] += scale * whole, in place, of which this process takes its piece."""
+        t = self.tensors[name]
+        t.add_(self.piece(name, whole).to(t.dtype), alpha=scale)
+        return self._changed()
+
     def load_(self, whole: Mapping[str, Tensor]) -> Shards:
         """Take the values of whole tensors by name; a name that is not there is left as it is."""
         for name, t in self.tensors.items():
@@ -287,6 +294,11 @@ def full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def used(p: Tensor) -> Tensor:
+    """A parameter to compute with outside its module, in one piece and with gradient; every process must ask for it."""
+    return zero.followed(p) if zero.is_partitioned(p) else p
+
+
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
     """What ``save_pretrained`` needs as ``state_dict`` where it cannot gather the weights itself; else None.
 
@@ -294,16 +306,26 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
     """
     if not any(map(zero.is_partitioned, model.parameters())):
         return None
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else ""
     state, joined = {}, {}
-    for name, t in model.state_dict(keep_vars=True).items():
-        if prefix and not t.requires_grad and prefix not in name:
-            continue
+    for name, t in _saved(model):
         if id(t) not in joined:  # tied weights stay one tensor
             whole = full(t).detach()
             joined[id(t)] = whole.cpu() if Process.this().main else whole.new_empty(0)
         state[name] = joined[id(t)]
     return state
+
+
+def loading(model: nn.Module) -> AbstractContextManager[None]:
+    """Within it ``load_state_dict`` finds whole weights, and each process has the same to load."""
+    return zero.loading(model, [t for _, t in _saved(model)])
+
+
+def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that ``save_pretrained`` writes, by name: of a model with adapters, the adapters' alone."""
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
+    for name, t in model.state_dict(keep_vars=True).items():
+        if prefix is None or t.requires_grad or prefix in name:
+            yield name, t
 
 
 def weights(model: nn.Module) -> Shards:
@@ -352,6 +374,14 @@ def gradients(model: nn.Module) -> Shards:
         return p.grad
 
     return _view(model, gradient)
+
+
+def average_replicated(model: nn.Module) -> None:
+    """Average over processes the accumulated gradients of the weights that FSDP2 does not divide, a tuner's own."""
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        found, process = gradients(model), Process.this()
+        whole = Shards({name: t for name, t in found.tensors.items() if name not in found.pieces})
+        process.sum_all(whole).scale_(1 / process.world)
 
 
 def gradient_of(loss: Tensor, model: nn.Module) -> Shards:

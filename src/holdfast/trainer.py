@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import get_last_checkpoint, has_length, rotate_checkpoints
 
 from holdfast import zero
@@ -31,7 +32,7 @@ from holdfast.model import hidden_only
 from holdfast.optimizer_state import load_optimizer, save_optimizer
 from holdfast.process import Process
 from holdfast.rehearsal.rows import CollatedRows
-from holdfast.shards import gradients, is_divided, trainable, weights, whole_state
+from holdfast.shards import average_replicated, gradients, is_divided, loading, trainable, weights, whole_state
 
 Choice = str | Mapping[str, Any] | Method
 
@@ -56,6 +57,7 @@ def continual(trainer_class: type) -> type:
 
     class Continual(trainer_class):
         optimizer: Any
+        lr_scheduler: Any
 
         def __init__(
             self,
@@ -92,6 +94,7 @@ def continual(trainer_class: type) -> type:
             self._general_before: float | None = None
             self._pad = Collator(_pad_token_id(self.processing_class, self.data_collator))
             self._one_pass = True
+            self._engine: zero.Engine | None = None  # DeepSpeed's
             self._process = Process.this()
             self._together = False  # whether all processes must go through the model at the same time
             self._micro_batches = 1  # of the step in this process
@@ -116,10 +119,13 @@ def continual(trainer_class: type) -> type:
                 tokenizer=self._tokenizer or self.processing_class,
                 rows_a_step=self.args.train_batch_size * self.args.gradient_accumulation_steps * self._process.world,
             )
-            self._together = is_divided(self.model) or zero.will_partition(self.accelerator)
+            self._engine = None
+            self._make_engine()
+            self._together = is_divided(self.model)
             self._one_pass = not self._together
             for method in self.methods:
                 method.before_stage(stage)
+                self._make_engine()
             self._follow_parameters()
             if self._general_before is None:
                 self._general_before = self._general_loss()
@@ -128,8 +134,8 @@ def continual(trainer_class: type) -> type:
                 load_states(self.methods, Path(str(resume_from_checkpoint), "method"), self.model)
                 if self._process.main:
                     self.cost.load(read_json(Path(str(resume_from_checkpoint), COMPLETE))["cost"])
-            trainable(self.model)  # at rest, as the optimizer must find them
-            zero.release(self.model)
+            for p in trainable(self.model).values():  # at rest, as the optimizer must find them
+                p._replicated_grad_hook_registered = True  # Trainer's own averaging; see average_replicated
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
             if not self.interrupted:
                 self._terms.check(stage, self._process)
@@ -223,6 +229,7 @@ def continual(trainer_class: type) -> type:
             """Hand the accumulated gradient to the methods; DeepSpeed, which steps in its backward pass, calls this."""
             if self._step is None:
                 return
+            average_replicated(self.model)
             gradient = gradients(self.model)
             for method in self.methods:
                 values = method.after_backward(self._step, gradient)
@@ -269,21 +276,44 @@ def continual(trainer_class: type) -> type:
                 logs["loss"] += sum(logs.get(f"term/{name}", 0.0) for name in self._terms.as_gradients)
             super().log(logs, *args, **kwargs)
 
-        def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-            if not self.is_deepspeed_enabled:
-                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-            if resume_from_checkpoint is not None:  # of our own form, not DeepSpeed's
-                self._load_from_checkpoint(resume_from_checkpoint)
-            if self.args.bf16 and zero.keeps_float32(self.accelerator):
+        def _make_engine(self) -> None:
+            """Let DeepSpeed divide the weights before methods look at them, and again where one exchanged them.
+
+            Raises:
+                ConfigError: the DeepSpeed configuration has an optimizer or a scheduler of its own.
+            """
+            trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+            if not self.is_deepspeed_enabled or (self._engine is not None and self._engine.trained == trained):
+                return
+            config = self.accelerator.state.deepspeed_plugin.hf_ds_config
+            if own := {"optimizer", "scheduler"} & config.config.keys():
+                raise ConfigError(f"deepspeed: leave out {' and '.join(sorted(own))}; the trainer's own are used")
+            if self.args.bf16 and not config.is_true("bf16.enabled"):
                 zero.autocast(self.model)
-            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-            zero.attach(self.model_wrapped, self._after_backward)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            return prepared
+            zero.release(self.model)
+            self.optimizer, _ = deepspeed_init(self, num_training_steps=0)
+            self.deepspeed, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.deepspeed
+            self._engine = zero.Engine(self.accelerator, trained)
+            zero.attach(self.deepspeed, self._after_backward)
+
+        def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+            if self._engine is None:
+                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            self._engine.resume()
+            self.lr_scheduler = None
+            self.create_scheduler(num_training_steps=max_steps)
+            if resume_from_checkpoint is not None:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            for name in ("model", "optimizer", "lr_scheduler"):
+                setattr(self.callback_handler, name, getattr(self, name))
+            self.callback_handler.train_dataloader = train_dataloader
+            return self.model_wrapped, train_dataloader
 
         def _follow_parameters(self) -> None:
             """Let Trainer make its optimizer anew where a method exchanged the trained parameters before the stage."""
-            if self.optimizer is None:
+            if self.optimizer is None or self._engine is not None:
                 return
             held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
             if not self._optimizer_is_given:
@@ -305,7 +335,8 @@ def continual(trainer_class: type) -> type:
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
             if several:
                 self.model.base_model.set_adapter(active[:1])
-            super()._load_from_checkpoint(*args, **kwargs)
+            with loading(self.model):
+                super()._load_from_checkpoint(*args, **kwargs)
             if several:
                 self.model.base_model.set_adapter(active)
                 for name, p in self.model.named_parameters():

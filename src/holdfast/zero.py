@@ -9,7 +9,8 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -109,6 +110,44 @@ def whole(p: Any) -> Tensor:
         return p.detach().clone()
 
 
+class _Copied(torch.autograd.Function):
+    """A copy of a parameter that is whole for a moment, and will be again when its gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Any) -> Tensor:
+        ctx.parameter = p
+        return p.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.parameter.all_gather()
+        return gradient
+
+
+def followed(p: Any) -> Tensor:
+    """As :func:`whole`, and gradients go to the parameter; the engine's next step puts it away again."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    p.ds_active_sub_modules.clear()
+    with GatheredParameters([p]):
+        return _Copied.apply(p)
+
+
+@contextmanager
+def loading(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Within it these parameters are whole and may be written to, alike in every process; the optimizer follows."""
+    held = [t for t in tensors if is_partitioned(t)]
+    if held:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(held, modifier_rank=0):
+            yield
+    else:
+        yield
+    if hasattr(_optimizer(model), "refresh_fp32_params"):
+        _optimizer(model).refresh_fp32_params()
+
+
 @torch.no_grad()
 def agree(model: nn.Module) -> None:
     """After a change of :func:`weight`: bring the model's own parameters up to it, in every process."""
@@ -163,8 +202,8 @@ def gradient_of_sum(losses: Iterable[Tensor], parameters: Mapping[str, Any], div
         for loss in losses:
             torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             empty()
-            for offload in {getattr(p, "_z3_optimizer", None) for p in parameters.values()} - {None}:
-                offload.backward_epilogue()
+            for optimizer in {p._z3_optimizer for p in parameters.values() if hasattr(p, "_z3_optimizer")}:
+                optimizer.backward_epilogue()
     finally:
         for hook in hooks:
             hook.remove()
@@ -215,17 +254,6 @@ def keep_float32(arguments: Any) -> None:
     arguments.hf_deepspeed_config.config.setdefault("bf16", {"enabled": False})
 
 
-def keeps_float32(accelerator: Any) -> bool:
-    """Whether the engine that will be made keeps weights in float32."""
-    return not accelerator.state.deepspeed_plugin.hf_ds_config.is_true("bf16.enabled")
-
-
-def will_partition(accelerator: Any) -> bool:
-    """Whether an engine will be made that divides weights among the processes: ZeRO-3."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return plugin is not None and plugin.hf_ds_config.is_zero3()
-
-
 def autocast(model: Any) -> None:
     """Let the model's forward pass run in bfloat16 where that is safe, and give float32, as accelerate does it."""
     from accelerate.utils import convert_outputs_to_fp32
@@ -234,6 +262,23 @@ def autocast(model: Any) -> None:
         model._original_forward = model.forward
         cast = torch.autocast(device_type=next(model.parameters()).device.type, dtype=torch.bfloat16)
         model.forward = MethodType(convert_outputs_to_fp32(cast(model.forward.__func__)), model)
+
+
+class Engine:
+    """An engine that accelerate has just made, kept from its ``free_memory``, with which Trainer begins to train.
+
+    Attributes:
+        trained: ids of the parameters that it trains.
+    """
+
+    def __init__(self, accelerator: Any, trained: set[int]):
+        self.trained = trained
+        self._accelerator, self._wrapped = accelerator, accelerator.deepspeed_engine_wrapped
+        accelerator.deepspeed_engine_wrapped = None
+
+    def resume(self) -> None:
+        """Let accelerate know it again."""
+        self._accelerator.deepspeed_engine_wrapped = self._wrapped
 
 
 def attach(engine: Any, before_step: Callable[[], None]) -> None:

@@ -86,7 +86,7 @@ class OLoRA(Method):
                 overlap = new[key] @ past[key].T  # [r, r * earlier stages]
                 squared = self.options.penalty == "squared"
                 slope = 2 * overlap if squared else overlap.sign()
-                gradients.tensors[f"{key}.{TRAINED}.weight"].addmm_(slope, past[key], alpha=self.options.lambda_1)
+                gradients.add_whole_(f"{key}.{TRAINED}.weight", slope @ past[key], self.options.lambda_1)
                 total += (overlap.square() if squared else overlap.abs()).sum()
         return self.options.lambda_1 * total
 
@@ -96,9 +96,8 @@ class OLoRA(Method):
         total = torch.zeros((), device=next(iter(new.values())).device)
         for key, w in new.items():
             norm = w.norm()
-            gradients.tensors[f"{key}.{TRAINED}.weight"].add_(
-                w / norm.clamp(min=torch.finfo(w.dtype).tiny), alpha=self.options.lambda_2
-            )
+            slope = w / norm.clamp(min=torch.finfo(w.dtype).tiny)
+            gradients.add_whole_(f"{key}.{TRAINED}.weight", slope, self.options.lambda_2)
             total += norm
         return self.options.lambda_2 * total
 

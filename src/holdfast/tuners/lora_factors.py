@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import ConfigError
+from holdfast.shards import full
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -58,10 +59,10 @@ def plain_lora(model: nn.Module, method: str) -> LoraConfig:
 
 
 def factors(model: nn.Module, adapter: str = TRAINED) -> Factors:
-    """A live view on the factors of a LoRA adapter."""
+    """A live view on the factors of a LoRA adapter; whole copies, where an engine divides them."""
     suffix = f".{adapter}.weight"
     return {
-        name.removesuffix(suffix): p.data
+        name.removesuffix(suffix): full(p).detach()
         for name, p in model.named_parameters()
         if name.endswith((f".lora_A{suffix}", f".lora_B{suffix}"))
     }
