@@ -61,7 +61,7 @@ def again(finished: Path, tmp_path: Path) -> Any:
     def asked(endpoint: Endpoint, path: Path = finished, output: Path = tmp_path / "again") -> None:
         evaluated = evaluate(path, endpoint=endpoint, output=output, progress=QUIET)
         assert evaluated.changed == {"red": 0, "green": 0, "blue": 0}
-        for file in (path / "stages").glob("00-*/responses/*.jsonl"):
+        for file in find_stage(path).folder.glob("responses/*.jsonl"):
             assert file.read_text() == (output / "responses" / file.name).read_text()
         assert not (output / "answers.jsonl").exists()
 
@@ -97,7 +97,9 @@ class Server:
         await self.app(scope, received, sent)
 
     def start(self) -> None:
-        config = uvicorn.Config(self.counted, host="127.0.0.1", port=self.port, log_level="error", interface="asgi3")
+        config = uvicorn.Config(
+            self.counted, host="127.0.0.1", port=self.port, log_level="error", interface="asgi3", lifespan="off"
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
@@ -222,6 +224,23 @@ def test_a_chat_template_and_cut_prompts_reach_the_server_as_in_process(tmp_path
         text = "<s>u:red: ab?\na:"
         same = httpx2.post(f"{server.url}/completions", json={"prompt": text, "max_tokens": 9}).json()
         assert reply["choices"][0]["message"]["content"] == same["choices"][0]["text"] != ""
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(("tuner", "method"), [("lora", "icl"), ("moe_lora", "replay"), ("prompt_pool", "l2p")])
+def test_every_tuner_is_served(tuner: str, method: str, tmp_path: Path, again: Any):
+    """Also such as no folder of weights can be made of; demonstrations are part of what is asked."""
+    tiny_model(initializer_range=0.5).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    write_tasks(tmp_path / "tasks", train=16, test=16)
+    config = tiny_config(tmp_path, tuner=tuner, method=method)
+    config["training"] |= {"max_steps": 1}
+    config["evaluation"] = {"max_new_tokens": 10, "bootstrap": 0}
+    run(config, QUIET)
+    server = Server(tmp_path / "run")
+    try:
+        again(Endpoint(server.url, "", concurrency=8), tmp_path / "run", tmp_path / "again")
     finally:
         server.stop()
 
