@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from holdfast.evaluation.at_test import Evaluation
 
 OnBatch = Callable[[int, int], None] | None
+Keep = Callable[[list[int], list[Any]], None]
 
 MARGIN = 8  # tokens that a response may be longer than the longest train answer
 
@@ -113,23 +114,19 @@ def respond(evaluation: Evaluation, asked: Sequence[Example], max_new_tokens: in
         return evaluation.served.respond(encoder, asked, max_new_tokens, on_batch, kept)
     prompts = [encoder.prompt(example, reserve=max_new_tokens) for example in asked]
 
-    def ask(left: list[int], add: Add) -> None:
-        done = len(prompts) - len(left)
-        with closing(evaluation.parts([{"input_ids": prompts[i]} for i in left])) as parts:
-            for part in parts:
-                numbers = [left[k] for k in part]
-                generate(
-                    evaluation.model,
-                    [prompts[i] for i in numbers],
-                    max_new_tokens=max_new_tokens,
-                    batch_size=evaluation.batch_size,
-                    eos_token_ids=encoder.stop_ids,
-                    pad_token_id=encoder.tokenizer.pad_token_id,
-                    on_batch=_from(on_batch, done, len(prompts)),
-                    on_responses=_keep(add, numbers),
-                )
-                done += len(part)
+    def work(numbers: list[int], on_batch: OnBatch, on_responses: Keep) -> None:
+        generate(
+            evaluation.model,
+            [prompts[i] for i in numbers],
+            max_new_tokens=max_new_tokens,
+            batch_size=evaluation.batch_size,
+            eos_token_ids=encoder.stop_ids,
+            pad_token_id=encoder.tokenizer.pad_token_id,
+            on_batch=on_batch,
+            on_responses=on_responses,
+        )
 
+    ask = _in_parts(evaluation, [{"input_ids": ids} for ids in prompts], on_batch, work)
     responses = kept.complete([["response", ids, max_new_tokens] for ids in prompts], ask)
     return [encoder.decode(tokens) for tokens in responses]
 
@@ -165,22 +162,17 @@ def sequence_losses(
     owner = np.array([i for i, rows in enumerate(encoded) for _ in rows], dtype=np.int64)
     rows = [row for rows in encoded for row in rows]
 
-    def ask(left: list[int], add: Add) -> None:
-        done = len(rows) - len(left)
-        with closing(evaluation.parts([rows[i] for i in left])) as parts:
-            for part in parts:
-                numbers = [left[k] for k in part]
-                token_losses(
-                    evaluation.model,
-                    [rows[i] for i in numbers],
-                    batch_size=evaluation.batch_size,
-                    pad_token_id=evaluation.encoder.tokenizer.pad_token_id,
-                    on_batch=_from(on_batch, done, len(rows)),
-                    on_losses=_keep(add, numbers),
-                )
-                done += len(part)
+    def work(numbers: list[int], on_batch: OnBatch, on_losses: Keep) -> None:
+        token_losses(
+            evaluation.model,
+            [rows[i] for i in numbers],
+            batch_size=evaluation.batch_size,
+            pad_token_id=evaluation.encoder.tokenizer.pad_token_id,
+            on_batch=on_batch,
+            on_losses=on_losses,
+        )
 
-    kept = evaluation.kept or Kept()
+    kept, ask = evaluation.kept or Kept(), _in_parts(evaluation, rows, on_batch, work)
     found = kept.complete([["loss", row["input_ids"], row["labels"]] for row in rows], ask)
     loss_sums, token_sums = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
     np.add.at(loss_sums, owner, [nats for nats, _ in found])
@@ -188,12 +180,35 @@ def sequence_losses(
     return loss_sums, token_sums
 
 
-def _keep(add: Add, numbers: list[int]) -> Callable[[list[int], list[Any]], None]:
-    """Keeps the answers to a part of the questions, whose ``numbers`` among all these are."""
+def _in_parts(
+    evaluation: Evaluation,
+    rows: Sequence[dict[str, Any]],
+    on_batch: OnBatch,
+    work: Callable[[list[int], OnBatch, Keep], None],
+) -> Callable[[list[int], Add], None]:
+    """What asks rows that have no answer yet, in the parts in which the methods answer them.
+
+    Args:
+        work: answers the rows of these numbers; to it, batches are counted and answers numbered among these alone.
+    """
+
+    def ask(left: list[int], add: Add) -> None:
+        done = len(rows) - len(left)
+        with closing(evaluation.parts([rows[i] for i in left])) as parts:
+            for part in parts:
+                numbers = [left[k] for k in part]
+                work(numbers, _from(on_batch, done, len(rows)), _keep(add, numbers))
+                done += len(part)
+
+    return ask
+
+
+def _keep(add: Add, numbers: list[int]) -> Keep:
+    """Answers of a part as answers of the whole, whose ``numbers`` these are."""
     return lambda batch, answers: add([numbers[i] for i in batch], answers)
 
 
-def _from(on_batch: Callable[[int, int], None] | None, done: int, total: int) -> Callable[[int, int], None] | None:
+def _from(on_batch: OnBatch, done: int, total: int) -> OnBatch:
     """Counts of a part as counts of the whole."""
     return None if on_batch is None else lambda below, _: on_batch(done + below, total)
 
