@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.config import load_config
+from holdfast.errors import ConfigError
 from holdfast.files import read_json
 from holdfast.progress import Progress
 from holdfast.runner import run
@@ -68,15 +66,8 @@ def test_a_lost_machine_loses_no_run(tmp_path, monkeypatch):
         assert len(steps) == len(set(steps))
 
 
-def test_a_cluster_that_is_not_there_is_told_of(tmp_path):
-    path = tmp_path / "sweep.json"
-    path.write_text(json.dumps(tiny_sweep(tmp_path, grid={"seed": [0]})), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "holdfast", "sweep", str(path), "--ray", "127.0.0.1:9"],
-        env=os.environ | {"RAY_gcs_rpc_server_connect_timeout_s": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 2 and "no cluster answers at '127.0.0.1:9'" in done.stderr.splitlines()[-1]
+def test_a_cluster_that_is_not_there_is_told_of():
+    from holdfast.ray_pool import RayPool
+
+    with pytest.raises(ConfigError, match=r"--ray: no cluster answers at '127\.0\.0\.1:9'"):
+        RayPool(Resources(), "127.0.0.1:9")

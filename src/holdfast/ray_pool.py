@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from typing import Any
 
 from holdfast.errors import ConfigError, Interrupted
@@ -28,8 +29,9 @@ class RayPool:
         except ImportError:
             raise ConfigError("--ray: needs Ray: pip install 'holdfast[ray]'") from None
         try:
+            _reach(address)
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-        except ConnectionError as error:
+        except OSError as error:
             raise ConfigError(f"--ray: no cluster answers at {address!r}: {error}") from None
         self._ray = ray
         cores, gpus = resources.cores * resources.processes, resources.gpus * resources.processes
@@ -89,3 +91,10 @@ class RayPool:
             return Outcome(error=cause if isinstance(cause, Exception) else RuntimeError(str(error)))
         except errors.RayError as error:
             return Outcome(error=WorkerDiedError(f"its machine or process was lost: {str(error).splitlines()[0]}"))
+
+
+def _reach(address: str) -> None:
+    """OSError where nothing listens at a host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
