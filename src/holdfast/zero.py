@@ -314,6 +314,7 @@ def release(model: nn.Module) -> None:
     if hasattr(engine.optimizer, "parameter_offload"):
         _put_away(model)
     engine.destroy()
+    engine.destroy = lambda: None  # its __del__ calls it again, when the parameters are another engine's
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
     for p in model.parameters():
