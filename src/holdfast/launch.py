@@ -42,7 +42,7 @@ LAST_LINES = 20
 """Lines shown of what a process said that died without an error of its own."""
 
 
-def launch(arguments: Sequence[str], processes: int, max_restarts: int = 0) -> None:
+def launch(arguments: Sequence[str], processes: int, max_restarts: int = 0, quiet: bool = False) -> None:
     """Run ``holdfast ARGUMENTS`` in processes that train together, and return when all are done.
 
     Process 0 shows its output here; of the others only the error is shown of which the run died. SIGINT and SIGTERM
@@ -51,6 +51,7 @@ def launch(arguments: Sequence[str], processes: int, max_restarts: int = 0) -> N
     Args:
         max_restarts: how often all are started again where one died of something other than the user's input; they
             go on from the last checkpoint.
+        quiet: keep process 0's output from the terminal, too.
 
     Raises:
         UserError, GateFailed, Interrupted: as a process raised it.
@@ -58,7 +59,7 @@ def launch(arguments: Sequence[str], processes: int, max_restarts: int = 0) -> N
     """
     for restart in range(max_restarts + 1):
         with tempfile.TemporaryDirectory(prefix="holdfast-") as folder, Interrupt() as interrupt:
-            group = _Group(arguments, processes, restart, Path(folder))
+            group = _Group(arguments, processes, restart, Path(folder), quiet)
             try:
                 failed = group.wait(interrupt)
             finally:
@@ -89,7 +90,7 @@ def tell_launcher(error: Exception) -> bool:
 class _Group:
     """The processes of one start."""
 
-    def __init__(self, arguments: Sequence[str], processes: int, restart: int, folder: Path):
+    def __init__(self, arguments: Sequence[str], processes: int, restart: int, folder: Path, quiet: bool):
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -101,7 +102,7 @@ class _Group:
         for rank in range(processes):
             own = {ERRORS: str(self._errors(rank))}
             own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            log: IO[bytes] | None = self._log(rank).open("wb") if rank else None
+            log: IO[bytes] | None = self._log(rank).open("wb") if rank or quiet else None
             self.processes.append(
                 subprocess.Popen(
                     [*COMMAND, *arguments],
@@ -143,7 +144,8 @@ class _Group:
         if silent and not any(error["kind"] for error in told):
             rank, code = silent[0], failed[silent[0]]
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            said = self._log(rank).read_text(encoding="utf-8", errors="replace") if rank else ""
+            log = self._log(rank)
+            said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             lines = "".join(f"\n  {line}" for line in said.splitlines()[-LAST_LINES:])
             return ProcessFailed(f"process {rank} of {len(self.processes)} {how}; the others are stopped{lines}")
         first = min(told, key=lambda error: (error["kind"] is None, error["time"]))

@@ -147,7 +147,7 @@ def do_run(processes: int, config: dict[str, Any]) -> None:
 
             path = output.with_name(f".{output.name}.json")
             write_json(path, config)
-            launch(["run", str(path)], processes)
+            launch(["run", str(path)], processes, quiet=True)
             return
         import torch
 
