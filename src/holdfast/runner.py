@@ -33,7 +33,6 @@ from holdfast.gate import Increase, failed, judge, record
 from holdfast.interrupt import Interrupt
 from holdfast.methods.saved import load_states, save_states
 from holdfast.metrics import area_under_curve, by_task, clipped_backward_transfer, intervals, summarize
-from holdfast.process import Process
 from holdfast.progress import Progress
 from holdfast.quantization import ready_for_training, weight_options
 from holdfast.setup import Planned, Setup, prepare, resolve

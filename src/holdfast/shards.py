@@ -171,6 +171,19 @@ class Shards:
 
     @torch.no_grad()
     @torch.no_grad()
+    def whole(self) -> Shards:
+        """The vector in one piece, in every process, for a method that takes an adapter's matrices apart.
+
+        Where nothing is divided that is this vector itself; otherwise a copy, and :meth:`load_` takes it back.
+        """
+        parts = {name: piece for name, piece in self.pieces.items() if isinstance(piece, zero.Part)}
+        sharded = {name: piece for name, piece in self.pieces.items() if name not in parts}
+        if not self.pieces:
+            return self
+        found = dict(self.tensors)
+        found |= {name: piece.join(found[name]).to(found[name].device) for name, piece in sharded.items()}
+        return Shards(found | (zero.joined(parts, self.tensors) if parts else {}))
+
     def add_whole_(self, name: str, whole: Tensor, scale: float = 1.0) -> Shards:
         """self[name] += scale * whole, in place, of which this process takes its piece."""
         t = self.tensors[name]

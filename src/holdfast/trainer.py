@@ -135,7 +135,7 @@ def continual(trainer_class: type) -> type:
                 if self._process.main:
                     self.cost.load(read_json(Path(str(resume_from_checkpoint), COMPLETE))["cost"])
             for p in trainable(self.model).values():  # at rest, as the optimizer must find them
-                p._replicated_grad_hook_registered = True  # Trainer's own averaging; see average_replicated
+                setattr(p, "_replicated_grad_hook_registered", True)  # noqa: B010 - Trainer's; see average_replicated
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
             if not self.interrupted:
                 self._terms.check(stage, self._process)

@@ -59,6 +59,18 @@ class Part:
         return whole.cpu().reshape(*rows, *self.shape) if dist.get_rank() == 0 else torch.empty(0)
 
 
+def joined(parts: Mapping[str, Part], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors of all processes' parts, in every process, by one all-reduce: of adapters' size, that is."""
+    names = list(parts)
+    sizes = [parts[name].shape.numel() for name in names]
+    first = values[names[0]]
+    flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+    for name, whole in zip(names, flat.split(sizes), strict=True):
+        whole.narrow(0, parts[name].start, parts[name].length).copy_(values[name])
+    dist.all_reduce(flat)
+    return {name: whole.view(parts[name].shape) for name, whole in zip(names, flat.split(sizes), strict=True)}
+
+
 def is_partitioned(p: Tensor) -> bool:
     """Whether the parameter itself lies in pieces: ZeRO-3."""
     return hasattr(p, "ds_id")

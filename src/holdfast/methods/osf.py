@@ -16,7 +16,7 @@ from holdfast.config import Section
 from holdfast.errors import ConfigError
 from holdfast.methods.base import Method, Stage, State, Step
 from holdfast.model import hidden_only
-from holdfast.shards import Shards, full
+from holdfast.shards import Shards, full, weights
 
 
 @dataclass
@@ -78,7 +78,7 @@ class OSF(Method):
         self.preserved = {}
         for name, layer, adapter in osf_layers(stage.model):
             factors = layer.osf_svd_params[adapter]
-            u, s, v = (factors[key].detach() for key in ("U_low", "S_low", "V_low"))
+            u, s, v = (full(factors[key]).detach() for key in ("U_low", "S_low", "V_low"))
             share = self.options.minimum + self._importance(name) * (target - self.options.minimum)
             left, right = fixed_directions(layer, adapter)
             fixed = torch.linalg.svdvals(left.T @ full(layer.get_base_layer().weight).float() @ right)
@@ -102,18 +102,24 @@ class OSF(Method):
         return self.importance[int(number[1])] if number is not None and known else 1.0
 
     def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
+        whole = gradients.whole()
         for name, kept in self.preserved.items():
-            u, s, v = (gradients.tensors[f"{name}.{key}"] for key in ("U_low", "S_low", "V_low"))
+            u, s, v = (whole.tensors[f"{name}.{key}"] for key in ("U_low", "S_low", "V_low"))
             kept.project_(u, v)
             for part in (u[:, : len(kept.s)], s[: len(kept.s)], v[: len(kept.s)]):
                 part.zero_()
+        if gradients.pieces:
+            gradients.load_(whole.tensors)
         return {}
 
     def after_step(self, step: Step, weights: Shards) -> None:
+        whole = weights.whole()
         for name, kept in self.preserved.items():
-            u, s, v = (weights.tensors[f"{name}.{key}"] for key in ("U_low", "S_low", "V_low"))
+            u, s, v = (whole.tensors[f"{name}.{key}"] for key in ("U_low", "S_low", "V_low"))
             kept.project_(u, v)
             u[:, : len(kept.s)], s[: len(kept.s)], v[: len(kept.s)] = kept.u, kept.s, kept.v
+        if weights.pieces:
+            weights.load_(whole.tensors)
 
     @torch.no_grad()
     def final_weights(self, stage: Stage) -> None:
@@ -121,8 +127,10 @@ class OSF(Method):
 
         Of the two signs of a triplet it takes the one with which U's largest entry is positive.
         """
-        for _, layer, adapter in osf_layers(stage.model):
-            factors = layer.osf_svd_params[adapter]
+        trained = weights(stage.model)
+        whole = trained.whole()
+        for name, _, _ in osf_layers(stage.model):
+            factors = {key: whole.tensors[f"{name}.{key}"] for key in ("U_low", "S_low", "V_low")}
             left, left_r = torch.linalg.qr(factors["U_low"].float())
             right, right_r = torch.linalg.qr(factors["V_low"].T.float())
             a, s, b = torch.linalg.svd((left_r * factors["S_low"].float()) @ right_r.T)
@@ -130,6 +138,8 @@ class OSF(Method):
             sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
             for key, value in (("U_low", u * sign), ("S_low", s), ("V_low", v * sign.T)):
                 factors[key].copy_(value)
+        if trained.pieces:
+            trained.load_(whole.tensors)
 
     def after_stage(self, stage: Stage) -> None:
         rows = stage.random(self.name).sample(list(stage.rows), min(self.options.samples, len(stage.rows)))
@@ -151,7 +161,7 @@ def osf_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     for name, layer in model.named_modules():
         if isinstance(layer, OSFLayer):
             for adapter in layer.active_adapters:
-                if adapter in layer.osf_svd_params and layer.osf_svd_params[adapter]["S_low"].numel():
+                if adapter in layer.osf_svd_params and full(layer.osf_svd_params[adapter]["S_low"]).numel():
                     yield f"{name}.osf_svd_params.{adapter}", layer, adapter
 
 

@@ -59,7 +59,7 @@ class TreeLoRA(Method):
         self.steps = 0  # of the stage
 
     def before_stage(self, stage: Stage) -> None:
-        trained = weights(stage.model)
+        trained = weights(stage.model).whole()
         if not any("lora_" in name for name in trained.tensors):
             raise ConfigError(
                 "method tree_lora: needs LoRA adapters, and the model has no trainable lora_A and lora_B; wrap it with "
@@ -75,7 +75,8 @@ class TreeLoRA(Method):
 
     def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
         self.steps += 1
-        self.mean.lerp_(self.layers.matrix(gradients), 1 / self.steps)
+        whole = gradients.whole()
+        self.mean.lerp_(self.layers.matrix(whole), 1 / self.steps)
         if self.search is None or not self.options.strength:
             return {}
         task = self.search.choose()
@@ -87,7 +88,9 @@ class TreeLoRA(Method):
         else:
             pull = pull_cosine(current, past, self.options.strength)
         scale = torch.linalg.vector_norm(self.mean, ord=self.norm, dim=-1, keepdim=True)
-        self.layers.add_(gradients, pull.mul_(scale))
+        self.layers.add_(whole, pull.mul_(scale))
+        if gradients.pieces:
+            gradients.load_(whole.tensors)
         return {self.name: self.options.strength * sum(residuals) / len(residuals)}
 
     def after_stage(self, stage: Stage) -> None:
