@@ -98,7 +98,8 @@ if __name__ == "__main__":
         try:
             run(config, Progress(quiet=True))
         except Exception:
-            (output / "error.txt").write_text(traceback.format_exc())
+            if sys.argv[2:3] != ["kill"]:  # what the others say of a peer that was killed is no error of theirs
+                (output / "error.txt").write_text(traceback.format_exc())
             os._exit(1)  # others may wait for this process: the launcher ends them
         if counts is not None and Process.this().main:
             write_json(output / "counts.json", counts.found)

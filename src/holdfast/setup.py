@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,7 @@ def prepare(config: RunConfig) -> Setup:
     assert config.tuner is not None
     tuner = tuners.build(config.tuner)
     check_quantization(config.model, tuner)
+    check_engine(config.training.engine, tuner)
     check_arguments(config.training.arguments, RESERVED)
     model_config = load_model_config(config.model)
     max_length = resolve_max_length(config.data.max_length, model_config, tuner.virtual_tokens)
@@ -112,6 +114,16 @@ def prepare(config: RunConfig) -> Setup:
     rows = {task.name: encoder.encode_all(task.train) for task in stream.tasks}
     tuner.plan(config.training, sum(optimizer_steps(config, stage, rows, max_length) for stage in stages))
     return Setup(config, stream, general, chosen, tuner, tuner.companion(), encoder, max_length, rows, stages)
+
+
+def check_engine(engine: str | None, tuner: Tuner) -> None:
+    """ConfigError if the engine is not installed, or the tuner cannot train on it."""
+    if engine is None or not engine.startswith("zero"):
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(f"training.engine: {engine} needs DeepSpeed (docs/launch.md: Which engine); or use fsdp2")
+    if tuner.not_on_zero and engine != "zero0":
+        raise ConfigError(f"training.engine: tuner {tuner.name} {tuner.not_on_zero}; use ddp, fsdp2 or zero0")
 
 
 def check_watching(config: RunConfig, general: list[General], tasks: list[Task]) -> None:

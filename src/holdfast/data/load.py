@@ -79,12 +79,17 @@ def load_general(configs: list[GeneralConfig] | None, stream: Stream) -> list[Ge
     """
     if configs is None:
         return stream.general
+    _once([config.name for config in configs])
     found = [measure for config in configs for measure in _general(config)]
-    names = [measure.name for measure in found]
+    _once([measure.name for measure in found])
+    return found
+
+
+def _once(names: list[str]) -> None:
+    """ConfigError if two measures have one name."""
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"evaluation.general: two measures are called {name!r}")
-    return found
 
 
 # --- where tasks come from ---

@@ -30,7 +30,7 @@ from holdfast.lab.model import make_model, tokenizer_of, write_note
 from holdfast.lab.tokens import TokenFile
 from holdfast.process import Process
 from holdfast.progress import Bar, Progress
-from holdfast.setup import RESERVED, check_arguments
+from holdfast.setup import RESERVED, check_arguments, check_engine
 from holdfast.shards import is_divided
 from holdfast.stage import newest_whole_checkpoint
 from holdfast.trainer import continual
@@ -110,6 +110,7 @@ class LabRun:
             if reason := refusal(method, config.tuner.name):
                 raise ConfigError(f"tuner: {reason}")
         tuner = tuners.build(config.tuner)
+        check_engine(config.training.engine, tuner)
         tokenizer = tokenizer_of(config, TokenFile.open(Path(config.data[0].path)))
         paths = {path: TokenFile.open(Path(path), tokenizer) for path in (*self.data_paths, *config.valid.values())}
         rows = [paths[path].rows(config.context) for path in self.data_paths]

@@ -26,6 +26,7 @@ class AdaLora(PeftTuner):
     """
 
     name = "adalora"
+    not_on_zero = "weighs every weight with its whole gradient, which ZeRO has divided by then"
     config_class = AdaLoraConfig
 
     class Options(Section):

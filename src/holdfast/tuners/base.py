@@ -27,6 +27,9 @@ class Tuner(ABC):
     quantized: ClassVar[bool] = True
     """Whether the model that it trains may be quantised, since its own weights stay as they are."""
 
+    not_on_zero: ClassVar[str] = ""
+    """Why it cannot train where DeepSpeed's ZeRO divides gradients; empty: it can."""
+
     class Options(Section):
         """The tuner's options; a key that it does not know is refused."""
 
