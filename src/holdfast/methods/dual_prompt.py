@@ -14,6 +14,7 @@ from holdfast.errors import ConfigError
 from holdfast.features import prompt_features
 from holdfast.methods.base import Batch, Method, Row, Stage, Step, learned
 from holdfast.prompt_keys import nearest, prompt_mask, queries, similarity
+from holdfast.shards import weights
 
 if TYPE_CHECKING:
     from holdfast.evaluation.at_test import Evaluation
@@ -51,7 +52,8 @@ class DualPrompt(Method):
             model: Any = stage.model
             with model.disable_adapter():
                 first = prompt_features(model, [stage.rows[i] for i in rows], stage.collate, stage.micro_batch_size)
-            key.now.data.copy_(F.normalize(first, dim=-1).mean(0))
+            [name] = [name for name, p in model.named_parameters() if p is key.now]
+            weights(model).load_({name: F.normalize(first, dim=-1).mean(0)})
 
     def declares(self, stage: Stage) -> tuple[str, ...]:
         return (self.name,) if self.options.strength else ()
@@ -65,7 +67,7 @@ class DualPrompt(Method):
             raise ConfigError("data.packing: method 'dual_prompt' looks at each row's prompt alone; turn packing off")
         with model.disable_adapter():
             found = queries(model, batch["input_ids"], prompt_mask(mask, batch["labels"]))
-        distances = 1 - similarity(found, _prefixes(model).key.now[None])
+        distances = 1 - similarity(found, _prefixes(model).key.of(None)[None])
         return {self.name: self.options.strength * distances[: learned(batch)].sum() * step.micro_batches / step.rows}
 
     def after_stage(self, stage: Stage) -> None:

@@ -106,8 +106,12 @@ class LiveStates:
         self._undivided = {name: p for name, p in trainable(model).items() if name not in theta.pieces}
         kept = {id(p): self.weights.tensors[name] for name, p in self._undivided.items()}
         now = head(model)
-        bias = None if now.bias is None else kept.get(id(now.bias), full(now.bias.detach()))
-        self._head = now._replace(weight=kept.get(id(now.weight), full(now.weight.detach())), bias=bias)
+
+        def as_it_is(t: Tensor) -> Tensor:
+            return kept[id(t)] if id(t) in kept else full(t).detach().clone() if t.requires_grad else full(t).detach()
+
+        bias = None if now.bias is None else as_it_is(now.bias)
+        self._head = now._replace(weight=as_it_is(now.weight), bias=bias)
 
     def __call__(self, rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
         batch = rehearsed.batch or batch

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from holdfast.config import Section
 from holdfast.errors import ConfigError
 from holdfast.generation import inference
+from holdfast.shards import full, used
 from holdfast.tuners.base import Tuner
 from holdfast.tuners.peft_types import register
 
@@ -87,12 +88,12 @@ class PerTask(nn.Module):
 
     def of(self, task: int | Tensor | None) -> Tensor:
         """``now``, or that of a finished task; [rows, ...] where ``task`` is one number a row."""
-        return self.now if task is None or self.shared else self.past[task]
+        return used(self.now) if task is None or self.shared else self.past[task]
 
     def finish(self) -> None:
         """Keep what is trained now as that of a finished task; training goes on from it."""
         if not self.shared:
-            self.past = torch.cat([self.past, self.now.detach()[None]])
+            self.past = torch.cat([self.past, full(self.now).detach()[None]])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}past" in state_dict:
