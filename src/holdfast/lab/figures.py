@@ -225,7 +225,7 @@ def model_capacity(tables: Tables) -> Figure:
         )
     ax.set_xlabel(f"{tables.new_name} loss ({NATS})")
     ax.set_ylabel(f"{tables.old_name} loss ({NATS})")
-    ax.legend(loc="upper right")
+    ax.legend(loc="center right")
     return figure
 
 
