@@ -25,6 +25,9 @@ TRAINING = {"epochs": 2, "batch_size": 10, "micro_batch_size": 5, "optimizer": "
 """Steps of 10, 10 and 4 rows, so that with two processes the last one is uneven; plain SGD, since Adam blows rounding
 up. One process takes two micro-batches to a step, two processes one each."""
 
+REFUSED = {("dual_prompt", "dual_prefix", engine) for engine in ("zero3", "zero3_offload")}
+"""What `holdfast check` refuses: a tuner that cannot train on an engine says so in its ``not_on``."""
+
 LONGER = {"gem": {"epochs": 8}, "a_gem": {"epochs": 8}}
 """Until the second task's gradient turns against the first one's, so that there is something to hold back."""
 
@@ -140,7 +143,7 @@ def compare(
     folder: Path, engine: str, which: Iterable[tuple[str, str]], processes: int = 2
 ) -> dict[tuple[str, str], Apart]:
     """Run what is asked for on an engine and in one process, and compare."""
-    which = list(which)
+    which = [row for row in which if (*row, engine) not in REFUSED]
     reference = [config_of(folder, None, 1, *row) for row in which]
     found = [config_of(folder, engine, processes, *row) for row in which]
     launch([config for config in reference if not done(config)], 1, folder)
@@ -156,9 +159,10 @@ PAGE = """\
 *yes*: two processes on this engine, after two stages of a tiny model, are where one process with the same global batch
 is: the final weights of both stages and every logged loss term to {tolerance:g} of their size, and the score matrix,
 which is equal. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped or
-repeated. In brackets, where they lie furthest apart. `tests/test_engines.py` runs a selection of this table in `make
-test`, all of it in `make test-all`{seconds}; there, too, gradient accumulation, bfloat16, and a run that is killed and
-continued by another number of processes. [What the engines are, and how to start them](launch.md).
+repeated. In brackets, where they lie furthest apart. *–*: `holdfast check` and `holdfast run` refuse it, with the reason.
+`tests/test_engines.py` runs a selection of this table in `make test`, all of it in `make test-all`{seconds}; there, too,
+gradient accumulation, bfloat16, and a run that is killed and continued by another number of processes.
+[What the engines are, and how to start them](launch.md).
 
 {table}
 """
@@ -173,6 +177,9 @@ def page(found: dict[str, dict[tuple[str, str], Apart]], seconds: float) -> str:
     for row in rows():
         cells = []
         for engine in found:
+            if (*row, engine) in REFUSED:
+                cells.append("–")
+                continue
             cell = found[engine][row]
             cells.append(f"yes ({max(cell.weights, cell.terms):.0e})" if cell.equal else f"**no** {cell.error[:80]}")
         lines.append(f"| `{row[0]}` | `{row[1]}` | " + " | ".join(cells) + " |")

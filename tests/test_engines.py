@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from engine_table import ENGINES, LONGER, apart, compare, config_of, error, launch, prepare, rows
+import holdfast.setup
+from engine_table import ENGINES, LONGER, REFUSED, apart, compare, config_of, error, launch, prepare, rows
+from holdfast.config import load_config
+from holdfast.errors import ConfigError
 from test_guards import terms
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "engines.md"
@@ -122,4 +125,14 @@ def test_the_page_has_every_row_and_engine():
     assert [cell.strip(" `") for cell in header.split("|")[3:-1]] == list(ENGINES)
     table = {tuple(cell.strip(" `") for cell in line.split("|")[1:3]): line for line in lines if line.startswith("| `")}
     assert set(table) == set(rows())
-    assert all(line.count("yes") == len(ENGINES) for line in table.values())
+    for row, line in table.items():
+        cells = dict(zip(ENGINES, line.split("|")[3:-1], strict=True))
+        for engine, cell in cells.items():
+            assert cell.strip().startswith("–" if (*row, engine) in REFUSED else "yes"), (row, engine)
+
+
+@pytest.mark.parametrize("row", sorted(REFUSED))
+def test_what_is_refused_says_why(row, folder):
+    needs(row[2])
+    with pytest.raises(ConfigError, match=f"tuner {row[1]} cannot train on {row[2]}, since .*; use ddp"):
+        holdfast.setup.prepare(load_config(config_of(folder, row[2], 2, *row[:2])))

@@ -6,11 +6,11 @@ import dataclasses
 import importlib.util
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from holdfast import methods, tuners
 from holdfast.compatibility import refusal
-from holdfast.config import ModelConfig, Named, RunConfig
+from holdfast.config import Engine, ModelConfig, Named, RunConfig
 from holdfast.data.benchmark import general_samples
 from holdfast.data.collate import pack
 from holdfast.data.encode import Encoder, load_tokenizer, resolve_max_length
@@ -118,12 +118,14 @@ def prepare(config: RunConfig) -> Setup:
 
 def check_engine(engine: str | None, tuner: Tuner) -> None:
     """ConfigError if the engine is not installed, or the tuner cannot train on it."""
-    if engine is None or not engine.startswith("zero"):
+    if engine is None:
         return
-    if importlib.util.find_spec("deepspeed") is None:
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"training.engine: {engine} needs DeepSpeed (docs/launch.md: Which engine); or use fsdp2")
-    if tuner.not_on_zero and engine != "zero0":
-        raise ConfigError(f"training.engine: tuner {tuner.name} {tuner.not_on_zero}; use ddp, fsdp2 or zero0")
+    if engine in tuner.not_on:
+        others = [name for name in get_args(Engine) if name not in tuner.not_on]
+        reason = f"tuner {tuner.name} cannot train on {engine}, since it {tuner.not_on[engine]}"
+        raise ConfigError(f"training.engine: {reason}; use {', '.join(others)}")
 
 
 def check_watching(config: RunConfig, general: list[General], tasks: list[Task]) -> None:

@@ -328,6 +328,11 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
     return state
 
 
+def saves_together(model: nn.Module) -> bool:
+    """Whether all processes must take part when it is saved: soft prompts are, as what their network makes."""
+    return is_divided(model) and hasattr(model, "prompt_encoder")
+
+
 def loading(model: nn.Module) -> AbstractContextManager[None]:
     """Within it ``load_state_dict`` finds whole weights, and each process has the same to load."""
     return zero.loading(model, [t for _, t in _saved(model)])

@@ -30,6 +30,7 @@ from holdfast.evaluation.at_test import prompt
 from holdfast.files import read_json, write_json
 from holdfast.generation import evaluating
 from holdfast.prompt_keys import nearest, prompt_mask, queries, similarity
+from holdfast.shards import full
 
 ENCODER = "prompt_encoder.safetensors"
 KEYS = "prompt_keys.safetensors"
@@ -77,7 +78,7 @@ class SoftPromptModel(PeftModelForCausalLM):
         encoder = self.prompt_encoder[self.active_adapter]
         with evaluating(encoder):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        weights = encoder.state_dict()
+        weights = {key: full(w).detach() for key, w in encoder.state_dict(keep_vars=True).items()}
         if is_main_process and len(weights) > 1:  # one is the prompt's own
             save_file({key: w.cpu().contiguous() for key, w in weights.items()}, Path(save_directory, ENCODER))
 

@@ -32,7 +32,16 @@ from holdfast.model import hidden_only
 from holdfast.optimizer_state import load_optimizer, save_optimizer
 from holdfast.process import Process
 from holdfast.rehearsal.rows import CollatedRows
-from holdfast.shards import average_replicated, gradients, is_divided, loading, trainable, weights, whole_state
+from holdfast.shards import (
+    average_replicated,
+    gradients,
+    is_divided,
+    loading,
+    saves_together,
+    trainable,
+    weights,
+    whole_state,
+)
 
 Choice = str | Mapping[str, Any] | Method
 
@@ -349,6 +358,8 @@ def continual(trainer_class: type) -> type:
             state = whole_state(self.model)
             if self.args.should_save:
                 self._save(output_dir, state_dict=state)
+            elif saves_together(self.model):
+                self.model.save_pretrained(output_dir, state_dict=state, is_main_process=False)
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             """As whole tensors, so that another number of processes, or another engine, can go on."""

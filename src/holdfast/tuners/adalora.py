@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import AdaLoraConfig
@@ -26,7 +26,10 @@ class AdaLora(PeftTuner):
     """
 
     name = "adalora"
-    not_on_zero = "weighs every weight with its whole gradient, which ZeRO has divided by then"
+    not_on: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("zero1", "zero2", "zero3", "zero3_offload"),
+        "weighs every weight with its whole gradient, which ZeRO has divided by then",
+    )
     config_class = AdaLoraConfig
 
     class Options(Section):

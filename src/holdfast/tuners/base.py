@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from holdfast.config import Section, validate
 from holdfast.process import Process
-from holdfast.shards import whole_state
+from holdfast.shards import saves_together, whole_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,8 +28,8 @@ class Tuner(ABC):
     quantized: ClassVar[bool] = True
     """Whether the model that it trains may be quantised, since its own weights stay as they are."""
 
-    not_on_zero: ClassVar[str] = ""
-    """Why it cannot train where DeepSpeed's ZeRO divides gradients; empty: it can."""
+    not_on: ClassVar[Mapping[str, str]] = {}
+    """Engines on which it cannot train, each with the reason."""
 
     class Options(Section):
         """The tuner's options; a key that it does not know is refused."""
@@ -74,5 +75,5 @@ class Tuner(ABC):
         main, state = Process.this().main, whole_state(model)
         if state is None:
             model.save_pretrained(folder, is_main_process=main)
-        elif main:
-            model.save_pretrained(folder, state_dict=state)
+        elif main or saves_together(model):
+            model.save_pretrained(folder, state_dict=state, is_main_process=main)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -40,6 +40,10 @@ class DualPrefix(Tuner):
 
     name = "dual_prefix"
     folder = "adapter"
+    not_on: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("zero3", "zero3_offload"),
+        "asks the model for each row's key by a pass of its own, and DeepSpeed expects the same modules in every pass",
+    )
 
     class Options(Section):
         general_layers: int | None = Field(
