@@ -159,9 +159,9 @@ PAGE = """\
 *yes*: two processes on this engine, after two stages of a tiny model, are where one process with the same global batch
 is: the final weights of both stages and every logged loss term to {tolerance:g} of their size, and the score matrix,
 which is equal. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped or
-repeated. In brackets, where they lie furthest apart. *–*: `holdfast check` and `holdfast run` refuse it, with the reason.
-`tests/test_engines.py` runs a selection of this table in `make test`, all of it in `make test-all`{seconds}; there, too,
-gradient accumulation, bfloat16, and a run that is killed and continued by another number of processes.
+repeated. In brackets, where they lie furthest apart. *–*: `holdfast check` and `holdfast run` refuse it, with the
+reason. `tests/test_engines.py` runs a selection of this table in `make test`, all of it in `make test-all`{seconds};
+there, too, gradient accumulation, bfloat16, and a run that is killed and continued by another number of processes.
 [What the engines are, and how to start them](launch.md).
 
 {table}
