@@ -139,16 +139,24 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> Apart:
     return found
 
 
-def compare(
-    folder: Path, engine: str, which: Iterable[tuple[str, str]], processes: int = 2
-) -> dict[tuple[str, str], Apart]:
-    """Run what is asked for on an engine and in one process, and compare."""
-    which = [row for row in which if (*row, engine) not in REFUSED]
-    reference = [config_of(folder, None, 1, *row) for row in which]
-    found = [config_of(folder, engine, processes, *row) for row in which]
-    launch([config for config in reference if not done(config)], 1, folder)
-    launch([config for config in found if not done(config)], processes, folder)
-    return {row: apart(*pair) for row, pair in zip(which, zip(reference, found, strict=True), strict=True)}
+Cell = tuple[str, str, str]
+"""(method, tuner, engine)."""
+
+
+def compare(folder: Path, cells: Iterable[Cell], processes: int = 2) -> dict[Cell, Apart]:
+    """Run what is asked for on its engine and in one process, and compare; runs that stand in the folder stay."""
+    pairs = {
+        (method, tuner, engine): (
+            config_of(folder, None, 1, method, tuner),
+            config_of(folder, engine, processes, method, tuner),
+        )
+        for method, tuner, engine in cells
+        if (method, tuner, engine) not in REFUSED
+    }
+    alone = {one["output"]: one for one, _ in pairs.values()}
+    launch([config for config in alone.values() if not done(config)], 1, folder)
+    launch([config for _, config in pairs.values() if not done(config)], processes, folder)
+    return {cell: apart(*pair) for cell, pair in pairs.items()}
 
 
 PAGE = """\
@@ -160,7 +168,7 @@ PAGE = """\
 is: the final weights of both stages and every logged loss term to {tolerance:g} of their size, and the score matrix,
 which is equal. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped or
 repeated. In brackets, where they lie furthest apart. *–*: `holdfast check` and `holdfast run` refuse it, with the
-reason. `tests/test_engines.py` runs a selection of this table in `make test`, all of it in `make test-all`{seconds};
+reason. *·*: not run when this page was written. `tests/test_engines.py` runs a selection of this table in `make test`, all of it in `make test-all`{seconds};
 there, too, gradient accumulation, bfloat16, and a run that is killed and continued by another number of processes.
 [What the engines are, and how to start them](launch.md).
 
@@ -168,20 +176,19 @@ there, too, gradient accumulation, bfloat16, and a run that is killed and contin
 """
 
 
-def page(found: dict[str, dict[tuple[str, str], Apart]], seconds: float) -> str:
-    """docs/engines.md, of what each engine gave for each row."""
-    lines = [
-        "| method | tuner | " + " | ".join(f"`{engine}`" for engine in found) + " |",
-        "|---" * (len(found) + 2) + "|",
-    ]
+def page(found: dict[Cell, Apart], seconds: float) -> str:
+    """docs/engines.md, of what was found in each cell."""
+    lines = ["| method | tuner | " + " | ".join(f"`{engine}`" for engine in ENGINES) + " |"]
+    lines.append("|---" * (len(ENGINES) + 2) + "|")
     for row in rows():
         cells = []
-        for engine in found:
-            if (*row, engine) in REFUSED:
-                cells.append("–")
-                continue
-            cell = found[engine][row]
-            cells.append(f"yes ({max(cell.weights, cell.terms):.0e})" if cell.equal else f"**no** {cell.error[:80]}")
+        for engine in ENGINES:
+            cell = found.get((*row, engine))
+            if cell is None:
+                cells.append("–" if (*row, engine) in REFUSED else "·")
+            else:
+                far = max(cell.weights, cell.terms)
+                cells.append(f"yes ({far:.0e})" if cell.equal else f"**no** {cell.error[:80]}")
         lines.append(f"| `{row[0]}` | `{row[1]}` | " + " | ".join(cells) + " |")
     spent = f" (about {seconds / 60:.0f} minutes on two cores)" if seconds else ""
     return PAGE.format(tolerance=TOLERANCE, seconds=spent, table="\n".join(lines))
@@ -190,7 +197,7 @@ def page(found: dict[str, dict[tuple[str, str], Apart]], seconds: float) -> str:
 def main() -> None:
     folder = prepare(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()))
     started = time.monotonic()
-    found = {engine: compare(folder, engine, rows()) for engine in ENGINES}
+    found = compare(folder, [(*row, engine) for engine in ENGINES for row in rows()])
     print(page(found, time.monotonic() - started), end="")
 
 

@@ -31,6 +31,7 @@ def test_the_page_holds_what_the_formulas_give():
         assert table in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), [(name, method) for name, methods in KEPT.items() for method in methods])
 def test_a_stage_leaves_the_vectors_that_the_formula_says(tmp_path, name, method):
     values = tiny_config(tmp_path, method=method, tuner={"name": "lora", "r": 4, "lora_dropout": 0.0})

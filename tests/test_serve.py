@@ -118,6 +118,7 @@ def server(finished: Path) -> Iterator[Server]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_answers_are_those_in_process(again: Any, server: Server, finished: Path):
     responses = [json.loads(line)["response"] for file in finished.glob("stages/*/responses/*") for line in file.open()]
     assert len(set(responses)) > 20, "the tiny model says the same to everything"
@@ -142,6 +143,7 @@ def die_after(server: Server, answers: int) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_an_evaluation_waits_for_a_server_that_is_restarted(again: Any, server: Server):
     """32 requests are under way when it dies."""
 
@@ -156,6 +158,7 @@ def test_an_evaluation_waits_for_a_server_that_is_restarted(again: Any, server: 
     assert sum(server.answered.values()) - len(server.answered) <= 32, "more was asked again than was under way"
 
 
+@pytest.mark.slow
 def test_the_same_call_goes_on_where_a_server_died(again: Any, server: Server, tmp_path: Path):
     dying = die_after(server, 40)
     endpoint = Endpoint(server.url, "run/00-start", concurrency=32, retries=0)
@@ -195,6 +198,7 @@ def test_an_endpoint_that_does_not_say_what_it_serves_needs_a_model():
         stub.close()
 
 
+@pytest.mark.slow
 def test_another_evaluation_in_the_same_folder_is_refused(finished: Path, tmp_path: Path):
     first = evaluate(finished, output=tmp_path / "own", progress=QUIET)
     assert first.changed == {"red": 0, "green": 0, "blue": 0}
@@ -206,6 +210,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(finished: Path, tmp_pa
         find_stage(finished, 3)
 
 
+@pytest.mark.slow
 def test_a_chat_template_and_cut_prompts_reach_the_server_as_in_process(tmp_path: Path, again: Any):
     """Prompts are cut in their middle; the template says its begin token itself."""
     tiny_model(initializer_range=0.5).save_pretrained(tmp_path / "model")
@@ -228,6 +233,7 @@ def test_a_chat_template_and_cut_prompts_reach_the_server_as_in_process(tmp_path
         server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tuner", "method"), [("lora", "icl"), ("moe_lora", "replay"), ("prompt_pool", "l2p")])
 def test_every_tuner_is_served(tuner: str, method: str, tmp_path: Path, again: Any):
     """Also such as no folder of weights can be made of; demonstrations are part of what is asked."""
@@ -245,6 +251,7 @@ def test_every_tuner_is_served(tuner: str, method: str, tmp_path: Path, again: A
         server.stop()
 
 
+@pytest.mark.slow
 def test_chat_with_a_plain_run_is_what_it_was_trained_on(finished: Path, server: Server):
     turns = [("user", "red: ab?"), ("assistant", "r"), ("user", "red: cd?")]
     chat = [{"role": role, "content": content} for role, content in turns]
@@ -264,6 +271,7 @@ def test_a_taken_port_and_an_unknown_engine_are_refused(finished: Path):
         serving.serve(finished, engine="sglang", progress=QUIET)
 
 
+@pytest.mark.slow
 def test_vllm_is_given_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """vLLM itself is not needed: its program is replaced by one that is never run."""
     config = tiny_config(

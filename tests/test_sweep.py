@@ -153,6 +153,7 @@ def test_twelve_runs_are_done_once_and_compared(tmp_path, capsys, monkeypatch):
     assert run(elsewhere, QUIET)["scores"] == scores(tmp_path / "sweep")[alone.name]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other_and_is_told_of(tmp_path, capsys, monkeypatch):
     values = tiny_sweep(tmp_path, grid={"training.learning_rate": [1e-2, 1e30], "seed": [0]})
     values["run"]["training"] |= {"max_steps": 6, "max_grad_norm": 0.0}
@@ -164,6 +165,7 @@ def test_a_run_that_fails_stops_no_other_and_is_told_of(tmp_path, capsys, monkey
     assert (tmp_path / "sweep" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_another_sweep_is_at_is_left_to_it(tmp_path, monkeypatch):
     monkeypatch.setattr("holdfast.sweep_work.PATIENCE", 0.05)
     runs = expand(load_sweep(tiny_sweep(tmp_path, grid={"seed": [0, 1]})))

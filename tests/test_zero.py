@@ -47,11 +47,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return first, then
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", DEEPSPEED)
 def test_changed_gradients_and_weights_train_as_on_one_process(runs: tuple[Path, Path], engine: str) -> None:
     same(runs[0] / "None.pt", runs[0] / f"{engine}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", RESUMED)
 def test_another_number_of_processes_goes_on_from_saved_weights_and_state(runs: tuple[Path, Path], engine: str) -> None:
     same(runs[1] / "None.pt", runs[1] / f"{engine}.pt")
