@@ -168,8 +168,9 @@ PAGE = """\
 is: the final weights of both stages and every logged loss term to {tolerance:g} of their size, and the score matrix,
 which is equal. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped or
 repeated. In brackets, where they lie furthest apart. *–*: `holdfast check` and `holdfast run` refuse it, with the
-reason. *·*: not run when this page was written. `tests/test_engines.py` runs a selection of this table in `make test`, all of it in `make test-all`{seconds};
-there, too, gradient accumulation, bfloat16, and a run that is killed and continued by another number of processes.
+reason. *·*: not run when this page was written. `tests/test_engines.py` runs a selection of this table in `make test`,
+all of it in `make test-all`{seconds}; there, too, gradient accumulation, bfloat16, and a run that is killed and
+continued by another number of processes.
 [What the engines are, and how to start them](launch.md).
 
 {table}
