@@ -89,6 +89,7 @@ def test_accumulated_and_in_bfloat16(engine, folder):
         assert not found.error and found.terms < 0.2, (method, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine",
     [
@@ -113,7 +114,8 @@ def test_killed_and_continued_by_another_number_of_processes(engine, folder):
         assert apart(unbroken, broken).equal, (processes, apart(unbroken, broken))
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_what_methods_keep_is_divided(engine, folder):
     """Each of two processes holds about half of what one holds, and a step asks for a few small sums only."""
     needs(engine)

@@ -16,6 +16,7 @@ SHARED = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="the real data (../shared/data) are not here")
 
 
+@pytest.mark.slow
 def test_news_and_reviews_shortened(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     changes = ["data.train_rows=96", "data.test_rows=16", "training.epochs=12", "data.max_length=96"]

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -119,7 +120,8 @@ class RunDirectory:
             with whole_folder(path) as partial:
                 yield partial
         else:
-            yield path
+            with tempfile.TemporaryDirectory() as scratch:  # libraries make, and list, the folder that they are given
+                yield Path(scratch)
         self.process.wait()
 
     def stage(self, index: int, name: str) -> Path:
