@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 def needs(engine: str) -> None:
     if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs DeepSpeed: pip install 'holdfast[deepspeed]'")
+        pytest.skip("needs DeepSpeed, which `make test` installs (docs/launch.md)")
 
 
 def test_two_processes_are_where_one_is(folder):

@@ -22,7 +22,7 @@ import holdfast.runner
 from holdfast.methods import find, known
 from holdfast.methods.base import Method
 from holdfast.progress import Progress
-from holdfast.trainer import Terms
+from holdfast.terms import Terms
 from tiny import tiny_config
 
 GENERAL = "\n".join(f"the {a} sea moves the {b} weed and holds it fast" for a in "abcdefgh" for b in "uvw")

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint, has_length, rotate_c
 from holdfast import zero
 from holdfast.cost import Cost
 from holdfast.data.collate import Collator, concat
-from holdfast.errors import ConfigError, MethodError, NonFiniteLossError
+from holdfast.errors import ConfigError, NonFiniteLossError
 from holdfast.evaluation.respond import token_losses
 from holdfast.files import flush_folder, read_json, write_json
 from holdfast.losses.next_token import supervised_tokens
@@ -42,6 +42,7 @@ from holdfast.shards import (
     weights,
     whole_state,
 )
+from holdfast.terms import Terms
 
 Choice = str | Mapping[str, Any] | Method
 
@@ -509,17 +510,20 @@ def continual(trainer_class: type) -> type:
         def _put_beside(self, batches: list[Any], extra: Extra, step: Step, name: str) -> None:
             samples = list(extra.samples) if extra.samples is not None else list(range(len(extra.rows)))
             rank, world = (0, 1) if extra.dealt else (self._process.rank, self._process.world)
-            tokens = 0
+            # What all processes have, each counts by itself, without waiting for the others.
+            tokens = 0 if extra.dealt else sum(label != -100 for row in extra.rows for label in row["labels"][1:])
             for number, batch in enumerate(batches):
                 part = slice(number * world + rank, None, len(batches) * world)
                 rows = extra.rows[part]
                 if rows or self._together:
                     collated = self._collate(rows or extra.rows[:1])
-                    tokens += int(supervised_tokens(collated["labels"])) if rows else 0
+                    tokens += int(supervised_tokens(collated["labels"])) if extra.dealt and rows else 0
                     collated["sample"] = torch.tensor(samples[part] if rows else samples[:1])
                     collated["counts"] = bool(rows)  # others need this process to go along with their rows, if not
                     batch.setdefault("rehearsal", {})[name] = collated
-            step.rehearsal_tokens[name] = int(self._process.sum(torch.tensor(tokens, dtype=torch.float64)))
+            if extra.dealt:
+                tokens = int(self._process.sum(torch.tensor(tokens, dtype=torch.float64)))
+            step.rehearsal_tokens[name] = tokens
 
         def _drop_repeated(self, batches: list[Any]) -> list[int]:
             """Take out the rows that accelerate repeats to even out an epoch's last batches.
@@ -631,67 +635,6 @@ def _tokens(batch: Any) -> int:
     mask = batch.get("attention_mask")  # of four dimensions where it keeps packed sequences apart
     own = int(mask.sum()) if mask is not None and mask.dim() == 2 else batch["input_ids"].numel()
     return own + sum(_tokens(extra) for extra in batch.get("rehearsal", {}).values())
-
-
-class Terms:
-    """The named terms of the loss between two lines of the log, and whether each declared one contributes."""
-
-    def __init__(self, declared: Any = ()) -> None:
-        self.declared = tuple(declared)
-        self.contributed: set[str] = set()
-        self.as_gradients: set[str] = set()
-        self.steps = 0
-        self._window = 0
-        self._sums: dict[str, Any] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, values: dict[str, Any], mean: bool = True) -> None:
-        """Add values: each is averaged over its additions (``mean``) or over the optimizer steps."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1 if mean else 0
-
-    def step(self) -> None:
-        """An optimizer step is done."""
-        self.steps += 1
-        self._window += 1
-
-    def flush(self, process: Process) -> dict[str, float]:
-        """Mean of every term since the last call, over all processes."""
-        window = max(1, self._window)
-        own = {name: float(s) / (self._counts[name] or window) for name, s in self._sums.items()}
-        every = process.all(own)
-        names = dict.fromkeys(name for found in every for name in found)
-        means = {f"term/{name}": sum(found.get(name, 0.0) for found in every) / process.world for name in names}
-        self.contributed |= {name for name in names if means[f"term/{name}"] != 0}
-        self._sums, self._counts, self._window = {}, {}, 0
-        return means
-
-    def check_gradient(self, stage: Stage, method: Method, name: str, term: Tensor) -> None:
-        """MethodError if a term is not declared or has no gradient."""
-        if name not in self.declared:
-            raise MethodError(
-                f"method {method.name!r} returned a loss term {name!r} that it did not declare for stage "
-                f"{stage.index}; return it from declares(), so that holdfast can tell when it stops contributing"
-            )
-        if not term.requires_grad:
-            raise MethodError(
-                f"method {method.name!r}: its loss term {name!r} has no gradient, so it would change nothing; was it "
-                "computed from detached tensors or under no_grad?"
-            )
-
-    def check(self, stage: Stage, process: Process) -> None:
-        """MethodError if a declared term was exactly zero, or absent, for the whole stage.
-
-        One step proves nothing: a penalty on the distance from the start is zero there.
-        """
-        self.flush(process)
-        missing = [name for name in self.declared if name not in self.contributed]
-        if missing and self.steps > 1:
-            raise MethodError(
-                f"stage {stage.index} ({stage.task}): the declared loss term {missing[0]!r} was exactly zero, or never "
-                f"returned, in all {self.steps} steps: the method did nothing"
-            )
 
 
 class _Reach(torch.autograd.Function):
