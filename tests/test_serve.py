@@ -68,11 +68,15 @@ def again(finished: Path, tmp_path: Path) -> Any:
     return asked
 
 
+DIES = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+"""The inference thread of a server whose loop is closed under it ends with an exception."""
+
+
 class Server:
     """The run's real server, in a thread of this process; it counts the answers that it gave to each prompt."""
 
     def __init__(self, path: Path):
-        self.app = application(find_stage(path))
+        self.path = path
         self.answered: Counter[str] = Counter()
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
@@ -97,6 +101,7 @@ class Server:
         await self.app(scope, received, sent)
 
     def start(self) -> None:
+        self.app = application(find_stage(self.path))  # the last one's inference thread ended with its loop
         config = uvicorn.Config(
             self.counted, host="127.0.0.1", port=self.port, log_level="error", interface="asgi3", lifespan="off"
         )
@@ -118,7 +123,6 @@ def server(finished: Path) -> Iterator[Server]:
     server.stop()
 
 
-@pytest.mark.slow
 def test_answers_are_those_in_process(again: Any, server: Server, finished: Path):
     responses = [json.loads(line)["response"] for file in finished.glob("stages/*/responses/*") for line in file.open()]
     assert len(set(responses)) > 20, "the tiny model says the same to everything"
@@ -143,7 +147,7 @@ def die_after(server: Server, answers: int) -> threading.Thread:
     return thread
 
 
-@pytest.mark.slow
+@DIES
 def test_an_evaluation_waits_for_a_server_that_is_restarted(again: Any, server: Server):
     """32 requests are under way when it dies."""
 
@@ -158,7 +162,7 @@ def test_an_evaluation_waits_for_a_server_that_is_restarted(again: Any, server: 
     assert sum(server.answered.values()) - len(server.answered) <= 32, "more was asked again than was under way"
 
 
-@pytest.mark.slow
+@DIES
 def test_the_same_call_goes_on_where_a_server_died(again: Any, server: Server, tmp_path: Path):
     dying = die_after(server, 40)
     endpoint = Endpoint(server.url, "run/00-start", concurrency=32, retries=0)
@@ -198,7 +202,6 @@ def test_an_endpoint_that_does_not_say_what_it_serves_needs_a_model():
         stub.close()
 
 
-@pytest.mark.slow
 def test_another_evaluation_in_the_same_folder_is_refused(finished: Path, tmp_path: Path):
     first = evaluate(finished, output=tmp_path / "own", progress=QUIET)
     assert first.changed == {"red": 0, "green": 0, "blue": 0}
@@ -210,7 +213,6 @@ def test_another_evaluation_in_the_same_folder_is_refused(finished: Path, tmp_pa
         find_stage(finished, 3)
 
 
-@pytest.mark.slow
 def test_a_chat_template_and_cut_prompts_reach_the_server_as_in_process(tmp_path: Path, again: Any):
     """Prompts are cut in their middle; the template says its begin token itself."""
     tiny_model(initializer_range=0.5).save_pretrained(tmp_path / "model")
@@ -251,7 +253,6 @@ def test_every_tuner_is_served(tuner: str, method: str, tmp_path: Path, again: A
         server.stop()
 
 
-@pytest.mark.slow
 def test_chat_with_a_plain_run_is_what_it_was_trained_on(finished: Path, server: Server):
     turns = [("user", "red: ab?"), ("assistant", "r"), ("user", "red: cd?")]
     chat = [{"role": role, "content": content} for role, content in turns]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import make_dataclass
+from functools import cache
 from typing import Any
+
+from torch import Tensor
 
 from holdfast.losses.chunked import Head
 from holdfast.shards import full, used
@@ -57,3 +61,14 @@ def context(model: Any) -> int | None:
 def begin_token(model: Any) -> int | None:
     """The begin token that a model's configuration names, where it names one."""
     return getattr(base(model).config.get_text_config(), "bos_token_id", None)
+
+
+def with_tensors(outputs: Any, **tensors: Tensor) -> Any:
+    """A model's outputs with further tensors; wrappers such as DDP take outputs apart and make them anew."""
+    kind: Any = type(outputs)
+    return _with_fields(kind, tuple(tensors))(**outputs, **tensors)
+
+
+@cache
+def _with_fields(outputs: type, names: tuple[str, ...]) -> type:
+    return make_dataclass(outputs.__name__, [(name, Tensor | None, None) for name in names], bases=(outputs,))

@@ -6,11 +6,11 @@ import dataclasses
 import importlib.util
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from holdfast import methods, tuners
 from holdfast.compatibility import refusal
-from holdfast.config import Engine, ModelConfig, Named, RunConfig
+from holdfast.config import ModelConfig, Named, RunConfig
 from holdfast.data.benchmark import general_samples
 from holdfast.data.collate import pack
 from holdfast.data.encode import Encoder, load_tokenizer, resolve_max_length
@@ -92,7 +92,7 @@ def prepare(config: RunConfig) -> Setup:
     assert config.tuner is not None
     tuner = tuners.build(config.tuner)
     check_quantization(config.model, tuner)
-    check_engine(config.training.engine, tuner)
+    check_engine(config.training.engine)
     check_arguments(config.training.arguments, RESERVED)
     model_config = load_model_config(config.model)
     max_length = resolve_max_length(config.data.max_length, model_config, tuner.virtual_tokens)
@@ -116,16 +116,10 @@ def prepare(config: RunConfig) -> Setup:
     return Setup(config, stream, general, chosen, tuner, tuner.companion(), encoder, max_length, rows, stages)
 
 
-def check_engine(engine: str | None, tuner: Tuner) -> None:
-    """ConfigError if the engine is not installed, or the tuner cannot train on it."""
-    if engine is None:
-        return
-    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+def check_engine(engine: str | None) -> None:
+    """ConfigError if the engine is not installed."""
+    if engine is not None and engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"training.engine: {engine} needs DeepSpeed (docs/launch.md: Which engine); or use fsdp2")
-    if engine in tuner.not_on:
-        others = [name for name in get_args(Engine) if name not in tuner.not_on]
-        reason = f"tuner {tuner.name} cannot train on {engine}, since it {tuner.not_on[engine]}"
-        raise ConfigError(f"training.engine: {reason}; use {', '.join(others)}")
 
 
 def check_watching(config: RunConfig, general: list[General], tasks: list[Task]) -> None:

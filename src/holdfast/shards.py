@@ -342,7 +342,7 @@ def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors that ``save_pretrained`` writes, by name: of a model with adapters, the adapters' alone."""
     prefix = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
     for name, t in model.state_dict(keep_vars=True).items():
-        if prefix is None or t.requires_grad or prefix in name:
+        if prefix is None or t.requires_grad or prefix in name or not name.startswith("base_model.model."):
             yield name, t
 
 

@@ -11,8 +11,6 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import make_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from holdfast.errors import ConfigError
 from holdfast.evaluation.at_test import prompt
 from holdfast.files import read_json, write_json
 from holdfast.generation import evaluating
+from holdfast.model import with_tensors
 from holdfast.prompt_keys import nearest, prompt_mask, queries, similarity
 from holdfast.shards import full
 
@@ -254,15 +253,8 @@ class PromptPoolModel(SoftPromptModel):
     def _cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         outputs = super()._cut(module, args, kwargs, outputs)
         if self.training and not self._adapters_disabled:
-            kind: Any = type(outputs)
-            return _with_fields(kind, tuple(self._chosen))(**outputs, **self._chosen)
+            return with_tensors(outputs, **self._chosen)
         return outputs
-
-
-@cache
-def _with_fields(outputs: type, names: tuple[str, ...]) -> type:
-    """A class of outputs with further tensors; wrappers such as DDP take outputs apart and make them anew."""
-    return make_dataclass(outputs.__name__, [(name, Tensor | None, None) for name in names], bases=(outputs,))
 
 
 def _fingerprint(ids: Sequence[int]) -> int:

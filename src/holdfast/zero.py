@@ -113,12 +113,31 @@ def gradient(p: Any) -> Tensor:
     return p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).detach().view(-1)
 
 
-def whole(p: Any) -> Tensor:
-    """A copy of a parameter that lies in pieces, in every process; all must ask for it."""
+@contextmanager
+def _gathered(parameters: list[Any], modifier_rank: int | None = None) -> Iterator[None]:
+    """Within it these parameters, which lie in pieces, are whole; changed only by that process, if one is named."""
+    if not parameters:
+        yield
+        return
     from deepspeed.runtime.zero import GatheredParameters
 
-    p.ds_active_sub_modules.clear()  # a module whose input has no gradient, such as an embedding, may not have left
-    with GatheredParameters([p]):
+    _leave(parameters)
+    with GatheredParameters(parameters, modifier_rank=modifier_rank):
+        yield
+
+
+def _leave(parameters: Iterable[Any]) -> None:
+    """End what the last forward pass left of its use of parameters: a module whose input has no gradient, such as an
+    embedding, may not have left, and a pass that was shorter than the recorded one fetches what comes next there."""
+    for optimizer in {p._z3_optimizer for p in parameters if hasattr(p, "_z3_optimizer")}:
+        optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+    for p in parameters:
+        p.ds_active_sub_modules.clear()
+
+
+def whole(p: Any) -> Tensor:
+    """A copy of a parameter that lies in pieces, in every process; all must ask for it."""
+    with _gathered([p]):
         return p.detach().clone()
 
 
@@ -138,23 +157,14 @@ class _Copied(torch.autograd.Function):
 
 def followed(p: Any) -> Tensor:
     """As :func:`whole`, and gradients go to the parameter; the engine's next step puts it away again."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    p.ds_active_sub_modules.clear()
-    with GatheredParameters([p]):
+    with _gathered([p]):
         return _Copied.apply(p)
 
 
 @contextmanager
 def loading(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
     """Within it these parameters are whole and may be written to, alike in every process; the optimizer follows."""
-    held = [t for t in tensors if is_partitioned(t)]
-    if held:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters(held, modifier_rank=0):
-            yield
-    else:
+    with _gathered([t for t in tensors if is_partitioned(t)], modifier_rank=0):
         yield
     if hasattr(_optimizer(model), "refresh_fp32_params"):
         _optimizer(model).refresh_fp32_params()
@@ -336,11 +346,10 @@ def release(model: nn.Module) -> None:
 
 def _put_away(model: nn.Module) -> None:
     """Free the whole weights that ZeRO-3 holds; parameters that a method has added since are not its own."""
-    parameters: Iterable[Any] = model.parameters()
-    for p in parameters:
-        if is_partitioned(p):
-            p.ds_active_sub_modules.clear()
-            p.partition()
+    held: list[Any] = [p for p in model.parameters() if is_partitioned(p)]
+    _leave(held)
+    for p in held:
+        p.partition()
 
 
 class Unflattened:

@@ -110,7 +110,7 @@ class LabRun:
             if reason := refusal(method, config.tuner.name):
                 raise ConfigError(f"tuner: {reason}")
         tuner = tuners.build(config.tuner)
-        check_engine(config.training.engine, tuner)
+        check_engine(config.training.engine)
         tokenizer = tokenizer_of(config, TokenFile.open(Path(config.data[0].path)))
         paths = {path: TokenFile.open(Path(path), tokenizer) for path in (*self.data_paths, *config.valid.values())}
         rows = [paths[path].rows(config.context) for path in self.data_paths]

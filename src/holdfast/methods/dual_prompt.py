@@ -13,7 +13,7 @@ from holdfast.config import Section
 from holdfast.errors import ConfigError
 from holdfast.features import prompt_features
 from holdfast.methods.base import Batch, Method, Row, Stage, Step, learned
-from holdfast.prompt_keys import nearest, prompt_mask, queries, similarity
+from holdfast.prompt_keys import nearest, similarity
 from holdfast.shards import weights
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ class DualPrompt(Method):
     name = "dual_prompt"
     tuners = ("dual_prefix",)
     tuners_reason = "it trains that tuner's prefixes and keys"
-    reads_outputs = False
 
     class Options(Section):
         strength: float = Field(
@@ -46,13 +45,14 @@ class DualPrompt(Method):
         )
 
     def before_stage(self, stage: Stage) -> None:
-        key = _prefixes(stage.model).key
-        if self.options.strength:
+        prefixes = _prefixes(stage.model)
+        prefixes.asks = self.options.strength > 0
+        if prefixes.asks:
             rows = stage.random(self.name).sample(range(len(stage.rows)), min(FIRST_ROWS, len(stage.rows)))
             model: Any = stage.model
             with model.disable_adapter():
                 first = prompt_features(model, [stage.rows[i] for i in rows], stage.collate, stage.micro_batch_size)
-            [name] = [name for name, p in model.named_parameters() if p is key.now]
+            [name] = [name for name, p in model.named_parameters() if p is prefixes.key.now]
             weights(model).load_({name: F.normalize(first, dim=-1).mean(0)})
 
     def declares(self, stage: Stage) -> tuple[str, ...]:
@@ -61,18 +61,17 @@ class DualPrompt(Method):
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         if not self.options.strength:
             return {}
-        model: Any = step.stage.model
-        mask = batch.get("attention_mask")
-        if mask is None or mask.dim() != 2:
+        cosines = outputs.get("key_similarity")
+        if cosines is None:
             raise ConfigError("data.packing: method 'dual_prompt' looks at each row's prompt alone; turn packing off")
-        with model.disable_adapter():
-            found = queries(model, batch["input_ids"], prompt_mask(mask, batch["labels"]))
-        distances = 1 - similarity(found, _prefixes(model).key.of(None)[None])
-        return {self.name: self.options.strength * distances[: learned(batch)].sum() * step.micro_batches / step.rows}
+        distance = (1 - cosines[: learned(batch)]).sum()
+        return {self.name: self.options.strength * distance * step.micro_batches / step.rows}
 
     def after_stage(self, stage: Stage) -> None:
-        if self.options.strength:
-            _prefixes(stage.model).finish()
+        prefixes = _prefixes(stage.model)
+        if prefixes.asks:
+            prefixes.finish()
+        prefixes.asks = False
 
     def at_test(self, evaluation: Evaluation, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
         """Rows of one task's key together; before the first task there is no key, and the model answers as it was."""

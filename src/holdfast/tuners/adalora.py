@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import MethodType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import AdaLoraConfig
+from peft.tuners.tuners_utils import BaseTuner
 from pydantic import ConfigDict, Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.config import Section, TrainingConfig
 from holdfast.errors import ConfigError
 from holdfast.methods.base import Method, Stage, State, Step
+from holdfast.shards import weights
 from holdfast.tuners.peft import PeftTuner
 
 if TYPE_CHECKING:
@@ -26,10 +29,6 @@ class AdaLora(PeftTuner):
     """
 
     name = "adalora"
-    not_on: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("zero1", "zero2", "zero3", "zero3_offload"),
-        "weighs every weight with its whole gradient, which ZeRO has divided by then",
-    )
     config_class = AdaLoraConfig
 
     class Options(Section):
@@ -83,6 +82,12 @@ class AdaLora(PeftTuner):
             )
         return AdaLoraConfig(task_type="CAUSAL_LM", **options)
 
+    def wrap(self, model: PreTrainedModel, config: Any) -> Any:
+        """PEFT's model without its own term of the loss, which :class:`Allocation` adds."""
+        wrapped = super().wrap(model, config)
+        wrapped.base_model.forward = MethodType(BaseTuner.forward, wrapped.base_model)
+        return wrapped
+
     def companion(self) -> Allocation:
         return Allocation(self.options.orth_reg_weight)
 
@@ -93,7 +98,8 @@ class Allocation(Method, registered=False):
         L = L_task + gamma / n * sum over the n factors P of |P P^T - I|_F    (A as it is, B transposed)
 
     PEFT's model adds this term to the loss of each micro-batch as it is, so that with accumulation it would count
-    several times; here it counts once a step. Importance is that of PEFT: |weight * gradient|, as averages over steps.
+    several times; here it counts once a step. Importance is that of PEFT, |weight * gradient| as averages over steps,
+    of the gradient before it is clipped.
     """
 
     name = "adalora"
@@ -104,41 +110,63 @@ class Allocation(Method, registered=False):
         self.steps = 0  # of all stages
         self.pattern: dict[str, list[bool]] | None = None  # which triplets the last allocation left, layer by layer
         self.tuner: Any = None  # PEFT's AdaLoraModel
+        self.gradients: dict[str, Tensor] = {}  # of this step, whole, until the weights have moved
 
     def before_stage(self, stage: Stage) -> None:
         model: Any = stage.model
         self.tuner = model.base_model
-        self._config.orth_reg_weight = 0.0
 
     def declares(self, stage: Stage) -> tuple[str, ...]:
         return ("orthogonality",) if self.weight else ()
 
     @torch.no_grad()
     def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
-        if not self.weight:
-            return {}
-        factors = [(name, p) for name, p in step.stage.model.named_parameters() if _is_factor(name)]
-        total = 0.0
-        for name, p in factors:
-            rows = p if ".lora_A." in name else p.T
-            distance = rows @ rows.T - torch.eye(len(rows), dtype=p.dtype, device=p.device)
-            norm = distance.norm()
-            slope = 2 * distance @ rows / norm.clamp(min=torch.finfo(p.dtype).tiny)
-            slope = slope if ".lora_A." in name else slope.T
-            gradients.tensors[name].add_(slope, alpha=self.weight / len(factors))
-            total += norm
-        return {"orthogonality": self.weight * float(total) / len(factors)} if step.logged else {}
+        found = {}
+        if self.weight:
+            factors = {name: p for name, p in weights(step.stage.model).whole().tensors.items() if _is_factor(name)}
+            total = 0.0
+            for name, p in factors.items():
+                rows = p if ".lora_A." in name else p.T
+                distance = rows @ rows.T - torch.eye(len(rows), dtype=p.dtype, device=p.device)
+                norm = distance.norm()
+                slope = 2 * distance @ rows / norm.clamp(min=torch.finfo(p.dtype).tiny)
+                slope = slope if ".lora_A." in name else slope.T
+                gradients.add_whole_(name, slope, self.weight / len(factors))
+                total += norm
+            if step.logged:
+                found["orthogonality"] = self.weight * float(total) / len(factors)
+        self.gradients = {name: g.clone() for name, g in gradients.whole().tensors.items()}
+        return found
 
+    @torch.no_grad()
     def after_step(self, step: Step, weights: Shards) -> None:
+        """As AdaLoraModel.update_and_allocate of PEFT, which knows nothing of weights that lie in pieces."""
         self.steps += 1
-        config = self._config
-        config.rank_pattern = self.pattern
-        self.tuner.update_and_allocate(self.steps)
-        # PEFT would save the remaining triplets alone; but until the budget is final others may come back.
-        self.pattern, config.rank_pattern = config.rank_pattern, None
+        allocator, final = self.tuner.rankallocator, self._config.total_step - self._config.tfinal
+        whole = weights.whole().tensors
+        named = [(_in_base(name), w) for name, w in whole.items()]
+        factors = SimpleNamespace(named_parameters=lambda: named)
+        if self.steps < final:
+            self._weigh(whole)
+        if self.steps > final:
+            allocator.mask_using_rank_pattern(factors, self.pattern)
+        else:
+            budget, due = allocator.budget_schedule(self.steps)
+            if due or self.steps == final:
+                self.pattern = allocator.mask_to_budget(factors, budget)
+        if self.steps == final:
+            allocator.reset_ipt()
+        weights.load_({name: w for name, w in whole.items() if ".lora_E." in name})
 
-    def after_stage(self, stage: Stage) -> None:
-        self._config.orth_reg_weight = self.weight
+    def _weigh(self, weights: dict[str, Tensor]) -> None:
+        """Average importance, and how far it varies, over steps (equations 9 and 10)."""
+        averages, spreads = self.tuner.rankallocator.exp_avg_ipt, self.tuner.rankallocator.exp_avg_unc
+        beta1, beta2 = self._config.beta1, self._config.beta2
+        for name, gradient in self.gradients.items():
+            key, importance = _in_base(name), (weights[name] * gradient).abs()
+            average, spread = (d.get(key, torch.zeros_like(importance)) for d in (averages, spreads))
+            averages[key] = beta1 * average + (1 - beta1) * importance
+            spreads[key] = beta2 * spread + (1 - beta2) * (importance - averages[key]).abs()
 
     @property
     def _config(self) -> Any:
@@ -157,7 +185,7 @@ class Allocation(Method, registered=False):
         self.tuner, self.steps, self.pattern = peft.base_model, state["steps"], state["pattern"]
         self.tuner.rankallocator.reset_ipt()
         for name, p in self.tuner.model.named_parameters():
-            if f"ipt/{name}" in state:
+            if f"{AVERAGES[0]}/{name}" in state:
                 for kind in AVERAGES:
                     getattr(self.tuner.rankallocator, kind)[name] = state[f"{kind}/{name}"].to(p.device)
 
@@ -165,8 +193,13 @@ class Allocation(Method, registered=False):
 NEVER = 10**9
 """Steps of a run that trains nothing: the budget stays where it is."""
 
-AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""What PEFT's rank allocator calls the importance of a step, its average, and that of its uncertainty."""
+AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+"""What PEFT's rank allocator calls the average of importance over steps, and that of its uncertainty."""
+
+
+def _in_base(name: str) -> str:
+    """A parameter's name without what PEFT's model puts before it."""
+    return name.removeprefix("base_model.model.")
 
 
 def _is_factor(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,9 +26,6 @@ class Tuner(ABC):
 
     quantized: ClassVar[bool] = True
     """Whether the model that it trains may be quantised, since its own weights stay as they are."""
-
-    not_on: ClassVar[Mapping[str, str]] = {}
-    """Engines on which it cannot train, each with the reason."""
 
     class Options(Section):
         """The tuner's options; a key that it does not know is refused."""

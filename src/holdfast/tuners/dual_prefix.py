@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 from holdfast.config import Section
 from holdfast.errors import ConfigError
 from holdfast.generation import inference
-from holdfast.shards import full, used
+from holdfast.model import with_tensors
+from holdfast.prompt_keys import prompt_mask, queries, similarity
+from holdfast.shards import full
 from holdfast.tuners.base import Tuner
 from holdfast.tuners.peft_types import register
 
@@ -40,10 +42,6 @@ class DualPrefix(Tuner):
 
     name = "dual_prefix"
     folder = "adapter"
-    not_on: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("zero3", "zero3_offload"),
-        "asks the model for each row's key by a pass of its own, and DeepSpeed expects the same modules in every pass",
-    )
 
     class Options(Section):
         general_layers: int | None = Field(
@@ -90,9 +88,9 @@ class PerTask(nn.Module):
         if not shared:
             self.register_buffer("past", self.now.new_empty(0, *shape))
 
-    def of(self, task: int | Tensor | None) -> Tensor:
+    def forward(self, task: int | Tensor | None = None) -> Tensor:
         """``now``, or that of a finished task; [rows, ...] where ``task`` is one number a row."""
-        return used(self.now) if task is None or self.shared else self.past[task]
+        return self.now.clone() if task is None or self.shared else self.past[task]
 
     def finish(self) -> None:
         """Keep what is trained now as that of a finished task; training goes on from it."""
@@ -119,7 +117,7 @@ class Prefix(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return None
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        key, value = self.key.of(self.task), self.value.of(self.task)
+        key, value = self.key(self.task), self.value(self.task)
         former, mask, length, tokens = kwargs.get(cache), kwargs.get("attention_mask"), key.shape[-2], hidden.shape[1]
         if mask is not None:
             mask = F.pad(mask, (length, 0), value=mask.dtype == torch.bool)  # True, or nothing to add: seen
@@ -135,6 +133,9 @@ class DualPrefixModel(BaseTuner):
     Attributes:
         prefixes: :class:`Prefix`, one a layer, in order.
         key: :class:`PerTask`, [hidden].
+        asks: whether outputs in training mode also have ``key_similarity``, float32 [rows]: the cosine of ``key`` and
+            the frozen model's mean last hidden state over the tokens before each row's answer, with gradient to the
+            key.
     """
 
     prefix = "dual_prefix_"
@@ -155,15 +156,33 @@ class DualPrefixModel(BaseTuner):
             length = config.general_length if number < general else config.expert_length
             self.prefixes.append(Prefix(layer, length, device=model.device, shared=number < general))
         self.key = PerTask(model.config.get_text_config().hidden_size, device=model.device)
+        self.asks = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass. Positions are those of a row's own tokens, so that padding on the left, too, leaves
         the prefix where it was in relation to them."""
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and kwargs.get("position_ids") is None:
-            tokens = (args[0] if args else kwargs["input_ids"]).shape[1]
-            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
-        return super().forward(*args, **kwargs)
+        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        if mask is None or mask.dim() != 2:
+            return super().forward(*args, **kwargs)
+        ids: Any = args[0] if args else kwargs.get("input_ids")
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if not (self.asks and self.training and labels is not None):
+            return super().forward(*args, **kwargs)
+        with self.without():
+            found = similarity(queries(self.model, ids, prompt_mask(mask, labels)), self.key()[None])
+        return with_tensors(super().forward(*args, **kwargs), key_similarity=found[:, 0])
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """Within it the model is the frozen one."""
+        enabled = [not prefix.disable_adapters for prefix in self.prefixes]
+        self._enable_adapter_layers(False)
+        try:
+            yield
+        finally:
+            for prefix, was in zip(self.prefixes, enabled, strict=True):
+                prefix.enable_adapters(was)  # type: ignore[operator]
 
     @property
     def tasks(self) -> int:
