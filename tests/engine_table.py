@@ -67,14 +67,8 @@ def config_of(
     output = folder / f"{engine or 'one'}-{processes}" / f"{method}-{tuner}"
     own = tuner_of(method)
     chosen = own if name_of(own) == tuner else LORA if tuner == "lora" else {"name": tuner} | TUNERS.get(tuner, {})
-    settings = (
-        TRAINING
-        | LONGER.get(method, {})
-        | GENTLER.get(method, {})
-        | EVEN.get(tuner, {})
-        | {"engine": engine}
-        | training
-    )
+    settings = TRAINING | LONGER.get(method, {}) | GENTLER.get(method, {}) | EVEN.get(tuner, {})
+    settings |= {"engine": engine} | training
     return configuration(folder, output, method, case(method).options, chosen, 0, settings)
 
 

@@ -236,7 +236,9 @@ def test_a_chat_template_and_cut_prompts_reach_the_server_as_in_process(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tuner", "method"), [("lora", "icl"), ("moe_lora", "replay"), ("prompt_pool", "l2p")])
+@pytest.mark.parametrize(
+    ("tuner", "method"), [("lora", "icl"), ("moe_lora", "replay"), ("prompt_pool", "l2p"), ("adalora", "sequential")]
+)
 def test_every_tuner_is_served(tuner: str, method: str, tmp_path: Path, again: Any):
     """Also such as no folder of weights can be made of; demonstrations are part of what is asked."""
     tiny_model(initializer_range=0.5).save_pretrained(tmp_path / "model")
