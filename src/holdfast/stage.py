@@ -13,9 +13,10 @@ from holdfast.arguments import training_arguments
 from holdfast.data.collate import Collator, pack
 from holdfast.directory import learned_stages
 from holdfast.errors import ConfigError, Interrupted
+from holdfast.on_engines import COMPLETE
 from holdfast.process import Process
 from holdfast.setup import Planned
-from holdfast.trainer import COMPLETE, ContinualTrainer
+from holdfast.trainer import ContinualTrainer
 
 if TYPE_CHECKING:
     from holdfast.curves import Curves

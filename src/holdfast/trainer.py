@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
-from transformers.integrations.deepspeed import deepspeed_init
-from transformers.trainer_utils import get_last_checkpoint, has_length, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
-from holdfast import zero
 from holdfast.cost import Cost
 from holdfast.data.collate import Collator, concat
 from holdfast.errors import ConfigError, NonFiniteLossError
 from holdfast.evaluation.respond import token_losses
-from holdfast.files import flush_folder, read_json, write_json
+from holdfast.files import read_json
 from holdfast.losses.next_token import supervised_tokens
 from holdfast.methods import build
 from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, Step
-from holdfast.methods.saved import load_states, save_states
+from holdfast.methods.saved import load_states
 from holdfast.model import hidden_only
-from holdfast.optimizer_state import load_optimizer, save_optimizer
+from holdfast.on_engines import COMPLETE, OnEngines, no_optimizer_saved
 from holdfast.process import Process
 from holdfast.rehearsal.rows import CollatedRows
 from holdfast.shards import (
     average_replicated,
     gradients,
     is_divided,
-    loading,
-    saves_together,
     trainable,
     weights,
-    whole_state,
 )
 from holdfast.terms import Terms
 
@@ -50,10 +43,6 @@ ROW_KEYS = {"input_ids", "attention_mask", "labels"}
 ONE_PASS_TOKENS = 4096
 """On an accelerator, task and rehearsal rows of up to so many tokens share a forward pass, since launching its kernels
 costs more than their arithmetic. On a CPU two passes were always cheaper (benchmarks/RESULTS.md)."""
-
-SCHEDULER_NAME = "scheduler.pt"
-COMPLETE = "complete.json"
-"""Written last into a checkpoint: one without it was cut off while it was written."""
 
 
 def continual(trainer_class: type) -> type:
@@ -65,9 +54,8 @@ def continual(trainer_class: type) -> type:
     Everything that the class does otherwise stays as it is.
     """
 
-    class Continual(trainer_class):
+    class Continual(OnEngines, trainer_class):
         optimizer: Any
-        lr_scheduler: Any
 
         def __init__(
             self,
@@ -85,7 +73,7 @@ def continual(trainer_class: type) -> type:
             given = kwargs.get("args", args[1] if len(args) > 1 else None)
             if given is not None and given.ddp_find_unused_parameters is None:
                 given.ddp_find_unused_parameters = False  # none is unused: see _Reach
-            with _no_optimizer_saved(given if sharded else None):
+            with no_optimizer_saved(given if sharded else None):
                 super().__init__(*args, **kwargs)
             self.methods = [_built(m) for m in ([method] if isinstance(method, str | Mapping | Method) else method)]
             self.task = task
@@ -104,7 +92,7 @@ def continual(trainer_class: type) -> type:
             self._general_before: float | None = None
             self._pad = Collator(_pad_token_id(self.processing_class, self.data_collator))
             self._one_pass = True
-            self._engine: zero.Engine | None = None  # DeepSpeed's
+            self._engine = None
             self._process = Process.this()
             self._together = False  # whether all processes must go through the model at the same time
             self._micro_batches = 1  # of the step in this process
@@ -285,116 +273,6 @@ def continual(trainer_class: type) -> type:
                 # Trainer's figure lacks the declared terms that came as gradients.
                 logs["loss"] += sum(logs.get(f"term/{name}", 0.0) for name in self._terms.as_gradients)
             super().log(logs, *args, **kwargs)
-
-        def _make_engine(self) -> None:
-            """Let DeepSpeed divide the weights before methods look at them, and again where one exchanged them.
-
-            Raises:
-                ConfigError: the DeepSpeed configuration has an optimizer or a scheduler of its own.
-            """
-            trained = {id(p) for p in self.model.parameters() if p.requires_grad}
-            if not self.is_deepspeed_enabled or (self._engine is not None and self._engine.trained == trained):
-                return
-            config = self.accelerator.state.deepspeed_plugin.hf_ds_config
-            if own := {"optimizer", "scheduler"} & config.config.keys():
-                raise ConfigError(f"deepspeed: leave out {' and '.join(sorted(own))}; the trainer's own are used")
-            if self.args.bf16 and not config.is_true("bf16.enabled"):
-                zero.autocast(self.model)
-            zero.release(self.model)
-            self.optimizer, _ = deepspeed_init(self, num_training_steps=0)
-            self.deepspeed, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-            self.model_wrapped = self.deepspeed
-            self._engine = zero.Engine(self.accelerator, trained)
-            zero.attach(self.deepspeed, self._after_backward)
-
-        def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-            if self._engine is None:
-                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-            self._engine.resume()
-            self.lr_scheduler = None
-            self.create_scheduler(num_training_steps=max_steps)
-            if resume_from_checkpoint is not None:
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            for name in ("model", "optimizer", "lr_scheduler"):
-                setattr(self.callback_handler, name, getattr(self, name))
-            self.callback_handler.train_dataloader = train_dataloader
-            return self.model_wrapped, train_dataloader
-
-        def _follow_parameters(self) -> None:
-            """Let Trainer make its optimizer anew where a method exchanged the trained parameters before the stage."""
-            if self.optimizer is None or self._engine is not None:
-                return
-            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-            if not self._optimizer_is_given:
-                if held != {id(p) for p in self.model.parameters() if p.requires_grad}:
-                    self.optimizer = None
-            elif not held <= {id(p) for p in self.model.parameters()}:
-                raise ConfigError(
-                    "optimizers: a method trains other parameters in this stage than the given optimizer holds; leave "
-                    "it out, so that the trainer makes one itself"
-                )
-
-        def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            """Trainer loads all adapters of a model, but would leave only the first of several active ones active."""
-            active: Any = getattr(self.model, "active_adapters", None)
-            if self._together and not hasattr(self.model, "peft_config"):
-                weights(self.model).load_(_saved_weights(Path(str(args[0]))))
-                return
-            several = isinstance(active, list) and len(active) > 1
-            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-            if several:
-                self.model.base_model.set_adapter(active[:1])
-            with loading(self.model):
-                super()._load_from_checkpoint(*args, **kwargs)
-            if several:
-                self.model.base_model.set_adapter(active)
-                for name, p in self.model.named_parameters():
-                    p.requires_grad_(name in trained)
-
-        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            if not self.is_deepspeed_enabled:
-                super().save_model(output_dir, _internal_call)
-                return
-            state = whole_state(self.model)
-            if self.args.should_save:
-                self._save(output_dir, state_dict=state)
-            elif saves_together(self.model):
-                self.model.save_pretrained(output_dir, state_dict=state, is_main_process=False)
-
-        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-            """As whole tensors, so that another number of processes, or another engine, can go on."""
-            save_optimizer(self._torch_optimizer(), self.model, Path(output_dir))
-            if self.args.should_save:
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
-
-        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            if checkpoint is None or not Path(checkpoint, SCHEDULER_NAME).exists():
-                return
-            load_optimizer(self._torch_optimizer(), self.model, Path(checkpoint))
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
-
-        def _torch_optimizer(self) -> Any:
-            return zero.unflattened(self.model) or getattr(self.optimizer, "optimizer", self.optimizer)
-
-        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            limit, self.args.save_total_limit = self.args.save_total_limit, None
-            try:
-                super()._save_checkpoint(*args, **kwargs)
-            finally:
-                self.args.save_total_limit = limit
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            save_states(self.methods, folder / "method")
-            cost = self.cost.of_all(self._process)
-            if self.args.should_save:
-                flush_folder(folder)
-                write_json(folder / COMPLETE, {"step": self.state.global_step, "cost": cost})
-                rotate_checkpoints(
-                    output_dir=self.args.output_dir,
-                    save_total_limit=limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=True,
-                )
 
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -652,24 +530,6 @@ class _Reach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return (*gradients, *[None] * ctx.count)
-
-
-@contextlib.contextmanager
-def _no_optimizer_saved(args: Any) -> Iterator[None]:
-    """Inside, arguments say that no optimizer is saved: Trainer refuses sharded models that would, and we save it."""
-    if args is None:
-        yield
-        return
-    kept, args.save_only_model = args.save_only_model, True
-    try:
-        yield
-    finally:
-        args.save_only_model = kept
-
-
-def _saved_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights that save_pretrained wrote, in one file or several."""
-    return {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in load_file(path).items()}
 
 
 class _AfterStep(TrainerCallback):
