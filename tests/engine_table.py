@@ -25,6 +25,9 @@ TRAINING = {"epochs": 2, "batch_size": 10, "micro_batch_size": 5, "optimizer": "
 """Steps of 10, 10 and 4 rows, so that with two processes the last one is uneven; plain SGD, since Adam blows rounding
 up. One process takes two micro-batches to a step, two processes one each."""
 
+BREAK = 4
+"""The step of the last stage, after a checkpoint at 3, from which another number of processes goes on."""
+
 TUNERS = {
     "adalora": {"init_r": 4, "target_r": 2, "lora_dropout": 0.0, "tinit": 1, "tfinal": 2},
     "adapter": {},
@@ -79,8 +82,12 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def launch(configs: list[dict[str, Any]], processes: int, folder: Path, *dying: object) -> None:
-    """Run the configurations in so many processes; one that fails leaves error.txt, and the rest are begun again."""
+def launch(configs: list[dict[str, Any]], processes: int, folder: Path, *what: object) -> None:
+    """Run the configurations in so many processes; one that fails leaves error.txt, and the rest are begun again.
+
+    Args:
+        what: the worker does beside: see engine_worker.py.
+    """
     left = configs
     while left:
         path = folder / f"configs-{os.getpid()}.json"
@@ -88,14 +95,23 @@ def launch(configs: list[dict[str, Any]], processes: int, folder: Path, *dying: 
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER), str(path)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        subprocess.run([*command, *map(str, dying)], env=environment, capture_output=True, check=False)
-        if dying:
+        subprocess.run([*command, *map(str, what)], env=environment, capture_output=True, check=False)
+        if "kill" in what:
             return
         first, *later = [config for config in left if not done(config)] or [None]
         if first is not None and not error(first):
             Path(first["output"]).mkdir(parents=True, exist_ok=True)
             Path(first["output"], "error.txt").write_text("it ended without saying why")
         left = [config for config in later if not error(config)]
+
+
+def broken(config: dict[str, Any]) -> dict[str, Any]:
+    """The run that goes on from a copy of this one."""
+    return config | {"output": f"{config['output']}-broken"}
+
+
+def trains(config: dict[str, Any]) -> bool:
+    return Path(config["output"], "events.jsonl").exists()
 
 
 def done(config: dict[str, Any]) -> bool:
@@ -127,6 +143,11 @@ class Apart:
     def equal(self) -> bool:
         return not self.error and self.scores and max(self.weights, self.terms) <= TOLERANCE
 
+    def __or__(self, other: Apart) -> Apart:
+        """The worse of both."""
+        weights, terms = max(self.weights, other.weights), max(self.terms, other.terms)
+        return Apart(weights, terms, self.scores and other.scores, self.error or other.error)
+
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> Apart:
     """Compare the results of two configurations."""
@@ -143,7 +164,7 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> Apart:
             if w.numel():
                 far = float((w.double() - theirs[name].double()).abs().max() / w.double().abs().max().clamp(min=1e-3))
                 found.weights = max(found.weights, far)
-        if not (first / "events.jsonl").exists():  # nothing is trained
+        if not trains(one):
             continue
         index = int(stage[:2])
         for ours, theirs_now in zip(terms(first, index), terms(second, index), strict=True):
@@ -160,7 +181,8 @@ Cell = tuple[str, str, str]
 
 
 def compare(folder: Path, cells: Iterable[Cell], processes: int = 2) -> dict[Cell, Apart]:
-    """Run what is asked for on its engine and in one process, and compare; runs that stand in the folder stay."""
+    """Run what is asked for on its engine, continue it in one process from what lay on the disk in the last stage, and
+    compare both with one process; runs that stand in the folder stay."""
     pairs = {
         (method, tuner, engine): (
             config_of(folder, None, 1, method, tuner),
@@ -170,8 +192,11 @@ def compare(folder: Path, cells: Iterable[Cell], processes: int = 2) -> dict[Cel
     }
     alone = {one["output"]: one for one, _ in pairs.values()}
     launch([config for config in alone.values() if not done(config)], 1, folder)
-    launch([config for _, config in pairs.values() if not done(config)], processes, folder)
-    return {cell: apart(*pair) for cell, pair in pairs.items()}
+    launch([config for _, config in pairs.values() if not done(config)], processes, folder, "copy", BREAK)
+    trained = {cell: broken(pair[1]) for cell, pair in pairs.items() if trains(pair[0])}
+    launch([config for config in trained.values() if not done(config)], 1, folder)
+    found = {cell: apart(*pair) for cell, pair in pairs.items()}
+    return found | {cell: found[cell] | apart(pairs[cell][0], config) for cell, config in trained.items()}
 
 
 PAGE = """\
@@ -181,11 +206,12 @@ PAGE = """\
 
 *yes*: two processes on this engine, after two stages of a tiny model, are where one process with the same global batch
 is: the final weights of both stages and every logged loss term to {tolerance:g} of their size, and the score matrix,
-which is equal. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped or
-repeated (with `moe_lora` there are even steps alone, since its load balance is that of a micro-batch). In brackets,
-where they lie furthest apart. `tests/test_engines.py` runs a selection of this table in
-`make test`, all of it in `make test-all`{seconds}; there, too, gradient accumulation, bfloat16, and a run that is
-killed and continued by another number of processes.
+which is equal. So is one process that goes on, on this engine, from what lay on the disk in the middle of the last
+stage. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped or repeated (with
+`moe_lora` there are even steps alone, since its load balance is that of a micro-batch). In brackets, where they lie
+furthest apart. `tests/test_engines.py` runs a selection of this table in `make test`, all of it in
+`make test-all`{seconds}; there, too, gradient accumulation, bfloat16, and a run of which a process is killed and that
+three go on with.
 [What the engines are, and how to start them](launch.md).
 
 {table}

@@ -1,9 +1,10 @@
 """Runs configurations one after another in processes that train together; the tests of engines start it by torchrun.
 
-usage: torchrun --nproc-per-node N engine_worker.py CONFIGS.json [kill STAGE STEP | count]
+usage: torchrun --nproc-per-node N engine_worker.py CONFIGS.json [kill STAGE STEP | copy STEP | count]
 
 CONFIGS.json is a list of configurations. One that fails leaves error.txt in its output and ends all processes. kill:
-the last process dies by SIGKILL after that step. count: leave counts.json beside the results: the last stage's steps,
+the last process dies by SIGKILL after that step. copy: leave what lies on the disk after that step of the last stage
+in OUTPUT-broken. count: leave counts.json beside the results: the last stage's steps,
 how many sums over processes it asked for, and how many entries of vectors its methods held in this process at most.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -46,6 +48,17 @@ def kill(stage: int, step: int) -> None:
         process = Process.this()
         if (watch.stage.index, state.global_step) == (stage, step) and process.rank == process.world - 1:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    after_each_step(look)
+
+
+def copy(step: int) -> None:
+    def look(watch: Any, state: Any) -> None:
+        output = Path(watch.trainer.args.output_dir).parents[2]
+        if state.global_step == step and Process.this().main:
+            broken = output.with_name(f"{output.name}-broken")
+            shutil.rmtree(broken, ignore_errors=True)
+            shutil.copytree(output, broken)
 
     after_each_step(look)
 
@@ -91,6 +104,8 @@ if __name__ == "__main__":
     counts = Count() if sys.argv[2:] == ["count"] else None
     if sys.argv[2:3] == ["kill"]:
         kill(*map(int, sys.argv[3:]))
+    if sys.argv[2:3] == ["copy"]:
+        copy(int(sys.argv[3]))
     for config in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         output = Path(config["output"])
         if (output / "report.html").exists():
