@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from test_guards import GENERAL, LORA, METHODS, case, configuration, terms, tuner_of, weights
+from holdfast.files import read_jsonl
+from test_guards import GENERAL, LORA, METHODS, case, configuration, tuner_of, weights
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3_offload")
@@ -129,7 +130,7 @@ class Apart:
 
     Attributes:
         weights: of both stages, as a share of the largest of their tensor.
-        terms: of the loss, as a share of it.
+        terms: of the loss, and of the gradient's norm, as a share of it.
         scores: whether the score matrices and the general figures are equal.
         error: of the run that failed.
     """
@@ -147,6 +148,12 @@ class Apart:
         """The worse of both."""
         weights, terms = max(self.weights, other.weights), max(self.terms, other.terms)
         return Apart(weights, terms, self.scores and other.scores, self.error or other.error)
+
+
+def logged(run: Path, stage: int) -> list[dict[str, float]]:
+    """Each step's loss terms, and the norm of its gradient."""
+    events = [event for event in read_jsonl(run / "events.jsonl") if event["stage"] == stage]
+    return [event["terms"] | {"norm": event["grad_norm"]} for event in events]
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> Apart:
@@ -167,7 +174,7 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> Apart:
         if not trains(one):
             continue
         index = int(stage[:2])
-        for ours, theirs_now in zip(terms(first, index), terms(second, index), strict=True):
+        for ours, theirs_now in zip(logged(first, index), logged(second, index), strict=True):
             assert ours.keys() == theirs_now.keys(), (ours, theirs_now)
             shares = [abs(value - theirs_now[name]) / max(abs(value), 1e-2) for name, value in ours.items()]
             found.terms = max([found.terms, *shares])
@@ -205,11 +212,11 @@ PAGE = """\
 <!-- Written by `python tests/engine_table.py > docs/engines.md`, from runs. -->
 
 *yes*: two processes on this engine, after two stages of a tiny model, are where one process with the same global batch
-is: the final weights of both stages and every logged loss term to {tolerance:g} of their size, and the score matrix,
-which is equal. So is one process that goes on, on this engine, from what lay on the disk in the middle of the last
-stage. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped or repeated (with
-`moe_lora` there are even steps alone, since its load balance is that of a micro-batch). In brackets, where they lie
-furthest apart. `tests/test_engines.py` runs a selection of this table in `make test`, all of it in
+is: the final weights of both stages, every logged loss term and the gradient's norm to {tolerance:g} of their size, and
+the score matrix, which is equal. So is one process that goes on, on this engine, from what lay on the disk in the
+middle of the last stage. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped
+or repeated (with `moe_lora` there are even steps alone, since its load balance is that of a micro-batch). In brackets,
+where they lie furthest apart. `tests/test_engines.py` runs a selection of this table in `make test`, all of it in
 `make test-all`{seconds}; there, too, gradient accumulation, bfloat16, and a run of which a process is killed and that
 three go on with.
 [What the engines are, and how to start them](launch.md).

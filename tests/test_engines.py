@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_table import ENGINES, LONGER, apart, compare, config_of, error, launch, prepare, rows
+from engine_table import ENGINES, LONGER, apart, compare, config_of, error, launch, logged, prepare, rows
 from test_guards import terms
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "engines.md"
@@ -109,6 +109,32 @@ def test_killed_and_continued_by_another_number_of_processes(engine, folder):
         assert not Path(broken["output"], "report.html").exists() and not error(broken)
         launch([broken], processes, folder)
         assert apart(unbroken, broken).equal, (processes, apart(unbroken, broken))
+
+
+EXPLODE = """
+from holdfast import Method
+
+class Explode(Method):
+    name = "explode"
+
+    def after_backward(self, step, gradients):
+        if step.index == 1:
+            gradients.scale_(float("inf"))
+        return {}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero0", "zero2", "zero3"])
+def test_an_infinite_gradient_stops_before_the_weights_are_touched(engine, folder):
+    needs(engine)
+    (folder / "explode.py").write_text(EXPLODE)
+    config = config_of(folder, engine, 2, "sequential", "full")
+    config |= {"output": f"{config['output']}-explodes", "method": {"name": str(folder / "explode.py")}}
+    launch([config], 2, folder)
+    assert "stage 1 (red), step 2" in error(config) and "gradient norm inf" in error(config)
+    [first] = logged(Path(config["output"]), 1)
+    assert 0 < first["norm"] < 100
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ def continual(trainer_class: type) -> type:
             self._pad = Collator(_pad_token_id(self.processing_class, self.data_collator))
             self._one_pass = True
             self._engine = None
+            self._norm: float | None = None  # of the step's gradient, where an engine trains
             self._process = Process.this()
             self._together = False  # whether all processes must go through the model at the same time
             self._micro_batches = 1  # of the step in this process
@@ -233,6 +234,8 @@ def continual(trainer_class: type) -> type:
                 values = method.after_backward(self._step, gradient)
                 self._terms.add(values)
                 self._terms.as_gradients |= values.keys() & set(self._terms.declared)
+            if self._engine is not None:  # it steps before Trainer asks for the norm
+                self._norm = self._finite(math.sqrt(gradient.dot(gradient)))
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -275,7 +278,11 @@ def continual(trainer_class: type) -> type:
             super().log(logs, *args, **kwargs)
 
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+            if self._engine is not None:
+                return self._norm
+            return self._finite(super()._get_grad_norm(model, grad_norm=grad_norm))
+
+        def _finite(self, norm: float | None) -> float | None:
             if self._step is not None and norm is not None and not math.isfinite(norm):
                 self._stop_before_update({"gradient norm": norm}, self._step_rows)
             return norm
