@@ -5,7 +5,8 @@ usage: torchrun --nproc-per-node N engine_worker.py CONFIGS.json [kill STAGE STE
 CONFIGS.json is a list of configurations. One that fails leaves error.txt in its output and ends all processes. kill:
 the last process dies by SIGKILL after that step. copy: leave what lies on the disk after that step of the last stage
 in OUTPUT-broken. count: leave counts.json beside the results: the last stage's steps,
-how many sums over processes it asked for, and how many entries of vectors its methods held in this process at most.
+how many sums over processes it asked for, how many divided tensors were made whole between its first and its last step,
+and how many entries of vectors its methods held in this process at most.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from holdfast import zero
 from holdfast.files import write_json
 from holdfast.process import Process
 from holdfast.progress import Progress
@@ -67,11 +70,15 @@ class Count:
     """Sums over processes and vectors held, of the stage that trains."""
 
     def __init__(self) -> None:
-        self.found = {"steps": 0, "sums": 0, "entries": 0}
+        self.found = {"steps": 0, "sums": 0, "gathers": 0, "entries": 0}
+        self.now = {"sums": 0, "gathers": 0}
+        self.at_first = dict(self.now)
         self.stack = 0
         after_each_step(self.look)
-        for name in ("sum", "sum_all"):
-            self.counted(name)
+        for owner, name in ((Process, "sum"), (Process, "sum_all")):
+            self.counted("sums", owner, name)
+        for owner, name in ((zero, "whole"), (zero, "joined"), (DTensor, "full_tensor")):
+            self.counted("gathers", owner, name)
         stacked = Shards.stack.__func__  # type: ignore[attr-defined]
 
         def stack(cls: Any, vectors: Any) -> Shards:
@@ -81,19 +88,21 @@ class Count:
 
         Shards.stack = classmethod(stack)  # type: ignore[assignment]
 
-    def counted(self, name: str) -> None:
-        original = getattr(Process, name)
+    def counted(self, kind: str, owner: Any, name: str) -> None:
+        original = getattr(owner, name)
 
-        def counting(process: Process, value: Any) -> Any:
-            self.found["sums"] += 1
-            return original(process, value)
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.now[kind] += 1
+            return original(*args, **kwargs)
 
-        setattr(Process, name, counting)
+        setattr(owner, name, counting)
 
     def look(self, watch: Any, state: Any) -> None:
         if state.global_step == 1:
-            self.found = {"steps": 0, "sums": 0, "entries": 0}
-        self.found["steps"] += 1
+            self.at_first = dict(self.now)
+            self.found["entries"] = 0
+        since = {kind: count - self.at_first[kind] for kind, count in self.now.items()}
+        self.found |= since | {"steps": state.global_step - 1}
         kept = [v for method in watch.trainer.methods for v in vars(method).values() if isinstance(v, Shards)]
         held = sum(t.numel() for vector in kept for t in vector) + self.stack
         self.found["entries"] = max(self.found["entries"], held)
