@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import holdfast.setup
 from engine_table import ENGINES, LONGER, apart, compare, config_of, error, launch, logged, prepare, rows
+from holdfast.config import load_config
+from holdfast.errors import ConfigError
 from test_guards import terms
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "engines.md"
@@ -168,3 +171,9 @@ def test_the_page_has_every_row_and_engine():
         cells = dict(zip(ENGINES, line.split("|")[3:-1], strict=True))
         for engine, cell in cells.items():
             assert cell.strip().startswith("yes"), (row, engine)
+
+
+def test_an_older_transformers_is_refused_where_it_would_fail(folder, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.18.1")
+    with pytest.raises(ConfigError, match=r"fsdp2 needs transformers 5.23 or newer, and this is 5.18.1"):
+        holdfast.setup.prepare(load_config(config_of(folder, "fsdp2", 2, "sequential", "full")))

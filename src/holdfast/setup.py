@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from holdfast.gate import check_limits, is_general_loss
 from holdfast.methods.base import Method
 from holdfast.quantization import check_quantization
 from holdfast.tuners.base import Tuner
+
+FSDP2_SINCE = (5, 23)
+"""The version of transformers that trains what it has sharded itself."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,13 @@ def prepare(config: RunConfig) -> Setup:
 
 
 def check_engine(engine: str | None) -> None:
-    """ConfigError if the engine is not installed."""
+    """ConfigError if what the engine needs is not installed."""
     if engine is not None and engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"training.engine: {engine} needs DeepSpeed (docs/launch.md: Which engine); or use fsdp2")
+    found = importlib.metadata.version("transformers")
+    if engine == "fsdp2" and tuple(map(int, found.split(".")[:2])) < FSDP2_SINCE:
+        needed = ".".join(map(str, FSDP2_SINCE))
+        raise ConfigError(f"training.engine: fsdp2 needs transformers {needed} or newer, and this is {found}")
 
 
 def check_watching(config: RunConfig, general: list[General], tasks: list[Task]) -> None:
