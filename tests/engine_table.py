@@ -26,8 +26,8 @@ TRAINING = {"epochs": 2, "batch_size": 10, "micro_batch_size": 5, "optimizer": "
 """Steps of 10, 10 and 4 rows, so that with two processes the last one is uneven; plain SGD, since Adam blows rounding
 up. One process takes two micro-batches to a step, two processes one each."""
 
-BREAK = 4
-"""The step of the last stage, after a checkpoint at 3, from which another number of processes goes on."""
+BREAKS = (2, 4)
+"""Steps of the last stage from which one process goes on, of every other row: before and after its first checkpoint."""
 
 TUNERS = {
     "adalora": {"init_r": 4, "target_r": 2, "lora_dropout": 0.0, "tinit": 1, "tfinal": 2},
@@ -199,9 +199,14 @@ def compare(folder: Path, cells: Iterable[Cell], processes: int = 2) -> dict[Cel
     }
     alone = {one["output"]: one for one, _ in pairs.values()}
     launch([config for config in alone.values() if not done(config)], 1, folder)
-    launch([config for _, config in pairs.values() if not done(config)], processes, folder, "copy", BREAK)
     trained = {cell: broken(pair[1]) for cell, pair in pairs.items() if trains(pair[0])}
-    launch([config for config in trained.values() if not done(config)], 1, folder)
+    for engine in dict.fromkeys(engine for *_, engine in pairs):  # each in processes of its own
+        for parity, step in enumerate(BREAKS):
+            cells = [(m, t, e) for m, t, e in pairs if e == engine and rows().index((m, t)) % 2 == parity]
+            whole = [pairs[cell][1] for cell in cells]
+            launch([config for config in whole if not done(config)], processes, folder, "copy", step)
+        rest = [config for cell, config in trained.items() if cell[2] == engine]
+        launch([config for config in rest if not done(config)], 1, folder)
     found = {cell: apart(*pair) for cell, pair in pairs.items()}
     return found | {cell: found[cell] | apart(pairs[cell][0], config) for cell, config in trained.items()}
 
@@ -213,12 +218,12 @@ PAGE = """\
 
 *yes*: two processes on this engine, after two stages of a tiny model, are where one process with the same global batch
 is: the final weights of both stages, every logged loss term and the gradient's norm to {tolerance:g} of their size, and
-the score matrix, which is equal. So is one process that goes on, on this engine, from what lay on the disk in the
-middle of the last stage. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped
-or repeated (with `moe_lora` there are even steps alone, since its load balance is that of a micro-batch). In brackets,
-where they lie furthest apart. `tests/test_engines.py` runs a selection of this table in `make test`, all of it in
-`make test-all`{seconds}; there, too, gradient accumulation, bfloat16, and a run of which a process is killed and that
-three go on with.
+the score matrix, which is equal. So is one process that goes on, on this engine, from what lay on the disk in the last
+stage, of every other row before its first checkpoint, of the others after it. The last step of an epoch is uneven: its
+rows are shared by the processes, and none is dropped or repeated (with `moe_lora` there are even steps alone, since its
+load balance is that of a micro-batch). In brackets, where they lie furthest apart. `tests/test_engines.py` runs a
+selection of this table in `make test`, all of it in `make test-all`{seconds}; there, too, gradient accumulation,
+bfloat16, and a run of which a process is killed and that three go on with.
 [What the engines are, and how to start them](launch.md).
 
 {table}

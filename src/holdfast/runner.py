@@ -80,6 +80,7 @@ class Run:
         self.progress = progress
         self.interrupt = interrupt
         self._model: Any = None
+        self._states: Path | None = None  # where the methods' states were loaded from, before an engine has the model
         self._limits: dict[str, int] = {}
 
     def go(self) -> dict[str, Any]:
@@ -124,7 +125,8 @@ class Run:
         if held.index:
             folder = self._folder(held)
             self.setup.tuner.load(model, folder / self.setup.tuner.folder)
-            load_states(self.setup.applied, folder / "method", model)
+            self._states = folder / "method"
+            load_states(self.setup.applied, self._states, model)
         if "parameters" not in self.directory.record:
             self.directory.record["parameters"] = {
                 "total": sum(p.numel() for p in model.parameters()),
@@ -143,7 +145,9 @@ class Run:
                     f"stage {stage.index} would not start from the weights that stage {held.index} ended with"
                 )
         curves = self._curves(stage)
-        trained = train_stage(self.setup, stage, self.directory, model, self.progress, self.interrupt, curves)
+        parts = (self.directory, model, self._states, self.progress, self.interrupt, curves)
+        trained = train_stage(self.setup, stage, *parts)
+        self._states = None
         what = f"stage {stage.index} ({stage.name}): trained {trained['steps']} steps in {trained['seconds']:.0f} s"
         if curves.stopped:
             what += "; stopped early, since the loss on {general} rose from {before:.3f} to {loss:.3f}, beyond {limit}"

@@ -31,11 +31,16 @@ def train_stage(
     stage: Planned,
     directory: RunDirectory,
     model: Any,
+    states: Path | None,
     progress: Progress,
     interrupt: Interrupt,
     curves: Curves,
 ) -> dict[str, Any]:
     """Train a stage from its newest whole checkpoint, or from its start.
+
+    Args:
+        states: where the methods' states were loaded from, if that was since the last stage; they are read again once
+            an engine has divided the model.
 
     Returns:
         for the stage's record: ``steps`` (optimizer steps), what they cost (:meth:`holdfast.cost.Cost.state`), and
@@ -62,6 +67,7 @@ def train_stage(
         data_collator=Collator(setup.encoder.tokenizer.pad_token_id),
         method=setup.applied,
         task=stage.name,
+        states=states,
         stage_index=len(learned_stages(directory.record, stage.index - 1)) + 1,
         rows=rows,
         folder=directory.path / "rehearsal",

@@ -65,6 +65,7 @@ def continual(trainer_class: type) -> type:
             rows: Sequence[Row] | None = None,
             describe_rows: Callable[[list[int]], str] | None = None,
             stage_index: int = 1,
+            states: Path | None = None,
             folder: Path | None = None,
             tokenizer: Any = None,
             **kwargs: Any,
@@ -81,6 +82,7 @@ def continual(trainer_class: type) -> type:
             self.interrupted = False
             self.cost = Cost()
             self._rows = rows
+            self._states = states
             self._folder = folder
             self._tokenizer = tokenizer
             self._describe_rows = describe_rows or _row_numbers
@@ -120,6 +122,8 @@ def continual(trainer_class: type) -> type:
             )
             self._engine = None
             self._make_engine()
+            if self._engine is not None and self._states is not None:
+                load_states(self.methods, self._states, self.model)  # again, divided as the weights are now
             self._together = is_divided(self.model)
             self._one_pass = not self._together
             for method in self.methods:
