@@ -16,15 +16,15 @@ from transformers import TrainerCallback
 
 import holdfast.directory
 import holdfast.evaluation.kept
+import holdfast.on_engines
 import holdfast.runner
-import holdfast.trainer
 from holdfast.methods.replay import Replay
 from holdfast.progress import Progress
 
 POINTS = {
     "step": (TrainerCallback, "on_step_end"),
     "checkpoint": (torch, "save"),  # optimizer, scheduler and RNG of a checkpoint are being written
-    "manifest": (holdfast.trainer, "flush_folder"),
+    "manifest": (holdfast.on_engines, "flush_folder"),
     "after_stage": (Replay, "after_stage"),
     "weights": (holdfast.runner, "save_states"),  # the stage's weights stand, its manifest does not
     "answers": (holdfast.evaluation.kept.Kept, "_add"),  # a batch of an evaluation is answered
