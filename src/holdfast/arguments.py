@@ -53,10 +53,13 @@ def training_arguments(training: TrainingConfig | OptimizerConfig, checkpoints: 
     if profile is not None:
         zero.begin()
         values |= {"deepspeed": profile, "use_cpu": False, "accelerator_config": {"use_configured_state": True}}
+        if not torch.cuda.is_available():
+            values["bf16"] = False  # TrainingArguments would not believe that a CPU can
     try:
         arguments = TrainingArguments(**values | own | training.arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from None
     if profile is not None:
         zero.keep_float32(arguments)
+        arguments.bf16 = training.precision == "bfloat16"
     return arguments

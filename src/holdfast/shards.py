@@ -170,7 +170,6 @@ class Shards:
         )
 
     @torch.no_grad()
-    @torch.no_grad()
     def whole(self) -> Shards:
         """The vector in one piece, in every process, for a method that takes an adapter's matrices apart.
 
@@ -184,12 +183,14 @@ class Shards:
         found |= {name: piece.join(found[name]).to(found[name].device) for name, piece in sharded.items()}
         return Shards(found | (zero.joined(parts, self.tensors) if parts else {}))
 
+    @torch.no_grad()
     def add_whole_(self, name: str, whole: Tensor, scale: float = 1.0) -> Shards:
         """self[name] += scale * whole, in place, of which this process takes its piece."""
         t = self.tensors[name]
         t.add_(self.piece(name, whole).to(t.dtype), alpha=scale)
         return self._changed()
 
+    @torch.no_grad()
     def load_(self, whole: Mapping[str, Tensor]) -> Shards:
         """Take the values of whole tensors by name; a name that is not there is left as it is."""
         for name, t in self.tensors.items():
