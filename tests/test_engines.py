@@ -101,6 +101,20 @@ def test_killed_and_continued_by_another_number_of_processes(engine, folder):
     assert apart(unbroken, killed).equal, apart(unbroken, killed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_three_processes_between_which_no_weight_is_divided_evenly(engine, folder):
+    """The tied embedding, of which FSDP2 makes several units, too."""
+    needs(engine)
+    one = config_of(folder, None, 1, "sequential", "full", batch_size=12, micro_batch_size=4)
+    three = config_of(folder, engine, 3, "sequential", "full", batch_size=12, micro_batch_size=2)
+    for config in (one, three):
+        config["output"] += "-three"
+    launch([config for config in [one] if not done(config)], 1, folder)
+    launch([three], 3, folder)
+    assert apart(one, three).equal, apart(one, three)
+
+
 EXPLODE = """
 from holdfast import Method
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from holdfast.process import Process
 from holdfast.shards import at_rest, is_divided
@@ -57,3 +58,19 @@ def loaded(model: nn.Module) -> None:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device))
         at_rest(model)
+        _join_tied(model)
+
+
+def _join_tied(model: nn.Module) -> None:
+    """Let all of FSDP2's units gather the same memory of a weight that several of them have, such as a tied embedding.
+
+    Where it cannot be divided evenly each unit pads it, and so copies it; but the optimizer steps the last copy alone.
+    """
+    units = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)]
+    for held in (held for unit in units if unit is not None for held in unit.fsdp_params):
+        tied: Any = held.sharded_param
+        local, padded = tied.to_local(), held._sharded_param_data
+        if local.untyped_storage().data_ptr() != padded.untyped_storage().data_ptr():
+            held._sharded_param_data = local.new_empty(0).set_(
+                local.untyped_storage(), local.storage_offset(), padded.shape
+            )
