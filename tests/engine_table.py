@@ -219,11 +219,11 @@ PAGE = """\
 *yes*: two processes on this engine, after two stages of a tiny model, are where one process with the same global batch
 is: the final weights of both stages, every logged loss term and the gradient's norm to {tolerance:g} of their size, and
 the score matrix, which is equal. So is one process that goes on, on this engine, from what lay on the disk in the last
-stage, of every other row before its first checkpoint, of the others after it. The last step of an epoch is uneven: its
-rows are shared by the processes, and none is dropped or repeated (with `moe_lora` there are even steps alone, since its
-load balance is that of a micro-batch). In brackets, where they lie furthest apart. `tests/test_engines.py` runs a
-selection of this table in `make test`, all of it in `make test-all`{seconds}; there, too,
-gradient accumulation, bfloat16, and a run of which a process is killed and that three go on with.
+stage. The last step of an epoch is uneven: its rows are shared by the processes, and none is dropped or repeated (with
+`moe_lora` there are even steps alone, since its load balance is that of a micro-batch). In brackets, where they lie
+furthest apart. `tests/test_engines.py` runs a selection of this table in `make test`, all of it in
+`make test-all`{seconds}; there, too, gradient accumulation, bfloat16, three processes, and a
+run of which a process is killed and that three go on with.
 [What the engines are, and how to start them](launch.md).
 
 {table}
