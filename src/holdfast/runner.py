@@ -145,8 +145,9 @@ class Run:
                     f"stage {stage.index} would not start from the weights that stage {held.index} ended with"
                 )
         curves = self._curves(stage)
-        parts = (self.directory, model, self._states, self.progress, self.interrupt, curves)
-        trained = train_stage(self.setup, stage, *parts)
+        trained = train_stage(
+            self.setup, stage, self.directory, model, self._states, self.progress, self.interrupt, curves
+        )
         self._states = None
         what = f"stage {stage.index} ({stage.name}): trained {trained['steps']} steps in {trained['seconds']:.0f} s"
         if curves.stopped:

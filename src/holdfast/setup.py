@@ -124,10 +124,10 @@ def check_engine(engine: str | None) -> None:
     """ConfigError if what the engine needs is not installed."""
     if engine is not None and engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"training.engine: {engine} needs DeepSpeed (docs/launch.md: Which engine); or use fsdp2")
-    found = importlib.metadata.version("transformers")
-    if engine == "fsdp2" and tuple(map(int, found.split(".")[:2])) < FSDP2_SINCE:
-        needed = ".".join(map(str, FSDP2_SINCE))
-        raise ConfigError(f"training.engine: fsdp2 needs transformers {needed} or newer, and this is {found}")
+    if engine == "fsdp2":
+        found, needed = importlib.metadata.version("transformers"), ".".join(map(str, FSDP2_SINCE))
+        if tuple(map(int, found.split(".")[:2])) < FSDP2_SINCE:
+            raise ConfigError(f"training.engine: fsdp2 needs transformers {needed} or newer, and this is {found}")
 
 
 def check_watching(config: RunConfig, general: list[General], tasks: list[Task]) -> None:

@@ -135,14 +135,16 @@ class Allocation(Method, registered=False):
                 total += norm
             if step.logged:
                 found["orthogonality"] = self.weight * float(total) / len(factors)
-        self.gradients = {name: g.clone() for name, g in gradients.whole().tensors.items()}
+        if self.steps + 1 < self._final:
+            whole = gradients.whole().tensors
+            self.gradients = {name: g.clone() for name, g in whole.items() if ".lora_" in name}
         return found
 
     @torch.no_grad()
     def after_step(self, step: Step, weights: Shards) -> None:
         """As AdaLoraModel.update_and_allocate of PEFT, which knows nothing of weights that lie in pieces."""
         self.steps += 1
-        allocator, final = self.tuner.rankallocator, self._config.total_step - self._config.tfinal
+        allocator, final = self.tuner.rankallocator, self._final
         whole = weights.whole().tensors
         named = [(_in_base(name), w) for name, w in whole.items()]
         factors = SimpleNamespace(named_parameters=lambda: named)
@@ -167,6 +169,11 @@ class Allocation(Method, registered=False):
             average, spread = (d.get(key, torch.zeros_like(importance)) for d in (averages, spreads))
             averages[key] = beta1 * average + (1 - beta1) * importance
             spreads[key] = beta2 * spread + (1 - beta2) * (importance - averages[key]).abs()
+
+    @property
+    def _final(self) -> int:
+        """The step of the last allocation."""
+        return self._config.total_step - self._config.tfinal
 
     @property
     def _config(self) -> Any:
