@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from holdfast.config import ModelConfig
-from holdfast.data.encode import Encoder, load_tokenizer
-from holdfast.data.task import Example, Task, Turn
-from holdfast.evaluation.at_test import Evaluation
+from holdfast.api.task import Example, Task, Turn
+from holdfast.config.model import ModelConfig
+from holdfast.data.encode import Encoder
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.respond import evaluate_task
-from holdfast.evaluation.score import response_records, score_records
 from holdfast.lab.tokenizer import train_tokenizer
+from holdfast.models.pretrained import load_tokenizer
+from holdfast.scoring.score import response_records, score_records
 
 LENGTH = 16
 TEXT = "red green blue sea weed tide holds rock which year was the capital of a town in its first and last"
@@ -90,7 +91,7 @@ def main() -> None:
     model.eval().generation_config.eos_token_id = None
     model.config.eos_token_id = None
     encoder = Endless(tokenizer, max_length=256, template="plain")
-    evaluation = Evaluation(model, encoder, arguments.batch_size)
+    evaluation = ModelEvaluation(model, encoder, arguments.batch_size)
     warm, task = make_task(40), make_task(arguments.questions)
     evaluate_task(evaluation, warm, max_new_tokens=LENGTH)
     one_by_one(model, encoder, Task("warm", "accuracy", warm.train, warm.test[:5]))

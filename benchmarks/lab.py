@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from holdfast.data.chronicle import general_text
+from holdfast.data.streams.chronicle.stream import general_text
+from holdfast.data.tokens.file import TokenFile, build_tokens
 from holdfast.lab.config import SizeConfig
 from holdfast.lab.model import new_model
 from holdfast.lab.pretrain import InOrder, LabTrainer, pretrain
 from holdfast.lab.tokenizer import train_tokenizer
-from holdfast.lab.tokens import TokenFile, build_tokens
-from holdfast.progress import Progress
 from holdfast.rehearsal import buffer, teacher
+from holdfast.system.progress import Progress
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"width": 128, "depth": 4, "head_size": 32},

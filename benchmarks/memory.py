@@ -21,10 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from holdfast import ContinualTrainer
-from holdfast.arguments import GRADIENT_CHECKPOINTING
-from holdfast.config import Named
+from holdfast.config.section import Named
 from holdfast.data.collate import Collator
-from holdfast.memory_estimate import Estimate
+from holdfast.training.arguments import GRADIENT_CHECKPOINTING
+from holdfast.training.memory_estimate import Estimate
 from holdfast.tuners import build
 
 VOCAB, ROWS, LENGTH = 16384, 4, 128

@@ -24,8 +24,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from holdfast import ContinualTrainer
+from holdfast.api.method import Method
+from holdfast.api.stage import Stage
 from holdfast.data.collate import Collator
-from holdfast.methods.base import Method, Stage
 
 VOCAB, HIDDEN, LAYERS, SEQ, BATCH, RHO = 8192, 256, 6, 256, 8, 0.5
 

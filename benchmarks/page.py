@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from holdfast.files import read_json, write_json, write_jsonl
 from holdfast.report import write_report
+from holdfast.system.files import read_json, write_json, write_jsonl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from synthetic_runs import make_run

@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainin
 
 from holdfast.lab.tokenizer import train_tokenizer
 from holdfast.methods import rehearsal
+from holdfast.models.sampling import sample
 from holdfast.rehearsal import buffer, teacher
-from holdfast.sampling import sample
-from holdfast.trainer import ContinualTrainer
+from holdfast.training.trainer import ContinualTrainer
 
 VOCAB, CONTEXT, BATCH, REPLAYED, BUFFER, STEPS = 4096, 128, 32, 16, 8, 16
 

@@ -19,10 +19,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from holdfast import ContinualTrainer
+from holdfast.api.stage import Stage, Step
 from holdfast.data.collate import Collator
-from holdfast.methods.base import Stage, Step
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import weights
 from holdfast.methods.tree_lora import TreeLoRA
-from holdfast.shards import Shards, weights
 
 VOCAB, HIDDEN, LAYERS, SEQ, BATCH = 8192, 256, 6, 256, 8
 

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-from holdfast.config import load_config, read_yaml
-from holdfast.data.chronicle import general_text
-from holdfast.demo import SIZE, configuration, make_model
+from holdfast.config.reading import read_yaml
+from holdfast.config.run import load_config
+from holdfast.data.streams.chronicle.stream import general_text
+from holdfast.lab.demo import SIZE, configuration, make_model
 from holdfast.lab.derived import interval
-from holdfast.progress import Progress
-from holdfast.quiet import quieten
-from holdfast.runner import run
+from holdfast.runner.loop import run
+from holdfast.system.progress import Progress
+from holdfast.system.quiet import silence_libraries
 
 FIGURES = ("average", "new_task", "forgetting", "general_change")
 TEXTS, HELD_OUT, TOKENS = 330, 60, 160  # texts that a model writes about itself
@@ -65,7 +66,7 @@ def main() -> None:
     if options.table:
         print(table(options.output, options.seeds, options.against))
         return
-    quieten()
+    silence_libraries()
     torch.set_num_threads(1)
     progress = Progress(quiet=True)
     for seed in options.seeds:

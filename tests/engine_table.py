@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.files import read_jsonl
+from holdfast.system.files import read_jsonl
 from test_guards import GENERAL, LORA, METHODS, case, configuration, tuner_of, weights
 
 WORKER = Path(__file__).with_name("engine_worker.py")

@@ -26,13 +26,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from torch.distributed.tensor import DTensor
 
-from holdfast import zero
-from holdfast.files import write_json
-from holdfast.process import Process
-from holdfast.progress import Progress
-from holdfast.runner import run
-from holdfast.shards import Shards
-from holdfast.stage import _Watch
+from holdfast.engines import zero
+from holdfast.engines.process import Process
+from holdfast.engines.shards import Shards
+from holdfast.runner.loop import run
+from holdfast.runner.stage import _Watch
+from holdfast.system.files import write_json
+from holdfast.system.progress import Progress
 
 
 def after_each_step(look: Callable[[Any, Any], None]) -> None:
@@ -75,7 +75,7 @@ class Count:
         self.at_first = dict(self.now)
         self.stack = 0
         after_each_step(self.look)
-        for owner, name in ((Process, "sum"), (Process, "sum_all")):
+        for owner, name in ((Process, "all_reduce_sum"), (Shards, "all_reduce_")):
             self.counted("sums", owner, name)
         for owner, name in ((zero, "whole"), (zero, "joined"), (DTensor, "full_tensor")):
             self.counted("gathers", owner, name)

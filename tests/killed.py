@@ -14,23 +14,23 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-import holdfast.directory
-import holdfast.evaluation.kept
-import holdfast.on_engines
-import holdfast.runner
+import holdfast.models.answers
+import holdfast.records.directory
+import holdfast.runner.loop
+import holdfast.training.engine_mixin
 from holdfast.methods.replay import Replay
-from holdfast.progress import Progress
+from holdfast.system.progress import Progress
 
 POINTS = {
     "step": (TrainerCallback, "on_step_end"),
     "checkpoint": (torch, "save"),  # optimizer, scheduler and RNG of a checkpoint are being written
-    "manifest": (holdfast.on_engines, "flush_folder"),
+    "manifest": (holdfast.training.engine_mixin, "flush_folder"),
     "after_stage": (Replay, "after_stage"),
-    "weights": (holdfast.runner, "save_states"),  # the stage's weights stand, its manifest does not
-    "answers": (holdfast.evaluation.kept.Kept, "_add"),  # a batch of an evaluation is answered
-    "response": (holdfast.directory, "write_jsonl"),  # one task of an evaluation is done
-    "matrix": (holdfast.runner, "summarize"),
-    "report": (holdfast.runner.Run, "_report"),
+    "weights": (holdfast.runner.loop, "save_states"),  # the stage's weights stand, its manifest does not
+    "answers": (holdfast.models.answers.Kept, "_add"),  # a batch of an evaluation is answered
+    "response": (holdfast.records.directory, "write_jsonl"),  # one task of an evaluation is done
+    "matrix": (holdfast.runner.loop, "summarize"),
+    "report": (holdfast.runner.loop.Run, "_report"),
 }
 
 
@@ -52,4 +52,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         die_at(sys.argv[2], int(sys.argv[3]))
     torch.set_num_threads(1)
-    holdfast.runner.run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Progress(quiet=True))
+    holdfast.runner.loop.run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Progress(quiet=True))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import holdfast.cli
 from holdfast.errors import DataError, Interrupted
-from holdfast.interrupt import Interrupt
+from holdfast.system.interrupt import Interrupt
 
 RANK = os.environ.get("RANK", "0")
 

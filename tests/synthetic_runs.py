@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import load_config
-from holdfast.files import write_json, write_jsonl
-from holdfast.metrics import by_task, clipped_backward_transfer, summarize
+from holdfast.config.run import load_config
+from holdfast.metrics.summary import by_task, clipped_backward_transfer, summarize
+from holdfast.system.files import write_json, write_jsonl
 
 NASTY = (
     "</script><script>window.attacked = true</script>",

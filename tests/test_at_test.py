@@ -8,14 +8,15 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from holdfast.api.method import Method
+from holdfast.api.rows import prompt
+from holdfast.api.task import Example, Task, Turn
 from holdfast.data.encode import Encoder
-from holdfast.data.task import Example, Task, Turn
+from holdfast.engines.vectors import borrowed
 from holdfast.evaluation import respond
-from holdfast.evaluation.at_test import Evaluation, prompt
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.respond import evaluate_task
-from holdfast.generation import generate
-from holdfast.methods.base import Method
-from holdfast.shards import borrowed
+from holdfast.models.generation import generate
 from tiny import tiny_model, tiny_tokenizer
 
 LETTERS = "abcdefghij"
@@ -32,7 +33,7 @@ def task(metric="accuracy", count=9):
 
 def evaluation(*methods, model=None, batch_size=4):
     encoder = Encoder(tiny_tokenizer(), max_length=64)
-    return Evaluation(model or tiny_model(), encoder, batch_size, list(methods))
+    return ModelEvaluation(model or tiny_model(), encoder, batch_size, list(methods))
 
 
 class Moving(Method):

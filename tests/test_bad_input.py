@@ -180,14 +180,14 @@ def main_quietly() -> None:
 FULL_DISK = """
 import errno, sys, holdfast.files
 from holdfast.cli import main
-write = holdfast.files.os.fsync
+write = holdfast.system.files.os.fsync
 left = [int(sys.argv.pop(1))]
 def fsync(descriptor):
     left[0] -= 1
     if left[0] < 0:
         raise OSError(errno.ENOSPC, "No space left on device")
     return write(descriptor)
-holdfast.files.os.fsync = fsync
+holdfast.system.files.os.fsync = fsync
 main()
 """
 
@@ -207,7 +207,7 @@ def test_a_file_that_cannot_grow_is_never_half_written(tmp_path):
     """A real failure of the system's write, by the process's own limit on file size."""
     code = (
         "import resource, signal, pathlib, sys\n"
-        "from holdfast.files import write_text\n"
+        "from holdfast.system.files import write_text\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "write_text(pathlib.Path(sys.argv[1]), 'new' * 1000)\n"

@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from tokenizers import processors
 from torch import Tensor
 
+from holdfast.engines.whole import model_fingerprint
 from holdfast.errors import ConfigError, DataError
+from holdfast.models.pretrained import tokenizer_fingerprint
 from holdfast.rehearsal import cache as cache_module
-from holdfast.rehearsal.cache import TeacherCache, model_fingerprint, state_cache, tokenizer_fingerprint
+from holdfast.rehearsal.cache import TeacherCache, state_cache
 from holdfast.rehearsal.states import RunningMoments, pack, unpack
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from holdfast.data import chronicle as module
-from holdfast.data.chronicle import AMOUNTS, PATTERN, YEARS, chronicle, general_text
+from holdfast.data.streams.chronicle import stream as module
+from holdfast.data.streams.chronicle.relations import AMOUNTS, PATTERN
+from holdfast.data.streams.chronicle.stream import YEARS, chronicle, general_text
 from holdfast.errors import ConfigError
 
 SIZES = [1, 7, 50]
@@ -163,7 +164,10 @@ def test_it_is_chronicle_1_on_every_platform():
 
 
 def test_hash_randomisation_changes_nothing():
-    code = "from holdfast.data.chronicle import *; print([t.fingerprint for t in chronicle(9).tasks], general_text(9))"
+    code = (
+        "from holdfast.data.streams.chronicle.stream import *; "
+        "print([t.fingerprint for t in chronicle(9).tasks], general_text(9))"
+    )
     texts = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True

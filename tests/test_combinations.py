@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import holdfast.runner
-from holdfast.config import load_config
+import holdfast.runner.loop
+from holdfast.config.run import load_config
 from holdfast.errors import ConfigError, MethodError
-from holdfast.progress import Progress
-from holdfast.setup import resolve
+from holdfast.runner.setup import resolve
+from holdfast.system.progress import Progress
 from test_guards import GENERAL, TRAINED, case, configuration, terms, with_paths
 
 TOGETHER = [
@@ -44,12 +44,12 @@ def settings(folder, pair):
 def test_two_together(pair, folder):
     """Both train along: every term that one of them logs alone is in the log of both."""
     config = settings(folder, pair)
-    holdfast.runner.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     logged = {term for event in terms(Path(config["output"]), 2) for term in event}
     for name in pair:
         alone = settings(folder, (name,)) | {"output": f"{config['output']}-{name}"}
         alone["tuner"] = resolve(load_config(config)).tuner.model_dump()
-        holdfast.runner.run(alone, Progress(quiet=True))
+        holdfast.runner.loop.run(alone, Progress(quiet=True))
         assert {term for event in terms(Path(alone["output"]), 2) for term in event} <= logged
 
 
@@ -82,6 +82,6 @@ def test_every_pair_trains_or_is_refused(pair, folder):
     except ConfigError:
         return
     try:
-        holdfast.runner.run(config, Progress(quiet=True))
+        holdfast.runner.loop.run(config, Progress(quiet=True))
     except MethodError as error:
         assert "was exactly zero" in str(error)

@@ -13,12 +13,12 @@ import pytest
 
 from holdfast.cli import main
 from holdfast.errors import ConfigError
-from holdfast.files import read_json, write_json
-from holdfast.metrics import paired_difference, seed_intervals
+from holdfast.metrics.intervals import paired_difference, seed_intervals
+from holdfast.records.read import read_run, read_runs
 from holdfast.report import FIGURES, write_report
 from holdfast.report.compare import compare, differences, grouped, refuse_different
-from holdfast.report.read import read_run, read_runs
 from holdfast.report.tables import as_csv, as_latex, as_markdown, notes, p_value
+from holdfast.system.files import read_json, write_json
 from synthetic_runs import STAGES, TASKS, make_run
 
 SEEDS = 3

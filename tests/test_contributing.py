@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from holdfast import run
-from holdfast.files import read_jsonl
-from holdfast.progress import Progress
+from holdfast.system.files import read_jsonl
+from holdfast.system.progress import Progress
 from tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn.functional import linear, silu, softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import holdfast.convert
-from holdfast.convert import convert
+import holdfast.models.convert.checkpoint
+from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
-from holdfast.data.task import Example, Turn
 from holdfast.errors import ConfigError, DataError
+from holdfast.models.convert.checkpoint import convert
 
 spm = pytest.importorskip("sentencepiece")
 
@@ -339,7 +339,7 @@ def test_no_more_than_a_file_waits_in_memory(tmp_path, chat_model, monkeypatch, 
         save_file(tensors, *arguments, **keywords)
 
     monkeypatch.setattr(safetensors.torch, "save_file", spy)
-    monkeypatch.setattr(holdfast.convert, "SHARD_BYTES", limit)
+    monkeypatch.setattr(holdfast.models.convert.checkpoint, "SHARD_BYTES", limit)
     target = convert(source, tmp_path / "target")
     assert len(sizes) > 3 and max(sizes) == limit
     index = json.loads((target / "model.safetensors.index.json").read_text())
@@ -455,7 +455,9 @@ def test_whole_or_not_at_all(tmp_path, plain_model, monkeypatch):
     source = write_checkpoint(tmp_path / "source", config, weights, plain_model)
     target = tmp_path / "target"
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.convert, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(
+            holdfast.models.convert.checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+        )
         with pytest.raises(OSError, match="disk full"):
             convert(source, target)
     assert not target.exists()

@@ -16,15 +16,16 @@ from peft import LoraConfig, get_peft_model
 import holdfast.rehearsal.corpus
 from families import write_family
 from holdfast.cli import main
+from holdfast.engines.whole import model_fingerprint
 from holdfast.errors import ConfigError, DataError
-from holdfast.files import read_json, read_jsonl
 from holdfast.methods.rehearsal import Rehearsal
-from holdfast.rehearsal.cache import model_fingerprint, tokenizer_fingerprint
+from holdfast.models.pretrained import tokenizer_fingerprint
+from holdfast.models.sampling import sample
 from holdfast.rehearsal.corpus import write_corpus
+from holdfast.rehearsal.replay import replay
 from holdfast.rehearsal.request import Request
 from holdfast.rehearsal.samples import corpus_rows
-from holdfast.replay import replay
-from holdfast.sampling import sample
+from holdfast.system.files import read_json, read_jsonl
 from test_rehearsal import two_stages
 from tiny import tiny_model, tiny_tokenizer, write_model
 

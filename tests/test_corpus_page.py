@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from holdfast.cli import main
+from holdfast.data.tokens.file import build_tokens
 from holdfast.errors import DataError
-from holdfast.lab.tokens import build_tokens
 from holdfast.rehearsal.corpus import corpus_files
+from holdfast.rehearsal.replay import replay
 from holdfast.rehearsal.statistics import Statistics, by_rank, histogram, ngrams, shared
-from holdfast.replay import replay
 from holdfast.report.corpus import write_corpus_page
 from test_report_browser import ARGUMENTS, DRAWN, OVERFLOW
 from tiny import tiny_tokenizer, write_model

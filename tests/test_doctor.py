@@ -14,9 +14,10 @@ from transformers import MixtralConfig
 from typer.testing import CliRunner
 
 from holdfast.cli import app
-from holdfast.config import Named, TrainingConfig
+from holdfast.config.section import Named
+from holdfast.config.training import TrainingConfig
 from holdfast.errors import ConfigError
-from holdfast.memory_estimate import HOLES, Estimate, Memory, advice
+from holdfast.training.memory_estimate import HOLES, Estimate, Memory, advice
 from holdfast.tuners import build, known
 from tiny import VOCABULARY, tiny_model, write_model
 
@@ -87,7 +88,7 @@ def test_holes_in_the_heap_go_with_the_environment(monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_")
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
     assert estimate("lora").memory(3).holes == round(HOLES * memory.activations)
-    monkeypatch.setattr("holdfast.memory_estimate.IN_HEAP", 1)  # as if every tensor were larger
+    monkeypatch.setattr("holdfast.training.memory_estimate.IN_HEAP", 1)  # as if every tensor were larger
     assert estimate("lora").memory(3).holes == 0
 
 

@@ -13,11 +13,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from holdfast.config import DataConfig, ModelConfig, StreamConfig
-from holdfast.data.encode import Encoder, load_tokenizer, resolve_max_length
+from holdfast.api.task import Example, Turn
+from holdfast.config.model import ModelConfig
+from holdfast.config.stream import DataConfig, StreamConfig
+from holdfast.data.encode import Encoder, resolve_max_length
 from holdfast.data.load import load_stream
-from holdfast.data.task import Example, Turn
 from holdfast.errors import ConfigError, DataError
+from holdfast.models.pretrained import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data is absent")

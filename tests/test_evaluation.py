@@ -14,17 +14,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from holdfast.config import ModelConfig
-from holdfast.data.encode import Encoder, load_tokenizer
-from holdfast.data.task import Example, General, Task, Turn
+from holdfast.api.task import Example, General, Task, Turn
+from holdfast.config.model import ModelConfig
+from holdfast.data.encode import Encoder
 from holdfast.errors import ConfigError
-from holdfast.evaluation.at_test import Evaluation
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import evaluate_general
-from holdfast.evaluation.respond import evaluate_task, response_limit, token_losses
-from holdfast.evaluation.score import task_score
-from holdfast.evaluation.scorers import overlap
-from holdfast.evaluation.scorers.match import accuracy, normalize
-from holdfast.evaluation.scorers.overlap import rouge_l
+from holdfast.evaluation.respond import evaluate_task, response_limit
+from holdfast.models.likelihood import token_losses
+from holdfast.models.pretrained import load_tokenizer
+from holdfast.scoring import overlap
+from holdfast.scoring.match import accuracy, normalize
+from holdfast.scoring.overlap import rouge_l
+from holdfast.scoring.score import task_score
 
 torch.set_num_threads(1)  # models this small lose time to threads
 
@@ -215,14 +217,14 @@ def test_rouge_l_without_its_library_says_what_to_install(monkeypatch: pytest.Mo
 
 
 def test_scoring_needs_no_heavy_import():
-    code = "import sys, holdfast.evaluation.score, holdfast.metrics; print(*sys.modules)"
+    code = "import sys, holdfast.scoring.score, holdfast.metrics.summary; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "rouge_score"} & set(loaded)
 
 
 def test_records_hold_what_a_plain_loop_responds(model):
     encoder, task = Letters(), questions_task()
-    records = evaluate_task(Evaluation(model, encoder, 3), task)
+    records = evaluate_task(ModelEvaluation(model, encoder, 3), task)
     limit = max(len(example.answer) + 1 for example in task.train) + 8
     assert response_limit(encoder, task) == limit
     lengths = []
@@ -246,7 +248,7 @@ def test_records_hold_what_a_plain_loop_responds(model):
         }
     assert max(lengths) == limit
     assert min(lengths) < limit
-    short = evaluate_task(Evaluation(model, encoder, 3), task, max_new_tokens=2)
+    short = evaluate_task(ModelEvaluation(model, encoder, 3), task, max_new_tokens=2)
     for brief, record in zip(short, records, strict=True):
         assert len(brief["response"]) <= 2
         assert record["response"].startswith(brief["response"])
@@ -254,22 +256,22 @@ def test_records_hold_what_a_plain_loop_responds(model):
 
 def test_every_stop_token_of_the_encoder_ends_a_response(model):
     encoder, task = Letters(), questions_task()
-    before = [record["response"] for record in evaluate_task(Evaluation(model, encoder, 3), task)]
+    before = [record["response"] for record in evaluate_task(ModelEvaluation(model, encoder, 3), task)]
     turn_end = max(before, key=len)[1]
     encoder.stop_ids = [EOS, FIRST + LETTERS.index(turn_end)]
-    after = [record["response"] for record in evaluate_task(Evaluation(model, encoder, 3), task)]
+    after = [record["response"] for record in evaluate_task(ModelEvaluation(model, encoder, 3), task)]
     assert after == [response.partition(turn_end)[0] for response in before]
 
 
 def test_right_and_wrong_responses_make_the_score(model):
     encoder, task = Letters(), questions_task()
-    records = evaluate_task(Evaluation(model, encoder, 4), task, max_new_tokens=5)
+    records = evaluate_task(ModelEvaluation(model, encoder, 4), task, max_new_tokens=5)
     told = [
         question(example.row, example.question, record["response"].upper() + "." if k < 2 else "no")
         for k, (example, record) in enumerate(zip(task.test, records, strict=True))
     ]
     known = Task(name="known", metric="accuracy", train=told, test=told)
-    again = evaluate_task(Evaluation(model, encoder, 4), known, max_new_tokens=5)
+    again = evaluate_task(ModelEvaluation(model, encoder, 4), known, max_new_tokens=5)
     assert [record["score"] for record in again] == [1.0] * 2 + [0.0] * 5
     assert task_score(again, "accuracy") == pytest.approx(2 / 7)
 
@@ -278,7 +280,7 @@ def test_right_and_wrong_responses_make_the_score(model):
 @pytest.mark.parametrize("task", [text_task(), questions_task("loss")], ids=["text", "questions"])
 def test_losses_equal_a_plain_loop(model, task: Task, batch_size: int):
     encoder = Letters()
-    records = evaluate_task(Evaluation(model, encoder, batch_size), task)
+    records = evaluate_task(ModelEvaluation(model, encoder, batch_size), task)
     all_nats, all_tokens = 0.0, 0
     for record, example in zip(records, task.test, strict=True):
         parts = [plain_losses(model, row) for row in encoder.encode(example)]
@@ -338,22 +340,22 @@ def test_perplexity_and_choices_equal_plain_loops(model):
         General("perplexity/other", "perplexity", texts=texts()[:2]),
         General("truths", "choices", questions=right),
     ]
-    values = evaluate_general(Evaluation(model, encoder, 5), measures)
+    values = evaluate_general(ModelEvaluation(model, encoder, 5), measures)
     assert list(values) == ["facts", "perplexity/prose", "lies", "perplexity/other", "truths"]
     assert (values["facts"], values["lies"], values["truths"]) == (3 / 8, 0.0, 1.0)
     for name, chosen in (("perplexity/prose", texts()), ("perplexity/other", texts()[:2])):
         rows = [row for k, text in enumerate(chosen) for row in encoder.encode(Example("", k, text=text))]
         nats, tokens = (sum(part) for part in zip(*(plain_losses(model, row) for row in rows), strict=True))
         assert values[name] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
-    assert evaluate_general(Evaluation(model, encoder, 5), []) == {}
+    assert evaluate_general(ModelEvaluation(model, encoder, 5), []) == {}
 
 
 def measurements():
     return {
-        "responses": lambda model, **o: evaluate_task(Evaluation(model, Letters(), 3), questions_task(), **o),
-        "losses": lambda model, **o: evaluate_task(Evaluation(model, Letters(), 3), text_task(), **o),
+        "responses": lambda model, **o: evaluate_task(ModelEvaluation(model, Letters(), 3), questions_task(), **o),
+        "losses": lambda model, **o: evaluate_task(ModelEvaluation(model, Letters(), 3), text_task(), **o),
         "general": lambda model, **o: evaluate_general(
-            Evaluation(model, Letters(), 3), [General("prose", "perplexity", texts=texts())], **o
+            ModelEvaluation(model, Letters(), 3), [General("prose", "perplexity", texts=texts())], **o
         ),
     }
 
@@ -412,7 +414,7 @@ def test_a_pretrained_model_with_its_own_tokenizer():
         General("jumble", "perplexity", texts=jumble),
         General("choices", "choices", questions=asked),
     ]
-    values = evaluate_general(Evaluation(model, encoder, 2), measures)
+    values = evaluate_general(ModelEvaluation(model, encoder, 2), measures)
     nats = tokens = 0
     for text in stories:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -425,7 +427,7 @@ def test_a_pretrained_model_with_its_own_tokenizer():
 
     rows = [question(k, text[: 9 + 5 * k], "and they were happy") for k, text in enumerate(stories * 3)]
     task = Task("stories", "rouge_l", train=rows, test=rows)
-    one_by_one, together = (evaluate_task(Evaluation(model, encoder, size), task) for size in (1, 6))
+    one_by_one, together = (evaluate_task(ModelEvaluation(model, encoder, size), task) for size in (1, 6))
     assert one_by_one == together
     assert len({record["response"] for record in together}) > 1
     assert 0 < task_score(together, "rouge_l") < 1

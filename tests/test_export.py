@@ -15,15 +15,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from holdfast import run
+from holdfast.api.method import Method
 from holdfast.cli import main
+from holdfast.deploy.export import AT_TEST, MANIFEST, TUNER_LACKS, export
+from holdfast.deploy.exported import NOT_MERGED
 from holdfast.errors import ConfigError, RunDirectoryError
-from holdfast.export import AT_TEST, MANIFEST, NOT_MERGED, TUNER_LACKS, export
-from holdfast.files import read_json, read_jsonl, write_json
 from holdfast.methods import known
-from holdfast.methods.base import Method
-from holdfast.metrics import summarize
-from holdfast.progress import Progress
+from holdfast.metrics.summary import summarize
 from holdfast.report.text import number
+from holdfast.system.files import read_json, read_jsonl, write_json
+from holdfast.system.progress import Progress
 from holdfast.tuners import known as tuners
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
@@ -273,7 +274,7 @@ def test_a_hub_model_and_hub_data_stand_in_the_cards_metadata(lora, tmp_path, mo
     info["model_folder"] = None
     info["config"]["stream"] = {"tasks": [{"name": n, "dataset": f"some/{n}"} for n in TASKS]}
     write_json(copy / "run.json", info)
-    monkeypatch.setattr("holdfast.setup.load_model_config", lambda model: tiny_model().config)
+    monkeypatch.setattr("holdfast.models.pretrained.load_model_config", lambda model: tiny_model().config)
     monkeypatch.setattr(GenerationConfig, "from_pretrained", _absent)
     exported = export(copy, tmp_path / "out")
     data = ModelCard.load(tmp_path / "out" / "README.md").data

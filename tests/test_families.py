@@ -12,16 +12,18 @@ from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from families import FAMILIES, SIZES, family_model, write_family
 from holdfast import load_config, run
-from holdfast.config import ModelConfig, Named
-from holdfast.data.encode import Encoder, load_tokenizer
-from holdfast.data.task import Example, Turn
+from holdfast.api.task import Example, Turn
+from holdfast.config.model import ModelConfig
+from holdfast.config.section import Named
+from holdfast.data.encode import Encoder
 from holdfast.errors import ConfigError
-from holdfast.files import read_json, read_jsonl
-from holdfast.generation import generate
-from holdfast.model import head, hidden_only
-from holdfast.progress import Progress
-from holdfast.runner import load_model, trained_weights
-from holdfast.setup import prepare
+from holdfast.models.generation import generate
+from holdfast.models.head import head, hidden_only
+from holdfast.models.pretrained import load_tokenizer
+from holdfast.runner.load import load_model, trained_weights
+from holdfast.runner.setup import prepare
+from holdfast.system.files import read_json, read_jsonl
+from holdfast.system.progress import Progress
 from holdfast.tuners import build
 from tiny import VOCABULARY, pad_rows, tiny_config, tiny_rows, tiny_stage, write_tasks
 

@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from holdfast.api.task import Turn
 from holdfast.data.formats import detect, read_rows, to_examples
-from holdfast.data.task import Turn
 from holdfast.errors import ConfigError, DataError
 
 ROWS = [{"prompt": "Wie heißt\ndas, bitte?", "answer": "Tür"}, {"prompt": '"two", please', "answer": "2"}]

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-import holdfast.runner
-import holdfast.stage
+import holdfast.runner.loop
+import holdfast.runner.stage
 from holdfast import load_config, run
-from holdfast.check import gate_lines
 from holdfast.cli import main
-from holdfast.config import GateConfig
+from holdfast.config.gate import GateConfig
+from holdfast.deploy.export import export
 from holdfast.errors import ConfigError, GateFailed
-from holdfast.export import export
-from holdfast.files import read_json, read_jsonl, write_json
-from holdfast.gate import Check, Increase, failed, judge
-from holdfast.metrics import summarize
-from holdfast.progress import Progress
-from holdfast.report.read import read_run
+from holdfast.metrics.summary import summarize
+from holdfast.records.gate import Check, Increase, failed, judge
+from holdfast.records.read import read_run
 from holdfast.report.verdict import as_junit, as_markdown, as_text
+from holdfast.runner.check import gate_lines
+from holdfast.system.files import read_json, read_jsonl, write_json
+from holdfast.system.progress import Progress
 from synthetic_runs import STAGES, TASKS, make_run
 from tiny import tiny_config
 
@@ -322,7 +322,7 @@ def test_export_takes_the_model_that_the_run_holds(rolled_back, tmp_path):
 
 def test_a_run_that_is_killed_while_it_rolls_back_ends_the_same(rolled_back, folder, monkeypatch):
     config = gated(folder, "rollback") | {"output": str(folder / "killed")}
-    prepare, calls = holdfast.runner.prepare, []
+    prepare, calls = holdfast.runner.loop.prepare, []
 
     def dying(config):
         calls.append(config)
@@ -331,7 +331,7 @@ def test_a_run_that_is_killed_while_it_rolls_back_ends_the_same(rolled_back, fol
         return prepare(config)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner, "prepare", dying)
+        patch.setattr(holdfast.runner.loop, "prepare", dying)
         with pytest.raises(KeyboardInterrupt):
             run(config, QUIET)
     assert [d["stage"] for d in read_json(folder / "killed" / "run.json")["gate"]] == [1, 2]
@@ -435,7 +435,7 @@ def test_a_stage_ends_early_when_the_general_loss_is_beyond_its_limit(watched, f
     assert not list(whole.glob("stages/*/checkpoint"))
 
     # Killed at that very step, and continued from the checkpoint before it.
-    end = holdfast.stage._Watch.on_step_end
+    end = holdfast.runner.stage._Watch.on_step_end
 
     def dying(self, args, state, control, **kwargs):
         end(self, args, state, control, **kwargs)
@@ -443,7 +443,7 @@ def test_a_stage_ends_early_when_the_general_loss_is_beyond_its_limit(watched, f
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.stage._Watch, "on_step_end", dying)
+        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
         with pytest.raises(KeyboardInterrupt):
             run(config | {"output": str(killed), "training": config["training"] | {"save_every": 3}}, QUIET)
     run(config | {"output": str(killed)}, QUIET)
@@ -454,7 +454,7 @@ def test_a_stage_ends_early_when_the_general_loss_is_beyond_its_limit(watched, f
 
 def test_a_run_records_its_cost_over_every_restart(watched, plain, folder, monkeypatch):
     directory = folder / "cost"
-    end = holdfast.stage._Watch.on_step_end
+    end = holdfast.runner.stage._Watch.on_step_end
 
     def dying(self, args, state, control, **kwargs):
         end(self, args, state, control, **kwargs)
@@ -462,7 +462,7 @@ def test_a_run_records_its_cost_over_every_restart(watched, plain, folder, monke
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.stage._Watch, "on_step_end", dying)
+        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
         with pytest.raises(KeyboardInterrupt):
             run(watched | {"output": str(directory)}, QUIET)
     (manifest,) = directory.glob("stages/01-red/checkpoint/*/complete.json")

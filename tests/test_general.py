@@ -10,18 +10,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from holdfast.config import GeneralConfig
+from holdfast.api.task import General, Stream
+from holdfast.config.evaluation import GeneralConfig
 from holdfast.data.encode import Encoder
-from holdfast.data.load import load_general
-from holdfast.data.task import General, Stream
 from holdfast.errors import DataError
-from holdfast.evaluation.at_test import Evaluation
+from holdfast.evaluation.abilities import load_general
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import general_statistics
-from holdfast.evaluation.scorers.refusal import is_refusal
-from holdfast.files import read_jsonl
-from holdfast.metrics import harmonic_mean, summarize
-from holdfast.progress import Progress
-from holdfast.runner import run
+from holdfast.metrics.summary import harmonic_mean, summarize
+from holdfast.runner.loop import run
+from holdfast.scoring.refusal import is_refusal
+from holdfast.system.files import read_jsonl
+from holdfast.system.progress import Progress
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -138,11 +138,11 @@ def test_settings_that_do_not_go_together(config: dict[str, Any], said: str) -> 
         GeneralConfig.model_validate({"name": "g", "path": "a.jsonl", "kind": "choices"} | config)
 
 
-def lettered(max_length: int) -> Evaluation:
+def lettered(max_length: int) -> ModelEvaluation:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(list("ABCD"))
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512)
-    return Evaluation(model, Encoder(tokenizer, max_length=max_length), batch_size=3)
+    return ModelEvaluation(model, Encoder(tokenizer, max_length=max_length), batch_size=3)
 
 
 def test_the_likeliest_letter_is_that_of_the_next_token_and_demonstrations_that_do_not_fit_are_left_out(
@@ -168,7 +168,7 @@ def test_the_likeliest_letter_is_that_of_the_next_token_and_demonstrations_that_
 
 
 def test_letters_that_the_tokenizer_does_not_know_are_refused(tmp_path: Path) -> None:
-    evaluation = Evaluation(tiny_model(), Encoder(tiny_tokenizer(), max_length=256), batch_size=3)
+    evaluation = ModelEvaluation(tiny_model(), Encoder(tiny_tokenizer(), max_length=256), batch_size=3)
     with pytest.raises(DataError, match="g: the tokenizer has the same token for all letters"):
         general_statistics(evaluation, [load(write(tmp_path / "a.jsonl", [asked("so?", 0)]), by="letter")])
 

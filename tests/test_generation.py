@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from holdfast.generation import generate, inference
+from holdfast.models.generation import generate, inference
 
 torch.set_num_threads(1)  # models this small lose time to threads
 

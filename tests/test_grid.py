@@ -17,13 +17,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-import holdfast.runner
-from holdfast import compatibility, methods, tuners
+import holdfast.runner.loop
+from holdfast import methods, tuners
 from holdfast.cli import main
-from holdfast.config import RunConfig
+from holdfast.config.run import RunConfig
 from holdfast.errors import ConfigError
-from holdfast.progress import Progress
-from holdfast.setup import resolve
+from holdfast.methods import compatibility
+from holdfast.runner.setup import resolve
+from holdfast.system.progress import Progress
 from test_guards import GENERAL, case, configuration, responses, same, terms, weights
 from tiny import write_model, write_tasks
 
@@ -72,7 +73,7 @@ def cell_configuration(folder: Path, output: Path, method: str, tuner: str) -> d
 
 
 def run(config: dict[str, Any]) -> dict[str, Any]:
-    return holdfast.runner.run(config, Progress(quiet=True))
+    return holdfast.runner.loop.run(config, Progress(quiet=True))
 
 
 @pytest.mark.parametrize(("method", "tuner"), RUN)
@@ -80,7 +81,7 @@ def test_a_cell_trains_evaluates_saves_and_continues(method, tuner, folder, tmp_
     """What lies on the disk at the last step of the last stage, after a checkpoint, goes on to the same end."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     stages = {"none": [], "joint": ["01-joint"], "sequence": ["01-red", "02-green"]}[METHODS[method].schedule]
-    watch = holdfast.stage._Watch.on_step_end
+    watch = holdfast.runner.stage._Watch.on_step_end
 
     def copying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         watch(self, args, state, control, **kwargs)
@@ -88,7 +89,7 @@ def test_a_cell_trains_evaluates_saves_and_continues(method, tuner, folder, tmp_
             shutil.copytree(whole, broken)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.stage._Watch, "on_step_end", copying)
+        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", copying)
         matrix = run(cell_configuration(folder, whole, method, tuner))
     assert None not in matrix["scores"][0] + matrix["scores"][-1]
     assert sorted(path.name for path in whole.glob("stages/*"))[1:] == stages
@@ -150,4 +151,6 @@ def test_the_selection_holds_every_method_and_every_tuner():
 
 
 def test_the_page_is_what_is_declared():
-    assert PAGE.read_text(encoding="utf-8") == compatibility.page(), "python -m holdfast.compatibility > docs/grid.md"
+    assert PAGE.read_text(encoding="utf-8") == compatibility.page(), (
+        "python -m holdfast.methods.compatibility > docs/grid.md"
+    )

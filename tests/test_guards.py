@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-import holdfast.runner
+import holdfast.runner.loop
+from holdfast.api.method import Method
 from holdfast.methods import find, known
-from holdfast.methods.base import Method
-from holdfast.progress import Progress
-from holdfast.terms import Terms
+from holdfast.system.progress import Progress
+from holdfast.training.terms import Terms
 from tiny import tiny_config
 
 GENERAL = "\n".join(f"the {a} sea moves the {b} weed and holds it fast" for a in "abcdefgh" for b in "uvw")
@@ -134,7 +134,7 @@ def trained(folder) -> Callable[..., Path]:
         settings = json.dumps([name, options, tuner, seed, training], sort_keys=True)
         output = folder / f"{name}-{abs(hash(settings))}"
         if not (output / "matrix.json").exists():
-            holdfast.runner.run(
+            holdfast.runner.loop.run(
                 configuration(folder, output, name, options, tuner, seed, training), Progress(quiet=True)
             )
         return output
@@ -224,7 +224,7 @@ def test_it_contributes(name, trained, folder, monkeypatch):
     output = folder / f"contributes-{name}"
     training = case(name).training
     config = configuration(folder, output, name, case(name).options, tuner_of(name), 0, training)
-    holdfast.runner.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     runs = output, trained("sequential", {}, tuner_of(name), **training)
     for term in declared:
         assert sizes.get(term, 0.0) > 0, term
@@ -264,7 +264,7 @@ def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained,
     unbroken = trained(name, options, tuner)
     output = folder / f"killed-{name}"
     config = configuration(folder, output, name, options, tuner, 0, {})
-    watch = holdfast.stage._Watch.on_step_end
+    watch = holdfast.runner.stage._Watch.on_step_end
     kill = Kill(2, 5)  # after the checkpoint of step 3
 
     def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -272,11 +272,11 @@ def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained,
         kill.on_step_end(args, state, control)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.stage._Watch, "on_step_end", dying)
+        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
         with pytest.raises(Killed):
-            holdfast.runner.run(config, Progress(quiet=True))
+            holdfast.runner.loop.run(config, Progress(quiet=True))
     assert list(output.glob("stages/02-green/checkpoint/checkpoint-3/complete.json"))
-    holdfast.runner.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     assert same(weights(output, "02-green"), weights(unbroken, "02-green"))
     assert responses(output) == responses(unbroken)
     assert terms(output, 2) == terms(unbroken, 2)
@@ -289,7 +289,7 @@ def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained,
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_its_arithmetic_and_memory_are_what_its_page_says(name, folder, monkeypatch):
-    train = holdfast.runner.train_stage
+    train = holdfast.runner.loop.train_stage
     counted: dict[tuple[str, int], int] = {}
 
     def count(setup: Any, stage: Any, *args: Any) -> int:
@@ -298,11 +298,13 @@ def test_its_arithmetic_and_memory_are_what_its_page_says(name, folder, monkeypa
         counted[method, stage.index] = counter.get_total_flops()
         return steps
 
-    monkeypatch.setattr(holdfast.runner, "train_stage", count)
+    monkeypatch.setattr(holdfast.runner.loop, "train_stage", count)
     parameters = 0
     for method, options in ((name, case(name).options), ("sequential", {})):
         output = folder / f"cost-{name}-{method}"
-        holdfast.runner.run(configuration(folder, output, method, options, tuner_of(name), 0, {}), Progress(quiet=True))
+        holdfast.runner.loop.run(
+            configuration(folder, output, method, options, tuner_of(name), 0, {}), Progress(quiet=True)
+        )
         parameters = json.loads((output / "run.json").read_text())["parameters"]["trainable"]
     assert counted[name, 2] <= case(name).flops * counted["sequential", 2], counted[name, 2] / counted["sequential", 2]
     states = [load_file(path) for path in (folder / f"cost-{name}-{name}").glob("stages/02-green/method/*.safetensors")]

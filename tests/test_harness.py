@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.config import EvaluationConfig, GeneralConfig, load_config
+from holdfast.api.task import Stream
+from holdfast.config.evaluation import EvaluationConfig, GeneralConfig
+from holdfast.config.run import load_config
 from holdfast.data.encode import Encoder
-from holdfast.data.load import load_general
-from holdfast.data.task import Stream
 from holdfast.errors import ConfigError, DataError
-from holdfast.evaluation.at_test import Evaluation
+from holdfast.evaluation.abilities import load_general
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import evaluate_general, general_statistics
-from holdfast.evaluation.kept import Kept
-from holdfast.runner import run
+from holdfast.models.answers import AnswerCache
+from holdfast.runner.loop import run
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 TaskManager = pytest.importorskip("lm_eval.tasks", reason="lm-evaluation-harness is not installed").TaskManager
@@ -61,9 +62,9 @@ def include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(folder)
 
 
-def evaluation() -> Evaluation:
+def evaluation() -> ModelEvaluation:
     model = tiny_model(initializer_range=0.5)
-    return Evaluation(model.train(), Encoder(tiny_tokenizer(), max_length=64), 4)
+    return ModelEvaluation(model.train(), Encoder(tiny_tokenizer(), max_length=64), 4)
 
 
 def measures(include: str, *tasks: str, **options: Any) -> list[Any]:
@@ -107,9 +108,9 @@ def test_options_of_the_library(include: str):
 
 def test_a_measured_task_is_not_measured_again(include: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     own = evaluation()
-    own.kept = Kept(tmp_path / "answers.jsonl")
+    own.kept = AnswerCache(tmp_path / "answers.jsonl")
     first = evaluate_general(own, measures(include, "colour"))
-    own.kept = Kept(tmp_path / "answers.jsonl")
+    own.kept = AnswerCache(tmp_path / "answers.jsonl")
     monkeypatch.setattr("lm_eval.simple_evaluate", None)
     assert evaluate_general(own, measures(include, "colour")) == first
 

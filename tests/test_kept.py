@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from doubles import ChatServer
-from holdfast.config import EvaluationConfig
+from holdfast.config.evaluation import EvaluationConfig
 from holdfast.errors import ConfigError
 from holdfast.evaluation import respond
-from holdfast.evaluation.kept import Kept
-from holdfast.evaluation.scorers import build
-from holdfast.runner import run
+from holdfast.models.answers import AnswerCache
+from holdfast.runner.loop import run
+from holdfast.scoring import build
 from tiny import tiny_config
 
 
-def ask_all(kept: Kept, questions: list[Any]) -> tuple[list[Any], list[Any]]:
+def ask_all(kept: AnswerCache, questions: list[Any]) -> tuple[list[Any], list[Any]]:
     """The answers, which are twice the questions, and what was asked for them, one at a time."""
     asked = []
 
@@ -32,27 +32,27 @@ def ask_all(kept: Kept, questions: list[Any]) -> tuple[list[Any], list[Any]]:
 
 def test_only_what_has_no_answer_is_asked_and_each_once(tmp_path):
     path = tmp_path / "below" / "answers.jsonl"
-    assert ask_all(Kept(path), [3, 5, 3, 4]) == ([6, 10, 6, 8], [3, 5, 4])
-    assert ask_all(Kept(path), [4, 6, 5]) == ([8, 12, 10], [6])
-    assert ask_all(Kept(path), [6, 3]) == ([12, 6], [])
+    assert ask_all(AnswerCache(path), [3, 5, 3, 4]) == ([6, 10, 6, 8], [3, 5, 4])
+    assert ask_all(AnswerCache(path), [4, 6, 5]) == ([8, 12, 10], [6])
+    assert ask_all(AnswerCache(path), [6, 3]) == ([12, 6], [])
 
 
 def test_a_torn_line_is_asked_again(tmp_path):
     path = tmp_path / "answers.jsonl"
-    ask_all(Kept(path), [3, 5])
+    ask_all(AnswerCache(path), [3, 5])
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         lines = whole[:length].count(b"\n")
-        assert ask_all(Kept(path), [3, 5]) == ([6, 10], [3, 5][lines:])
+        assert ask_all(AnswerCache(path), [3, 5]) == ([6, 10], [3, 5][lines:])
         assert path.read_bytes() == whole
 
 
 def test_a_process_that_does_not_write_leaves_the_file_alone(tmp_path):
     path = tmp_path / "answers.jsonl"
-    ask_all(Kept(path), [3])
+    ask_all(AnswerCache(path), [3])
     path.write_bytes(before := path.read_bytes() + b'{"torn')
-    assert ask_all(Kept(path, writes=False), [3, 5]) == ([6, 10], [5])
+    assert ask_all(AnswerCache(path, writes=False), [3, 5]) == ([6, 10], [5])
     assert path.read_bytes() == before
 
 
@@ -110,9 +110,9 @@ def test_verdicts_of_a_judge_that_fails_are_kept(tmp_path: Path):
         scorer = build("judge", EvaluationConfig.model_validate({"judge": judge}))
         records = [{"prompt": f"What is {n}?", "answer": str(n), "response": f"It is {n}."} for n in range(7)]
         with pytest.raises(ConfigError, match="gone"):
-            scorer.rows(records, Kept(tmp_path / "answers.jsonl"))
+            scorer.rows(records, AnswerCache(tmp_path / "answers.jsonl"))
         gone[0] = False
-        assert scorer.rows(records, Kept(tmp_path / "answers.jsonl")) == [1.0] * 7
+        assert scorer.rows(records, AnswerCache(tmp_path / "answers.jsonl")) == [1.0] * 7
         assert len(server.requests) == 8
     finally:
         server.close()

@@ -19,7 +19,7 @@ from tiny import tiny_config
 HERE = Path(__file__).parent
 STARTER = """
 import sys, holdfast.cli, holdfast.launch
-holdfast.launch.COMMAND = [sys.executable, {stand_in!r}]
+holdfast.system.launch.COMMAND = [sys.executable, {stand_in!r}]
 holdfast.cli.main()
 """
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from holdfast.config import DataConfig, GeneralConfig, StreamConfig
-from holdfast.data.load import load_general, load_stream
-from holdfast.data.task import Stream, Task
+from holdfast.api.task import Stream, Task
+from holdfast.config.evaluation import GeneralConfig
+from holdfast.config.stream import DataConfig, StreamConfig
+from holdfast.data.load import load_stream
 from holdfast.errors import ConfigError, DataError
+from holdfast.evaluation.abilities import load_general
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data is absent")

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from holdfast.data.memory import Memory
 from holdfast.errors import ConfigError
 from holdfast.methods import build, find, known
-from holdfast.methods.saved import load_states, save_states
+from holdfast.rehearsal.memory import Memory
+from holdfast.training.method_state import load_states, save_states
 from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
 
 

@@ -9,19 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast.metrics import (
-    BY_TASK,
-    FIGURES,
-    area_under_curve,
-    by_task,
-    clipped_backward_transfer,
-    intervals,
-    mean_interval,
-    paired_difference,
-    seed_intervals,
-    summarize,
-    task_intervals,
-)
+from holdfast.metrics.intervals import intervals, mean_interval, paired_difference, seed_intervals, task_intervals
+from holdfast.metrics.matrix import BY_TASK, FIGURES
+from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward_transfer, summarize
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "cl_benchmark" / "published_matrices.json"
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-import holdfast.runner
+import holdfast.runner.loop
 from hints import hinted_config
-from holdfast.config import Named
+from holdfast.config.section import Named
 from holdfast.data.collate import Collator, pack
+from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
-from holdfast.generation import generate
-from holdfast.progress import Progress
-from holdfast.shards import weights
+from holdfast.models.generation import generate
+from holdfast.system.progress import Progress
 from holdfast.tuners import build
 from holdfast.tuners.prompt_tuning import PromptTuning
 from tiny import VOCABULARY, pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
@@ -257,7 +257,7 @@ def test_other_methods_work_on_it(method, tmp_path):
     """Rehearsal rows, references, teachers and Fisher matrices are made by the model with its prompt."""
     config = hinted_config(tmp_path, method, tuner="prompt")
     config["stream"]["order"] = ["green", "blue"]
-    holdfast.runner.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     for stage, share in ((1, 0.5), (2, 1.0)):
         first, *_, last = [event for event in events if event["stage"] == stage]
@@ -269,10 +269,10 @@ def test_other_methods_work_on_it(method, tmp_path):
 
 def test_the_prompt_takes_its_place_in_the_context(tmp_path):
     config = tiny_config(tmp_path, tuner={"name": "prompt", "num_virtual_tokens": VIRTUAL})
-    assert holdfast.runner.prepare(holdfast.runner.load_config(config)).max_length == 128 - VIRTUAL
+    assert holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config)).max_length == 128 - VIRTUAL
     config["data"] = {"max_length": 126}
     with pytest.raises(ConfigError, match=r"data\.max_length: 126 is more than the model's context of 123"):
-        holdfast.runner.prepare(holdfast.runner.load_config(config))
+        holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
     config["tuner"]["num_virtual_tokens"] = 128
     with pytest.raises(ConfigError, match="tuner: a soft prompt of 128"):
-        holdfast.runner.prepare(holdfast.runner.load_config(config))
+        holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))

@@ -9,16 +9,16 @@ import pytest
 from typer.testing import CliRunner
 
 from holdfast.cli import app
-from holdfast.config import load_config
+from holdfast.config.run import load_config
+from holdfast.data.streams.definition import find
 from holdfast.errors import DataError
-from holdfast.files import read_json
-from holdfast.progress import Progress
+from holdfast.records.read import read_run, read_runs
 from holdfast.report.published import beside_published, mean_drop, read_published
-from holdfast.report.read import read_run, read_runs
-from holdfast.setup import prepare
-from holdfast.streams import find
-from holdfast.sweep import Resources, check, expand, load_sweep
-from holdfast.sweep_work import finish, local_workers, work_off
+from holdfast.runner.setup import prepare
+from holdfast.sweep.plan import Resources, check, expand, load_sweep
+from holdfast.sweep.work import finish, local_workers, work_off
+from holdfast.system.files import read_json
+from holdfast.system.progress import Progress
 from synthetic_runs import STAGES, TASKS, make_run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,15 +13,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import holdfast.runner
-import holdfast.stage
-from holdfast.config import ModelConfig, load_config
-from holdfast.data.encode import load_tokenizer
-from holdfast.export import export
-from holdfast.generation import generate
-from holdfast.progress import Progress
-from holdfast.quantization import weight_options
-from holdfast.setup import prepare
+import holdfast.runner.loop
+import holdfast.runner.stage
+from holdfast.config.model import ModelConfig
+from holdfast.config.run import load_config
+from holdfast.deploy.export import export
+from holdfast.models.generation import generate
+from holdfast.models.pretrained import load_tokenizer
+from holdfast.models.quantization import weight_options
+from holdfast.runner.setup import prepare
+from holdfast.system.progress import Progress
 from tiny import pad_rows, tiny_config, tiny_model, tiny_rows
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'holdfast[quantization]'")
@@ -41,14 +42,14 @@ def configuration(folder: Path, output: str, tuner: Any) -> dict[str, Any]:
 
 
 def run(config: dict[str, Any]) -> dict[str, Any]:
-    return holdfast.runner.run(config, Progress(quiet=True))
+    return holdfast.runner.loop.run(config, Progress(quiet=True))
 
 
 def test_the_frozen_linear_layers_are_in_nf4_and_all_else_is_not(tmp_path):
     """Each weight is the original to a fraction of its block's largest: the widest gap of NF4's values is 0.28."""
     config = configuration(tmp_path, "run", {"name": "lora", "r": 4, "lora_dropout": 0.0})
     plain = AutoModelForCausalLM.from_pretrained(config["model"]["name"])
-    model = holdfast.runner.load_model(prepare(load_config(config)))
+    model = holdfast.runner.load.load_model(prepare(load_config(config)))
     layers = {name: part for name, part in model.named_modules() if isinstance(part, bnb.nn.Linear4bit)}
     assert len(layers) == 2 * 7
     for name, layer in layers.items():
@@ -68,7 +69,7 @@ def test_the_frozen_linear_layers_are_in_nf4_and_all_else_is_not(tmp_path):
 def test_a_run_continues_and_its_adapter_answers_alike_on_a_quantised_base_in_plain_peft(tmp_path, monkeypatch):
     tuner = {"name": "lora", "r": 4}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    watch = holdfast.stage._Watch.on_step_end
+    watch = holdfast.runner.stage._Watch.on_step_end
 
     def copying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         watch(self, args, state, control, **kwargs)
@@ -76,7 +77,7 @@ def test_a_run_continues_and_its_adapter_answers_alike_on_a_quantised_base_in_pl
             shutil.copytree(whole, broken)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.stage._Watch, "on_step_end", copying)
+        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", copying)
         matrix = run(configuration(tmp_path, "whole", tuner))
     assert run(configuration(tmp_path, "broken", tuner)) == matrix
     one, two = (
@@ -100,7 +101,7 @@ def test_a_run_continues_and_its_adapter_answers_alike_on_a_quantised_base_in_pl
 
 def test_gradients_are_the_same_after_the_model_has_answered(tmp_path):
     config = configuration(tmp_path, "run", {"name": "lora", "r": 4, "lora_dropout": 0.0})
-    model = holdfast.runner.load_model(prepare(load_config(config))).train()
+    model = holdfast.runner.load.load_model(prepare(load_config(config))).train()
     for name, p in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(p)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from holdfast import load_config, run
-from holdfast.files import read_jsonl
-from holdfast.progress import Progress
+from holdfast.system.files import read_jsonl
+from holdfast.system.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

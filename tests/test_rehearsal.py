@@ -9,16 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from holdfast.api.stage import Rehearsed, Step
 from holdfast.errors import ConfigError
 from holdfast.losses import kl_divergence
 from holdfast.methods import build
-from holdfast.methods.base import Rehearsed, Step
 from holdfast.methods.der import DER
 from holdfast.methods.lwf import LwF
 from holdfast.methods.rehearsal import Rehearsal
-from holdfast.methods.saved import load_states, save_states
 from holdfast.rehearsal.teacher import predicting
-from holdfast.trainer import ContinualTrainer
+from holdfast.training.method_state import load_states, save_states
+from holdfast.training.trainer import ContinualTrainer
 from test_trainer import trained, vector
 from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
 

@@ -14,12 +14,12 @@ import plotly.graph_objects as go
 import pytest
 
 from holdfast.errors import RunDirectoryError
-from holdfast.files import read_json, write_json, write_jsonl
+from holdfast.records.read import changes, read_run, read_runs
 from holdfast.report import FIGURES, compare_table, write_report
 from holdfast.report.plots import POINTS, SCALE_DARK, SCALE_LIGHT, loss_curves, templates, thin
-from holdfast.report.read import changes, read_run, read_runs
 from holdfast.report.rows import pack
 from holdfast.report.text import interval, number, shorten
+from holdfast.system.files import read_json, write_json, write_jsonl
 from synthetic_runs import NASTY, STAGES, TASKS, make_run
 
 

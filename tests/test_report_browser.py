@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from holdfast.files import read_json
+from holdfast.records.read import changes, read_run
 from holdfast.report import write_report
-from holdfast.report.read import changes, read_run
+from holdfast.system.files import read_json
 from synthetic_runs import STAGES, TASKS, make_run
 
 if TYPE_CHECKING:

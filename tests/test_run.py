@@ -10,11 +10,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast import load_config, run
-from holdfast.evaluation.scorers.match import accuracy
-from holdfast.files import read_json, read_jsonl, write_jsonl
-from holdfast.metrics import summarize
-from holdfast.progress import Progress
-from holdfast.runner import trained_weights
+from holdfast.metrics.summary import summarize
+from holdfast.runner.load import trained_weights
+from holdfast.scoring.match import accuracy
+from holdfast.system.files import read_json, read_jsonl, write_jsonl
+from holdfast.system.progress import Progress
 from tiny import tiny_config
 
 QUIET = Progress(quiet=True)

@@ -13,9 +13,9 @@ from scipy.stats import chisquare, kstest
 
 from families import FAMILIES, family_model
 from holdfast import tuners
-from holdfast.config import Named
+from holdfast.config.section import Named
 from holdfast.errors import ConfigError, DataError
-from holdfast.sampling import BLOCK, Draw, _has_plain_decoder, sample
+from holdfast.models.sampling import BLOCK, Draw, _has_plain_decoder, sample
 from tiny import VOCABULARY, tiny_model
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from benchmarks.scale import METHODS, SIZES, Training, tables, training
 from safetensors import safe_open
 
-from holdfast.progress import Progress
-from holdfast.runner import run
-from holdfast.scale import METHODS, SIZES, Training, tables, training
+from holdfast.runner.loop import run
+from holdfast.system.progress import Progress
 from tiny import tiny_config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"

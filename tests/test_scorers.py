@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from doubles import ChatServer, write_sentence_model
-from holdfast.config import EvaluationConfig
-from holdfast.data.task import Example, Task, Turn
-from holdfast.endpoint import Endpoint
+from holdfast.api.task import Example, Task, Turn
+from holdfast.config.evaluation import EvaluationConfig
 from holdfast.errors import ConfigError
-from holdfast.evaluation.score import beside_score, response_records, score_records, task_score
-from holdfast.evaluation.scorers import METRICS, SCORERS, Scorer, build
-from holdfast.evaluation.scorers.choice import choice_letter, letter
-from holdfast.evaluation.scorers.match import o_lora_exact_match, trace_first_character, trace_prefix_match
-from holdfast.evaluation.scorers.overlap import edit_similarity, super_ni_rouge_l, trace_rouge_l
-from holdfast.evaluation.scorers.sari import sari
-from holdfast.metrics import intervals
+from holdfast.metrics.intervals import intervals
+from holdfast.models.endpoint import Endpoint
+from holdfast.scoring import METRICS, SCORERS, Scorer, build
+from holdfast.scoring.choice import choice_letter, letter
+from holdfast.scoring.match import o_lora_exact_match, trace_first_character, trace_prefix_match
+from holdfast.scoring.overlap import edit_similarity, super_ni_rouge_l, trace_rouge_l
+from holdfast.scoring.sari import sari
+from holdfast.scoring.score import beside_score, response_records, score_records, task_score
 
 OF_RESPONSES = [scorer for scorer in SCORERS.values() if scorer.reads == "response"]
 LONG = "the answer is not known " * 420  # more than 10,000 characters
@@ -319,7 +319,7 @@ def test_a_model_that_is_none_is_named(tmp_path: Path):
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr("holdfast.endpoint.PAUSE", 0.01)
+    monkeypatch.setattr("holdfast.models.endpoint.PAUSE", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     servers: list[ChatServer] = []
 

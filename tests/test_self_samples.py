@@ -9,17 +9,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from families import FAMILIES, family_model, family_tokenizer
+from holdfast.api.stage import Rehearsed, Step
+from holdfast.data.tokens.file import build_tokens
+from holdfast.engines.process import Process
 from holdfast.errors import ConfigError
 from holdfast.lab.tokenizer import train_tokenizer
-from holdfast.lab.tokens import build_tokens
 from holdfast.losses import kl_divergence
-from holdfast.methods.base import Rehearsed, Step
 from holdfast.methods.rehearsal import Rehearsal
-from holdfast.process import Process
+from holdfast.models.sampling import sample
 from holdfast.rehearsal.buffer import HELD_OUT, SampleBuffer, drawn_states_are_exact
 from holdfast.rehearsal.request import Request
 from holdfast.rehearsal.teacher import LiveStates, predicting
-from holdfast.sampling import sample
 from test_rehearsal import two_stages
 from test_trainer import vector
 from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer

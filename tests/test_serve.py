@@ -22,16 +22,16 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from doubles import ChatServer
-from holdfast import serve as serving
 from holdfast.cli import app
-from holdfast.endpoint import Endpoint, only_model
+from holdfast.deploy import serve as serving
+from holdfast.deploy.serve import application
 from holdfast.errors import ConfigError, RunDirectoryError
-from holdfast.evaluate import evaluate
-from holdfast.files import read_jsonl
-from holdfast.progress import Progress
-from holdfast.reload import find_stage
-from holdfast.runner import run
-from holdfast.serve import application
+from holdfast.models.endpoint import Endpoint, only_model
+from holdfast.runner.evaluate import evaluate
+from holdfast.runner.loop import run
+from holdfast.runner.reload import find_stage
+from holdfast.system.files import read_jsonl
+from holdfast.system.progress import Progress
 from tiny import tiny_config, tiny_model, tiny_tokenizer, write_tasks
 
 QUIET = Progress(quiet=True)

@@ -12,17 +12,18 @@ from typer.testing import CliRunner
 
 from doubles import ChatServer, write_sentence_model
 from holdfast import load_config, run
-from holdfast.check import noticed
+from holdfast.api.task import Stream
 from holdfast.cli import app
-from holdfast.config import DataConfig, RunConfig, StreamConfig
+from holdfast.config.run import RunConfig
+from holdfast.config.stream import DataConfig, StreamConfig
 from holdfast.data.load import load_stream
-from holdfast.data.task import Stream
+from holdfast.data.streams.definition import find, known
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
-from holdfast.evaluation.scorers import METRICS, SCORERS
-from holdfast.files import read_json, read_jsonl
-from holdfast.progress import Progress
-from holdfast.setup import resolve
-from holdfast.streams import find, known
+from holdfast.runner.check import noticed
+from holdfast.runner.setup import resolve
+from holdfast.scoring import METRICS, SCORERS
+from holdfast.system.files import read_json, read_jsonl
+from holdfast.system.progress import Progress
 from tiny import tiny_config, write_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -12,17 +12,17 @@ import yaml
 from filelock import FileLock
 
 from holdfast.cli import main
-from holdfast.config import load_config
+from holdfast.config.run import load_config
 from holdfast.errors import ConfigError, DataError, GateFailed
-from holdfast.files import read_json
-from holdfast.pool import Outcome, Pool, WorkerDiedError
-from holdfast.progress import Progress
+from holdfast.records.read import read_runs
 from holdfast.report.compare import differences
-from holdfast.report.read import read_runs
-from holdfast.runner import run
-from holdfast.search import best
-from holdfast.sweep import SearchConfig, check, expand, load_sweep
-from holdfast.sweep_work import InUseError, do_run, work_off
+from holdfast.runner.loop import run
+from holdfast.sweep.plan import SearchConfig, check, expand, load_sweep
+from holdfast.sweep.search import best
+from holdfast.sweep.work import InUseError, do_run, work_off
+from holdfast.system.files import read_json
+from holdfast.system.pool import JobOutcome, Pool, WorkerDiedError
+from holdfast.system.progress import Progress
 from jobs import job
 from tiny import tiny_config
 
@@ -167,7 +167,7 @@ def test_a_run_that_fails_stops_no_other_and_is_told_of(tmp_path, capsys, monkey
 
 @pytest.mark.slow
 def test_a_run_that_another_sweep_is_at_is_left_to_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("holdfast.sweep_work.PATIENCE", 0.05)
+    monkeypatch.setattr("holdfast.sweep.work.PATIENCE", 0.05)
     runs = expand(load_sweep(tiny_sweep(tmp_path, grid={"seed": [0, 1]})))
     runs[0].path.parent.mkdir()
     done: list[str] = []
@@ -187,9 +187,9 @@ def test_a_run_that_another_sweep_is_at_is_left_to_it(tmp_path, monkeypatch):
             try:
                 do_run(1, config)
                 done.append(key.name)
-                self.outcome = (key, Outcome())
+                self.outcome = (key, JobOutcome())
             except InUseError as error:
-                self.outcome = (key, Outcome(error=error))
+                self.outcome = (key, JobOutcome(error=error))
                 if done:
                     lock.release()  # the other sweep has done it
 

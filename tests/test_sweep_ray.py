@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.config import load_config
+from holdfast.config.run import load_config
 from holdfast.errors import ConfigError
-from holdfast.files import read_json
-from holdfast.progress import Progress
-from holdfast.runner import run
-from holdfast.sweep import Resources, expand, load_sweep
-from holdfast.sweep_work import work_off
+from holdfast.runner.loop import run
+from holdfast.sweep.plan import Resources, expand, load_sweep
+from holdfast.sweep.work import work_off
+from holdfast.system.files import read_json
+from holdfast.system.progress import Progress
 from test_sweep import tiny_sweep
 
 pytest.importorskip("ray", reason="needs Ray: the extra [ray]")
@@ -25,7 +25,7 @@ pytest.importorskip("ray", reason="needs Ray: the extra [ray]")
 def test_a_lost_machine_loses_no_run(tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
-    from holdfast.ray_pool import RayPool
+    from holdfast.sweep.ray_pool import RayPool
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     values = tiny_sweep(tmp_path)
@@ -67,7 +67,7 @@ def test_a_lost_machine_loses_no_run(tmp_path, monkeypatch):
 
 
 def test_a_cluster_that_is_not_there_is_told_of():
-    from holdfast.ray_pool import RayPool
+    from holdfast.sweep.ray_pool import RayPool
 
     with pytest.raises(ConfigError, match=r"--ray: no cluster answers at '127\.0\.0\.1:9'"):
         RayPool(Resources(), "127.0.0.1:9")

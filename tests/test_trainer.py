@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from holdfast.api.method import Method
+from holdfast.api.stage import Extra
 from holdfast.data.collate import Collator
 from holdfast.errors import MethodError, NonFiniteLossError
-from holdfast.methods.base import Extra, Method
 from holdfast.methods.replay import Replay
-from holdfast.trainer import ContinualTrainer, continual
+from holdfast.training.trainer import ContinualTrainer, continual
 from tiny import tiny_model, tiny_rows
 
 

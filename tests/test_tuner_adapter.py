@@ -23,12 +23,12 @@ from transformers import (
     OPTForCausalLM,
 )
 
-import holdfast.runner
+import holdfast.runner.loop
 import peft_contract as contract
 from hints import hinted_config, hinted_model
-from holdfast.config import Named
+from holdfast.config.section import Named
 from holdfast.errors import ConfigError
-from holdfast.progress import Progress
+from holdfast.system.progress import Progress
 from holdfast.tuners import build
 from holdfast.tuners.adapter import Adapter, AdapterConfig
 from peft_contract import INPUTS, base, fill, logits
@@ -232,14 +232,14 @@ def test_two_stages(tmp_path):
     config = hinted_config(tmp_path, "sequential", tuner={"name": "adapter", "bottleneck": 16})
     config["stream"]["order"] = ["green", "blue"]
     config["training"] |= {"learning_rate": 3e-2, "epochs": 8}
-    holdfast.runner.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     for stage in (1, 2):
         first, *_, last = [event["loss"] for event in events if event["stage"] == stage]
         assert last < 0.5 * first
-    setup = holdfast.runner.prepare(holdfast.runner.load_config(config))
+    setup = holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
     folder = tmp_path / "run" / "stages" / "02-blue" / "adapter"
-    own = holdfast.runner.load_model(setup)
+    own = holdfast.runner.load.load_model(setup)
     setup.tuner.load(own, folder)
     plain = PeftModel.from_pretrained(hinted_model(), str(folder)).eval()
     assert torch.equal(logits(plain), logits(own.eval()))

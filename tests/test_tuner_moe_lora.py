@@ -14,15 +14,15 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-import holdfast.runner
+import holdfast.runner.loop
 import peft_contract as contract
 from hints import hinted_config, hinted_model
-from holdfast.config import Named
+from holdfast.api.stage import Step
+from holdfast.config.section import Named
 from holdfast.errors import ConfigError
 from holdfast.methods import known
-from holdfast.methods.base import Step
-from holdfast.progress import Progress
-from holdfast.trainer import ContinualTrainer
+from holdfast.system.progress import Progress
+from holdfast.training.trainer import ContinualTrainer
 from holdfast.tuners import build
 from holdfast.tuners.moe_lora import MoeLora, MoeLoraConfig, MoeLoraLinear, RouterLosses
 from holdfast.tuners.moe_lora.layer import gates
@@ -339,7 +339,7 @@ def test_two_stages(tmp_path):
     config = hinted_config(tmp_path, ["replay", "a_gem"], tuner=tuner)
     config["stream"]["order"] = ["green", "blue"]
     config["training"] |= {"learning_rate": 2e-2, "epochs": 8}
-    holdfast.runner.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     for stage in (1, 2):
         first, *_, last = [event for event in events if event["stage"] == stage]
@@ -350,10 +350,10 @@ def test_two_stages(tmp_path):
             assert event["terms"]["moe_lora/router_z"] > 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [method["name"] for method in record["config"]["method"]] == ["replay", "a_gem"]
-    setup = holdfast.runner.prepare(holdfast.runner.load_config(config))
+    setup = holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
     assert [m.name for m in setup.methods] == ["replay", "a_gem"] and setup.applied[-1].name == "moe_lora"
     folder = tmp_path / "run" / "stages" / "02-blue" / "adapter"
-    own = holdfast.runner.load_model(setup)
+    own = holdfast.runner.load.load_model(setup)
     setup.tuner.load(own, folder)
     plain = PeftModel.from_pretrained(hinted_model(), str(folder)).eval()
     assert torch.equal(logits(plain), logits(own.eval()))

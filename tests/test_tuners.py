@@ -32,16 +32,19 @@ from transformers import (
     TrainingArguments,
 )
 
-import holdfast.arguments
-import holdfast.quantization
-import holdfast.runner
-import holdfast.stage
-from holdfast.config import ModelConfig, Named, TrainingConfig, load_config
+import holdfast.models.quantization
+import holdfast.runner.loop
+import holdfast.runner.stage
+import holdfast.training.arguments
+from holdfast.config.model import ModelConfig
+from holdfast.config.run import load_config
+from holdfast.config.section import Named
+from holdfast.config.training import TrainingConfig
 from holdfast.errors import ConfigError
-from holdfast.generation import generate
-from holdfast.progress import Progress
-from holdfast.setup import prepare
-from holdfast.trainer import ContinualTrainer
+from holdfast.models.generation import generate
+from holdfast.runner.setup import prepare
+from holdfast.system.progress import Progress
+from holdfast.training.trainer import ContinualTrainer
 from holdfast.tuners import build, known
 from holdfast.tuners.peft import PeftTuner
 from tiny import VOCABULARY, pad_rows, tiny_config, tiny_model, tiny_rows
@@ -295,10 +298,10 @@ def test_two_stages_of_a_run_and_the_same_when_it_is_killed_in_the_second(name, 
     config["stream"]["order"] = ["red", "green"]
     config["training"] |= {"epochs": 2, "save_every": 2, "learning_rate": 0.5 if name in SOFT else 1e-2}
     config["data"] = {"test_rows": 3}
-    monkeypatch.setattr(holdfast.runner.Run, "_report", lambda self: None)
-    holdfast.runner.run(config, Progress(quiet=True))
+    monkeypatch.setattr(holdfast.runner.loop.Run, "_report", lambda self: None)
+    holdfast.runner.loop.run(config, Progress(quiet=True))
 
-    watch = holdfast.stage._Watch.on_step_end
+    watch = holdfast.runner.stage._Watch.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         watch(self, args, state, control, **kwargs)
@@ -307,11 +310,11 @@ def test_two_stages_of_a_run_and_the_same_when_it_is_killed_in_the_second(name, 
 
     broken = config | {"output": str(tmp_path / "broken")}
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.stage._Watch, "on_step_end", dying)
+        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
         with pytest.raises(Killed):
-            holdfast.runner.run(broken, Progress(quiet=True))
+            holdfast.runner.loop.run(broken, Progress(quiet=True))
     assert list(tmp_path.glob("broken/stages/02-green/checkpoint/checkpoint-2/complete.json"))
-    holdfast.runner.run(broken, Progress(quiet=True))
+    holdfast.runner.loop.run(broken, Progress(quiet=True))
 
     for path in sorted(tmp_path.glob("unbroken/stages/*/*/*")):
         other = tmp_path / "broken" / path.relative_to(tmp_path / "unbroken")
@@ -470,7 +473,7 @@ def test_adalora_s_budget_falls_over_all_stages_of_a_run(tmp_path):
     assert planned(method="joint", training={"epochs": 1, "batch_size": 10}) == 5
     assert planned(training={"max_steps": 4}) == 8
     assert planned(data={"packing": True}, training={"batch_size": 1}) < 48
-    holdfast.runner.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     folders = [tmp_path / "run" / "stages" / stage / "adapter" for stage in ("01-red", "02-green")]
     first, last = map(kept, folders)
     assert len(last) == 14 and sum(last) == 14 * 2 < sum(first) < 14 * 4
@@ -492,7 +495,7 @@ def test_adalora_does_not_depend_on_accumulation(tmp_path):
     for micro in (8, 2):
         config = config | {"output": str(tmp_path / f"run-{micro}")}
         config["training"] = config["training"] | {"micro_batch_size": micro}
-        holdfast.runner.run(config, Progress(quiet=True))
+        holdfast.runner.loop.run(config, Progress(quiet=True))
         found.append(load_file(tmp_path / f"run-{micro}/stages/01-red/adapter/adapter_model.safetensors"))
     for key, w in found[0].items():
         torch.testing.assert_close(found[1][key], w, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
@@ -556,7 +559,7 @@ def test_a_prefix_and_recomputed_activations_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"tuner prefix: .* cache .* turn gradient checkpointing off"):
         prepare(load_config(config))
     args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False)
-    setattr(args, holdfast.arguments.GRADIENT_CHECKPOINTING, True)
+    setattr(args, holdfast.training.arguments.GRADIENT_CHECKPOINTING, True)
     model = prepared(CASES["prefix"], llama())
     with pytest.raises(ConfigError, match="gradient checkpointing off"):
         ContinualTrainer(model=model, args=args, train_dataset=tiny_rows(4), data_collator=pad_rows).train()
@@ -623,7 +626,7 @@ def test_what_transformers_is_told_is_qlora_s(dtype, compute, tmp_path, monkeypa
         patch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
         setup = prepare(load_config(config))
         patch.setattr(setup.tuner, "prepare", lambda model: model)
-        model = holdfast.runner.load_model(setup)
+        model = holdfast.runner.load.load_model(setup)
     asked = told["quantization_config"]
     assert asked.load_in_4bit and asked.bnb_4bit_quant_type == "nf4" and asked.bnb_4bit_use_double_quant
     assert asked.bnb_4bit_compute_dtype == told["dtype"] == getattr(torch, compute)
@@ -631,7 +634,7 @@ def test_what_transformers_is_told_is_qlora_s(dtype, compute, tmp_path, monkeypa
     assert all(
         p.dtype == torch.float32 and not p.requires_grad for p in model.parameters()
     )  # none of them is quantised
-    assert holdfast.quantization.weight_options(ModelConfig(name="x"), "cpu") == {"dtype": "float32"}
+    assert holdfast.models.quantization.weight_options(ModelConfig(name="x"), "cpu") == {"dtype": "float32"}
 
 
 # the page

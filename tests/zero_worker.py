@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from holdfast import zero
 from holdfast.data.collate import Collator
-from holdfast.engines import DEEPSPEED
-from holdfast.process import Process
+from holdfast.engines import zero
+from holdfast.engines.process import Process
+from holdfast.engines.profiles import DEEPSPEED
 from tiny import tiny_model, tiny_rows
 
 BATCH, STEPS = 12, 2  # divisible by 1, 2 and 3 processes with 2 micro-batches each
@@ -61,7 +61,7 @@ class Follow(TrainerCallback):
             saved, parameters = torch.load(self.before, weights_only=True), trainable(trainer.model)
             for name, p in parameters.items():
                 weight(p).copy_(piece(p, saved["weights"][name]))
-            zero.agree(trainer.model)
+            zero.sync_weights(trainer.model)
             optimizer = torch_optimizer(trainer)
             names = {id(p): name for name, p in parameters.items()}
             ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
@@ -78,7 +78,7 @@ class Follow(TrainerCallback):
         parameters = trainable(self.trainer.model)
         for name, fixed in directions(parameters).items():
             weight(parameters[name]).add_(fixed, alpha=1e-2)
-        zero.agree(self.trainer.model)
+        zero.sync_weights(self.trainer.model)
 
 
 def trainable(model: Any) -> dict[str, Any]:
@@ -86,19 +86,19 @@ def trainable(model: Any) -> dict[str, Any]:
 
 
 def gradient(p: Any) -> Tensor:
-    return zero.gradient(p) if zero.lies_here(p) else p.grad
+    return zero.gradient(p) if zero.is_zero_managed(p) else p.grad
 
 
 def weight(p: Any) -> Tensor:
-    return zero.weight(p) if zero.lies_here(p) else p.data
+    return zero.weight(p) if zero.is_zero_managed(p) else p.data
 
 
 def piece(p: Any, whole: Tensor) -> Tensor:
-    return zero.part(p).take(whole) if zero.lies_here(p) else whole
+    return zero.part(p).take(whole) if zero.is_zero_managed(p) else whole
 
 
 def joined(p: Any, t: Tensor) -> Tensor:
-    return zero.part(p).join(t) if zero.lies_here(p) else t.clone()
+    return zero.part(p).join(t) if zero.is_zero_managed(p) else t.clone()
 
 
 def directions(parameters: dict[str, Any]) -> dict[str, Tensor]:
@@ -111,7 +111,9 @@ def directions(parameters: dict[str, Any]) -> dict[str, Tensor]:
 def total(parameters: dict[str, Any], one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """An inner product."""
     value = torch.stack([(one[name] * other[name]).sum().double() for name in parameters]).sum()
-    return float(Process.this().sum(value) if zero.lies_here(next(iter(parameters.values()))) else value)
+    return float(
+        Process.this().all_reduce_sum(value) if zero.is_zero_managed(next(iter(parameters.values()))) else value
+    )
 
 
 def other_gradient(model: Any, parameters: dict[str, Any]) -> dict[str, Tensor]:
@@ -120,10 +122,10 @@ def other_gradient(model: Any, parameters: dict[str, Any]) -> dict[str, Tensor]:
     own = {key: t[process.rank :: process.world] for key, t in OTHER.items()}
     own = own if len(own["labels"]) else {key: t[:1] for key, t in OTHER.items()}
     loss = model(**own).loss * (own["labels"][:, 1:] != -100).sum() / 100 * (process.rank < len(OTHER["labels"]))
-    if zero.lies_here(next(iter(parameters.values()))):
+    if zero.is_zero_managed(next(iter(parameters.values()))):
         return zero.gradient_of_sum([loss], parameters, divide=True)
     found = torch.autograd.grad(loss, list(parameters.values()))
-    return {name: process.sum(g) for name, g in zip(parameters, found, strict=True)}
+    return {name: process.all_reduce_sum(g) for name, g in zip(parameters, found, strict=True)}
 
 
 def torch_optimizer(trainer: Changing) -> Any:

@@ -6,21 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.config import RunConfig, load_config
-    from holdfast.methods.base import Method
-    from holdfast.runner import run
-    from holdfast.trainer import ContinualTrainer, continual
+    from holdfast.api.method import Method
+    from holdfast.config.run import RunConfig, load_config
+    from holdfast.runner.loop import run
+    from holdfast.training.trainer import ContinualTrainer, continual
 
 __version__ = "0.1.0"
 __all__ = ["ContinualTrainer", "Method", "RunConfig", "continual", "load_config", "run"]
 
 _HOME = {
-    "ContinualTrainer": "holdfast.trainer",
-    "Method": "holdfast.methods.base",
-    "RunConfig": "holdfast.config",
-    "continual": "holdfast.trainer",
-    "load_config": "holdfast.config",
-    "run": "holdfast.runner",
+    "ContinualTrainer": "holdfast.training.trainer",
+    "Method": "holdfast.api.method",
+    "RunConfig": "holdfast.config.run",
+    "continual": "holdfast.training.trainer",
+    "load_config": "holdfast.config.run",
+    "run": "holdfast.runner.loop",
 }
 
 

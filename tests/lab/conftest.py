@@ -13,7 +13,7 @@ from lab_runs import LANGUAGES, lab_config, language
 @pytest.fixture(scope="session")
 def languages(tmp_path_factory):
     """``tokenizer``, and the folders of token files ``north``, ``south``, ``north_valid``, ``south_valid``."""
-    from holdfast.lab.tokens import build_tokens
+    from holdfast.data.tokens.file import build_tokens
 
     folder = tmp_path_factory.mktemp("languages")
     texts = [text for name in LANGUAGES for text in language(name, 60, 0)]
@@ -32,7 +32,7 @@ def languages(tmp_path_factory):
 def pretrained(languages, tmp_path_factory):
     """A laboratory run of 20 steps on the northern language, and its result."""
     from holdfast.lab.pretrain import pretrain
-    from holdfast.progress import Progress
+    from holdfast.system.progress import Progress
 
     folder = tmp_path_factory.mktemp("lab") / "north"
     result = pretrain(lab_config(languages, folder), Progress(quiet=True))

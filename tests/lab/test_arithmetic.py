@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from holdfast.data.tokens.file import TokenFile
 from holdfast.lab import arithmetic
 from holdfast.lab.sources import Arithmetic
-from holdfast.lab.tokens import TokenFile
+from holdfast.models.sampling import sample
 from holdfast.rehearsal.request import Request
-from holdfast.sampling import sample
 from tiny import tiny_model
 
 

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
+from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
 from holdfast.data.formats import read_rows
-from holdfast.data.task import Example, Turn
+from holdfast.data.tokens.file import TokenFile
 from holdfast.lab.chats import measure_chats
+from holdfast.lab.results import score_columns
 from holdfast.lab.sources import Chats
-from holdfast.lab.tokens import TokenFile
 from holdfast.lab.verilog import pairs, question
-from holdfast.lab.work import _scores
 from tiny import tiny_model
 
 
@@ -77,7 +77,7 @@ def test_scores_of_a_run_become_columns():
         "tasks": ["verilog"], "metrics": {"verilog": "loss"}, "scores": [[2.0], [0.5]],
         "general": {"mmlu": [0.5, 0.4], "arc": [0.3, 0.3], "perplexity/web": [1.0, 2.718281828]},
     }  # fmt: skip
-    assert _scores(matrix) == pytest.approx(
+    assert score_columns(matrix) == pytest.approx(
         {"verilog_start": 2.0, "verilog_loss": 0.5, "mmlu_start": 0.5, "mmlu": 0.4, "arc_start": 0.3, "arc": 0.3}
         | {"web_start": 0.0, "web_loss": 1.0, "choices_start": 0.4, "choices": 0.35, "choices_lost": 0.05}
     )

@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 
 from holdfast.cli import app
 from holdfast.errors import ConfigError
-from holdfast.files import read_json, read_jsonl
 from holdfast.lab import experiment as lab
 from holdfast.lab import work
 from holdfast.lab.findings import Finding, judge, markdown
 from holdfast.lab.sources import Languages, data_of, dialect, write_dialects
 from holdfast.lab.tables import read_table, select, write_table
-from holdfast.progress import Progress
+from holdfast.system.files import read_json, read_jsonl
+from holdfast.system.progress import Progress
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 QUIET = Progress(quiet=True)

@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from holdfast.attention import FLOAT32
+from holdfast.data.tokens.file import TokenFile
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
-from holdfast.files import read_json, read_jsonl
 from holdfast.lab import pretrain as module
 from holdfast.lab.architecture import architecture, counted_parameters, new_model
 from holdfast.lab.config import SizeConfig, load_lab_config
 from holdfast.lab.measure import weights_of
 from holdfast.lab.mixture import Mixture
 from holdfast.lab.pretrain import LabRun, pretrain
-from holdfast.lab.tokens import TokenFile
-from holdfast.progress import Progress
+from holdfast.models.attention import FLOAT32
+from holdfast.system.files import read_json, read_jsonl
+from holdfast.system.progress import Progress
 from lab_runs import lab_config
 
 QUIET = Progress(quiet=True)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from holdfast.files import read_jsonl
+from holdfast.data.tokens.file import TokenFile
 from holdfast.lab.pretrain import LabRun, pretrain
-from holdfast.lab.tokens import TokenFile
-from holdfast.progress import Progress
 from holdfast.rehearsal.samples import corpus_rows
+from holdfast.system.files import read_jsonl
+from holdfast.system.progress import Progress
 from lab_runs import lab_config
 
 QUIET = Progress(quiet=True)

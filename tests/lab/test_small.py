@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from holdfast.data.chronicle import general_text
+from holdfast.data.streams.chronicle.stream import general_text
 from holdfast.errors import ConfigError, DataError
 from holdfast.lab.small import pack, pretrain_small
 from holdfast.lab.tokenizer import train_tokenizer

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import pytest
 from transformers import AutoTokenizer
 
-from holdfast.data.chronicle import general_text
+from holdfast.data.streams.chronicle.stream import general_text
+from holdfast.data.tokens.domains import domain_ids
 from holdfast.errors import ConfigError, DataError
-from holdfast.lab.tokenizer import SMALLEST, domain_ids, train_tokenizer
+from holdfast.lab.tokenizer import SMALLEST, train_tokenizer
 
 
 @pytest.fixture(scope="module")

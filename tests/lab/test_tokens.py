@@ -26,12 +26,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from holdfast.data.tokens import build
+from holdfast.data.tokens.domains import domain_ids
+from holdfast.data.tokens.encode import Encoder, encode
+from holdfast.data.tokens.file import TokenFile, build_tokens
 from holdfast.errors import ConfigError, DataError, Interrupted, RunDirectoryError
-from holdfast.lab import build
-from holdfast.lab.encode import Encoder, encode
-from holdfast.lab.tokenizer import domain_ids, train_tokenizer
-from holdfast.lab.tokens import TokenFile, build_tokens
-from holdfast.rehearsal.cache import tokenizer_fingerprint
+from holdfast.lab.tokenizer import train_tokenizer
+from holdfast.models.pretrained import tokenizer_fingerprint
 from lab_runs import language
 
 TEXTS = language("north", 24, 5)
@@ -255,7 +256,7 @@ def test_a_build_goes_on_from_what_is_complete(tokenizer, source, tmp_path, smal
             encoded.extend(part.texts)
             yield part, ids
 
-    monkeypatch.setattr("holdfast.lab.tokens.encode", counted)
+    monkeypatch.setattr("holdfast.data.tokens.file.encode", counted)
     file = build_tokens([source], tmp_path / "out", tokenizer)
     assert 0 < len(encoded) < len(TEXTS) and encoded == TEXTS[-len(encoded) :]
     assert before and (tmp_path / "out" / "tokens.bin").read_bytes().startswith(before[: len(before) // 4])

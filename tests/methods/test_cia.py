@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import holdfast.runner
-import holdfast.stage
+import holdfast.runner.loop
+import holdfast.runner.stage
+from holdfast.api.stage import Step
 from holdfast.data.encode import Encoder
-from holdfast.evaluation.at_test import Evaluation
+from holdfast.engines.vectors import gradients, snapshot, weights
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.respond import example_losses
 from holdfast.methods import build
-from holdfast.methods.base import Step
 from holdfast.methods.cia import CIA, common_tokens, nearest
-from holdfast.methods.saved import load_states, save_states
-from holdfast.progress import Progress
-from holdfast.shards import gradients, snapshot, weights
+from holdfast.system.progress import Progress
+from holdfast.training.method_state import load_states, save_states
 from test_resume import results
 from tiny import tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
 
@@ -156,7 +156,7 @@ def finished(tmp_path_factory):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
             logs[-1].thetas.append(copies(p.data for p in model.parameters()))
 
-    original, after = holdfast.stage.ContinualTrainer.__init__, CIA.after_backward
+    original, after = holdfast.runner.stage.ContinualTrainer.__init__, CIA.after_backward
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
@@ -167,9 +167,9 @@ def finished(tmp_path_factory):
         return after(self, step, gradient)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(holdfast.stage.ContinualTrainer, "__init__", init)
+        patch.setattr(holdfast.runner.stage.ContinualTrainer, "__init__", init)
         patch.setattr(CIA, "after_backward", see)
-        matrix = holdfast.runner.run(config, Progress(quiet=True))
+        matrix = holdfast.runner.loop.run(config, Progress(quiet=True))
     return folder / "run", matrix, logs
 
 
@@ -192,11 +192,11 @@ def test_what_a_run_saves_is_the_average(finished):
 def test_what_a_run_measures_is_the_average(finished):
     run, matrix, _ = finished
     config = json.loads((run / "run.json").read_text())["config"]
-    setup = holdfast.runner.prepare(holdfast.runner.load_config(config))
+    setup = holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
     saved = AutoModelForCausalLM.from_pretrained(run / "stages" / "03-blue" / "model")
-    evaluation = Evaluation(saved, setup.encoder, batch_size=4)
+    evaluation = ModelEvaluation(saved, setup.encoder, batch_size=4)
     for task, score in zip(setup.stream.tasks, matrix["scores"][-1], strict=True):
-        records = holdfast.runner.evaluate_task(evaluation, task, max_new_tokens=3)
+        records = holdfast.runner.loop.evaluate_task(evaluation, task, max_new_tokens=3)
         assert score == pytest.approx(sum(r["score"] for r in records) / len(records))
 
 
@@ -215,8 +215,8 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(tmp_path, monkey
     tuner = {"name": "lora", "r": 4, "lora_dropout": 0.3}
     config = tiny_config(tmp_path, method={"name": "cia", "grouping": 0.9}, tuner=tuner)
     config["training"]["epochs"] = 2  # 6 steps a stage, saved every 4
-    holdfast.runner.run(config | {"output": str(tmp_path / "whole")}, Progress(quiet=True))
-    watch = holdfast.stage._Watch.on_step_end
+    holdfast.runner.loop.run(config | {"output": str(tmp_path / "whole")}, Progress(quiet=True))
+    watch = holdfast.runner.stage._Watch.on_step_end
     for stage, step in [(2, 5), (3, 2)]:
 
         def dying(self, args, state, control, stage=stage, step=step, **kwargs):
@@ -225,10 +225,10 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(tmp_path, monkey
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(holdfast.stage._Watch, "on_step_end", dying)
+            patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
             with pytest.raises(Killed):
-                holdfast.runner.run(config, Progress(quiet=True))
-    holdfast.runner.run(config, Progress(quiet=True))
+                holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     one, two = results(tmp_path / "whole"), results(tmp_path / "run")
     for key in one:
         assert one[key] == two[key], key
@@ -308,7 +308,7 @@ def test_a_low_threshold_makes_one_group():
 
 def test_test_rows_are_answered_by_the_weights_of_their_instruction():
     method, model, _, _, ends = grouped_stages(["add it up", "who wrote"])
-    evaluation = Evaluation(model, Encoder(tiny_tokenizer(), max_length=64), batch_size=4, methods=[method])
+    evaluation = ModelEvaluation(model, Encoder(tiny_tokenizer(), max_length=64), batch_size=4, methods=[method])
     prompts = [*sentences("add it up", 3, seed=7), *sentences("who wrote", 3, seed=8)]
     order = [0, 3, 1, 4, 2, 5]
     rows = [encoded(prompts)[i] for i in order]
@@ -328,16 +328,16 @@ def test_test_rows_are_answered_by_the_weights_of_their_instruction():
 
 def test_losses_come_from_the_weights_of_the_instruction(tmp_path):
     config = tiny_config(tmp_path, method={"name": "cia", "grouping": 0.9})
-    holdfast.runner.run(config, Progress(quiet=True))
-    setup = holdfast.runner.prepare(holdfast.runner.load_config(config))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
+    setup = holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
     stages = [tmp_path / "run" / "stages" / name for name in ("01-red", "02-green", "03-blue")]
     model = AutoModelForCausalLM.from_pretrained(stages[2] / "model")
     load_states(setup.methods, stages[2] / "method", model)
     assert [group for group, _ in setup.methods[0].instructions] == [0, 1, 2]
-    evaluation = Evaluation(model, setup.encoder, batch_size=4, methods=setup.methods)
+    evaluation = ModelEvaluation(model, setup.encoder, batch_size=4, methods=setup.methods)
     for stage, task in zip(stages, setup.stream.tasks, strict=True):
         own = AutoModelForCausalLM.from_pretrained(stage / "model")
-        alone = Evaluation(own, setup.encoder, batch_size=4)
+        alone = ModelEvaluation(own, setup.encoder, batch_size=4)
         here, there = example_losses(evaluation, task.test)[0], example_losses(alone, task.test)[0]
         assert here == pytest.approx(there)
 

@@ -28,16 +28,16 @@ from transformers import (
 )
 
 from holdfast import ContinualTrainer, run
-from holdfast.config import Named
+from holdfast.api.stage import Step
+from holdfast.api.task import Example, Turn
+from holdfast.config.section import Named
 from holdfast.data.collate import Collator
 from holdfast.data.encode import Encoder
-from holdfast.data.task import Example, Turn
 from holdfast.errors import ConfigError
-from holdfast.evaluation.at_test import Evaluation
-from holdfast.evaluation.respond import token_losses
-from holdfast.generation import generate
-from holdfast.methods.base import Step
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.methods.dual_prompt import DualPrompt
+from holdfast.models.generation import generate
+from holdfast.models.likelihood import token_losses
 from holdfast.tuners import build
 from holdfast.tuners.dual_prefix import DualPrefix, DualPrefixModel
 from tiny import VOCABULARY, pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
@@ -305,7 +305,7 @@ def task_rows(task, count=20, seed=0, answer=4):
 
 
 def evaluation(model, methods, batch_size=4):
-    return Evaluation(model, Encoder(tiny_tokenizer(), max_length=128), batch_size=batch_size, methods=methods)
+    return ModelEvaluation(model, Encoder(tiny_tokenizer(), max_length=128), batch_size=batch_size, methods=methods)
 
 
 def trained(tmp_path, tasks=3, model=None, steps=4, **options):

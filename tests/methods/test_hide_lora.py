@@ -12,21 +12,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-import holdfast.evaluation.measure
-import holdfast.runner
-from holdfast.config import ModelConfig, Named
+import holdfast.runner.loop
+import holdfast.runner.measure
+from holdfast.config.model import ModelConfig
+from holdfast.config.section import Named
 from holdfast.data.collate import Collator
-from holdfast.data.encode import Encoder, load_tokenizer
+from holdfast.data.encode import Encoder
+from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
-from holdfast.evaluation.at_test import Evaluation
-from holdfast.features import prompt_features
-from holdfast.generation import generate
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.methods import build
 from holdfast.methods.hide_lora import HiDeLoRA, k_means
-from holdfast.methods.saved import load_states, save_states
-from holdfast.progress import Progress
-from holdfast.shards import weights
-from holdfast.trainer import ContinualTrainer
+from holdfast.methods.parts.features import prompt_features
+from holdfast.models.generation import generate
+from holdfast.models.pretrained import load_tokenizer
+from holdfast.system.progress import Progress
+from holdfast.training.method_state import load_states, save_states
+from holdfast.training.trainer import ContinualTrainer
 from holdfast.tuners import build as build_tuner
 from tiny import pad_rows, tiny_config, tiny_model, tiny_stage, tiny_tokenizer
 
@@ -68,7 +70,7 @@ def after_stages(count=3, model=None, **options):
 
 
 def evaluation(model, *methods, batch_size=4):
-    return Evaluation(model, Encoder(tiny_tokenizer(), max_length=64), batch_size, list(methods))
+    return ModelEvaluation(model, Encoder(tiny_tokenizer(), max_length=64), batch_size, list(methods))
 
 
 def soft_prompt_model():
@@ -280,7 +282,7 @@ def run(folder, output, method, tasks=("red", "green"), **training):
     config = tiny_config(folder, method=method, tuner=TUNER, output=str(folder / output))
     config["stream"]["order"] = list(tasks)
     config["training"] |= {"epochs": 2} | training
-    holdfast.runner.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     return folder / output
 
 
@@ -315,7 +317,7 @@ def test_a_run_that_is_continued_from_its_files_is_the_unbroken_one(tmp_path, mo
 
     method = {"name": "hide_lora", "start": "fresh"}
     unbroken = run(tmp_path, "unbroken", method, save_every=4)
-    evaluate = holdfast.evaluation.measure.evaluate_task
+    evaluate = holdfast.runner.measure.evaluate_task
     calls = []
 
     def dying(*args, **options):
@@ -325,7 +327,7 @@ def test_a_run_that_is_continued_from_its_files_is_the_unbroken_one(tmp_path, mo
         return evaluate(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.evaluation.measure, "evaluate_task", dying)
+        patch.setattr(holdfast.runner.measure, "evaluate_task", dying)
         with pytest.raises(Killed):
             run(tmp_path, "broken", method, save_every=4)
     broken = run(tmp_path, "broken", method, save_every=4)
@@ -358,5 +360,5 @@ def test_inference_on_real_tasks():
         method.after_stage(stage)
     test = [row for task in tasks for row in rows(task, "test", 20)]
     encoder = Encoder(tokenizer, max_length=512)
-    parts = list(method.at_test(Evaluation(model, encoder, 8), test))
+    parts = list(method.at_test(ModelEvaluation(model, encoder, 8), test))
     assert sum(i // 20 == task for task, part in enumerate(parts) for i in part) / 60 > 0.9

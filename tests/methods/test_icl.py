@@ -8,11 +8,11 @@ import random
 import pytest
 
 from holdfast import run
+from holdfast.api.task import Example, Task, Turn
 from holdfast.data.encode import Encoder
-from holdfast.data.task import Example, Task, Turn
 from holdfast.errors import ConfigError
 from holdfast.evaluation import respond
-from holdfast.evaluation.at_test import Evaluation
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.methods import build
 from holdfast.methods.icl import InContext
 from tiny import tiny_config, tiny_tokenizer
@@ -45,7 +45,7 @@ def evaluation(max_length=128, seed=0, template=None, **options):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     method = InContext(**options)
-    return Evaluation(None, Encoder(tokenizer, max_length=max_length), batch_size=4, methods=[method], seed=seed)
+    return ModelEvaluation(None, Encoder(tokenizer, max_length=max_length), batch_size=4, methods=[method], seed=seed)
 
 
 def question(one):

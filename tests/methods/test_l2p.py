@@ -11,23 +11,25 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-import holdfast.runner
+import holdfast.runner.loop
 from hints import hinted_config, hinted_model
 from holdfast import ContinualTrainer
-from holdfast.config import Named
+from holdfast.api.rows import prompt
+from holdfast.api.stage import Step
+from holdfast.config.section import Named
+from holdfast.engines.vectors import gradient_of, weights
 from holdfast.errors import ConfigError
-from holdfast.evaluation.at_test import Evaluation, prompt
-from holdfast.evaluation.respond import example_losses, token_losses
-from holdfast.generation import generate
-from holdfast.methods.base import Step
+from holdfast.evaluation.at_test import ModelEvaluation
+from holdfast.evaluation.respond import example_losses
 from holdfast.methods.l2p import L2P
-from holdfast.progress import Progress
-from holdfast.prompt_keys import nearest, queries, similarity
-from holdfast.setup import prepare, resolve
-from holdfast.shards import gradient_of, weights
-from holdfast.soft_prompts import PromptPoolModel
+from holdfast.models.generation import generate
+from holdfast.models.likelihood import token_losses
+from holdfast.runner.setup import prepare, resolve
+from holdfast.system.progress import Progress
 from holdfast.tuners import build
+from holdfast.tuners.prompt_keys import nearest, queries, similarity
 from holdfast.tuners.prompt_pool import PromptPool
+from holdfast.tuners.soft_prompts import PromptPoolModel
 from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
 
 SIZE, LENGTH, TOP = 6, 3, 2
@@ -150,9 +152,9 @@ def test_the_answer_is_never_looked_at():
 
 def test_a_likelihood_at_test_time_is_taken_after_the_prompts_own_prompts(tmp_path):
     """at_test tells the model where answers begin, and takes it back."""
-    setup = prepare(resolve(holdfast.runner.load_config(hinted_config(tmp_path, "l2p"))))
+    setup = prepare(resolve(holdfast.runner.loop.load_config(hinted_config(tmp_path, "l2p"))))
     model = setup.tuner.prepare(hinted_model()).eval()
-    evaluation = Evaluation(model, setup.encoder, batch_size=3, methods=setup.methods)
+    evaluation = ModelEvaluation(model, setup.encoder, batch_size=3, methods=setup.methods)
     examples = setup.stream.tasks[0].test
     losses, _ = example_losses(evaluation, examples)
     assert model.known == {}
@@ -279,7 +281,7 @@ def finished(tmp_path_factory):
     for name, changes in (("l2p", {}), ("sequential", {"tuner": "prompt"})):
         config = hinted_config(folder, name, output=str(folder / name), **changes)
         config["training"] |= {"epochs": 10, "learning_rate": 0.1}
-        found[name] = holdfast.runner.run(config, Progress(quiet=True))
+        found[name] = holdfast.runner.loop.run(config, Progress(quiet=True))
     return folder, found
 
 
@@ -302,7 +304,7 @@ def test_test_prompts_find_the_prompts_that_their_task_was_trained_with(finished
     counts = [torch.zeros(20, dtype=torch.int64)]
     for path in sorted((folder / "l2p").glob("stages/*/method/l2p.safetensors")):
         counts.append(load_file(path)["past"])
-    config = holdfast.runner.load_config(hinted_config(folder, "l2p"))
+    config = holdfast.runner.loop.load_config(hinted_config(folder, "l2p"))
     setup = prepare(resolve(config))
     right, total = 0, 0
     for stage, task in enumerate(setup.stream.tasks, start=1):
@@ -320,7 +322,7 @@ def test_evaluation_uses_the_chosen_prompts(finished):
     """Other prompts give other responses; so does none."""
     folder, _ = finished
     model, _ = trained_pool(folder)
-    config = holdfast.runner.load_config(hinted_config(folder, "l2p"))
+    config = holdfast.runner.loop.load_config(hinted_config(folder, "l2p"))
     setup = prepare(resolve(config))
     prompts = [setup.encoder.prompt(example, reserve=3) for task in setup.stream.tasks for example in task.test]
     options = {"max_new_tokens": 3, "batch_size": 8, "eos_token_ids": setup.encoder.stop_ids, "pad_token_id": 0}
@@ -353,7 +355,7 @@ def test_replay_beside_it_never_shows_an_answer_to_the_keys(tmp_path, monkeypatc
     config = hinted_config(tmp_path, ["replay", "l2p"])
     config["stream"]["order"] = ["red", "green"]
     config["training"] |= {"epochs": 1, "gradient_checkpointing": True}
-    matrix = holdfast.runner.run(config, Progress(quiet=True))
+    matrix = holdfast.runner.loop.run(config, Progress(quiet=True))
     assert len(matrix["scores"]) == 3 and len(seen) > 48
     assert all(0 < before == tokens - 3 for before, tokens in seen)  # " r" and the end
 

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainingArguments
 
-import holdfast.runner
-import holdfast.stage
+import holdfast.runner.loop
+import holdfast.runner.stage
 from hints import WORDS, hinted_config, hinted_model, tokens
 from holdfast import ContinualTrainer
+from holdfast.api.stage import Rehearsed, Step
 from holdfast.errors import ConfigError
-from holdfast.methods.base import Rehearsed, Step
 from holdfast.methods.lfpt5 import LFPT5
-from holdfast.methods.saved import load_states, save_states
-from holdfast.progress import Progress
 from holdfast.rehearsal.pseudo import Writing, write_samples
+from holdfast.system.progress import Progress
+from holdfast.training.method_state import load_states, save_states
 from holdfast.tuners.prompt_tuning import PromptTuning
 from tiny import pad_rows, tiny_model, tiny_stage, tiny_tokenizer
 
@@ -342,7 +342,7 @@ def config_of(folder: Path, method, seed: int = 0, epochs: float = 20, **changes
 
 
 def run(config):
-    return holdfast.runner.run(config, Progress(quiet=True))
+    return holdfast.runner.loop.run(config, Progress(quiet=True))
 
 
 def forgotten(folder: Path, seeds: range) -> tuple[float, float]:
@@ -381,7 +381,7 @@ def test_killed_with_pseudo_samples_in_hand_and_continued_it_is_the_unbroken_run
     unbroken = tmp_path / "unbroken"
     run(config_of(tmp_path, options, epochs=2, output=str(unbroken)))
     broken = config_of(tmp_path, options, epochs=2, output=str(tmp_path / "broken"))
-    watch = holdfast.stage._Watch.on_step_end
+    watch = holdfast.runner.stage._Watch.on_step_end
 
     def dying(self, args, state, control, **kwargs):
         watch(self, args, state, control, **kwargs)
@@ -389,7 +389,7 @@ def test_killed_with_pseudo_samples_in_hand_and_continued_it_is_the_unbroken_run
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.stage._Watch, "on_step_end", dying)
+        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
         with pytest.raises(Killed):
             run(broken)
     assert list((tmp_path / "broken").glob("stages/02-green/checkpoint/checkpoint-4/complete.json"))

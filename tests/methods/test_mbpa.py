@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-import holdfast.evaluation.measure
-import holdfast.runner
+import holdfast.runner.loop
+import holdfast.runner.measure
+from holdfast.api.stage import Step
 from holdfast.data.collate import Collator
 from holdfast.data.encode import Encoder
+from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
-from holdfast.evaluation.at_test import Evaluation
-from holdfast.evaluation.respond import token_losses
-from holdfast.features import prompt_features
-from holdfast.generation import generate
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.methods import build
-from holdfast.methods.base import Step
 from holdfast.methods.mbpa import MbPA
-from holdfast.methods.saved import load_states, save_states
-from holdfast.progress import Progress
-from holdfast.shards import weights
-from holdfast.trainer import ContinualTrainer
+from holdfast.methods.parts.features import prompt_features
+from holdfast.models.generation import generate
+from holdfast.models.likelihood import token_losses
+from holdfast.system.progress import Progress
+from holdfast.training.method_state import load_states, save_states
+from holdfast.training.trainer import ContinualTrainer
 from tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
 
 ANSWERED = {"max_new_tokens": 4, "batch_size": 1, "eos_token_ids": [2], "pad_token_id": 0}
@@ -39,7 +39,7 @@ def lora_model(seed=0):
 
 
 def evaluation(model, *methods, batch_size=3):
-    return Evaluation(model, Encoder(tiny_tokenizer(), max_length=64), batch_size, list(methods))
+    return ModelEvaluation(model, Encoder(tiny_tokenizer(), max_length=64), batch_size, list(methods))
 
 
 def shift(model, seed, scale=0.1):
@@ -331,7 +331,7 @@ def run(folder, output, method, tuner="full", **training):
     config = tiny_config(folder, method=method, tuner=tuner, output=str(folder / output))
     config["stream"]["order"] = ["red", "green"]
     config["training"] |= {"epochs": 2} | training
-    holdfast.runner.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     return folder / output
 
 
@@ -360,7 +360,7 @@ def test_a_run_that_is_continued_from_its_files_is_the_unbroken_one(tmp_path, mo
 
     method = {"name": "mbpa", "steps": 2, "neighbours": 4, "replay": 0.25, "capacity": 30}
     unbroken = run(tmp_path, "unbroken", method, save_every=4)
-    evaluate = holdfast.evaluation.measure.evaluate_task
+    evaluate = holdfast.runner.measure.evaluate_task
     calls = []
 
     def dying(*args, **options):
@@ -370,7 +370,7 @@ def test_a_run_that_is_continued_from_its_files_is_the_unbroken_one(tmp_path, mo
         return evaluate(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.evaluation.measure, "evaluate_task", dying)
+        patch.setattr(holdfast.runner.measure, "evaluate_task", dying)
         with pytest.raises(Killed):
             run(tmp_path, "broken", method, save_every=4)
     broken = run(tmp_path, "broken", method, save_every=4)

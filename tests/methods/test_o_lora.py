@@ -13,13 +13,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from holdfast.api.stage import Step
+from holdfast.engines.vectors import gradients
 from holdfast.errors import ConfigError, MethodError
 from holdfast.methods import build
-from holdfast.methods.base import Step
 from holdfast.methods.o_lora import PAST, OLoRA
-from holdfast.progress import Progress
-from holdfast.runner import run, trained_weights
-from holdfast.shards import gradients
+from holdfast.runner.load import trained_weights
+from holdfast.runner.loop import run
+from holdfast.system.progress import Progress
 from holdfast.tuners.lora import Lora
 from holdfast.tuners.lora_factors import exchange_adapters, factors
 from test_trainer import trained

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import holdfast.runner
-import holdfast.stage
+import holdfast.runner.loop
+import holdfast.runner.stage
 from holdfast import tuners
-from holdfast.config import Named
+from holdfast.api.stage import Step
+from holdfast.config.section import Named
+from holdfast.engines.vectors import gradients, weights
 from holdfast.errors import ConfigError
 from holdfast.methods import build
-from holdfast.methods.base import Step
 from holdfast.methods.osf import OSF, layer_similarity, osf_layers
-from holdfast.progress import Progress
-from holdfast.shards import gradients, weights
+from holdfast.system.progress import Progress
 from test_resume import results
 from tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage
 
@@ -190,18 +190,18 @@ def finished(tmp_path_factory):
     config = tiny_config(folder, method={"name": "osf", "target": 0.5})
     del config["tuner"]
     batch = {key: value for key, value in pad_rows(tiny_rows(6)).items() if key != "labels"}
-    original = holdfast.runner.save_states
+    original = holdfast.runner.loop.save_states
 
     def watched(methods, path):
         original(methods, path)
         logits.append(model_of[-1](**batch).logits.detach())
 
     model_of = []
-    load = holdfast.runner.load_model
+    load = holdfast.runner.load.load_model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(holdfast.runner, "save_states", watched)
-        patch.setattr(holdfast.runner, "load_model", lambda setup: model_of.append(load(setup)) or model_of[-1])
-        holdfast.runner.run(config, Progress(quiet=True))
+        patch.setattr(holdfast.runner.loop, "save_states", watched)
+        patch.setattr(holdfast.runner.loop, "load_model", lambda setup: model_of.append(load(setup)) or model_of[-1])
+        holdfast.runner.loop.run(config, Progress(quiet=True))
     return folder, batch, logits
 
 
@@ -224,7 +224,7 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(finished, monkey
     folder, *_ = finished
     config = tiny_config(folder, method={"name": "osf", "target": 0.5}, output=str(folder / "broken"))
     del config["tuner"]
-    watch = holdfast.stage._Watch.on_step_end
+    watch = holdfast.runner.stage._Watch.on_step_end
     for stage, step in [(2, 5), (3, 2)]:
 
         def dying(self, args, state, control, stage=stage, step=step, **kwargs):
@@ -233,10 +233,10 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(finished, monkey
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(holdfast.stage._Watch, "on_step_end", dying)
+            patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
             with pytest.raises(Killed):
-                holdfast.runner.run(config, Progress(quiet=True))
-    holdfast.runner.run(config, Progress(quiet=True))
+                holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
     one, two = results(folder / "run"), results(folder / "broken")
     for key in one:
         assert one[key] == two[key], key
@@ -253,7 +253,7 @@ def test_a_model_without_the_adapter_is_refused():
 
 def test_another_tuner_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="works with osf"):
-        holdfast.runner.run(tiny_config(tmp_path, method="osf", tuner="lora"))
+        holdfast.runner.loop.run(tiny_config(tmp_path, method="osf", tuner="lora"))
 
 
 @pytest.mark.parametrize("other", ["cia", "ewc", "ogd"])

@@ -13,13 +13,14 @@ from torch import nn
 from transformers import TrainingArguments
 
 from holdfast import ContinualTrainer
+from holdfast.api.stage import Step
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import gradients, weights
 from holdfast.errors import ConfigError
-from holdfast.methods.base import Step
 from holdfast.methods.ewc import EWC, diagonal_fisher, draw
 from holdfast.methods.mas import MAS, sensitivity
-from holdfast.methods.saved import load_states, save_states
 from holdfast.methods.si import SI
-from holdfast.shards import Shards, gradients, weights
+from holdfast.training.method_state import load_states, save_states
 from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
 
 PENALTIES = {

@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from transformers import TrainingArguments
 
 from holdfast import ContinualTrainer
+from holdfast.api.stage import Step
 from holdfast.data.collate import Collator
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import gradient_of, gradients, weights
 from holdfast.errors import ConfigError
 from holdfast.methods import build
 from holdfast.methods.a_gem import AveragedGEM
-from holdfast.methods.base import Step
 from holdfast.methods.gem import GEM
 from holdfast.methods.ogd import OGD
-from holdfast.methods.saved import load_states, save_states
-from holdfast.projection import gem_dual, principal_directions
-from holdfast.shards import Shards, gradient_of, gradients, weights
+from holdfast.methods.parts.projection import gem_dual, principal_directions
+from holdfast.training.method_state import load_states, save_states
 from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
 
 PROJECTIONS = {

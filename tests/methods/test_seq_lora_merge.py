@@ -9,8 +9,8 @@ from test_o_lora import killed_in_stage_2_equals_unbroken, logits, lora_model, s
 
 from holdfast.errors import ConfigError
 from holdfast.methods import build
-from holdfast.methods.saved import load_states, save_states
 from holdfast.methods.seq_lora_merge import SeqLoRAMerge
+from holdfast.training.method_state import load_states, save_states
 from holdfast.tuners.lora_factors import exchange_adapters, factors, scalings
 from test_trainer import trained
 from tiny import tiny_model, tiny_stage

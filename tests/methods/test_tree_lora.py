@@ -13,9 +13,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from holdfast import continual, run
+from holdfast.api.stage import Step
 from holdfast.data.collate import Collator
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import gradients, weights
 from holdfast.errors import ConfigError
-from holdfast.gradient_tree import (
+from holdfast.methods.parts.gradient_tree import (
     Group,
     LoraLayers,
     TreeSearch,
@@ -25,10 +28,8 @@ from holdfast.gradient_tree import (
     pull_cosine,
     pull_l1,
 )
-from holdfast.methods.base import Step
-from holdfast.methods.saved import load_states, save_states
 from holdfast.methods.tree_lora import TreeLoRA
-from holdfast.shards import Shards, gradients, weights
+from holdfast.training.method_state import load_states, save_states
 from tiny import tiny_config, tiny_model, tiny_rows, tiny_stage
 
 NORMS = pytest.mark.parametrize("norm", [1, 2])

@@ -56,7 +56,7 @@ app.add_typer(lab.app, name="lab")
 def main() -> None:
     """Exit codes: 0 done; 2 the user's configuration or data is wrong; 3 a gate failed; 1 anything else."""
     from holdfast.errors import GateFailed, Interrupted, ProcessFailed, UserError
-    from holdfast.launch import tell_launcher
+    from holdfast.system.launch import tell_launcher
 
     if sys.argv[1:2] and sys.argv[1].startswith("--local_rank="):
         del sys.argv[1]  # DeepSpeed's launcher puts it there, and into LOCAL_RANK

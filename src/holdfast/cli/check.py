@@ -13,16 +13,16 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from rich.console import Console
 
     from holdfast.cli.sweep import sweep
-    from holdfast.config import load_config
-    from holdfast.sweep import is_sweep
+    from holdfast.config.run import load_config
+    from holdfast.sweep.plan import is_sweep
 
     if is_sweep(config):
         sweep(config, overrides, dry_run=True)
         return
-    from holdfast.quiet import quieten
+    from holdfast.system.quiet import silence_libraries
 
     resolved = load_config(config, overrides)
-    quieten()
-    from holdfast.check import print_check
+    silence_libraries()
+    from holdfast.runner.check import print_check
 
     print_check(resolved, Console(highlight=False))

@@ -48,14 +48,14 @@ def compare(
     """
     from rich.console import Console
 
-    from holdfast.cli.table import print_comparison, print_published
-    from holdfast.directory import require_runs
+    from holdfast.records.directory import require_runs
+    from holdfast.records.read import read_runs
     from holdfast.report import write_report
     from holdfast.report.compare import compare as compare_runs
     from holdfast.report.compare import refuse_different
     from holdfast.report.published import beside_published, read_published
-    from holdfast.report.read import read_runs
     from holdfast.report.tables import as_csv, as_latex, as_markdown
+    from holdfast.report.terminal import print_comparison, print_published
 
     require_runs(runs)
     read = read_runs(runs)

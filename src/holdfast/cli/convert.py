@@ -13,9 +13,9 @@ Target = Annotated[Path, typer.Argument(help="Folder to write; it must not exist
 
 def convert(source: Source, target: Target) -> None:
     """Turn an InternLM2 or Baichuan checkpoint into a plain Llama one, once, without running the code it brings."""
-    from holdfast.convert import convert as convert_checkpoint
-    from holdfast.progress import Progress
-    from holdfast.quiet import quieten
+    from holdfast.models.convert.checkpoint import convert as convert_checkpoint
+    from holdfast.system.progress import Progress
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
+    silence_libraries()
     print(convert_checkpoint(source, target, Progress()))

@@ -15,9 +15,9 @@ def demo(output: Output = Path("runs/demo"), seed: Seed = 0) -> None:
     """Pretrain a small model on a generated world, then teach it four years with four methods and compare them."""
     from rich.console import Console
 
-    from holdfast.quiet import quieten
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
-    from holdfast.demo import run_demo
+    silence_libraries()
+    from holdfast.lab.demo import run_demo
 
     run_demo(output, seed, Console())

@@ -42,7 +42,7 @@ def _show_machine() -> None:
 
     import torch
 
-    from holdfast.directory import free_gib, hardware, versions
+    from holdfast.system.machine import free_gib, hardware, versions
 
     machine = hardware()
     print(f"processor     {machine['cpu']}, {machine['cores']} cores")
@@ -63,16 +63,17 @@ def _show_memory(model: str, rows: int, length: int, precision: Precision, only:
     from rich.console import Console
     from rich.table import Table
 
-    from holdfast.config import ModelConfig, Named
-    from holdfast.quiet import quieten
+    from holdfast.config.model import ModelConfig
+    from holdfast.config.section import Named
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
+    silence_libraries()
     import torch
 
     from holdfast import tuners
     from holdfast.errors import ConfigError
-    from holdfast.memory_estimate import Estimate, advice, free_memory, heap_keeps_holes
-    from holdfast.setup import load_model_config
+    from holdfast.models.pretrained import load_model_config
+    from holdfast.training.memory_estimate import Estimate, advice, free_memory, heap_keeps_holes
 
     config = load_model_config(ModelConfig(name=model))
     chosen = [tuners.build(Named(name=name)) for name in ([only] if only else tuners.known())]

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+
+from holdfast.report.terminal import narrow_table
+
+if TYPE_CHECKING:
+    from holdfast.runner.evaluate import Evaluated
 
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
 Stage = Annotated[
@@ -47,12 +54,12 @@ def evaluate(
     """
     from rich.console import Console
 
-    from holdfast.quiet import quieten
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
-    from holdfast.cli.table import print_evaluated
-    from holdfast.endpoint import Endpoint
-    from holdfast.evaluate import evaluate as evaluate_stage
+    silence_libraries()
+    pass
+    from holdfast.models.endpoint import Endpoint
+    from holdfast.runner.evaluate import evaluate as evaluate_stage
 
     asked = None
     if endpoint is not None:
@@ -65,3 +72,20 @@ def evaluate(
             retries=retries,
         )
     print_evaluated(evaluate_stage(run, stage=stage, endpoint=asked, output=output), Console())
+
+
+def print_evaluated(evaluated: Evaluated, console: Console) -> None:
+    """Scores of an evaluation beside those of the run, and how many responses differ."""
+    table = narrow_table("task")
+    table.add_column("metric")
+    for name in ("score", "in the run", "responses\nthat differ"):
+        table.add_column(name, justify="right")
+    shown = lambda value: "–" if value is None else f"{value:.3f}"  # noqa: E731
+    for task, (now, then) in evaluated.scores.items():
+        changed = evaluated.changed[task]
+        differ = "–" if changed is None else str(changed)
+        table.add_row(escape(task), evaluated.metrics[task], shown(now), shown(then), differ)
+    for name, (now, then) in evaluated.general.items():
+        table.add_row(escape(name), "general", shown(now), shown(then), "–")
+    console.print(table)
+    console.print(str(evaluated.output), markup=False, soft_wrap=True)

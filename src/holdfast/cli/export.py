@@ -17,10 +17,10 @@ PushTo = Annotated[str | None, typer.Option("--push-to", help="Upload the folder
 
 def export(run: RunPath, to: To, stage: Stage = None, merge: Merge = False, push_to: PushTo = None) -> None:
     """Write a finished stage's model or adapter, with tokenizer and model card, for use without holdfast."""
-    from holdfast.quiet import quieten
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
-    from holdfast.export import export as export_stage
+    silence_libraries()
+    from holdfast.deploy.export import export as export_stage
 
     exported = export_stage(run, to, stage=stage, merge=merge, push_to=push_to)
     for line in exported.lacks:

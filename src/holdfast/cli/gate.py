@@ -37,9 +37,9 @@ def gate(
 
     Exit code 3: a limit was exceeded, or a score that it needs was not measured.
     """
-    from holdfast.files import write_text
-    from holdfast.gate import failed, judge_directory
+    from holdfast.records.gate import failed, judge_directory
     from holdfast.report.verdict import as_junit, as_markdown, as_text
+    from holdfast.system.files import write_text
 
     limits = {
         "max_forgetting": max_forgetting,

@@ -57,12 +57,12 @@ def tokenizer(
     split: Split = None,
 ) -> None:
     """Train a byte-level BPE tokenizer on texts, and write it as a folder that transformers loads."""
-    from holdfast.quiet import quieten
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
+    silence_libraries()
     from holdfast.data.texts import read_texts
-    from holdfast.files import whole_folder
     from holdfast.lab.tokenizer import require_replaceable, train_tokenizer
+    from holdfast.system.files import whole_folder
 
     require_replaceable(out)
     texts = chain.from_iterable([read_texts(name, column=column, subset=subset, split=split) for name in sources])
@@ -88,13 +88,13 @@ def tokens(
     split: Split = None,
 ) -> None:
     """Tokenise texts into a token file, which pretraining reads; the same command continues a killed build."""
-    from holdfast.quiet import quieten
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
-    from holdfast.config import ModelConfig
-    from holdfast.data.encode import load_tokenizer
-    from holdfast.lab.tokens import build_tokens
-    from holdfast.progress import Progress
+    silence_libraries()
+    from holdfast.config.model import ModelConfig
+    from holdfast.data.tokens.file import build_tokens
+    from holdfast.models.pretrained import load_tokenizer
+    from holdfast.system.progress import Progress
 
     with Progress().bar("documents") as bar:
         file = build_tokens(
@@ -130,12 +130,12 @@ def pretrain(config: Config, overrides: Overrides = None) -> None:
 
     The same command continues a run that was stopped or killed, and ends with the same numbers.
     """
-    from holdfast.quiet import quieten
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
+    silence_libraries()
+    from holdfast.engines.process import Process
     from holdfast.lab.config import load_lab_config
     from holdfast.lab.pretrain import pretrain as train
-    from holdfast.process import Process
 
     loaded = load_lab_config(config, overrides)
     result = train(loaded)
@@ -180,16 +180,17 @@ def experiment(
 
     from holdfast.lab import experiment as lab
     from holdfast.lab import work
+    from holdfast.lab.count import check_experiment
 
     path = lab.find(name, scale)
     loaded = lab.load_experiment(path, overrides)
     folder = out or path.parent / "results" / path.stem
     if dry_run:
-        print_plan(loaded.title, lab.check_experiment(loaded), Console())
+        print_plan(loaded.title, check_experiment(loaded), Console())
         return
-    from holdfast.quiet import quieten
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
+    silence_libraries()
     if redraw:
         findings = work.redraw(loaded, folder)
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from holdfast.streams import Definition
+    from holdfast.data.streams.definition import Definition
 
 Name = Annotated[str | None, typer.Argument(help="Show this one in full.", show_default=False)]
 
@@ -35,8 +35,8 @@ def streams(
     metrics: Annotated[bool, typer.Option("--metrics", help="List the metrics that tasks can be scored by.")] = False,
 ) -> None:
     """List the streams that are known by name."""
-    from holdfast.evaluation.scorers import CONFIGURED, SCORERS
-    from holdfast.streams import find, known
+    from holdfast.data.streams.definition import find, known
+    from holdfast.scoring import CONFIGURED, SCORERS
 
     if metrics:
         for metric, about in ({m: scorer.about for m, scorer in SCORERS.items()} | CONFIGURED).items():
@@ -53,7 +53,7 @@ def streams(
 def _show_stream(name: str, definition: Definition) -> None:
     from inspect import getdoc, signature
 
-    from holdfast.streams import maker
+    from holdfast.data.streams.definition import maker
 
     print(f"{name}, version {definition.version}\n\n{definition.about}\n\nobtained from: {definition.source}\n")
     keys = {"name": name} | ({"path": "FOLDER"} if definition.needs_path else {})
@@ -78,7 +78,7 @@ def _show_stream(name: str, definition: Definition) -> None:
 def _show(classes: dict[str, Any], full: bool) -> None:
     from inspect import getdoc
 
-    from holdfast.config import describe
+    from holdfast.config.describe import describe
 
     width = max(map(len, classes))
     for name, cls in classes.items():

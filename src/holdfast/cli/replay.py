@@ -74,14 +74,14 @@ def replay(
     at one: lengths, tokens, loss under the model, repetition, overlap and a few samples, as one page.
     """
     from holdfast.errors import ConfigError
-    from holdfast.quiet import quieten
+    from holdfast.system.quiet import silence_libraries
 
     if not inspect:
         if tokens is None or out is None:
             raise ConfigError("replay: give --tokens and --out, or --inspect to look at a corpus")
-        quieten()
-        from holdfast.progress import Progress
-        from holdfast.replay import replay as write_corpus
+        silence_libraries()
+        from holdfast.rehearsal.replay import replay as write_corpus
+        from holdfast.system.progress import Progress
 
         with Progress().bar(f"replay {model}") as bar:
             manifest = write_corpus(
@@ -103,7 +103,7 @@ def replay(
             f"duplicates left out, {-manifest['log_prob'] / manifest['supervised']:.3f} nats per token"
         )
         return
-    quieten()
+    silence_libraries()
     from holdfast.report.corpus import write_corpus_page
 
     print(write_corpus_page(Path(model), output or Path(model, "corpus.html"), against))

@@ -13,7 +13,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to wr
 
 def report(runs: Runs, output: Output = None) -> None:
     """Write report.html: into the run's directory, or for several runs where --output says."""
-    from holdfast.directory import require_runs
+    from holdfast.records.directory import require_runs
     from holdfast.report import write_report
 
     require_runs(runs)

@@ -25,13 +25,13 @@ class HelpWithKeys(TyperCommand):
 
     def configuration(self) -> type[Any]:
         """The configuration's class."""
-        from holdfast.config import RunConfig
+        from holdfast.config.run import RunConfig
 
         return RunConfig
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the usual help and then the keys."""
-        from holdfast.config import describe
+        from holdfast.config.describe import describe
 
         super().format_help(ctx, formatter)
         formatter.write("\nKeys of the configuration (default):\n")
@@ -64,9 +64,9 @@ def run(
     """
     from rich.console import Console
 
-    from holdfast.config import load_config
-    from holdfast.launch import launch, launched
-    from holdfast.quiet import quieten
+    from holdfast.config.run import load_config
+    from holdfast.system.launch import launch, launched
+    from holdfast.system.quiet import silence_libraries
 
     resolved = load_config(config, overrides)
     if processes > 1 or max_restarts:
@@ -77,11 +77,11 @@ def run(
         return
     if watch_general and resolved.evaluation.watch_general is None:
         resolved.evaluation.watch_general = WATCH_EVERY
-    quieten()
-    from holdfast.cli.table import print_table
-    from holdfast.gate import raise_if_failed
-    from holdfast.process import Process
-    from holdfast.runner import run as run_stages
+    silence_libraries()
+    from holdfast.engines.process import Process
+    from holdfast.records.gate import raise_if_failed
+    from holdfast.report.terminal import print_table
+    from holdfast.runner.loop import run as run_stages
 
     run_stages(resolved)
     if Process.this().main:

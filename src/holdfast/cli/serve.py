@@ -30,9 +30,9 @@ def serve(
     engine: EngineOption = Engine.transformers,
 ) -> None:
     """Serve a stage's model at http://HOST:PORT/v1 until it is stopped: completions and chat completions."""
-    from holdfast.quiet import quieten
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
-    from holdfast.serve import serve as serve_stage
+    silence_libraries()
+    from holdfast.deploy.serve import serve as serve_stage
 
     serve_stage(run, stage=stage, host=host, port=port, engine=engine.value)

@@ -10,8 +10,8 @@ import typer
 from holdfast.cli.run import HelpWithKeys
 
 if TYPE_CHECKING:
-    from holdfast.sweep import PlannedRun
-    from holdfast.sweep_work import Ended
+    from holdfast.sweep.plan import PlannedRun
+    from holdfast.sweep.work import RunOutcome
 
 SweepFile = Annotated[Path, typer.Argument(help="The sweep, a YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -24,7 +24,7 @@ class HelpWithSweepKeys(HelpWithKeys):
     """The keys of a sweep."""
 
     def configuration(self) -> type[Any]:
-        from holdfast.sweep import Sweep
+        from holdfast.sweep.plan import Sweep
 
         return Sweep
 
@@ -50,14 +50,14 @@ def sweep(
     """
     from rich.console import Console
 
-    from holdfast.progress import Progress
-    from holdfast.quiet import quieten, say_once
     from holdfast.report.published import read_published
-    from holdfast.sweep import check, expand, load_sweep
+    from holdfast.sweep.plan import check, expand, load_sweep
+    from holdfast.system.progress import Progress
+    from holdfast.system.quiet import deduplicate_warnings, silence_libraries
 
     loaded = load_sweep(config, overrides)
-    quieten()
-    say_once()
+    silence_libraries()
+    deduplicate_warnings()
     runs = expand(loaded)
     check(runs)
     published = read_published(Path(loaded.published)) if loaded.published else []
@@ -65,9 +65,9 @@ def sweep(
     if dry_run:
         print_runs(runs, console)
         return
-    from holdfast.ray_pool import RayPool
-    from holdfast.search import searched
-    from holdfast.sweep_work import exit_code, finish, local_workers, work_off
+    from holdfast.sweep.ray_pool import RayPool
+    from holdfast.sweep.search import searched
+    from holdfast.sweep.work import exit_code, finish, local_workers, work_off
 
     need = loaded.resources
     with local_workers(need, processes) if ray is None else RayPool(need, ray) as workers:
@@ -75,8 +75,8 @@ def sweep(
             runs = searched(loaded, workers, Progress())
         ended = work_off(runs, workers, Progress())
     if report := finish(ended, Path(loaded.output)):
-        from holdfast.cli.table import print_comparison, print_published
         from holdfast.report.published import beside_published
+        from holdfast.report.terminal import print_comparison, print_published
 
         print_comparison(report.comparison, console)
         if published:
@@ -95,7 +95,7 @@ def print_runs(runs: list[PlannedRun], console: Any) -> None:
     console.print(f"{len(runs)} runs, {states.count('done')} done, {states.count('begun')} begun")
 
 
-def print_failures(ended: list[Ended], console: Any) -> None:
+def print_failures(ended: list[RunOutcome], console: Any) -> None:
     """Which runs are not done, and why."""
     from rich import box
     from rich.markup import escape

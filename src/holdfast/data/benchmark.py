@@ -7,14 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import DataConfig, StreamConfig, TaskOptions, validate
+from holdfast.api.task import Example, Stream, Task
+from holdfast.config.reading import validate
+from holdfast.config.stream import DataConfig, StreamConfig, TaskOptions
 from holdfast.data.formats import SUFFIXES
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import SPLITS, Source, load_task, read_json_file, scored, split_files
-from holdfast.data.task import Example, Stream, Task
+from holdfast.data.streams.definition import Definition, TaskDefinition, find, maker
 from holdfast.errors import ConfigError, DataError, did_you_mean
-from holdfast.evaluation.scorers import CONFIGURED
-from holdfast.streams import Definition, TaskDefinition, find, maker
+from holdfast.scoring import CONFIGURED
 
 
 def load_benchmark(config: StreamConfig, data: DataConfig) -> Stream:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.data.encode import IGNORED
+from holdfast.api.rows import IGNORED
 
 
 class Collator:

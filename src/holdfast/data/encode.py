@@ -5,20 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from holdfast.config import ModelConfig
+from holdfast.api.rows import IGNORED
+from holdfast.api.task import Example, Turn
 from holdfast.data.formats import where
-from holdfast.data.task import Example, Turn
 from holdfast.errors import ConfigError, DataError
+from holdfast.models.pretrained import begin_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
 DATE = "26 Jul 2024"  # what Llama's templates say where no date is given; today's would make a run depend on its day
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
 # Unicode noncharacters, which text does not hold: they mark a cut span while a template is rendered.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -393,52 +390,6 @@ def _levelled(sizes: list[int], excess: int) -> list[int]:
             sizes[i] -= each + (place < rest)
         excess -= each * len(at) + rest
     return sizes
-
-
-def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, where the tokenizer puts one before a text; otherwise nothing."""
-    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    begin = [tokenizer.bos_token_id]
-    return begin if full[:1] == begin and bare[:1] != begin else []
-
-
-def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer from its folder or the hub, with a padding token: its own, or end or unknown.
-
-    Args:
-        key: where the name comes from, for messages.
-
-    Raises:
-        ConfigError: there is no such folder or hub name, it holds no tokenizer, or one that is not fast.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(model.name)
-    if folder.is_file():
-        raise ConfigError(f"{key}: {model.name!r} is a file; give the folder that holds the model")
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise ConfigError(
-            f"{key}: the folder {model.name!r} holds no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be "
-            "there, as tokenizer.save_pretrained(folder) writes it"
-        )
-    if not folder.is_dir() and (model.name.startswith((".", "/", "~")) or model.name.count("/") > 1):
-        raise ConfigError(f"{key}: there is no folder {model.name!r} (looked from {Path.cwd()})")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except Exception as error:  # whatever a hub, a disk or a parser may raise
-        place = (
-            "has a tokenizer that cannot be read" if folder.is_dir() else "is no folder, and no tokenizer of the hub"
-        )
-        raise ConfigError(f"{key}: {model.name!r} {place}: {error}") from None
-    if not tokenizer.is_fast:
-        raise ConfigError(f"{key}: {model.name!r} has a slow tokenizer; a tokenizer.json is needed")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(f"{key}: the tokenizer of {model.name!r} has no padding, end or unknown token; name one")
-    return tokenizer
 
 
 def resolve_max_length(requested: int | None, model_config: Any, taken: int = 0) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO, get_args
 
-from holdfast.data.task import Example, Turn
+from holdfast.api.task import Example, Turn
 from holdfast.errors import ConfigError, DataError, did_you_mean
 
 Format = Literal["messages", "sharegpt", "prompt_answer", "sentence_label", "alpaca", "text"]
@@ -31,7 +31,7 @@ _SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
-class Row(dict[str, Any]):
+class RawRow(dict[str, Any]):
     """One row of a file; ``line`` is the 1-based line on which it begins, where lines mean something."""
 
     line: int | None = None
@@ -306,10 +306,10 @@ def _type(value: Any) -> str:
     return _TYPES.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
 
 
-def _row(path: Path, index: int, line: int, value: Any) -> Row:
+def _row(path: Path, index: int, line: int, value: Any) -> RawRow:
     if not isinstance(value, dict):
         raise DataError(f"{path}: row {index + 1} (line {line}): must be an object, not {_type(value)}")
-    row = Row(value)
+    row = RawRow(value)
     row.line = line
     return row
 

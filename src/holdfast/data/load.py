@@ -6,24 +6,26 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import DataConfig, EvaluationConfig, GeneralConfig, StreamConfig, TaskConfig
+from holdfast.api.scorer import Scorer
+from holdfast.api.task import Counts, Example, Stream, Task, fingerprint
+from holdfast.config.evaluation import EvaluationConfig
+from holdfast.config.stream import DataConfig, StreamConfig, TaskConfig
 from holdfast.data.benchmark import group_instructions, load_benchmark
-from holdfast.data.choices import by_letter, read_choices
-from holdfast.data.formats import SUFFIXES, read_rows, read_text, to_examples, where
+from holdfast.data.formats import SUFFIXES, where
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import Source, check_scorable, load_task, split_files
-from holdfast.data.task import Counts, Example, General, Stream, Task, fingerprint
 from holdfast.errors import ConfigError, DataError, did_you_mean
-from holdfast.evaluation.scorers import build
+from holdfast.scoring import build
 
 logger = logging.getLogger("holdfast")
 
 
 def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationConfig | None = None) -> Stream:
-    """Load the tasks of a stream, in order, and their scorers; relative paths start at the current directory.
+    """Load the tasks of a stream, in order; relative paths start at the current directory.
 
     Args:
         evaluation: the split that is measured on, and what metrics need beyond their name.
@@ -49,13 +51,21 @@ def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationCo
         for task in stream.tasks:
             _measure_on_dev(task, data)
     _check_overlap(stream.tasks, data)
-    metrics = {metric for task in stream.tasks for metric in (task.metric, *task.beside)}
-    stream.scorers = {metric: build(metric, evaluation) for metric in sorted(metrics)}
-    stream.version = f"{stream.version}-{_digest(stream)}".removeprefix("-")
+    stream.version = f"{stream.version}-{_digest(stream, load_scorers(stream, evaluation))}".removeprefix("-")
     return stream
 
 
-def _digest(stream: Stream) -> str:
+def load_scorers(stream: Stream, evaluation: EvaluationConfig) -> dict[str, Scorer]:
+    """The scorer of every metric of the stream's tasks, by name.
+
+    Raises:
+        ConfigError: ``evaluation`` does not say what a metric needs.
+    """
+    metrics = {metric for task in stream.tasks for metric in (task.metric, *task.beside)}
+    return {metric: build(metric, evaluation) for metric in sorted(metrics)}
+
+
+def _digest(stream: Stream, scorers: Mapping[str, Scorer]) -> str:
     """Twelve hexadecimal digits over what a run's scores depend on beside its rows: prompts, metrics and order."""
     definition = [
         (
@@ -63,33 +73,11 @@ def _digest(stream: Stream) -> str:
             task.asked,
             task.labels,
             task.max_new_tokens,
-            [stream.scorers[metric].identity for metric in (task.metric, *task.beside)],
+            [scorers[metric].identity for metric in (task.metric, *task.beside)],
         )
         for task in stream.tasks
     ]
     return hashlib.sha256(json.dumps(definition).encode()).hexdigest()[:12]
-
-
-def load_general(configs: list[GeneralConfig] | None, stream: Stream) -> list[General]:
-    """Load the measures of general ability; None: those that the stream brings.
-
-    Raises:
-        ConfigError: two measures have one name.
-        DataError: a file or row cannot be used.
-    """
-    if configs is None:
-        return stream.general
-    _once([config.name for config in configs])
-    found = [measure for config in configs for measure in _general(config)]
-    _once([measure.name for measure in found])
-    return found
-
-
-def _once(names: list[str]) -> None:
-    """ConfigError if two measures have one name."""
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"evaluation.general: two measures are called {name!r}")
 
 
 # --- where tasks come from ---
@@ -196,51 +184,3 @@ def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
 
 def _prompt(example: Example) -> Any:
     return example.text or tuple((turn.role, turn.content) for turn in example.turns[:-1])
-
-
-# --- general ability ---
-
-
-def _general(config: GeneralConfig) -> list[General]:
-    if config.kind != "lm_eval":
-        return [_from_file(config)]
-    from holdfast.evaluation.harness import check_tasks
-
-    check_tasks(config.tasks, config.include_path)
-    return [
-        General(f"{config.name}/{task}".lstrip("/"), "lm_eval", harness=config.harness | {"task": task})
-        for task in config.tasks
-    ]
-
-
-def _from_file(config: GeneralConfig) -> General:
-    assert config.kind != "lm_eval"
-    path = Path(config.path)
-    if config.kind != "choices" and path.suffix == ".txt":
-        texts = [line for line in read_text(path).splitlines() if line.strip()]
-        if not texts:
-            raise DataError(f"{path}: holds no text")
-        return General(config.name, config.kind, texts=texts[: config.rows], max_new_tokens=config.max_new_tokens)
-    rows = read_rows(path)[: config.rows]
-    if config.kind == "perplexity":
-        examples = to_examples(rows, "text", file=path)
-        return General(config.name, "perplexity", texts=[example.text or "" for example in examples])
-    if config.kind == "refusals":
-        prompts = [_asked(row, where(path, i, row)) for i, row in enumerate(rows)]
-        return General(config.name, "refusals", texts=prompts, max_new_tokens=config.max_new_tokens)
-    questions = [read_choices(row, where(path, i, row)) for i, row in enumerate(rows)]
-    if config.by == "answer":
-        return General(config.name, "choices", questions=questions)
-    dev = [] if config.demonstrations is None else read_rows(Path(config.demonstrations))
-    asked, shown = by_letter(rows, questions, dev, config.shots, path, config.demonstrations)
-    return General(config.name, "choices", questions=asked, shown=shown, by="letter")
-
-
-def _asked(row: dict[str, Any], place: str) -> str:
-    """What a row of prompt, instruction or goal (AdvBench) asks."""
-    key = next((key for key in ("prompt", "instruction", "goal") if key in row), None)
-    if key is None:
-        raise DataError(f"{place}: must have prompt, instruction or goal; found the keys {', '.join(map(repr, row))}")
-    if not isinstance(row[key], str) or not row[key].strip():
-        raise DataError(f"{place}: {key}: must be text, not {row[key]!r}")
-    return row[key]

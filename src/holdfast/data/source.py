@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import DataConfig, TaskConfig, TaskOptions
-from holdfast.data.formats import SUFFIXES, Row, asked, detect, read_rows, read_text, to_examples, where
-from holdfast.data.task import Task
+from holdfast.api.task import Task
+from holdfast.config.stream import DataConfig, TaskConfig, TaskOptions
+from holdfast.data.formats import SUFFIXES, RawRow, asked, detect, read_rows, read_text, to_examples, where
 from holdfast.errors import ConfigError, DataError, did_you_mean
-from holdfast.evaluation.scorers import SCORERS, Scorer, check_name
+from holdfast.scoring import SCORERS, Scorer, check_name
 
 SPLITS = {"train": ("train",), "eval": ("eval", "dev", "validation"), "test": ("test",)}
 
@@ -216,7 +216,7 @@ def _renamed(row: dict[str, Any], columns: dict[str, str], place: str) -> dict[s
     for column in columns:
         if column not in row:
             raise DataError(f"{place}: columns: there is no column {column!r}{did_you_mean(column, row)}")
-    renamed = Row({columns.get(key, key): value for key, value in row.items()})
+    renamed = RawRow({columns.get(key, key): value for key, value in row.items()})
     renamed.line = getattr(row, "line", None)
     if len(renamed) < len(row):
         taken = next(new for old, new in columns.items() if new in row and new not in columns and new != old)

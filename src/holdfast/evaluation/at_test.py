@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from holdfast.api.method import Method
+    from holdfast.api.rows import TokenRow
+    from holdfast.api.task import Example, Task
     from holdfast.data.encode import Encoder
-    from holdfast.data.task import Example, Task
-    from holdfast.evaluation.kept import Kept
-    from holdfast.evaluation.scorers import Scorer
-    from holdfast.evaluation.served import Served
-    from holdfast.methods.base import Method, Row
+    from holdfast.evaluation.served import EndpointModel
+    from holdfast.models.answers import AnswerCache
+    from holdfast.scoring import Scorer
 
 
 @dataclass
-class Evaluation:
+class ModelEvaluation:
     """A model to be measured, with the methods that act at test time.
 
     Attributes:
@@ -41,8 +42,8 @@ class Evaluation:
     methods: Sequence[Method] = field(default_factory=list)
     seed: int = 0
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
-    kept: Kept | None = None
-    served: Served | None = None
+    kept: AnswerCache | None = None
+    served: EndpointModel | None = None
 
     def ask(self, task: Task, example: Example, reserve: int) -> Example:
         """What the model is asked instead of a test example; ``reserve`` tokens are left for the response."""
@@ -54,11 +55,11 @@ class Evaluation:
             example = method.ask(self, task, example, fits)
         return example
 
-    def parts(self, rows: Sequence[Row]) -> Generator[list[int]]:
+    def parts(self, rows: Sequence[TokenRow]) -> Generator[list[int]]:
         """Numbers of rows that may be answered together, now; every row comes once."""
         yield from _parts(self, self.methods, rows)
 
-    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    def collate(self, rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
         """Rows padded on the right: ``input_ids``, ``attention_mask``, ``labels``, int64 [rows, seq], on the model's
         device; a row without labels is not supervised."""
         from holdfast.data.collate import Collator
@@ -68,15 +69,7 @@ class Evaluation:
         return {key: batch[key].to(self.model.device) for key in ("input_ids", "attention_mask", "labels")}
 
 
-def prompt(row: Mapping[str, Any]) -> list[int]:
-    """The tokens of a row that come before its answer; of a text, whose first or second token is supervised already,
-    all tokens."""
-    labels = row.get("labels", ())
-    first = next((place for place, label in enumerate(labels) if label != -100), len(row["input_ids"]))
-    return list(row["input_ids"][:first] if first > 1 else row["input_ids"])
-
-
-def _parts(evaluation: Evaluation, methods: Sequence[Method], rows: Sequence[Row]) -> Iterator[list[int]]:
+def _parts(evaluation: ModelEvaluation, methods: Sequence[Method], rows: Sequence[TokenRow]) -> Iterator[list[int]]:
     if not methods:
         yield list(range(len(rows)))
         return

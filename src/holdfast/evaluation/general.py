@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.data.encode import IGNORED
-from holdfast.data.task import Example, General, Turn
+from holdfast.api.rows import IGNORED
+from holdfast.api.task import Example, General, Turn
 from holdfast.errors import DataError
 from holdfast.evaluation.respond import respond, sequence_losses
-from holdfast.evaluation.scorers.refusal import is_refusal
+from holdfast.scoring.refusal import is_refusal
 
 if TYPE_CHECKING:
     from holdfast.data.encode import Encoder
-    from holdfast.evaluation.at_test import Evaluation
+    from holdfast.evaluation.at_test import ModelEvaluation
 
 
 def evaluate_general(
-    evaluation: Evaluation,
+    evaluation: ModelEvaluation,
     measures: list[General],
     *,
     on_batch: Callable[[int, int], None] | None = None,
@@ -37,7 +37,7 @@ def general_value(name: str, statistics: NDArray[np.float64]) -> float:
 
 
 def general_statistics(
-    evaluation: Evaluation,
+    evaluation: ModelEvaluation,
     measures: list[General],
     *,
     on_batch: Callable[[int, int], None] | None = None,
@@ -88,13 +88,13 @@ def general_statistics(
 
 
 def refusal_records(
-    evaluation: Evaluation, measure: General, *, on_batch: Callable[[int, int], None] | None = None
+    evaluation: ModelEvaluation, measure: General, *, on_batch: Callable[[int, int], None] | None = None
 ) -> list[dict[str, Any]]:
     """Ask a model the prompts of a measure, greedily, and tell which it refuses.
 
     Returns:
         One record a prompt, in order: row, prompt, response, and score, which is 1 for a refusal
-        (:func:`~holdfast.evaluation.scorers.refusal.is_refusal`) and 0 for anything else.
+        (:func:`~holdfast.scoring.refusal.is_refusal`) and 0 for anything else.
     """
     longest = min(measure.max_new_tokens, max(evaluation.encoder.max_length // 2, 1))
     asked = [

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.data.task import General
+from holdfast.api.method import Method
+from holdfast.api.task import General
+from holdfast.engines.process import Process
 from holdfast.errors import ConfigError, DataError, did_you_mean
-from holdfast.generation import evaluating
-from holdfast.methods.base import Method
-from holdfast.process import Process
+from holdfast.models.generation import evaluating
 
 if TYPE_CHECKING:
-    from holdfast.evaluation.at_test import Evaluation
+    from holdfast.evaluation.at_test import ModelEvaluation
 
 logger = logging.getLogger("holdfast")
 
@@ -55,7 +55,7 @@ def task_manager(include_path: str | None, names: tuple[str, ...]) -> Any:
 
 
 def harness_statistics(
-    evaluation: Evaluation, measure: General, on_batch: Callable[[int, int], None] | None = None
+    evaluation: ModelEvaluation, measure: General, on_batch: Callable[[int, int], None] | None = None
 ) -> NDArray[np.float64]:
     """Measure one task or group: of each example its score and 1, or of a perplexity nats and their tokens, words or
     bytes, [examples, 2]. The examples of a group's tasks stand one after another.
@@ -72,7 +72,7 @@ def harness_statistics(
     found = None if evaluation.kept is None else evaluation.kept.find(asked)
     if found is None:
         results = _results(evaluation, options)
-        found = Process.this().first(None if results is None else _statistics(results, options))
+        found = Process.this().broadcast(None if results is None else _statistics(results, options))
         if evaluation.kept is not None:
             evaluation.kept.add(asked, found)
     if on_batch is not None:
@@ -80,7 +80,7 @@ def harness_statistics(
     return np.array(found, dtype=np.float64)
 
 
-def _results(evaluation: Evaluation, options: Mapping[str, Any]) -> dict[str, Any] | None:
+def _results(evaluation: ModelEvaluation, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the library gives in the main process."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM

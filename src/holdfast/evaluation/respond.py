@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
-from holdfast.data.task import Example, Task, Turn
-from holdfast.evaluation.kept import Add, Kept
-from holdfast.evaluation.score import named, response_records, score_records
-from holdfast.evaluation.scorers import SCORERS
-from holdfast.evaluation.scorers.choice import ChoiceLikelihood
-from holdfast.generation import by_batch, generate, inference
+from holdfast.api.task import Example, Task, Turn
+from holdfast.models.answers import Add, AnswerCache
+from holdfast.models.generation import generate
+from holdfast.models.likelihood import token_losses
+from holdfast.scoring import SCORERS
+from holdfast.scoring.choice import ChoiceLikelihood
+from holdfast.scoring.score import named, response_records, score_records
+from holdfast.system.progress import OnBatch
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
     from holdfast.data.encode import Encoder
-    from holdfast.evaluation.at_test import Evaluation
-
-OnBatch = Callable[[int, int], None] | None
+    from holdfast.evaluation.at_test import ModelEvaluation
 Keep = Callable[[list[int], list[Any]], None]
 
 MARGIN = 8  # tokens that a response may be longer than the longest train answer
 
 
 def evaluate_task(
-    evaluation: Evaluation,
+    evaluation: ModelEvaluation,
     task: Task,
     *,
     max_new_tokens: int | None = None,
@@ -66,7 +61,7 @@ def evaluate_task(
     return score_records(task, records, scorers, evaluation.kept)
 
 
-def _losses(evaluation: Evaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
+def _losses(evaluation: ModelEvaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
     losses, counts = example_losses(evaluation, task.test, on_batch=on_batch)
     return [
         named(example) | {"nats": float(nats), "tokens": int(tokens)}
@@ -74,7 +69,7 @@ def _losses(evaluation: Evaluation, task: Task, on_batch: OnBatch) -> list[dict[
     ]
 
 
-def _choices(evaluation: Evaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
+def _choices(evaluation: ModelEvaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
     """Each choice in the place of the answer, with its negative log-likelihood."""
     encoder = evaluation.encoder
     offered = [example.choices or tuple(task.labels or ()) for example in task.test]
@@ -98,7 +93,7 @@ def _choices(evaluation: Evaluation, task: Task, on_batch: OnBatch) -> list[dict
     return records
 
 
-def _responses(evaluation: Evaluation, task: Task, max_new_tokens: int | None, on_batch: OnBatch) -> list[str]:
+def _responses(evaluation: ModelEvaluation, task: Task, max_new_tokens: int | None, on_batch: OnBatch) -> list[str]:
     """The model's response to each test example."""
     encoder = evaluation.encoder
     if max_new_tokens is None:
@@ -107,9 +102,9 @@ def _responses(evaluation: Evaluation, task: Task, max_new_tokens: int | None, o
     return respond(evaluation, asked, max_new_tokens, on_batch)
 
 
-def respond(evaluation: Evaluation, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch) -> list[str]:
+def respond(evaluation: ModelEvaluation, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch) -> list[str]:
     """The model's response to each example, greedy, without looking at its answer."""
-    encoder, kept = evaluation.encoder, evaluation.kept or Kept()
+    encoder, kept = evaluation.encoder, evaluation.kept or AnswerCache()
     if evaluation.served is not None:
         return evaluation.served.respond(encoder, asked, max_new_tokens, on_batch, kept)
     prompts = [encoder.prompt(example, reserve=max_new_tokens) for example in asked]
@@ -139,7 +134,7 @@ def response_limit(encoder: Encoder, task: Task) -> int:
 
 
 def example_losses(
-    evaluation: Evaluation,
+    evaluation: ModelEvaluation,
     examples: Sequence[Example],
     *,
     on_batch: Callable[[int, int], None] | None = None,
@@ -153,7 +148,7 @@ def example_losses(
 
 
 def sequence_losses(
-    evaluation: Evaluation,
+    evaluation: ModelEvaluation,
     encoded: Sequence[Sequence[dict[str, Any]]],
     *,
     on_batch: Callable[[int, int], None] | None = None,
@@ -172,7 +167,7 @@ def sequence_losses(
             on_losses=on_losses,
         )
 
-    kept, ask = evaluation.kept or Kept(), _in_parts(evaluation, rows, on_batch, work)
+    kept, ask = evaluation.kept or AnswerCache(), _in_parts(evaluation, rows, on_batch, work)
     found = kept.complete([["loss", row["input_ids"], row["labels"]] for row in rows], ask)
     loss_sums, token_sums = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
     np.add.at(loss_sums, owner, [nats for nats, _ in found])
@@ -181,7 +176,7 @@ def sequence_losses(
 
 
 def _in_parts(
-    evaluation: Evaluation,
+    evaluation: ModelEvaluation,
     rows: Sequence[dict[str, Any]],
     on_batch: OnBatch,
     work: Callable[[list[int], OnBatch, Keep], None],
@@ -211,66 +206,3 @@ def _keep(add: Add, numbers: list[int]) -> Keep:
 def _from(on_batch: OnBatch, done: int, total: int) -> OnBatch:
     """Counts of a part as counts of the whole."""
     return None if on_batch is None else lambda below, _: on_batch(done + below, total)
-
-
-def token_losses(
-    model: PreTrainedModel | PeftModel,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    batch_size: int,
-    pad_token_id: int,
-    on_batch: Callable[[int, int], None] | None = None,
-    on_losses: Callable[[list[int], list[tuple[float, int]]], None] | None = None,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Negative log-likelihood of the supervised tokens of each sequence, teacher-forced.
-
-    Sequences that differ in their last token alone, such as a question with one letter or another, are read once.
-
-    Args:
-        rows: sequences with ``input_ids`` and ``labels`` of the same length; a label of -100 is not supervised, nor
-            is the first token, which nothing predicts.
-        batch_size: different sequences in one forward pass.
-        pad_token_id: fills short sequences on the right; masked, so any id of the vocabulary will do.
-        on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
-        on_losses: called before that with the numbers of the batch's sequences, and the nats and tokens of each.
-
-    Returns:
-        Sums in nats (log-probabilities in float32, summed in float64) and counts of tokens, both ``[rows]``.
-    """
-    losses, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for i, row in enumerate(rows):
-        alike.setdefault(tuple(row["input_ids"][:-1]), []).append(i)
-    groups = sorted(alike.values(), key=lambda group: -len(rows[group[0]]["input_ids"]))
-    with inference(model):
-
-        def answers(batch: list[int]) -> list[list[tuple[float, int]]]:
-            read = [list(rows[groups[number][0]]["input_ids"]) for number in batch]
-            padding = [len(read[0]) - len(ids) for ids in read]
-            ids, mask = (
-                torch.tensor(values, device=model.device)
-                for values in (
-                    [ids + [pad_token_id] * p for ids, p in zip(read, padding, strict=True)],
-                    [[1] * len(ids) + [0] * p for ids, p in zip(read, padding, strict=True)],
-                )
-            )
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [batch, seq, vocab]
-            return [[loss(i, logit) for i in groups[number]] for number, logit in zip(batch, logits, strict=True)]
-
-        def loss(i: int, logit: torch.Tensor) -> tuple[float, int]:
-            label = torch.tensor(rows[i]["labels"][1:], device=logit.device, dtype=torch.int64)
-            supervised = label != -100
-            nats = F.cross_entropy(logit[: len(label)][supervised].float(), label[supervised], reduction="none")
-            return float(nats.cpu().double().sum()), len(nats)
-
-        done = 0
-        for batch, found in by_batch(range(len(groups)), batch_size, answers):
-            numbers = [i for number in batch for i in groups[number]]
-            pairs = [pair for group in found for pair in group]
-            losses[numbers], counts[numbers] = zip(*pairs, strict=True)
-            done += len(numbers)
-            if on_losses is not None:
-                on_losses(numbers, pairs)
-            if on_batch is not None:
-                on_batch(done, len(rows))
-    return losses, counts

@@ -6,18 +6,19 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.data.encode import Encoder, begin_tokens
-from holdfast.data.task import Example
-from holdfast.endpoint import Endpoint, NoRouteError
-from holdfast.evaluation.kept import Add, Kept
+from holdfast.api.task import Example
+from holdfast.data.encode import Encoder
+from holdfast.models.answers import Add, AnswerCache
+from holdfast.models.endpoint import Endpoint, NoRouteError
+from holdfast.models.pretrained import begin_tokens
 
 if TYPE_CHECKING:
-    from holdfast.evaluation.respond import OnBatch
+    from holdfast.system.progress import OnBatch
 
 logger = logging.getLogger("holdfast")
 
 
-class Served:
+class EndpointModel:
     """A model behind an OpenAI-compatible endpoint.
 
     Prompts go as text to ``/completions``, as the run renders them: the same tokens as in process, wherever the
@@ -35,7 +36,7 @@ class Served:
         asked: Sequence[Example],
         max_new_tokens: int,
         on_batch: OnBatch,
-        kept: Kept,
+        kept: AnswerCache,
     ) -> list[str]:
         """The model's response to each example, greedy; answers are kept as they come.
 
@@ -52,7 +53,7 @@ class Served:
                 logger.warning("%s; asked by chat instead, where the server's own template makes the prompts", error)
 
     def _complete(
-        self, encoder: Encoder, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch, kept: Kept
+        self, encoder: Encoder, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch, kept: AnswerCache
     ) -> list[str]:
         prompts = [encoder.prompt(example, reserve=max_new_tokens) for example in asked]
         texts = [prompt_text(encoder, ids) for ids in prompts]
@@ -62,7 +63,7 @@ class Served:
         return self._all(self.endpoint.complete, texts, max_new_tokens, on_batch, kept)
 
     def _chat(
-        self, encoder: Encoder, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch, kept: Kept
+        self, encoder: Encoder, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch, kept: AnswerCache
     ) -> list[str]:
         turns = [[{"role": t.role, "content": t.content} for t in example.turns[:-1]] for example in asked]
         return self._all(self.endpoint.chat, turns, max_new_tokens, on_batch, kept)
@@ -73,7 +74,7 @@ class Served:
         questions: Sequence[Any],
         max_new_tokens: int,
         on_batch: OnBatch,
-        kept: Kept,
+        kept: AnswerCache,
     ) -> list[str]:
         def ask(left: list[int], add: Add) -> None:
             done = len(questions) - len(left)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from holdfast.lab.tokenizer import domain_token
+from holdfast.data.tokens.domains import domain_token
 
 TASKS = ("add", "reversal", "sort", "modadd")
 MODULUS = 10  # modadd is modulo this to the power of the digits

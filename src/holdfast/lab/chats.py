@@ -7,15 +7,15 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from holdfast.data.chronicle import chronicle, general_text, lasting_questions
+from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
 from holdfast.data.formats import read_rows
-from holdfast.data.task import Example, Turn
-from holdfast.evaluation.at_test import Evaluation
+from holdfast.data.streams.chronicle.stream import chronicle, general_text, lasting_questions
+from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.respond import example_losses
-from holdfast.files import whole_folder, write_jsonl
 from holdfast.lab.tokenizer import train_tokenizer
-from holdfast.model import context
+from holdfast.models.head import context
+from holdfast.system.files import whole_folder, write_jsonl
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q: {% else %}A: {% endif %}"
@@ -73,7 +73,9 @@ def measure_chats(folder: Path, chats: Path) -> dict[str, float]:
         chats: the folder ``chats`` that :func:`write_chats` wrote.
     """
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    evaluation = Evaluation(model, Encoder(tokenizer, max_length=context(model) or 64, template="chat"), batch_size=128)
+    evaluation = ModelEvaluation(
+        model, Encoder(tokenizer, max_length=context(model) or 64, template="chat"), batch_size=128
+    )
     rows = [(row["prompt"], row["answer"]) for row in read_rows(chats / "test.jsonl")]
     turns = [(Turn("user", question), Turn("assistant", answer)) for question, answer in rows]
     nats, tokens = example_losses(evaluation, [Example("test.jsonl", row, turn) for row, turn in enumerate(turns)])

@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from holdfast.config import FREE, Engine, Named, NamedField, Section, as_methods, as_tuner, load
+from holdfast.config.reading import load
+from holdfast.config.run import as_methods, as_tuner
+from holdfast.config.section import FREE, Named, NamedField, Section
+from holdfast.config.training import Engine
 
 
 class SizeConfig(Section):

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 import holdfast
-from holdfast.config import Named, Section, as_named, load
-from holdfast.directory import slug
+from holdfast.config.reading import load
+from holdfast.config.section import Named, Section, as_named
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.grid import Grid, cells
 from holdfast.lab.findings import Finding, matching
 from holdfast.lab.regression import RegressionConfig
-from holdfast.lab.sources import Data, Files, data_of, digest
-from holdfast.lab.tables import Row
+from holdfast.lab.sources import Data, Files, digest
+from holdfast.lab.tables import TableRow
+from holdfast.records.directory import slug
+from holdfast.sweep.grid import Grid, cells
 
 DONE = "done.json"  # written last into a run's folder: what was measured of its model beside the losses
 
@@ -81,7 +80,7 @@ class Experiment(Section):
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedLabRun:
     """One run of the grid.
 
     Attributes:
@@ -93,15 +92,15 @@ class Planned:
 
     group: str
     command: str
-    own: Row
-    inherited: Row
+    own: TableRow
+    inherited: TableRow
     seed: int
     config: dict[str, Any] = field(repr=False)
-    parent: Planned | None = field(repr=False)
+    parent: PlannedLabRun | None = field(repr=False)
     key: str
 
     @property
-    def columns(self) -> Row:
+    def columns(self) -> TableRow:
         return self.inherited | self.own
 
     @property
@@ -149,21 +148,21 @@ def load_experiment(source: str | Path | dict[str, Any], overrides: list[str] | 
     return experiment
 
 
-def expand(experiment: Experiment, data: Data, seeds: Sequence[int] | None = None) -> list[Planned]:
+def expand(experiment: Experiment, data: Data, seeds: Sequence[int] | None = None) -> list[PlannedLabRun]:
     """Every run of the grid, each after the one that it goes on from.
 
     Raises:
         ConfigError: a value stands for a token file that there is not, or no model is there to go on from.
     """
     basis = [experiment.data.name, data.identity()]
-    done: dict[str, list[Planned]] = {}
+    done: dict[str, list[PlannedLabRun]] = {}
     for name, group in experiment.runs.items():
         done[name] = []
         for seed in experiment.seeds if seeds is None else seeds:
             for columns, patch in _cells(group):
                 common = experiment.common if group.command == "pretrain" else {}
                 config = merge(merge(merge(common, group.config), patch), {"seed": seed})
-                parents: list[Planned | None] = [None]
+                parents: list[PlannedLabRun | None] = [None]
                 if group.origin is not None:
                     parents = [p for p in done[group.origin] if p.seed == seed and _fits(p, group, columns)]
                     if not parents:
@@ -172,11 +171,11 @@ def expand(experiment: Experiment, data: Data, seeds: Sequence[int] | None = Non
                     inherited = {} if parent is None else _inherited(parent, group)
                     full = config if parent is None else config | {"model": {"path": parent.key}}
                     key = digest([basis, full])
-                    done[name].append(Planned(name, group.command, columns, inherited, seed, full, parent, key))
+                    done[name].append(PlannedLabRun(name, group.command, columns, inherited, seed, full, parent, key))
     return list(itertools.chain(*done.values()))
 
 
-def resolve(run: Planned, files: Files, cache: Path) -> dict[str, Any]:
+def resolve(run: PlannedLabRun, files: Files, cache: Path) -> dict[str, Any]:
     """The run's configuration, with paths for names.
 
     Raises:
@@ -200,63 +199,6 @@ def resolve(run: Planned, files: Files, cache: Path) -> dict[str, Any]:
     return config | {"output": str(run.folder(cache))}
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a group of runs takes: ``tokens`` and ``flops`` are None where only a loss or the data's size decides."""
-
-    group: str
-    runs: int
-    parameters: tuple[int, int]
-    tokens: int | None
-    flops: float | None
-
-
-def check_experiment(experiment: Experiment) -> list[Cost]:
-    """Validate every run of the grid without any data, and count what it would take.
-
-    Returns:
-        of each group: runs, least and most parameters (the embeddings counted once; 0 where the model comes from
-        elsewhere), tokens trained on at most, and 6 x parameters x tokens operations, rehearsal apart.
-
-    Raises:
-        ConfigError: a key of a run is wrong, or its method does not go with its tuner.
-    """
-    from holdfast import methods, tuners
-    from holdfast.compatibility import refusal
-    from holdfast.config import load_config
-    from holdfast.lab.config import load_lab_config
-
-    if not experiment.runs:
-        return []
-    data = data_of(experiment.data, "experiment")
-    files = {name: Path("tokens", name) for name in data.names()}
-    costs: dict[str, list[tuple[int, float | None]]] = {name: [] for name in experiment.runs}
-    sizes: dict[str, int] = {}
-    for run in expand(experiment, data):
-        try:
-            resolved = resolve(run, files, Path("runs"))
-            config = load_lab_config(resolved) if run.command == "pretrain" else load_config(resolved)
-            chosen = methods.build([(method.name, method.options) for method in config.method])
-            if config.tuner is not None:
-                tuners.build(config.tuner)
-                refused = [reason for method in chosen if (reason := refusal(method, config.tuner.name))]
-                if refused:
-                    raise ConfigError(f"tuner: {refused[0]}")
-        except ConfigError as error:
-            raise ConfigError(f"{run.name}: {error}") from None
-        if run.command == "run" and run.parent is None:
-            sizes[run.key] = 0
-        elif run.parent is None:
-            sizes[run.key] = _parameters(json.dumps(resolved["model"]), data.vocabulary(), resolved["context"])
-        else:
-            sizes[run.key] = sizes[run.parent.key]
-        size = sizes[run.key]
-        stop = resolved.get("stop", {})
-        bounds = [stop.get("tokens", 0), stop.get("tokens_per_parameter", 0) * size]
-        costs[run.group].append((size, min((bound for bound in bounds if bound), default=None)))
-    return [_cost(group, runs) for group, runs in costs.items()]
-
-
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """``below`` with what ``above`` says; sections are merged key by key, anything else is replaced."""
     merged = dict(below)
@@ -266,7 +208,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _cells(group: Group) -> Iterator[tuple[Row, dict[str, Any]]]:
+def _cells(group: Group) -> Iterator[tuple[TableRow, dict[str, Any]]]:
     """Columns of each cell of a grid, and what it changes."""
     for cell in cells(group.grid):
         patch: dict[str, Any] = {}
@@ -281,35 +223,11 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return {first: _nested(rest, value) if rest else value}
 
 
-def _fits(parent: Planned, group: Group, columns: Row) -> bool:
+def _fits(parent: PlannedLabRun, group: Group, columns: TableRow) -> bool:
     same = all(parent.columns.get(name, columns.get(name)) == columns.get(name) for name in group.match)
     return same and bool(matching([parent.columns], group.where))
 
 
-def _inherited(parent: Planned, group: Group) -> Row:
+def _inherited(parent: PlannedLabRun, group: Group) -> TableRow:
     own = {f"{parent.group}_{name}": value for name, value in parent.own.items() if name not in group.match}
     return parent.inherited | own
-
-
-@cache
-def _parameters(size: str, vocab_size: int, context: int) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from holdfast.lab.architecture import architecture, counted_parameters
-    from holdfast.lab.config import SizeConfig
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            architecture(SizeConfig.model_validate_json(size), vocab_size, context)
-        )
-    return counted_parameters(model)
-
-
-def _cost(group: str, runs: list[tuple[int, float | None]]) -> Cost:
-    sizes = [size for size, _ in runs]
-    known = [(size, tokens) for size, tokens in runs if tokens is not None]
-    bounded = len(known) == len(runs)
-    tokens = round(sum(tokens for _, tokens in known)) if bounded else None
-    flops = sum(6.0 * size * tokens for size, tokens in known) if bounded else None
-    return Cost(group, len(runs), (min(sizes), max(sizes)), tokens, flops)

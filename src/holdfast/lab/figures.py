@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.lab.derived import interval
 from holdfast.lab.findings import matching
-from holdfast.lab.tables import Row, distinct, select
+from holdfast.lab.tables import TableRow, distinct, select
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Rows = Sequence[Row]
+Rows = Sequence[TableRow]
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = (

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from holdfast.config import Section
+from holdfast.config.section import Section
 from holdfast.lab.derived import interval, slope
-from holdfast.lab.tables import Row, distinct
+from holdfast.lab.tables import TableRow, distinct
 
-Rows = Sequence[Row]
+Rows = Sequence[TableRow]
 
 
 class Share(Section):
@@ -87,7 +87,7 @@ def judge(finding: Finding, rows: Rows) -> dict[str, Any]:
     return found | {"estimate": mean, "low": low, "high": high, "seeds": len(estimates), "verdict": verdict}
 
 
-def matching(rows: Rows, where: dict[str, Any]) -> list[Row]:
+def matching(rows: Rows, where: dict[str, Any]) -> list[TableRow]:
     """The rows whose columns have the values; a list of values means any of them."""
     return [
         row

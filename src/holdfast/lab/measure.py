@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.generation import inference
-from holdfast.lab.tokens import TokenRows
+from holdfast.data.tokens.file import TokenRows
+from holdfast.engines.pieces import full, reshard
+from holdfast.engines.process import Process
 from holdfast.losses import chunked_kl
 from holdfast.losses.chunked import CHUNK_SIZE, Head
-from holdfast.model import base, hidden_only, whole_head
-from holdfast.process import Process
-from holdfast.shards import at_rest, full
+from holdfast.models.generation import inference
+from holdfast.models.head import base, hidden_only, whole_head
 
 Weights = dict[str, Tensor]
 """A model's weights by name, float32 on the CPU, without what a tuner added."""
@@ -95,7 +95,7 @@ class Measures:
                         logit_scale=own.logit_scale,
                     )
                     sums[4:] += counts * torch.stack([total.cpu(), count.cpu()])
-        loss, tokens, second, second_tokens, kl, kl_tokens = self._process.sum(sums).tolist()
+        loss, tokens, second, second_tokens, kl, kl_tokens = self._process.all_reduce_sum(sums).tolist()
         return {
             "loss": loss / tokens,
             "second_half": second / second_tokens,
@@ -119,7 +119,7 @@ def _token_nll(hidden: Tensor, layer: Head, targets: Tensor) -> Tensor:
 
 def weights_of(model: nn.Module) -> Weights:
     """A copy of a model's weights."""
-    at_rest(model)
+    reshard(model)
     return {name: full(p.detach()).to("cpu", torch.float32, copy=True) for name, p in base(model).named_parameters()}
 
 
@@ -130,7 +130,7 @@ def distances(model: nn.Module, start: Weights, init: Weights | None) -> dict[st
     The update of LoRA and its kin counts as part of the weight that it changes. None where there are no initial
     weights to compare with, or a tuner's own weights change the model in another way.
     """
-    at_rest(model)
+    reshard(model)
     effective = _effective(model)
     if effective is None:
         return {"norm": None, "from_start": None, "from_init": None}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.lab.tokens import TokenRows
+from holdfast.data.tokens.file import TokenRows
 
 PATTERN = 1 << 16
 """Sequences after which the turns of the files repeat: shares are exact to 1 / PATTERN."""

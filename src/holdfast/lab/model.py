@@ -8,18 +8,18 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from holdfast.attention import fastest
-from holdfast.config import ModelConfig
-from holdfast.data.encode import load_tokenizer
-from holdfast.directory import RunDirectory
-from holdfast.engines import loaded, loading
+from holdfast.config.model import ModelConfig
+from holdfast.data.tokens.file import TokenFile
+from holdfast.engines.fsdp2 import prepare_loaded, sharded_loading_options
+from holdfast.engines.whole import fingerprint
 from holdfast.errors import ConfigError
-from holdfast.files import read_json, write_json
 from holdfast.lab.architecture import new_model
 from holdfast.lab.config import LabConfig, SizeConfig
 from holdfast.lab.measure import Weights, weights_of
-from holdfast.lab.tokens import TokenFile
-from holdfast.shards import fingerprint
+from holdfast.models.attention import fastest
+from holdfast.models.pretrained import load_tokenizer
+from holdfast.records.directory import RunDirectory
+from holdfast.system.files import read_json, write_json
 
 NOTE = "lab.json"
 
@@ -49,7 +49,7 @@ def make_model(
     size = config.model
     attention = size.attention or fastest(config.training.precision)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    options |= loading(config.training.engine)
+    options |= sharded_loading_options(config.training.engine)
     if size.path is None:
         model = new_model(size, tokenizer, config.context, config.seed, attention)
         start = weights_of(model)
@@ -61,7 +61,7 @@ def make_model(
     reads = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if reads is not None and reads < config.context:
         raise ConfigError(f"context: {config.context} is more than the {reads} tokens that {size.path!r} reads")
-    loaded(model)
+    prepare_loaded(model)
     return model, weights_of(model), initial_weights(Path(size.path), tokenizer)
 
 
@@ -74,7 +74,7 @@ def _divided(model: Any, options: dict[str, Any], directory: RunDirectory) -> An
         model.save_pretrained(folder)
     directory.process.wait()
     divided = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **options)
-    loaded(divided)
+    prepare_loaded(divided)
     directory.process.wait()
     if directory.process.main:
         shutil.rmtree(folder)

@@ -15,25 +15,25 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from holdfast import methods, tuners
-from holdfast.arguments import training_arguments
-from holdfast.chunked_trainer import ChunkedLossTrainer
-from holdfast.compatibility import refusal
-from holdfast.directory import RunDirectory, open_directory
+from holdfast.data.tokens.file import TokenFile
+from holdfast.engines.pieces import is_divided
+from holdfast.engines.process import Process
+from holdfast.engines.profiles import check_engine
 from holdfast.errors import ConfigError, Interrupted
-from holdfast.files import read_json, read_jsonl, write_jsonl
-from holdfast.interrupt import Interrupt
 from holdfast.lab.architecture import counted_parameters
 from holdfast.lab.config import LabConfig, load_lab_config
 from holdfast.lab.measure import Measures, distances
 from holdfast.lab.mixture import Mixture
 from holdfast.lab.model import make_model, tokenizer_of, write_note
-from holdfast.lab.tokens import TokenFile
-from holdfast.process import Process
-from holdfast.progress import Bar, Progress
-from holdfast.setup import RESERVED, check_arguments, check_engine
-from holdfast.shards import is_divided
-from holdfast.stage import newest_whole_checkpoint
-from holdfast.trainer import continual
+from holdfast.methods.compatibility import refusal
+from holdfast.records.directory import RunDirectory, open_directory
+from holdfast.system.files import read_json, read_jsonl, write_jsonl
+from holdfast.system.interrupt import Interrupt
+from holdfast.system.progress import Bar, Progress
+from holdfast.training.arguments import RESERVED, check_arguments, training_arguments
+from holdfast.training.checkpoint import newest_whole_checkpoint
+from holdfast.training.chunked_trainer import ChunkedLossTrainer
+from holdfast.training.trainer import continual
 
 ENDLESS = 1 << 40
 """Sequences of a run that only its loss or the clock ends."""
@@ -153,7 +153,7 @@ class LabRun:
         )
         trainer.remove_callback(PrinterCallback)
         main = self.process.main
-        checkpoint = self.process.first(newest_whole_checkpoint(self.path / "checkpoint") if main else None)
+        checkpoint = self.process.broadcast(newest_whole_checkpoint(self.path / "checkpoint") if main else None)
         self.rewind(checkpoint)
         title = f"{'go on' if config.model.path else 'pretrain'} {self.path.name}"
         if checkpoint:
@@ -249,7 +249,7 @@ class LabRun:
         stop, watched = self.config.stop, self.config.watched
         if step == steps:
             return self.bound
-        if stop.seconds and self.process.sum(torch.tensor(float(self.seconds >= stop.seconds))) > 0:
+        if stop.seconds and self.process.all_reduce_sum(torch.tensor(float(self.seconds >= stop.seconds))) > 0:
             return "seconds"
         if (stop.loss or stop.patience) and self.evaluations[-1]["step"] == step:
             losses = [evaluation["domains"][watched]["loss"] for evaluation in self.evaluations]

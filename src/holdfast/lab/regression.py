@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast.config import Section
+from holdfast.config.section import Section
 
 Network = list[tuple[Tensor, Tensor]]  # weight [particles, in, out] and bias [particles, 1, out] of each layer
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from holdfast.errors import ConfigError, DataError
-from holdfast.files import whole_folder
+from holdfast.system.files import whole_folder
 
 
 def pretrain_small(

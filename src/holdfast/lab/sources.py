@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from holdfast.config import Named, Section, validate
+from holdfast.config.reading import validate
+from holdfast.config.section import Named, Section
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.files import whole_folder, write_jsonl
+from holdfast.system.files import whole_folder, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -80,8 +81,8 @@ class Texts(Data):
         return self.vocab_size
 
     def prepare(self, folder: Path) -> Files:
+        from holdfast.data.tokens.file import build_tokens
         from holdfast.lab.tokenizer import train_tokenizer
-        from holdfast.lab.tokens import build_tokens
 
         domains = list(dict.fromkeys(source.domain for source in self.files.values() if source.domain))
         tokenizer = _tokenizer(
@@ -161,8 +162,8 @@ class Arithmetic(Data):
         return len(signs())
 
     def prepare(self, folder: Path) -> Files:
+        from holdfast.data.tokens.file import build_tokens
         from holdfast.lab import arithmetic
-        from holdfast.lab.tokens import build_tokens
 
         tokenizer = _tokenizer(folder, arithmetic.arithmetic_tokenizer)
         for task in arithmetic.TASKS:
@@ -177,8 +178,8 @@ class Arithmetic(Data):
         """``accuracy_TASK``: share of test rows whose answer greedy decoding gets right."""
         from transformers import AutoModelForCausalLM
 
+        from holdfast.data.tokens.file import TokenFile
         from holdfast.lab import arithmetic
-        from holdfast.lab.tokens import TokenFile
 
         network = AutoModelForCausalLM.from_pretrained(model)
         right = {}
@@ -203,8 +204,8 @@ class Chats(Data):
         return self.vocab_size
 
     def prepare(self, folder: Path) -> Files:
+        from holdfast.data.tokens.file import build_tokens
         from holdfast.lab.chats import chat_tokenizer, write_chats
-        from holdfast.lab.tokens import build_tokens
 
         texts = folder / "texts"
         if not texts.exists():
@@ -298,7 +299,7 @@ def write_dialects(folder: Path, size: int = 600) -> None:
     The first is chronicle's general text. The second is that of another world, each word of which became another by a
     fixed rule: same grammar, other words and facts.
     """
-    from holdfast.data.chronicle import chronicle, general_text
+    from holdfast.data.streams.chronicle.stream import chronicle, general_text
 
     says: tuple[Callable[[str], str], ...] = (str, dialect)
     with whole_folder(folder) as partial:

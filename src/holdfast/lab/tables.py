@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import DataError
-from holdfast.files import write_text
+from holdfast.system.files import write_text
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
-def write_table(path: Path, rows: Sequence[Row]) -> None:
+def write_table(path: Path, rows: Sequence[TableRow]) -> None:
     """Write rows whole; the columns are those of all rows, in the order in which they first come."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
@@ -25,7 +25,7 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     write_text(path, text.getvalue())
 
 
-def read_table(path: Path) -> list[Row]:
+def read_table(path: Path) -> list[TableRow]:
     """Read what :func:`write_table` wrote; an empty cell is None.
 
     Raises:
@@ -37,12 +37,12 @@ def read_table(path: Path) -> list[Row]:
         return [{column: _value(text) for column, text in row.items()} for row in csv.DictReader(file)]
 
 
-def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+def select(rows: Iterable[TableRow], **wanted: Any) -> list[TableRow]:
     """The rows that have these values."""
     return [row for row in rows if all(row.get(column) == value for column, value in wanted.items())]
 
 
-def distinct(rows: Iterable[Row], column: str) -> list[Any]:
+def distinct(rows: Iterable[TableRow], column: str) -> list[Any]:
     """The values of a column, in the order in which they first come; empty cells are passed over."""
     return list(dict.fromkeys(row[column] for row in rows if row.get(column) is not None))
 

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from holdfast.data.tokens.domains import DOMAIN, domain_token
 from holdfast.errors import ConfigError
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 WRITTEN = {"tokenizer.json", "tokenizer_config.json"}  # by save_pretrained
 SMALLEST = 256 + len((BOS, EOS, PAD))  # every byte, and the special tokens
-
-_DOMAIN = re.compile(r"[\w.-]+")
-_DOMAIN_TOKEN = re.compile(rf"<\|({_DOMAIN.pattern})\|>")
-
-
-def domain_token(name: str) -> str:
-    """The special token that stands for a domain, or is reserved for one: ``<|NAME|>``."""
-    return f"<|{name}|>"
-
-
-def domain_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """The domains of a tokenizer, and the ids of their tokens: of all special tokens of the form ``<|NAME|>``."""
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    names = {id: _DOMAIN_TOKEN.fullmatch(token.content) for id, token in added.items() if token.special}
-    return {name[1]: id for id, name in names.items() if name}
 
 
 def require_replaceable(folder: Path) -> None:
@@ -64,7 +49,7 @@ def train_tokenizer(
     """
     names = [*domains, *(f"reserved_{number}" for number in range(reserved))]
     for name in names:
-        if not _DOMAIN.fullmatch(name):
+        if not DOMAIN.fullmatch(name):
             raise ConfigError(f"domain: {name!r} must be made of letters, digits, '_', '.' and '-'")
         if names.count(name) > 1:
             raise ConfigError(f"domain: {name!r} is given twice, or is the name of a reserved token")

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from holdfast.files import whole_folder, write_jsonl
+from holdfast.system.files import whole_folder, write_jsonl
 
-Row = dict[str, Any]
+VerilogRow = dict[str, Any]
 QUESTIONS = {
     "mmlu": ("cais/mmlu", "all", "test"),
     "arc": ("allenai/ai2_arc", "ARC-Challenge", "test"),
@@ -47,7 +47,7 @@ def write_verilog(folder: Path, rows: int, test_rows: int, documents: int, quest
             write_jsonl(partial / "choices" / f"{name}.jsonl", known[:: max(1, len(known) // questions)][:questions])
 
 
-def pairs(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
+def pairs(rows: Iterable[VerilogRow]) -> Iterator[tuple[str, str]]:
     """(request, program) of PyraNet's rows that compile and hold a described, whole module; others are passed over."""
     for row in rows:
         try:
@@ -63,7 +63,7 @@ def pairs(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
             yield f"Write the following Verilog program. {described}", code
 
 
-def question(row: Row) -> Row:
+def question(row: VerilogRow) -> VerilogRow:
     """A row of MMLU, ARC or CommonsenseQA as question, choices and answer (its index)."""
     choices = row["choices"]
     if isinstance(choices, dict):
@@ -75,7 +75,7 @@ def question(row: Row) -> Row:
     return {"question": row["question"], "choices": list(choices), "answer": row["answer"]}
 
 
-def _rows(dataset: str, subset: str | None, split: str) -> Iterator[Row]:
+def _rows(dataset: str, subset: str | None, split: str) -> Iterator[VerilogRow]:
     from datasets import load_dataset
 
     from holdfast.errors import DataError

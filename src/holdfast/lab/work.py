@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from holdfast.config import Named, load_config
-from holdfast.files import read_json, read_jsonl, write_json, write_text
-from holdfast.lab.derived import above_front, compute_multiplier, loss_at_matched
-from holdfast.lab.experiment import DONE, Experiment, Planned, expand, resolve
+from holdfast.config.run import load_config
+from holdfast.config.section import Named
+from holdfast.lab.experiment import DONE, Experiment, PlannedLabRun, expand, resolve
 from holdfast.lab.findings import judge, markdown
 from holdfast.lab.regression import RegressionConfig
+from holdfast.lab.results import score_columns, tables
 from holdfast.lab.sources import Files, data_of, digest
-from holdfast.lab.tables import Row, read_table, write_table
-from holdfast.pool import Pool
-from holdfast.progress import Progress
+from holdfast.lab.tables import TableRow, read_table, write_table
+from holdfast.system.files import write_json, write_text
+from holdfast.system.pool import Pool
+from holdfast.system.progress import Progress
 
 RESULTS, CURVES = "results.csv", "curves.csv"
 
@@ -49,7 +49,7 @@ def run_experiment(
         Interrupted: SIGINT or SIGTERM asked it to stop; the same call continues.
     """
     progress = progress or Progress()
-    curves: list[Row] = []
+    curves: list[TableRow] = []
     if experiment.slices_of is not None:
         results = read_table(out.parents[2] / experiment.slices_of / "results" / out.name / RESULTS)
     elif experiment.regression is not None:
@@ -87,94 +87,16 @@ def redraw(experiment: Experiment, out: Path) -> list[dict[str, Any]]:
     return findings
 
 
-def tables(experiment: Experiment, runs: Sequence[Planned], cache: Path) -> tuple[list[Row], list[Row]]:
-    """A row a run and, where the experiment asks for curves, a row an evaluation, of runs that are done.
-
-    Of each domain ``DOMAIN_start``, ``DOMAIN_loss`` (at the end) and ``DOMAIN_kl``, in nats a token. Of a run that goes
-    on from another: ``forgetting``, the rise of the old domain's loss; ``learned``, the fall of the new one's;
-    ``forgetting_matched``, that rise where the new domain's loss came to ``matched``; ``compute_multiplier``, over the
-    evaluations of the run that it goes on from; ``above_front``, over the front of its seed.
-    """
-    results: list[Row] = []
-    curves: list[Row] = []
-    for run in runs:
-        folder = run.folder(cache)
-        columns = {"group": run.group, **run.columns, "seed": run.seed, "run": run.key}
-        if run.command == "run":
-            results.append(columns | _scores(read_json(folder / "matrix.json")) | read_json(folder / DONE))
-            continue
-        result, evaluations = read_json(folder / "result.json"), read_jsonl(folder / "evaluations.jsonl")
-        losses = _losses(evaluations)
-        row = columns | {key: result[key] for key in ("parameters", "tokens", "seconds", "stop")}
-        for name, values in losses.items():
-            kl = evaluations[-1]["domains"][name]["kl"]
-            row |= {f"{name}_start": values[0], f"{name}_loss": values[-1], f"{name}_kl": kl}
-        if run.parent is not None and experiment.old in losses and experiment.new in losses:
-            before = read_jsonl(run.parent.folder(cache) / "evaluations.jsonl")
-            row |= _changes(experiment, losses[experiment.old], losses[experiment.new], before)
-        results.append(row | read_json(folder / DONE))
-        for i, evaluation in enumerate(evaluations if experiment.curves else []):
-            at = {key: evaluation[key] for key in ("step", "tokens", "seconds")}
-            curves.append(columns | at | {f"{name}_loss": values[i] for name, values in losses.items()})
-    if experiment.front is not None:
-        _measure_over_front(results, experiment.front, f"{experiment.new}_loss", f"{experiment.old}_loss")
-    return results, curves
-
-
-def _losses(evaluations: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The loss of each domain at each evaluation."""
-    return {name: [e["domains"][name]["loss"] for e in evaluations] for name in evaluations[0]["domains"]}
-
-
-def _changes(experiment: Experiment, old: list[float], new: list[float], before: list[dict[str, Any]]) -> Row:
-    row: Row = {"forgetting": old[-1] - old[0], "learned": new[0] - new[-1]}
-    if experiment.matched is not None:
-        matched = loss_at_matched(new, old, experiment.matched)
-        row["forgetting_matched"] = None if matched is None else matched - old[0]
-    pretraining = _losses(before)
-    if experiment.old in pretraining:
-        tokens = [evaluation["tokens"] for evaluation in before]
-        row["compute_multiplier"] = compute_multiplier(tokens, pretraining[experiment.old], old[-1])
-    return row
-
-
-def _measure_over_front(results: list[Row], group: str, new: str, old: str) -> None:
-    for row in results:
-        front = [(at[new], at[old]) for at in results if at["group"] == group and at["seed"] == row["seed"]]
-        if row["group"] != group and len(front) > 1:
-            row["above_front"] = above_front(front, (row[new], row[old]))
-
-
-def _scores(matrix: dict[str, Any]) -> Row:
-    """Of a run of one stage, before and after: losses as of a laboratory run, other scores ``NAME_start`` and ``NAME``.
-
-    ``choices_start``, ``choices`` and ``choices_lost``, the first less the second, are means over all multiple choice.
-    """
-    columns: Row = {}
-    for name, start, end in zip(matrix["tasks"], *matrix["scores"], strict=True):
-        columns |= {f"{name}_start": start, f"{name}_loss" if matrix["metrics"][name] == "loss" else name: end}
-    shares = []
-    for name, (start, end) in matrix["general"].items():
-        measure = name.removeprefix("perplexity/")
-        if measure != name:
-            columns |= {f"{measure}_start": math.log(start), f"{measure}_loss": math.log(end)}
-        else:
-            columns |= {f"{measure}_start": start, measure: end}
-            shares.append((start, end))
-    if shares:
-        start, end = (sum(values) / len(shares) for values in zip(*shares, strict=True))
-        columns |= {"choices_start": start, "choices": end, "choices_lost": start - end}
-    return columns
-
-
-def _regressions(config: RegressionConfig, seeds: Sequence[int], progress: Progress) -> tuple[list[Row], list[Row]]:
+def _regressions(
+    config: RegressionConfig, seeds: Sequence[int], progress: Progress
+) -> tuple[list[TableRow], list[TableRow]]:
     import torch
 
     from holdfast.lab.regression import experiment
 
     torch.set_num_threads(1)
-    results: list[Row] = []
-    curves: list[Row] = []
+    results: list[TableRow] = []
+    curves: list[TableRow] = []
     for seed in seeds:
         progress.line(f"regression, seed {seed}")
         rows, lines = experiment(config, seed)
@@ -185,18 +107,18 @@ def _regressions(config: RegressionConfig, seeds: Sequence[int], progress: Progr
 
 
 def _work_off(
-    runs: list[Planned], experiment: Experiment, files: Files, cache: Path, processes: int, progress: Progress
+    runs: list[PlannedLabRun], experiment: Experiment, files: Files, cache: Path, processes: int, progress: Progress
 ) -> None:
     """Do the runs that are not done, each when the one that it goes on from is."""
     done = {run.key for run in runs if run.is_done(cache)}
     left = {run.key: run for run in runs if run.key not in done}
     asked = set(left)
 
-    def job(run: Planned) -> tuple[Any, ...]:
+    def job(run: PlannedLabRun) -> tuple[Any, ...]:
         paths = {name: str(path) for name, path in files.items()}
         return run.command, resolve(run, files, cache), run.model(cache), experiment.data.model_dump(), paths
 
-    def finished(run: Planned, said: str) -> None:
+    def finished(run: PlannedLabRun, said: str) -> None:
         done.add(run.key)
         progress.line(f"{len(done & asked)}/{len(asked)} {run.name}: {said}")
 
@@ -224,16 +146,16 @@ def _do(command: str, config: dict[str, Any], model: Path, data: dict[str, Any],
     import torch
 
     from holdfast.lab.pretrain import pretrain
-    from holdfast.quiet import quieten
-    from holdfast.runner import run
+    from holdfast.runner.loop import run
+    from holdfast.system.quiet import silence_libraries
 
-    quieten()
+    silence_libraries()
     torch.set_num_threads(1)
     folder, quiet = Path(config["output"]), Progress(quiet=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if command == "run":
-            columns = _scores(run(load_config(config), quiet))
+            columns = score_columns(run(load_config(config), quiet))
             said = ", ".join(f"{name} {value:.3f}" for name, value in columns.items())
         else:
             result = pretrain(config, quiet)

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from holdfast.api.method import Method
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.methods.base import Method
 
 
 def known() -> dict[str, type[Method]]:

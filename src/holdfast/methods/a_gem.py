@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from holdfast.config import Section
-from holdfast.data.memory import Memory
-from holdfast.methods.base import Method, Stage, State, Step
-from holdfast.shards import Shards
+from holdfast.api.method import Method, State
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.engines.shards import Shards
+from holdfast.rehearsal.memory import Memory
 
 
 class AveragedGEM(Method):

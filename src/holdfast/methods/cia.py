@@ -11,13 +11,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.config import Section
-from holdfast.evaluation.at_test import prompt
-from holdfast.methods.base import Method, Row, Stage, State, Step
-from holdfast.shards import Shards, borrowed, snapshot, weights
+from holdfast.api.method import Method, State
+from holdfast.api.rows import TokenRow, prompt
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import borrowed, snapshot, weights
 
 if TYPE_CHECKING:
-    from holdfast.evaluation.at_test import Evaluation
+    from holdfast.api.at_test import Evaluation
 
 Instruction = dict[str, float]
 """How often each token (its number, as text) stands in a prompt, on average."""
@@ -118,7 +120,7 @@ class CIA(Method):
         self.instructions.append((self.group, instruction))
         weights(stage.model).copy_(self.groups.get(self.group, self.first))
 
-    def at_test(self, evaluation: Evaluation, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
+    def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
         known = [instruction for _, instruction in self.instructions]
         found = [nearest(counted(prompt(row)), known) for row in rows]
         chosen = [self.group if near is None or near[1] == 0 else self.instructions[near[0]][0] for near in found]

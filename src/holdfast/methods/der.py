@@ -8,11 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.config import Section
-from holdfast.data.memory import Memory
+from holdfast.api.method import Method, State
+from holdfast.api.rows import Batch
+from holdfast.api.stage import Extra, Stage, Step
+from holdfast.config.section import Section
 from holdfast.losses import logit_mse
-from holdfast.methods.base import Batch, Extra, Method, Stage, State, Step
-from holdfast.model import whole_head
+from holdfast.models.head import whole_head
+from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.teacher import predicting
 
 

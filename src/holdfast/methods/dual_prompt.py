@@ -9,15 +9,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from holdfast.config import Section
+from holdfast.api.method import Method
+from holdfast.api.rows import Batch, TokenRow, learned
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
-from holdfast.features import prompt_features
-from holdfast.methods.base import Batch, Method, Row, Stage, Step, learned
-from holdfast.prompt_keys import nearest, similarity
-from holdfast.shards import weights
+from holdfast.methods.parts.features import prompt_features
+from holdfast.tuners.prompt_keys import nearest, similarity
 
 if TYPE_CHECKING:
-    from holdfast.evaluation.at_test import Evaluation
+    from holdfast.api.at_test import Evaluation
     from holdfast.tuners.dual_prefix import DualPrefixModel
 
 FIRST_ROWS = 32
@@ -73,7 +75,7 @@ class DualPrompt(Method):
             prefixes.finish()
         prefixes.asks = False
 
-    def at_test(self, evaluation: Evaluation, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
+    def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
         """Rows of one task's key together; before the first task there is no key, and the model answers as it was."""
         model = _prefixes(evaluation.model)
         if not self.options.strength:
@@ -87,7 +89,7 @@ class DualPrompt(Method):
                 with model.using(task):
                     yield [place for place, chosen in enumerate(tasks) if chosen == task]
 
-    def tasks_of(self, evaluation: Evaluation, rows: Sequence[Row]) -> list[int]:
+    def tasks_of(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> list[int]:
         """t of each row: the finished task, from 0, whose key is nearest to the query of the row's prompt."""
         model: Any = evaluation.model
         with model.disable_adapter():

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from holdfast.api.rows import TokenRow
+from holdfast.api.stage import Stage
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import weights
 from holdfast.losses.common import wide
-from holdfast.methods.base import Row, Stage
-from holdfast.methods.penalty import QuadraticPenalty, row_gradients
-from holdfast.shards import Shards, weights
+from holdfast.methods.parts.penalty import QuadraticPenalty, row_gradients
 
 
 class EWC(QuadraticPenalty):
@@ -69,7 +71,7 @@ class EWC(QuadraticPenalty):
             self.set_term(fisher.add_(past, self.options.gamma), anchor)
 
 
-def diagonal_fisher(stage: Stage, rows: Sequence[Row], drawn: random.Random | None = None) -> Shards:
+def diagonal_fisher(stage: Stage, rows: Sequence[TokenRow], drawn: random.Random | None = None) -> Shards:
     """Mean over rows of the squared gradient of log p(answer | prompt), each row by itself, without dropout.
 
     Args:

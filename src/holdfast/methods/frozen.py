@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.methods.base import Method
+from holdfast.api.method import Method
 
 
 class Frozen(Method):

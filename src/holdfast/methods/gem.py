@@ -8,11 +8,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from holdfast.config import Section
-from holdfast.data.memory import Memory
-from holdfast.methods.base import Method, Stage, State, Step
-from holdfast.projection import gem_dual
-from holdfast.shards import Shards
+from holdfast.api.method import Method, State
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.engines.shards import Shards
+from holdfast.methods.parts.projection import gem_dual
+from holdfast.rehearsal.memory import Memory
 
 
 class GEM(Method):

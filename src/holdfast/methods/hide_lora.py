@@ -10,13 +10,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.config import Section
-from holdfast.features import prompt_features
-from holdfast.methods.base import Method, Row, Stage, State
-from holdfast.shards import Shards, borrowed, snapshot, weights
+from holdfast.api.method import Method, State
+from holdfast.api.rows import TokenRow
+from holdfast.api.stage import Stage
+from holdfast.config.section import Section
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import borrowed, snapshot, weights
+from holdfast.methods.parts.features import prompt_features
 
 if TYPE_CHECKING:
-    from holdfast.evaluation.at_test import Evaluation
+    from holdfast.api.at_test import Evaluation
 
 
 class HiDeLoRA(Method):
@@ -92,7 +95,7 @@ class HiDeLoRA(Method):
         distances = [torch.cdist(rows, white(means)).min(dim=1).values for means in self.means]
         return torch.stack(distances).argmin(dim=0).tolist()
 
-    def at_test(self, evaluation: Evaluation, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
+    def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
         if self.start is None or not self.adapters:
             yield range(len(rows))
             return

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from holdfast.config import Section
-from holdfast.data.task import Example, Task
-from holdfast.methods.base import Method
+from holdfast.api.method import Method
+from holdfast.api.task import Example, Task
+from holdfast.config.section import Section
 
 if TYPE_CHECKING:
-    from holdfast.evaluation.at_test import Evaluation
+    from holdfast.api.at_test import Evaluation
 
 
 class InContext(Method):

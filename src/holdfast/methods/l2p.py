@@ -9,14 +9,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.config import Section
+from holdfast.api.method import Method, State
+from holdfast.api.rows import Batch, TokenRow, learned
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.engines.process import Process
 from holdfast.errors import ConfigError
-from holdfast.methods.base import Batch, Method, Row, Stage, State, Step, learned
-from holdfast.process import Process
-from holdfast.soft_prompts import PromptPoolModel
+from holdfast.tuners.soft_prompts import PromptPoolModel
 
 if TYPE_CHECKING:
-    from holdfast.evaluation.at_test import Evaluation
+    from holdfast.api.at_test import Evaluation
 
 
 class L2P(Method):
@@ -72,9 +74,9 @@ class L2P(Method):
 
     def _chosen(self) -> Tensor:
         """What this stage chose so far, in all processes."""
-        return Process.this().sum(self.now.clone())
+        return Process.this().all_reduce_sum(self.now.clone())
 
-    def at_test(self, evaluation: Evaluation, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
+    def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
         """The model chooses row by row; of a row that comes with its answer it is told where that begins."""
         with _pool(evaluation.model).knowing(rows):
             yield range(len(rows))

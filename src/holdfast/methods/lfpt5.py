@@ -9,14 +9,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.config import Section
-from holdfast.data.encode import IGNORED
-from holdfast.data.memory import Memory
+from holdfast.api.method import Method, State
+from holdfast.api.rows import IGNORED, Batch, TokenRow
+from holdfast.api.stage import Extra, Stage, Step
+from holdfast.config.section import Section
 from holdfast.errors import ConfigError
 from holdfast.losses import kl_divergence, next_token_nll
 from holdfast.losses.chunked import Head
-from holdfast.methods.base import Batch, Extra, Method, Row, Stage, State, Step
-from holdfast.model import context, head, kept_head
+from holdfast.models.head import context, head, kept_head
+from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.pseudo import Writing, write_samples
 from holdfast.rehearsal.teacher import predicting
 
@@ -82,7 +83,7 @@ class LFPT5(Method):
         return tuple(name for name, there in (terms | {"lfpt5/lm": options.lm_weight}).items() if there)
 
     def extra_rows(self, step: Step) -> Extra | None:
-        options, rows, samples = self.options, list[Row](), list[int]()
+        options, rows, samples = self.options, list[TokenRow](), list[int]()
         if len(self.memory):
             count = max(1, round(options.ratio * step.rows))
             samples = step.random("lfpt5/pseudo").choices(range(len(self.memory)), k=count)
@@ -157,7 +158,7 @@ class LFPT5(Method):
         log("lfpt5: %d of %d pseudo samples of task %s are whole rows", len(rows), options.samples, task)
         self.memory.add(number, rows, stage.random(f"lfpt5/{number}/order"))
 
-    def _written(self, stage: Stage, place: int) -> Row:
+    def _written(self, stage: Stage, place: int) -> TokenRow:
         """One of the task's rows, or of the pseudo samples after them, as it is written to be generated."""
         own = len(stage.rows)
         row = stage.rows[place] if place < own else self.memory.rows[place - own]
@@ -165,5 +166,5 @@ class LFPT5(Method):
         return {key: tokens[: self.room] for key, tokens in writing.write(row).items()}
 
 
-def _supervised(row: Row) -> int:
+def _supervised(row: TokenRow) -> int:
     return sum(label != IGNORED for label in row["labels"][1:])

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
+from holdfast.api.rows import TokenRow
+from holdfast.api.stage import Stage
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import weights
 from holdfast.losses.common import wide
-from holdfast.methods.base import Row, Stage
-from holdfast.methods.penalty import QuadraticPenalty, row_gradients
-from holdfast.shards import Shards, weights
+from holdfast.methods.parts.penalty import QuadraticPenalty, row_gradients
 
 
 class MAS(QuadraticPenalty):
@@ -40,7 +42,7 @@ class MAS(QuadraticPenalty):
         self.set_term(importance, weights(stage.model).copy())
 
 
-def sensitivity(stage: Stage, rows: Sequence[Row]) -> Shards:
+def sensitivity(stage: Stage, rows: Sequence[TokenRow]) -> Shards:
     """Mean over rows of the absolute gradient of the squared length of the logits that predict the answer.
 
     Each row is taken by itself, without dropout.

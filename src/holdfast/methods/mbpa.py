@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from holdfast.config import Section
-from holdfast.data.memory import Memory
-from holdfast.features import prompt_features
-from holdfast.generation import evaluating
+from holdfast.api.method import Method, State
+from holdfast.api.rows import TokenRow
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import borrowed, gradient_of, snapshot
 from holdfast.losses.common import wide
-from holdfast.methods.base import Method, Row, Stage, State, Step
-from holdfast.shards import Shards, borrowed, gradient_of, snapshot
+from holdfast.methods.parts.features import prompt_features
+from holdfast.models.generation import evaluating
+from holdfast.rehearsal.memory import Memory
 
 if TYPE_CHECKING:
-    from holdfast.evaluation.at_test import Evaluation
+    from holdfast.api.at_test import Evaluation
 
 
 class MbPA(Method):
@@ -92,7 +95,7 @@ class MbPA(Method):
         keys[new] = features
         self.keys = keys
 
-    def at_test(self, evaluation: Evaluation, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
+    def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
         if not (self.options.steps and len(self.memory)):
             yield range(len(rows))
             return
@@ -104,7 +107,7 @@ class MbPA(Method):
                 self.adapt(evaluation, theta, [self.memory.rows[i] for i in nearest])
                 yield places
 
-    def nearest(self, evaluation: Evaluation, rows: Sequence[Row]) -> list[tuple[int, ...]]:
+    def nearest(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> list[tuple[int, ...]]:
         """For each row the places in the memory of its K neighbours by Euclidean distance, ascending; of equal ones
         those that come first."""
         assert self.start is not None
@@ -114,7 +117,7 @@ class MbPA(Method):
         distances = ((self.keys - query).square().sum(dim=1) for query in queries)
         return [tuple(sorted(d.argsort(stable=True)[: self.options.neighbours].tolist())) for d in distances]
 
-    def adapt(self, evaluation: Evaluation, theta: Shards, rows: Sequence[Row]) -> None:
+    def adapt(self, evaluation: Evaluation, theta: Shards, rows: Sequence[TokenRow]) -> None:
         """Take the steps on the model's trained weights ``theta``, a live view, without dropout."""
         origin, pull = theta.copy(), 2 * self.options.strength
         with evaluating(evaluation.model):
@@ -135,7 +138,7 @@ class MbPA(Method):
             self.keys, self.steps = state["keys"], state["steps"]
 
 
-def neighbours_gradient(evaluation: Evaluation, rows: Sequence[Row]) -> Shards:
+def neighbours_gradient(evaluation: Evaluation, rows: Sequence[TokenRow]) -> Shards:
     """Gradient of the mean over rows of the mean negative log-likelihood of a row's supervised tokens."""
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     total = None

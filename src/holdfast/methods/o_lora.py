@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from holdfast.config import Section
+from holdfast.api.method import Method, State
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.engines.shards import Shards
 from holdfast.errors import ConfigError
-from holdfast.methods.base import Method, Stage, State, Step
-from holdfast.shards import Shards
 from holdfast.tuners.lora_factors import TRAINED, exchange_adapters, factors, plain_lora, seeded, times_rank
 
 PAST = "past"

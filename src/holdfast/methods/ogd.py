@@ -8,12 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.config import Section
-from holdfast.data.memory import Memory
-from holdfast.methods.base import Method, Stage, State, Step
-from holdfast.methods.penalty import row_gradients
-from holdfast.projection import principal_directions
-from holdfast.shards import Shards, weights
+from holdfast.api.method import Method, State
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import weights
+from holdfast.methods.parts.penalty import row_gradients
+from holdfast.methods.parts.projection import principal_directions
+from holdfast.rehearsal.memory import Memory
 
 
 class OGD(Method):

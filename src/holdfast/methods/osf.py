@@ -12,11 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.config import Section
+from holdfast.api.method import Method, State
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.engines.pieces import full
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
-from holdfast.methods.base import Method, Stage, State, Step
-from holdfast.model import hidden_only
-from holdfast.shards import Shards, full, weights
+from holdfast.models.head import hidden_only
 
 
 @dataclass

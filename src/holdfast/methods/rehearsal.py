@@ -11,15 +11,17 @@ from typing import Any, Literal
 from pydantic import Field, create_model, model_validator
 from torch import Tensor, nn
 
-from holdfast.config import Section
-from holdfast.data.memory import Memory
+from holdfast.api.method import Method, State
+from holdfast.api.rows import Batch, TokenRow
+from holdfast.api.stage import Extra, Rehearsed, Stage, Step
+from holdfast.config.section import Section
+from holdfast.data.tokens.build import TOKENS
+from holdfast.data.tokens.file import TokenFile, TokenRows
 from holdfast.errors import ConfigError
-from holdfast.lab.build import TOKENS
-from holdfast.lab.tokens import TokenFile, TokenRows
 from holdfast.losses import dynamic_weight, next_token_nll
-from holdfast.methods.base import Batch, Extra, Method, Rehearsed, Row, Stage, State, Step
-from holdfast.model import begin_token, context
+from holdfast.models.head import begin_token, context
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
+from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.request import Request
 from holdfast.rehearsal.samples import corpus_rows, general_rows
 from holdfast.rehearsal.teacher import HiddenTeacher, StateTeacher, cached_teacher, live_states, live_teacher
@@ -190,9 +192,9 @@ class Rehearsal(Method):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.memory = Memory(self.options.capacity, self.options.policy)
-        self.rows: Sequence[Row] = []  # those of a fixed set
+        self.rows: Sequence[TokenRow] = []  # those of a fixed set
         self.size = 0  # so many of them, from the front, are rehearsed in this stage
-        self.held_out: list[Row] = []  # general or own samples that are never rehearsed, to measure forgetting on
+        self.held_out: list[TokenRow] = []  # general or own samples that are never rehearsed, to measure forgetting on
         self.buffer: SampleBuffer | None = None  # where samples are drawn while training runs
         self.teacher: HiddenTeacher | StateTeacher | None = None
         self._start: dict[str, Any] = {}  # what the start teacher's cache was made for
@@ -302,7 +304,7 @@ class Rehearsal(Method):
         most = context(stage.model)
         length = min(options.max_tokens, most or options.max_tokens)
         if options.source == "self":
-            found: Sequence[Row] = corpus_rows(options.path, tokenizer, most)
+            found: Sequence[TokenRow] = corpus_rows(options.path, tokenizer, most)
             self.size = len(found) - len(found) // 11
         elif options.path is not None and Path(options.path, TOKENS).exists():
             found = TokenFile.open(options.path, tokenizer).rows(length)

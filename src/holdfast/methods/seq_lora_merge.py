@@ -9,9 +9,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import nn
 
-from holdfast.config import Section
+from holdfast.api.method import Method, State
+from holdfast.api.stage import Stage
+from holdfast.config.section import Section
 from holdfast.errors import ConfigError
-from holdfast.methods.base import Method, Stage, State
 from holdfast.tuners.lora_factors import (
     TRAINED,
     Factors,
@@ -88,7 +89,8 @@ class SeqLoRAMerge(Method):
         if stage.index > stages:
             raise ConfigError(
                 f"method {self.name}: stage {stage.index} begins, but the adapters of {len(self.learned)} stages are "
-                "known; go on with the same method, or give it its saved state (holdfast.methods.saved.load_states)"
+                "known; go on with the same method, or give it its saved state "
+                "(holdfast.training.method_state.load_states)"
             )
         if not self.learned:
             self.shape = {key: getattr(config, key) for key in SHAPE}

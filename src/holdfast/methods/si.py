@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from holdfast.methods.base import Stage, Step
-from holdfast.methods.penalty import QuadraticPenalty
-from holdfast.shards import Shards, weights
+from holdfast.api.stage import Stage, Step
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import weights
+from holdfast.methods.parts.penalty import QuadraticPenalty
 
 
 class SI(QuadraticPenalty):

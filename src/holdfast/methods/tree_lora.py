@@ -9,9 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.config import Section
+from holdfast.api.method import Method, State
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
-from holdfast.gradient_tree import (
+from holdfast.methods.parts.gradient_tree import (
     Group,
     LoraLayers,
     TreeSearch,
@@ -21,8 +25,6 @@ from holdfast.gradient_tree import (
     pull_cosine,
     pull_l1,
 )
-from holdfast.methods.base import Method, Stage, State, Step
-from holdfast.shards import Shards, weights
 
 
 class TreeLoRA(Method):

@@ -7,12 +7,13 @@ from functools import partial
 
 from torch import Tensor
 
-from holdfast.methods.base import Batch, Rehearsed, Row, Stage
-from holdfast.process import Process
+from holdfast.api.rows import Batch, TokenRow
+from holdfast.api.stage import Rehearsed, Stage
+from holdfast.engines.pieces import is_divided
+from holdfast.engines.process import Process
+from holdfast.models.sampling import sample
 from holdfast.rehearsal.request import OwnSample, Request
 from holdfast.rehearsal.teacher import LiveStates, padded
-from holdfast.sampling import sample
-from holdfast.shards import is_divided
 
 HELD_OUT = 64
 PROBE = 8  # tokens
@@ -41,7 +42,7 @@ class SampleBuffer:
         process = Process(0, 1) if self.together else Process.this()
         self._rank, self._world = process.rank, process.world
 
-    def rows(self, step: int, count: int) -> tuple[list[Row], list[int]]:
+    def rows(self, step: int, count: int) -> tuple[list[TokenRow], list[int]]:
         """The first samples of a step, and the numbers by which :meth:`states` knows them.
 
         They are this process's share, unless ``together``.
@@ -71,7 +72,7 @@ class SampleBuffer:
         return list(range(step * self.count + self._rank, (step + 1) * self.count, self._world))
 
 
-def held_out(request: Request, stage: Stage) -> list[Row]:
+def held_out(request: Request, stage: Stage) -> list[TokenRow]:
     """Samples of the model as it is, which are never rehearsed."""
     draw = partial(sample, stage.model)
     return [own.row for own in request.write(draw, f"{stage.seed}/held out", range(HELD_OUT))]

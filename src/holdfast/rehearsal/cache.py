@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from holdfast.api.rows import TokenRow
 from holdfast.errors import ConfigError, DataError
-from holdfast.files import PARTIAL, read_json, write_json
 from holdfast.losses.margin import classify
-from holdfast.methods.base import Row
 from holdfast.rehearsal.states import RunningMoments, pack
-from holdfast.shards import at_rest, fingerprint
+from holdfast.system.files import PARTIAL, read_json, write_json
 
 MANIFEST = "manifest.json"
 EXTRAS = "extras.safetensors"
@@ -30,7 +29,7 @@ FORMAT = 1
 
 logger = logging.getLogger("holdfast")
 
-Compute = Callable[[Sequence[Row]], Sequence[Tensor]]
+Compute = Callable[[Sequence[TokenRow]], Sequence[Tensor]]
 """Gives one tensor a row, [tokens, width], of any type and on any device."""
 
 
@@ -75,7 +74,7 @@ class TeacherCache:
         cls,
         folder: Path,
         key: dict[str, Any],
-        rows: Sequence[Row],
+        rows: Sequence[TokenRow],
         compute: Compute,
         *,
         extras: Mapping[str, Tensor] | None = None,
@@ -183,7 +182,7 @@ class TeacherCache:
         cls,
         folder: Path,
         key: dict[str, Any],
-        rows: Sequence[Row],
+        rows: Sequence[TokenRow],
         compute: Compute,
         extras: Mapping[str, Tensor],
         plan: _Plan,
@@ -222,7 +221,7 @@ class TeacherCache:
 def state_cache(
     folder: Path,
     key: dict[str, Any],
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     hidden_states: Compute,
     *,
     multiple: float = 1.0,
@@ -257,7 +256,7 @@ def state_cache(
     cache = TeacherCache._reuse(folder, key, len(rows), rank)
     if cache is None:
 
-        def moments_of(batch: Sequence[Row]) -> list[Tensor]:
+        def moments_of(batch: Sequence[TokenRow]) -> list[Tensor]:
             return [_moments(states) for states in hidden_states(batch)]
 
         parts = TeacherCache.open_or_build(
@@ -278,7 +277,7 @@ def state_cache(
         low = (moments.mean - multiple * moments.std).float()
         high = (moments.mean + multiple * moments.std).float()
 
-        def classes_of(batch: Sequence[Row]) -> list[Tensor]:
+        def classes_of(batch: Sequence[TokenRow]) -> list[Tensor]:
             return [pack(classify(h, low, high)) for h in hidden_states(batch)]
 
         plan = _Plan(shard_rows, batch_rows, rank, world, barrier, together)
@@ -288,21 +287,6 @@ def state_cache(
     if rank == 0:
         shutil.rmtree(pass_1, ignore_errors=True)
     return cache, cache.extra("low"), cache.extra("high")
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 (hexadecimal) over all weights and buffers of a model, by name, trainable or not."""
-    at_rest(model)
-    return fingerprint((*model.named_parameters(), *model.named_buffers()))
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 (hexadecimal) over what decides which tokens a text becomes; how calls pad and truncate is left out."""
-    if hasattr(tokenizer, "backend_tokenizer"):
-        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    else:
-        content = tokenizer.get_vocab()
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _shard(number: int) -> str:
@@ -335,7 +319,7 @@ def _build_of(path: Path) -> str | None:
         return None
 
 
-def _computed(compute: Compute, rows: Sequence[Row], shard: range, batch_rows: int) -> dict[str, Tensor]:
+def _computed(compute: Compute, rows: Sequence[TokenRow], shard: range, batch_rows: int) -> dict[str, Tensor]:
     """The tensors of one shard, by sample."""
     tensors: dict[str, Tensor] = {}
     for start in range(shard.start, shard.stop, batch_rows):

@@ -12,11 +12,21 @@ from typing import Any
 import numpy as np
 
 from holdfast.errors import ConfigError, DataError, Interrupted
-from holdfast.files import LOCK, PARTIAL, locked_folder, read_json, read_jsonl, whole_folder, write_json, write_jsonl
-from holdfast.interrupt import Interrupt
-from holdfast.lab.build import require_same
-from holdfast.rehearsal.cache import tokenizer_fingerprint
-from holdfast.rehearsal.request import Request, Sampler
+from holdfast.models.pretrained import tokenizer_fingerprint
+from holdfast.models.sampling import Sampler
+from holdfast.rehearsal.request import Request
+from holdfast.system.files import (
+    LOCK,
+    PARTIAL,
+    locked_folder,
+    read_json,
+    read_jsonl,
+    require_same,
+    whole_folder,
+    write_json,
+    write_jsonl,
+)
+from holdfast.system.interrupt import Interrupt
 
 MANIFEST, SETTINGS, TOKENIZER = "manifest.json", "settings.json", "tokenizer"
 FORMAT = 1
@@ -42,7 +52,7 @@ def write_corpus(
     an earlier one is left out. A kill loses no shard that was written, and the files end up the same.
 
     Args:
-        draw: samples from the model, see :func:`holdfast.sampling.sample`.
+        draw: samples from the model, see :func:`holdfast.models.sampling.sample`.
         tokenizer: the model's; a copy is kept.
         tokens: the corpus ends with the sample that reaches so many.
         facts: what else the manifest should say under ``settings``, such as the model's name; all of ``settings`` must

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from holdfast.data.encode import IGNORED, begin_tokens
+from holdfast.api.rows import IGNORED, TokenRow
 from holdfast.errors import ConfigError
-from holdfast.generation import inference
-from holdfast.methods.base import Row
+from holdfast.models.generation import inference
+from holdfast.models.pretrained import begin_tokens
 
 TRIES = 4  # for each sample that is asked for
 
@@ -51,7 +51,7 @@ class Writing:
         """Tokens by which a written row is longer."""
         return len(self.mark) + len(self.separator) + len(self.end)
 
-    def write(self, row: Row) -> dict[str, list[int]]:
+    def write(self, row: TokenRow) -> dict[str, list[int]]:
         """A row to be learned as one text: all but its start is supervised. Its answer is the last supervised run."""
         ids, labels = list(row["input_ids"]), list(row["labels"])
         stop = max(place for place, label in enumerate(labels) if label != IGNORED) + 1

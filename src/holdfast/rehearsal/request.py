@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from holdfast.data.encode import DATE, IGNORED, Encoder
+from holdfast.api.rows import IGNORED, TokenRow
+from holdfast.data.encode import DATE, Encoder
+from holdfast.data.tokens.domains import domain_ids, domain_token
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.lab.tokenizer import domain_ids, domain_token
-from holdfast.methods.base import Row
-from holdfast.sampling import Samples
+from holdfast.models.sampling import Sampler, Samples
 
 LENGTH = 1024  # tokens of a sample where the model's context is longer
 _WORDS = "\ufdd0"  # a noncharacter of Unicode, which text does not hold: it stands for what the user says
-
-Sampler = Callable[..., Samples]
-""":func:`holdfast.sampling.sample` for a given model: called with prompts and the same keywords."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class OwnSample:
         hidden: the last hidden states that they were drawn from, [tokens - 1, hidden], where asked for.
     """
 
-    row: Row
+    row: TokenRow
     log_prob: float
     hidden: Tensor | None = None
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from holdfast.data.encode import IGNORED, begin_tokens
+from holdfast.api.rows import IGNORED, TokenRow
 from holdfast.data.formats import read_rows, where
 from holdfast.data.texts import dataset_texts, file_texts, row_text, text_files
 from holdfast.errors import ConfigError, DataError
-from holdfast.methods.base import Row
+from holdfast.models.pretrained import begin_tokens
 from holdfast.rehearsal.corpus import corpus_files
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def corpus_rows(
     return rows
 
 
-def rows_fingerprint(rows: Sequence[Row]) -> str:
+def rows_fingerprint(rows: Sequence[TokenRow]) -> str:
     """SHA-256 (hexadecimal) over the tokens and labels of all rows, in order."""
     digest = hashlib.sha256()
     for row in rows:

@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.generation import evaluating
+from holdfast.api.rows import Batch, TokenRow
+from holdfast.api.stage import Rehearsed, Stage
+from holdfast.engines.pieces import full, is_divided, trainable
+from holdfast.engines.process import Process
+from holdfast.engines.vectors import weights
+from holdfast.engines.whole import model_fingerprint
 from holdfast.losses import chunked_kl, l1_loss, l2_loss, margin_loss
 from holdfast.losses.chunked import Head
-from holdfast.methods.base import Batch, Rehearsed, Row, Stage
-from holdfast.model import head, hidden_only
-from holdfast.process import Process
-from holdfast.rehearsal.cache import TeacherCache, model_fingerprint, state_cache, tokenizer_fingerprint
+from holdfast.models.generation import evaluating
+from holdfast.models.head import head, hidden_only
+from holdfast.models.pretrained import tokenizer_fingerprint
+from holdfast.rehearsal.cache import TeacherCache, state_cache
 from holdfast.rehearsal.samples import rows_fingerprint
 from holdfast.rehearsal.states import unpack
-from holdfast.shards import full, is_divided, trainable, weights
 
 States = Callable[[Rehearsed, Batch], tuple[Tensor, Tensor]]
 """(student's rows, the task's batch) -> the teacher's hidden states [rows, seq, hidden], and mask [rows, seq]."""
@@ -144,7 +148,7 @@ class LiveStates:
 
 
 def cached_teacher(
-    options: Any, stage: Stage, rows: Sequence[Row], folder: Path, key: dict[str, Any]
+    options: Any, stage: Stage, rows: Sequence[TokenRow], folder: Path, key: dict[str, Any]
 ) -> tuple[HiddenTeacher | StateTeacher, dict[str, Any]]:
     """The teacher of a fixed set of samples, from disk; the model as it is now is asked where there is no cache.
 
@@ -168,7 +172,7 @@ def cached_teacher(
         "layer": layer,
     }
 
-    def compute(batch: Sequence[Row]) -> list[Tensor]:
+    def compute(batch: Sequence[TokenRow]) -> list[Tensor]:
         if earlier:
             raise RuntimeError(
                 f"{folder}: the teacher's cache is gone, and the model is no longer the one that it was made from; "

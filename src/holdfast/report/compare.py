@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.config import GeneralConfig, RunConfig, free_keys
+from holdfast.config.describe import free_keys
+from holdfast.config.evaluation import GeneralConfig
+from holdfast.config.run import RunConfig
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.metrics import mean_interval, paired_difference, seed_intervals
+from holdfast.metrics.intervals import mean_interval, paired_difference, seed_intervals
+from holdfast.records.read import FinishedRun, name_runs, read_runs, settings
 from holdfast.report.figures import COMPARED, COSTS, Figure, direction
-from holdfast.report.read import Run, name_runs, read_runs, settings
 from holdfast.report.text import shorten
 
 
@@ -27,7 +29,7 @@ class Group:
     """
 
     label: str
-    runs: list[Run]
+    runs: list[FinishedRun]
 
     @property
     def seeds(self) -> list[int]:
@@ -60,13 +62,13 @@ class Group:
         return [run.figure(key) for run in self.runs]
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
+def grouped(runs: Sequence[FinishedRun]) -> list[Group]:
     """The runs by what they are but for their seed, in the order in which they first come.
 
     Two runs of one seed stand in groups of their own: together they would count as two seeds.
     """
     unimportant = {"seed", *free_keys(RunConfig)}
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         data = [task["fingerprint"] for task in run.info["tasks"].values()]
         config = {k: v for k, v in settings(run).items() if k not in unimportant}
@@ -78,14 +80,14 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     return [Group(name, members) for name, members in zip(names, groups.values(), strict=True)]
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
+def differences(runs: Sequence[FinishedRun]) -> list[str]:
     """Why runs cannot be compared: one line each for what differs in their streams, prompts, budgets and metrics, and
     for runs that are there twice; empty where nothing does."""
     lines = []
     for what, facts in (("streams", _stream), ("prompts", _prompts), ("budgets", _budget), ("metrics", _metrics)):
         known = [(run, facts(run)) for run in runs]
         for key in dict.fromkeys(key for _, found in known for key in found):
-            having: dict[str, list[Run]] = {}
+            having: dict[str, list[FinishedRun]] = {}
             for run, found in known:
                 if key in found:
                     having.setdefault(json.dumps(found[key], ensure_ascii=False), []).append(run)
@@ -95,7 +97,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return lines + _twice(runs)
 
 
-def refuse_different(runs: Sequence[Run]) -> None:
+def refuse_different(runs: Sequence[FinishedRun]) -> None:
     """ConfigError if the runs cannot be compared; it says why."""
     lines = differences(runs)
     if lines:
@@ -130,7 +132,7 @@ class Comparison:
         return [figure for figure in COMPARED if any(row[figure.key] is not None for row in self.rows)]
 
 
-def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
+def compare(runs: list[FinishedRun], baseline: str | None = None) -> Comparison:
     """Compare runs, those that differ in their seed alone together.
 
     Args:
@@ -183,18 +185,18 @@ def _rank(comparison: Comparison) -> None:
         row["rank"] = 1 + sum(other["average"] != row["average"] for other in better)
 
 
-def _stream(run: Run) -> dict[str, Any]:
+def _stream(run: FinishedRun) -> dict[str, Any]:
     rows = {f"rows or instructions of task {task}": run.info["tasks"][task]["fingerprint"][:12] for task in run.tasks}
     return {"tasks": run.tasks, "version": (run.info.get("stream") or {}).get("version")} | rows
 
 
-def _prompts(run: Run) -> dict[str, Any]:
+def _prompts(run: FinishedRun) -> dict[str, Any]:
     config = settings(run)
     keys = ("data.template", "data.supervise", "evaluation.max_new_tokens")
     return {key: config.get(key) for key in keys} | {"max_length": run.info.get("max_length")}
 
 
-def _budget(run: Run) -> dict[str, Any]:
+def _budget(run: FinishedRun) -> dict[str, Any]:
     """Rows in an optimizer step, and how many steps or epochs there are; nothing for a run that trains nothing."""
     if run.untrained:
         return {}
@@ -203,7 +205,7 @@ def _budget(run: Run) -> dict[str, Any]:
     return {"training.batch_size": config["training.batch_size"], "length of a stage": {length: config[length]}}
 
 
-def _metrics(run: Run) -> dict[str, Any]:
+def _metrics(run: FinishedRun) -> dict[str, Any]:
     general = run.config["evaluation"]["general"]
     keys = ("name", "kind", "rows", "by", "shots", "max_new_tokens")
     defaults = {key: GeneralConfig.model_fields[key].default for key in keys[2:]}
@@ -219,9 +221,9 @@ def _metrics(run: Run) -> dict[str, Any]:
     return named | {"general abilities": list(run.matrix["general"]), "evaluation.general": measures} | how
 
 
-def _twice(runs: Sequence[Run]) -> list[str]:
+def _twice(runs: Sequence[FinishedRun]) -> list[str]:
     """Runs that only differ in where they are."""
-    seen: dict[str, list[Run]] = {}
+    seen: dict[str, list[FinishedRun]] = {}
     unimportant = free_keys(RunConfig)
     for run in runs:
         key = json.dumps({k: v for k, v in settings(run).items() if k not in unimportant}, sort_keys=True)
@@ -233,7 +235,7 @@ def _twice(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _paths(runs: Sequence[Run]) -> str:
+def _paths(runs: Sequence[FinishedRun]) -> str:
     shown = ", ".join(str(run.path) for run in runs[:2])
     return shown if len(runs) <= 2 else f"{shown} and {len(runs) - 2} more"
 

@@ -13,11 +13,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from holdfast.data.texts import read_texts
 from holdfast.errors import DataError
-from holdfast.files import read_json, write_text
 from holdfast.rehearsal.corpus import MANIFEST, TOKENIZER, corpus_files
 from holdfast.rehearsal.statistics import LONG, Rows, Statistics, by_rank, histogram, shared
 from holdfast.report.plots import Plot, templates
 from holdfast.report.text import number
+from holdfast.system.files import read_json, write_text
 
 HERE = Path(__file__).parent
 MOST = 2**22  # tokens that are looked at
@@ -114,8 +114,8 @@ def _samples(files: list[Path]) -> list[Sample]:
 
 def _reference(path: Path, tokenizer: Any, rows: Rows) -> Rows:
     """As much real text, in sequences of the samples' mean length."""
-    from holdfast.lab.build import TOKENS
-    from holdfast.lab.tokens import TokenFile
+    from holdfast.data.tokens.build import TOKENS
+    from holdfast.data.tokens.file import TokenFile
 
     tokens = sum(map(len, rows))
     length = max(1, round(tokens / len(rows)))

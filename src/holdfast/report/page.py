@@ -10,17 +10,17 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from holdfast.config import flat
-from holdfast.files import write_text
-from holdfast.metrics import LOWER_IS_BETTER
+from holdfast.config.describe import flat
+from holdfast.metrics.matrix import LOWER_IS_BETTER
+from holdfast.records.read import FinishedRun, changes, read_runs
 from holdfast.report import plots
 from holdfast.report.compare import compare
 from holdfast.report.figures import COSTS, FIGURES, Figure, direction
-from holdfast.report.read import Run, changes, read_runs
 from holdfast.report.rows import pack
 from holdfast.report.tables import cost, p_value
 from holdfast.report.text import NOT_MEASURED, interval, number, shorten
 from holdfast.report.verdict import HEAD, decisions
+from holdfast.system.files import write_text
 
 HERE = Path(__file__).parent
 EXAMPLES = 3  # responses shown of a task, of those lost and of those gained
@@ -93,7 +93,7 @@ class _Page:
         self.plots[name] = figure
         return {"id": name, "alt": alt, "width": figure.pop("min_width", 0), "height": figure["layout"]["height"]}
 
-    def comparison(self, runs: list[Run]) -> dict[str, Any]:
+    def comparison(self, runs: list[FinishedRun]) -> dict[str, Any]:
         found = compare(runs)
         rows = found.rows
         points = [figure for figure in FIGURES if figure.key in ("average", "forgetting")]
@@ -125,7 +125,7 @@ class _Page:
             ),
         }
 
-    def run(self, run: Run) -> dict[str, Any]:
+    def run(self, run: FinishedRun) -> dict[str, Any]:
         tasks, general = run.tasks, run.matrix["general"]
         scales = _groups(list(range(len(tasks))), lambda j: _scale(run.matrix["metrics"][tasks[j]]))
         abilities = _groups(list(general), _scale)
@@ -182,7 +182,7 @@ class _Page:
         }
 
 
-def _figure(figure: Figure, run: Run) -> dict[str, Any]:
+def _figure(figure: Figure, run: FinishedRun) -> dict[str, Any]:
     """A figure's name and definition, and which direction is good in this run."""
     return asdict(figure) | {"better": direction(figure, run.lower_is_better(0))}
 
@@ -212,7 +212,7 @@ def _scale(name: str) -> str:
     return next((scale for scale in LOWER_IS_BETTER if name.startswith(scale)), "fraction")
 
 
-def _headline(run: Run) -> list[str]:
+def _headline(run: FinishedRun) -> list[str]:
     """What happened, in sentences."""
     summary, few = run.matrix["summary"], len(run.tasks)
     score = run.matrix["metrics"][run.tasks[0]] if run.lower_is_better(0) else "score"
@@ -247,7 +247,7 @@ def _comparison_headline(rows: list[dict[str, Any]]) -> list[str]:
     return sentences
 
 
-def _environment(run: Run) -> dict[str, str]:
+def _environment(run: FinishedRun) -> dict[str, str]:
     """Where and with what the run was made; what was not recorded is left out."""
     info = run.info
     hardware = info.get("hardware") or {}

@@ -6,9 +6,9 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from holdfast.metrics import LOWER_IS_BETTER
+from holdfast.metrics.matrix import LOWER_IS_BETTER
+from holdfast.records.read import FinishedRun
 from holdfast.report.figures import Figure
-from holdfast.report.read import Run
 from holdfast.report.text import number
 
 Plot = dict[str, Any]
@@ -51,7 +51,7 @@ def templates() -> dict[str, Plot]:
     }
 
 
-def heat_map(run: Run, columns: list[int]) -> Plot:
+def heat_map(run: FinishedRun, columns: list[int]) -> Plot:
     """The score matrix: rows are stages, columns are tasks that share a scale; own stages are outlined.
 
     Where the scores of joint training are known beside the run's own they make a last row. ``min_width`` is the width
@@ -101,7 +101,7 @@ def heat_map(run: Run, columns: list[int]) -> Plot:
     return {"data": [trace], "layout": layout, "min_width": 30 + 7 * label + 54 * len(columns)}
 
 
-def task_curves(run: Run, columns: list[int]) -> Plot:
+def task_curves(run: FinishedRun, columns: list[int]) -> Plot:
     """Each task's score over the stages; the large marker is the stage in which the task was learned."""
     series = [
         _curve(run.tasks[j], i, [stage[j] for stage in run.scores], large=run.own_stage(j))
@@ -110,7 +110,7 @@ def task_curves(run: Run, columns: list[int]) -> Plot:
     return _over_stages(run, series, fractions=not run.lower_is_better(columns[0]))
 
 
-def general_curves(run: Run, names: list[str]) -> Plot:
+def general_curves(run: FinishedRun, names: list[str]) -> Plot:
     """Measures of general ability that share a scale, over the stages; perplexities on a logarithmic one."""
     series = [_curve(name, i, run.matrix["general"][name]) for i, name in enumerate(names)]
     plot = _over_stages(run, series, fractions=not names[0].startswith(LOWER_IS_BETTER))
@@ -119,7 +119,7 @@ def general_curves(run: Run, names: list[str]) -> Plot:
     return plot
 
 
-def learning_curves(run: Run) -> Plot:
+def learning_curves(run: FinishedRun) -> Plot:
     """Each task's score while its own stage trained, over the share of the stage's steps."""
     series = []
     for i, task in enumerate(task for task in run.tasks if task in run.matrix["curves"]):
@@ -136,7 +136,7 @@ def learning_curves(run: Run) -> Plot:
     return {"data": series, "layout": layout}
 
 
-def seen_average_curves(runs: list[Run]) -> Plot:
+def seen_average_curves(runs: list[FinishedRun]) -> Plot:
     """Average over the tasks learned so far, by stage, one curve a run."""
     series = [
         _curve(run.label, i, [None, *run.seen_average()], large=len(run.tasks) if run.joint else None)
@@ -222,7 +222,7 @@ def cost_points(rows: list[dict[str, Any]], figure: Figure, cost: Figure) -> Plo
     return {"data": series, "layout": layout}
 
 
-def loss_curves(run: Run) -> Plot:
+def loss_curves(run: FinishedRun) -> Plot:
     """The loss and every named term of it over optimizer steps; stages stand side by side."""
     stages = sorted({event["stage"] for event in run.events})
     length = {stage: max(event["step"] for event in run.events if event["stage"] == stage) for stage in stages}
@@ -284,7 +284,7 @@ def thin(points: Sequence[tuple[Any, float]], limit: int) -> list[tuple[Any, flo
     return [points[i] for i in sorted(kept)]
 
 
-def _over_stages(run: Run, series: list[Plot], fractions: bool) -> Plot:
+def _over_stages(run: FinishedRun, series: list[Plot], fractions: bool) -> Plot:
     names = ["before", *(name.removeprefix("after ") for name in run.stage_names()[1:])]
     layout = {
         "height": 310 + 16 * len(series),

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import DataError, did_you_mean
+from holdfast.records.read import FinishedRun, settings
 from holdfast.report.compare import Group, grouped
-from holdfast.report.read import Run, settings
 
 OWN = ("figure", "value", "unit", "source")
 """Columns of the file; any other one is a key of a run's configuration, or ``method``."""
@@ -19,18 +19,18 @@ UNITS = {"": 1.0, "%": 100.0}
 """Of a value, and how many of it 1 is."""
 
 
-def mean_drop(run: Run) -> float | None:
+def mean_drop(run: FinishedRun) -> float | None:
     """mean over all T tasks of S[j][j] − S[T][j]: what TreeLoRA prints as BWT; positive is worse."""
     transfer, T = run.matrix["summary"]["backward_transfer"], len(run.tasks)
     return None if transfer is None else -transfer * (T - 1) / T
 
 
-def train_seconds(run: Run) -> float | None:
+def train_seconds(run: FinishedRun) -> float | None:
     """Seconds of training."""
     return (run.info.get("seconds") or {}).get("train")
 
 
-FIGURES: dict[str, Callable[[Run], float | None]] = {"mean_drop": mean_drop, "train_seconds": train_seconds}
+FIGURES: dict[str, Callable[[FinishedRun], float | None]] = {"mean_drop": mean_drop, "train_seconds": train_seconds}
 """Figures of papers that matrix.json has not."""
 
 
@@ -53,12 +53,12 @@ class Published:
     unit: str
     source: str
 
-    def is_about(self, run: Run) -> bool:
+    def is_about(self, run: FinishedRun) -> bool:
         """Whether a run is one of those that the figure is about."""
         known = settings(run)
         return all(_same(value, run.method if key == "method" else known.get(key)) for key, value in self.where.items())
 
-    def of(self, run: Run) -> float | None:
+    def of(self, run: FinishedRun) -> float | None:
         """The same figure of a run, in the same unit; None where it was not measured."""
         kind, _, name = self.figure.partition("/")
         value: float | None
@@ -103,7 +103,7 @@ def read_published(path: Path) -> list[Published]:
     return found
 
 
-def beside_published(runs: Sequence[Run], published: Sequence[Published]) -> list[dict[str, Any]]:
+def beside_published(runs: Sequence[FinishedRun], published: Sequence[Published]) -> list[dict[str, Any]]:
     """The published figures that are about one of the runs.
 
     Returns:

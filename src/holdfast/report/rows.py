@@ -7,13 +7,13 @@ import gzip
 import json
 from typing import Any
 
-from holdfast.report.read import Changes, Run, changes
+from holdfast.records.read import Changes, FinishedRun, changes
 from holdfast.report.text import shorten
 
 LENGTH = 1200  # characters kept of a prompt, an answer or a response
 
 
-def pack(runs: list[Run]) -> dict[str, Any]:
+def pack(runs: list[FinishedRun]) -> dict[str, Any]:
     """What the page's list of test rows shows.
 
     Returns:

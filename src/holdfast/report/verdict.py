@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 from xml.etree import ElementTree
 
-from holdfast.gate import DONE, Check, failed
+from holdfast.records.gate import DONE, Check, failed
 from holdfast.report.text import interval, number
 
 HEAD = ("figure", "value", "95 % interval", "limit", "beyond it by", "verdict")

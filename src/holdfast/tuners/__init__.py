@@ -7,9 +7,9 @@ import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
-from holdfast.config import Named
+from holdfast.api.tuner import Tuner
+from holdfast.config.section import Named
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.tuners.base import Tuner
 
 
 def known() -> dict[str, type[Tuner]]:

@@ -12,14 +12,16 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from holdfast.config import Section, TrainingConfig
+from holdfast.api.method import Method, State
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
+from holdfast.config.training import TrainingConfig
+from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
-from holdfast.methods.base import Method, Stage, State, Step
-from holdfast.shards import weights
 from holdfast.tuners.peft import PeftTuner
 
 if TYPE_CHECKING:
-    from holdfast.shards import Shards
+    from holdfast.engines.shards import Shards
 
 
 class AdaLora(PeftTuner):

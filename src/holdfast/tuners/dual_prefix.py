@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from holdfast.config import Section
+from holdfast.api.tuner import Tuner
+from holdfast.config.section import Section
+from holdfast.engines.pieces import full
 from holdfast.errors import ConfigError
-from holdfast.generation import inference
-from holdfast.model import with_tensors
-from holdfast.prompt_keys import prompt_mask, queries, similarity
-from holdfast.shards import full
-from holdfast.tuners.base import Tuner
+from holdfast.models.generation import inference
+from holdfast.models.head import with_tensors
 from holdfast.tuners.peft_types import register
+from holdfast.tuners.prompt_keys import prompt_mask, queries, similarity
 
 CACHES = ("past_key_values", "layer_past")
 """What transformers' attention layers call the cache that they hand their keys and values to."""

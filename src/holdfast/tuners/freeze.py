@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from holdfast.config import Section
+from holdfast.config.section import Section
 from holdfast.errors import ConfigError
 from holdfast.tuners.full import Full
 

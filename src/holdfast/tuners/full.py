@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from holdfast.shards import weights
-from holdfast.tuners.base import Tuner
+from holdfast.api.tuner import Tuner
+from holdfast.engines.vectors import weights
 
 
 class Full(Tuner):

@@ -12,7 +12,7 @@ from peft.utils.constants import (
 from pydantic import ConfigDict, Field, model_validator
 from transformers import PreTrainedModel
 
-from holdfast.config import Section
+from holdfast.config.section import Section
 from holdfast.errors import ConfigError
 from holdfast.tuners.peft import PeftTuner
 

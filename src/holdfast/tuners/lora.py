@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from holdfast.config import Section
+from holdfast.config.section import Section
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.tuners.lora_factors import TRAINED, Factors, exchange_adapters, factors, times_rank
 from holdfast.tuners.peft import PeftTuner

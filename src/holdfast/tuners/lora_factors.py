@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from holdfast.engines.pieces import full
 from holdfast.errors import ConfigError
-from holdfast.shards import full
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -10,9 +10,9 @@ from pydantic import ConfigDict, Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from holdfast.config import Section
+from holdfast.config.section import Section
+from holdfast.engines.pieces import full
 from holdfast.errors import ConfigError
-from holdfast.shards import full
 from holdfast.tuners.peft import PeftTuner
 
 

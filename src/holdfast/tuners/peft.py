@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft import PeftConfig, get_peft_model
 from pydantic import ConfigDict
 
-from holdfast.config import Section
+from holdfast.api.tuner import Tuner
+from holdfast.config.section import Section
 from holdfast.errors import ConfigError, UserError, did_you_mean
-from holdfast.tuners.base import Tuner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,10 +9,11 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from holdfast.config import Section, TrainingConfig
+from holdfast.config.section import Section
+from holdfast.config.training import TrainingConfig
 from holdfast.errors import ConfigError
-from holdfast.soft_prompts import SoftPromptModel
 from holdfast.tuners.peft import PeftTuner
+from holdfast.tuners.soft_prompts import SoftPromptModel
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput

@@ -8,9 +8,9 @@ from peft import PromptTuningConfig
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
-from holdfast.config import Section
-from holdfast.soft_prompts import PromptPoolModel
-from holdfast.tuners.base import Tuner
+from holdfast.api.tuner import Tuner
+from holdfast.config.section import Section
+from holdfast.tuners.soft_prompts import PromptPoolModel
 
 
 class PromptPool(Tuner):

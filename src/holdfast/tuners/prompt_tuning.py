@@ -8,9 +8,9 @@ from peft import PromptTuningConfig
 from pydantic import ConfigDict, Field, model_validator
 from transformers import PreTrainedModel
 
-from holdfast.config import Section
-from holdfast.soft_prompts import SoftPromptModel
+from holdfast.config.section import Section
 from holdfast.tuners.peft import PeftTuner
+from holdfast.tuners.soft_prompts import SoftPromptModel
 
 
 class PromptTuning(PeftTuner):

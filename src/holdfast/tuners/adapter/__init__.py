@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from holdfast.config import Section
+from holdfast.config.section import Section
 from holdfast.tuners.adapter.config import AdapterConfig
 from holdfast.tuners.adapter.layer import AdapterLayer
 from holdfast.tuners.adapter.model import AdapterModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
-from holdfast.config import Section
+from holdfast.config.section import Section
 from holdfast.tuners.moe_lora.config import MoeLoraConfig
 from holdfast.tuners.moe_lora.layer import MoeLoraLinear
 from holdfast.tuners.moe_lora.model import MoeLoraModel

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from holdfast.config import Section
+from holdfast.api.method import Method
+from holdfast.api.rows import Batch
+from holdfast.api.stage import Stage, Step
+from holdfast.config.section import Section
 from holdfast.errors import ConfigError
-from holdfast.methods.base import Batch, Method, Stage, Step
 from holdfast.tuners.moe_lora.layer import MoeLoraLinear
 
 

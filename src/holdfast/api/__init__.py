@@ -1,0 +1,1 @@
+"""The contracts of holdfast: open this to extend it."""

@@ -1,0 +1,35 @@
+"""What methods see of an evaluation at test time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from holdfast.api.rows import TokenRow
+
+
+class Evaluation(Protocol):
+    """A model that is being measured.
+
+    Attributes:
+        model: a causal language model, with or without adapters.
+        batch_size: sequences in one forward pass.
+        seed: of the run; methods draw their random choices at test time from it.
+    """
+
+    model: PreTrainedModel | PeftModel
+    batch_size: int
+    seed: int
+
+    def collate(self, rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
+        """Pad rows on the right.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``labels``, int64 [rows, seq], on the model's device; a row without
+            labels is not supervised.
+        """

@@ -1,0 +1,76 @@
+"""The contract of a tuner: which weights are trained, and how they are saved so that plain libraries load them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from holdfast.config.reading import validate
+from holdfast.config.section import Section
+from holdfast.engines.process import Process
+from holdfast.engines.whole import saves_together, whole_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from holdfast.api.method import Method
+    from holdfast.config.training import TrainingConfig
+
+
+class Tuner(ABC):
+    """Which weights are trained. A subclass sets ``name`` and ``folder`` and says how to prepare and load."""
+
+    name: ClassVar[str]
+    folder: ClassVar[str]
+    """Name of the folder in a stage's directory that holds the trained weights."""
+
+    quantized: ClassVar[bool] = True
+    """Whether the model that it trains may be quantised, since its own weights stay as they are."""
+
+    class Options(Section):
+        """The tuner's options; a key that it does not know is refused."""
+
+    def __init__(self, **options: Any) -> None:
+        """Raises ConfigError if an option is unknown or wrong."""
+        self.options: Any = validate(self.Options, options, f"tuner {self.name}")
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Places in the model's context that it takes before every sequence."""
+        return 0
+
+    def plan(self, training: TrainingConfig, steps: int) -> None:  # noqa: B027 - most have nothing to note
+        """Take note of how the run trains, before there is a model.
+
+        Args:
+            training: the settings of its stages.
+            steps: optimizer steps of all stages together.
+
+        Raises:
+            ConfigError: it cannot train so.
+        """
+
+    def companion(self) -> Method | None:
+        """What training with this tuner needs beyond its weights, such as a loss term or a step after the optimizer's.
+
+        It is applied after the run's methods and is none of them: its class is a ``Method`` with ``registered=False``,
+        and its ``name``, that of its terms and its state, is no method's.
+        """
+        return None
+
+    @abstractmethod
+    def prepare(self, model: PreTrainedModel) -> Any:
+        """Make a pretrained model trainable, before the first stage."""
+
+    @abstractmethod
+    def load(self, model: PreTrainedModel, folder: Path) -> None:
+        """Put weights that :meth:`save` wrote into a prepared model, in place."""
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the trained weights so that plain transformers or PEFT loads them; all processes take part."""
+        main, state = Process.this().main, whole_state(model)
+        if state is None:
+            model.save_pretrained(folder, is_main_process=main)
+        elif main or saves_together(model):
+            model.save_pretrained(folder, state_dict=state, is_main_process=main)

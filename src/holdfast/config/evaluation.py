@@ -1,0 +1,131 @@
+"""What is measured: tasks, general abilities, and a judge."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from holdfast.config.section import FREE, Section
+
+HARNESS = ("tasks", "include_path", "num_fewshot", "limit", "apply_chat_template", "metric")
+"""Keys of a measure of general ability that are for lm-evaluation-harness."""
+
+
+class GeneralConfig(Section):
+    """One measure of general ability, taken before training and after every stage."""
+
+    name: str = Field(
+        "", description="what it is called in the matrix and the report; of lm_eval, put before each task's name"
+    )
+    path: str = Field("", description="file of texts or prompts (.txt, .jsonl) or of questions with choices (.jsonl)")
+    kind: Literal["perplexity", "choices", "refusals", "lm_eval"] = Field(
+        "perplexity",
+        description="perplexity of texts, accuracy of the likeliest of several choices, share of prompts refused, or "
+        "tasks of lm-evaluation-harness",
+    )
+    rows: int | None = Field(None, ge=1, description="use only the first n rows")
+    by: Literal["answer", "letter"] = Field(
+        "answer", description="of choices, which likelihood is compared: that of the whole answer, or of its letter"
+    )
+    shots: int = Field(0, ge=0, description="of choices by letter, answered questions of the same subject shown before")
+    demonstrations: str | None = Field(None, description="file of the questions that shots shows, such as MMLU's dev")
+
+    max_new_tokens: int = Field(64, ge=1, description="of refusals, longest response")
+    tasks: list[str] = Field(default_factory=list, description="of lm_eval, names of tasks, groups or tags")
+    include_path: str | None = Field(None, description="of lm_eval, folder of task definitions (YAML) of your own")
+    num_fewshot: int | None = Field(None, ge=0, description="of lm_eval, examples shown; where absent, the task's own")
+    limit: float | None = Field(None, gt=0, description="of lm_eval, first examples of each task; below 1, their share")
+    apply_chat_template: bool = Field(False, description="of lm_eval, ask in the tokenizer's chat template")
+    metric: str | None = Field(
+        None, description="of lm_eval, such as acc_norm or exact_match,strict-match; where absent, each task's first"
+    )
+
+    @property
+    def harness(self) -> dict[str, Any]:
+        """What lm-evaluation-harness is told."""
+        return self.model_dump(include=set(HARNESS))
+
+    @model_validator(mode="after")
+    def _of_kind(self) -> GeneralConfig:
+        if self.kind == "lm_eval":
+            if not self.tasks:
+                raise ValueError("tasks: kind lm_eval needs them, for example tasks: [hellaswag]")
+            others = set(GeneralConfig.model_fields) - {"name", "kind", *HARNESS}
+            wrong = f"is not for kind lm_eval, which has {', '.join(HARNESS)}"
+        else:
+            for key in ("name", "path"):
+                if not getattr(self, key):
+                    raise ValueError(f"{key}: is required but absent")
+            others, wrong = set(HARNESS), f"is for kind lm_eval, not {self.kind}"
+        for key in sorted(others):  # run.json names their defaults, too
+            if getattr(self, key) != GeneralConfig.model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(f"{key}: {wrong}")
+        return self
+
+    @model_validator(mode="after")
+    def _of_choices(self) -> GeneralConfig:
+        if self.by == "letter" and self.kind != "choices":
+            raise ValueError(f"by: letter is for kind choices, not {self.kind}")
+        if self.shots and (self.by != "letter" or self.demonstrations is None):
+            raise ValueError("shots: needs by: letter, and the questions to show, such as demonstrations: dev.jsonl")
+        if self.demonstrations is not None and not self.shots:
+            raise ValueError("demonstrations: needs shots, the number of them to show before a question, for example 5")
+        return self
+
+
+class JudgeConfig(Section):
+    """The language model that metric judge asks, behind an OpenAI-compatible endpoint."""
+
+    url: str = Field(description="base of the endpoint, for example http://localhost:8000/v1")
+    model: str = Field(description="the judge's name at the endpoint")
+    key_variable: str = Field("OPENAI_API_KEY", description="environment variable that holds the key, if one is needed")
+    prompt: str = Field(
+        "Question:\n{question}\n\nRight answer:\n{answer}\n\nResponse:\n{response}\n\n"
+        "Does the response say what the right answer says, in whatever words? Reply with one word: "
+        "correct or incorrect.",
+        description="what the judge is asked, from {question}, {answer} and {response}; it must reply with correct or "
+        "incorrect",
+    )
+    max_tokens: int = Field(512, ge=1, description="longest reply of the judge")
+    concurrency: int = Field(8, ge=1, description="requests under way at once", json_schema_extra=FREE)
+    timeout: float = Field(60.0, gt=0, description="seconds that a request may take", json_schema_extra=FREE)
+    retries: int = Field(5, ge=0, description="how often a request that failed is repeated", json_schema_extra=FREE)
+
+    @model_validator(mode="after")
+    def _asks_about_the_response(self) -> JudgeConfig:
+        if "{response}" not in self.prompt:
+            raise ValueError("prompt: must hold {response}, what is judged")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is measured after every stage."""
+
+    split: Literal["test", "dev"] = Field(
+        "test", description="rows that the tasks are measured on: test, or their eval (dev) split, to choose settings"
+    )
+    batch_size: int = Field(32, ge=1, description="prompts generated together")
+    max_new_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="longest response; where absent, the longest train answer of the task and 8 more, but no more than "
+        "the task allows and half of data.max_length",
+    )
+    general: list[GeneralConfig] | None = Field(
+        None, description="measures of general ability; where absent, those of the stream itself"
+    )
+    similarity_model: str = Field(
+        "paraphrase-multilingual-MiniLM-L12-v2",
+        description="Sentence Transformers model of metric semantic_similarity: folder or hub name",
+    )
+    judge: JudgeConfig | None = Field(None, description="the language model that metric judge asks")
+    bootstrap: int = Field(1000, ge=0, description="resamples for 95 % intervals over test examples; 0 turns them off")
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between evaluations of a stage's own task while it trains, for its learning curve",
+    )
+    watch_general: int | None = Field(
+        None, ge=1, description="steps between measurements of the loss on general text while a stage trains"
+    )

@@ -1,0 +1,81 @@
+"""The limits that a stage must keep."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from holdfast.config.section import FREE, Section
+
+
+def _increase(value: float | str | None) -> float | str | None:
+    """A number of nats, or a share with its sign of percent; on the command line both come as text."""
+    if value is None:
+        return None
+    text = str(value)
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"must be a number of nats a token, such as 0.05, or a share, such as 2%, not {value!r}")
+    return text if text.endswith("%") else number
+
+
+class GateConfig(Section):
+    """Limits on what may be forgotten, checked after every stage; the interval of a figure says how sure it is."""
+
+    max_forgetting: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="forgetting at most, over the tasks learned so far",
+        json_schema_extra=FREE,
+    )
+    max_task_forgetting: float | None = Field(
+        None, allow_inf_nan=False, description="forgetting of any single task at most", json_schema_extra=FREE
+    )
+    max_general_loss_increase: Annotated[float | str | None, AfterValidator(_increase)] = Field(
+        None,
+        description="rise of each loss on general text since before training at most: in nats a token, or as a share "
+        "of what it was, such as 2%",
+        json_schema_extra=FREE,
+    )
+    max_general_drop: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="fall of each accuracy-like general ability since before training at most",
+        json_schema_extra=FREE,
+    )
+    min_average: float | None = Field(
+        None, allow_inf_nan=False, description="average over the tasks learned so far at least", json_schema_extra=FREE
+    )
+    min_new_task: float | None = Field(
+        None, allow_inf_nan=False, description="score of a stage's own task at least", json_schema_extra=FREE
+    )
+    on_fail: Literal["stop", "rollback", "continue"] = Field(
+        "stop",
+        description="after a stage that fails: stop the run, go back to the last stage that passed, or go on",
+        json_schema_extra=FREE,
+    )
+    stop_early: bool = Field(
+        False,
+        description="end a stage as soon as the general loss, as evaluation.watch_general measures it, is beyond "
+        "max_general_loss_increase",
+        json_schema_extra=FREE,
+    )
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The limits that are given, by key."""
+        return self.model_dump(exclude={"on_fail", "stop_early"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _has_limits(self) -> GateConfig:
+        if not self.limits:
+            known = ", ".join(key for key in GateConfig.model_fields if key.startswith(("max_", "min_")))
+            raise ValueError(f"gives no limit; at least one of {known} is needed")
+        if self.stop_early and self.max_general_loss_increase is None:
+            raise ValueError("stop_early needs max_general_loss_increase, the limit at which it stops")
+        return self

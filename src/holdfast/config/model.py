@@ -1,0 +1,26 @@
+"""Which pretrained model a run starts from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from holdfast.config.section import Section
+
+
+class ModelConfig(Section):
+    """Which pretrained model to start from."""
+
+    name: str = Field(description="folder or hub name of a causal language model with its tokenizer")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32", description="data type of the weights; auto: as stored in the checkpoint"
+    )
+    quantization: Literal["4bit"] | None = Field(
+        None, description="hold the frozen weights in 4 bits (NF4, QLoRA) and compute in dtype; needs bitsandbytes"
+    )
+    attention: str | None = Field(
+        None, description="attention implementation of transformers (eager, sdpa, flash_attention_2, ...)"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with this model; off unless you ask")

@@ -1,0 +1,121 @@
+"""Read a configuration from YAML or a mapping, with overrides; every complaint names its key and a near one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from holdfast.config.section import section_of
+from holdfast.errors import ConfigError, did_you_mean
+
+
+class YamlLoader(yaml.SafeLoader):
+    """Safe YAML that also reads 3e-4 as a number, as everybody expects."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load(
+    cls: type[Any],
+    source: str | Path | dict[str, Any],
+    overrides: list[str] | None = None,
+    where: str = "the configuration",
+) -> Any:
+    """Read a configuration of any class, as :func:`load_config` does; ``where`` says where a mapping came from."""
+    if isinstance(source, dict):
+        values = dict(source)
+    else:
+        where, values = str(source), read_yaml(Path(source))
+    for override in overrides or []:
+        _apply_override(values, override)
+    return validate(cls, values, where)
+
+
+def validate(cls: type[Any], values: dict[str, Any], where: str) -> Any:
+    """Build a pydantic model from a user's mapping; every complaint names its key and, for a typo, the near name.
+
+    Raises:
+        ConfigError: with one line a complaint.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        lines = [_complaint(cls, complaint) for complaint in error.errors()]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; ConfigError if the file is absent, unreadable or no mapping."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: an override is key.path=value, for example training.epochs=3")
+    try:
+        value = yaml.load(text, Loader=YamlLoader)
+    except yaml.YAMLError:
+        value = text
+    try:
+        set_key(values, key, value)
+    except ConfigError as error:
+        raise ConfigError(f"{override!r}: {error}") from None
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key of a mapping, as ``key=value`` on the command line does.
+
+    Raises:
+        ConfigError: a part of the key is not a section.
+    """
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = values.get(parent)
+        if isinstance(below, str) and parent in ("model", "tuner", "method", "stream"):
+            below = {"name": below}
+        if below is not None and not isinstance(below, dict):
+            raise ConfigError(f"{parent} is not a section but {below!r}")
+        values[parent] = below = dict(below or {})
+        values = below
+    values[last] = value
+
+
+def _complaint(cls: type[BaseModel], complaint: Any) -> str:
+    location = [part for part in complaint["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    key = ".".join(str(part) for part in location)
+    section: type[BaseModel] | None = cls
+    for part in location[:-1]:
+        if isinstance(part, str) and section is not None and part in section.model_fields:
+            section = section_of(section.model_fields[part].annotation)
+    known = list(section.model_fields) if section is not None else []
+    match complaint["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key{did_you_mean(str(location[-1]), known)}"
+        case "missing":
+            return f"{key}: is required but absent"
+        case "value_error":
+            return f"{key + ': ' if key else ''}{complaint['ctx']['error']}"
+    message = complaint["msg"][0].lower() + complaint["msg"][1:]
+    return f"{key}: {message}, not {complaint['input']!r}"

@@ -1,0 +1,66 @@
+"""The run's configuration: one pydantic model, every field documented, unknown keys refused with a near name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from holdfast.config.evaluation import EvaluationConfig
+from holdfast.config.gate import GateConfig
+from holdfast.config.model import ModelConfig
+from holdfast.config.reading import load
+from holdfast.config.section import FREE, Named, NamedField, Section, as_named
+from holdfast.config.stream import DataConfig, StreamConfig
+from holdfast.config.training import TrainingConfig
+
+
+def _stream(value: Any) -> Any:
+    return {"tasks": value} if isinstance(value, list) else as_named(value)
+
+
+def as_tuner(value: Any) -> Any:
+    return {"name": "lora"} | value if isinstance(value, dict) else as_named(value)
+
+
+def as_methods(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class RunConfig(Section):
+    """A run: model x tuner x method x stream x seed, in one directory."""
+
+    model: Annotated[ModelConfig, BeforeValidator(as_named)] = Field(
+        description="the model to teach: a name or a section"
+    )
+    tuner: Annotated[Named | None, BeforeValidator(as_tuner)] = Field(
+        None, description="which weights are trained: a name or a section; where absent, what the method needs, or lora"
+    )
+    method: Annotated[list[NamedField], BeforeValidator(as_methods)] = Field(
+        [Named(name="sequential")],
+        min_length=1,
+        description="what is done against forgetting: a name, a section, or a list that is applied together",
+    )
+    stream: Annotated[StreamConfig, BeforeValidator(_stream)] = Field(description="the tasks, in order")
+    data: DataConfig = Field(DataConfig(), description="how rows become tokens")
+    training: TrainingConfig = Field(TrainingConfig(), description="one stage's training")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
+    gate: GateConfig | None = Field(
+        None, description="limits on what may be forgotten, checked after every stage", json_schema_extra=FREE
+    )
+    seed: int = Field(0, ge=0, description="every random choice of the run follows from it")
+    output: str = Field(description="the run's directory", json_schema_extra=FREE)
+
+
+def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        source: a YAML file, or the mapping that such a file holds.
+        overrides: ``key.path=value`` strings; values are YAML.
+
+    Raises:
+        ConfigError: a key is unknown, missing or wrong; the message names it and a near name.
+    """
+    return load(RunConfig, source, overrides)

@@ -1,0 +1,54 @@
+"""A section of a configuration: a pydantic model that refuses unknown keys, and things named with their options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+# A key marked so may change between two starts of the same run: no number of what is done already depends on it.
+FREE: Any = {"free": True}
+
+
+class Section(BaseModel):
+    """A part of the configuration: keys it does not know are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Named(Section):
+    """A tuner or method by name, with its own options, which its own class checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(description="its name; `holdfast methods` and `holdfast tuners` list them")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def year_as_text(value: Any) -> Any:
+    """Names of tasks may be years, which YAML reads as numbers."""
+    return str(value) if type(value) is int else value
+
+
+TaskName = Annotated[str, BeforeValidator(year_as_text)]
+
+
+def as_named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+NamedField = Annotated[Named, BeforeValidator(as_named)]
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The Section class of an annotation, looking through Annotated, unions and lists."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        section = section_of(part)
+        if section is not None:
+            return section
+    return None

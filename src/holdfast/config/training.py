@@ -1,0 +1,53 @@
+"""How a stage is trained: optimizer, schedule, batch sizes, precision and engine."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from holdfast.config.section import FREE, Section
+
+Engine = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+
+
+class TrainingConfig(Section):
+    """One stage's training; what is not here goes into `arguments`."""
+
+    epochs: float | list[float] = Field(1.0, description="passes over a task's train split; a list gives one per stage")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps a stage at most, instead of epochs")
+    batch_size: int = Field(16, ge=1, description="rows in one optimizer step, over all processes and accumulation")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="rows in one forward pass of one process; batch_size must be a multiple of it"
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
+    schedule: str = Field("cosine", description="transformers' name of a schedule: cosine, linear, constant, ...")
+    warmup: float = Field(0.03, ge=0, description="below 1: share of a stage's steps; from 1: steps")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    optimizer: str = Field("adamw_torch", description="transformers' name of an optimizer")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 turns clipping off")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: mixed precision (autocast)")
+    engine: Engine | None = Field(
+        None,
+        description="how processes divide the work: ddp, fsdp2, zero0 to zero3, zero3_offload; absent: ddp",
+        json_schema_extra=FREE,
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    save_every: int = Field(200, ge=1, description="optimizer steps between checkpoints", json_schema_extra=FREE)
+    log_every: int = Field(10, ge=1, description="steps between lines of events.jsonl", json_schema_extra=FREE)
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="any other field of transformers.TrainingArguments, by its name"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingConfig:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro}; "
+                f"{self.batch_size // micro * micro or micro} or {-(-self.batch_size // micro) * micro} would be"
+            )
+        for epochs in self.epochs if isinstance(self.epochs, list) else [self.epochs]:
+            if epochs <= 0:
+                raise ValueError(f"epochs must be greater than 0, not {epochs}")
+        return self

@@ -1,0 +1,1 @@
+"""Benchmarks by name: one YAML file a stream, and the makers of those that no folders hold."""

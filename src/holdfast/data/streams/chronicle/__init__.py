@@ -1,0 +1,1 @@
+"""chronicle: a generated world whose facts belong to years."""

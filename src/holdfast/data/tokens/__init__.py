@@ -1,0 +1,1 @@
+"""Token files: texts as one array of tokens on disk."""

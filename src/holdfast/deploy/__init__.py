@@ -1,0 +1,1 @@
+"""What leaves a run: exports, model cards and a server."""

@@ -1,0 +1,341 @@
+"""Out of holdfast: a finished stage as a folder that plain transformers or PEFT loads, and onto the hub."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast import methods, tuners
+from holdfast.api.method import Method
+from holdfast.config.model import ModelConfig
+from holdfast.config.run import RunConfig, load_config
+from holdfast.data.encode import Encoder
+from holdfast.deploy.exported import NOT_MERGED, Exported
+from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.records.directory import current_stage
+from holdfast.records.read import FinishedRun, read_run
+from holdfast.runner.reload import find_base
+from holdfast.system.files import read_json, whole_folder, write_json
+from holdfast.system.machine import versions
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from holdfast.api.tuner import Tuner
+
+MANIFEST = "holdfast.json"
+"""It says what the folder is; a folder or repository that has it may be replaced by another export."""
+
+
+def export(
+    run: Path, to: Path, *, stage: int | None = None, merge: bool = False, push_to: str | None = None
+) -> Exported:
+    """Write a stage's model, or its adapter, with tokenizer, generation settings and a model card.
+
+    Args:
+        run: a run's directory.
+        to: the folder to write, whole or not at all; an earlier export there is replaced.
+        stage: from 1; where absent, the last complete one, or the one to which the run's gate went back.
+        merge: merge an adapter into its model, so that the folder needs no other.
+        push_to: a hub name, under which the folder is uploaded.
+
+    Raises:
+        RunDirectoryError: there is no run, or it has no complete stage.
+        ConfigError: there is no such stage, the adapter cannot be merged, its base model is not found, ``to`` holds
+            something else or cannot be written, or the hub refuses.
+    """
+    to = to.resolve()
+    found = read_run(run)
+    number, folder = _find_stage(found, stage)
+    _check_target(to)
+    config = load_config(found.config)
+    assert config.tuner is not None, "a run that has begun names its tuner"
+    tuner = tuners.build(config.tuner)
+    saved = folder / tuner.folder
+    kind = "model" if tuner.folder == "model" else "merged" if merge else "adapter"
+    if kind == "merged":
+        _check_mergeable(tuner)
+    base = find_base(found, config.model.name, needed=kind != "model")
+    pretrained = config.model.model_copy(update={"name": base})
+    if kind == "adapter" and push_to is not None and Path(base).is_absolute():
+        raise ConfigError(
+            f"--push-to: the adapter's base model is a folder of this machine ({config.model.name}), which nobody else "
+            "can load; push one model with --merge, or run on the hub's name of the base model"
+        )
+    tokenizer = _tokenizer(saved, config.model)
+    chat = config.data.template != "plain" and bool(tokenizer.chat_template)
+    encoder = Encoder(tokenizer, max_length=found.info["max_length"], template=config.data.template)
+    settings = _generation_settings(pretrained, saved if kind == "model" else None, encoder)
+    merged = _merged(pretrained, tuner, saved) if kind == "merged" else None
+    exported = Exported(
+        run=found,
+        config=config,
+        stage=number,
+        task=read_json(folder / "stage.json")["task"],
+        row=len(found.tasks) if found.joint else number,
+        base=base,
+        kind=kind,
+        chat=chat,
+        lacks=[*method_lacks(config), *_folder_lacks(config, kind, base, tokenizer)],
+    )
+    try:
+        _write(exported, to, saved, merged, settings, tokenizer)
+    except OSError as error:
+        raise ConfigError(f"--to: {to} cannot be written ({error.strerror or error})") from None
+    if push_to is not None:
+        _push(to, push_to, exported)
+    return exported
+
+
+def _find_stage(run: FinishedRun, number: int | None) -> tuple[int, Path]:
+    """Number and folder of a complete stage."""
+    done = {read_json(file)["stage"]: file.parent for file in run.path.glob("stages/*/stage.json")}
+    if not done:
+        name = run.config["method"][0]["name"]
+        untrained = methods.known()[name].schedule == "none" if name in methods.known() else False
+        raise RunDirectoryError(
+            f"{run.path}: method {name!r} trains nothing, so there is nothing to export but its base model"
+            if untrained
+            else f"{run.path}: no stage of this run is complete yet; let it go on"
+        )
+    if number is None:
+        number = current_stage(run.info, max(done))
+    if number not in done:
+        known = ", ".join(str(n) for n in sorted(done))
+        why = "is before training, the base model itself" if number == 0 else "is no complete stage of this run"
+        raise ConfigError(f"--stage: {number} {why}; complete: {known}")
+    return number, done[number]
+
+
+def _check_target(to: Path) -> None:
+    if to.exists() and not to.is_dir():
+        raise ConfigError(f"--to: {to} is a file; give a folder, or a name that does not exist yet")
+    if to.exists() and any(to.iterdir()) and not (to / MANIFEST).exists():
+        raise ConfigError(f"--to: {to} holds other files than an earlier export (no {MANIFEST}); choose another folder")
+
+
+def _tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+
+
+def _generation_settings(model: ModelConfig, folder: Path | None, encoder: Encoder) -> GenerationConfig:
+    """The model's own, which also stop where the run's responses end, and can pad.
+
+    Args:
+        folder: the trained model; where None, the settings are those of the base model.
+
+    Raises:
+        ConfigError: the base model is not found.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    from holdfast.models.pretrained import load_model_config
+
+    if folder is None:
+        name, revision, own = model.name, model.revision, load_model_config(model)
+    else:
+        own = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        name, revision = str(folder), None
+    try:
+        settings = GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:
+        settings = GenerationConfig.from_model_config(own)
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings.eos_token_id = sorted({*encoder.stop_ids, *(end for end in ends if end is not None)}) or None
+    settings.pad_token_id = encoder.tokenizer.pad_token_id
+    settings._from_model_config = False  # else transformers may put the model's own end tokens back
+    return settings
+
+
+def _check_mergeable(tuner: Tuner) -> None:
+    if tuner.name in NOT_MERGED:
+        raise ConfigError(
+            f"--merge: tuner {tuner.name!r} cannot be merged into the model, since {NOT_MERGED[tuner.name]}; leave "
+            "--merge out to export the adapter"
+        )
+
+
+def _merged(config: ModelConfig, tuner: Tuner, adapter: Path) -> PreTrainedModel:
+    """The base model with a saved adapter merged into it, by plain PEFT, in the run's data type, on the CPU.
+
+    Raises:
+        ConfigError: the base model cannot be loaded, or PEFT cannot merge the adapter.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype=config.dtype
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: the weights of {config.name!r} cannot be loaded: {error}") from None
+    try:
+        peft: Any = PeftModel.from_pretrained(model, str(adapter))
+        return peft.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        raise ConfigError(f"--merge: tuner {tuner.name!r} cannot be merged into the model: {error}") from None
+
+
+def _write(
+    exported: Exported,
+    to: Path,
+    saved: Path,
+    merged: PreTrainedModel | None,
+    settings: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    from transformers import GenerationConfig
+
+    from holdfast.deploy.model_card import model_card
+
+    with whole_folder(to) as partial:
+        if merged is None:
+            shutil.copytree(saved, partial, dirs_exist_ok=True)
+        else:
+            merged.generation_config = GenerationConfig()  # the settings are written below, as they are
+            merged.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        if exported.kind == "adapter":
+            adapter = read_json(partial / "adapter_config.json")
+            write_json(
+                partial / "adapter_config.json",
+                adapter | {"base_model_name_or_path": exported.base, "revision": exported.config.model.revision},
+            )
+        settings.to_json_file(partial / "generation_config.json")
+        model_card(exported).save(partial / "README.md")
+        write_json(
+            partial / MANIFEST,
+            {
+                "kind": exported.kind,
+                "stage": exported.stage,
+                "task": exported.task,
+                "lacks": exported.lacks,
+                "versions": versions(),
+            },
+        )
+
+
+AT_TEST = {
+    "hide_lora": "chooses, for each prompt, among one adapter a task: here is the last stage's adapter alone, and "
+    "earlier tasks lose theirs",
+    "mbpa": "adapts the weights to each prompt by a few gradient steps on remembered rows: here are the weights before "
+    "that, without the memory",
+    "l2p": "chooses, for each prompt, soft prompts from a pool: here is the pool, which a plain library does not "
+    "choose from",
+    "dual_prompt": "chooses, for each prompt, a task's prefixes by their keys: a plain library has no such choice",
+    "icl": "puts demonstrations from a task's train split before each prompt: here are none",
+    "cia": "with grouping keeps weights for each group of alike instructions and chooses among them for each prompt: "
+    "here are the last stage's group's alone",
+}
+"""What each method that acts at test time does there, and what of it a folder of weights lacks."""
+
+IDLE: dict[str, Callable[[Any], bool]] = {
+    "cia": lambda options: options.grouping is None,
+    "mbpa": lambda options: not options.steps,
+    "dual_prompt": lambda options: not options.strength,
+    "icl": lambda options: not options.shots,
+}
+"""Options with which such a method does nothing at test time."""
+
+
+def method_lacks(config: RunConfig) -> list[str]:
+    """What the run's methods do at test time, which the scores were measured with and a plain library does not do."""
+    lines = []
+    for named in config.method:
+        try:
+            method = methods.find(named.name)(**named.options)
+        except ConfigError:
+            lines.append(f"method {named.name!r} cannot be loaded here, so whether it acts at test time is not known")
+            continue
+        acts = type(method).at_test is not Method.at_test or type(method).ask is not Method.ask
+        if acts and not (method.name in IDLE and IDLE[method.name](method.options)):
+            does = AT_TEST.get(method.name, "changes the model or the prompt at test time: a plain library does not")
+            lines.append(f"method {method.name!r} {does}; the scores were measured with it")
+    return lines
+
+
+UNKNOWN = (
+    "plain PEFT does not know tuner {name!r}: `import {module}` must come before `PeftModel.from_pretrained`, and vLLM "
+    "and `transformers serve` do not load this folder"
+)
+PADDED = (
+    "vLLM and `transformers serve` do not load the soft prompts of tuner {name!r}; plain PEFT does, but in a batch "
+    "that is padded on the left it gives shorter rows other positions than they were measured with: ask rows of "
+    "different length one by one"
+)
+TUNER_LACKS = {
+    "adapter": UNKNOWN.format(name="adapter", module="holdfast.tuners.adapter"),
+    "moe_lora": UNKNOWN.format(name="moe_lora", module="holdfast.tuners.moe_lora"),
+    "dual_prefix": UNKNOWN.format(name="dual_prefix", module="holdfast.tuners.dual_prefix"),
+    "prompt_pool": "plain PEFT loads this folder but puts all prompts of the pool before every row, instead of those "
+    "nearest to it, and so answers wrongly; load it with holdfast.soft_prompts.PromptPoolModel.from_folder(model, "
+    "folder); vLLM and `transformers serve` do not load it",
+    "prompt": PADDED.format(name="prompt"),
+    "p_tuning": PADDED.format(name="p_tuning"),
+    "prefix": PADDED.format(name="prefix"),
+}
+"""What a folder with a tuner's adapter lacks in plain libraries."""
+
+
+def _folder_lacks(config: RunConfig, kind: str, base: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the folder itself lacks, whatever the methods."""
+    assert config.tuner is not None
+    model, lines = config.model, []
+    if kind == "adapter" and config.tuner.name in TUNER_LACKS:
+        lines.append(TUNER_LACKS[config.tuner.name])
+    if kind == "adapter" and Path(base).is_absolute():
+        merge = "" if config.tuner.name in NOT_MERGED else ", or export with --merge"
+        lines.append(
+            f"the adapter's base model is a folder of this machine, {base}: elsewhere set base_model_name_or_path in "
+            f"adapter_config.json{merge}"
+        )
+    if kind == "adapter" and model.revision is not None:
+        lines.append(
+            f"the adapter belongs to revision {model.revision!r} of its base model: PEFT's Auto classes take it from "
+            "adapter_config.json, other libraries must be told"
+        )
+    if model.quantization is not None:
+        what = "the adapter is merged into weights that are not" if kind == "merged" else "load the base model so, too"
+        lines.append(f"the scores were measured on base weights in {model.quantization}: {what}")
+    if config.data.template == "plain" and tokenizer.chat_template:
+        lines.append(
+            "the tokenizer has a chat template, but the run was trained and measured without it (data.template: "
+            "plain): ask by plain text, not by chat"
+        )
+    if model.trust_remote_code:
+        lines.append("the model's architecture comes with Python code of its own: loading needs trust_remote_code=True")
+    return lines
+
+
+def _push(folder: Path, name: str, exported: Exported) -> None:
+    """Upload an export; a repository is replaced if it is empty or holds an earlier export.
+
+    Raises:
+        ConfigError: the repository holds something else, or the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        hub.create_repo(name, exist_ok=True)
+        there = set(hub.list_repo_files(name)) - {".gitattributes"}
+        if there and MANIFEST not in there:
+            raise ConfigError(
+                f"--push-to: {name} holds other files than an earlier export ({', '.join(sorted(there)[:3])}); choose "
+                f"another name; the folder {folder} is written"
+            )
+        hub.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            delete_patterns="*",  # what an earlier export left: a stray adapter would be loaded with the model
+            commit_message=f"Stage {exported.stage} ({exported.task})",
+        )
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the hub, the network or a missing token may raise
+        raise ConfigError(f"--push-to: {name}: {error}; the folder {folder} is written") from None

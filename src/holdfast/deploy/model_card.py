@@ -1,0 +1,239 @@
+"""The model card of an export: what it was taught, how, how well, and what it lacks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from holdfast.config.section import Named
+from holdfast.metrics.summary import summarize
+from holdfast.records.read import FinishedRun
+from holdfast.report.figures import FIGURES
+from holdfast.report.text import NOT_MEASURED, interval, number
+
+if TYPE_CHECKING:
+    from holdfast.deploy.exported import Exported
+
+
+def model_card(exported: Exported) -> ModelCard:
+    """README.md of an exported folder, with the hub's metadata."""
+    parts = [
+        _head(exported),
+        _lacks(exported),
+        _use(exported),
+        _training(exported),
+        _scores(exported),
+        _matrix(exported.run, exported.row),
+        _general(exported.run, exported.row),
+        _versions(exported.run),
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    return ModelCard(f"---\n{_metadata(exported).to_yaml()}\n---\n\n{text}\n")
+
+
+def _metadata(exported: Exported) -> ModelCardData:
+    """The hub takes names of its own alone, so a base model or data in a local folder is named in the text only."""
+    config = exported.config
+    assert config.tuner is not None
+    relation = "adapter" if exported.kind == "adapter" else "finetune"
+    base: dict[str, Any] = {} if exported.local_base else {"base_model": exported.base, "base_model_relation": relation}
+    names = [t.dataset for t in config.stream.tasks or () if t.dataset and not Path(t.dataset).exists()]
+    return ModelCardData(
+        **base,
+        datasets=list(dict.fromkeys(names)) or None,
+        library_name="peft" if exported.kind == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(["holdfast", "continual-learning", *_methods(config.method), config.tuner.name])),
+    )
+
+
+def _methods(methods: Iterable[Named]) -> list[str]:
+    return [Path(method.name).stem for method in methods]
+
+
+def _head(exported: Exported) -> str:
+    config, run = exported.config, exported.run
+    what = {
+        "model": "a whole model",
+        "merged": "a whole model, an adapter merged into its base model",
+        "adapter": "an adapter",
+    }[exported.kind]
+    learned = run.tasks if run.joint else run.tasks[: exported.row]
+    how = "all at once" if run.joint else "one after another"
+    more = "" if exported.row == len(run.tasks) else f" (of {len(run.tasks)} in the run)"
+    return (
+        f"# {Path(config.model.name).name}, taught {', '.join(learned)}\n\n"
+        f"This is {what}: `{config.model.name}` after stage {exported.stage} of a continual run of holdfast, in which "
+        f"it learned {len(learned)} tasks{more} {how}, with {' and '.join(f'`{n}`' for n in _methods(config.method))} "
+        "against forgetting."
+    )
+
+
+def _lacks(exported: Exported) -> str:
+    if not exported.lacks:
+        return ""
+    return "## What this folder lacks\n\n" + "\n".join(f"- {line[0].upper()}{line[1:]}." for line in exported.lacks)
+
+
+def _use(exported: Exported) -> str:
+    config = exported.config
+    assert config.tuner is not None
+    dtype = "" if config.model.dtype == "auto" else f', dtype="{config.model.dtype}"'
+    remote = ", trust_remote_code=True" if config.model.trust_remote_code else ""
+    lines = ["## Use", ""]
+    if exported.kind == "adapter":
+        revision = "" if config.model.revision is None else f', revision="{config.model.revision}"'
+        load = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("{exported.base}"{revision}{dtype}{remote})',
+            'model = PeftModel.from_pretrained(base, "FOLDER")',
+        ]
+    else:
+        load = [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{dtype}{remote})',
+        ]
+    lines += ["```python", *load, "```", "", *_serve(exported), ""]
+    if exported.chat:
+        lines.append("Prompts are made by the tokenizer's chat template, which this folder holds.")
+    else:
+        lines.append(
+            "Prompts are plain text: turns joined by newlines, and the answer comes after one space. There is no chat "
+            "template behind it, so ask for completions, not for chat."
+        )
+    lines.append(
+        "`generation_config.json` holds the base model's own settings and every token that ends an answer. The scores "
+        "below were measured greedily, without the model's own sampling and penalties (`do_sample=False`, "
+        "`repetition_penalty=1.0`)."
+    )
+    return "\n".join(lines)
+
+
+def _serve(exported: Exported) -> list[str]:
+    """How to serve it, where a server takes it."""
+    from holdfast.deploy.exported import NOT_MERGED
+
+    config = exported.config
+    assert config.tuner is not None
+    if exported.kind != "adapter":
+        return ["It can be served by `vllm serve FOLDER` and `transformers serve FOLDER`."]
+    options = config.tuner.options
+    if config.tuner.name == "lora" and not any(options.get(k) for k in ("use_dora", "modules_to_save", "lora_bias")):
+        return [
+            f"It can be served by `vllm serve {exported.base} --enable-lora --lora-modules NAME=FOLDER`; a rank"
+            " above 16 needs `--max-lora-rank`."
+        ]
+    return [
+        "`vllm serve` does not take this adapter"
+        + ("." if config.tuner.name in NOT_MERGED else "; a model exported with `--merge` can be served.")
+    ]
+
+
+def _training(exported: Exported) -> str:
+    config, run = exported.config, exported.run
+    assert config.tuner is not None
+    training = {
+        key: value
+        for key, value in config.training.model_dump(exclude_none=True).items()
+        if key in ("epochs", "max_steps", "batch_size", "learning_rate", "schedule", "optimizer", "precision")
+    }
+    base = config.model.name + (f" at {config.model.revision}" if config.model.revision else "")
+    rows = [
+        ("base model", f"`{base}` in {config.model.quantization or config.model.dtype}"),
+        *(("method", _named(method)) for method in config.method),
+        ("tuner", _named(config.tuner)),
+        ("training", ", ".join(f"{key} {_plain(value)}" for key, value in training.items())),
+        ("seed", str(config.seed)),
+        ("longest sequence", f"{run.info['max_length']} tokens"),
+    ]
+    learned = len(run.tasks) if run.joint else exported.row
+    tasks = [
+        (
+            task,
+            ("at once" if run.joint else str(run.own_stage(j))) if j < learned else "not learned here",
+            str(run.info["tasks"][task]["train"]),
+            str(run.info["tasks"][task]["test"]),
+            run.matrix["metrics"][task],
+        )
+        for j, task in enumerate(run.tasks)
+    ]
+    return "\n\n".join(
+        [
+            "## Training",
+            _table(("", ""), rows),
+            "Options that are not named have their defaults.",
+            _table(("task", "stage", "train rows", "test rows", "metric"), tasks),
+        ]
+    )
+
+
+def _named(named: Named) -> str:
+    options = ", ".join(f"{key} {_plain(value)}" for key, value in named.options.items())
+    return f"`{named.name}`" + (f" ({options})" if options else "")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _scores(exported: Exported) -> str:
+    """The summary as of this stage: of a last stage that of matrix.json, of an earlier one over the tasks so far."""
+    run, row = exported.run, exported.row
+    last = row == len(run.tasks)
+    tasks = run.tasks[:row]
+    summary = summarize(
+        [scores[:row] for scores in run.scores[: row + 1]],
+        metrics={task: run.matrix["metrics"][task] for task in tasks},
+        general={name: values[: row + 1] for name, values in run.matrix["general"].items()},
+    )
+    ends = run.matrix["intervals"] if last else {}
+    rows = [
+        (f.label, number(summary[f.key], f.signed), interval(ends.get(f.key), f.signed), f.definition, f.formula)
+        for f in FIGURES
+        if f.key in summary
+    ]
+    over = "all tasks" if last else f"the {row} tasks learned by then, as if the run had ended there"
+    return (
+        f"## Scores\n\nOver {over}. S[t][j] is the score of task j after stage t, T the last stage; row 0 is before "
+        "training. Intervals: 95 %, bootstrap over test rows. For losses, lower is better, and differences are turned "
+        "round.\n\n" + _table(("figure", "value", "interval", "meaning", "formula"), rows)
+    )
+
+
+def _matrix(run: FinishedRun, exported: int) -> str:
+    rows = []
+    for t, (name, scores) in enumerate(zip(run.stage_names(), run.scores, strict=True)):
+        cells = [name, *(number(score) for score in scores)]
+        rows.append([f"**{cell}**" for cell in cells] if t == exported else cells)
+    return "## Score matrix\n\nIn bold: this folder.\n\n" + _table(("", *run.tasks), rows)
+
+
+def _general(run: FinishedRun, row: int) -> str:
+    """General abilities before training and of this folder."""
+    general = run.matrix["general"]
+    if not general:
+        return ""
+    rows = []
+    for name, values in general.items():
+        before, after = values[0], values[row]
+        change = NOT_MEASURED if before is None or after is None else number(after - before, signed=True)
+        rows.append((name, number(before), number(after), change))
+    return "## General abilities\n\nOf perplexities, lower is better.\n\n" + _table(
+        ("measure", "before training", "this folder", "change"), rows
+    )
+
+
+def _versions(run: FinishedRun) -> str:
+    return "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in run.info["versions"].items())
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

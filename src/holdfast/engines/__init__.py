@@ -1,0 +1,1 @@
+"""How engines lay out parameters, gradients and optimizer state among processes."""

@@ -1,0 +1,65 @@
+"""Rank, world size and collectives of this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of the processes that train together.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many processes there are.
+    """
+
+    rank: int
+    world: int
+
+    @classmethod
+    def this(cls) -> Process:
+        """The process that this code runs in, as a launcher (torchrun, accelerate, deepspeed) has set it up."""
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is rank 0, the one that writes files."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait until every process is here (a barrier)."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes; the result lies on the CPU."""
+        if self.world > 1:
+            values = values.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+            torch.distributed.all_reduce(values)
+        return values.cpu()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect one value from every process, in the order of ranks."""
+        values = [value] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Send rank 0's value to every process."""
+        values = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
+
+    def any_of(self, value: bool) -> bool:
+        """Whether `value` is true on at least one rank."""
+        return bool(self.all_reduce_sum(torch.tensor(float(value)))) if self.world > 1 else value

@@ -1,0 +1,82 @@
+"""Load the measures of general ability that a configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from holdfast.api.task import General, Stream
+from holdfast.config.evaluation import GeneralConfig
+from holdfast.data.choices import by_letter, read_choices
+from holdfast.data.formats import read_rows, read_text, to_examples, where
+from holdfast.errors import ConfigError, DataError
+
+
+def load_general(configs: list[GeneralConfig] | None, stream: Stream) -> list[General]:
+    """Load the measures of general ability; None: those that the stream brings.
+
+    Raises:
+        ConfigError: two measures have one name.
+        DataError: a file or row cannot be used.
+    """
+    if configs is None:
+        return stream.general
+    _once([config.name for config in configs])
+    found = [measure for config in configs for measure in _general(config)]
+    _once([measure.name for measure in found])
+    return found
+
+
+def _once(names: list[str]) -> None:
+    """ConfigError if two measures have one name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"evaluation.general: two measures are called {name!r}")
+
+
+# --- general ability ---
+
+
+def _general(config: GeneralConfig) -> list[General]:
+    if config.kind != "lm_eval":
+        return [_from_file(config)]
+    from holdfast.evaluation.harness import check_tasks
+
+    check_tasks(config.tasks, config.include_path)
+    return [
+        General(f"{config.name}/{task}".lstrip("/"), "lm_eval", harness=config.harness | {"task": task})
+        for task in config.tasks
+    ]
+
+
+def _from_file(config: GeneralConfig) -> General:
+    assert config.kind != "lm_eval"
+    path = Path(config.path)
+    if config.kind != "choices" and path.suffix == ".txt":
+        texts = [line for line in read_text(path).splitlines() if line.strip()]
+        if not texts:
+            raise DataError(f"{path}: holds no text")
+        return General(config.name, config.kind, texts=texts[: config.rows], max_new_tokens=config.max_new_tokens)
+    rows = read_rows(path)[: config.rows]
+    if config.kind == "perplexity":
+        examples = to_examples(rows, "text", file=path)
+        return General(config.name, "perplexity", texts=[example.text or "" for example in examples])
+    if config.kind == "refusals":
+        prompts = [_asked(row, where(path, i, row)) for i, row in enumerate(rows)]
+        return General(config.name, "refusals", texts=prompts, max_new_tokens=config.max_new_tokens)
+    questions = [read_choices(row, where(path, i, row)) for i, row in enumerate(rows)]
+    if config.by == "answer":
+        return General(config.name, "choices", questions=questions)
+    dev = [] if config.demonstrations is None else read_rows(Path(config.demonstrations))
+    asked, shown = by_letter(rows, questions, dev, config.shots, path, config.demonstrations)
+    return General(config.name, "choices", questions=asked, shown=shown, by="letter")
+
+
+def _asked(row: dict[str, Any], place: str) -> str:
+    """What a row of prompt, instruction or goal (AdvBench) asks."""
+    key = next((key for key in ("prompt", "instruction", "goal") if key in row), None)
+    if key is None:
+        raise DataError(f"{place}: must have prompt, instruction or goal; found the keys {', '.join(map(repr, row))}")
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise DataError(f"{place}: {key}: must be text, not {row[key]!r}")
+    return row[key]

@@ -1,0 +1,93 @@
+"""Collect an experiment's results from its folders into tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.lab.derived import above_front, compute_multiplier, loss_at_matched
+from holdfast.lab.experiment import DONE, Experiment, PlannedLabRun
+from holdfast.lab.tables import TableRow
+from holdfast.system.files import read_json, read_jsonl
+
+
+def tables(experiment: Experiment, runs: Sequence[PlannedLabRun], cache: Path) -> tuple[list[TableRow], list[TableRow]]:
+    """A row a run and, where the experiment asks for curves, a row an evaluation, of runs that are done.
+
+    Of each domain ``DOMAIN_start``, ``DOMAIN_loss`` (at the end) and ``DOMAIN_kl``, in nats a token. Of a run that goes
+    on from another: ``forgetting``, the rise of the old domain's loss; ``learned``, the fall of the new one's;
+    ``forgetting_matched``, that rise where the new domain's loss came to ``matched``; ``compute_multiplier``, over the
+    evaluations of the run that it goes on from; ``above_front``, over the front of its seed.
+    """
+    results: list[TableRow] = []
+    curves: list[TableRow] = []
+    for run in runs:
+        folder = run.folder(cache)
+        columns = {"group": run.group, **run.columns, "seed": run.seed, "run": run.key}
+        if run.command == "run":
+            results.append(columns | score_columns(read_json(folder / "matrix.json")) | read_json(folder / DONE))
+            continue
+        result, evaluations = read_json(folder / "result.json"), read_jsonl(folder / "evaluations.jsonl")
+        losses = _losses(evaluations)
+        row = columns | {key: result[key] for key in ("parameters", "tokens", "seconds", "stop")}
+        for name, values in losses.items():
+            kl = evaluations[-1]["domains"][name]["kl"]
+            row |= {f"{name}_start": values[0], f"{name}_loss": values[-1], f"{name}_kl": kl}
+        if run.parent is not None and experiment.old in losses and experiment.new in losses:
+            before = read_jsonl(run.parent.folder(cache) / "evaluations.jsonl")
+            row |= _changes(experiment, losses[experiment.old], losses[experiment.new], before)
+        results.append(row | read_json(folder / DONE))
+        for i, evaluation in enumerate(evaluations if experiment.curves else []):
+            at = {key: evaluation[key] for key in ("step", "tokens", "seconds")}
+            curves.append(columns | at | {f"{name}_loss": values[i] for name, values in losses.items()})
+    if experiment.front is not None:
+        _measure_over_front(results, experiment.front, f"{experiment.new}_loss", f"{experiment.old}_loss")
+    return results, curves
+
+
+def _losses(evaluations: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The loss of each domain at each evaluation."""
+    return {name: [e["domains"][name]["loss"] for e in evaluations] for name in evaluations[0]["domains"]}
+
+
+def _changes(experiment: Experiment, old: list[float], new: list[float], before: list[dict[str, Any]]) -> TableRow:
+    row: TableRow = {"forgetting": old[-1] - old[0], "learned": new[0] - new[-1]}
+    if experiment.matched is not None:
+        matched = loss_at_matched(new, old, experiment.matched)
+        row["forgetting_matched"] = None if matched is None else matched - old[0]
+    pretraining = _losses(before)
+    if experiment.old in pretraining:
+        tokens = [evaluation["tokens"] for evaluation in before]
+        row["compute_multiplier"] = compute_multiplier(tokens, pretraining[experiment.old], old[-1])
+    return row
+
+
+def _measure_over_front(results: list[TableRow], group: str, new: str, old: str) -> None:
+    for row in results:
+        front = [(at[new], at[old]) for at in results if at["group"] == group and at["seed"] == row["seed"]]
+        if row["group"] != group and len(front) > 1:
+            row["above_front"] = above_front(front, (row[new], row[old]))
+
+
+def score_columns(matrix: dict[str, Any]) -> TableRow:
+    """Of a run of one stage, before and after: losses as of a laboratory run, other scores ``NAME_start`` and ``NAME``.
+
+    ``choices_start``, ``choices`` and ``choices_lost``, the first less the second, are means over all multiple choice.
+    """
+    columns: TableRow = {}
+    for name, start, end in zip(matrix["tasks"], *matrix["scores"], strict=True):
+        columns |= {f"{name}_start": start, f"{name}_loss" if matrix["metrics"][name] == "loss" else name: end}
+    shares = []
+    for name, (start, end) in matrix["general"].items():
+        measure = name.removeprefix("perplexity/")
+        if measure != name:
+            columns |= {f"{measure}_start": math.log(start), f"{measure}_loss": math.log(end)}
+        else:
+            columns |= {f"{measure}_start": start, measure: end}
+            shares.append((start, end))
+    if shares:
+        start, end = (sum(values) / len(shares) for values in zip(*shares, strict=True))
+        columns |= {"choices_start": start, "choices": end, "choices_lost": start - end}
+    return columns

@@ -1,0 +1,60 @@
+"""Which tuner goes with which method, as the methods declare it.
+
+`python -m holdfast.methods.compatibility > docs/grid.md` writes the page.
+"""
+
+from __future__ import annotations
+
+from holdfast import methods, tuners
+from holdfast.api.method import Method
+
+
+def refusal(method: Method | type[Method], tuner: str) -> str | None:
+    """Why a method cannot be used with a tuner, and with which it can; None where it can."""
+    if not method.tuners or tuner in method.tuners:
+        return None
+    reason = f", since {method.tuners_reason}" if method.tuners_reason else ""
+    return f"method {method.name!r} works with {' or '.join(method.tuners)}, not with {tuner!r}{reason}"
+
+
+def grid() -> dict[tuple[str, str], str | None]:
+    """For each (method, tuner) of holdfast's own: why it is refused; None where they go together."""
+    own = {name: method for name, method in methods.known().items() if method.__module__.startswith("holdfast.")}
+    return {(name, tuner): refusal(method, tuner) for name, method in own.items() for tuner in tuners.known()}
+
+
+def page() -> str:
+    """docs/grid.md: the grid as a Markdown table, and the reasons below it."""
+    cells = grid()
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    lines = [HEAD, "| method | " + " | ".join(f"`{tuner}`" for tuner in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for row in rows:
+        marks = ["–" if cells[row, tuner] else "yes" for tuner in columns]
+        lines.append(f"| `{row}` | " + " | ".join(marks) + " |")
+    lines.append(REASONS)
+    for row in rows:
+        method = methods.find(row)
+        if method.tuners:
+            names = ", ".join(f"`{tuner}`" for tuner in method.tuners)
+            lines.append(f"- `{row}` works with {names}: {method.tuners_reason}.")
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """\
+# Which tuner goes with which method
+
+<!-- Written by `python -m holdfast.methods.compatibility > docs/grid.md`. -->
+
+*yes*: the two train, continue bit for bit after a kill, evaluate and save. *–*: `holdfast check` and `holdfast run`
+refuse the two, with the reason and what would work. `tests/test_grid.py` proves both, cell by cell, on a tiny model:
+what is refused is run there without asking this table, and must end with the method saying what it misses in the
+model. [What the tuners are](tuners/README.md); each method has a page in `methods/`.
+"""
+
+REASONS = """
+A method that needs something that few tuners have goes with these alone:
+"""
+
+if __name__ == "__main__":
+    print(page(), end="")

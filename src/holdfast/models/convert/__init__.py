@@ -1,0 +1,1 @@
+"""Convert checkpoints without a native transformers class."""

@@ -1,0 +1,139 @@
+"""Batched greedy generation with transformers, and the mode in which a model is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from holdfast.engines.pieces import is_divided
+from holdfast.engines.process import Process
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    eos_token_ids: list[int],
+    pad_token_id: int,
+    on_batch: Callable[[int, int], None] | None = None,
+    on_responses: Callable[[list[int], list[list[int]]], None] | None = None,
+) -> list[list[int]]:
+    """Continue every prompt with the likeliest next token, until an end token or ``max_new_tokens``.
+
+    The model's own generation settings (sampling, penalties, suppressed tokens) do not apply, so that a response
+    depends on nothing but the weights and the prompt. Batches hold prompts of similar length, longest first; up to
+    float rounding the responses do not depend on ``batch_size``. Modes, settings and random states are left as found.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        prompts: token ids, at least one a prompt.
+        max_new_tokens: longest response, in tokens, its end token included.
+        batch_size: prompts generated together.
+        eos_token_ids: tokens that end a response.
+        pad_token_id: fills short prompts on the left; masked, so any id of the vocabulary will do.
+        on_batch: called after every batch with the prompts done and all prompts; it may raise to stop.
+        on_responses: called before that with the numbers of the batch's prompts and what they are returned.
+
+    Returns:
+        The new tokens of every prompt, in the order of ``prompts``, up to and without the end token.
+    """
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=eos_token_ids or None,
+        pad_token_id=pad_token_id,
+    )
+    responses: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    with inference(model), generation_config(model, greedy):
+
+        def answers(batch: list[int]) -> list[list[int]]:
+            width = len(prompts[batch[0]])
+            padding = [width - len(prompts[i]) for i in batch]
+            tokens = model.generate(
+                input_ids=torch.tensor(
+                    [[pad_token_id] * p + prompts[i] for i, p in zip(batch, padding, strict=True)], device=model.device
+                ),
+                attention_mask=torch.tensor([[0] * p + [1] * (width - p) for p in padding], device=model.device),
+                generation_config=greedy,
+            )
+            return [until(eos_token_ids, new) for new in tokens[:, width:].tolist()]
+
+        done = 0
+        for batch, found in by_batch(order, batch_size, answers):
+            for i, response in zip(batch, found, strict=True):
+                responses[i] = response
+            done += len(batch)
+            if on_responses is not None:
+                on_responses(batch, found)
+            if on_batch is not None:
+                on_batch(done, len(prompts))
+    return responses
+
+
+def until(ends: list[int], tokens: list[int]) -> list[int]:
+    """The tokens before the first of ``ends``."""
+    return tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def by_batch(
+    order: Sequence[int], batch_size: int, answers: Callable[[list[int]], list[Any]]
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Each batch of at most ``batch_size`` numbers with its answers, in every process; each process answers its share.
+
+    Processes go through the model together: one that has no batch left answers the last one, and nobody looks at it.
+    """
+    process = Process.this()
+    size = min(batch_size, -(-len(order) // process.world) or 1)
+    batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
+    for first in range(0, len(batches), process.world):
+        part = batches[first : first + process.world]
+        found = process.gather(answers(part[min(process.rank, len(part) - 1)]))
+        yield from zip(part, found, strict=False)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode and records no gradients; after, every module is in its former mode."""
+    # FSDP2 keeps buffers between forward passes, and those that are made in inference mode are of no use for training.
+    without_gradients = torch.no_grad() if is_divided(model) else torch.inference_mode()
+    with evaluating(model), without_gradients:
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; after, every module is in its former mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Inside, ``config`` stands in for the model's own, from which transformers fills whatever a call leaves open."""
+    own = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
+    for module, _ in own:
+        module.generation_config = config
+    try:
+        yield
+    finally:
+        for module, former in own:
+            module.generation_config = former

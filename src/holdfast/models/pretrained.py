@@ -1,0 +1,87 @@
+"""Load what comes with a pretrained model: its configuration and its tokenizer, with their fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.config.model import ModelConfig
+from holdfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+
+
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, where the tokenizer puts one before a text; otherwise nothing."""
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    begin = [tokenizer.bos_token_id]
+    return begin if full[:1] == begin and bare[:1] != begin else []
+
+
+def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer from its folder or the hub, with a padding token: its own, or end or unknown.
+
+    Args:
+        key: where the name comes from, for messages.
+
+    Raises:
+        ConfigError: there is no such folder or hub name, it holds no tokenizer, or one that is not fast.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(model.name)
+    if folder.is_file():
+        raise ConfigError(f"{key}: {model.name!r} is a file; give the folder that holds the model")
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"{key}: the folder {model.name!r} holds no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be "
+            "there, as tokenizer.save_pretrained(folder) writes it"
+        )
+    if not folder.is_dir() and (model.name.startswith((".", "/", "~")) or model.name.count("/") > 1):
+        raise ConfigError(f"{key}: there is no folder {model.name!r} (looked from {Path.cwd()})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # whatever a hub, a disk or a parser may raise
+        place = (
+            "has a tokenizer that cannot be read" if folder.is_dir() else "is no folder, and no tokenizer of the hub"
+        )
+        raise ConfigError(f"{key}: {model.name!r} {place}: {error}") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{key}: {model.name!r} has a slow tokenizer; a tokenizer.json is needed")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"{key}: the tokenizer of {model.name!r} has no padding, end or unknown token; name one")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 (hexadecimal) over what decides which tokens a text becomes; how calls pad and truncate is left out."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    else:
+        content = tokenizer.get_vocab()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_model_config(model: ModelConfig) -> Any:
+    """The model's transformers configuration.
+
+    Raises:
+        ConfigError: there is no such model, or it is not one that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: {model.name!r} cannot be used as a model: {error}") from None

@@ -1,0 +1,66 @@
+"""QLoRA: the frozen weights of a model in 4 bits (Dettmers et al., 2023, arXiv 2305.14314), by bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from holdfast.config.model import ModelConfig
+from holdfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from holdfast.api.tuner import Tuner
+
+
+def check_quantization(model: ModelConfig, tuner: Tuner) -> None:
+    """ConfigError if a model cannot be quantised as it is asked for: on this machine, or with this tuner."""
+    if model.quantization is None:
+        return
+    if not tuner.quantized:
+        raise ConfigError(
+            f"model.quantization: tuner {tuner.name!r} trains or decomposes the model's own weights, which must not be "
+            "quantised then; leave it out, or use a tuner that adds weights, such as lora"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "model.quantization: 4bit needs bitsandbytes, which is not installed; `pip install bitsandbytes` installs "
+            "it, or leave the key out"
+        )
+
+
+def weight_options(model: ModelConfig, device: str) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of a model's weights: data type, and how they are quantised.
+
+    4 bits are QLoRA's: NF4, with quantised constants (double quantisation). Computed is in ``model.dtype``, and where
+    that is auto, in bfloat16, as in the paper.
+    """
+    if model.quantization is None:
+        return {"dtype": model.dtype}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    dtype = torch.float32 if model.dtype == "float32" else torch.bfloat16
+    return {
+        "dtype": dtype,
+        "device_map": {"": device},
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    }
+
+
+def ready_for_training(model: Any) -> Any:
+    """A quantised model, frozen, with norms and embeddings in float32.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 packs a layer's weights anew when it first answers: with loss, for good,
+    and so that no gradient goes through it any more. That is turned off.
+    """
+    from peft import prepare_model_for_kbit_training
+
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

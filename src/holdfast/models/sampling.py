@@ -1,0 +1,295 @@
+"""Batched sampling from a causal language model, one token of all rows at a time, with a preallocated cache."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from holdfast.errors import ConfigError, DataError
+from holdfast.losses.common import wide
+from holdfast.models.generation import generation_config, inference
+from holdfast.models.head import base, head
+
+BLOCK = 256  # tokens whose probabilities are summed up together
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What :func:`sample` drew.
+
+    Attributes:
+        tokens: the new tokens of each prompt, a stop token included.
+        log_probs: of each prompt's new tokens together under the model, in nats.
+        hidden: where asked for, the last hidden states, after the final norm, of prompt and new tokens as they were
+            computed: [tokens - 1, hidden] each, in the model's data type; the last token was never put in.
+    """
+
+    tokens: list[list[int]]
+    log_probs: list[float]
+    hidden: list[Tensor]
+
+
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    seed: int | str,
+    numbers: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    stop_token_ids: Collection[int] = (),
+    pad_token_id: int = 0,
+    hidden: bool = False,
+    use_cache: bool = True,
+) -> Samples:
+    """Continue every prompt with tokens drawn from softmax(logits / temperature), all prompts in one batch.
+
+    What is drawn for a prompt depends on the seed, its number, the prompt and the weights; up to float rounding it does
+    not depend on the other prompts. The model's own generation settings do not apply. Modes, settings and random states
+    are left as found.
+
+    Where the model is a decoder with ordinary attention and a head, it is stepped below the head, which costs least;
+    otherwise (prompts of PEFT, other caches) through ``model.generate``.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        prompts: token ids, at least one a prompt.
+        max_new_tokens: most tokens to draw for a prompt, or for each.
+        seed: of the choices.
+        numbers: one a prompt; 0, 1, ... where absent.
+        temperature: above 0.
+        stop_token_ids: tokens that end a sample; none: each has ``max_new_tokens``.
+        pad_token_id: fills short prompts on the left; masked, so any id of the vocabulary will do.
+        hidden: whether the hidden states are kept.
+        use_cache: False reads the whole row again for every token, for models without a cache.
+
+    Raises:
+        ConfigError: the temperature is not above 0.
+        DataError: the model's logits are not finite.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature: {temperature} cannot divide logits; it must be above 0")
+    if not prompts:
+        return Samples([], [], [])
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    device = base(model).device
+    ids = torch.tensor([[pad_token_id] * p + list(row) for p, row in zip(padding, prompts, strict=True)], device=device)
+    mask = (torch.arange(width, device=device) >= torch.tensor(padding, device=device)[:, None]).long()
+    chosen = range(len(prompts)) if numbers is None else numbers
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    draw = Draw(_uniform(seed, chosen, max(limits)).to(device), temperature)
+    stops = sorted(stop_token_ids)
+    with inference(model):
+        if use_cache and _has_plain_decoder(model):
+            tokens, states = _steps(model, ids, mask, draw, limits, stops, hidden)
+        else:
+            tokens, states = _generate(model, ids, mask, draw, stops, hidden, pad_token_id, use_cache)
+    log_probs = torch.cat(draw.log_probs, dim=1).cpu()
+    if not torch.isfinite(log_probs).all():
+        raise DataError("the model's logits are not finite, so nothing can be sampled from it")
+    new = [_until_stop(row[:n], stops) for row, n in zip(tokens[:, width:].tolist(), limits, strict=True)]
+    sums = [float(row[: len(own)].sum()) for row, own in zip(log_probs, new, strict=True)]
+    if states is None:
+        return Samples(new, sums, [])
+    return Samples(new, sums, [s[p : width + len(own) - 1] for s, p, own in zip(states, padding, new, strict=True)])
+
+
+class Draw:
+    """Draws the next token of each row by inverting the cumulative distribution: one uniform number a row and step.
+
+    Args:
+        uniform: float64 [rows, steps], in [0, 1).
+
+    Attributes:
+        log_probs: float64 [rows, 1] a step: of the drawn tokens under softmax(logits).
+    """
+
+    def __init__(self, uniform: Tensor, temperature: float):
+        self.uniform, self.temperature, self.steps = uniform, temperature, uniform.shape[1]
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The next tokens: logits, float32 [rows, vocab] -> int64 [rows, 1]."""
+        plain = self.temperature == 1
+        p = (logits if plain else logits / self.temperature).softmax(-1)
+        short = -p.shape[-1] % BLOCK
+        blocks = (F.pad(p, (0, short)) if short else p).unflatten(-1, (-1, BLOCK))
+        up_to = blocks.sum(-1).double().cumsum(-1)  # block by block, so that rounding stays small and sums are fast
+        target = self.uniform[:, len(self.log_probs), None] * up_to[:, -1:]
+        block = _first_beyond(up_to, target)
+        inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].double().cumsum(-1)
+        token = block * BLOCK + _first_beyond(inside, target - F.pad(up_to, (1, 0)).gather(1, block))
+        token.clamp_(max=logits.shape[-1] - 1)  # without finite logits there is none
+        log_p = p.gather(1, token).log() if plain else logits.gather(1, token) - logits.logsumexp(-1, keepdim=True)
+        self.log_probs.append(log_p.double())
+        return token
+
+
+def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
+    """The first entry of each row [rows, entries] that exceeds the row's target [rows, 1]; it never has a weight of 0.
+
+    Sums that were rounded differently may put the target at the end of a row, or beyond: it is drawn back a little.
+    """
+    top = cumulative[:, -1:]
+    below = torch.minimum(target, top.nextafter(torch.zeros_like(top)))
+    return torch.searchsorted(cumulative, below, right=True).clamp_(max=cumulative.shape[-1] - 1)
+
+
+def _uniform(seed: int | str, numbers: Sequence[int], steps: int) -> Tensor:
+    """Numbers in [0, 1) that depend on the seed and each row's number alone, float64 [rows, steps]."""
+    rows = []
+    for number in numbers:
+        digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+        rows.append(generator.random(steps))
+    return torch.from_numpy(np.stack(rows))
+
+
+def _steps(
+    model: Any, ids: Tensor, mask: Tensor, draw: Draw, limits: list[int], stops: list[int], hidden: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Step the decoder and its head: tokens [rows, width + at most new], hidden states of all but the last."""
+    inner, own = base(model), head(model)
+    decoder, layer = inner.base_model, inner.get_output_embeddings()
+    rows, width = ids.shape
+    length = width + draw.steps
+    cache = Cache(layers=[_Preallocated(length - 1) for _ in DynamicCache(config=inner.config).layers])
+    padded = not bool(mask.all())
+    mask = F.pad(mask, (0, draw.steps), value=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0) if padded else torch.arange(length, device=ids.device)[None]
+    tokens = F.pad(ids, (0, draw.steps))
+    ending, most = torch.tensor(stops, device=ids.device), torch.tensor(limits, device=ids.device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
+    states = None
+    first = 0
+    for last in range(width, length):
+        part = decoder(
+            input_ids=tokens[:, first:last],
+            position_ids=positions[:, first:last],
+            attention_mask=mask[:, :last] if padded else None,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        if hidden:
+            if states is None:
+                states = part.new_empty(rows, length - 1, part.shape[-1])
+            states[:, first:last] = part
+        tokens[:, last : last + 1] = draw(own.bounded(wide(layer(part[:, -1]))))
+        first = last
+        if stops:
+            ended |= torch.isin(tokens[:, last], ending) | (most <= last + 1 - width)
+            if bool(ended.all()):
+                break
+    return tokens[:, : last + 1], states
+
+
+class _Preallocated(CacheLayerMixin):
+    """Keys and values in memory that is taken once; what it gives back is a view on those that are there.
+
+    So a step attends to no more than there is and needs no mask; transformers' own static layer gives all of it back.
+    """
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self.seen = length, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            part.new_empty(*part.shape[:2], self.length, part.shape[-1]) for part in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.seen = self.seen, self.seen + key_states.shape[2]
+        self.keys[:, :, start : self.seen] = key_states
+        self.values[:, :, start : self.seen] = value_states
+        return self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return self.length
+
+
+def _has_plain_decoder(model: Any) -> bool:
+    """Whether a step of the decoder alone, with a cache of keys and values, is a step of the whole model."""
+    inner = base(model)
+    decoder = inner.base_model
+    prompts = hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
+    hooks = inner._forward_pre_hooks or inner._forward_hooks
+    known = inspect.signature(decoder.forward).parameters
+    if prompts or hooks or decoder is inner or not {"position_ids", "past_key_values"} <= set(known):
+        return False
+    return all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=inner.config).layers
+    )
+
+
+def _generate(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    draw: Draw,
+    stops: list[int],
+    hidden: bool,
+    pad_token_id: int,
+    use_cache: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The same through ``model.generate``, for any model that has it."""
+    settings = GenerationConfig(
+        max_new_tokens=draw.steps,
+        do_sample=False,
+        num_beams=1,
+        use_cache=use_cache,
+        eos_token_id=stops or None,
+        pad_token_id=pad_token_id,
+        return_dict_in_generate=True,
+        output_hidden_states=hidden,
+    )
+    with generation_config(model, settings):
+        found = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=[_Drawn(draw)]
+        )
+    if not hidden:
+        return found.sequences, None
+    first, *rest = (states[-1] for states in found.hidden_states)
+    return found.sequences, torch.cat([first[:, -ids.shape[1] :], *(states[:, -1:] for states in rest)], dim=1)
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves the drawn token alone as likely, so that greedy generation takes it."""
+
+    def __init__(self, draw: Draw):
+        self.draw = draw
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).scatter_(1, self.draw(scores.float()), 0.0)
+
+
+def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
+    """The tokens up to the first that stops, and with it."""
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in stops), len(tokens))]
+
+
+Sampler = Callable[..., Samples]
+""":func:`holdfast.models.sampling.sample` for a given model: called with prompts and the same keywords."""

@@ -1,0 +1,272 @@
+"""A run's directory as plain data, and the names that tell several runs apart."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from holdfast.config.describe import flat
+from holdfast.errors import RunDirectoryError
+from holdfast.metrics.matrix import LOWER_IS_BETTER, Total
+from holdfast.records.directory import current_stage, slug
+from holdfast.system.files import read_json, read_jsonl
+
+REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
+
+
+@dataclass
+class FinishedRun:
+    """One run's directory, read.
+
+    ``info`` is run.json, ``matrix`` is matrix.json, ``events`` are the lines of events.jsonl in the order of training.
+    ``label`` tells this run from the others that are reported with it.
+    """
+
+    path: Path
+    info: dict[str, Any]
+    matrix: dict[str, Any]
+    events: list[dict[str, Any]] = field(default_factory=list)
+    label: str = ""
+    _statistics: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.info["config"]
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.matrix["tasks"]
+
+    @property
+    def scores(self) -> list[list[float | None]]:
+        """S as [T+1, T]; row 0 is before training; None where not measured."""
+        return self.matrix["scores"]
+
+    @property
+    def method(self) -> str:
+        return " + ".join(method["name"] for method in self.config["method"])
+
+    @property
+    def reference(self) -> str | None:
+        """What this run is a reference for, where it is one: it shows a bound and competes with nobody."""
+        return REFERENCES.get(self.config["method"][0]["name"])
+
+    @property
+    def joint(self) -> bool:
+        """Whether all tasks were learned together, in one stage that fills the last row of the score matrix."""
+        return self.config["method"][0]["name"] == "joint"
+
+    @property
+    def split(self) -> str:
+        """The rows that the tasks are measured on: test, or dev."""
+        return self.config["evaluation"].get("split", "test")
+
+    @property
+    def finished(self) -> bool:
+        return self.info.get("finished") is not None
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the method trains nothing."""
+        return self.finished and list(self.folders) == [0]
+
+    @property
+    def minutes(self) -> float | None:
+        seconds = self.info.get("seconds")
+        return sum(seconds.values()) / 60 if seconds else None
+
+    def figure(self, key: str) -> float | None:
+        """A figure of matrix.json or a cost of run.json, by its key; None where it is not known."""
+        if key == "minutes":
+            return self.minutes
+        if key in self.matrix["summary"]:
+            return self.matrix["summary"][key]
+        return self.matrix.get(key, self.info.get(key))
+
+    def lower_is_better(self, j: int) -> bool:
+        """Whether task j is scored by a loss or a perplexity."""
+        return self.matrix["metrics"][self.tasks[j]] in LOWER_IS_BETTER
+
+    def own_stage(self, j: int) -> int:
+        """The stage in which task j (from 0) was learned: j + 1, and for joint training the last."""
+        return len(self.tasks) if self.joint else j + 1
+
+    def stage_names(self) -> list[str]:
+        """T+1 names of the rows of the score matrix."""
+        if self.joint:
+            between = [f"stage {t}" for t in range(1, len(self.tasks))]
+            return ["before training", *between, "after all tasks"]
+        return ["before training", *(f"after {task}" for task in self.tasks)]
+
+    def seen_average(self) -> list[float | None]:
+        """T means: after stage t, over the tasks learned by then; None where one of them was not measured."""
+        T = len(self.tasks)
+        means: list[float | None] = []
+        for t in range(1, T + 1):
+            seen = [self.scores[t][j] for j in range(T) if self.own_stage(j) <= t]
+            scores = [score for score in seen if score is not None]
+            means.append(sum(scores) / len(scores) if scores and len(scores) == len(seen) else None)
+        return means
+
+    @cached_property
+    def folders(self) -> dict[int, Path]:
+        """The stages' folders by number; 0 is before training."""
+        return {int(folder.name.partition("-")[0]): folder for folder in sorted(self.path.glob("stages/[0-9]*-*"))}
+
+    def held(self, row: int) -> int:
+        """The stage whose weights a row of the score matrix is measured with; 0 is the model before training."""
+        stage = min(row, 1) if self.joint else row
+        return current_stage(self.info, stage) if stage in self.folders else 0
+
+    def responses(self, row: int, task: str) -> list[dict[str, Any]]:
+        """The test rows of a task at a row of the score matrix, with their scores; empty where nothing was kept."""
+        if self.held(row) not in self.folders:
+            return []
+        file = self.folders[self.held(row)] / "responses" / f"{slug(task)}.jsonl"
+        return read_jsonl(file) if file.exists() else []
+
+    def statistics(self, row: int, j: int) -> Any:
+        """What :mod:`holdfast.metrics` resamples of task j's test examples at a row of the score matrix, [examples, k];
+        None where nothing was measured or kept."""
+        from holdfast.scoring.score import statistics
+
+        if self.scores[row][j] is None:
+            return None
+        place = self.held(row), j  # several rows may be of one stage
+        if place not in self._statistics:
+            rows = self.responses(row, self.tasks[j])
+            self._statistics[place] = statistics(rows, self.matrix["metrics"][self.tasks[j]]) if rows else None
+        return self._statistics[place]
+
+    def general_statistics(self, row: int, name: str) -> Any:
+        """The same of a measure of general ability, by its name in matrix.json, [examples, 2]."""
+        path = self.folders.get(self.held(row), self.path) / "evaluation.json"
+        found = read_json(path).get("general_examples", {}) if path.exists() else {}
+        return np.array(found[name]) if name in found else None
+
+    @property
+    def totals(self) -> list[Total]:
+        """How each task's score follows from the sums of its statistics."""
+        from holdfast.scoring.score import total
+
+        return [total(self.matrix["metrics"][task]) for task in self.tasks]
+
+
+@dataclass
+class Changes:
+    """What became of one task's test rows between two evaluations.
+
+    Attributes:
+        since: when the first one was.
+        pairs: (before, after) of each row, in order.
+        lost: of these the ones that went from right to wrong, worst first.
+        gained: those that went from wrong to right, best first.
+    """
+
+    task: str
+    since: str
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]]
+    lost: list[tuple[dict[str, Any], dict[str, Any]]]
+    gained: list[tuple[dict[str, Any], dict[str, Any]]]
+
+    @property
+    def rows(self) -> int:
+        return len(self.pairs)
+
+
+def read_run(path: Path) -> FinishedRun:
+    """Read one run's directory.
+
+    Raises:
+        RunDirectoryError: it holds no run, or none that was evaluated yet.
+    """
+    for name, lacks in (("run.json", "is not a run's directory"), ("matrix.json", "has no scores yet")):
+        if not (path / name).is_file():
+            raise RunDirectoryError(f"{path}: {lacks}: there is no {name}; give a directory that `holdfast run` wrote")
+    events = path / "events.jsonl"
+    return FinishedRun(path, read_json(path / "run.json"), read_json(path / "matrix.json"), _read_events(events))
+
+
+def read_runs(paths: list[Path]) -> list[FinishedRun]:
+    """Read several runs and give each a label of its own."""
+    runs = [read_run(path) for path in paths]
+    for run, label in zip(runs, name_runs(runs), strict=True):
+        run.label = label
+    return runs
+
+
+def name_runs(runs: list[FinishedRun], ignored: Collection[str] = ()) -> list[str]:
+    """A name of its own for each run: its method, then what else differs, then its directory.
+
+    Args:
+        ignored: keys of the configuration that are not named.
+    """
+    names = [run.method for run in runs]
+    for places in _same(names):
+        config = [settings(runs[i]) for i in places]
+        keys = dict.fromkeys(key for values in config for key in values if key not in ignored)
+        differing = [key for key in keys if len({json.dumps(values.get(key)) for values in config}) > 1]
+        for i, values in zip(places, config, strict=True):
+            parts = [f"{key.rpartition('.')[2]} {values.get(key, 'absent')}" for key in differing[:2]]
+            names[i] = ", ".join([names[i], *parts])
+    for directory in (lambda path: path.resolve().name, lambda path: str(path.resolve())):
+        for places in _same(names):
+            for i in places:
+                names[i] = f"{runs[i].method}, {directory(runs[i].path)}"
+    return names
+
+
+def changes(run: FinishedRun, j: int) -> Changes | None:
+    """Compare the responses to task j at the end with those right after its own stage.
+
+    A task that was learned last is compared with the model before training. A score of at least a half is right. A row
+    is lost where it went from right to wrong, gained where it went from wrong to right, by a half or more: for metrics
+    that know only right and wrong, wherever it changed.
+    None where the responses are not kept, or the task has none (it is scored by loss).
+    """
+    measured = [t for t, row in enumerate(run.scores) if row[j] is not None]
+    if run.lower_is_better(j) or not measured:
+        return None
+    task, last = run.tasks[j], measured[-1]
+    then = run.own_stage(j) if run.own_stage(j) in measured[:-1] else measured[0]
+    if run.held(then) == run.held(last):
+        return None
+    before = {(row["row"], row.get("number")): row for row in run.responses(then, task)}
+    after = [((row["row"], row.get("number")), row) for row in run.responses(last, task)]
+    pairs = [(before[place], row) for place, row in after if place in before]
+    if not pairs:
+        return None
+    change = [after["score"] - first["score"] for first, after in pairs]
+    ranked = sorted(range(len(pairs)), key=lambda i: (-abs(change[i]), i))
+    return Changes(
+        task=task,
+        since=run.stage_names()[then],
+        pairs=pairs,
+        lost=[pairs[i] for i in ranked if change[i] <= -0.5 and pairs[i][1]["score"] < 0.5],
+        gained=[pairs[i] for i in ranked if change[i] >= 0.5 and pairs[i][0]["score"] < 0.5],
+    )
+
+
+def _same(names: list[str]) -> list[list[int]]:
+    """Places of names that are there more than once."""
+    counts = Counter(names)
+    return [[i for i, name in enumerate(names) if name == one] for one, count in counts.items() if count > 1]
+
+
+def settings(run: FinishedRun) -> dict[str, Any]:
+    """The configuration as dotted keys, methods by their names, without where the run is written."""
+    config = {key: value for key, value in run.config.items() if key not in ("output", "method")}
+    return flat({method["name"]: method for method in run.config["method"]} | config)
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    """The logged steps in order; of a step that was logged again after a resume, the last."""
+    events = {(event["stage"], event["step"]): event for event in read_jsonl(path)} if path.exists() else {}
+    return [events[key] for key in sorted(events)]

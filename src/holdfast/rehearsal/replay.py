@@ -1,0 +1,98 @@
+"""From a model on disk to a corpus of its own samples, to be rehearsed later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.config.model import ModelConfig
+from holdfast.engines.whole import model_fingerprint
+from holdfast.errors import ConfigError, did_you_mean
+from holdfast.models.head import begin_token, context
+from holdfast.models.pretrained import load_model_config, load_tokenizer
+from holdfast.models.sampling import sample
+from holdfast.models.vllm_engine import ADAPTER, vllm_engine
+from holdfast.rehearsal.corpus import write_corpus
+from holdfast.rehearsal.request import Request
+
+ENGINES = ("transformers", "vllm")
+
+
+def replay(
+    model: str,
+    out: str | Path,
+    *,
+    tokens: int,
+    length: int | None = None,
+    domain: str | Sequence[str] | None = None,
+    token: int | None = None,
+    chat: bool | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    engine: str = "transformers",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Let a model write a corpus of itself; the same call continues one that was stopped.
+
+    Args:
+        model: folder or hub name of a model, or folder of an adapter, with its tokenizer.
+        out, tokens, batch_size, seed, on_progress: as :func:`holdfast.rehearsal.corpus.write_corpus` takes them.
+        length, domain, token, chat, temperature: as :meth:`holdfast.rehearsal.request.Request.of` takes them.
+        engine: transformers or vllm.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or not be asked so; the engine is unknown or not installed.
+        UserError: as write_corpus.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"engine: there is no engine {engine!r}{did_you_mean(engine, ENGINES)}")
+    tokenizer = load_tokenizer(ModelConfig(name=model), key="MODEL")
+    asked: dict[str, Any] = {"length": length, "domain": domain, "token": token, "chat": chat}
+    asked["temperature"] = temperature
+    fingerprint = None
+    if engine == "vllm":
+        config = load_model_config(ModelConfig(name=model)).get_text_config()
+        reads, begin = (getattr(config, key, None) for key in ("max_position_embeddings", "bos_token_id"))
+        request = Request.of(tokenizer, reads, begin, **asked)
+        draw = vllm_engine(model, request.length)
+    else:
+        loaded = _load(model)
+        request = Request.of(tokenizer, context(loaded), begin_token(loaded), **asked)
+        fingerprint = model_fingerprint(loaded)
+        draw = partial(sample, loaded)
+    return write_corpus(
+        draw,
+        request,
+        out,
+        tokenizer,
+        tokens=tokens,
+        batch_size=batch_size,
+        seed=seed,
+        facts={"model": {"name": model, "fingerprint": fingerprint}, "engine": engine},
+        on_progress=on_progress,
+    )
+
+
+def _load(name: str) -> Any:
+    """A model, or PEFT's adapter on the model that it belongs to, on this machine's device.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    loader = AutoPeftModelForCausalLM if Path(name, ADAPTER).exists() else AutoModelForCausalLM
+    try:
+        model = loader.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"MODEL: {name!r} cannot be loaded: {error}") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")

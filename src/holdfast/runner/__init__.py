@@ -1,0 +1,1 @@
+"""The stage loop of a run."""

@@ -1,0 +1,122 @@
+"""What a run would do: one decoded and masked example a task, the plan and its cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from holdfast.api.task import Task
+from holdfast.config.gate import GateConfig
+from holdfast.config.run import RunConfig
+from holdfast.models.pretrained import load_model_config
+from holdfast.runner.plan import optimizer_steps
+from holdfast.runner.setup import Setup, prepare
+from holdfast.system.machine import free_gib
+
+
+def print_check(config: RunConfig, console: Console) -> None:
+    """Load everything but the weights and print the plan.
+
+    Raises:
+        UserError: what `holdfast run` would refuse.
+    """
+    setup = prepare(config)
+    console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)
+    for task in setup.stream.tasks:
+        row = setup.rows[task.name][0]
+        console.rule(f"task {task.name}", align="left")
+        beside = f", beside it {', '.join(task.beside)}" if task.beside else ""
+        console.print(f"{len(task.train)} train and {len(task.test)} test examples, metric {task.metric}{beside}")
+        console.print(noticed(task), soft_wrap=True)
+        console.print(f"first train example, {len(row['input_ids'])} tokens, [supervised] in brackets:", markup=False)
+        console.print(masked(setup, row), markup=False, soft_wrap=True)
+    console.rule("plan", align="left")
+    for line in plan_lines(setup):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def noticed(task: Task) -> str:
+    """What is odd about a task's rows, in a line."""
+    counts = task.counts
+    said = [
+        f"{counts.duplicate_train_rows} duplicate train rows",
+        f"{counts.test_rows_in_train} test rows stand in train",
+    ]
+    for count, what in (
+        (counts.contradicting_train_rows, "train rows ask again with another answer"),
+        (counts.duplicate_test_rows, "duplicate test rows"),
+        (counts.test_rows_in_other_tasks, "test rows stand in the train rows of other tasks"),
+        (counts.dropped_train_rows, "train rows dropped"),
+    ):
+        said += [f"{count} {what}"] if count else []
+    return ", ".join(said)
+
+
+def masked(setup: Setup, row: dict[str, Any]) -> str:
+    """An example as the model sees it; the tokens that the loss counts stand in brackets."""
+    pieces: list[tuple[bool, list[int]]] = []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        supervised = label != -100
+        if not pieces or pieces[-1][0] != supervised:
+            pieces.append((supervised, []))
+        pieces[-1][1].append(token)
+    tokenizer = setup.encoder.tokenizer
+    texts = ((supervised, tokenizer.decode(ids, skip_special_tokens=False)) for supervised, ids in pieces)
+    return "".join(f"[{text}]" if supervised else text for supervised, text in texts)
+
+
+def plan_lines(setup: Setup) -> list[str]:
+    """Stages, steps, tokens and disk space, a line each."""
+    config, training = setup.config, setup.config.training
+    lines = [
+        f"model {config.model.name}, tuner {setup.tuner.name}, method {' + '.join(m.name for m in setup.methods)}, "
+        f"max_length {setup.max_length}, seed {config.seed}"
+    ]
+    total = 0
+    for stage in setup.stages:
+        rows = [row for task in stage.tasks for row in setup.rows[task.name]]
+        epochs = training.epochs[stage.index - 1] if isinstance(training.epochs, list) else training.epochs
+        steps = optimizer_steps(config, stage, setup.rows, setup.max_length)
+        seen = round(sum(len(row["input_ids"]) for row in rows) * min(epochs, steps * training.batch_size / len(rows)))
+        total += seen
+        lines.append(f"stage {stage.index} {stage.name}: {len(rows)} rows, {steps} steps, {seen:,} tokens")
+    if setup.stream.samples is not None:
+        lines.append(f"general samples of the stream, for methods that name no others: {setup.stream.samples}")
+    if not setup.stages:
+        lines.append("no stages: the model stays as it is")
+    tests = sum(len(task.test) for task in setup.stream.tasks)
+    times = len(setup.stages) + 1
+    size = model_bytes(setup)
+    lines += [
+        f"training sees {total:,} tokens of the tasks; methods may add rehearsal rows",
+        f"evaluation: {tests} test examples, {times} times, and {len(setup.general)} general measures",
+        f"{setup.encoder.truncated} train examples were shortened to max_length"
+        + (f", of {setup.encoder.cut_answers} the answer too" if setup.encoder.cut_answers else ""),
+        *gate_lines(config.gate),
+        f"weights: about {size / 2**30:.3f} GiB; a full checkpoint about {3 * size / 2**30:.3f} GiB; "
+        f"{free_gib(Path(config.output)):.0f} GiB are free for {config.output}",
+    ]
+    return lines
+
+
+def gate_lines(gate: GateConfig | None) -> list[str]:
+    """The limits that each stage is held to, and what follows where it fails."""
+    if gate is None:
+        return []
+    limits = ", ".join(f"{key} {limit}" for key, limit in gate.limits.items())
+    early = "; a stage ends early beyond max_general_loss_increase" if gate.stop_early else ""
+    return [f"gate after every stage: {limits}; on_fail {gate.on_fail}{early}"]
+
+
+def model_bytes(setup: Setup) -> int:
+    """Bytes of the model's weights, from its shapes alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model_config = load_model_config(setup.config.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=setup.config.model.trust_remote_code)
+    width = 2 if setup.config.model.dtype == "bfloat16" else 4
+    return width * sum(p.numel() for p in model.parameters())

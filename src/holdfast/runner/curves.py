@@ -1,0 +1,75 @@
+"""The curves of a stage: its tasks' scores, and the loss on general text, while it trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.engines.process import Process
+from holdfast.records.gate import Increase, general_loss
+from holdfast.runner.plan import PlannedStage
+
+
+@dataclass
+class Curves:
+    """Measures every so many steps, writes what it finds to curves.jsonl, and tells when the general loss has risen
+    beyond its limit.
+
+    Attributes:
+        every: steps between evaluations of the stage's tasks; None: never.
+        scores: measures them, {task: score}.
+        general_every: steps between measurements of general text; None: never.
+        general: measures them, {name in matrix.json: value}.
+        before: what ``general`` gave before training.
+        limit: on the rise of each general loss; None: whatever it is, the stage goes on.
+        note: the general losses, for the progress.
+        stopped: what was beyond the limit, for the stage's record; None as long as nothing was.
+    """
+
+    path: Path
+    stage: PlannedStage
+    every: int | None
+    scores: Callable[[], dict[str, float]]
+    general_every: int | None
+    general: Callable[[], dict[str, float]]
+    before: dict[str, float]
+    limit: Increase | None = None
+    note: str = ""
+    stopped: dict[str, Any] | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether something is measured after a step."""
+        return any(every is not None and step % every == 0 for every in (self.every, self.general_every))
+
+    def measure(self, step: int) -> None:
+        """Measure what is due; random choices of the training do not notice."""
+        found: dict[str, Any] = {"stage": self.stage.index, "task": self.stage.name, "step": step}
+        with torch.random.fork_rng():
+            if self.every is not None and step % self.every == 0:
+                found["scores"] = self.scores()
+            if self.general_every is not None and step % self.general_every == 0:
+                found["general"] = self.general()
+                self._look(step, found["general"])
+        if Process.this().main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
+
+    def _look(self, step: int, general: dict[str, float]) -> None:
+        notes = []
+        for name, value in general.items():
+            loss, before = general_loss(name, value), general_loss(name, self.before[name])
+            notes.append(f"{name.removeprefix('perplexity/')} {loss:.3f} ({loss - before:+.3f})")
+            if self.limit is not None and self.stopped is None and loss - before > self.limit.nats(before):
+                self.stopped = {
+                    "step": step,
+                    "general": name,
+                    "loss": loss,
+                    "before": before,
+                    "limit": str(self.limit),
+                }
+        self.note = "  ".join(notes)

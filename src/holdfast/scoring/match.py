@@ -1,0 +1,82 @@
+"""Exact match: the whole response against the whole answer, and what other code calls accuracy."""
+
+from __future__ import annotations
+
+import string
+import unicodedata
+
+from holdfast.api.scorer import Scorer
+
+# What may stand before and after an answer without being part of it. Signs that carry a meaning there (-5, .5, 5%, C#)
+# are not among them.
+_QUOTES = "\"'`"
+_BEFORE = _QUOTES + "¿¡"
+_AFTER = _QUOTES + ".,;:!?。、।؟،؛"
+_INVISIBLE = dict.fromkeys(map(ord, "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"))
+
+
+def accuracy(response: str, answer: str) -> float:
+    """1 if the whole response equals the whole answer after :func:`normalize`, otherwise 0."""
+    return float(normalize(response) == normalize(answer))
+
+
+def normalize(text: str) -> str:
+    """Bring a response or an answer into the form in which accuracy compares them.
+
+    In order: Unicode NFKC and case folding (full-width forms, ligatures and capitals become plain); marks of writing
+    direction and of byte order, which nobody sees, are left out; each run of whitespace becomes one space, and none is
+    left at the ends; quotation marks, opening brackets and ¿ ¡ are taken off the beginning; quotation marks, closing
+    brackets and . , ; : ! ? (and those of Chinese, Hindi and Arabic) off the end. Text of nothing but such signs stays
+    as it is. So "Positive." equals "positive", and "75" is not "7".
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    text = " ".join(text.translate(_INVISIBLE).split())
+    start, end = 0, len(text)
+    while start < end and _around(text[start], _BEFORE, "Ps"):
+        start += 1
+    while end > start and _around(text[end - 1], _AFTER, "Pe"):
+        end -= 1
+    return text[start:end] or text
+
+
+def _around(character: str, signs: str, bracket: str) -> bool:
+    # Unicode categories: Pi and Pf are quotation marks, Ps and Pe opening and closing brackets.
+    return character.isspace() or character in signs or unicodedata.category(character) in ("Pi", "Pf", bracket)
+
+
+def trace_prefix_match(response: str, answer: str) -> float:
+    """1 if the response begins with the answer, letter case and all, otherwise 0; so "75" counts for "7".
+
+    TreeLoRA's evaluation of TRACE and of O-LoRA's tasks. An empty response scores 0.
+    """
+    return float(bool(response and answer) and response.startswith(answer))
+
+
+def trace_first_character(response: str, answer: str) -> float:
+    """1 if response and answer, stripped, begin with the same character, case and all, otherwise 0.
+
+    TreeLoRA's evaluation of TRACE's ScienceQA, whose answers are a letter and then reasons; "Because" counts for "B".
+    """
+    response, answer = response.strip(), answer.strip()
+    return float(bool(response and answer) and response[0] == answer[0])
+
+
+def o_lora_exact_match(response: str, answer: str) -> float:
+    """1 if response and answer are equal in lower case, without ASCII punctuation and with single spaces, otherwise 0.
+
+    O-LoRA's evaluation, which is that of Super-NaturalInstructions (Wang et al. 2022, arXiv 2204.07705). Unlike
+    :func:`accuracy` it takes signs out of the middle too: "-5" counts for "5" and "sci/tech" for "scitech".
+    """
+    return float(_bare(response) == _bare(answer))
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+SCORERS = [
+    Scorer("accuracy", accuracy, "the whole response equals the answer, but for case, space and signs around it"),
+    Scorer("trace_prefix_match", trace_prefix_match, "the response begins with the answer (TRACE; 75 counts for 7)"),
+    Scorer("trace_first_character", trace_first_character, "the first characters are equal (TRACE's ScienceQA)"),
+    Scorer("o_lora_exact_match", o_lora_exact_match, "equal in lower case without any punctuation (O-LoRA)"),
+]

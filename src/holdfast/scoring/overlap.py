@@ -1,0 +1,152 @@
+"""Overlap with a reference text: ROUGE-L, BLEU, and edit similarity for code."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.api.scorer import Record, Scorer, answers
+from holdfast.errors import ConfigError
+
+# One token a character in scripts that write no spaces between words (kana, Han, Thai, Lao, Khmer, Burmese).
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
+
+
+def rouge_l(response: str, answer: str) -> float:
+    """ROUGE-L F-measure (Lin 2004) over case-folded words, without stemming.
+
+    In scripts without spaces between words (Han, kana, Thai ...) every character is a word. The rouge-score library
+    computes it, and on plain English text its own default words give the same. An empty response scores 0.
+
+    Raises:
+        ConfigError: the rouge-score library is not installed.
+    """
+    return float(_rouge(stemmed=False).score(answer, response)["rougeL"].fmeasure)
+
+
+def super_ni_rouge_l(response: str, answer: str) -> float:
+    """ROUGE-L F-measure over stemmed words of the letters a to z and digits: Super-NaturalInstructions' evaluation.
+
+    Text in any other script has no words, and scores 0.
+    """
+    return float(_rouge(stemmed=True).score(answer, response)["rougeL"].fmeasure)
+
+
+def trace_rouge_l(response: str, answer: str) -> float:
+    """Summary-level ROUGE-L F-measure over sets of words: TRACE's evaluation, through the ``rouge`` package 1.0.1.
+
+    Sentences end at every full stop, words at white space. u is the set of words in the longest common subsequence of
+    any sentence of the response with any of the answer, P = |u| / distinct words of the answer and R = |u| / distinct
+    words of the response (TRACE passes the two the other way round, which F does not notice), F = 2PR / (P + R + 1e-8).
+    An empty response or answer scores 0, as does one of full stops only, at which the package fails.
+    """
+    hypothesis, reference = _sentences(answer), _sentences(response)
+    if not hypothesis or not reference:
+        return 0.0
+    union = {word for r in reference for h in hypothesis for word in _common_subsequence(r, h)}
+    precision = len(union) / len({word for sentence in hypothesis for word in sentence})
+    recall = len(union) / len({word for sentence in reference for word in sentence})
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def edit_similarity(response: str, answer: str) -> float:
+    """1 - (insertions + deletions) / (length of both), over characters: the similarity of code in TRACE's Py150.
+
+    rapidfuzz's ``ratio`` / 100, after the literals of Py150 are written out as CodeXGLUE does: <NUM_LIT> becomes 0,
+    <STR_LIT> and <CHAR_LIT> nothing, and <STR_LIT:x>, <NUM_LIT:x> and <CHAR_LIT:x> become x. TRACE rounds each row's
+    ratio to a whole percent; this does not. An empty response scores 0.
+    """
+    from rapidfuzz.fuzz import ratio
+
+    return ratio(_written_out(response), _written_out(answer)) / 100 if response else 0.0
+
+
+class Bleu(Scorer):
+    """BLEU of all rows together, from sacrebleu with its defaults (13a words, exponential smoothing); in [0, 1].
+
+    Corpus BLEU is no mean of rows: the counts of n-grams are summed before they are divided. A row's own score is
+    sacrebleu's sentence BLEU. 13a does not split Chinese or Japanese into words; there BLEU says little.
+    """
+
+    def row(self, record: Record) -> float:
+        from sacrebleu import sentence_bleu
+
+        return min(sentence_bleu(record["response"], list(answers(record))).score / 100, 1.0)
+
+    def statistics(self, records: Sequence[Record]) -> NDArray[np.float64]:
+        from sacrebleu.metrics import BLEU
+
+        bleu = BLEU()
+        scores = [bleu.corpus_score([record["response"]], [[a] for a in answers(record)]) for record in records]
+        return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores], dtype=float)
+
+    def total(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        from sacrebleu.metrics import BLEU
+
+        counts = np.rint(sums).astype(int).reshape(-1, sums.shape[-1]).tolist()
+        scores = [BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score for row in counts]
+        return np.minimum(np.array(scores).reshape(sums.shape[:-1]) / 100, 1.0)
+
+
+class _Words:
+    """Tokenizer for rouge-score: its own knows the letters a to z only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+@cache
+def _rouge(stemmed: bool) -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ConfigError("metric rouge_l: needs the rouge-score library; pip install rouge-score") from None
+    return RougeScorer(["rougeL"], use_stemmer=True) if stemmed else RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+def _sentences(text: str) -> list[list[str]]:
+    """Words of each sentence; a sentence of white space has one, empty word, as the package has it."""
+    return [sentence.split() or [""] for sentence in text.split(".") if sentence] if text else []
+
+
+def _common_subsequence(x: list[str], y: list[str]) -> list[str]:
+    """The longest common subsequence of two lists of words; of equally long ones the one that the package finds."""
+    lengths = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+    for i, word in enumerate(x, 1):
+        above, row = lengths[i - 1], lengths[i]
+        for j, other in enumerate(y, 1):
+            row[j] = above[j - 1] + 1 if word == other else max(above[j], row[j - 1])
+    i, j, found = len(x), len(y), []
+    while i and j:
+        if x[i - 1] == y[j - 1]:
+            i, j = i - 1, j - 1
+            found.append(x[i])
+        elif lengths[i - 1][j] > lengths[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found
+
+
+def _written_out(code: str) -> str:
+    code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
+    return _LITERAL.sub(r"\1", code)
+
+
+SCORERS = [
+    Scorer("rouge_l", rouge_l, "ROUGE-L F-measure over words, or characters where a script writes no spaces"),
+    Scorer("super_ni_rouge_l", super_ni_rouge_l, "ROUGE-L over stemmed a-z words (Super-NaturalInstructions)"),
+    Scorer("trace_rouge_l", trace_rouge_l, "ROUGE-L over sets of words, sentence by sentence (TRACE)"),
+    Bleu("bleu", about="corpus BLEU of sacrebleu"),
+    Scorer("edit_similarity", edit_similarity, "similarity of code by insertions and deletions (TRACE's Py150)"),
+]

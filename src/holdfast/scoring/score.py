@@ -1,0 +1,82 @@
+"""From responses to records with scores, and from records to the score of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast.api.task import Example, Task
+from holdfast.metrics.matrix import Total
+from holdfast.models.answers import AnswerCache
+from holdfast.scoring import SCORERS, Record, Scorer
+
+
+def response_records(task: Task, responses: Sequence[str]) -> list[dict[str, Any]]:
+    """One record a test example, in order, not scored yet: row, prompt, answer and response, and where the task has
+    them ``answers`` (all right ones) and ``input`` (what the prompt is about, without its instruction)."""
+    records = []
+    for example, response in zip(task.test, responses, strict=True):
+        record = named(example) | {"prompt": example.question, "answer": example.answer}
+        if example.also_right:
+            record["answers"] = [example.answer, *example.also_right]
+        if task.metric in ABOUT_INPUT or ABOUT_INPUT.intersection(task.beside):
+            record["input"] = example.input
+        records.append(record | {"response": response})
+    return records
+
+
+def named(example: Example) -> dict[str, Any]:
+    """What names a test example among those of its task: its row and, of a conversation's, its number."""
+    return {"row": example.row} | ({} if example.number is None else {"number": example.number})
+
+
+ABOUT_INPUT = {"sari"}
+"""Metrics that compare with what a prompt is about; no other needs it in the records."""
+
+
+def score_records(
+    task: Task, records: list[dict[str, Any]], scorers: Mapping[str, Scorer] = SCORERS, kept: AnswerCache | None = None
+) -> list[dict[str, Any]]:
+    """Give each record its ``score`` and, where the task has further metrics, their scores as ``beside``.
+
+    Args:
+        scorers: of the task's metrics, by name.
+        kept: answers of those that ask a model themselves.
+
+    Raises:
+        ConfigError: a library or an endpoint that a metric needs cannot be used.
+    """
+    for record, score in zip(records, scorers[task.metric].rows(records, kept), strict=True):
+        record["score"] = score
+    for name in task.beside:
+        for record, score in zip(records, scorers[name].rows(records, kept), strict=True):
+            record.setdefault("beside", {})[name] = score
+    return records
+
+
+def task_score(records: Sequence[Record], metric: str) -> float:
+    """The score of a task from its scored records: their mean for most metrics, and never for a loss, F1 or BLEU."""
+    return scorer(metric).corpus(records)
+
+
+def beside_score(records: Sequence[Record], metric: str) -> float:
+    """The score of a task by one of the metrics beside its own."""
+    return task_score([{**record, "score": record["beside"][metric]} for record in records], metric)
+
+
+def statistics(records: Sequence[Record], metric: str) -> NDArray[np.float64]:
+    """What :mod:`holdfast.metrics` resamples: ``[rows, k]``, of whose sums :func:`total` makes the task's score."""
+    return scorer(metric).statistics(records)
+
+
+def total(metric: str) -> Total:
+    """How a task's score follows from the sums of its rows' statistics."""
+    return scorer(metric).total
+
+
+def scorer(metric: str) -> Scorer:
+    """What makes a task's score of rows that are scored already; for that, no metric needs more than its name."""
+    return SCORERS.get(metric) or Scorer(metric)

@@ -1,0 +1,235 @@
+"""A sweep: many runs that differ by a grid, described by one YAML file, each checked before the first one starts."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from holdfast.config.reading import load, read_yaml, set_key
+from holdfast.config.run import RunConfig, load_config
+from holdfast.config.section import Section
+from holdfast.errors import ConfigError, UserError
+from holdfast.sweep.grid import Axis, Grid, cells
+from holdfast.system.files import read_json
+
+LONGEST_VALUE = 48
+"""Letters of a value in a run's name; of a longer one the beginning and a digest stand in it."""
+
+
+class Resources(Section):
+    """What one run needs."""
+
+    processes: int = Field(1, ge=1, description="processes that train a run together, each with a GPU where there are")
+    cores: float = Field(1, ge=0, description="of a machine of Ray's, for each process")
+    gpus: float = Field(0, ge=0, description="of a machine of Ray's, for each process")
+    retries: int = Field(
+        3, ge=-1, description="how often Ray starts a run again whose machine was lost; -1: however often"
+    )
+
+
+class Range(Section):
+    """Where a value is searched."""
+
+    low: float = Field(description="the least value")
+    high: float = Field(description="the greatest value")
+    log: bool = Field(True, description="whether its logarithm is what is spread evenly")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError("low must be below high, and above 0 where log is true")
+        return self
+
+
+class SearchConfig(Section):
+    """The values with the best average whose forgetting is at most so much, on the tasks' dev splits."""
+
+    over: dict[str, Range] = Field(min_length=1, description="dotted keys, for example method.strength")
+    max_forgetting: float = Field(description="forgetting at most, a fraction")
+    trials: int = Field(20, ge=1, description="values tried for each cell of the grid, whatever its seeds")
+    at_once: int = Field(1, ge=1, description="trials that are chosen before the result of any of them is known")
+    seed: int = Field(0, ge=0, description="of the sampler (Optuna's TPE)")
+
+
+def _run(value: Any) -> Any:
+    return read_yaml(Path(value)) if isinstance(value, str) else value
+
+
+class Sweep(Section):
+    """Runs below one folder."""
+
+    output: str = Field(description="folder of the runs, their table and their report")
+    run: Annotated[dict[str, Any], BeforeValidator(_run)] = Field(
+        description="configuration of every run, or the YAML file that holds it; without output"
+    )
+    grid: Grid | list[Grid] = Field(
+        default_factory=dict,
+        description="columns: a dotted key with its values, or a name with what each of its named values changes "
+        "({dotted key: value}); of several grids, the runs of all",
+    )
+    search: SearchConfig | None = Field(None, description="values that are searched before the runs")
+    resources: Resources = Field(Resources(), description="what one run needs")
+    published: str | None = Field(
+        None, description="CSV file, beside this one, of published figures that the runs are compared with"
+    )
+
+    @model_validator(mode="after")
+    def _no_output(self) -> Sweep:
+        if "output" in self.run:
+            raise ValueError("run.output: the sweep gives each run a folder of its own below its output; leave it out")
+        return self
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: readable, its folder's; it depends on the run's own values alone.
+        columns: the values by which it differs from the others.
+        config: what ``holdfast run`` would read.
+    """
+
+    name: str
+    columns: dict[str, Any]
+    config: RunConfig
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def state(self) -> str:
+        """done, begun or new."""
+        record = self.path / "run.json"
+        if not record.exists():
+            return "new"
+        return "begun" if read_json(record)["finished"] is None else "done"
+
+
+def load_sweep(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Sweep:
+    """Read a sweep: a YAML file or the mapping that it holds, with ``key.path=value`` changes.
+
+    A file may name another one as its ``base``: then its ``run`` holds changes ({dotted key: value}) to that one's run,
+    its ``grid`` exchanges or adds columns, and its other keys take the place of that one's.
+
+    Raises:
+        ConfigError: a key is unknown, missing or wrong; the message names it and a near name.
+    """
+    where = "the sweep" if isinstance(source, dict) else str(source)
+    values = dict(source) if isinstance(source, dict) else _read(Path(source))
+    sweep: Sweep = load(Sweep, values, overrides, where)
+    return sweep
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a YAML file describes a sweep, not a run."""
+    return not {"run", "base", "grid"}.isdisjoint(read_yaml(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
+    if isinstance(values.get("published"), str):
+        values["published"] = str(path.parent / values["published"])
+    if "base" not in values:
+        return values
+    below = _read(path.parent / str(values.pop("base")))
+    if not isinstance(below.get("run"), dict) or not isinstance(values.get("grid", {}), dict):
+        raise ConfigError(f"{path}: base: run and grid of a sweep with a base, and of its base, must be mappings")
+    for key, value in values.pop("run", {}).items():
+        set_key(below["run"], key, value)
+    return below | values | {"grid": below.get("grid", {}) | values.get("grid", {})}
+
+
+def expand(sweep: Sweep, folder: Path | None = None) -> list[PlannedRun]:
+    """Every run, in the order of the grid; keys that are searched have the middle of their range.
+
+    Args:
+        folder: instead of the sweep's output.
+
+    Raises:
+        ConfigError: a run's configuration is wrong, or two runs have one name.
+    """
+    grids = sweep.grid if isinstance(sweep.grid, list) else [sweep.grid]
+    runs = [planned(sweep, axes, {}, folder) for grid in grids for axes in cells(grid)]
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            raise ConfigError(
+                f"grid: {count} runs are called {name!r}; leave one out, or name the values: "
+                "{column: {NAME: changes}}"
+            )
+    return runs
+
+
+def planned(sweep: Sweep, axes: Sequence[Axis], searched: dict[str, float], folder: Path | None = None) -> PlannedRun:
+    """The run of one cell.
+
+    Args:
+        searched: what the search found, {dotted key: value}.
+        folder: instead of the sweep's output.
+
+    Raises:
+        ConfigError: its configuration is wrong.
+    """
+    axes = [*axes, *(Axis(key.rpartition(".")[2], value, {key: value}) for key, value in searched.items())]
+    parts = ",".join(f"{axis.column}={shown(axis.value)}" for axis in axes)
+    name = re.sub(r"[^\w.,=+-]+", "-", parts).replace("/", "-") or "run"
+    values = copy.deepcopy(sweep.run)
+    try:
+        for key, range_ in (sweep.search.over if sweep.search else {}).items():
+            set_key(values, key, (range_.low * range_.high) ** 0.5 if range_.log else (range_.low + range_.high) / 2)
+        for axis in axes:
+            for key, value in axis.changes.items():
+                set_key(values, key, copy.deepcopy(value))
+        config = load_config(values | {"output": str((folder or Path(sweep.output)) / name)})
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return PlannedRun(name, {axis.column: axis.value for axis in axes}, config)
+
+
+def shown(value: Any) -> str:
+    """A value as a part of a file's name: of a section its name and options, of a path its last part."""
+    if isinstance(value, dict):
+        options = [f"{key}-{shown(below)}" for key, below in value.items() if key != "name"]
+        text = "-".join([*([str(value["name"])] if "name" in value else []), *options])
+    elif isinstance(value, list):
+        text = "+".join(shown(below) for below in value)
+    elif isinstance(value, str):
+        text = value.rstrip("/").rpartition("/")[2]
+    elif isinstance(value, float):
+        text = f"{value:.4g}"
+    else:
+        text = json.dumps(value)
+    if len(text) > LONGEST_VALUE:
+        text = f"{text[: LONGEST_VALUE - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return text
+
+
+def check(runs: Sequence[PlannedRun]) -> None:
+    """Make sure that each run can start or go on, as ``holdfast check`` does; runs that differ in seed, once.
+
+    Raises:
+        UserError: one cannot; the message names the run.
+    """
+    from holdfast.records.directory import RunDirectory
+    from holdfast.runner.setup import prepare, resolve
+
+    seen = set()
+    for run in runs:
+        try:
+            RunDirectory(run.path).check_config(resolve(run.config))
+            key = run.config.model_copy(update={"seed": 0, "output": ""}).model_dump_json()
+            if key not in seen:
+                prepare(run.config)
+                seen.add(key)
+        except UserError as error:
+            raise type(error)(f"{run.name}: {error}") from None

@@ -1,0 +1,100 @@
+"""Workers on a Ray cluster, as :class:`~holdfast.system.pool.Pool`; a run whose machine is lost restarts elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+from holdfast.errors import ConfigError, Interrupted
+from holdfast.sweep.plan import Resources
+from holdfast.sweep.work import do_run
+from holdfast.system.pool import JobOutcome, WorkerDiedError
+
+
+class RayPool:
+    """Runs as tasks of Ray. Their folders must lie where every machine sees them."""
+
+    def __init__(self, resources: Resources, address: str):
+        """
+        Args:
+            resources: of one run.
+            address: of a cluster's head, or auto.
+
+        Raises:
+            ConfigError: Ray is not installed, or no cluster answers there, or none of its machines is enough.
+        """
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError("--ray: needs Ray: pip install 'holdfast[ray]'") from None
+        try:
+            _reach(address)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+        except OSError as error:
+            raise ConfigError(f"--ray: no cluster answers at {address!r}: {error}") from None
+        self._ray = ray
+        cores, gpus = resources.cores * resources.processes, resources.gpus * resources.processes
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(m.get("CPU", 0) >= cores and m.get("GPU", 0) >= gpus for m in machines):
+            raise ConfigError(f"resources: a run needs {cores:g} cores and {gpus:g} GPUs, which no machine here has")
+        options: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus, "max_retries": resources.retries}
+        self._do, self._processes = ray.remote(**options)(do_run), resources.processes
+        self._jobs: dict[Any, Any] = {}
+        self._stopping = False
+
+    @property
+    def free(self) -> int:
+        """How many more runs can be submitted: any number, which Ray keeps until there is room."""
+        return 0 if self._stopping else 1
+
+    @property
+    def working(self) -> int:
+        """How many runs are under way or waiting for room."""
+        return len(self._jobs)
+
+    def submit(self, key: Any, *arguments: Any) -> None:
+        """Begin a run under a name of its own."""
+        self._jobs[self._do.remote(self._processes, *arguments)] = key
+
+    def wait(self, seconds: float | None = None) -> list[tuple[Any, JobOutcome]]:
+        """The runs that are done by now, once there is one or the time is over."""
+        if not self._jobs:
+            return []
+        ready, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=seconds)
+        return [(self._jobs.pop(job), self._outcome(job)) for job in ready]
+
+    def stop(self) -> None:
+        """Ask the runs under way to save and leave; nothing else begins."""
+        self._stopping = True
+        for job in self._jobs:
+            self._ray.cancel(job)
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            self.stop()
+        self._ray.shutdown()
+
+    def _outcome(self, job: Any) -> JobOutcome:
+        errors = self._ray.exceptions
+        try:
+            return JobOutcome(self._ray.get(job))
+        except errors.TaskCancelledError:
+            return JobOutcome(error=Interrupted("stopped"))
+        except errors.RayTaskError as error:
+            cause = error.cause
+            if self._stopping and isinstance(cause, KeyboardInterrupt):
+                return JobOutcome(error=Interrupted("stopped"))
+            return JobOutcome(error=cause if isinstance(cause, Exception) else RuntimeError(str(error)))
+        except errors.RayError as error:
+            return JobOutcome(error=WorkerDiedError(f"its machine or process was lost: {str(error).splitlines()[0]}"))
+
+
+def _reach(address: str) -> None:
+    """OSError where nothing listens at a host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()

@@ -1,0 +1,111 @@
+"""Search of a strength: the best average whose forgetting is at most so much, on dev splits, by Optuna's TPE.
+
+Trials are chosen and told in an order that depends on the sweep alone, so a search that was stopped goes on with the
+trials that it would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import ConfigError, GateFailed
+from holdfast.sweep.grid import Axis, cells
+from holdfast.sweep.plan import PlannedRun, Range, SearchConfig, Sweep, check, planned
+from holdfast.sweep.work import Workers, said, work_off
+from holdfast.system.files import write_json
+from holdfast.system.progress import Progress
+
+
+def searched(sweep: Sweep, workers: Workers, progress: Progress) -> list[PlannedRun]:
+    """Search each cell of the grid, whatever its seeds, and give its runs what was found.
+
+    Writes search.json: of each cell its trials and the best one.
+
+    Raises:
+        ConfigError: Optuna is not installed.
+        UserError: a trial cannot be run: a task has no dev split, for example.
+        GateFailed: no trial of a cell kept to the limit.
+    """
+    assert sweep.search is not None
+    grids = sweep.grid if isinstance(sweep.grid, list) else [sweep.grid]
+    runs, found, known = [], [], {}
+    for grid in grids:
+        for axes in cells(grid):
+            rest = [axis for axis in axes if set(axis.changes) != {"seed"}]
+            name = planned(sweep, rest, {}).name
+            if name not in known:
+                trials = _search(sweep, sweep.search, rest, name, workers, progress)
+                known[name] = best(trials, sweep.search, name)
+                found.append({"cell": name, "best": known[name], "trials": trials})
+                write_json(Path(sweep.output) / "search.json", found)
+            runs.append(planned(sweep, axes, known[name]))
+    check(runs)
+    return runs
+
+
+def best(trials: Sequence[dict[str, Any]], search: SearchConfig, name: str) -> dict[str, float]:
+    """The values of the trial with the best average among those that keep to the limit; the first of equal ones.
+
+    Args:
+        trials: with ``values``, ``average``, ``forgetting`` and ``lower`` (whether a lower average is better); an
+            average of None failed.
+
+    Raises:
+        GateFailed: none keeps to it.
+    """
+    done = [trial for trial in trials if trial["average"] is not None]
+    kept = [trial for trial in done if trial["forgetting"] <= search.max_forgetting]
+    if not kept:
+        least = f"; the least was {min(t['forgetting'] for t in done):.3f}" if done else "; all trials failed"
+        raise GateFailed(f"search: {name}: no trial kept forgetting at most {search.max_forgetting:g}{least}")
+    values: dict[str, float] = max(kept, key=lambda t: -t["average"] if t["lower"] else t["average"])["values"]
+    return values
+
+
+def _search(
+    sweep: Sweep, search: SearchConfig, axes: Sequence[Axis], name: str, workers: Workers, progress: Progress
+) -> list[dict[str, Any]]:
+    """The trials of one cell."""
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError("search: needs Optuna: pip install 'holdfast[search]'") from None
+    from holdfast.metrics.matrix import LOWER_IS_BETTER
+    from holdfast.records.read import read_run
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    dev = Axis("split", "dev", {"evaluation.split": "dev"})
+    trials: list[dict[str, Any]] = []
+    sampler = optuna.samplers.TPESampler(seed=search.seed, n_startup_trials=min(10, max(1, search.trials // 3)))
+    study = optuna.create_study(sampler=sampler)
+    while len(trials) < search.trials:
+        asked = [study.ask() for _ in range(min(search.at_once, search.trials - len(trials)))]
+        chosen = [{key: _suggest(trial, key, range_) for key, range_ in search.over.items()} for trial in asked]
+        runs = [planned(sweep, [*axes, dev], values, Path(sweep.output) / "search" / name) for values in chosen]
+        check(runs)
+        for trial, values, end in zip(asked, chosen, work_off(runs, workers, progress), strict=True):
+            summary: dict[str, Any] = {"average": None, "forgetting": None}
+            lower = False
+            if end.state in ("done", "skipped"):
+                run = read_run(end.run.path)
+                lower = run.matrix["metrics"][run.tasks[0]] in LOWER_IS_BETTER
+                summary = {key: run.matrix["summary"][key] for key in summary}
+            trials.append({"run": end.run.name, "values": values, "lower": lower} | summary)
+            if None in summary.values():
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                progress.line(f"search {name}: {end.run.name}: {said(end)}")
+                continue
+            trial.set_constraint("forgetting", summary["forgetting"] - search.max_forgetting)
+            study.tell(trial, summary["average"] if lower else -summary["average"])
+            progress.line(
+                f"search {name}, trial {len(trials)} of {search.trials}: {end.run.name}: "
+                f"average {summary['average']:.3f}, forgetting {summary['forgetting']:.3f}"
+            )
+    return trials
+
+
+def _suggest(trial: Any, key: str, range_: Range) -> float:
+    """A value of a range, to four digits, so that a run's name says all of it."""
+    return float(f"{trial.suggest_float(key, range_.low, range_.high, log=range_.log):.4g}")

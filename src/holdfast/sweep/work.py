@@ -1,0 +1,222 @@
+"""The runs of a sweep at work, on this machine or on a cluster; what became of each, and of all together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from holdfast.errors import ConfigError, GateFailed, Interrupted, UserError
+from holdfast.sweep.plan import PlannedRun, Resources
+from holdfast.system.files import read_json, write_json, write_text
+from holdfast.system.interrupt import Interrupt
+from holdfast.system.pool import JobOutcome, Pool
+from holdfast.system.progress import Progress
+
+if TYPE_CHECKING:
+    from holdfast.records.read import FinishedRun
+    from holdfast.report.compare import Comparison
+
+
+class Workers(Protocol):
+    """Where runs are done: :class:`holdfast.system.pool.Pool`, or :class:`holdfast.sweep.ray_pool.RayPool`."""
+
+    @property
+    def free(self) -> int: ...
+
+    @property
+    def working(self) -> int: ...
+
+    def submit(self, key: Any, *arguments: Any) -> None: ...
+
+    def wait(self, seconds: float | None = None) -> list[tuple[Any, JobOutcome]]: ...
+
+    def stop(self) -> None: ...
+
+
+class InUseError(RuntimeError):
+    """Another sweep is at a run; there may be others to do until that is done."""
+
+
+PATIENCE = 5.0
+"""Seconds to wait for a run that another sweep is at, before others are tried."""
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended.
+
+    Attributes:
+        state: done, skipped (it was done before), stopped or failed.
+        why: in words, where it is not done.
+        code: exit code of ``holdfast run``.
+    """
+
+    run: PlannedRun
+    state: str
+    why: str = ""
+    code: int = 0
+
+
+def work_off(runs: Sequence[PlannedRun], workers: Workers, progress: Progress) -> list[RunOutcome]:
+    """Do the runs that are not done; one that fails stops no other.
+
+    Args:
+        workers: that :func:`do_run`.
+
+    Returns:
+        what became of each, in their order.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM asked it to stop; the same call continues.
+    """
+    ended = {run.name: RunOutcome(run, "skipped") for run in runs if run.state == "done"}
+    left = [run for run in runs if run.name not in ended]
+    if ended:
+        progress.line(f"{len(ended)} of {len(runs)} runs are done already")
+    asked = False
+    with Interrupt() as interrupt:
+        while (left and not asked) or workers.working:
+            while left and workers.free and not asked:
+                run = left.pop(0)
+                workers.submit(run, run.config.model_dump(mode="json"))
+            for run, outcome in workers.wait(0.5):
+                if isinstance(outcome.error, InUseError):
+                    left.append(run)
+                    continue
+                ended[run.name] = how(run, outcome)
+                progress.line(f"{len(ended)}/{len(runs)} {run.name}: {said(ended[run.name])}")
+            if interrupt.requested and not asked:
+                asked = True
+                progress.line(f"stopping {workers.working} runs at a checkpoint")
+                workers.stop()
+    if asked:
+        done = sum(end.state in ("done", "skipped") for end in ended.values())
+        raise Interrupted(f"stopped with {done} of {len(runs)} runs done")
+    return [ended[run.name] for run in runs]
+
+
+def how(run: PlannedRun, outcome: JobOutcome) -> RunOutcome:
+    """What became of a run, from what its process told."""
+    match outcome.error:
+        case None:
+            return RunOutcome(run, "done")
+        case Interrupted() as error:
+            return RunOutcome(run, "stopped", str(error), 1)
+        case UserError() | GateFailed() as error:
+            return RunOutcome(run, "failed", str(error), error.exit_code)
+        case error:
+            return RunOutcome(run, "failed", f"{type(error).__name__}: {error}", 1)
+
+
+def said(end: RunOutcome) -> str:
+    """What became of a run, in a line."""
+    return f"{end.state}: {end.why.splitlines()[0]}" if end.why else end.state
+
+
+def exit_code(ended: Sequence[RunOutcome]) -> int:
+    """Of the whole sweep: that of the runs that failed, and 1 where these differ."""
+    codes = {end.code for end in ended if end.code}
+    return codes.pop() if len(codes) == 1 else int(bool(codes))
+
+
+def do_run(processes: int, config: dict[str, Any]) -> None:
+    """One run, in this process or in several.
+
+    Raises:
+        InUseError: another sweep is at it.
+    """
+    output = Path(config["output"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(output.with_name(f".{output.name}.lock")).acquire(timeout=PATIENCE))
+        except Timeout:
+            raise InUseError(f"{output}: another sweep is at it") from None
+        record = output / "run.json"
+        if record.exists() and read_json(record)["finished"] is not None:
+            return
+        if processes > 1:
+            from holdfast.system.launch import launch
+
+            path = output.with_name(f".{output.name}.json")
+            write_json(path, config)
+            launch(["run", str(path)], processes, quiet=True)
+            return
+        import torch
+
+        from holdfast.runner.loop import run
+        from holdfast.system.quiet import deduplicate_warnings, silence_libraries
+
+        silence_libraries()
+        deduplicate_warnings()
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        run(config, Progress(quiet=True))
+
+
+def local_workers(resources: Resources, count: int | None) -> Pool:
+    """Workers on this machine, each with GPUs of its own where there are any, and its share of the cores.
+
+    Args:
+        count: runs at work at the same time; where absent, as many as the GPUs, or else the cores, are enough for.
+
+    Raises:
+        ConfigError: there are GPUs, but too few for one run.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = visible_gpus(torch.cuda.device_count())
+    together = resources.processes
+    places = [gpus[i : i + together] for i in range(0, len(gpus) - together + 1, together)]
+    if gpus and not places:
+        raise ConfigError(f"resources.processes: {together} processes need as many GPUs, and there are {len(gpus)}")
+    count = count or len(places) or max(1, cores // together)
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (count * together))))
+    seen = [{"CUDA_VISIBLE_DEVICES": ",".join(places[i % len(places)])} if places else {} for i in range(count)]
+    return Pool(partial(do_run, together), [{"OMP_NUM_THREADS": threads} | own for own in seen])
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Names of the GPUs of this process, as CUDA_VISIBLE_DEVICES has them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all runs that are done came to.
+
+    Attributes:
+        page: the HTML file.
+    """
+
+    runs: list[FinishedRun]
+    comparison: Comparison
+    page: Path
+
+
+def finish(ended: Sequence[RunOutcome], folder: Path) -> Report | None:
+    """Write what became of each run (sweep.json), and of those that are done the table (table.md, table.csv) and the
+    page; None where none is done."""
+    from holdfast.records.read import read_runs
+    from holdfast.report import write_report
+    from holdfast.report.compare import compare
+    from holdfast.report.tables import as_csv, as_markdown
+
+    rows = [{"run": end.run.name, "state": end.state, "why": end.why, "exit_code": end.code} for end in ended]
+    write_json(folder / "sweep.json", rows)
+    paths = [end.run.path for end in ended if end.state in ("done", "skipped")]
+    if not paths:
+        return None
+    runs = read_runs(paths)
+    comparison = compare(runs)
+    write_text(folder / "table.md", as_markdown(comparison))
+    write_text(folder / "table.csv", as_csv(comparison))
+    return Report(runs, comparison, write_report(paths, folder / "report.html"))

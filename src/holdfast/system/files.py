@@ -1,0 +1,146 @@
+"""Files written whole or not at all: to a temporary name, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from holdfast.errors import ConfigError, RunDirectoryError, UserError
+
+LOCK = ".lock"
+PARTIAL = ".partial"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole: a reader sees the old content or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole; NaN is refused, since it is not JSON."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a JSON-lines file whole."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that holdfast wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file that holdfast wrote: only a line feed ends a line, no other separator of Unicode."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; on success it is flushed and becomes ``path``, replacing what stood there.
+
+    A kill at any point leaves either no ``path``, the old one, or the whole new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    flush_folder(partial)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make a folder if it is new, and hold its lock.
+
+    Raises:
+        RunDirectoryError: it is a file, cannot be written, or another process uses it; or what was done under the lock
+            filled the disk.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"output: {path} is a file; it must be a directory, or not exist yet")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunDirectoryError(f"output: {path} cannot be written ({error.strerror}); choose another output") from None
+    try:
+        with FileLock(path / LOCK).acquire(timeout=0):
+            yield
+    except Timeout:
+        raise RunDirectoryError(
+            f"output: {path} is in use by another process; wait for it, or choose another output"
+        ) from None
+    except Exception as error:
+        if isinstance(error, UserError) or not is_disk_full(error, path):
+            raise
+        raise RunDirectoryError(
+            f"output: no space is left on the disk of {path}; what is complete is kept: free some space and run the "
+            "same command again"
+        ) from error
+
+
+def flush_folder(folder: Path) -> None:
+    """Return when every file below a folder has reached the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with (Path(root) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        _sync(Path(root))
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether an error, or one that led to it, means that no space is left where ``folder`` lies.
+
+    torch and safetensors report a full disk as errors of their own, so their text and the free space are looked at.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        text = str(seen)
+        if "No space left" in text or "os error 28" in text:
+            return True
+        if "PytorchStreamWriter failed" in text or "unexpected pos" in text:
+            return shutil.disk_usage(folder).free < 2**20
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_same(folder: Path, what: str, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """ConfigError if a folder was made with other values than those wanted; it names them."""
+    changed = [f"{key} {there.get(key)!r}, not {value!r}" for key, value in wanted.items() if there.get(key) != value]
+    if changed:
+        raise ConfigError(
+            f"{folder}: holds {what} of other arguments ({'; '.join(changed)}); delete the folder or give another one"
+        )

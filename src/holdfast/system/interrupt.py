@@ -1,0 +1,51 @@
+"""SIGINT and SIGTERM: the first asks the run to save and leave, a second one ends it at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from holdfast.errors import Interrupted
+from holdfast.system.progress import Progress
+
+
+class Interrupt:
+    """While it is entered, ``requested`` becomes true on the first SIGINT or SIGTERM."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def bar(self, progress: Progress, title: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar that is moved by what it gives, with what is done and all; there, work that was asked to stop leaves.
+
+        Raises:
+            Interrupted: by that call.
+        """
+        with progress.bar(title) as bar:
+
+            def on_batch(done: int, total: int) -> None:
+                bar.update(done, total=total)
+                if self.requested:
+                    raise Interrupted(f"stopped in {title!r} after {done} of {total}")
+
+            yield on_batch
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, self._before[number])

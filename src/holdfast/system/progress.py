@@ -1,0 +1,76 @@
+"""What a person sees while a run works: bars in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+SECONDS_BETWEEN_LINES = 2.0
+SECONDS_BETWEEN_COUNTS = 30.0  # where it is not known how much there is to do
+
+
+class Bar:
+    """One piece of work; its length is told with each update."""
+
+    def __init__(self, progress: Progress, title: str, bars: Bars | None):
+        self._progress, self._title, self._bars = progress, title, bars
+        self._task = bars.add_task(title, total=None, note="") if bars is not None else None
+        self._started = self._printed = time.monotonic()
+        self._tenth = 0
+        self._before: int | None = None  # steps that were done before this start, for a resumed stage
+
+    def update(self, done: int, note: str = "", *, total: int | None) -> None:
+        """Show that ``done`` of ``total`` steps (None: of nobody knows how many) are done, and a short note."""
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=done, total=total, note=note)
+            return
+        if self._before is None:
+            self._before = done - 1
+        now = time.monotonic()
+        if total is None:
+            if now - self._printed >= SECONDS_BETWEEN_COUNTS:
+                self._printed = now
+                self._progress.line(f"{self._title}  {done}  {note}")
+            return
+        tenth = 10 * done // total
+        if tenth > self._tenth and now - self._printed >= SECONDS_BETWEEN_LINES:
+            self._tenth, self._printed = tenth, now
+            rate = (now - self._started) / max(1, done - self._before)
+            left = f"{_clock(rate * (total - done))} left" if done < total else "done"
+            parts = (self._title, f"{done}/{total}", note, left)
+            self._progress.line("  ".join(part for part in parts if part))
+
+
+class Progress:
+    """Prints to standard error, so that standard output stays free for results. ``quiet`` prints nothing."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False):
+        self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def bar(self, title: str) -> Iterator[Bar]:
+        """A bar for one piece of work."""
+        if not self.console.is_terminal or self.console.quiet:
+            yield Bar(self, title, None)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Bars(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=self.console) as bars:
+            yield Bar(self, title, bars)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+OnBatch = Callable[[int, int], None] | None

@@ -1,0 +1,1 @@
+"""The continual trainer and all that belongs to one stage of training."""
