@@ -22,7 +22,7 @@ from holdfast.report import write_report
 from holdfast.system.files import read_json, write_json, write_jsonl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from synthetic_runs import make_run
+from support.synthetic_runs import make_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import CDPSession

@@ -1,9 +1,12 @@
 """One thread a test process: the tensors are tiny, so threads only wait for each other. No test waits for the Hub."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Processes that tests start find tests/support, too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 import torch
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from holdfast.lab.tokenizer import train_tokenizer
-from lab_runs import LANGUAGES, lab_config, language
+from support.lab_runs import LANGUAGES, lab_config, language
 
 
 @pytest.fixture(scope="session")

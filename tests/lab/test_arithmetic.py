@@ -11,7 +11,7 @@ from holdfast.lab import arithmetic
 from holdfast.lab.sources import Arithmetic
 from holdfast.models.sampling import sample
 from holdfast.rehearsal.request import Request
-from tiny import tiny_model
+from support.tiny import tiny_model
 
 
 @pytest.mark.parametrize("task", arithmetic.TASKS)

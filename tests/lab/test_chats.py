@@ -12,7 +12,7 @@ from holdfast.lab.chats import measure_chats
 from holdfast.lab.results import score_columns
 from holdfast.lab.sources import Chats
 from holdfast.lab.verilog import pairs, question
-from tiny import tiny_model
+from support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from holdfast.lab.sources import Languages, data_of, dialect, write_dialects
 from holdfast.lab.tables import read_table, select, write_table
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
+from support.paths import ROOT
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+EXPERIMENTS = ROOT / "experiments"
 QUIET = Progress(quiet=True)
 
 

@@ -10,8 +10,9 @@ from holdfast.lab import figures
 from holdfast.lab.experiment import load_experiment
 from holdfast.lab.figures import FIGURES, METHODS, STYLE, Tables, draw
 from holdfast.lab.tables import read_table
+from support.paths import ROOT
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+EXPERIMENTS = ROOT / "experiments"
 PUBLISHED = sorted(EXPERIMENTS.glob("*/results/tiny"))
 
 

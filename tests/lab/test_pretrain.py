@@ -23,7 +23,7 @@ from holdfast.lab.pretrain import LabRun, pretrain
 from holdfast.models.attention import FLOAT32
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
-from lab_runs import lab_config
+from support.lab_runs import lab_config
 
 QUIET = Progress(quiet=True)
 BATCH, CONTEXT = 8, 16

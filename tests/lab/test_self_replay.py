@@ -14,7 +14,7 @@ from holdfast.lab.pretrain import LabRun, pretrain
 from holdfast.rehearsal.samples import corpus_rows
 from holdfast.system.files import read_jsonl
 from holdfast.system.progress import Progress
-from lab_runs import lab_config
+from support.lab_runs import lab_config
 
 QUIET = Progress(quiet=True)
 

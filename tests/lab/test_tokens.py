@@ -33,7 +33,8 @@ from holdfast.data.tokens.file import TokenFile, build_tokens
 from holdfast.errors import ConfigError, DataError, Interrupted, RunDirectoryError
 from holdfast.lab.tokenizer import train_tokenizer
 from holdfast.models.pretrained import tokenizer_fingerprint
-from lab_runs import language
+from support.lab_runs import language
+from support.paths import DOCS
 
 TEXTS = language("north", 24, 5)
 JAPANESE = ["".join(chr(0x3041 + (7 * i * j) % 80) for j in range(30)) for i in range(1, 9)]
@@ -527,7 +528,7 @@ def test_rows_are_read_where_they_are_needed(file, tmp_path, monkeypatch):
 
 
 def test_from_texts_to_token_files_as_the_page_says(tmp_path, monkeypatch, cli):
-    page = (Path(__file__).resolve().parents[2] / "docs" / "lab" / "tokens.md").read_text(encoding="utf-8")
+    page = (DOCS / "lab" / "tokens.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "english.jsonl", language("north", 150, 0))
     (tmp_path / "russian").mkdir()

@@ -22,8 +22,8 @@ from holdfast.methods import build
 from holdfast.methods.cia import CIA, common_tokens, nearest
 from holdfast.system.progress import Progress
 from holdfast.training.method_state import load_states, save_states
-from test_resume import results
-from tiny import tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
+from support.resumed import results
+from support.tiny import tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
 
 
 class Log:

@@ -40,7 +40,7 @@ from holdfast.models.generation import generate
 from holdfast.models.likelihood import token_losses
 from holdfast.tuners import build
 from holdfast.tuners.dual_prefix import DualPrefix, DualPrefixModel
-from tiny import VOCABULARY, pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
+from support.tiny import VOCABULARY, pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
 
 TINY = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 ROPE = {"intermediate_size": 32, "max_position_embeddings": 128}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import peft
 import pytest
@@ -30,7 +29,8 @@ from holdfast.system.progress import Progress
 from holdfast.training.method_state import load_states, save_states
 from holdfast.training.trainer import ContinualTrainer
 from holdfast.tuners import build as build_tuner
-from tiny import pad_rows, tiny_config, tiny_model, tiny_stage, tiny_tokenizer
+from support.paths import SHARED
+from support.tiny import pad_rows, tiny_config, tiny_model, tiny_stage, tiny_tokenizer
 
 TUNER = {"name": "lora", "r": 4, "lora_dropout": 0.0}
 
@@ -339,7 +339,7 @@ def test_a_run_that_is_continued_from_its_files_is_the_unbroken_one(tmp_path, mo
 
 def test_inference_on_real_tasks():
     """Held-back prompts of three real benchmarks, with a real pretrained model of 260,000 parameters."""
-    data = Path(__file__).resolve().parents[3] / "shared" / "data"
+    data = SHARED / "data"
     if not data.exists():
         pytest.skip("needs ../shared/data")
     folder, tasks = data / "models" / "stories260K" / "hf", ("FOMC", "NumGLUE-cm", "ScienceQA")

@@ -15,7 +15,7 @@ from holdfast.evaluation import respond
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.methods import build
 from holdfast.methods.icl import InContext
-from tiny import tiny_config, tiny_tokenizer
+from support.tiny import tiny_config, tiny_tokenizer
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import holdfast.runner.loop
-from hints import hinted_config, hinted_model
 from holdfast import ContinualTrainer
 from holdfast.api.rows import prompt
 from holdfast.api.stage import Step
@@ -30,7 +29,8 @@ from holdfast.tuners import build
 from holdfast.tuners.prompt_keys import nearest, queries, similarity
 from holdfast.tuners.prompt_pool import PromptPool
 from holdfast.tuners.soft_prompts import PromptPoolModel
-from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
+from support.hints import hinted_config, hinted_model
+from support.tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
 
 SIZE, LENGTH, TOP = 6, 3, 2
 

@@ -14,7 +14,6 @@ from transformers import TrainingArguments
 
 import holdfast.runner.loop
 import holdfast.runner.stage
-from hints import WORDS, hinted_config, hinted_model, tokens
 from holdfast import ContinualTrainer
 from holdfast.api.stage import Rehearsed, Step
 from holdfast.errors import ConfigError
@@ -23,7 +22,8 @@ from holdfast.rehearsal.pseudo import Writing, write_samples
 from holdfast.system.progress import Progress
 from holdfast.training.method_state import load_states, save_states
 from holdfast.tuners.prompt_tuning import PromptTuning
-from tiny import pad_rows, tiny_model, tiny_stage, tiny_tokenizer
+from support.hints import WORDS, hinted_config, hinted_model, tokens
+from support.tiny import pad_rows, tiny_model, tiny_stage, tiny_tokenizer
 
 END = 2
 WRITING = Writing.of(tiny_tokenizer(), "red")

@@ -28,7 +28,7 @@ from holdfast.models.likelihood import token_losses
 from holdfast.system.progress import Progress
 from holdfast.training.method_state import load_states, save_states
 from holdfast.training.trainer import ContinualTrainer
-from tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
+from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
 
 ANSWERED = {"max_new_tokens": 4, "batch_size": 1, "eos_token_ids": [2], "pad_token_id": 0}
 

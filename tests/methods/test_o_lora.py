@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import PeftModel
 
 from holdfast.api.stage import Step
 from holdfast.engines.vectors import gradients
@@ -19,39 +14,11 @@ from holdfast.errors import ConfigError, MethodError
 from holdfast.methods import build
 from holdfast.methods.o_lora import PAST, OLoRA
 from holdfast.runner.load import trained_weights
-from holdfast.runner.loop import run
-from holdfast.system.progress import Progress
 from holdfast.tuners.lora import Lora
 from holdfast.tuners.lora_factors import exchange_adapters, factors
-from test_trainer import trained
-from tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage
-
-KILLED = Path(__file__).parents[1] / "killed.py"
-
-
-def lora_model(seed=0, **changes):
-    options = {"r": 3, "lora_alpha": 10, "lora_dropout": 0.0, "target_modules": "all-linear"} | changes
-    model = tiny_model(seed)
-    torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
-
-
-def shake(model, seed, scale=0.3):
-    """As if a stage had trained: B is no longer zero."""
-    torch.manual_seed(seed)
-    for w in factors(model).values():
-        w.add_(scale * torch.randn_like(w))
-
-
-def logits(model, seed=5):
-    training = model.training
-    model.eval()
-    batch = pad_rows(tiny_rows(4, seed=seed))
-    batch.pop("labels")
-    with torch.no_grad():
-        result = model(**batch).logits
-    model.train(training)
-    return result
+from support.lora import killed_in_stage_2_equals_unbroken, logits, lora_model, saved_ranks, shake
+from support.tiny import tiny_model, tiny_stage
+from support.trained import trained
 
 
 def after_stages(method, model, stages):
@@ -288,45 +255,6 @@ def test_the_tuner_loads_an_adapter_of_another_rank_in_a_new_process(tmp_path):
     tuner.load(other, tmp_path)
     assert trained_weights(other) == trained_weights(model)
     assert torch.equal(logits(other), logits(model))
-
-
-def results(directory):
-    weights = {
-        str(path.relative_to(directory)): {name: w.numpy().tobytes() for name, w in load_file(path).items()}
-        for path in sorted(directory.glob("stages/*/*/*.safetensors"))
-    }
-    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
-    return (
-        json.loads((directory / "matrix.json").read_text()),
-        weights,
-        [(e["stage"], e["step"], e["terms"]) for e in events],
-    )
-
-
-def killed_in_stage_2_equals_unbroken(folder, method):
-    """Two stages of 6 steps, saved every 2; killed after the third step of the second, continued in this process."""
-    config = tiny_config(folder, method=method, tuner={"name": "lora", "r": 3, "lora_dropout": 0.3})
-    config["stream"]["order"] = ["red", "green"]
-    config["training"] |= {"epochs": 2, "save_every": 2}
-    whole, broken = (config | {"output": str(folder / name)} for name in ("whole", "broken"))
-    (folder / "broken.json").write_text(json.dumps(broken))
-    killed = subprocess.run(
-        [sys.executable, str(KILLED), str(folder / "broken.json"), "step", "9"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    [checkpoint] = (folder / "broken" / "stages" / "02-green" / "checkpoint").iterdir()
-    assert checkpoint.name == "checkpoint-2"
-    for one in (broken, whole):
-        run(one, Progress(quiet=True))
-    first, second = results(folder / "whole"), results(folder / "broken")
-    for a, b in zip(first, second, strict=True):
-        assert a == b
-    return first
-
-
-def saved_ranks(directory):
-    return [json.loads(p.read_text())["r"] for p in sorted(directory.glob("stages/*/adapter/adapter_config.json"))]
 
 
 def test_killed_in_stage_2_and_continued_in_another_process_equals_unbroken(tmp_path):

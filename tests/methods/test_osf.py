@@ -18,8 +18,8 @@ from holdfast.errors import ConfigError
 from holdfast.methods import build
 from holdfast.methods.osf import OSF, layer_similarity, osf_layers
 from holdfast.system.progress import Progress
-from test_resume import results
-from tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage
+from support.resumed import results
+from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -21,7 +21,7 @@ from holdfast.methods.ewc import EWC, diagonal_fisher, draw
 from holdfast.methods.mas import MAS, sensitivity
 from holdfast.methods.si import SI
 from holdfast.training.method_state import load_states, save_states
-from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
+from support.tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
 
 PENALTIES = {
     "ewc": (EWC, {"samples": 4, "strength": 100.0}),

@@ -24,7 +24,7 @@ from holdfast.methods.gem import GEM
 from holdfast.methods.ogd import OGD
 from holdfast.methods.parts.projection import gem_dual, principal_directions
 from holdfast.training.method_state import load_states, save_states
-from tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
+from support.tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
 
 PROJECTIONS = {
     "gem": (GEM, {}),

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
-from test_o_lora import killed_in_stage_2_equals_unbroken, logits, lora_model, saved_ranks, shake
 
 from holdfast.errors import ConfigError
 from holdfast.methods import build
 from holdfast.methods.seq_lora_merge import SeqLoRAMerge
 from holdfast.training.method_state import load_states, save_states
 from holdfast.tuners.lora_factors import exchange_adapters, factors, scalings
-from test_trainer import trained
-from tiny import tiny_model, tiny_stage
+from support.lora import killed_in_stage_2_equals_unbroken, logits, lora_model, saved_ranks, shake
+from support.tiny import tiny_model, tiny_stage
+from support.trained import trained
 
 FULL = 32
 """A rank at which no layer of the tiny model loses anything."""

@@ -30,7 +30,7 @@ from holdfast.methods.parts.gradient_tree import (
 )
 from holdfast.methods.tree_lora import TreeLoRA
 from holdfast.training.method_state import load_states, save_states
-from tiny import tiny_config, tiny_model, tiny_rows, tiny_stage
+from support.tiny import tiny_config, tiny_model, tiny_rows, tiny_stage
 
 NORMS = pytest.mark.parametrize("norm", [1, 2])
 LAYERS, WIDTH = 4, 200

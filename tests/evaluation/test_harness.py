@@ -1,0 +1,165 @@
+"""Tasks of lm-evaluation-harness as general abilities, from local files, without a network."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from holdfast.api.task import Stream
+from holdfast.config.evaluation import EvaluationConfig, GeneralConfig
+from holdfast.config.run import load_config
+from holdfast.data.encode import Encoder
+from holdfast.errors import ConfigError, DataError
+from holdfast.evaluation.abilities import load_general
+from holdfast.evaluation.at_test import ModelEvaluation
+from holdfast.evaluation.general import evaluate_general, general_statistics
+from holdfast.models.answers import AnswerCache
+from holdfast.runner.loop import run
+from support.tiny import tiny_config, tiny_model, tiny_tokenizer
+
+TaskManager = pytest.importorskip("lm_eval.tasks", reason="lm-evaluation-harness is not installed").TaskManager
+
+WORDS = ["red sea", "a tide comes", "green weed", "blue", "rock and sand", "it holds"]
+SHARED = {"dataset_path": "json", "test_split": "test", "fewshot_split": "test", "doc_to_text": "{{question}}"}
+TASKS: dict[str, dict[str, Any]] = {
+    "colour": {"output_type": "multiple_choice", "doc_to_choice": ["r", "green"], "doc_to_target": "{{label}}"},
+    "prose": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    },
+    "answer": {
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
+
+
+@pytest.fixture
+def include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder of task definitions: three tasks and a group of two of them."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": words, "label": i % 2, "answer": words[0]} for i, words in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "definitions"
+    folder.mkdir()
+    for name, task in TASKS.items():
+        files = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name} | SHARED | files | task))  # JSON is YAML
+    group = {"group": "mixed", "task": ["colour", "answer"]}
+    (folder / "mixed.yaml").write_text(json.dumps(group))
+    return str(folder)
+
+
+def evaluation() -> ModelEvaluation:
+    model = tiny_model(initializer_range=0.5)
+    return ModelEvaluation(model.train(), Encoder(tiny_tokenizer(), max_length=64), 4)
+
+
+def measures(include: str, *tasks: str, **options: Any) -> list[Any]:
+    config = GeneralConfig(kind="lm_eval", tasks=list(tasks), include_path=include, **options)
+    return load_general([config], Stream("none", []))
+
+
+def log_likelihood(model: Any, before: str, text: str) -> float:
+    """By hand: of the text's tokens after what stands before it, or after the begin token."""
+    tokenizer = tiny_tokenizer()
+    first = tokenizer(before)["input_ids"] or [tokenizer.bos_token_id]
+    ids = first + tokenizer(text)["input_ids"]
+    with torch.no_grad():
+        logs = model.eval()(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(logs[k - 1, ids[k]]) for k in range(len(first), len(ids)))
+
+
+def test_values_are_those_of_a_plain_loop(include: str):
+    own = evaluation()
+    state = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    found = evaluate_general(own, [*measures(include, "colour"), *measures(include, "prose", metric="word_perplexity")])
+    assert own.model.training
+    assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1]
+    right = [log_likelihood(own.model, words, " r") > log_likelihood(own.model, words, " green") for words in WORDS]
+    assert found["colour"] == np.mean([chosen == (i % 2 == 0) for i, chosen in enumerate(right)])
+    nats = -sum(log_likelihood(own.model, "", words) for words in WORDS)
+    words = sum(len(text.split()) for text in WORDS)
+    assert found["perplexity/prose"] == pytest.approx(math.exp(nats / words), rel=1e-4)
+
+
+def test_options_of_the_library(include: str):
+    own = evaluation()
+    [few] = measures(include, "colour", limit=4, num_fewshot=2, metric="acc_norm", name="sea")
+    assert few.name == "sea/colour"
+    statistics = general_statistics(own, [few])["sea/colour"]
+    assert statistics.shape == (4, 2) and set(statistics[:, 0]) <= {0.0, 1.0}
+    assert general_statistics(own, measures(include, "colour", limit=0.5))["colour"].shape == (3, 2)
+    pooled = general_statistics(own, measures(include, "mixed", limit=5))["mixed"]
+    assert pooled.shape == (10, 2)
+
+
+def test_a_measured_task_is_not_measured_again(include: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    own = evaluation()
+    own.kept = AnswerCache(tmp_path / "answers.jsonl")
+    first = evaluate_general(own, measures(include, "colour"))
+    own.kept = AnswerCache(tmp_path / "answers.jsonl")
+    monkeypatch.setattr("lm_eval.simple_evaluate", None)
+    assert evaluate_general(own, measures(include, "colour")) == first
+
+
+def test_what_cannot_be_measured_says_why(include: str, tmp_path: Path):
+    def value(*tasks: str, **options: Any) -> Any:
+        return evaluate_general(evaluation(), measures(include, *tasks, **options))
+
+    with pytest.raises(ConfigError, match=r"lm_eval task 'prose': is measured by a perplexity; .* word_perplexity"):
+        value("prose")
+    with pytest.raises(ConfigError, match=r"metric: of bits_per_byte lower is better; choose another: word_perp"):
+        value("prose", metric="bits_per_byte")
+    with pytest.raises(ConfigError, match=r"metric: has none called 'acc_nrm'; did you mean 'acc_norm,none'"):
+        value("colour", metric="acc_nrm")
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"lm_eval task 'answer' cannot be measured: .*rows\.jsonl"):
+        value("answer")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "lm_eval"}, r"tasks: kind lm_eval needs them"),
+        ({"kind": "lm_eval", "tasks": ["a"], "rows": 3}, r"rows: is not for kind lm_eval, which has tasks, include_p"),
+        ({"name": "a", "path": "a.txt", "limit": 3}, r"limit: is for kind lm_eval, not perplexity"),
+        ({"path": "a.txt"}, r"name: is required but absent"),
+    ],
+)
+def test_keys_of_other_kinds_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig.model_validate({"general": [changes]})
+    whole = GeneralConfig(name="a", path="a.txt", kind="choices").model_dump()
+    assert GeneralConfig.model_validate(whole).model_dump() == whole  # as run.json holds it
+
+
+def test_a_run_measures_them_after_every_stage(include: str, tmp_path: Path):
+    config = tiny_config(tmp_path, tuner={"name": "lora", "r": 2})
+    config["stream"] |= {"order": ["red"]}
+    config["training"] |= {"epochs": 1}
+    general = {"kind": "lm_eval", "tasks": ["colour", "answer"], "include_path": include, "limit": 4}
+    config["evaluation"] |= {"general": [general]}
+    matrix = run(load_config(config))
+    assert set(matrix["general"]) == {"colour", "answer"}
+    assert all(len(values) == 2 and None not in values for values in matrix["general"].values())
+    assert matrix["summary"]["general_change"] is not None
+
+
+def test_a_name_that_nobody_knows(include: str, monkeypatch: pytest.MonkeyPatch):
+    own = partial(TaskManager, include_defaults=False)  # the library's own thousands take seconds to list
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", own)
+    with pytest.raises(ConfigError, match=r"lm_eval knows no task 'colr'; did you mean 'colour'"):
+        measures(include, "colr")

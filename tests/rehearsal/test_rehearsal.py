@@ -1,0 +1,254 @@
+"""The engine: every cell of source x loss, its teacher, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from holdfast.api.stage import Rehearsed, Step
+from holdfast.errors import ConfigError
+from holdfast.losses import kl_divergence
+from holdfast.methods import build
+from holdfast.methods.der import DER
+from holdfast.methods.lwf import LwF
+from holdfast.methods.rehearsal import Rehearsal
+from holdfast.rehearsal.teacher import predicting
+from holdfast.training.method_state import load_states, save_states
+from holdfast.training.trainer import ContinualTrainer
+from support.rehearsed import two_stages
+from support.tiny import pad_rows, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
+from support.trained import vector
+
+WORDS = ("red green blue", "the sea moves a weed", "a tide holds fast", "one two three four", "letters and signs")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(WORDS))
+    return str(path)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row["input_ids"]}) + "\n" for row in tiny_rows(6, seed=5)))
+    return str(path)
+
+
+CELLS = [
+    (source, loss)
+    for source, loss in product(("past", "general", "self", "current"), ("ce", "kl", "margin", "l1", "l2"))
+    if (source, loss) not in {("current", "ce"), ("current", "margin")}
+]
+
+
+@pytest.mark.parametrize(("source", "loss"), CELLS)
+def test_every_cell_trains_and_its_term_is_logged(source, loss, tmp_path, texts, corpus):
+    options = {"source": source, "loss": loss}
+    if source in ("general", "self"):
+        options["path"] = texts if source == "general" else corpus
+    trainer = two_stages(tmp_path, Rehearsal(**options))
+    terms = [log["term/rehearsal"] for log in trainer.state.log_history if "loss" in log]
+    assert len(terms) == 3
+    if loss != "ce":
+        # The model is its own teacher before the first step of the stage.
+        assert terms[0] == pytest.approx(0, abs=1e-6)
+    assert terms[-1] > 1e-6
+
+
+PRESETS = [
+    *product(("gere", "gere_kl", "gere_l1", "gere_l2"), (1.0, 100.0, "dynamic")),
+    *product(("gere_ce", "self_replay", "kl_replay", "lwf"), (1.0, 10.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "weight"), PRESETS)
+def test_presets(name, weight, tmp_path, texts, corpus):
+    options = {"weight": weight}
+    if name != "lwf":
+        options["path"] = corpus if "replay" in name else texts
+    [method] = build([(name, options)])
+    trainer = two_stages(tmp_path, method)
+    log = [log for log in trainer.state.log_history if "loss" in log][-1]
+    assert log[f"term/{name}"] > 0
+    assert (f"term/{name}/ce" in log) == (name.startswith("gere") and name != "gere_ce")
+    if weight == "dynamic":
+        assert log[f"term/{name}"] == pytest.approx(log[f"term/{name}/ce"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["replay", "kl", "margin"])
+def test_one_forward_equals_two(method, tmp_path, texts, monkeypatch):
+    options = {
+        "replay": {"source": "past", "loss": "ce"},
+        "kl": {"source": "general", "loss": "kl", "path": texts, "ce_weight": 0.5},
+        "margin": {"source": "general", "loss": "margin", "path": texts, "weight": 10},
+    }[method]
+    results = []
+    for together in (False, True):
+        monkeypatch.setattr(
+            ContinualTrainer, "_fits_together", lambda self, inputs, extra, x=together: x and bool(extra)
+        )
+        folder = tmp_path / str(together)
+        results.append(vector(two_stages(folder, Rehearsal(**options)).model))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=2e-4)
+
+
+def test_counts_hold_in_every_optimizer_step(tmp_path, texts):
+    """GeRe's batch insertion: a fixed number of general rows a step, at any accumulation."""
+    asked = []
+
+    class Counted(Rehearsal):
+        name = "counted"
+
+        def loss_terms(self, step, batch, outputs):
+            asked.append((step.stage.index, step.index, len(step.rehearsed[self.name].samples)))
+            return super().loss_terms(step, batch, outputs)
+
+    method = Counted(source="general", path=texts, count=3)
+    two_stages(tmp_path, method, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    for stage, step in product((1, 2), range(3)):
+        assert sum(n for s, k, n in asked if (s, k) == (stage, step)) == 3
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["logits made again", "the task's logits"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_on_current_rows_is_the_plain_formula_with_a_live_copy(temperature, made):
+    """LwF's term against a second model that was copied before the stage."""
+    model, rows = tiny_model(), tiny_rows(5)
+    teacher = tiny_model()
+    teacher.load_state_dict(model.state_dict())
+    method = LwF(temperature=temperature)
+    stage = tiny_stage(model, rows)
+    method.before_stage(stage)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = pad_rows(rows)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    outputs = model(**inputs, output_hidden_states=True)
+    step = Step(stage, 0, 5, 1, True)
+    hidden, logits = (outputs.hidden_states[-1],), outputs.logits
+    step.rehearsed = {"lwf": Rehearsed([], batch["labels"], logits, hidden, 1.0, logits if made else None)}
+    term = method.loss_terms(step, batch, outputs)["lwf"]
+    mask = predicting(batch["labels"])
+    old = teacher(**inputs).logits
+    total, count = kl_divergence(outputs.logits, old, mask, temperature)
+    torch.testing.assert_close(term, total / count, rtol=1e-4, atol=1e-6)
+    by_hand = F.kl_div(
+        F.log_softmax(outputs.logits[mask] / temperature, -1), F.softmax(old[mask] / temperature, -1), reduction="sum"
+    )
+    torch.testing.assert_close(term, by_hand * temperature**2 / mask.sum(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(vector(model), vector(model)) and model.training
+
+
+@pytest.mark.parametrize("loss", ["kl", "l1", "l2"])
+def test_a_cached_teacher_equals_a_live_one(loss, tmp_path):
+    """The same rows as past samples (cached) and as the current task's (live) give the same term and gradient."""
+    rows = [row | {"row": i} for i, row in enumerate(tiny_rows(6))]
+    values = []
+    for source in ("past", "current"):
+        model = tiny_model()
+        method = Rehearsal(source=source, loss=loss)
+        stage = tiny_stage(model, rows, index=2)
+        stage.folder = tmp_path / source
+        if source == "past":
+            method.memory.rows = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
+        method.before_stage(stage)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        batch = pad_rows(rows)
+        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+        step = Step(stage, 0, 6, 1, True)
+        hidden = (outputs.hidden_states[-1],)
+        step.rehearsed = {"rehearsal": Rehearsed(list(range(6)), batch["labels"], outputs.logits, hidden, 1.0)}
+        term = method.loss_terms(step, batch, outputs)["rehearsal"]
+        term.backward()
+        values.append((term.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert values[0][0] > 0
+    torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-6)
+
+
+def test_der_stores_what_the_model_answered(tmp_path):
+    """The term is the squared distance to logits of a model that was copied when the samples were stored."""
+    model, rows = tiny_model(), tiny_rows(6)
+    old = tiny_model()
+    der = DER(capacity=4, weight=1.0)
+    stage = tiny_stage(model, rows)
+    der.after_stage(stage)
+    assert len(der.logits) == len(der.memory) == 4
+    save_states([der], tmp_path)
+    again = DER(capacity=4, weight=1.0)
+    load_states([again], tmp_path, model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = pad_rows(again.memory.rows)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    logits = model(**inputs).logits
+    step = Step(stage, 0, 4, 1, True)
+    step.rehearsed = {"der": Rehearsed(list(range(4)), batch["labels"], logits, (), 1.0)}
+    term = again.loss_terms(step, batch, None)["der"]
+    mask = predicting(batch["labels"])
+    torch.testing.assert_close(term, (logits[mask] - old(**inputs).logits[mask]).square().mean(), rtol=1e-4, atol=1e-7)
+    der.after_stage(tiny_stage(model, tiny_rows(6, seed=3), index=2))
+    assert len(der.logits) == 4 and set(der.memory.tasks) <= {1, 2}
+    answers = [sum(label != -100 for label in row["labels"][1:]) for row in der.memory.rows]
+    assert [len(logits) for logits in der.logits] == answers
+
+
+def test_der_trains(tmp_path):
+    trainer = two_stages(tmp_path, DER())
+    assert [log["term/der"] for log in trainer.state.log_history if "loss" in log][-1] > 0
+
+
+def test_the_start_teacher_stays_that_of_the_start(tmp_path, texts):
+    """In the second stage the cache of the first is read again: the term is not zero at its first step."""
+    trainer = two_stages(tmp_path, Rehearsal(source="general", path=texts, loss="l2", teacher="start"))
+    first = next(log["term/rehearsal"] for log in trainer.state.log_history if "loss" in log)
+    assert first > 1e-6
+
+
+REFUSED = {
+    "its own next-token loss": ({"source": "current"}, "already"),
+    "thresholds of a moving set": ({"source": "current", "loss": "margin"}, "fixed set"),
+    "replace with kl": ({"way": "replace", "loss": "kl"}, "must be ce"),
+    "replace all": ({"way": "replace", "ratio": 1.0}, "below 1"),
+    "no texts": ({"source": "general"}, "give path"),
+    "two sources of texts": ({"source": "general", "path": "x", "dataset": "y"}, "give path"),
+    "thresholds of drawn samples": ({"source": "self", "loss": "margin"}, "fixed set of samples; write one"),
+    "drawn from the start": ({"source": "self", "loss": "kl", "teacher": "start"}, "use teacher previous, or a path"),
+    "a domain of a corpus": ({"source": "self", "path": "x", "domain": "eng"}, "without a path draws samples"),
+    "a chat of a domain": ({"source": "self", "chat": True, "domain": "eng"}, "takes no domain"),
+    "past at the start": ({"loss": "kl", "teacher": "start"}, "not known before the first stage"),
+    "two counts": ({"count": 2, "ratio": 0.5}, "not both"),
+    "dynamic ce": ({"weight": "dynamic"}, "ce itself"),
+    "negative weight": ({"weight": -1}, "must not be below 0"),
+    "temperature of zero": ({"loss": "kl", "temperature": 0}, "temperature: input should be greater than 0"),
+    "temperature without kl": ({"loss": "l1", "temperature": 2.0}, "temperature: would change nothing"),
+    "memory without past": ({"source": "general", "path": "x", "capacity": 5}, "capacity: would change nothing"),
+    "unknown loss": ({"loss": "kll"}, "loss: input should be"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_makes_no_sense_is_refused_with_the_reason(case):
+    options, reason = REFUSED[case]
+    with pytest.raises(ConfigError, match=reason):
+        Rehearsal(**options)
+
+
+def test_general_samples_fit_into_the_context(tmp_path):
+    (tmp_path / "long.txt").write_text("a long text " * 40)
+    method = Rehearsal(source="general", path=str(tmp_path / "long.txt"))
+    model = tiny_model(max_position_embeddings=50)
+    stage = tiny_stage(model, tiny_rows(4))
+    stage.tokenizer = tiny_tokenizer()
+    method.before_stage(stage)
+    assert [len(row["input_ids"]) for row in method.rows] == [50]

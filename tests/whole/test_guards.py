@@ -1,0 +1,214 @@
+"""What every method must be, whatever its paper says. A new method is guarded from its first day, with its defaults.
+
+Each method trains the tiny model on two tasks that conflict: every prompt of the first asks for one letter, every
+prompt of the second for another, so plain training on the second makes the model give its letter to both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
+
+import holdfast.runner.loop
+from holdfast.api.method import Method
+from holdfast.methods import find
+from holdfast.system.progress import Progress
+from holdfast.training.terms import Terms
+from support.guards import (
+    METHODS,
+    TRAINED,
+    case,
+    configuration,
+    responses,
+    same,
+    terms,
+    tuner_of,
+    weights,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Callable[..., Path]:
+    """Runs a method once for each of its settings and gives the run's directory."""
+
+    def run(name: str, options: dict[str, Any], tuner: Any, seed: int = 0, **training: Any) -> Path:
+        settings = json.dumps([name, options, tuner, seed, training], sort_keys=True)
+        output = folder / f"{name}-{abs(hash(settings))}"
+        if not (output / "matrix.json").exists():
+            holdfast.runner.loop.run(
+                configuration(folder, output, name, options, tuner, seed, training), Progress(quiet=True)
+            )
+        return output
+
+    return run
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_is_documented(name):
+    """One line that says what it is, and a description for every option."""
+    cls = METHODS[name]
+    assert cls.__doc__ and len(cls.__doc__.splitlines()[0]) <= 120
+    for key, option in cls.Options.model_fields.items():
+        assert option.description, f"{name}.{key}"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_contributes(name, trained, folder, monkeypatch):
+    """Each declared term has a gradient, through the loss or added after the backward pass, and something changes."""
+    sizes: dict[str, float] = {}
+    declared: set[str] = set()
+    check, cls = Terms.check_gradient, METHODS[name]
+
+    def with_size(self: Terms, stage: Any, method: Method, term: str, value: torch.Tensor) -> None:
+        check(self, stage, method, term, value)
+        trained = [p for p in stage.model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
+        sizes[term] = max(sizes.get(term, 0.0), *(float(g.abs().max()) for g in found if g is not None))
+
+    def declares(self: Method, stage: Any) -> Any:
+        found = original_declares(self, stage)
+        declared.update(found)
+        return found
+
+    def after_backward(self: Method, step: Any, gradients: Any) -> Any:
+        before = gradients.copy()
+        values = original_backward(self, step, gradients)
+        change = max(float((g - before.tensors[key]).abs().max()) for key, g in gradients.tensors.items())
+        for term in values:
+            sizes.setdefault(term, 0.0)
+            sizes[term] = max(sizes[term], change)
+        return values
+
+    original_declares, original_backward = cls.declares, cls.after_backward
+    monkeypatch.setattr(Terms, "check_gradient", with_size)
+    monkeypatch.setattr(cls, "declares", declares)
+    monkeypatch.setattr(cls, "after_backward", after_backward)
+    output = folder / f"contributes-{name}"
+    training = case(name).training
+    config = configuration(folder, output, name, case(name).options, tuner_of(name), 0, training)
+    holdfast.runner.loop.run(config, Progress(quiet=True))
+    runs = output, trained("sequential", {}, tuner_of(name), **training)
+    for term in declared:
+        assert sizes.get(term, 0.0) > 0, term
+    changed = not same(*(weights(run, "02-green") for run in runs))
+    assert changed or (case(name).at_test and responses(runs[0]) != responses(runs[1]))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_is_neutral_at_zero(name, trained):
+    """With strength 0 the weights are those of `sequential`, bit for bit."""
+    off = case(name).off
+    if isinstance(off, str):
+        pytest.skip(off)
+    method, sequential = (trained(n, o, tuner_of(name)) for n, o in ((name, off), ("sequential", {})))
+    for stage in ("01-red", "02-green"):
+        assert same(weights(method, stage), weights(sequential, stage)), stage
+    assert responses(method) == responses(sequential)
+
+
+class Killed(BaseException):
+    """Takes a run down as a signal would: nothing of its process goes on."""
+
+
+class Kill(TrainerCallback):
+    def __init__(self, stage: int, step: int):
+        self.stage, self.step = stage, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if Path(args.output_dir).parent.name.startswith(f"{self.stage:02d}-") and state.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained, folder, monkeypatch):
+    """From what its files say alone; and none of them is a pickle of the method's."""
+    options, tuner = case(name).options, tuner_of(name)
+    unbroken = trained(name, options, tuner)
+    output = folder / f"killed-{name}"
+    config = configuration(folder, output, name, options, tuner, 0, {})
+    watch = holdfast.runner.stage._Watch.on_step_end
+    kill = Kill(2, 5)  # after the checkpoint of step 3
+
+    def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        watch(self, args, state, control, **kwargs)
+        kill.on_step_end(args, state, control)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
+        with pytest.raises(Killed):
+            holdfast.runner.loop.run(config, Progress(quiet=True))
+    assert list(output.glob("stages/02-green/checkpoint/checkpoint-3/complete.json"))
+    holdfast.runner.loop.run(config, Progress(quiet=True))
+    assert same(weights(output, "02-green"), weights(unbroken, "02-green"))
+    assert responses(output) == responses(unbroken)
+    assert terms(output, 2) == terms(unbroken, 2)
+    for method in output.glob("stages/*/method/*"):
+        assert method.suffix in (".safetensors", ".json")
+    for path in output.glob("stages/*/method/*.safetensors"):
+        one, two = load_file(path), load_file(unbroken / path.relative_to(output))
+        assert same(one, two), path.name
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_its_arithmetic_and_memory_are_what_its_page_says(name, folder, monkeypatch):
+    train = holdfast.runner.loop.train_stage
+    counted: dict[tuple[str, int], int] = {}
+
+    def count(setup: Any, stage: Any, *args: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            steps = train(setup, stage, *args)
+        counted[method, stage.index] = counter.get_total_flops()
+        return steps
+
+    monkeypatch.setattr(holdfast.runner.loop, "train_stage", count)
+    parameters = 0
+    for method, options in ((name, case(name).options), ("sequential", {})):
+        output = folder / f"cost-{name}-{method}"
+        holdfast.runner.loop.run(
+            configuration(folder, output, method, options, tuner_of(name), 0, {}), Progress(quiet=True)
+        )
+        parameters = json.loads((output / "run.json").read_text())["parameters"]["trainable"]
+    assert counted[name, 2] <= case(name).flops * counted["sequential", 2], counted[name, 2] / counted["sequential", 2]
+    states = [load_file(path) for path in (folder / f"cost-{name}-{name}").glob("stages/02-green/method/*.safetensors")]
+    floats = sum(t.numel() for state in states for t in state.values() if t.is_floating_point())
+    assert floats <= case(name).vectors * parameters, floats / parameters
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradient_accumulation_changes_nothing(name, trained):
+    """A step of one micro-batch of eight rows, and of four of two; plain SGD, since Adam blows rounding up."""
+    options, tuner = case(name).options, tuner_of(name)
+    plain = {"optimizer": "sgd", "learning_rate": 0.3}
+    one, four = (trained(name, options, tuner, micro_batch_size=size, **plain) for size in (8, 2))
+    for stage in ("01-red", "02-green"):
+        ours = weights(four, stage)
+        for key, tensor in weights(one, stage).items():
+            torch.testing.assert_close(ours[key], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_forgets_less(name, trained):
+    """Less forgetting of the first task than `sequential`, by the margin, as a mean over three seeds."""
+    margin = case(name).margin
+    if margin is None:
+        pytest.skip("it need not here")
+    means = []
+    for method, options in ((name, case(name).options), ("sequential", {})):
+        found = []
+        for seed in range(3):
+            run = trained(method, options, tuner_of(name), seed, **case(name).training)
+            found.append(json.loads((run / "matrix.json").read_text())["summary"]["forgetting"])
+        means.append(sum(found) / 3)
+    assert means[0] <= means[1] - margin, means
+
+
+def test_every_method_is_found_by_name():
+    assert all(find(name) is cls for name, cls in METHODS.items())
