@@ -1,7 +1,7 @@
 """Every method on every engine, beside one process: the runs, and how far their results lie apart.
 
-`PYTHONPATH=tests python -m support.engine_table [FOLDER] > docs/engines.md` runs all of it and writes the page; runs that stand in the
-folder are not run again.
+`PYTHONPATH=tests python -m support.engine_table [FOLDER] > docs/engines.md` runs all of it and writes the page; runs
+that stand in the folder are not run again.
 """
 
 from __future__ import annotations

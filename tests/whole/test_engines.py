@@ -1,7 +1,7 @@
 """Every method on every engine: two processes, after two stages, are where one process is.
 
-The whole table is slow (`PYTHONPATH=tests python -m support.engine_table` writes it into docs/engines.md); `make test` takes a selection
-in which every method and every engine stands.
+The whole table is slow (`PYTHONPATH=tests python -m support.engine_table` writes it into docs/engines.md); `make test`
+takes a selection in which every method and every engine stands.
 """
 
 from __future__ import annotations
