@@ -47,8 +47,8 @@ HEAD = """\
 <!-- Written by `python -m holdfast.methods.compatibility > docs/grid.md`. -->
 
 *yes*: the two train, continue bit for bit after a kill, evaluate and save. *–*: `holdfast check` and `holdfast run`
-refuse the two, with the reason and what would work. `tests/whole/test_grid.py` proves both, cell by cell, on a tiny model:
-what is refused is run there without asking this table, and must end with the method saying what it misses in the
+refuse the two, with the reason and what would work. `tests/whole/test_grid.py` proves both, cell by cell, on a tiny
+model: what is refused is run there without asking this table, and must end with the method saying what it misses in the
 model. [What the tuners are](tuners/README.md); each method has a page in `methods/`.
 """
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from holdfast.config.model import ModelConfig
 from holdfast.errors import ConfigError
 
-if TYPE_CHECKING:
-    from holdfast.api.tuner import Tuner
 
+def check_quantization(model: ModelConfig, tuner: str, frozen_weights: bool) -> None:
+    """Check that the model can be quantised on this machine and with this tuner.
 
-def check_quantization(model: ModelConfig, tuner: Tuner) -> None:
-    """ConfigError if a model cannot be quantised as it is asked for: on this machine, or with this tuner."""
+    Args:
+        tuner: its name.
+        frozen_weights: whether it leaves the model's own weights as they are.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     if model.quantization is None:
         return
-    if not tuner.quantized:
+    if not frozen_weights:
         raise ConfigError(
-            f"model.quantization: tuner {tuner.name!r} trains or decomposes the model's own weights, which must not be "
+            f"model.quantization: tuner {tuner!r} trains or decomposes the model's own weights, which must not be "
             "quantised then; leave it out, or use a tuner that adds weights, such as lora"
         )
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -87,7 +87,7 @@ def prepare(config: RunConfig) -> Setup:
     config = resolve(config, chosen)
     assert config.tuner is not None
     tuner = tuners.build(config.tuner)
-    check_quantization(config.model, tuner)
+    check_quantization(config.model, tuner.name, tuner.quantized)
     check_engine(config.training.engine)
     check_arguments(config.training.arguments, RESERVED)
     model_config = load_model_config(config.model)
