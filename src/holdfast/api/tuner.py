@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from holdfast.config.reading import validate
 from holdfast.config.section import Section
-from holdfast.engines.process import Process
-from holdfast.engines.whole import saves_together, whole_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +67,9 @@ class Tuner(ABC):
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the trained weights so that plain transformers or PEFT loads them; all processes take part."""
+        from holdfast.engines.process import Process
+        from holdfast.engines.whole import saves_together, whole_state
+
         main, state = Process.this().main, whole_state(model)
         if state is None:
             model.save_pretrained(folder, is_main_process=main)

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-
-from holdfast.report.terminal import narrow_table
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from holdfast.runner.evaluate import Evaluated
 
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
@@ -57,7 +55,6 @@ def evaluate(
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
-    pass
     from holdfast.models.endpoint import Endpoint
     from holdfast.runner.evaluate import evaluate as evaluate_stage
 
@@ -76,6 +73,10 @@ def evaluate(
 
 def print_evaluated(evaluated: Evaluated, console: Console) -> None:
     """Scores of an evaluation beside those of the run, and how many responses differ."""
+    from rich.markup import escape
+
+    from holdfast.report.terminal import narrow_table
+
     table = narrow_table("task")
     table.add_column("metric")
     for name in ("score", "in the run", "responses\nthat differ"):

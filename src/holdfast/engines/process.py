@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Process:
     @classmethod
     def this(cls) -> Process:
         """The process that this code runs in, as a launcher (torchrun, accelerate, deepspeed) has set it up."""
+        import torch
         from accelerate import PartialState
 
         state = PartialState(cpu=not torch.cuda.is_available())
@@ -37,11 +38,15 @@ class Process:
     def wait(self) -> None:
         """Wait until every process is here (a barrier)."""
         if self.world > 1:
+            import torch
+
             torch.distributed.barrier()
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes; the result lies on the CPU."""
         if self.world > 1:
+            import torch
+
             values = values.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
             torch.distributed.all_reduce(values)
         return values.cpu()
@@ -50,6 +55,8 @@ class Process:
         """Collect one value from every process, in the order of ranks."""
         values = [value] * self.world
         if self.world > 1:
+            import torch
+
             torch.distributed.all_gather_object(values, value)
         return values
 
@@ -57,9 +64,15 @@ class Process:
         """Send rank 0's value to every process."""
         values = [value]
         if self.world > 1:
+            import torch
+
             torch.distributed.broadcast_object_list(values)
         return values[0]
 
     def any_of(self, value: bool) -> bool:
         """Whether `value` is true on at least one rank."""
-        return bool(self.all_reduce_sum(torch.tensor(float(value)))) if self.world > 1 else value
+        if self.world == 1:
+            return value
+        import torch
+
+        return bool(self.all_reduce_sum(torch.tensor(float(value))))
