@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 import holdfast.models.answers
 import holdfast.records.directory
 import holdfast.runner.loop
+import holdfast.runner.matrix
 import holdfast.training.engine_mixin
 from holdfast.methods.replay import Replay
 from holdfast.system.progress import Progress
@@ -29,7 +30,7 @@ POINTS = {
     "weights": (holdfast.runner.loop, "save_states"),  # the stage's weights stand, its manifest does not
     "answers": (holdfast.models.answers.AnswerCache, "_add"),  # a batch of an evaluation is answered
     "response": (holdfast.records.directory, "write_jsonl"),  # one task of an evaluation is done
-    "matrix": (holdfast.runner.loop, "summarize"),
+    "matrix": (holdfast.runner.matrix, "summarize"),
     "report": (holdfast.runner.loop.RunLoop, "_report"),
 }
 

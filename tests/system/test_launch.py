@@ -18,7 +18,7 @@ from support.paths import TESTS
 from support.tiny import tiny_config
 
 STARTER = """
-import sys, holdfast.cli, holdfast.launch
+import sys, holdfast.cli, holdfast.system.launch
 holdfast.system.launch.COMMAND = [sys.executable, {stand_in!r}]
 holdfast.cli.main()
 """

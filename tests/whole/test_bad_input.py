@@ -178,7 +178,7 @@ def main_quietly() -> None:
 
 
 FULL_DISK = """
-import errno, sys, holdfast.files
+import errno, sys, holdfast.system.files
 from holdfast.cli import main
 write = holdfast.system.files.os.fsync
 left = [int(sys.argv.pop(1))]
