@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from holdfast.metrics.intervals import intervals, mean_interval, paired_difference, seed_intervals, task_intervals
+from holdfast.metrics import intervals, paired_difference, seed_intervals, task_intervals
 from holdfast.metrics.matrix import BY_TASK, FIGURES
 from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward_transfer, summarize
 from support.paths import SHARED
@@ -443,25 +443,6 @@ def test_intervals_by_task_hold_the_term():
     assert task_intervals(examples)["backward_transfer"][1] is not None
 
 
-def test_intervals_over_seeds_equal_a_plain_loop_over_the_same_draws():
-    T, resamples, n = 2, 40, 11
-    runs = [random_examples(T, n, seed) for seed in range(3)]
-    draws = [np.random.default_rng([9, j]) for j in range(T)]
-    chosen = np.random.default_rng(9).integers(3, size=(2, resamples))
-    values = {name: [] for name in FIGURES}
-    for r in range(resamples):
-        drawn = [draws[j].integers(n + j, size=n + j) for j in range(T)]
-        figures = [
-            brute_force([[run[t][j][drawn[j]].mean() for j in range(T)] for t in range(T + 1)])
-            for run in (runs[chosen[0, r]], runs[chosen[1, r]])
-        ]
-        for name in FIGURES:
-            values[name].append(sum(figure[name] for figure in figures) / 2)
-    result = seed_intervals(runs, resamples=resamples, seed=9)
-    for name in FIGURES:
-        assert result[name] == pytest.approx(np.percentile(values[name], [2.5, 97.5]).tolist()), name
-
-
 def test_seeds_that_differ_widen_the_interval():
     def runs(spread: float) -> list:
         rng = np.random.default_rng(0)
@@ -472,16 +453,6 @@ def test_seeds_that_differ_widen_the_interval():
 
     alike, apart = (seed_intervals(runs(spread))["average"] for spread in (0.0, 0.2))
     assert width(apart) > 4 * width(alike)
-
-
-def test_a_mean_over_seeds_has_the_variance_of_a_mean():
-    """Drawing n-1 of n runs makes the bootstrap's variance s^2 / n, with the unbiased s^2."""
-    values = np.random.default_rng(3).normal(size=30)
-    low, high = mean_interval(values, resamples=20_000)
-    half = 1.96 * values.std(ddof=1) / math.sqrt(30)
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08 * half)
-    assert mean_interval([0.5]) is None
-    assert mean_interval([0.2, 0.6]) == [0.2, 0.6]
 
 
 def test_a_paired_difference_by_hand():

@@ -13,7 +13,7 @@ import pytest
 
 from holdfast.cli import main
 from holdfast.errors import ConfigError
-from holdfast.metrics.intervals import paired_difference, seed_intervals
+from holdfast.metrics import holm, seed_difference, seed_intervals
 from holdfast.records.read import read_run, read_runs
 from holdfast.report import FIGURES, write_report
 from holdfast.report.compare import compare, differences, grouped, refuse_different
@@ -86,24 +86,31 @@ def test_equal_averages_share_a_rank(tmp_path):
     assert [row["rank"] for row in compare(read_runs(runs)).rows] == [2, 2, 1]
 
 
-def test_the_difference_to_the_baseline_is_of_pairs_of_test_examples(seeds):
+def test_the_difference_to_the_baseline_is_over_seeds_and_test_examples(seeds):
     comparison = compare(read_runs(seeds))
     assert comparison.baseline == "sequential" and comparison.rows[0]["difference"] is None
-    groups = [
+    first, second = (
         [
-            np.mean(
-                [[row["score"] for row in read_run(path).responses(STAGES, task)] for path in seeds[i : i + 3]], axis=0
-            )
-            for task in TASKS
+            [[row["score"] for row in read_run(path).responses(STAGES, task)] for task in TASKS]
+            for path in seeds[i : i + 3]
         ]
         for i in (0, 3)
-    ]
-    expected = paired_difference(*groups)
+    )
+    expected = seed_difference(first, second, paired=True)
     for key, value in expected.items():
         assert comparison.rows[1]["difference"][key] == pytest.approx(value), key
     row = comparison.rows[1]
     assert row["difference"]["difference"] == pytest.approx(row["average"] - comparison.rows[0]["average"])
-    assert row["difference"]["p"] < 0.01
+    assert row["difference"]["paired"] and row["difference"]["p"] < 0.05
+    others = [row["difference"]["p"] for row in comparison.rows[1:]]
+    assert [row["difference"]["p_holm"] for row in comparison.rows[1:]] == holm(others)
+
+
+def test_one_seed_is_said_to_say_nothing_of_training_noise(seeds):
+    of_one, of_three = (as_markdown(compare(read_runs(runs))) for runs in (seeds[::3], seeds))
+    assert of_one.count("nothing of training noise") == 2
+    assert "Student's t" in of_three and "Holm" in of_three and "Smallest true difference" in of_three
+    assert "nothing of training noise" not in of_three
 
 
 def test_another_baseline_by_label_or_directory(seeds):
@@ -207,7 +214,7 @@ def test_markdown_has_a_row_a_group_and_marks_what_cannot_be_compared(seeds, tmp
     assert table[0].startswith("| method | seeds | rank | average ↑ | new task ↑ | forgetting ↓ |")
     assert table[3].startswith("| replay | 3 | 1 | **") and table[4].startswith("| (joint) | 3 | – |")
     assert re.search(r"\| \*\*0\.\d{3} ± 0\.\d{3}\*\* \|", table[3])
-    assert "p of a two-sided permutation test" in text
+    assert "p is two-sided" in text
     different = [make_run(tmp_path / "one"), make_run(tmp_path / "two", "replay", training={"epochs": 3})]
     assert "NOT COMPARABLE" in as_markdown(compare(read_runs(different)))
 

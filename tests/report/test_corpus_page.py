@@ -17,6 +17,7 @@ from holdfast.data.tokens.file import build_tokens
 from holdfast.errors import DataError
 from holdfast.rehearsal.corpus import corpus_files
 from holdfast.rehearsal.replay import replay
+from holdfast.rehearsal.request import SampleOptions
 from holdfast.rehearsal.statistics import Statistics, by_rank, histogram, ngrams, shared
 from holdfast.report.corpus import write_corpus_page
 from support.browser import ARGUMENTS, DRAWN, OVERFLOW
@@ -104,7 +105,7 @@ class Cells(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    replay(str(write_model(folder / "model")), folder / "corpus", tokens=3000, length=30, batch_size=32)
+    replay(str(write_model(folder / "model")), folder / "corpus", SampleOptions(length=30), tokens=3000, batch_size=32)
     (folder / "text.txt").write_text("\n".join(f"the sea <b> moves {i} weeds" for i in range(200)))
     build_tokens([folder / "text.txt"], folder / "tokens", tiny_tokenizer())
     return folder

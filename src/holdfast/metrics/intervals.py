@@ -1,4 +1,4 @@
-"""Bootstrap intervals and paired tests of the figures of score matrices."""
+"""Intervals and tests over test examples: bootstrap and permutation, for runs of one seed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def intervals(
 
     A resample draws the test examples of a task with replacement, and the same examples at every stage, since stages
     are measured on the same examples; tasks are drawn independently. The intervals say how much a figure depends on
-    the test set, not how much it varies from one training seed to the next: that is :func:`seed_intervals`.
+    the test set, not how much it varies from one training seed to the next: for that see
+    :func:`holdfast.metrics.seed_intervals`.
 
     Args:
         scores: the examples' scores.
@@ -61,35 +62,11 @@ def intervals(
     Raises:
         ValueError: a shape is wrong, or a task does not have the same number of examples at every stage.
     """
-    return seed_intervals([scores], metrics=metrics, weights=weights, totals=totals, resamples=resamples, seed=seed)
-
-
-def seed_intervals(
-    runs: Sequence[Examples],
-    *,
-    metrics: Metrics = None,
-    weights: Weights = None,
-    totals: Totals = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, list[float] | None]:
-    """95 % intervals of the mean of each figure over runs that differ in their seed: bootstrap over seeds and examples.
-
-    A resample draws test examples as :func:`intervals` does, the same ones for all runs, and n-1 of the n runs with
-    replacement: drawing n-1 makes the variance of the mean unbiased, drawing n would make it (n-1)/n of that (Rao and
-    Wu 1988). Of few seeds the interval is still rather too narrow than too wide.
-
-    Args:
-        runs: the examples' scores of each run; all have the same test examples.
-
-    The rest is as in :func:`intervals`, which is the case of one run.
-    """
-    matrices = _resampled(runs, weights, totals, resamples, seed)
+    matrices = resampled_matrices([scores], weights, totals, resamples, seed)[0]
     scale = common_scale(metrics, matrices.shape[-1])
     if scale is None:
         return dict.fromkeys(FIGURES)
-    chosen = _drawn_runs(len(runs), resamples, seed)
-    return {name: _ends(_mean_of(values, chosen)) for name, values in figures_of(matrices, scale).items()}
+    return {name: percentile_interval(values) for name, values in figures_of(matrices, scale).items()}
 
 
 def task_intervals(
@@ -102,20 +79,9 @@ def task_intervals(
     seed: int = 0,
 ) -> dict[str, list[list[float] | None]]:
     """95 % intervals of the figures of :func:`by_task`, as :func:`intervals` makes them: T a figure, None as there."""
-    matrices = _resampled([scores], weights, totals, resamples, seed)[0]
+    matrices = resampled_matrices([scores], weights, totals, resamples, seed)[0]
     terms = task_terms(matrices, metric_signs(metrics, matrices.shape[-1]))
-    return {name: [_ends(column) for column in values.T] for name, values in terms.items()}
-
-
-def mean_interval(values: Sequence[float], *, resamples: int = 1000, seed: int = 0) -> list[float] | None:
-    """95 % interval of a mean over seeds, for a figure of which each run gives one number; None for a single run.
-
-    The runs are drawn as in :func:`seed_intervals`.
-    """
-    if len(values) < 2:
-        return None
-    known = np.repeat(np.asarray(values, dtype=float)[:, None], resamples, axis=1)
-    return _ends(_mean_of(known, _drawn_runs(len(values), resamples, seed)))
+    return {name: [percentile_interval(column) for column in values.T] for name, values in terms.items()}
 
 
 def paired_difference(
@@ -153,26 +119,26 @@ def paired_difference(
     swapped = np.zeros(permutations)
     difference = 0.0
     for j, pair in enumerate(zip(a, b, strict=True)):
-        both, total = _statistics(list(pair), weights, totals, j)
+        both, total = example_statistics(list(pair), weights, totals, j)
         rng = np.random.default_rng([seed, j])
-        difference += _change(both.sum(axis=1), total)
-        drawn += _change(_resampled_sums(both, resamples, rng), total)
+        difference += second_less_first(both.sum(axis=1), total)
+        drawn += second_less_first(resampled_sums(both, resamples, rng), total)
         first, change = both[0].sum(axis=0), both[1] - both[0]
         change = change[(change != 0).any(axis=1)]  # where nothing differs, it is the same either way round
         whole = both.sum(axis=(0, 1))
         for start in range(0, permutations, 1000):
             part = swapped[start : start + 1000]
             sums = first + rng.integers(0, 2, size=(len(part), len(change)), dtype=np.int8) @ change
-            part += _change(np.stack([sums, whole - sums], axis=1), total)
+            part += second_less_first(np.stack([sums, whole - sums], axis=1), total)
     as_far = np.abs(swapped) >= abs(difference) * (1 - 1e-12)
     return {
         "difference": float(difference / len(a)),
-        "interval": _ends(drawn / len(a)),
+        "interval": percentile_interval(drawn / len(a)),
         "p": float((1 + as_far.sum()) / (1 + permutations)),
     }
 
 
-def _resampled(
+def resampled_matrices(
     runs: Sequence[Examples], weights: Weights, totals: Totals, resamples: int, seed: int
 ) -> NDArray[np.float64]:
     """Score matrices of resampled test examples, the same examples in all runs: [runs, resamples, T+1, T]."""
@@ -191,13 +157,15 @@ def _resampled(
     for j in range(tasks):
         column = [row[j] for scores in runs for row in scores]
         if any(entry is not None for entry in column):
-            statistics, total = _statistics(column, weights, totals, j)
-            scores = total(_resampled_sums(statistics, resamples, np.random.default_rng([seed, j])))
+            statistics, total = example_statistics(column, weights, totals, j)
+            scores = total(resampled_sums(statistics, resamples, np.random.default_rng([seed, j])))
             matrices[:, :, :, j] = scores.reshape(resamples, len(runs), stages).swapaxes(0, 1)
     return matrices
 
 
-def _statistics(column: Sequence[Any], weights: Weights, totals: Totals, j: int) -> tuple[NDArray[np.float64], Total]:
+def example_statistics(
+    column: Sequence[Any], weights: Weights, totals: Totals, j: int
+) -> tuple[NDArray[np.float64], Total]:
     """Statistics of task j's examples, [entries, examples, k], NaN where not measured, and the score of their sums."""
     given = None if totals is None else totals[j]
     examples = _examples(column, j, dimensions=1 if given is None else 2)
@@ -218,7 +186,7 @@ def _mean(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums[..., 0] / sums[..., 1]
 
 
-def _change(sums: NDArray[np.float64], total: Total) -> Any:
+def second_less_first(sums: NDArray[np.float64], total: Total) -> Any:
     """Score of the second less score of the first, of sums [..., 2, k]: [...]."""
     scores = total(sums)
     return scores[..., 1] - scores[..., 0]
@@ -233,23 +201,13 @@ def _weight(weights: Weights, j: int, examples: int) -> NDArray[np.float64]:
     return weight
 
 
-def _drawn_runs(runs: int, resamples: int, seed: int) -> NDArray[np.int_]:
-    """Which runs each resample draws, [max(1, runs - 1), resamples]."""
-    return np.random.default_rng(seed).integers(runs, size=(max(1, runs - 1), resamples))
-
-
-def _mean_of(values: NDArray[np.float64], chosen: NDArray[np.int_]) -> NDArray[np.float64]:
-    """Means over the drawn runs of values [runs, resamples]: [resamples]."""
-    return np.take_along_axis(values, chosen, axis=0).mean(axis=0)
-
-
-def _ends(values: NDArray[np.float64]) -> list[float] | None:
+def percentile_interval(values: NDArray[np.float64]) -> list[float] | None:
     """The ends of a percentile interval over resamples; None if one of them is not known."""
     known = bool(np.isfinite(values).all())
     return [float(v) for v in np.percentile(values, [2.5, 97.5])] if known else None
 
 
-def _resampled_sums(statistics: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
+def resampled_sums(statistics: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Sums of ``statistics`` [entries, examples, k] over resamples of the examples: [resamples, entries, k]."""
     entries, n, k = statistics.shape
     by_example = statistics.swapaxes(0, 1).reshape(n, entries * k)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from holdfast.config.describe import free_keys
 from holdfast.config.evaluation import GeneralConfig
 from holdfast.config.run import RunConfig
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.metrics.intervals import mean_interval, paired_difference, seed_intervals
+from holdfast.metrics.seeds import holm, mean_interval, seed_difference, seed_intervals
 from holdfast.records.read import FinishedRun, name_runs, read_runs, settings
 from holdfast.report.figures import COMPARED, COSTS, Figure, direction
 from holdfast.report.text import shorten
@@ -114,8 +115,9 @@ class Comparison:
             over the seeds, of memory the most; None where one is not known), ``intervals`` ({figure: [low, high]}),
             ``reference`` (why it competes with nobody, or None), ``best`` (keys for which it is the best), ``rank`` (by
             average, from 1, or None), ``difference`` (to the baseline, of
-            :func:`holdfast.metrics.paired_difference` at the end of the run, or None), ``general`` ({name: (before
-            training, at the end)}), ``gate`` (what it said, in words, or None) and ``split`` (what was measured on).
+            :func:`holdfast.metrics.seed_difference` at the end of the run, with ``paired``, whether by seed, and
+            ``p_holm``, corrected for the number of comparisons; or None), ``general`` ({name: (before training, at the
+            end)}), ``gate`` (what it said, in words, or None) and ``split`` (what was measured on).
         baseline: label of the group with which the others are paired.
         different: why the runs cannot be compared; nobody is best or ranked then.
         lower: whether a lower score is better.
@@ -154,6 +156,7 @@ def compare(runs: list[FinishedRun], baseline: str | None = None) -> Comparison:
             | {"best": [], "rank": None, "difference": None if group is base else _paired(base, group)}
             | {"general": group.general, "gate": group.gate, "split": group.runs[0].split}
         )
+    _correct(rows)
     comparison = Comparison(rows, base.label, differences(runs), runs[0].lower_is_better(0))
     if not comparison.different:
         _rank(comparison)
@@ -270,23 +273,31 @@ def _intervals(group: Group) -> dict[str, list[float] | None]:
 
 
 def _paired(base: Group, group: Group) -> dict[str, Any] | None:
-    """The group's scores at the end less those of the baseline; None where they were not taken of the same examples."""
+    """The group's scores at the end less those of the baseline; None where they were not taken of the same examples.
+
+    Runs are paired by seed where both groups have the same seeds.
+    """
     a, b = _at_the_end(base), _at_the_end(group)
     metrics = base.runs[0].matrix["metrics"], group.runs[0].matrix["metrics"]
     if a is None or b is None or metrics[0] != metrics[1] or group.runs[0].matrix["summary"]["average"] is None:
         return None
-    if [task.shape for task in a] != [task.shape for task in b]:
+    if len({tuple(task.shape for task in run) for run in (*a.values(), *b.values())}) > 1:
         return None
-    return paired_difference(a, b, totals=group.runs[0].totals)
+    paired = a.keys() == b.keys() and len(a) == len(base.runs) and len(b) == len(group.runs)
+    first = list(a.values())
+    second = [b[seed] for seed in a] if paired else list(b.values())
+    return seed_difference(first, second, paired=paired, totals=group.runs[0].totals) | {"paired": paired}
 
 
-def _at_the_end(group: Group) -> list[Any] | None:
-    """Statistics of each task's test examples after the last stage, means over the seeds; None where one is missing."""
+def _at_the_end(group: Group) -> dict[int, list[NDArray[np.float64]]] | None:
+    """By seed, statistics of each task's test examples after the last stage; None where one is missing."""
     T = len(group.runs[0].tasks)
-    tasks = []
-    for j in range(T):
-        found = [run.statistics(T, j) for run in group.runs]
-        if any(entry is None for entry in found) or len({entry.shape for entry in found}) > 1:
-            return None
-        tasks.append(np.mean(found, axis=0))
-    return tasks
+    ends = {run.info["seed"]: [run.statistics(T, j) for j in range(T)] for run in group.runs}
+    return None if any(task is None for run in ends.values() for task in run) else ends
+
+
+def _correct(rows: Sequence[dict[str, Any]]) -> None:
+    """Add ``p_holm``, the p-value corrected for the number of comparisons with the baseline."""
+    differences = [row["difference"] for row in rows if row["difference"] is not None]
+    for difference, corrected in zip(differences, holm([d["p"] for d in differences]), strict=True):
+        difference["p_holm"] = corrected

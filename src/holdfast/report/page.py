@@ -17,7 +17,7 @@ from holdfast.report import plots
 from holdfast.report.compare import compare
 from holdfast.report.figures import COSTS, FIGURES, Figure, direction
 from holdfast.report.rows import pack
-from holdfast.report.tables import cost, p_value
+from holdfast.report.tables import cost, interval_notes, p_value
 from holdfast.report.text import NOT_MEASURED, interval, number, shorten
 from holdfast.report.verdict import HEAD, decisions
 from holdfast.system.files import write_text
@@ -103,6 +103,7 @@ class _Page:
             "costs": {figure.key: figure for figure in COSTS},
             "baseline": found.baseline,
             "different": found.different,
+            "notes": interval_notes(found),
             "headline": _comparison_headline(rows),
             "general": list(dict.fromkeys(name for row in rows for name in row["general"])),
             "points": [

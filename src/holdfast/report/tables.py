@@ -12,6 +12,7 @@ from holdfast.report.figures import COMPARED, COSTS, Figure, direction
 from holdfast.report.text import number
 
 MISSING = "–"
+ONE_SEED = "over test examples alone, which says nothing of training noise; another seed may differ by more"
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -20,20 +21,47 @@ def notes(comparison: Comparison) -> list[str]:
     lines = [f"NOT COMPARABLE, so that nobody is ranked or best: {line}." for line in comparison.different]
     if "dev" in (row["split"] for row in rows):
         lines.append("Measured on dev splits, on which settings are chosen; not what a paper reports.")
-    if max(len(row["seeds"]) for row in rows) > 1:
-        lines.append("Means over seeds; 95 % intervals (after ±, half of one): bootstrap over seeds and test examples.")
-    else:
-        lines.append(
-            "95 % intervals (after ±, half of one): bootstrap over test examples; another seed may differ by more."
-        )
-    if any(row["difference"] for row in rows):
-        lines.append(
-            f"Difference: average less that of {comparison.baseline}, on the same test examples; p of a two-sided "
-            "permutation test, not corrected for how many there are."
-        )
+    lines += interval_notes(comparison)
     if any(row["reference"] for row in rows):
         lines.append("References, in brackets, compete with nobody.")
     return lines
+
+
+def interval_notes(comparison: Comparison) -> list[str]:
+    """What the intervals and p-values speak of: seeds or test examples alone."""
+    lines = []
+    counts = {len(row["seeds"]) for row in comparison.rows}
+    if max(counts) > 1:
+        lines.append(
+            "Means over seeds; 95 % intervals (after ±, half of one): Student's t, over seeds and test examples."
+        )
+    if 1 in counts:
+        which = "Intervals of one seed" if max(counts) > 1 else "95 % intervals (after ±, half of one)"
+        lines.append(f"{which}: {ONE_SEED}.")
+    return lines + _difference_notes(comparison)
+
+
+def _difference_notes(comparison: Comparison) -> list[str]:
+    """How the differences to the baseline were tested, and how small a difference would have been found."""
+    differences = [row["difference"] for row in comparison.rows if row["difference"]]
+    if not differences:
+        return []
+    count = len(differences)
+    how = "corrected for the number of comparisons (Holm)" if count > 1 else "of one comparison"
+    lines = [
+        f"Difference: average less that of {comparison.baseline}, on the same test examples; p is two-sided, {how}."
+    ]
+    over = {difference["over"] for difference in differences}
+    if "seeds" in over:
+        pairs = sum(difference["paired"] for difference in differences)
+        lines.append(
+            f"p of several seeds: Student's t over seeds and test examples; {pairs} of {count} paired by seed."
+        )
+    if "test examples" in over:
+        lines.append(f"p of one seed: permutation test, {ONE_SEED}.")
+    found = [difference["detectable"] for difference in differences]
+    span = number(min(found)) + (f" to {number(max(found))}" if max(found) > min(found) else "")
+    return [*lines, f"Smallest true difference that such runs find in 80 of 100 cases (uncorrected p < 0.05): {span}."]
 
 
 def as_markdown(comparison: Comparison) -> str:
@@ -71,7 +99,8 @@ def as_csv(comparison: Comparison) -> str:
         paired = row["difference"] or {}
         low, high = paired.get("interval") or (None, None)
         line |= {"baseline": comparison.baseline if paired else None, "difference": paired.get("difference")}
-        lines.append(line | {"difference_low": low, "difference_high": high, "p": paired.get("p")})
+        line |= {"difference_low": low, "difference_high": high}
+        lines.append(line | {key: paired.get(key) for key in ("p", "p_holm", "detectable", "over")})
     file = io.StringIO()
     writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -120,7 +149,7 @@ def _cells(
     ranked = any(row["rank"] for row in rows)
     head = ["method", "seeds", *(["rank"] if ranked else [])]
     head += [f"{figure.label} {arrow(figure, comparison)}" for figure in figures]
-    head += [figure.label for figure in COSTS] + (["difference", "p"] if paired else [])
+    head += [figure.label for figure in COSTS] + (["difference", "p (Holm)", "detectable"] if paired else [])
     body = []
     for row in rows:
         line = [escaped(label(row)), str(len(row["seeds"]))]
@@ -131,13 +160,14 @@ def _cells(
         line += [cost(row[figure.key], figure.key) for figure in COSTS]
         if paired:
             found = row["difference"]
-            line += (
-                [with_interval(found["difference"], found["interval"], True, plus_minus), p_value(found["p"])]
-                if found
-                else [MISSING, MISSING]
-            )
+            line += _difference_cells(found, plus_minus) if found else [MISSING] * 3
         body.append(line)
     return [escaped(name) for name in head], body
+
+
+def _difference_cells(found: dict[str, Any], plus_minus: str) -> list[str]:
+    difference = with_interval(found["difference"], found["interval"], True, plus_minus)
+    return [difference, p_value(found["p_holm"]), number(found["detectable"])]
 
 
 def _latex(text: str) -> str:

@@ -58,13 +58,15 @@ def print_costs(comparison: Comparison, console: Console) -> None:
     from holdfast.report.tables import cost, label, p_value
 
     table = narrow_table()
-    less = f"average less\n{escape(comparison.baseline)}"
-    for name in ("rank", "seeds", *(figure.label for figure in COSTS), less, "p"):
+    head = f"average less\n{escape(comparison.baseline)}"
+    for name in ("rank", "seeds", *(figure.label for figure in COSTS), head, "p\n(Holm)"):
         table.add_column(name, justify="right")
     for row in comparison.rows:
         paired = row["difference"]
         cells = [str(row["rank"] or "–"), str(len(row["seeds"])), *(cost(row[f.key], f.key) for f in COSTS)]
-        found = [_cell(paired["difference"], paired["interval"], True), p_value(paired["p"])] if paired else ["–", "–"]
+        found = (
+            [_cell(paired["difference"], paired["interval"], True), p_value(paired["p_holm"])] if paired else ["–", "–"]
+        )
         table.add_row(escape(label(row)), *cells, *found)
     console.print(table)
 
