@@ -239,14 +239,16 @@ def test_tasks_of_tree_loras_own_archive_hold_their_prompts(tmp_path: Path):
     save(tmp_path / "Lima" / "train.json", [{"prompt": "Why?", "answer": "So."}])
     stream = load(name="tree_lora", path=tmp_path, order=["yelp"])
     assert stream.tasks[0].test[0].question == "Of SC? Text: bad\nAnswer:"
-    assert stream.samples == (lima := str(tmp_path / "Lima" / "train.json"))
+    lima = str(tmp_path / "Lima" / "train.json")
 
     def paths(**given: Any) -> list[Any]:
         """The path of each of two methods that rehearse general texts, after the stream had its say."""
         texts = {"name": "rehearsal", "source": "general"} | given
         stream = {"name": "tree_lora", "path": str(tmp_path), "order": ["yelp"]}
         config = RunConfig(model="m", stream=stream, method=["ewc", "gere_ce", texts], output="o")
-        ewc, *others = resolve(config).method
+        resolved = resolve(config)
+        assert resolved.samples == lima
+        ewc, *others = resolved.config.method
         assert ewc.options == {}
         return [method.options.get("path") for method in others]
 

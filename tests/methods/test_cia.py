@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import holdfast.runner.loop
 import holdfast.runner.stage
 from holdfast.api.stage import Step
+from holdfast.config.run import load_config
 from holdfast.data.encode import Encoder
 from holdfast.engines.vectors import gradients, snapshot, weights
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.respond import example_losses
 from holdfast.methods import build
 from holdfast.methods.cia import CIA, common_tokens, nearest
+from holdfast.runner.setup import prepare, resolve
 from holdfast.system.progress import Progress
 from holdfast.training.method_state import load_states, save_states
 from support.resumed import results
@@ -192,7 +194,7 @@ def test_what_a_run_saves_is_the_average(finished):
 def test_what_a_run_measures_is_the_average(finished):
     run, matrix, _ = finished
     config = json.loads((run / "run.json").read_text())["config"]
-    setup = holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
+    setup = prepare(resolve(load_config(config)))
     saved = AutoModelForCausalLM.from_pretrained(run / "stages" / "03-blue" / "model")
     evaluation = ModelEvaluation(saved, setup.encoder, batch_size=4)
     for task, score in zip(setup.stream.tasks, matrix["scores"][-1], strict=True):
@@ -329,7 +331,7 @@ def test_test_rows_are_answered_by_the_weights_of_their_instruction():
 def test_losses_come_from_the_weights_of_the_instruction(tmp_path):
     config = tiny_config(tmp_path, method={"name": "cia", "grouping": 0.9})
     holdfast.runner.loop.run(config, Progress(quiet=True))
-    setup = holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
+    setup = prepare(resolve(load_config(config)))
     stages = [tmp_path / "run" / "stages" / name for name in ("01-red", "02-green", "03-blue")]
     model = AutoModelForCausalLM.from_pretrained(stages[2] / "model")
     load_states(setup.methods, stages[2] / "method", model)

@@ -20,7 +20,7 @@ from holdfast.models.generation import generate
 from holdfast.models.head import head, hidden_only
 from holdfast.models.pretrained import load_tokenizer
 from holdfast.runner.load import load_model, trained_weights
-from holdfast.runner.setup import prepare
+from holdfast.runner.setup import prepare, resolve
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from holdfast.tuners import build
@@ -204,7 +204,7 @@ def test_attention_that_gemma2_cannot_use_is_refused(tmp_path):
     config = run_config(tmp_path, "gemma2", "full", ["sequential"])
     config["model"] = {"name": config["model"], "attention": "sdpa"}
     with pytest.raises(ConfigError, match=r"model\.name: .*scaled_dot_product_attention"):
-        load_model(prepare(load_config(config)))
+        load_model(prepare(resolve(load_config(config))))
 
 
 # --- tokenizer ---
@@ -274,7 +274,7 @@ def check_run(folder: Path, name: str, tuner: str, method: str) -> None:
     assert set(named) <= set(events[-1]["terms"])
 
     stage = folder / "run" / "stages" / "02-green"
-    setup = prepare(load_config(config))
+    setup = prepare(resolve(load_config(config)))
     here = load_model(setup)
     setup.tuner.load(here, stage / setup.tuner.folder)
     assert trained_weights(here) == read_json(stage / "stage.json")["weights"]

@@ -21,7 +21,7 @@ from holdfast.deploy.export import export
 from holdfast.models.generation import generate
 from holdfast.models.pretrained import load_tokenizer
 from holdfast.models.quantization import weight_options
-from holdfast.runner.setup import prepare
+from holdfast.runner.setup import prepare, resolve
 from holdfast.system.progress import Progress
 from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows
 
@@ -49,7 +49,7 @@ def test_the_frozen_linear_layers_are_in_nf4_and_all_else_is_not(tmp_path):
     """Each weight is the original to a fraction of its block's largest: the widest gap of NF4's values is 0.28."""
     config = configuration(tmp_path, "run", {"name": "lora", "r": 4, "lora_dropout": 0.0})
     plain = AutoModelForCausalLM.from_pretrained(config["model"]["name"])
-    model = holdfast.runner.load.load_model(prepare(load_config(config)))
+    model = holdfast.runner.load.load_model(prepare(resolve(load_config(config))))
     layers = {name: part for name, part in model.named_modules() if isinstance(part, bnb.nn.Linear4bit)}
     assert len(layers) == 2 * 7
     for name, layer in layers.items():
@@ -101,7 +101,7 @@ def test_a_run_continues_and_its_adapter_answers_alike_on_a_quantised_base_in_pl
 
 def test_gradients_are_the_same_after_the_model_has_answered(tmp_path):
     config = configuration(tmp_path, "run", {"name": "lora", "r": 4, "lora_dropout": 0.0})
-    model = holdfast.runner.load.load_model(prepare(load_config(config))).train()
+    model = holdfast.runner.load.load_model(prepare(resolve(load_config(config)))).train()
     for name, p in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(p)

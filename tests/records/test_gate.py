@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-import holdfast.runner.loop
+import holdfast.data.source
+import holdfast.runner.setup
 import holdfast.runner.stage
 from holdfast import load_config, run
 from holdfast.cli import main
 from holdfast.config.gate import GateConfig
+from holdfast.data.encode import Encoder
 from holdfast.deploy.export import export
 from holdfast.errors import ConfigError, GateFailed
 from holdfast.metrics.summary import summarize
@@ -26,6 +29,7 @@ from holdfast.records.gate import Check, Increase, failed, judge
 from holdfast.records.read import read_run
 from holdfast.report.verdict import as_junit, as_markdown, as_text
 from holdfast.runner.check import gate_lines
+from holdfast.runner.setup import Setup
 from holdfast.system.files import read_json, read_jsonl, write_json
 from holdfast.system.progress import Progress
 from support.synthetic_runs import STAGES, TASKS, make_run
@@ -322,16 +326,12 @@ def test_export_takes_the_model_that_the_run_holds(rolled_back, tmp_path):
 
 def test_a_run_that_is_killed_while_it_rolls_back_ends_the_same(rolled_back, folder, monkeypatch):
     config = gated(folder, "rollback") | {"output": str(folder / "killed")}
-    prepare, calls = holdfast.runner.loop.prepare, []
 
-    def dying(config):
-        calls.append(config)
-        if len(calls) == 2:  # the decision is written, nothing else is done
-            raise KeyboardInterrupt
-        return prepare(config)
+    def dying(setup):  # the decision is written, nothing else is done
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.loop, "prepare", dying)
+        patch.setattr(Setup, "renewed", dying)
         with pytest.raises(KeyboardInterrupt):
             run(config, QUIET)
     assert [d["stage"] for d in read_json(folder / "killed" / "run.json")["gate"]] == [1, 2]
@@ -340,6 +340,28 @@ def test_a_run_that_is_killed_while_it_rolls_back_ends_the_same(rolled_back, fol
     assert one == two
     assert weights(rolled_back) == weights(folder / "killed")
     assert read_json(rolled_back / "matrix.json") == read_json(folder / "killed" / "matrix.json")
+
+
+def test_a_rollback_reads_and_tokenises_nothing_again(folder, monkeypatch):
+    calls: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(holdfast.data.source, "read_rows")
+    count(Encoder, "encode_all")
+    count(holdfast.runner.setup, "load_tokenizer")
+    count(holdfast.runner.setup, "general_samples")
+    run(gated(folder, "rollback") | {"output": str(folder / "counted")}, QUIET)
+    assert [d["action"] for d in read_json(folder / "counted" / "run.json")["gate"]].count("rollback") == 1
+    splits, tasks = 2 * 3, 3
+    assert calls == {"read_rows": splits, "encode_all": tasks, "load_tokenizer": 1, "general_samples": 1}
 
 
 def test_stop_stops_and_the_same_run_may_go_on_under_other_limits(folder):

@@ -14,7 +14,7 @@ from holdfast.data.streams.definition import find
 from holdfast.errors import DataError
 from holdfast.records.read import read_run, read_runs
 from holdfast.report.published import beside_published, mean_drop, read_published
-from holdfast.runner.setup import prepare
+from holdfast.runner.setup import prepare, resolve
 from holdfast.sweep.plan import Resources, check, expand, load_sweep
 from holdfast.sweep.work import finish, local_workers, work_off
 from holdfast.system.files import read_json
@@ -142,7 +142,7 @@ def test_every_table_is_valid_at_the_published_scale(path, monkeypatch):
                 method["path"] = str(SHARED / "general" / "c4_demo.jsonl")
         key = json.dumps(values, sort_keys=True)
         if key not in seen:
-            prepare(load_config(values | {"output": "unused"}))
+            prepare(resolve(load_config(values | {"output": "unused"})))
         seen.add(key)
 
 

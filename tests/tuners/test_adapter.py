@@ -23,8 +23,10 @@ from transformers import (
 )
 
 import holdfast.runner.loop
+from holdfast.config.run import load_config
 from holdfast.config.section import Named
 from holdfast.errors import ConfigError
+from holdfast.runner.setup import prepare, resolve
 from holdfast.system.progress import Progress
 from holdfast.tuners import build
 from holdfast.tuners.adapter import Adapter, AdapterConfig
@@ -237,7 +239,7 @@ def test_two_stages(tmp_path):
     for stage in (1, 2):
         first, *_, last = [event["loss"] for event in events if event["stage"] == stage]
         assert last < 0.5 * first
-    setup = holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
+    setup = prepare(resolve(load_config(config)))
     folder = tmp_path / "run" / "stages" / "02-blue" / "adapter"
     own = holdfast.runner.load.load_model(setup)
     setup.tuner.load(own, folder)

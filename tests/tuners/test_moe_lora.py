@@ -15,9 +15,11 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import holdfast.runner.loop
 from holdfast.api.stage import Step
+from holdfast.config.run import load_config
 from holdfast.config.section import Named
 from holdfast.errors import ConfigError
 from holdfast.methods import known
+from holdfast.runner.setup import prepare, resolve
 from holdfast.system.progress import Progress
 from holdfast.training.trainer import ContinualTrainer
 from holdfast.tuners import build
@@ -350,7 +352,7 @@ def test_two_stages(tmp_path):
             assert event["terms"]["moe_lora/router_z"] > 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [method["name"] for method in record["config"]["method"]] == ["replay", "a_gem"]
-    setup = holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
+    setup = prepare(resolve(load_config(config)))
     assert [m.name for m in setup.methods] == ["replay", "a_gem"] and setup.applied[-1].name == "moe_lora"
     folder = tmp_path / "run" / "stages" / "02-blue" / "adapter"
     own = holdfast.runner.load.load_model(setup)

@@ -12,11 +12,13 @@ from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 import holdfast.runner.loop
+from holdfast.config.run import load_config
 from holdfast.config.section import Named
 from holdfast.data.collate import Collator, pack
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
 from holdfast.models.generation import generate
+from holdfast.runner.setup import prepare, resolve
 from holdfast.system.progress import Progress
 from holdfast.tuners import build
 from holdfast.tuners.prompt_tuning import PromptTuning
@@ -269,10 +271,10 @@ def test_other_methods_work_on_it(method, tmp_path):
 
 def test_the_prompt_takes_its_place_in_the_context(tmp_path):
     config = tiny_config(tmp_path, tuner={"name": "prompt", "num_virtual_tokens": VIRTUAL})
-    assert holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config)).max_length == 128 - VIRTUAL
+    assert prepare(resolve(load_config(config))).max_length == 128 - VIRTUAL
     config["data"] = {"max_length": 126}
     with pytest.raises(ConfigError, match=r"data\.max_length: 126 is more than the model's context of 123"):
-        holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
+        prepare(resolve(load_config(config)))
     config["tuner"]["num_virtual_tokens"] = 128
     with pytest.raises(ConfigError, match="tuner: a soft prompt of 128"):
-        holdfast.runner.loop.prepare(holdfast.runner.loop.load_config(config))
+        prepare(resolve(load_config(config)))

@@ -42,7 +42,7 @@ from holdfast.config.section import Named
 from holdfast.config.training import TrainingConfig
 from holdfast.errors import ConfigError
 from holdfast.models.generation import generate
-from holdfast.runner.setup import prepare
+from holdfast.runner.setup import prepare, resolve
 from holdfast.system.progress import Progress
 from holdfast.training.trainer import ContinualTrainer
 from holdfast.tuners import build, known
@@ -466,10 +466,10 @@ def test_adalora_s_budget_falls_over_all_stages_of_a_run(tmp_path):
     config = tiny_config(tmp_path, tuner=options)
     config["stream"]["order"] = ["red", "green"]
     config["training"] |= {"epochs": [2, 3], "learning_rate": 1e-2}
-    assert prepare(load_config(config)).tuner.options.total_step == 2 * 3 + 3 * 3
+    assert prepare(resolve(load_config(config))).tuner.options.total_step == 2 * 3 + 3 * 3
 
     def planned(**changes: Any) -> int:
-        return prepare(load_config(config | changes)).tuner.options.total_step
+        return prepare(resolve(load_config(config | changes))).tuner.options.total_step
 
     assert planned(method="joint", training={"epochs": 1, "batch_size": 10}) == 5
     assert planned(training={"max_steps": 4}) == 8
@@ -558,7 +558,7 @@ def test_a_prefix_and_recomputed_activations_are_refused(tmp_path):
     config = tiny_config(tmp_path, tuner="prefix")
     config["training"] |= {"gradient_checkpointing": True}
     with pytest.raises(ConfigError, match=r"tuner prefix: .* cache .* turn gradient checkpointing off"):
-        prepare(load_config(config))
+        prepare(resolve(load_config(config)))
     args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False)
     setattr(args, holdfast.training.arguments.GRADIENT_CHECKPOINTING, True)
     model = prepared(CASES["prefix"], llama())
@@ -570,7 +570,7 @@ def test_a_prefix_and_recomputed_activations_are_refused(tmp_path):
 @pytest.mark.parametrize("name", SOFT)
 def test_a_prompt_takes_its_place_in_the_context(name, tmp_path):
     config = tiny_config(tmp_path, tuner={"name": CASES[name].tuner} | CASES[name].options)
-    assert prepare(load_config(config)).max_length == 128 - 5
+    assert prepare(resolve(load_config(config))).max_length == 128 - 5
 
 
 def test_a_network_s_dropout_is_off_where_its_prompt_is_saved(tmp_path):
@@ -592,7 +592,7 @@ def test_without_bitsandbytes_quantization_says_what_to_install(tmp_path, monkey
     config = tiny_config(tmp_path, tuner="lora")
     config["model"] = {"name": config["model"], "quantization": "4bit"}
     with pytest.raises(ConfigError, match=r"model\.quantization: .*`pip install bitsandbytes"):
-        prepare(load_config(config))
+        prepare(resolve(load_config(config)))
     config["model"]["quantization"] = "3bit"
     with pytest.raises(ConfigError, match=r"model\.quantization"):
         load_config(config)
@@ -603,7 +603,7 @@ def test_tuners_of_the_model_s_own_weights_refuse_quantization(name, tmp_path, m
     config = tiny_config(tmp_path, tuner=name)
     config["model"] = {"name": config["model"], "quantization": "4bit"}
     with pytest.raises(ConfigError, match=f"model.quantization: tuner '{name}' .* such as lora"):
-        prepare(load_config(config))
+        prepare(resolve(load_config(config)))
 
 
 @pytest.mark.parametrize(("dtype", "compute"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", "bfloat16")])
@@ -625,7 +625,7 @@ def test_what_transformers_is_told_is_qlora_s(dtype, compute, tmp_path, monkeypa
             importlib.metadata, "version", lambda name: "0.49.0" if name == stand_in.__name__ else version(name)
         )
         patch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-        setup = prepare(load_config(config))
+        setup = prepare(resolve(load_config(config)))
         patch.setattr(setup.tuner, "prepare", lambda model: model)
         model = holdfast.runner.load.load_model(setup)
     asked = told["quantization_config"]

@@ -48,7 +48,7 @@ def test_two_together(pair, folder):
     logged = {term for event in terms(Path(config["output"]), 2) for term in event}
     for name in pair:
         alone = settings(folder, (name,)) | {"output": f"{config['output']}-{name}"}
-        alone["tuner"] = resolve(load_config(config)).tuner.model_dump()
+        alone["tuner"] = resolve(load_config(config)).config.tuner.model_dump()
         holdfast.runner.loop.run(alone, Progress(quiet=True))
         assert {term for event in terms(Path(alone["output"]), 2) for term in event} <= logged
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import holdfast.runner.setup
 from holdfast.config.run import load_config
 from holdfast.errors import ConfigError
+from holdfast.runner import setup
 from support.engine_table import ENGINES, LONGER, apart, compare, config_of, done, error, launch, logged, prepare, rows
 from support.guards import terms
 from support.paths import DOCS
@@ -178,4 +178,4 @@ def test_the_page_has_every_row_and_engine():
 def test_an_older_transformers_is_refused_where_it_would_fail(folder, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "5.18.1")
     with pytest.raises(ConfigError, match=r"fsdp2 needs transformers 5.23 or newer, and this is 5.18.1"):
-        holdfast.runner.setup.prepare(load_config(config_of(folder, "fsdp2", 2, "sequential", "full")))
+        setup.prepare(setup.resolve(load_config(config_of(folder, "fsdp2", 2, "sequential", "full"))))

@@ -141,11 +141,9 @@ class Stream:
     Attributes:
         general: the stream's own measures of general ability.
         version: of its definition: a benchmark's number, and a digest of prompts, metrics and order, whatever the rows.
-        samples: file of general samples that the benchmark's methods rehearse, where it has such.
     """
 
     name: str
     tasks: list[Task]
     general: list[General] = field(default_factory=list)
     version: str = ""
-    samples: str | None = None

@@ -7,19 +7,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from holdfast.api.task import Example, Stream, Task
+from holdfast.api.task import Example, Stream
 from holdfast.config.reading import validate
-from holdfast.config.stream import DataConfig, StreamConfig, TaskOptions
+from holdfast.config.stream import StreamConfig, TaskOptions
 from holdfast.data.formats import SUFFIXES
 from holdfast.data.order import check_names, ordered
-from holdfast.data.source import SPLITS, Source, load_task, read_json_file, scored, split_files
+from holdfast.data.source import SPLITS, Source, StreamSource, read_json_file, split_files
 from holdfast.data.streams.definition import Definition, TaskDefinition, find, maker
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import CONFIGURED
 
 
-def load_benchmark(config: StreamConfig, data: DataConfig) -> Stream:
-    """Load a stream by name.
+def benchmark_source(config: StreamConfig) -> StreamSource:
+    """Find the tasks of a stream by name.
 
     Raises:
         ConfigError: there is no such stream, it lacks the path of its data, or an option is wrong.
@@ -28,13 +28,10 @@ def load_benchmark(config: StreamConfig, data: DataConfig) -> Stream:
     assert config.name is not None
     definition = find(config.name)
     if definition.make is not None:
-        stream = _made(config, definition, data)
-    else:
-        if config.options:
-            raise ConfigError(f"stream.options: {config.name} has none")
-        stream = _from_folders(config, definition, data)
-    stream.version = str(definition.version)
-    return stream
+        return _made(config, definition)
+    if config.options:
+        raise ConfigError(f"stream.options: {config.name} has none")
+    return StreamSource(config.name, _from_folders(config, definition), str(definition.version))
 
 
 def measured(task: TaskDefinition, scoring: str) -> TaskOptions:
@@ -66,7 +63,7 @@ def group_instructions(file: Path) -> dict[str, str]:
     return {group: texts[0] for group, texts in chosen.items() if texts}
 
 
-def _made(config: StreamConfig, definition: Definition, data: DataConfig) -> Stream:
+def _made(config: StreamConfig, definition: Definition) -> StreamSource:
     """A stream that a function makes, from options, or from files of a layout of its own."""
     make = maker(definition)
     known = [name for name in inspect.signature(make).parameters if name != "path"]
@@ -82,12 +79,14 @@ def _made(config: StreamConfig, definition: Definition, data: DataConfig) -> Str
         raise ConfigError(f"stream.path: {config.name} needs no data; leave it out")
     stream: Stream = make(**options)
     tasks = {task.name: task for task in stream.tasks}
-    stream.tasks = [_limited(tasks[name], data) for name in ordered(list(tasks), config.order, definition.orders)]
-    for task in stream.tasks:
-        values = {"name": task.name} | definition.defaults
-        scored(task, measured(validate(TaskDefinition, values, f"stream {config.name}"), config.scoring))
-        task.asked = _frame(task.test[0]) or str(definition.make)
-    return stream
+    sources = []
+    for name in ordered(list(tasks), config.order, definition.orders):
+        values = {"name": name} | definition.defaults
+        task = validate(TaskDefinition, values, f"stream {config.name}")
+        # The path is where the function once lay. The version of a stream, which runs record, depends on it.
+        tasks[name].asked = _frame(tasks[name].test[0]) or f"holdfast.data.{config.name}:{config.name}"
+        sources.append(Source(name, measured(task, config.scoring), made=tasks[name]))
+    return StreamSource(stream.name, sources, str(definition.version), stream.general)
 
 
 def _frame(example: Example) -> str | None:
@@ -99,12 +98,7 @@ def _frame(example: Example) -> str | None:
     return f"{asked.content[:start]}{{sentence}}{asked.content[end:]}"
 
 
-def _limited(task: Task, data: DataConfig) -> Task:
-    task.train, task.test = task.train[: data.train_rows], task.test[: data.test_rows]
-    return task
-
-
-def _from_folders(config: StreamConfig, definition: Definition, data: DataConfig) -> Stream:
+def _from_folders(config: StreamConfig, definition: Definition) -> list[Source]:
     assert config.name is not None
     tasks = {task.name: task for task in definition.tasks}
     for name in config.paths:
@@ -127,9 +121,7 @@ def _from_folders(config: StreamConfig, definition: Definition, data: DataConfig
         if tasks[name].group is not None and definition.instructions is not None:
             source.instruction = _instruction(root, source.folder, definition.instructions, str(tasks[name].group))
         sources.append(source)
-    stream = Stream(config.name, [load_task(source, data) for source in sources])
-    stream.samples = general_samples(config)
-    return stream
+    return sources
 
 
 def general_samples(config: StreamConfig) -> str | None:

@@ -14,10 +14,10 @@ from holdfast.api.scorer import Scorer
 from holdfast.api.task import Counts, Example, Stream, Task, fingerprint
 from holdfast.config.evaluation import EvaluationConfig
 from holdfast.config.stream import DataConfig, StreamConfig, TaskConfig
-from holdfast.data.benchmark import group_instructions, load_benchmark
+from holdfast.data.benchmark import benchmark_source, group_instructions
 from holdfast.data.formats import SUFFIXES, where
 from holdfast.data.order import check_names, ordered
-from holdfast.data.source import Source, check_scorable, load_task, split_files
+from holdfast.data.source import Source, StreamSource, check_scorable, load_task, split_files
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import build
 
@@ -35,18 +35,9 @@ def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationCo
         DataError: a split is missing or empty (eval too, where it is measured on); a row cannot be used;
             ``data.on_overlap`` is "error" and test rows stand in a train split.
     """
-    if config.name is not None:
-        stream = load_benchmark(config, data)
-    else:
-        if config.options:
-            raise ConfigError("stream.options: only a stream that is made (stream.name) has options")
-        if config.path is not None:
-            sources, name = _folders(Path(config.path), config.order), Path(config.path).resolve().name
-        else:
-            sources, name = _composed(config), "tasks"
-        check_names([source.name for source in sources])
-        stream = Stream(name, [load_task(source, data) for source in sources])
     evaluation = evaluation or EvaluationConfig()
+    source = find_source(config)
+    stream = Stream(source.name, [load_task(task, data) for task in source.tasks], source.general, source.version)
     if evaluation.split == "dev":
         for task in stream.tasks:
             _measure_on_dev(task, data)
@@ -81,6 +72,25 @@ def _digest(stream: Stream, scorers: Mapping[str, Scorer]) -> str:
 
 
 # --- where tasks come from ---
+
+
+def find_source(config: StreamConfig) -> StreamSource:
+    """Find the tasks of a stream of any kind: by name, below a folder, or composed by hand.
+
+    Raises:
+        ConfigError: a name, an option or a path is unknown or lacks something; two tasks have one name.
+        DataError: a folder holds no task, or a file of a stream by name is missing.
+    """
+    if config.name is not None:
+        return benchmark_source(config)
+    if config.options:
+        raise ConfigError("stream.options: only a stream that is made (stream.name) has options")
+    if config.path is not None:
+        source = StreamSource(Path(config.path).resolve().name, _folders(Path(config.path), config.order))
+    else:
+        source = StreamSource("tasks", _composed(config))
+    check_names([task.name for task in source.tasks])
+    return source
 
 
 def _composed(config: StreamConfig) -> list[Source]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.api.task import Task
+from holdfast.api.task import General, Task
 from holdfast.config.stream import DataConfig, TaskConfig, TaskOptions
 from holdfast.data.formats import SUFFIXES, RawRow, asked, detect, read_rows, read_text, to_examples, where
 from holdfast.errors import ConfigError, DataError, did_you_mean
@@ -18,12 +18,13 @@ SPLITS = {"train": ("train",), "eval": ("eval", "dev", "validation"), "test": ("
 
 @dataclass
 class Source:
-    """A task to load, from exactly one of folder, files and dataset.
+    """A task to load, from exactly one of folder, files, dataset and made.
 
     Attributes:
         folder: holds a file for each split, and labels.json or instruction.txt where the rows need them.
         files: the file of each split.
         dataset: hub name or local folder of a dataset of Hugging Face, and its configuration.
+        made: the task as a function made it, with all its rows and without a metric.
         instruction: of the task's group, where the task brings none of its own.
         obtained: where its data come from, for a message about what is missing.
     """
@@ -33,8 +34,24 @@ class Source:
     folder: Path | None = None
     files: dict[str, Path] = field(default_factory=dict)
     dataset: tuple[str, str | None] | None = None
+    made: Task | None = None
     instruction: str | None = None
     obtained: str = ""
+
+
+@dataclass
+class StreamSource:
+    """A stream to load: its tasks in order.
+
+    Attributes:
+        version: number of a benchmark's definition.
+        general: the stream's own measures of general ability.
+    """
+
+    name: str
+    tasks: list[Source]
+    version: str = ""
+    general: list[General] = field(default_factory=list)
 
 
 def load_task(source: Source, data: DataConfig) -> Task:
@@ -45,6 +62,10 @@ def load_task(source: Source, data: DataConfig) -> Task:
         DataError: a split is missing or empty, or a row cannot be used.
     """
     options, own = source.options, isinstance(source.options, TaskConfig)
+    if source.made is not None:
+        task = source.made
+        task.train, task.test = task.train[: data.train_rows], task.test[: data.test_rows]
+        return scored(task, options)
     limits = {"train": data.train_rows, "test": data.test_rows}
     labels: list[str] | None = None
     if source.dataset is not None:
@@ -77,11 +98,16 @@ def load_task(source: Source, data: DataConfig) -> Task:
     else:
         labels = options.labels
 
-    reading: dict[str, Any] = {"labels": labels, "instruction": instruction, "input": options.input}
-    reading["prompt"] = options.prompt if format == "sentence_label" else None
     examples = {
         name: to_examples(
-            split.rows, format, file=split.file, each=options.turns == "each" and name == "test", **reading
+            split.rows,
+            format,
+            file=split.file,
+            labels=labels,
+            instruction=instruction,
+            prompt=options.prompt if format == "sentence_label" else None,
+            input=options.input,
+            each=options.turns == "each" and name == "test",
         )
         for name, split in splits.items()
     }

@@ -11,8 +11,8 @@ from holdfast.api.task import Task
 from holdfast.config.gate import GateConfig
 from holdfast.config.run import RunConfig
 from holdfast.models.pretrained import load_model_config
-from holdfast.runner.plan import optimizer_steps
-from holdfast.runner.setup import Setup, prepare
+from holdfast.runner.plan import stage_epochs
+from holdfast.runner.setup import Setup, prepare, resolve
 from holdfast.system.machine import free_gib
 
 
@@ -22,7 +22,7 @@ def print_check(config: RunConfig, console: Console) -> None:
     Raises:
         UserError: what `holdfast run` would refuse.
     """
-    setup = prepare(config)
+    setup = prepare(resolve(config))
     console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)
     for task in setup.stream.tasks:
         row = setup.rows[task.name][0]
@@ -75,15 +75,14 @@ def plan_lines(setup: Setup) -> list[str]:
         f"max_length {setup.max_length}, seed {config.seed}"
     ]
     total = 0
-    for stage in setup.stages:
+    for stage, steps in zip(setup.stages, setup.steps, strict=True):
         rows = [row for task in stage.tasks for row in setup.rows[task.name]]
-        epochs = training.epochs[stage.index - 1] if isinstance(training.epochs, list) else training.epochs
-        steps = optimizer_steps(config, stage, setup.rows, setup.max_length)
+        epochs = stage_epochs(training, stage)
         seen = round(sum(len(row["input_ids"]) for row in rows) * min(epochs, steps * training.batch_size / len(rows)))
         total += seen
         lines.append(f"stage {stage.index} {stage.name}: {len(rows)} rows, {steps} steps, {seen:,} tokens")
-    if setup.stream.samples is not None:
-        lines.append(f"general samples of the stream, for methods that name no others: {setup.stream.samples}")
+    if setup.samples is not None:
+        lines.append(f"general samples of the stream, for methods that name no others: {setup.samples}")
     if not setup.stages:
         lines.append("no stages: the model stays as it is")
     tests = sum(len(task.test) for task in setup.stream.tasks)

@@ -18,7 +18,7 @@ from holdfast.models.endpoint import Endpoint, only_model
 from holdfast.records.directory import RunDirectory, slug
 from holdfast.runner.measure import measure, responses_file
 from holdfast.runner.reload import StoredStage, find_stage
-from holdfast.runner.setup import Setup, prepare
+from holdfast.runner.setup import Setup, prepare, resolve
 from holdfast.scoring.score import task_score
 from holdfast.system.files import locked_folder, read_json, read_jsonl, write_json
 from holdfast.system.interrupt import Interrupt
@@ -74,7 +74,7 @@ def evaluate(
         Interrupted: SIGINT or SIGTERM asked to stop.
     """
     found = find_stage(run, stage)
-    setup = prepare(found.config)
+    setup = prepare(resolve(found.config))
     found.check_data(setup)
     output = output or run / "evaluations" / _name(found, endpoint)
     with locked_folder(output), Interrupt() as interrupt:

@@ -51,10 +51,11 @@ def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | No
     if not isinstance(config, RunConfig):
         config = load_config(config)
     with open_directory(Path(config.output)) as directory, Interrupt() as interrupt:
-        config = resolve(config)
-        directory.check_config(config)
-        setup = prepare(config)
-        directory.begin(config, setup.facts() | {"model_folder": directory.way_to(config.model.name)})
+        resolved = resolve(config)
+        directory.check_config(resolved.config)
+        setup = prepare(resolved)
+        model_folder = directory.way_to(resolved.config.model.name)
+        directory.begin(resolved.config, setup.facts() | {"model_folder": model_folder})
         return RunLoop(setup, directory, progress or Progress(quiet=not directory.process.main), interrupt).go()
 
 
@@ -239,7 +240,7 @@ class RunLoop:
             raise GateFailed(f"{what}; the run stops\n{as_text(failed(checks))}")
         if action == "rollback":
             # As a new process would find it: methods without what they learned in this stage, and the older weights.
-            self.setup, self._model = prepare(self.config), None
+            self.setup, self._model = self.setup.renewed(), None
             self._write_matrix()
             what += f"; the run goes back to stage {current}" if current else "; the run goes back to its start"
         self.progress.line(f"{what}\n{as_text(failed(checks))}")

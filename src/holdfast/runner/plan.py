@@ -9,7 +9,11 @@ from typing import Any
 from holdfast.api.method import Method
 from holdfast.api.task import Stream, Task
 from holdfast.config.run import RunConfig
+from holdfast.config.training import TrainingConfig
 from holdfast.data.collate import pack
+
+Rows = dict[str, list[dict[str, Any]]]
+"""Each task's tokenised train rows."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +40,17 @@ def plan(chosen: list[Method], stream: Stream) -> list[PlannedStage]:
     return [PlannedStage(t, task.name, (task,), t) for t, task in enumerate(stream.tasks, start=1)]
 
 
-def optimizer_steps(
-    config: RunConfig, stage: PlannedStage, rows: dict[str, list[dict[str, Any]]], max_length: int
-) -> int:
-    """How many optimizer steps a stage takes.
+def stage_epochs(training: TrainingConfig, stage: PlannedStage) -> float:
+    """Passes of a stage over its train rows."""
+    return training.epochs[stage.index - 1] if isinstance(training.epochs, list) else training.epochs
 
-    Args:
-        rows: each task's tokenised train rows.
-    """
+
+def optimizer_steps(config: RunConfig, stage: PlannedStage, rows: Rows, max_length: int) -> int:
+    """How many optimizer steps a stage takes."""
     training = config.training
     if training.max_steps is not None:
         return training.max_steps
     sequences = [row for task in stage.tasks for row in rows[task.name]]
     if config.data.packing:
         sequences = pack(sequences, max_length)
-    epochs = training.epochs[stage.index - 1] if isinstance(training.epochs, list) else training.epochs
-    return math.ceil(epochs * math.ceil(len(sequences) / training.batch_size))
+    return math.ceil(stage_epochs(training, stage) * math.ceil(len(sequences) / training.batch_size))

@@ -24,8 +24,25 @@ from holdfast.methods.compatibility import refusal
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.quantization import check_quantization
 from holdfast.records.gate import check_limits, is_general_loss
-from holdfast.runner.plan import PlannedStage, optimizer_steps, plan
+from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan
 from holdfast.training.arguments import RESERVED, check_arguments
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration in which nothing is left to be found out, with what it names.
+
+    Attributes:
+        config: names the tuner, and of each method that rehearses general texts their path.
+        methods: those of the configuration; no stage has used them.
+        tuner: that of the configuration; it has prepared no model.
+        samples: the stream's own file of general samples, where it has one.
+    """
+
+    config: RunConfig
+    methods: list[Method]
+    tuner: Tuner
+    samples: str | None = None
 
 
 @dataclass
@@ -34,9 +51,12 @@ class Setup:
 
     Attributes:
         methods: those of the configuration.
-        companion: what the tuner brings along.
+        companion: the method that the tuner brings along.
         scorers: of the tasks' metrics, by name.
         rows: each task's tokenised train rows.
+        stages: in order, without the start.
+        steps: optimizer steps of each stage.
+        samples: the stream's own file of general samples, where it has one.
     """
 
     config: RunConfig
@@ -48,8 +68,10 @@ class Setup:
     companion: Method | None
     encoder: Encoder
     max_length: int
-    rows: dict[str, list[dict[str, Any]]]
+    rows: Rows
     stages: list[PlannedStage]
+    steps: list[int]
+    samples: str | None = None
 
     @property
     def applied(self) -> list[Method]:
@@ -75,18 +97,40 @@ class Setup:
             "cut_answers": self.encoder.cut_answers,
         }
 
+    def renewed(self) -> Setup:
+        """The setup of a new process: methods and a tuner that have seen no stage, on the data that are loaded here."""
+        chosen, tuner = build_methods(self.config), build_tuner(self.config)
+        tuner.plan(self.config.training, sum(self.steps))
+        return dataclasses.replace(self, methods=chosen, tuner=tuner, companion=tuner.companion())
 
-def prepare(config: RunConfig) -> Setup:
-    """Check the configuration and load and tokenise every task.
+
+def resolve(config: RunConfig) -> Resolved:
+    """Find out what a configuration leaves open: the tuner that its methods need, and its stream's general samples.
+
+    Raises:
+        ConfigError: a method, a tuner or an option is unknown or wrong, the tuner is not one that a method works with,
+            or two methods need different ones.
+    """
+    samples = general_samples(config.stream)
+    if samples is not None:
+        config = config.model_copy(update={"method": [_with_samples(named, samples) for named in config.method]})
+    chosen = build_methods(config)
+    if config.tuner is None:
+        config = config.model_copy(update={"tuner": Named(name=_common_tuner(chosen))})
+    assert config.tuner is not None
+    for method in chosen:
+        if reason := refusal(method, config.tuner.name):
+            raise ConfigError(f"tuner: {reason}")
+    return Resolved(config, chosen, build_tuner(config), samples)
+
+
+def prepare(resolved: Resolved) -> Setup:
+    """Check the rest of the configuration, and load and tokenise every task.
 
     Raises:
         UserError: something in the configuration or the data cannot be used.
     """
-    config = with_general_samples(config)
-    chosen = methods.build([(method.name, method.options) for method in config.method])
-    config = resolve(config, chosen)
-    assert config.tuner is not None
-    tuner = tuners.build(config.tuner)
+    config, tuner = resolved.config, resolved.tuner
     check_quantization(config.model, tuner.name, tuner.quantized)
     check_engine(config.training.engine)
     check_arguments(config.training.arguments, RESERVED)
@@ -104,17 +148,47 @@ def prepare(config: RunConfig) -> Setup:
     scorers = load_scorers(stream, config.evaluation)
     general = load_general(config.evaluation.general, stream)
     check_watching(config, general, stream.tasks)
-    stages = plan(chosen, stream)
+    stages = plan(resolved.methods, stream)
     epochs = config.training.epochs
     if isinstance(epochs, list) and len(epochs) != len(stages):
         raise ConfigError(f"training.epochs: has {len(epochs)} entries, but the run has {len(stages)} stages")
     rows = {task.name: encoder.encode_all(task.train) for task in stream.tasks}
-    tuner.plan(config.training, sum(optimizer_steps(config, stage, rows, max_length) for stage in stages))
-    return Setup(config, stream, scorers, general, chosen, tuner, tuner.companion(), encoder, max_length, rows, stages)
+    steps = [optimizer_steps(config, stage, rows, max_length) for stage in stages]
+    tuner.plan(config.training, sum(steps))
+    return Setup(
+        config=config,
+        stream=stream,
+        scorers=scorers,
+        general=general,
+        methods=resolved.methods,
+        tuner=tuner,
+        companion=tuner.companion(),
+        encoder=encoder,
+        max_length=max_length,
+        rows=rows,
+        stages=stages,
+        steps=steps,
+        samples=resolved.samples,
+    )
+
+
+def build_methods(config: RunConfig) -> list[Method]:
+    """Make the methods of a configuration anew."""
+    return methods.build([(method.name, method.options) for method in config.method])
+
+
+def build_tuner(config: RunConfig) -> Tuner:
+    """Make the tuner of a configuration that names one anew."""
+    assert config.tuner is not None
+    return tuners.build(config.tuner)
 
 
 def check_watching(config: RunConfig, general: list[General], tasks: list[Task]) -> None:
-    """ConfigError if the run does not measure what its gate, or watching it, needs."""
+    """Check that the run measures what its gate, or watching it, needs.
+
+    Raises:
+        ConfigError: it does not.
+    """
     names = [matrix_name(measure) for measure in general]
     if config.evaluation.watch_general and not any(map(is_general_loss, names)):
         raise ConfigError("evaluation.watch_general: the run measures no loss on general text; name one in general")
@@ -124,47 +198,25 @@ def check_watching(config: RunConfig, general: list[General], tasks: list[Task])
             raise ConfigError("gate.stop_early: needs evaluation.watch_general (or --watch-general), which measures it")
 
 
-def with_general_samples(config: RunConfig) -> RunConfig:
-    """The configuration with the stream's own general samples, where it has such, as the path of each method that
-    rehearses general texts and names none."""
-    samples = general_samples(config.stream)
-
-    def filled(named: Named) -> Named:
-        fields = methods.find(named.name).Options.model_fields
-        source = named.options.get("source", fields["source"].default if "source" in fields else None)
-        if source != "general" or {"path", "dataset"} & set(named.options):
-            return named
-        return Named(name=named.name, **named.options, path=samples)
-
-    if samples is None:
-        return config
-    return config.model_copy(update={"method": [filled(named) for named in config.method]})
+def _with_samples(named: Named, samples: str) -> Named:
+    """A method, with the stream's general samples as its path if it rehearses general texts and names none."""
+    fields = methods.find(named.name).Options.model_fields
+    source = named.options.get("source", fields["source"].default if "source" in fields else None)
+    if source != "general" or {"path", "dataset"} & set(named.options):
+        return named
+    return Named.model_validate({"name": named.name} | named.options | {"path": samples})
 
 
-def resolve(config: RunConfig, chosen: list[Method] | None = None) -> RunConfig:
-    """The configuration with the tuner that its methods need, and the general samples of its stream, where it names
-    none.
-
-    Args:
-        chosen: the configuration's methods, where they are built already.
+def _common_tuner(chosen: list[Method]) -> str:
+    """The tuner of methods for which the configuration names none: the first one that suits all.
 
     Raises:
-        ConfigError: the tuner is not one that a method works with, or two methods need different ones.
+        ConfigError: there is none.
     """
-    if chosen is None:
-        config = with_general_samples(config)
-        chosen = methods.build([(method.name, method.options) for method in config.method])
     bound = [method for method in chosen if method.tuners]
-    if config.tuner is None:
-        wished = [m.default_tuner for m in chosen if m.default_tuner != Method.default_tuner] or [Method.default_tuner]
-        common = [name for name in (bound[0].tuners if bound else wished) if all(name in m.tuners for m in bound)]
-        if not common:
-            needs = "; ".join(f"{method.name!r} needs {' or '.join(method.tuners)}" for method in bound)
-            raise ConfigError(f"method: these cannot be applied together, since no tuner suits them all: {needs}")
-        config = config.model_copy(update={"tuner": Named(name=common[0])})
-    assert config.tuner is not None
-    for method in chosen:
-        reason = refusal(method, config.tuner.name)
-        if reason:
-            raise ConfigError(f"tuner: {reason}")
-    return config
+    wished = [m.default_tuner for m in chosen if m.default_tuner != Method.default_tuner] or [Method.default_tuner]
+    common = [name for name in (bound[0].tuners if bound else wished) if all(name in m.tuners for m in bound)]
+    if not common:
+        needs = "; ".join(f"{method.name!r} needs {' or '.join(method.tuners)}" for method in bound)
+        raise ConfigError(f"method: these cannot be applied together, since no tuner suits them all: {needs}")
+    return common[0]

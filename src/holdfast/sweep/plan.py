@@ -226,10 +226,11 @@ def check(runs: Sequence[PlannedRun]) -> None:
     seen = set()
     for run in runs:
         try:
-            RunDirectory(run.path).check_config(resolve(run.config))
+            resolved = resolve(run.config)
+            RunDirectory(run.path).check_config(resolved.config)
             key = run.config.model_copy(update={"seed": 0, "output": ""}).model_dump_json()
             if key not in seen:
-                prepare(run.config)
+                prepare(resolved)
                 seen.add(key)
         except UserError as error:
             raise type(error)(f"{run.name}: {error}") from None
