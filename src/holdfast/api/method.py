@@ -1,10 +1,11 @@
-"""The whole contract of a method: small verbs, all optional, and state that can be saved."""
+"""The contract of a method: small verbs, all optional, and state that can be saved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from holdfast.api.registry import Registered
 from holdfast.api.rows import Batch, TokenRow
 from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.reading import validate
@@ -22,57 +23,52 @@ State = dict[str, Any]
 """A method's memory: names to tensors (saved as safetensors) or plain values (saved as JSON)."""
 
 
-class Method:
-    """What is done against forgetting.
+class Method(Registered):
+    """A method against forgetting.
 
     A subclass sets ``name``, documents its paper and equation, and overrides the verbs that it needs. It never steps
     the optimizer, never unwraps the engine and never asks which engine it runs on.
+
+    A subclass with options defines ``class Options(Section)``; the line ``options: Options`` tells a type checker.
     """
 
     name: ClassVar[str]
     schedule: ClassVar[Literal["sequence", "joint", "none"]] = "sequence"
-    """sequence: a stage a task; joint: one stage over all tasks; none: no training."""
+    """sequence: one stage a task; joint: one stage over all tasks; none: no training."""
 
     tuners: ClassVar[tuple[str, ...]] = ()
-    """The tuners that it works with, the default first; any where empty."""
+    """The tuners that it works with, the default first; empty: any tuner."""
 
     tuners_reason: ClassVar[str] = ""
-    """Why it works with these alone."""
+    """Why it works with these tuners only."""
 
     default_tuner: ClassVar[str] = "lora"
-    """The default of a method that works with any."""
+    """The default tuner of a method that works with any."""
 
     not_with: ClassVar[Mapping[str, str]] = {}
-    """Methods, by name, with which it cannot be applied together, each with the reason."""
+    """The methods that it cannot be applied together with, by name, each with the reason."""
 
     reads_outputs: ClassVar[bool] = True
-    """Whether :meth:`loss_terms` reads ``outputs``; some trainers make them only when they are asked to."""
+    """Whether :meth:`loss_terms` reads ``outputs``; some trainers compute them only on request."""
 
-    class Options(Section):
-        """The method's options; a key that it does not know is refused."""
+    held_out: Sequence[TokenRow] = ()
+    """Rows that the method never trains on, for example of general text; a trainer measures forgetting on them."""
 
+    Options: ClassVar[type[Section]] = Section
+    """The method's options; a key that it does not know is refused."""
+
+    kind = "method"
     registry: ClassVar[dict[str, type[Method]]] = {}
-
-    def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
-        """Make the class known by its ``name``; with ``registered=False`` users cannot choose it (a companion)."""
-        super().__init_subclass__(**kwargs)
-        name = cls.__dict__.get("name")
-        if name is None or not registered:
-            return
-        other = Method.registry.get(name)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(f"two methods are called {name!r}: {other.__module__} and {cls.__module__}")
-        Method.registry[name] = cls
 
     def __init__(self, **options: Any) -> None:
         """Raises ConfigError if an option is unknown or wrong."""
         self.options: Any = validate(self.Options, options, f"method {self.name}")
 
     def before_stage(self, stage: Stage) -> None:
-        """Build what the stage needs: teacher, caches, constraints. The weights are still the last stage's."""
+        """Prepare the stage: teacher, caches, constraints. The weights are those that the last stage ended with."""
 
     def declares(self, stage: Stage) -> tuple[str, ...]:
-        """Names of the loss terms that this stage will have. Each must contribute, or the run stops with an error."""
+        """Names of the loss terms of this stage. Each must contribute, or the run stops with an error."""
         return ()
 
     def extra_rows(self, step: Step) -> Extra | None:
@@ -80,54 +76,60 @@ class Method:
         return None
 
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
-        """Extra terms of the loss, each a scalar with gradient: the mean over this micro-batch.
+        """Extra terms of the loss by name, each a scalar with gradient: the mean over this micro-batch.
 
         The trainer averages them over the micro-batches of the step and adds them to the task's loss.
+
+        Args:
+            batch: the task's rows of this micro-batch.
+            outputs: what the model returned for them: ``logits``, and what else the model or the tuner adds.
         """
         return {}
 
     def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
-        """Change the accumulated gradient in place, before clipping; return values to log.
+        """Change the accumulated gradient in place, before clipping.
 
-        A declared term that is added here as a gradient is returned with its value.
+        Returns:
+            values to log, by name; of a declared term whose gradient is added here, its value.
         """
         return {}
 
     def after_step(self, step: Step, weights: Shards) -> None:
-        """See or change the weights in place, after the optimizer's step."""
+        """Read or change the weights in place, after the optimizer's step."""
 
     def final_weights(self, stage: Stage) -> None:
-        """Change the weights that the stage ends with: these are measured, saved, and what the next stage starts from.
+        """Change the final weights of the stage. They are measured and saved, and the next stage starts from them.
 
-        It comes before any method's :meth:`after_stage`.
+        It is called before any method's :meth:`after_stage`.
         """
 
     def after_stage(self, stage: Stage) -> None:
-        """Update the memory. The weights are those that the stage ended with."""
+        """Update the memory; the weights are those that the stage ended with."""
 
     def ask(self, evaluation: Evaluation, task: Task, example: Example, fits: Callable[[Example], bool]) -> Example:
-        """What the model is asked at test time instead of a test example, such as the same after some demonstrations.
+        """Replace a test example before the model is asked, for example by the same one after some demonstrations.
 
         Args:
-            fits: whether an example fits into the model's context with room for a response and nothing cut.
+            fits: whether an example fits into the model's context uncut, with room for a response.
         """
         return example
 
     def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
-        """Make the model ready to answer test rows whose task is not known, some at a time.
-
-        Yields the numbers of the rows that the model, as it then is, answers next; every row once. Until the next are
-        asked for, these are answered; at the end, and when it is closed early, the model is as it was before.
+        """Adapt the model to test rows whose task is not known, some rows at a time.
 
         Args:
-            rows: ``input_ids`` of a prompt, or, where only a likelihood is asked for, of prompt and answer together
-                with ``labels``; :func:`holdfast.api.rows.prompt` gives what may be looked at.
+            rows: ``input_ids`` of a prompt; where a likelihood is measured, of prompt and answer, with ``labels``. A
+                method may look at :func:`holdfast.api.rows.prompt` of a row only.
+
+        Yields:
+            the numbers of the rows that the adapted model answers next, every row once. These are answered before the
+            generator continues; when it ends or is closed, the model is as it was before.
         """
         yield range(len(rows))
 
     def state(self) -> State:
-        """What must survive a restart: it is saved with every checkpoint and at the end of every stage."""
+        """What a restart needs: saved with every checkpoint and at the end of every stage."""
         return {}
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        """Take back what :meth:`state` gave; its tensors lie on the CPU."""
+        """Restore what :meth:`state` returned; its tensors lie on the CPU."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from holdfast.api.registry import Registered
 from holdfast.config.reading import validate
 from holdfast.config.section import Section
 
@@ -13,11 +14,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from holdfast.api.method import Method
-    from holdfast.config.training import TrainingConfig
+    from holdfast.config.training import BaseTrainingConfig
 
 
-class Tuner(ABC):
+class Tuner(Registered, ABC):
     """Which weights are trained. A subclass sets ``name`` and ``folder`` and says how to prepare and load."""
+
+    kind = "tuner"
+    registry: ClassVar[dict[str, type[Tuner]]] = {}
 
     name: ClassVar[str]
     folder: ClassVar[str]
@@ -38,7 +42,7 @@ class Tuner(ABC):
         """Places in the model's context that it takes before every sequence."""
         return 0
 
-    def plan(self, training: TrainingConfig, steps: int) -> None:  # noqa: B027 - most have nothing to note
+    def plan(self, training: BaseTrainingConfig, steps: int) -> None:
         """Take note of how the run trains, before there is a model.
 
         Args:

@@ -56,22 +56,27 @@ app.add_typer(lab.app, name="lab")
 def main() -> None:
     """Exit codes: 0 done; 2 the user's configuration or data is wrong; 3 a gate failed; 1 anything else."""
     from holdfast.errors import GateFailed, Interrupted, ProcessFailed, UserError
-    from holdfast.system.launch import tell_launcher
 
     if sys.argv[1:2] and sys.argv[1].startswith("--local_rank="):
         del sys.argv[1]  # DeepSpeed's launcher puts it there, and into LOCAL_RANK
     try:
         app()
     except (UserError, GateFailed, ProcessFailed) as error:
-        if not tell_launcher(error):
+        if not _tell_launcher(error):
             print(f"holdfast: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Interrupted as stopped:
-        if not tell_launcher(stopped):
+        if not _tell_launcher(stopped):
             command = shlex.join(["holdfast", *sys.argv[1:]])
             print(f"holdfast: {stopped}; all of it is saved. Continue with: {command}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if not tell_launcher(error):
+        if not _tell_launcher(error):
             raise
         sys.exit(1)
+
+
+def _tell_launcher(error: Exception) -> bool:
+    from holdfast.system.launch import tell_launcher
+
+    return tell_launcher(error)

@@ -10,8 +10,6 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     Of a sweep, check every run and list them, as `holdfast sweep --dry-run` does.
     """
-    from rich.console import Console
-
     from holdfast.cli.sweep import sweep
     from holdfast.config.run import load_config
     from holdfast.sweep.plan import is_sweep
@@ -19,10 +17,17 @@ def check(config: Config, overrides: Overrides = None) -> None:
     if is_sweep(config):
         sweep(config, overrides, dry_run=True)
         return
+    from holdfast.runner.names import check_names
     from holdfast.system.quiet import silence_libraries
 
-    resolved = load_config(config, overrides)
     silence_libraries()
-    from holdfast.runner.check import print_check
+    resolved = load_config(config, overrides)
+    check_names(resolved)
+    from holdfast.runner.data import load_data
 
-    print_check(resolved, Console(highlight=False))
+    data = load_data(resolved)
+    from rich.console import Console
+
+    from holdfast.runner.check import print_check  # torch comes with it; names, files and rows have been checked by now
+
+    print_check(resolved, Console(highlight=False), data)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from holdfast.api.declared import Page
     from holdfast.data.streams.definition import Definition
 
 Name = Annotated[str | None, typer.Argument(help="Show this one in full.", show_default=False)]
@@ -14,20 +16,22 @@ Name = Annotated[str | None, typer.Argument(help="Show this one in full.", show_
 
 def methods(name: Name = None) -> None:
     """List the methods against forgetting."""
-    from holdfast.methods import find, known
+    from holdfast.methods import METHODS, page
 
-    _show({name: find(name)} if name else known(), bool(name))
+    if name is None:
+        _show_names(METHODS.pages())
+    else:
+        _show_page(page(name))
 
 
 def tuners(name: Name = None) -> None:
     """List the tuners: which weights are trained."""
-    from holdfast.errors import ConfigError, did_you_mean
-    from holdfast.tuners import known
+    from holdfast.tuners import TUNERS
 
-    tuners = known()
-    if name is not None and name not in tuners:
-        raise ConfigError(f"there is no tuner {name!r}{did_you_mean(name, tuners)}")
-    _show({name: tuners[name]} if name else tuners, bool(name))
+    if name is None:
+        _show_names(TUNERS.pages())
+    else:
+        _show_page(TUNERS.page(name))
 
 
 def streams(
@@ -75,31 +79,27 @@ def _show_stream(name: str, definition: Definition) -> None:
     print(f"\n\nstream: {{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}")
 
 
-def _show(classes: dict[str, Any], full: bool) -> None:
-    from inspect import getdoc
-
-    from holdfast.config.describe import describe
-
-    width = max(map(len, classes))
-    for name, cls in classes.items():
-        text = getdoc(cls) or ""
-        if not full:
-            print(f"{name:{width}}  {text.splitlines()[0]}")
-            continue
-        print(f"{name}\n\n{text}\n")
-        for line in _company(cls):
-            print(line)
-        print("options (default):")
-        for key, default, description in describe(cls.Options):
-            print(f"  {key} ({default})\n      {description}")
+def _show_names(pages: Sequence[Page]) -> None:
+    width = max(len(page.name) for page in pages)
+    for page in pages:
+        print(f"{page.name:{width}}  {page.doc.splitlines()[0] if page.doc else ''}")
 
 
-def _company(cls: Any) -> list[str]:
+def _show_page(page: Page) -> None:
+    print(f"{page.name}\n\n{page.doc}\n")
+    for line in _company(page.facts):
+        print(line)
+    print("options (default):")
+    for key, default, description in page.options:
+        print(f"  {key} ({default})\n      {description}")
+
+
+def _company(facts: Mapping[str, Any]) -> list[str]:
     """What a method works with and without; nothing of a tuner."""
     lines = []
-    if getattr(cls, "tuners", ()):
-        lines.append(f"tuner: {' or '.join(cls.tuners)}, since {cls.tuners_reason}\n")
-    elif hasattr(cls, "default_tuner"):
-        lines.append(f"tuner: any; {cls.default_tuner} where none is named\n")
-    lines += [f"not with {other}: {reason}\n" for other, reason in getattr(cls, "not_with", {}).items()]
+    if facts.get("tuners"):
+        lines.append(f"tuner: {' or '.join(facts['tuners'])}, since {facts['tuners_reason']}\n")
+    elif "default_tuner" in facts:
+        lines.append(f"tuner: any; {facts['default_tuner']} where none is named\n")
+    lines += [f"not with {other}: {reason}\n" for other, reason in facts.get("not_with", {}).items()]
     return lines

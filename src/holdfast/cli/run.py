@@ -65,10 +65,12 @@ def run(
     from rich.console import Console
 
     from holdfast.config.run import load_config
+    from holdfast.runner.names import check_names
     from holdfast.system.launch import launch, launched
     from holdfast.system.quiet import silence_libraries
 
     resolved = load_config(config, overrides)
+    check_names(resolved)
     if processes > 1 or max_restarts:
         if launched():
             raise ConfigError("--processes: a launcher (torchrun, accelerate, deepspeed) has started these processes")

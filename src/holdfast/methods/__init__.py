@@ -1,4 +1,4 @@
-"""Methods against forgetting: one short file each; base.py is the whole contract.
+"""Methods against forgetting: one short file each; api/method.py is the whole contract.
 
 A method is found by its ``name`` if its file lies in this folder, if an installed package registers it in the entry
 point group ``holdfast.methods``, or if the configuration names its file (``method: path/to/mine.py``).
@@ -6,25 +6,23 @@ point group ``holdfast.methods``, or if the configuration names its file (``meth
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
-import pkgutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from holdfast.api.declared import Page
 from holdfast.api.method import Method
-from holdfast.errors import ConfigError, did_you_mean
+from holdfast.api.registry import Registry
+from holdfast.errors import ConfigError
+
+METHODS: Registry[Method] = Registry(Method, __name__)
 
 
 def known() -> dict[str, type[Method]]:
     """Every method by name."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    for entry in importlib.metadata.entry_points(group="holdfast.methods"):
-        entry.load()
-    return dict(sorted(Method.registry.items()))
+    return METHODS.known()
 
 
 def find(name: str) -> type[Method]:
@@ -35,10 +33,20 @@ def find(name: str) -> type[Method]:
     """
     if name.endswith(".py"):
         return _from_file(Path(name))
-    methods = known()
-    if name not in methods:
-        raise ConfigError(f"method: there is no method {name!r}{did_you_mean(name, methods)}")
-    return methods[name]
+    return METHODS.find(name)
+
+
+def page(name: str) -> Page:
+    """What is shown of the method of this name, or of a Python file's; ConfigError where there is none."""
+    return Page.of(find(name)) if name.endswith(".py") else METHODS.page(name)
+
+
+def check(name: str, options: Collection[str]) -> None:
+    """Refuse an unknown name or option before a method is imported; see :meth:`Registry.check`."""
+    if not name.endswith(".py"):
+        METHODS.check(name, options)
+    elif not Path(name).is_file():
+        raise ConfigError(f"method: there is no file {name}")
 
 
 def build(methods: list[tuple[str, dict[str, Any]]]) -> list[Method]:
@@ -77,9 +85,9 @@ def _from_file(path: Path) -> type[Method]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     spec.loader.exec_module(module)
-    own = [cls for cls in Method.registry.values() if cls.__module__ == module_name]
-    if len(own) != 1:
+    defined = [cls for cls in Method.registry.values() if cls.__module__ == module_name]
+    if len(defined) != 1:
         Method.registry.clear()
         Method.registry.update(before)
-        raise ConfigError(f"method: {path} defines {len(own)} methods with a name; it must define one")
-    return own[0]
+        raise ConfigError(f"method: {path} defines {len(defined)} methods with a name; it must define one")
+    return defined[0]

@@ -11,18 +11,22 @@ from holdfast.api.task import Task
 from holdfast.config.gate import GateConfig
 from holdfast.config.run import RunConfig
 from holdfast.models.pretrained import load_model_config
+from holdfast.runner.data import RunData
 from holdfast.runner.plan import stage_epochs
 from holdfast.runner.setup import Setup, prepare, resolve
 from holdfast.system.machine import free_gib
 
 
-def print_check(config: RunConfig, console: Console) -> None:
+def print_check(config: RunConfig, console: Console, data: RunData | None = None) -> None:
     """Load everything but the weights and print the plan.
+
+    Args:
+        data: of the run, where it is loaded already.
 
     Raises:
         UserError: what `holdfast run` would refuse.
     """
-    setup = prepare(resolve(config))
+    setup = prepare(resolve(config), data)
     console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)
     for task in setup.stream.tasks:
         row = setup.rows[task.name][0]

@@ -15,15 +15,14 @@ from holdfast.config.run import RunConfig
 from holdfast.config.section import Named
 from holdfast.data.benchmark import general_samples
 from holdfast.data.encode import Encoder, resolve_max_length
-from holdfast.data.load import load_scorers, load_stream
 from holdfast.engines.profiles import check_engine
 from holdfast.errors import ConfigError
-from holdfast.evaluation.abilities import load_general
 from holdfast.evaluation.general import matrix_name
 from holdfast.methods.compatibility import refusal
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.quantization import check_quantization
 from holdfast.records.gate import check_limits, is_general_loss
+from holdfast.runner.data import RunData, load_data
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan
 from holdfast.training.arguments import RESERVED, check_arguments
 
@@ -124,8 +123,11 @@ def resolve(config: RunConfig) -> Resolved:
     return Resolved(config, chosen, build_tuner(config), samples)
 
 
-def prepare(resolved: Resolved) -> Setup:
+def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
     """Check the rest of the configuration, and load and tokenise every task.
+
+    Args:
+        data: what :func:`load_data` gave, if it is loaded already.
 
     Raises:
         UserError: something in the configuration or the data cannot be used.
@@ -144,9 +146,8 @@ def prepare(resolved: Resolved) -> Setup:
         supervise=config.data.supervise,
         long_answers=config.data.long_answers,
     )
-    stream = load_stream(config.stream, config.data, config.evaluation)
-    scorers = load_scorers(stream, config.evaluation)
-    general = load_general(config.evaluation.general, stream)
+    data = data or load_data(config)
+    stream, general = data.stream, data.general
     check_watching(config, general, stream.tasks)
     stages = plan(resolved.methods, stream)
     epochs = config.training.epochs
@@ -158,7 +159,7 @@ def prepare(resolved: Resolved) -> Setup:
     return Setup(
         config=config,
         stream=stream,
-        scorers=scorers,
+        scorers=data.scorers,
         general=general,
         methods=resolved.methods,
         tuner=tuner,

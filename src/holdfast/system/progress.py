@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
 
 SECONDS_BETWEEN_LINES = 2.0
 SECONDS_BETWEEN_COUNTS = 30.0  # where it is not known how much there is to do
@@ -50,6 +51,8 @@ class Progress:
     """Prints to standard error, so that standard output stays free for results. ``quiet`` prints nothing."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
+        from rich.console import Console
+
         self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
 
     def line(self, text: str) -> None:
@@ -62,6 +65,9 @@ class Progress:
         if not self.console.is_terminal or self.console.quiet:
             yield Bar(self, title, None)
             return
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Bars(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=self.console) as bars:
             yield Bar(self, title, bars)

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from functools import cache
 
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+"""The libraries' own switches, which they read when they are imported; a user's setting stands."""
+
 
 def silence_libraries() -> None:
-    """Turn off progress bars and notices of transformers, datasets and huggingface_hub; warnings of holdfast stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
+    """Turn off progress bars and notices of transformers, datasets and huggingface_hub; warnings of holdfast stay.
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    None of them is imported for it.
+    """
+    for switch, value in QUIET.items():
+        os.environ.setdefault(switch, value)
+    if "transformers" in sys.modules:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # PEFT's own entry for stacked experts, which it does follow
+    # PEFT warns of an entry that it made itself, for stacked experts, and that it does follow
     warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys [^,]*gate_up_proj'\]\.")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
 
