@@ -108,9 +108,11 @@ def make(name: str, method: Any, folder: Path, steps: int, lora: bool) -> tuple[
 
 def remember(method: Method, trainer: Any, rows: list[Any]) -> None:
     """End a first stage for a method, without training."""
-    stage = Stage(
-        1, "past", trainer.model, rows[: 4 * BATCH], trainer._collate_rows, 0, BATCH, Path(trainer.args.output_dir)
-    )
+
+    def collate(part: Any) -> Any:
+        return trainer._prepare_input(trainer.data_collator(part))
+
+    stage = Stage(1, "past", trainer.model, rows[: 4 * BATCH], collate, 0, BATCH, Path(trainer.args.output_dir))
     method.after_stage(stage)
     trainer.stage_index = 2
 

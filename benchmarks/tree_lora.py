@@ -100,7 +100,7 @@ def make(method: Any, folder: Path, steps: int, rank: int) -> tuple[Any, Clock]:
 def remember(method: TimedTreeLoRA, trainer: Any, tasks: int) -> None:
     """Give a method past tasks with random gradients."""
     for index in range(1, tasks + 1):
-        stage = Stage(index, f"past {index}", trainer.model, [], trainer._collate_rows, 0, BATCH)
+        stage = Stage(index, f"past {index}", trainer.model, [], trainer.data_collator, 0, BATCH)
         method.before_stage(stage)
         gradients = weights(trainer.model).zeros_like()
         for t in gradients:

@@ -1,64 +1,46 @@
-"""Trainer on each engine: when DeepSpeed takes the model over, and checkpoints from which any engine goes on."""
+"""Trainer on each engine: when DeepSpeed takes the model over, what DDP waits for, and checkpoints for any engine."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import rotate_checkpoints
 
 from holdfast.engines import zero
 from holdfast.engines.optimizer_state import load_optimizer, save_optimizer
+from holdfast.engines.pieces import is_divided, reshard, trainable
 from holdfast.engines.vectors import weights
 from holdfast.engines.whole import saves_together, whole_state, whole_weights_to_load
 from holdfast.errors import ConfigError
 from holdfast.system.files import flush_folder, write_json
 from holdfast.training.checkpoint import COMPLETE, SCHEDULER_NAME, saved_weights
 from holdfast.training.method_state import save_states
+from holdfast.training.state import ContinualState
 
 _Trainer: Any = object
-"""Whatever Trainer stands behind."""
+"""Any Trainer: the class that stands behind."""
 
 
 class EngineMixin(_Trainer):
-    """What a Trainer does otherwise where an engine divides the model, and what its checkpoints hold.
-
-    It stands before the Trainer among the bases of a continual trainer, whose attributes
-    it reads.
-    """
+    """What a Trainer does otherwise where an engine divides the model, and what its checkpoints hold."""
 
     lr_scheduler: Any
-    _engine: zero.Engine | None  # DeepSpeed's
-
-    def _make_engine(self) -> None:
-        """Let DeepSpeed divide the weights before methods look at them, and again where one exchanged them.
-
-        Raises:
-            ConfigError: the DeepSpeed configuration has an optimizer or a scheduler of its own.
-        """
-        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
-        if not self.is_deepspeed_enabled or (self._engine is not None and self._engine.trained == trained):
-            return
-        config = self.accelerator.state.deepspeed_plugin.hf_ds_config
-        if own := {"optimizer", "scheduler"} & config.config.keys():
-            raise ConfigError(f"deepspeed: leave out {' and '.join(sorted(own))}; the trainer's own are used")
-        if self.args.bf16 and not config.is_true("bf16.enabled"):
-            zero.autocast(self.model)
-        zero.release(self.model)
-        self.optimizer, _ = deepspeed_init(self, num_training_steps=0)
-        self.deepspeed, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.model_wrapped = self.deepspeed
-        self._engine = zero.Engine(self.accelerator, trained)
-        zero.attach(self.deepspeed, self._after_backward)
+    _holdfast: ContinualState
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if self._engine is None:
+        engine = self._holdfast.engine
+        if engine is None:
+            reshard(self.model)  # as the optimizer must find the parameters
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._engine.resume()
+        engine.resume()
         self.lr_scheduler = None
         self.create_scheduler(num_training_steps=max_steps)
         if resume_from_checkpoint is not None:
@@ -69,24 +51,17 @@ class EngineMixin(_Trainer):
         self.callback_handler.train_dataloader = train_dataloader
         return self.model_wrapped, train_dataloader
 
-    def _follow_parameters(self) -> None:
-        """Let Trainer make its optimizer anew where a method exchanged the trained parameters before the stage."""
-        if self.optimizer is None or self._engine is not None:
-            return
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if not self._optimizer_is_given:
-            if held != {id(p) for p in self.model.parameters() if p.requires_grad}:
-                self.optimizer = None
-        elif not held <= {id(p) for p in self.model.parameters()}:
-            raise ConfigError(
-                "optimizers: a method trains other parameters in this stage than the given optimizer holds; leave "
-                "it out, so that the trainer makes one itself"
-            )
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Trainer would average the gradients of these parameters as they come; ``average_replicated`` does so once a
+        step, for the methods."""
+        for p in trainable(model).values():
+            setattr(p, "_replicated_grad_hook_registered", True)  # noqa: B010 - the name is Trainer's
+        super()._sync_replicated_trainable_parameters(model)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Trainer loads all adapters of a model, but would leave only the first of several active ones active."""
         active: Any = getattr(self.model, "active_adapters", None)
-        if self._together and not hasattr(self.model, "peft_config"):
+        if is_divided(self.model) and not hasattr(self.model, "peft_config"):
             weights(self.model).load_(saved_weights(Path(str(args[0]))))
             return
         several = isinstance(active, list) and len(active) > 1
@@ -111,29 +86,29 @@ class EngineMixin(_Trainer):
             self.model.save_pretrained(output_dir, state_dict=state, is_main_process=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As whole tensors, so that another number of processes, or another engine, can go on."""
-        save_optimizer(self._torch_optimizer(), self.model, Path(output_dir))
+        """Save whole tensors, so that another number of processes, or another engine, can go on."""
+        save_optimizer(_torch_optimizer(self), self.model, Path(output_dir))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not Path(checkpoint, SCHEDULER_NAME).exists():
             return
-        load_optimizer(self._torch_optimizer(), self.model, Path(checkpoint))
+        load_optimizer(_torch_optimizer(self), self.model, Path(checkpoint))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
-
-    def _torch_optimizer(self) -> Any:
-        return zero.unflattened(self.model) or getattr(self.optimizer, "optimizer", self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)  # finds no optimizer, but a subclass may load more
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save what the methods keep, too, and a note that the checkpoint is complete; only then remove older ones."""
+        state = self._holdfast
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        save_states(self.methods, folder / "method")
-        cost = self.cost.of_all(self._process)
+        save_states(state.methods, folder / "method")
+        cost = state.cost.of_all(state.process)
         if self.args.should_save:
             flush_folder(folder)
             write_json(folder / COMPLETE, {"step": self.state.global_step, "cost": cost})
@@ -145,14 +120,108 @@ class EngineMixin(_Trainer):
             )
 
 
+def hand_to_engine(trainer: Any) -> None:
+    """Let DeepSpeed divide the weights before methods look at them, and again where a method exchanged them.
+
+    Raises:
+        ConfigError: the DeepSpeed configuration has an optimizer or a scheduler of its own.
+    """
+    state = trainer._holdfast
+    trained = {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    if not trainer.is_deepspeed_enabled or (state.engine is not None and state.engine.trained == trained):
+        return
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    if given := {"optimizer", "scheduler"} & config.config.keys():
+        raise ConfigError(f"deepspeed: leave out {' and '.join(sorted(given))}; the trainer's own are used")
+    if trainer.args.bf16 and not config.is_true("bf16.enabled"):
+        zero.autocast(trainer.model)
+    zero.release(trainer.model)
+    trainer.optimizer, _ = deepspeed_init(trainer, num_training_steps=0)
+    trainer.deepspeed, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model_wrapped = trainer.deepspeed
+    state.engine = zero.Engine(trainer.accelerator, trained)
+    zero.attach(trainer.deepspeed, lambda: state.after_backward(trainer.model))
+
+
+def renew_optimizer(trainer: Any) -> None:
+    """Let Trainer make its optimizer anew where a method exchanged the trained parameters before the stage.
+
+    Raises:
+        ConfigError: the user gave the optimizer, so that Trainer cannot make it.
+    """
+    state, model = trainer._holdfast, trainer.model
+    if trainer.optimizer is None or state.engine is not None:
+        return
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    if not state.optimizer_is_given:
+        if held != {id(p) for p in model.parameters() if p.requires_grad}:
+            trainer.optimizer = None
+    elif not held <= {id(p) for p in model.parameters()}:
+        raise ConfigError(
+            "optimizers: a method trains other parameters in this stage than the given optimizer holds; leave "
+            "it out, so that the trainer makes one itself"
+        )
+
+
+def _torch_optimizer(trainer: Any) -> Any:
+    return zero.unflattened(trainer.model) or getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
 @contextlib.contextmanager
-def no_optimizer_saved(args: Any) -> Iterator[None]:
-    """Inside, arguments say that no optimizer is saved: Trainer refuses sharded models that would, and we save it."""
-    if args is None:
+def optimizer_not_saved(arguments: Iterable[Any]) -> Iterator[None]:
+    """Inside, TrainingArguments among a sharded model's trainer's arguments say that no optimizer is saved.
+
+    Trainer refuses to save the optimizer of a sharded model; a continual trainer saves it by itself.
+    """
+    values = list(arguments)
+    sharded = any(isinstance(v, nn.Module) and getattr(v, "_is_fsdp_managed_module", False) for v in values)
+    settings = next((v for v in values if isinstance(v, TrainingArguments)), None)
+    if settings is None or not sharded:
         yield
         return
-    kept, args.save_only_model = args.save_only_model, True
+    before, settings.save_only_model = settings.save_only_model, True
     try:
         yield
     finally:
-        args.save_only_model = kept
+        settings.save_only_model = before
+
+
+@contextlib.contextmanager
+def ddp_expects_all(trainer: Any) -> Iterator[None]:
+    """Inside, a model that is wrapped in DDP waits for the gradients of all parameters; see :func:`reach_all`.
+
+    It is so where methods add to the loss and the arguments say nothing of unused parameters.
+    """
+    handler = getattr(trainer.accelerator, "ddp_handler", None)
+    said = trainer.args.ddp_find_unused_parameters
+    if handler is None or said is not None or not trainer._holdfast.adds_to_loss:
+        yield
+        return
+    before, handler.find_unused_parameters = handler.find_unused_parameters, False
+    try:
+        yield
+    finally:
+        handler.find_unused_parameters = before
+
+
+def reach_all(model: Any, loss: Any) -> Any:
+    """The loss, of which every trainable parameter of a DDP model seems to be a part.
+
+    DDP waits for the gradients of all parameters. Where it is asked to, it looks for those that the forward pass did
+    not use and does not wait for them; but a method's term may use them beside the forward pass. So it is not asked to
+    look, and this tells it that all are used.
+    """
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
+        return loss
+    return _Reach.apply(loss, *trainable(model.module).values())
+
+
+class _Reach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return (*gradients, *[None] * ctx.count)

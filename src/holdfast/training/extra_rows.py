@@ -1,0 +1,252 @@
+"""The rows that methods add to a stage: into the batches of each step, through the model, and back to the methods."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import MutableMapping, Sequence
+from copy import copy
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from holdfast.api.method import Method
+from holdfast.api.rows import Batch, TokenRow
+from holdfast.api.stage import Extra, Rehearsed, Step
+from holdfast.data.collate import Collator, concat
+from holdfast.engines.pieces import is_divided
+from holdfast.engines.process import Process
+from holdfast.errors import ConfigError
+from holdfast.losses.next_token import supervised_tokens
+from holdfast.models.head import hidden_only
+from holdfast.training.batches import is_packed, is_token_batch
+
+ROW_KEYS = {"input_ids", "attention_mask", "labels"}
+KEY = "rehearsal"
+"""Where a batch holds the extra rows beside it: by method name, their batch."""
+
+
+def collate_tokens(pad: Collator, rows: Sequence[TokenRow]) -> Batch:
+    """Make a batch of tokens and labels alone, whatever else the rows hold."""
+    return pad([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
+
+
+class ExtraRows:
+    """The extra rows of one stage.
+
+    :meth:`put_into` is called once in every optimizer step; :meth:`take_from`, :meth:`joint`, :meth:`joined` and
+    :meth:`rehearsed`, in this order, for every micro-batch.
+    """
+
+    def __init__(self, model: nn.Module, pad: Collator, process: Process, joint_tokens: int):
+        """
+        Args:
+            model: the trainer's, not wrapped by an engine.
+            pad: makes a batch of rows.
+            process: this one.
+            joint_tokens: task rows and extra rows share a forward pass where they are at most so many tokens together,
+                padding included.
+        """
+        self.model, self.pad, self.process = model, pad, process
+        self.in_step = is_divided(model)  # all processes must go through the model at the same time
+        self.joint_tokens = 0 if self.in_step else joint_tokens
+        self.by_method: dict[str, Extra] = {}  # of the current step
+
+    def put_into(self, batches: list[Any], sizes: Sequence[int], step: Step, methods: Sequence[Method]) -> list[Any]:
+        """Ask the methods for the rows of a step, and put these into its batches, or beside them.
+
+        Args:
+            batches: the micro-batches of this process; those that get rows beside them are changed in place.
+            sizes: task rows in each that count.
+
+        Returns:
+            the batches of the step; the same list where no row was replaced.
+
+        Raises:
+            ConfigError: a method's rows cannot go with batches of this kind.
+        """
+        answers = {method.name: method.extra_rows(step) for method in methods}
+        self.by_method = {name: extra for name, extra in answers.items() if extra is not None}
+        for name, extra in self.by_method.items():
+            for batch in batches:
+                _check_kind(batch, name, extra)
+        for name, extra in self.by_method.items():
+            if extra.way == "replace":
+                batches = self._replace(batches, sizes, extra, step.random(f"{name}/places"))
+        for name, extra in self.by_method.items():
+            if extra.way == "task":
+                tokens = sum(int(supervised_tokens(batch["labels"])) for batch in batches)
+                step.rehearsal_tokens[name] = self._sum(tokens)
+            elif extra.way == "beside":
+                step.rehearsal_tokens[name] = self._put_beside(batches, extra, name)
+        return batches
+
+    def _sum(self, count: int) -> int:
+        return int(self.process.all_reduce_sum(torch.tensor(count, dtype=torch.float64)))
+
+    def _put_beside(self, batches: list[Any], extra: Extra, name: str) -> int:
+        """Divide the rows among all micro-batches; return how many supervised tokens all processes have of them."""
+        samples = list(extra.samples) if extra.samples is not None else list(range(len(extra.rows)))
+        rank, world = (0, 1) if extra.dealt else (self.process.rank, self.process.world)
+        # Where all processes have the same rows, each counts them all by itself, without waiting for the others.
+        tokens = 0 if extra.dealt else sum(label != -100 for row in extra.rows for label in row["labels"][1:])
+        for number, batch in enumerate(batches):
+            part = slice(number * world + rank, None, len(batches) * world)
+            rows = extra.rows[part]
+            if rows or self.in_step:
+                collated = collate_tokens(self.pad, rows or extra.rows[:1])
+                tokens += int(supervised_tokens(collated["labels"])) if extra.dealt and rows else 0
+                collated["sample"] = torch.tensor(samples[part] if rows else samples[:1])
+                collated["counts"] = bool(rows)  # if not, this process only goes along for the sake of others' rows
+                batch.setdefault(KEY, {})[name] = collated
+        return self._sum(tokens) if extra.dealt else tokens
+
+    def _replace(self, batches: list[Any], sizes: Sequence[int], extra: Extra, chance: random.Random) -> list[Any]:
+        """Put the rows in random places of the step, instead of the task rows that stood there."""
+        process, rows = self.process, extra.rows
+        if extra.dealt:
+            rows = [row for part in zip_longest(*process.gather(list(rows))) for row in part if row is not None]
+        counts = process.gather(list(sizes))
+        places = [(b, w, r) for b in range(len(batches)) for w in range(process.world) for r in range(counts[w][b])]
+        taken = sorted(chance.sample(range(len(places)), min(len(rows), len(places))))
+        chosen = {places[place]: row for place, row in zip(taken, rows, strict=False)}
+        result = []
+        for b, batch in enumerate(batches):
+            size = len(batch["input_ids"])
+            stay = [r for r in range(size) if (b, process.rank, r) not in chosen]
+            new = [chosen[b, process.rank, r] for r in range(size) if (b, process.rank, r) in chosen]
+            parts = [{key: value[stay] for key, value in batch.items()}] if stay else []
+            if new:
+                parts.append(collate_tokens(self.pad, new))
+            result.append(concat(parts[0], parts[1], self.pad.pad_token_id) if len(parts) == 2 else parts[0])
+        return result
+
+    def take_from(self, inputs: Any) -> dict[str, Batch]:
+        """Remove the extra rows from a micro-batch and return them, by method name."""
+        return inputs.pop(KEY, {}) if self.by_method else {}
+
+    def joint(self, inputs: Any, extra: dict[str, Batch]) -> dict[str, Batch]:
+        """Those extra rows that go through the model together with the task's rows: all of a micro-batch, or none."""
+        return extra if self.fits_one_pass(inputs, extra) else {}
+
+    def fits_one_pass(self, inputs: Any, extra: dict[str, Batch]) -> bool:
+        """Whether task rows and extra rows may share a forward pass, and one pass is cheaper than two."""
+        if not extra or set(inputs) != ROW_KEYS or inputs["attention_mask"].dim() > 2:
+            return False
+        sizes = [batch["input_ids"].shape for batch in (inputs, *extra.values())]
+        tokens = sum(rows for rows, _ in sizes) * max(seq for _, seq in sizes)
+        return tokens <= self.joint_tokens
+
+    def joined(self, inputs: Any, joint: dict[str, Batch]) -> Any:
+        """A new batch for the task's forward pass: the task's rows, and the extra rows that share it.
+
+        Extra rows get no labels, so that the task's loss leaves them out.
+        """
+        batch = copy(inputs)
+        for extra in joint.values():
+            unlabelled = {key: extra[key] for key in ROW_KEYS} | {"labels": torch.full_like(extra["labels"], -100)}
+            batch = concat(batch, unlabelled, 0)
+        shared = [extra for name, extra in self.by_method.items() if name in joint or extra.way == "task"]
+        if any(extra.layers for extra in shared):
+            batch["output_hidden_states"] = True
+        return batch
+
+    def rehearsed(
+        self, model: Any, inputs: Any, outputs: Any, extra: dict[str, Batch], joint: dict[str, Batch], step: Step
+    ) -> dict[str, Rehearsed]:
+        """What the model made of the extra rows, by method: from the task's forward pass, or from one of their own.
+
+        Args:
+            model: as the engine wraps it.
+            inputs: the task's rows.
+            outputs: of the forward pass of :meth:`joined`; they are cut down to the task's rows.
+            extra: the extra rows beside this micro-batch.
+            joint: those that shared the pass.
+        """
+        if joint and not _has_gradient(outputs.get("logits")):
+            # This trainer's loss makes no logits, or makes them again without gradient (TRL's fused head): from now on
+            # extra rows go by themselves.
+            self.joint_tokens, joint = 0, {}
+        rehearsed = {}
+        place = first = len(inputs["input_ids"]) if joint else 0
+        for name, asked in self.by_method.items():
+            batch = inputs if asked.way == "task" else extra.get(name)
+            if batch is None:
+                continue
+            if name in joint:
+                rehearsed[name] = self._of_method(name, batch, outputs, place, step)
+                place += len(batch["input_ids"])
+            else:
+                shared = asked.way == "task" and _has_all(outputs, asked)
+                own = outputs if shared else self._forward(model, batch, asked)
+                rehearsed[name] = self._of_method(name, batch, own, 0, step)
+        if joint:
+            outputs["logits"] = outputs.logits[:first]
+            outputs["hidden_states"] = None
+        return rehearsed
+
+    def _forward(self, model: Any, batch: Batch, asked: Extra) -> Any:
+        """A forward pass of extra rows by themselves, for what their method needs of it.
+
+        It goes past DDP, whose forward pass lets processes wait for each other, since not every process has such rows.
+        DDP has seen the task's rows, and all gradients come to it through :func:`.reach_all`.
+        """
+        model = self.model if isinstance(model, DistributedDataParallel) else model
+        wanted = {"output_hidden_states": True} if asked.layers else {}
+        wanted |= {} if asked.logits else hidden_only(self.model)
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        return model(**inputs, use_cache=False, **wanted)
+
+    def _of_method(self, name: str, batch: Batch, outputs: Any, start: int, step: Step) -> Rehearsed:
+        asked, labels, counts = self.by_method[name], batch["labels"], batch.get("counts", True)
+        rows, seq = labels.shape
+        part = slice(start, start + rows)
+        return Rehearsed(
+            samples=batch["sample"].tolist() if "sample" in batch else [],
+            labels=labels,
+            logits=outputs.logits[part, :seq] if asked.logits else None,
+            hidden=tuple(outputs.hidden_states[layer][part, :seq] for layer in asked.layers),
+            share=counts * step.micro_batches * int(supervised_tokens(labels)) / step.rehearsal_tokens[name],
+            counts=counts,
+            made=outputs.logits if asked.way == "task" and _has_all_logits(outputs, labels) else None,
+            batch=batch,
+        )
+
+
+def _check_kind(batch: Any, name: str, extra: Extra) -> None:
+    """ConfigError where a method's rows cannot go with such a batch."""
+    if extra.way == "beside":
+        if not isinstance(batch, MutableMapping):
+            raise ConfigError(
+                f"method {name}: its rows cannot go beside the batches of this trainer, which are of type "
+                f"{type(batch).__name__}; a trainer whose batches are dictionaries of tensors would do"
+            )
+    elif not is_token_batch(batch):
+        raise ConfigError(
+            f"method {name}: the batches of this trainer do not have input_ids and a label for each; a trainer of the "
+            "next-token loss, such as Trainer or TRL's SFTTrainer, would do"
+        )
+    elif extra.way == "replace" and is_packed(batch):
+        raise ConfigError(
+            "way replace: rows that share a sequence cannot be replaced one by one; use way beside, or turn packing off"
+        )
+
+
+def _has_all(outputs: Any, asked: Extra) -> bool:
+    """Whether a forward pass gave what a method needs."""
+    states = outputs.get("hidden_states") or (None,)
+    return (not asked.logits or _has_gradient(outputs.get("logits"))) and (
+        not asked.layers or _has_gradient(states[-1])
+    )
+
+
+def _has_all_logits(outputs: Any, labels: Tensor) -> bool:
+    """Whether a forward pass gave logits of every position, with gradient."""
+    logits = outputs.get("logits")
+    return _has_gradient(logits) and logits.shape[:2] == labels.shape
+
+
+def _has_gradient(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.requires_grad

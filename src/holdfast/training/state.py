@@ -1,0 +1,193 @@
+"""What a continual trainer keeps: one object, at one attribute of the trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.api.method import Method
+from holdfast.api.rows import TokenRow
+from holdfast.api.stage import Stage, Step
+from holdfast.data.collate import Collator
+from holdfast.engines import zero
+from holdfast.engines.process import Process
+from holdfast.engines.vectors import average_replicated, gradients, weights
+from holdfast.errors import NonFiniteLossError
+from holdfast.training.batches import list_row_numbers
+from holdfast.training.cost import Cost
+from holdfast.training.extra_rows import ExtraRows
+from holdfast.training.terms import Terms
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a run tells its trainer beyond a Trainer's own arguments.
+
+    Attributes:
+        rows: the task's train rows as methods see them; where absent, those of ``train_dataset``, each collated alone.
+        describe_rows: how a message names train rows, given by number from 0.
+        states: folder that the methods' states were loaded from since the last stage; they are loaded once more after
+            an engine has divided the model.
+        folder: where methods may keep files; where absent, ``rehearsal`` in ``output_dir``.
+        tokenizer: the model's; where absent, the trainer's ``processing_class``.
+    """
+
+    rows: Sequence[TokenRow] | None = None
+    describe_rows: Callable[[list[int]], str] = list_row_numbers
+    states: Path | None = None
+    folder: Path | None = None
+    tokenizer: Any = None
+
+
+@dataclass
+class ContinualState:
+    """The methods of a trainer, and where its training stands.
+
+    Attributes:
+        methods: those that are applied together, in this order.
+        task: name of the task that the next call of ``train()`` learns.
+        stage_index: number of the next stage, from 1.
+        run: what a run adds.
+        process: this one.
+        pad: makes a batch of token rows.
+        optimizer_is_given: whether the user has given the optimizer.
+        interrupted: set while training runs, to say that it stops before the stage is done.
+        cost: of the stage.
+        terms: of the loss, since the last line of the log.
+        stage: the one that is being trained; None between stages.
+        extra_rows: of the stage; there are none before the first one.
+        engine: DeepSpeed's, where it trains.
+        general_loss_before: loss on held-out general text before the first stage, mean nats per token.
+        step: the optimizer step at work; None before the first of the stage.
+        micro_batches: of the step, in this process.
+        row_numbers: of the step's train rows, in this process, where they are known.
+        gradient_norm: of the step, where DeepSpeed trains.
+    """
+
+    methods: list[Method]
+    task: str
+    stage_index: int
+    run: RunContext
+    process: Process
+    pad: Collator
+    optimizer_is_given: bool
+    interrupted: bool = False
+    cost: Cost = field(default_factory=Cost)
+    terms: Terms = field(default_factory=Terms)
+    stage: Stage | None = None
+    extra_rows: ExtraRows = field(init=False, repr=False)
+    engine: zero.Engine | None = None
+    general_loss_before: float | None = None
+    step: Step | None = None
+    micro_batches: int = 1
+    row_numbers: list[int] = field(default_factory=list)
+    gradient_norm: float | None = None
+
+    def any_overrides(self, *verbs: str) -> bool:
+        """Whether a method has one of these verbs of its own."""
+        return any(
+            getattr(type(method), verb) is not getattr(Method, verb) for method in self.methods for verb in verbs
+        )
+
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether a method may add rows or terms to the loss; if none does, batches are left as they are."""
+        return self.any_overrides("extra_rows", "loss_terms")
+
+    @property
+    def held_out(self) -> list[TokenRow]:
+        """General text that the methods hold out from rehearsal."""
+        return [row for method in self.methods for row in method.held_out]
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether a method needs the outputs of the task's forward pass, which some trainers make only on demand."""
+        own_terms = (m for m in self.methods if type(m).loss_terms is not Method.loss_terms)
+        return any(m.reads_outputs for m in own_terms) or any(
+            extra.way == "task" for extra in self.extra_rows.by_method.values()
+        )
+
+    def begin_step(self, index: int, sizes: Sequence[int], logged: bool) -> Step:
+        """Begin an optimizer step of micro-batches with so many task rows each, in this process."""
+        assert self.stage is not None
+        counts = self.process.all_reduce_sum(torch.tensor([sum(sizes), len(sizes)], dtype=torch.float64))
+        rows, micro_batches = counts.long().tolist()
+        self.micro_batches, self.row_numbers = len(sizes), []
+        self.step = Step(stage=self.stage, index=index, rows=rows, micro_batches=micro_batches, logged=logged)
+        return self.step
+
+    def loss_terms(self, batch: Any, outputs: Any, scale: float) -> dict[str, Tensor]:
+        """The methods' terms for a micro-batch, each multiplied by ``scale``.
+
+        Raises:
+            MethodError: a term is not declared or has no gradient.
+        """
+        assert self.step is not None
+        terms: dict[str, Tensor] = {}
+        for method in self.methods:
+            for name, term in method.loss_terms(self.step, batch, outputs).items():
+                self.terms.check_gradient(self.step.stage, method, name, term)
+                terms[name] = scale * term
+        return terms
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Give the accumulated gradient to the methods; DeepSpeed, which steps in its backward pass, calls this."""
+        if self.step is None:
+            return
+        average_replicated(model)
+        if self.engine is None and not (self.adds_to_loss or self.any_overrides("after_backward")):
+            return  # a parameter without gradient stays without
+        gradient = gradients(model)
+        for method in self.methods:
+            values = method.after_backward(self.step, gradient)
+            self.terms.add(values)
+            self.terms.as_gradients |= values.keys() & set(self.terms.declared)
+        if self.engine is not None:  # it steps before Trainer asks for the norm
+            self.gradient_norm = math.sqrt(gradient.dot(gradient))
+            self.check_finite(self.gradient_norm, {"gradient norm": self.gradient_norm}, self.row_numbers)
+
+    def after_step(self, model: nn.Module) -> None:
+        """Give the weights to the methods, after the optimizer's step."""
+        self.terms.step()
+        if self.step is not None:
+            for method in self.methods:
+                if type(method).after_step is not Method.after_step:
+                    method.after_step(self.step, weights(model))
+
+    def end_stage(self) -> None:
+        """Let the methods set the weights that the stage ends with, and then update their memory."""
+        assert self.stage is not None
+        self.terms.check(self.stage, self.process)
+        for method in self.methods:
+            method.final_weights(self.stage)
+        for method in self.methods:
+            method.after_stage(self.stage)
+        self.stage_index += 1
+
+    def check_finite(self, total: Any, values: dict[str, Any], rows: list[int]) -> None:
+        """Stop before the weights change if a scalar is not finite.
+
+        Args:
+            total: the scalar, a number or a tensor.
+            values: what it consists of, by name, for the message.
+            rows: numbers of the train rows that it comes from, where known.
+
+        Raises:
+            NonFiniteLossError: it is not.
+        """
+        if self.step is None or math.isfinite(torch.as_tensor(total).detach()):
+            return
+        stage = self.step.stage
+        named = ", ".join(f"{name} {float(torch.as_tensor(value).detach()):.4g}" for name, value in values.items())
+        where = f", {self.run.describe_rows(rows)}" if rows else ""
+        raise NonFiniteLossError(
+            f"stage {stage.index} ({stage.task}), step {self.step.index + 1}{where}: the loss is not finite "
+            f"({named}); the weights were not touched. A lower training.learning_rate or a look at these rows "
+            "would be next"
+        )
