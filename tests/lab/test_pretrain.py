@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ from holdfast.lab.architecture import architecture, counted_parameters, new_mode
 from holdfast.lab.config import SizeConfig, load_lab_config
 from holdfast.lab.measure import weights_of
 from holdfast.lab.mixture import Mixture
-from holdfast.lab.pretrain import LabRun, pretrain
+from holdfast.lab.pretrain import LabRun, LabWatch, pretrain
 from holdfast.models.attention import FLOAT32
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
-from support.lab_runs import lab_config
+from holdfast.training.checkpoint import newest_whole_checkpoint
+from support.lab_runs import lab_config, start_together
 
 QUIET = Progress(quiet=True)
 BATCH, CONTEXT = 8, 16
@@ -204,17 +206,23 @@ def test_a_run_that_died_goes_on_to_the_same_end(languages, tmp_path, monkeypatc
         return changed
 
     unbroken = pretrain(config("unbroken"), QUIET)
-    append = LabRun.append
+    measure, on_log = LabRun.measure, LabWatch.on_log
 
-    def dying(run, name, line):
-        if line["step"] == dies_at:
+    def dying_measure(run, step):
+        if step == dies_at:
             raise DiedError
-        append(run, name, line)
+        measure(run, step)
 
-    monkeypatch.setattr(LabRun, "append", dying)
-    with pytest.raises(DiedError):
-        pretrain(config("broken"), QUIET)
-    monkeypatch.setattr(LabRun, "append", append)
+    def dying_log(watch, args, state, *others, **kwargs):
+        if state.global_step == dies_at:
+            raise DiedError
+        on_log(watch, args, state, *others, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LabRun, "measure", dying_measure)
+        patch.setattr(LabWatch, "on_log", dying_log)
+        with pytest.raises(DiedError):
+            pretrain(config("broken"), QUIET)
     resumed = pretrain(config("broken"), QUIET)
     assert pretrain(config("broken"), QUIET) == resumed
     for name in ("evaluations.jsonl", "events.jsonl"):
@@ -250,6 +258,39 @@ def test_a_signal_saves_and_the_command_goes_on(languages, tmp_path):
     assert 5 < done < 200
     subprocess.run([*command, "stop.tokens=25600"], check=True, capture_output=True)
     assert [event["step"] for event in read_jsonl(events)] == list(range(1, 201))
+
+
+def ended(processes):
+    """Exit codes and what the first process said on standard error; a hang fails."""
+    try:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_to_the_same_end(languages, tmp_path, rank):
+    paths = {}
+    for name in ("unbroken", "broken"):
+        config = lab_config(languages, tmp_path / name, stop={"tokens": 100 * BATCH * CONTEXT})
+        paths[name] = tmp_path / f"{name}.yaml"
+        paths[name].write_text(json.dumps(config), encoding="utf-8")
+    assert ended(start_together(paths["unbroken"], 2))[0] == [0, 0]
+    processes = start_together(paths["broken"], 2)
+    events = tmp_path / "broken" / "events.jsonl"
+    while all(process.poll() is None for process in processes) and not (events.exists() and events.read_text()):
+        time.sleep(0.01)
+    processes[rank].send_signal(signal.SIGTERM)
+    codes, said = ended(processes)
+    assert codes == [1, 1] and "Continue with: holdfast lab pretrain" in said
+    checkpoint = newest_whole_checkpoint(tmp_path / "broken" / "checkpoint")
+    assert checkpoint.name == f"checkpoint-{len(read_jsonl(events))}"
+    assert len(read_jsonl(events)) < 100
+    assert ended(start_together(paths["broken"], 2))[0] == [0, 0]
+    one, other = (tmp_path / name / "model" / "model.safetensors" for name in paths)
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_micro_batches_change_nothing(languages, pretrained, tmp_path):

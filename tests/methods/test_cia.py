@@ -218,7 +218,7 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(tmp_path, monkey
     config = tiny_config(tmp_path, method={"name": "cia", "grouping": 0.9}, tuner=tuner)
     config["training"]["epochs"] = 2  # 6 steps a stage, saved every 4
     holdfast.runner.loop.run(config | {"output": str(tmp_path / "whole")}, Progress(quiet=True))
-    watch = holdfast.runner.stage._Watch.on_step_end
+    watch = holdfast.runner.stage.StageWatch.on_step_end
     for stage, step in [(2, 5), (3, 2)]:
 
         def dying(self, args, state, control, stage=stage, step=step, **kwargs):
@@ -227,7 +227,7 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(tmp_path, monkey
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
+            patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
             with pytest.raises(Killed):
                 holdfast.runner.loop.run(config, Progress(quiet=True))
     holdfast.runner.loop.run(config, Progress(quiet=True))

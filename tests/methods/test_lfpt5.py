@@ -381,7 +381,7 @@ def test_killed_with_pseudo_samples_in_hand_and_continued_it_is_the_unbroken_run
     unbroken = tmp_path / "unbroken"
     run(config_of(tmp_path, options, epochs=2, output=str(unbroken)))
     broken = config_of(tmp_path, options, epochs=2, output=str(tmp_path / "broken"))
-    watch = holdfast.runner.stage._Watch.on_step_end
+    watch = holdfast.runner.stage.StageWatch.on_step_end
 
     def dying(self, args, state, control, **kwargs):
         watch(self, args, state, control, **kwargs)
@@ -389,7 +389,7 @@ def test_killed_with_pseudo_samples_in_hand_and_continued_it_is_the_unbroken_run
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
+        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
         with pytest.raises(Killed):
             run(broken)
     assert list((tmp_path / "broken").glob("stages/02-green/checkpoint/checkpoint-4/complete.json"))

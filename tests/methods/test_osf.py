@@ -224,7 +224,7 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(finished, monkey
     folder, *_ = finished
     config = tiny_config(folder, method={"name": "osf", "target": 0.5}, output=str(folder / "broken"))
     del config["tuner"]
-    watch = holdfast.runner.stage._Watch.on_step_end
+    watch = holdfast.runner.stage.StageWatch.on_step_end
     for stage, step in [(2, 5), (3, 2)]:
 
         def dying(self, args, state, control, stage=stage, step=step, **kwargs):
@@ -233,7 +233,7 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(finished, monkey
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
+            patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
             with pytest.raises(Killed):
                 holdfast.runner.loop.run(config, Progress(quiet=True))
     holdfast.runner.loop.run(config, Progress(quiet=True))

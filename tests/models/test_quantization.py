@@ -69,7 +69,7 @@ def test_the_frozen_linear_layers_are_in_nf4_and_all_else_is_not(tmp_path):
 def test_a_run_continues_and_its_adapter_answers_alike_on_a_quantised_base_in_plain_peft(tmp_path, monkeypatch):
     tuner = {"name": "lora", "r": 4}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    watch = holdfast.runner.stage._Watch.on_step_end
+    watch = holdfast.runner.stage.StageWatch.on_step_end
 
     def copying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         watch(self, args, state, control, **kwargs)
@@ -77,7 +77,7 @@ def test_a_run_continues_and_its_adapter_answers_alike_on_a_quantised_base_in_pl
             shutil.copytree(whole, broken)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", copying)
+        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", copying)
         matrix = run(configuration(tmp_path, "whole", tuner))
     assert run(configuration(tmp_path, "broken", tuner)) == matrix
     one, two = (

@@ -457,7 +457,7 @@ def test_a_stage_ends_early_when_the_general_loss_is_beyond_its_limit(watched, f
     assert not list(whole.glob("stages/*/checkpoint"))
 
     # Killed at that very step, and continued from the checkpoint before it.
-    end = holdfast.runner.stage._Watch.on_step_end
+    end = holdfast.runner.stage.StageWatch.on_step_end
 
     def dying(self, args, state, control, **kwargs):
         end(self, args, state, control, **kwargs)
@@ -465,7 +465,7 @@ def test_a_stage_ends_early_when_the_general_loss_is_beyond_its_limit(watched, f
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
+        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
         with pytest.raises(KeyboardInterrupt):
             run(config | {"output": str(killed), "training": config["training"] | {"save_every": 3}}, QUIET)
     run(config | {"output": str(killed)}, QUIET)
@@ -476,7 +476,7 @@ def test_a_stage_ends_early_when_the_general_loss_is_beyond_its_limit(watched, f
 
 def test_a_run_records_its_cost_over_every_restart(watched, plain, folder, monkeypatch):
     directory = folder / "cost"
-    end = holdfast.runner.stage._Watch.on_step_end
+    end = holdfast.runner.stage.StageWatch.on_step_end
 
     def dying(self, args, state, control, **kwargs):
         end(self, args, state, control, **kwargs)
@@ -484,7 +484,7 @@ def test_a_run_records_its_cost_over_every_restart(watched, plain, folder, monke
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
+        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
         with pytest.raises(KeyboardInterrupt):
             run(watched | {"output": str(directory)}, QUIET)
     (manifest,) = directory.glob("stages/01-red/checkpoint/*/complete.json")

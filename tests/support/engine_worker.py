@@ -30,20 +30,20 @@ from holdfast.engines import zero
 from holdfast.engines.process import Process
 from holdfast.engines.shards import Shards
 from holdfast.runner.loop import run
-from holdfast.runner.stage import _Watch
+from holdfast.runner.stage import StageWatch
 from holdfast.system.files import write_json
 from holdfast.system.progress import Progress
 
 
 def after_each_step(look: Callable[[Any, Any], None]) -> None:
     """Call ``look`` with the watching callback and the trainer's state."""
-    original = _Watch.on_step_end
+    original = StageWatch.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
         look(self, state)
 
-    _Watch.on_step_end = on_step_end  # type: ignore[method-assign]
+    StageWatch.on_step_end = on_step_end  # type: ignore[method-assign]
 
 
 def kill(stage: int, step: int) -> None:

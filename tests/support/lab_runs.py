@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 LANGUAGES = {"north": "bcdfg", "south": "klmnp"}
 
@@ -35,3 +40,21 @@ def lab_config(languages, output, **changes):
         "output": str(output),
     }
     return config | changes
+
+
+def start_together(config: Path, count: int) -> list[subprocess.Popen[str]]:
+    """`holdfast lab pretrain` in processes that train together; no launcher ends the others when one has ended."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "holdfast", "lab", "pretrain", str(config)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]

@@ -302,7 +302,7 @@ def test_two_stages_of_a_run_and_the_same_when_it_is_killed_in_the_second(name, 
     monkeypatch.setattr(holdfast.runner.loop.RunLoop, "_report", lambda self: None)
     holdfast.runner.loop.run(config, Progress(quiet=True))
 
-    watch = holdfast.runner.stage._Watch.on_step_end
+    watch = holdfast.runner.stage.StageWatch.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         watch(self, args, state, control, **kwargs)
@@ -311,7 +311,7 @@ def test_two_stages_of_a_run_and_the_same_when_it_is_killed_in_the_second(name, 
 
     broken = config | {"output": str(tmp_path / "broken")}
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
+        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
         with pytest.raises(Killed):
             holdfast.runner.loop.run(broken, Progress(quiet=True))
     assert list(tmp_path.glob("broken/stages/02-green/checkpoint/checkpoint-2/complete.json"))

@@ -82,7 +82,7 @@ def test_a_cell_trains_evaluates_saves_and_continues(method, tuner, folder, tmp_
     """What lies on the disk at the last step of the last stage, after a checkpoint, goes on to the same end."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     stages = {"none": [], "joint": ["01-joint"], "sequence": ["01-red", "02-green"]}[METHODS[method].schedule]
-    watch = holdfast.runner.stage._Watch.on_step_end
+    watch = holdfast.runner.stage.StageWatch.on_step_end
 
     def copying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         watch(self, args, state, control, **kwargs)
@@ -90,7 +90,7 @@ def test_a_cell_trains_evaluates_saves_and_continues(method, tuner, folder, tmp_
             shutil.copytree(whole, broken)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", copying)
+        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", copying)
         matrix = run(cell_configuration(folder, whole, method, tuner))
     assert None not in matrix["scores"][0] + matrix["scores"][-1]
     assert sorted(path.name for path in whole.glob("stages/*"))[1:] == stages

@@ -134,7 +134,7 @@ def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained,
     unbroken = trained(name, options, tuner)
     output = folder / f"killed-{name}"
     config = configuration(folder, output, name, options, tuner, 0, {})
-    watch = holdfast.runner.stage._Watch.on_step_end
+    watch = holdfast.runner.stage.StageWatch.on_step_end
     kill = Kill(2, 5)  # after the checkpoint of step 3
 
     def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -142,7 +142,7 @@ def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained,
         kill.on_step_end(args, state, control)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.stage._Watch, "on_step_end", dying)
+        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
         with pytest.raises(Killed):
             holdfast.runner.loop.run(config, Progress(quiet=True))
     assert list(output.glob("stages/02-green/checkpoint/checkpoint-3/complete.json"))

@@ -11,20 +11,15 @@ from holdfast.config.section import FREE, Section
 Engine = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3_offload"]
 
 
-class TrainingConfig(Section):
-    """One stage's training; what is not here goes into `arguments`."""
+class BaseTrainingConfig(Section):
+    """What the training of a stage and of a laboratory run have in common."""
 
-    epochs: float | list[float] = Field(1.0, description="passes over a task's train split; a list gives one per stage")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps a stage at most, instead of epochs")
     batch_size: int = Field(16, ge=1, description="rows in one optimizer step, over all processes and accumulation")
     micro_batch_size: int | None = Field(
         None, ge=1, description="rows in one forward pass of one process; batch_size must be a multiple of it"
     )
     learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
-    schedule: str = Field("cosine", description="transformers' name of a schedule: cosine, linear, constant, ...")
-    warmup: float = Field(0.03, ge=0, description="below 1: share of a stage's steps; from 1: steps")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    optimizer: str = Field("adamw_torch", description="transformers' name of an optimizer")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 turns clipping off")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: mixed precision (autocast)")
     engine: Engine | None = Field(
@@ -40,13 +35,27 @@ class TrainingConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> TrainingConfig:
+    def _whole_micro_batches(self) -> BaseTrainingConfig:
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro}; "
                 f"{self.batch_size // micro * micro or micro} or {-(-self.batch_size // micro) * micro} would be"
             )
+        return self
+
+
+class TrainingConfig(BaseTrainingConfig):
+    """One stage's training; what is not here goes into `arguments`."""
+
+    epochs: float | list[float] = Field(1.0, description="passes over a task's train split; a list gives one per stage")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps a stage at most, instead of epochs")
+    schedule: str = Field("cosine", description="transformers' name of a schedule: cosine, linear, constant, ...")
+    warmup: float = Field(0.03, ge=0, description="below 1: share of a stage's steps; from 1: steps")
+    optimizer: str = Field("adamw_torch", description="transformers' name of an optimizer")
+
+    @model_validator(mode="after")
+    def _positive_epochs(self) -> TrainingConfig:
         for epochs in self.epochs if isinstance(self.epochs, list) else [self.epochs]:
             if epochs <= 0:
                 raise ValueError(f"epochs must be greater than 0, not {epochs}")

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from holdfast.config.reading import load
 from holdfast.config.run import as_methods, as_tuner
 from holdfast.config.section import FREE, Named, NamedField, Section
-from holdfast.config.training import Engine
+from holdfast.config.training import BaseTrainingConfig
 
 
 class SizeConfig(Section):
@@ -55,7 +55,7 @@ class PartConfig(Section):
     weight: float = Field(1.0, gt=0, description="its share of the sequences, relative to the other files'")
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(BaseTrainingConfig):
     """How the model is trained."""
 
     batch_size: int = Field(32, ge=1, description="sequences in one optimizer step, over all processes")
@@ -71,27 +71,9 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.02, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
     max_grad_norm: float = Field(0.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: mixed precision (autocast)")
-    engine: Engine | None = Field(
-        None,
-        description="how processes divide the work: ddp, fsdp2, zero0 to zero3, zero3_offload; absent: ddp",
-        json_schema_extra=FREE,
-    )
     compile: bool = Field(False, description="torch.compile the model")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     save_every: int = Field(500, ge=1, description="optimizer steps between checkpoints", json_schema_extra=FREE)
     log_every: int = Field(50, ge=1, description="steps between lines of events.jsonl", json_schema_extra=FREE)
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, description="any other field of transformers.TrainingArguments, by its name"
-    )
-
-    @model_validator(mode="after")
-    def _whole(self) -> OptimizerConfig:
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
-        return self
 
 
 class StopConfig(Section):

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from holdfast import methods, tuners
+from holdfast.api.method import Method
 from holdfast.data.tokens.file import TokenFile
 from holdfast.engines.pieces import is_divided
-from holdfast.engines.process import Process
 from holdfast.engines.profiles import check_engine
-from holdfast.errors import ConfigError, Interrupted
+from holdfast.errors import ConfigError
 from holdfast.lab.architecture import counted_parameters
 from holdfast.lab.config import LabConfig, load_lab_config
 from holdfast.lab.measure import Measures, distances
@@ -29,16 +27,17 @@ from holdfast.methods.compatibility import refusal
 from holdfast.records.directory import RunDirectory, open_directory
 from holdfast.system.files import read_json, read_jsonl, write_jsonl
 from holdfast.system.interrupt import Interrupt
-from holdfast.system.progress import Bar, Progress
+from holdfast.system.progress import Progress
 from holdfast.training.arguments import RESERVED, check_arguments, training_arguments
-from holdfast.training.checkpoint import newest_whole_checkpoint
 from holdfast.training.chunked_trainer import ChunkedLossTrainer
+from holdfast.training.state import RunContext
 from holdfast.training.trainer import continual
+from holdfast.training.watch import Watch, checkpoint_to_continue
 
 ENDLESS = 1 << 40
-"""Sequences of a run that only its loss or the clock ends."""
+"""Sequences of a run that only a loss or the clock ends."""
 
-TAKEN = RESERVED | {
+SET_BY_KEYS = RESERVED | {
     "num_train_epochs": "stop.epochs",
     "max_steps": "stop.tokens",
     "warmup_steps": "training.warmup_tokens",
@@ -46,11 +45,14 @@ TAKEN = RESERVED | {
     "adam_beta2": "training.betas",
     "torch_compile": "training.compile",
 }
-"""Fields of TrainingArguments that a key of the configuration stands for."""
+"""Fields of TrainingArguments that keys of a laboratory run's configuration set."""
+
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "wsd": "warmup_stable_decay"}
+"""The names that transformers has for the schedules."""
 
 
 class InOrder(ChunkedLossTrainer):
-    """Takes the rows as they come: a mixture has its order in itself."""
+    """Takes the rows in the order of the dataset: a :class:`.Mixture` is shuffled already."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -76,12 +78,12 @@ def pretrain(config: LabConfig | dict[str, Any] | str | Path, progress: Progress
     """
     if not isinstance(config, LabConfig):
         config = load_lab_config(config)
-    process = Process.this()
     with open_directory(Path(config.output)) as directory, Interrupt() as interrupt:
         directory.check_config(config)
         path = directory.path / "result.json"
         if not path.exists():
-            LabRun(config, directory, process, progress or Progress(quiet=not process.main), interrupt).go()
+            progress = progress or Progress(quiet=not directory.process.main)
+            LabRun(config, directory, progress, interrupt).go()
         return read_json(path)
 
 
@@ -89,167 +91,134 @@ class LabRun:
     """One laboratory run at work. What must survive a restart is in its directory.
 
     Attributes:
-        seconds: spent training so far, in all starts together.
+        steps: optimizer steps at most; None where only a loss or the clock ends the run.
+        bound: the stop condition that ``steps`` follow from.
+        stopped_by: the stop condition that ended training; None as long as none has.
     """
 
-    def __init__(
-        self, config: LabConfig, directory: RunDirectory, process: Process, progress: Progress, interrupt: Interrupt
-    ):
-        self.config, self.directory, self.process = config, directory, process
+    def __init__(self, config: LabConfig, directory: RunDirectory, progress: Progress, interrupt: Interrupt):
+        self.config, self.directory, self.process = config, directory, directory.process
         self.progress, self.interrupt = progress, interrupt
         self.path = directory.path
-        self.seconds = 0.0
-        self.why: str | None = None  # it stopped
+        self.title = f"{'go on' if config.model.path else 'pretrain'} {self.path.name}"
+        self.stopped_by: str | None = None
 
     def go(self) -> None:
         """Train what is left to train, and write the model and the result."""
+        self.prepare()
+        self.finish(self.train())
+
+    def prepare(self) -> None:
+        """Make the model, what measures it and its trainer.
+
+        Raises:
+            UserError: the configuration or data cannot be used, or are not those that the run began with.
+        """
         config = self.config
-        check_arguments(config.training.arguments, TAKEN)
-        chosen = methods.build([(method.name, method.options) for method in config.method])
-        for method in chosen:
-            if reason := refusal(method, config.tuner.name):
-                raise ConfigError(f"tuner: {reason}")
-        tuner = tuners.build(config.tuner)
+        check_arguments(config.training.arguments, SET_BY_KEYS)
+        applied = build_methods(config)
+        self.tuner = tuners.build(config.tuner)
         check_engine(config.training.engine)
-        tokenizer = tokenizer_of(config, TokenFile.open(Path(config.data[0].path)))
-        paths = {path: TokenFile.open(Path(path), tokenizer) for path in (*self.data_paths, *config.valid.values())}
-        rows = [paths[path].rows(config.context) for path in self.data_paths]
-        model, start, init = make_model(config, tokenizer, self.directory)
-        largest = max(range(len(rows)), key=lambda i: config.data[i].weight)
-        if config.model.path is None and rows[largest].domain_id is not None:
-            model.config.bos_token_id = rows[largest].domain_id  # what its sequences begin with
-        parameters = counted_parameters(model)
-        steps, self.bound = self.last_step(parameters, sum(map(len, rows)))
-        tuner.plan(config.training, steps or ENDLESS)  # type: ignore[arg-type]
+        self.tokenizer = tokenizer_of(config, TokenFile.open(Path(config.data[0].path)))
+        files = {
+            path: TokenFile.open(Path(path), self.tokenizer) for path in (*self.data_paths, *config.valid.values())
+        }
+        parts = [files[path].rows(config.context) for path in self.data_paths]
+        sequences = sum(map(len, parts))
+        model, self.start, self.init = make_model(config, self.tokenizer, self.directory)
+        largest = max(range(len(parts)), key=lambda i: config.data[i].weight)
+        if config.model.path is None and parts[largest].domain_id is not None:
+            model.config.bos_token_id = parts[largest].domain_id  # what its sequences begin with
+        self.parameters = counted_parameters(model)
+        self.steps, self.bound = last_step(config, self.parameters, sequences)
+        self.tuner.plan(config.training, self.steps or ENDLESS)
         if not is_divided(model):
             model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-        model = tuner.prepare(model)
-        self.begin(paths, model, parameters)
-        measures = Measures(
-            {domain: paths[path].rows(config.context) for domain, path in config.valid.items()},
+        self.model = self.tuner.prepare(model)
+        self.begin(files)
+        self.measures = Measures(
+            {domain: files[path].rows(config.context) for domain, path in config.valid.items()},
             rows=config.evaluation.rows,
             batch_size=config.evaluation.batch_size,
             process=self.process,
         )
         if config.model.path is not None:
-            measures.remember(model)
-
-        def measure(step: int) -> None:
-            self.note(step, measures.losses(model), distances(model, start, init))
-
-        length = steps * config.training.batch_size if steps else ENDLESS
-        mixture = Mixture(rows, [part.weight for part in config.data], length, config.seed)
-        companion = tuner.companion()
-        trainer = LabTrainer(
-            model=model,
-            args=arguments(config, steps, self.path / "checkpoint", self.process),
+            self.measures.remember(self.model)
+        length = self.steps * config.training.batch_size if self.steps else ENDLESS
+        mixture = Mixture(parts, [part.weight for part in config.data], length, config.seed)
+        companion = self.tuner.companion()
+        self.trainer = LabTrainer(
+            model=self.model,
+            args=arguments(config, self.steps, self.path / "checkpoint"),
             train_dataset=mixture,
             data_collator=_collate,
-            method=chosen if companion is None else [*chosen, companion],
+            method=applied if companion is None else [*applied, companion],
             task=" + ".join(Path(path).name for path in self.data_paths),
-            rows=mixture.first(sum(map(len, rows))),
-            folder=self.path / "rehearsal",
-            tokenizer=tokenizer,
+            run_context=RunContext(
+                rows=mixture.first(sequences), folder=self.path / "rehearsal", tokenizer=self.tokenizer
+            ),
         )
-        trainer.remove_callback(PrinterCallback)
-        main = self.process.main
-        checkpoint = self.process.broadcast(newest_whole_checkpoint(self.path / "checkpoint") if main else None)
-        self.rewind(checkpoint)
-        title = f"{'go on' if config.model.path else 'pretrain'} {self.path.name}"
-        if checkpoint:
-            self.progress.line(f"{title}: continues from {checkpoint.name}")
-        else:
-            measure(0)
-        with self.progress.bar(title) as bar:
-            trainer.add_callback(_Watch(self, trainer, measure, steps, bar))
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        step = trainer.state.global_step
-        if trainer.interrupted:
-            raise Interrupted(f"stopped in {title!r} after step {step}")
+
+    def train(self) -> int:
+        """Train from the newest checkpoint, or from the start, and measure before and after; the last step."""
+        checkpoint, step = checkpoint_to_continue(self.path / "checkpoint")
+        self.rewind(step if checkpoint else -1)
+        if checkpoint is None:
+            self.measure(0)
+        step = LabWatch(self).train(checkpoint)
         if self.evaluations[-1]["step"] != step:
-            measure(step)
-        with self.directory.whole_folder(self.path / tuner.folder) as folder:
-            tuner.save(model, folder)
-            if main:
-                tokenizer.save_pretrained(folder)
-                write_note(folder, config, init, step * self.tokens_a_step)
-        self.finish(step, parameters)
+            self.measure(step)
+        return step
 
     @property
     def data_paths(self) -> list[str]:
         return [part.path for part in self.config.data]
 
     @property
-    def tokens_a_step(self) -> int:
-        return self.config.training.batch_size * self.config.context
-
-    @property
     def evaluations(self) -> list[dict[str, Any]]:
         """What has been measured so far, oldest first."""
         return read_jsonl(self.path / "evaluations.jsonl")
 
-    def last_step(self, parameters: int, rows: int) -> tuple[int | None, str]:
-        """Optimizer steps at most, and which condition says so; None where only a loss or the clock ends the run."""
-        stop = self.config.stop
-        tokens = {
-            "tokens": stop.tokens or 0,
-            "tokens_per_parameter": (stop.tokens_per_parameter or 0) * parameters,
-            "epochs": (stop.epochs or 0) * rows * self.config.context,
-        }
-        known = {key: count for key, count in tokens.items() if count}
-        if not known:
-            return None, ""
-        first = min(known, key=lambda key: known[key])
-        return max(1, round(known[first] / self.tokens_a_step)), first
+    def so_far(self, step: int) -> dict[str, Any]:
+        """The step, the tokens trained on until then, and the seconds of training, in all starts together."""
+        tokens = step * self.config.training.batch_size * self.config.context
+        return {"step": step, "tokens": tokens, "seconds": round(self.trainer.cost.seconds, 3)}
 
-    def begin(self, files: dict[str, TokenFile], model: Any, parameters: int) -> None:
+    def begin(self, files: dict[str, TokenFile]) -> None:
         """Write run.json, or check that the data are those that the run began with."""
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         facts = {
             "files": {
                 path: {"tokens": len(file), "fingerprint": file.manifest["sha256"]} for path, file in files.items()
             },
-            "parameters": {"counted": parameters, "trainable": trainable},
+            "parameters": {"counted": self.parameters, "trainable": trainable},
         }
         self.directory.begin(self.config, facts, data="files")
 
-    def rewind(self, checkpoint: Path | None) -> None:
-        """Drop what was noted after the step that training goes on from."""
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-        paths = [self.path / name for name in ("events.jsonl", "evaluations.jsonl")]
+    def rewind(self, step: int) -> None:
+        """Drop the lines about later steps than the one that training goes on from; -1 drops all."""
         if self.process.main:
-            for path in paths:
-                kept = [line for line in read_jsonl(path) if line["step"] <= step] if path.exists() else []
-                write_jsonl(path, kept)
-        self.process.wait()
-        self.seconds = max((line["seconds"] for path in paths for line in read_jsonl(path)), default=0.0)
-
-    def note(self, step: int, domains: dict[str, Any], weights: dict[str, Any]) -> None:
-        """Write down what was measured after a step."""
-        self.append(
-            "evaluations.jsonl",
-            {
-                "step": step,
-                "tokens": step * self.tokens_a_step,
-                "seconds": round(self.seconds, 3),
-                "domains": domains,
-                "weights": weights,
-            },
-        )
+            for path in (self.path / "events.jsonl", self.path / "evaluations.jsonl"):
+                lines = read_jsonl(path) if path.exists() else []
+                write_jsonl(path, [line for line in lines if line["step"] <= step])
         self.process.wait()
 
-    def append(self, name: str, line: dict[str, Any]) -> None:
-        """Add a line to a file of the run."""
+    def measure(self, step: int) -> None:
+        """Measure the losses and the distances of the weights after a step; all ranks call this."""
+        domains = self.measures.losses(self.model)
+        weights = distances(self.model, self.start, self.init)
         if self.process.main:
-            with (self.path / name).open("a", encoding="utf-8") as file:
+            line = self.so_far(step) | {"domains": domains, "weights": weights}
+            with (self.path / "evaluations.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        self.process.wait()
 
-    def verdict(self, step: int, steps: int | None) -> str | None:
-        """Why training stops after a step; None if it goes on."""
+    def verdict(self, step: int) -> str | None:
+        """The stop condition that holds after a step, on every rank alike; None if training goes on."""
         stop, watched = self.config.stop, self.config.watched
-        if step == steps:
+        if step == self.steps:
             return self.bound
-        if stop.seconds and self.process.all_reduce_sum(torch.tensor(float(self.seconds >= stop.seconds))) > 0:
+        if stop.seconds and self.process.any_of(self.trainer.cost.seconds >= stop.seconds):
             return "seconds"
         if (stop.loss or stop.patience) and self.evaluations[-1]["step"] == step:
             losses = [evaluation["domains"][watched]["loss"] for evaluation in self.evaluations]
@@ -259,120 +228,106 @@ class LabRun:
                 return "patience"
         return None
 
-    def finish(self, step: int, parameters: int) -> None:
-        """Write the result; checkpoints are no longer needed."""
+    def finish(self, step: int) -> None:
+        """Write the model and the result; checkpoints are no longer needed."""
+        now = self.so_far(step)
+        with self.directory.whole_folder(self.path / self.tuner.folder) as folder:
+            self.tuner.save(self.model, folder)
+            if self.process.main:
+                self.tokenizer.save_pretrained(folder)
+                write_note(folder, self.config, self.init, now["tokens"])
         evaluations, watched = self.evaluations, self.config.watched
         best = min(evaluations, key=lambda e: e["domains"][watched]["loss"]) if watched else None
         if self.process.main:
             shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
-        self.directory.finish({"train": round(self.seconds, 3)})
-        self.directory.write_json(
-            self.path / "result.json",
-            {
-                "stop": self.why,
-                "step": step,
-                "tokens": step * self.tokens_a_step,
-                "seconds": round(self.seconds, 3),
-                "parameters": parameters,
-                "start": evaluations[0],
-                "end": evaluations[-1],
-                "best": best,
-            },
-        )
+        self.directory.finish({"train": now["seconds"]})
+        result = {"stop": self.stopped_by} | now | {"parameters": self.parameters}
+        result |= {"start": evaluations[0], "end": evaluations[-1], "best": best}
+        self.directory.write_json(self.path / "result.json", result)
 
 
-def arguments(config: LabConfig, steps: int | None, checkpoints: Path, process: Process) -> TrainingArguments:
+class LabWatch(Watch):
+    """Watches a laboratory run: it is measured, and a stop condition ends it."""
+
+    def __init__(self, run: LabRun):
+        super().__init__(run.trainer, run.title, run.path / "events.jsonl", run.progress, run.interrupt)
+        self.run = run
+        every = run.config.evaluation.every
+        self.every = max(1, round(every / run.so_far(1)["tokens"])) if every else None
+
+    def after_step(self, step: int, last: bool) -> bool:
+        if self.every and step % self.every == 0:
+            with self.trainer.cost.aside():
+                self.run.measure(step)
+        self.run.stopped_by = self.run.verdict(step)
+        return self.run.stopped_by is not None
+
+    def event(self, step: int) -> dict[str, Any]:
+        return self.run.so_far(step)
+
+    def tokens(self, step: int) -> int:
+        return self.run.so_far(step)["tokens"]
+
+    def steps(self, most: int) -> int | None:
+        return self.run.steps
+
+
+def build_methods(config: LabConfig) -> list[Method]:
+    """The methods of a laboratory run.
+
+    Raises:
+        ConfigError: a method does not exist, an option is wrong, or it does not go with the tuner.
+    """
+    applied = methods.build([(method.name, method.options) for method in config.method])
+    for method in applied:
+        if reason := refusal(method, config.tuner.name):
+            raise ConfigError(f"tuner: {reason}")
+    return applied
+
+
+def last_step(config: LabConfig, parameters: int, sequences: int) -> tuple[int | None, str]:
+    """Optimizer steps at most, and the stop condition that they follow from; (None, ""): none bounds them.
+
+    Args:
+        parameters: of the model.
+        sequences: of all files of the mixture.
+    """
+    stop = config.stop
+    tokens = {
+        "tokens": stop.tokens,
+        "tokens_per_parameter": stop.tokens_per_parameter and stop.tokens_per_parameter * parameters,
+        "epochs": stop.epochs and stop.epochs * sequences * config.context,
+    }
+    bounds = {condition: count for condition, count in tokens.items() if count}
+    if not bounds:
+        return None, ""
+    first = min(bounds, key=lambda condition: bounds[condition])
+    return max(1, round(bounds[first] / (config.training.batch_size * config.context))), first
+
+
+def arguments(config: LabConfig, steps: int | None, checkpoints: Path) -> TrainingArguments:
     """TrainingArguments of a laboratory run.
 
     Raises:
-        ConfigError: the batch cannot be shared by the processes, or a value is not one that transformers takes.
+        ConfigError: the batch cannot be divided among the processes, or transformers does not take a value.
     """
     training = config.training
-    micro = training.micro_batch_size or training.batch_size // process.world
-    if training.batch_size % (micro * process.world or 1) or not micro:
-        raise ConfigError(
-            f"training.batch_size: {training.batch_size} sequences cannot be shared by {process.world} processes in "
-            f"micro-batches of {micro or 1}"
-        )
-    schedules = {"constant": "constant_with_warmup", "cosine": "cosine", "wsd": "warmup_stable_decay"}
-    own: dict[str, Any] = {}
+    fields: dict[str, Any] = {
+        "max_steps": steps or ENDLESS // training.batch_size,
+        "lr_scheduler_type": SCHEDULES[training.schedule],
+        "warmup_steps": round(training.warmup_tokens / (training.batch_size * config.context)),
+        "adam_beta1": training.betas[0],
+        "adam_beta2": training.betas[1],
+        "optim": "adamw_torch_fused",
+        "torch_compile": training.compile,
+        "seed": config.seed,
+    }
     if training.schedule == "wsd":
         assert steps is not None
-        own["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, round(training.decay * steps))}
-    if process.world > 1 and not torch.cuda.is_available():
-        own["ddp_backend"] = "gloo"
-    return training_arguments(
-        training,
-        checkpoints,
-        max_steps=steps or ENDLESS // training.batch_size,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=training.batch_size // (micro * process.world),
-        lr_scheduler_type=schedules[training.schedule],
-        warmup_steps=round(training.warmup_tokens / (training.batch_size * config.context)),
-        adam_beta1=training.betas[0],
-        adam_beta2=training.betas[1],
-        optim="adamw_torch_fused",
-        torch_compile=training.compile,
-        seed=config.seed,
-        ddp_find_unused_parameters=False,
-        **own,
-    )
+        fields["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, round(training.decay * steps))}
+    return training_arguments(training, checkpoints, fields)
 
 
 def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Sequences of one length as a batch; nothing is padded, so there is no mask."""
+    """A batch of sequences of one length: nothing is padded, so there is no mask."""
     return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in ("input_ids", "labels")}
-
-
-class _Watch(TrainerCallback):
-    """Measures, writes events, moves the progress bar, and ends training when the run says so or a signal came."""
-
-    def __init__(self, run: LabRun, trainer: Any, measure: Callable[[int], None], steps: int | None, bar: Bar):
-        self.run, self.trainer, self.measure, self.steps, self.bar = run, trainer, measure, steps, bar
-        every = run.config.evaluation.every
-        self.every = max(1, round(every / run.tokens_a_step)) if every else None
-        self.since = time.monotonic()
-        self.logged: tuple[int, float] | None = None
-        self.note = ""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.since = time.monotonic()
-        self.logged = (state.global_step, self.run.seconds)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        run, step = self.run, state.global_step
-        run.seconds += time.monotonic() - self.since
-        if self.every and step % self.every == 0:
-            self.measure(step)
-        run.why = run.verdict(step, self.steps)
-        self.bar.update(step, self.note, total=self.steps or step + 1)
-        if run.why:
-            control.should_training_stop = True
-            control.should_save = False
-        elif run.interrupt.requested:
-            self.trainer.interrupted = True
-            control.should_save = control.should_training_stop = True
-        control.should_log |= control.should_save or control.should_training_stop
-        self.since = time.monotonic()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        run, step = self.run, state.global_step
-        assert self.logged is not None
-        steps, seconds = step - self.logged[0], run.seconds - self.logged[1]
-        self.logged = (step, run.seconds)
-        run.append(
-            "events.jsonl",
-            {
-                "step": step,
-                "tokens": step * run.tokens_a_step,
-                "seconds": round(run.seconds, 3),
-                "loss": logs["loss"],
-                "terms": {key.removeprefix("term/"): v for key, v in logs.items() if key.startswith("term/")},
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
-                "tokens_per_second": round(steps * run.tokens_a_step / max(seconds, 1e-9), 1),
-            },
-        )
-        self.note = f"loss {logs['loss']:.3f}"

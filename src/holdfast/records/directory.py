@@ -9,17 +9,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from holdfast.config.describe import difference
-from holdfast.config.run import RunConfig
+from holdfast.config.section import Section
 from holdfast.engines.process import Process
 from holdfast.errors import RunDirectoryError
 from holdfast.system.files import LOCK, locked_folder, read_json, read_jsonl, whole_folder, write_json, write_jsonl
 from holdfast.system.machine import hardware, versions
-
-if TYPE_CHECKING:
-    from holdfast.lab.config import LabConfig
 
 
 class RunDirectory:
@@ -33,23 +30,24 @@ class RunDirectory:
         self.process = Process.this()
         self.record: dict[str, Any] = read_json(path / "run.json") if (path / "run.json").exists() else {}
 
-    def begin(self, config: RunConfig | LabConfig, facts: dict[str, Any], data: str = "tasks") -> None:
+    def begin(self, config: Section, facts: dict[str, Any], data: str = "tasks") -> None:
         """Write run.json, or make sure that the one that stands there is of the same run.
 
         Args:
+            config: of a run or a laboratory run.
             facts: what else run.json says; ``facts[data]`` has a ``fingerprint`` of each piece of data, by its name.
 
         Raises:
             RunDirectoryError: the directory belongs to another configuration or other data; the difference is listed.
         """
-        world = self.process.world
+        world, values = self.process.world, config.model_dump(mode="json")
         if not self.record:
             self.record = {
-                "config": config.model_dump(mode="json"),
-                "seed": config.seed,
+                "config": values,
+                "seed": values["seed"],
                 "versions": versions(),
                 "hardware": hardware(),
-                "engine": getattr(config.training, "engine", None) or ("single" if world == 1 else "ddp"),
+                "engine": values["training"]["engine"] or ("single" if world == 1 else "ddp"),
                 "processes": world,
                 "commit": _commit(),
                 "started": _now(),
@@ -69,11 +67,11 @@ class RunDirectory:
                     f"{self.path}: the data of {data.removesuffix('s')} {name!r} changed since this run began; "
                     "put the old data back, or give another output"
                 )
-        if self.record["config"] != config.model_dump(mode="json"):  # in keys that change nothing that is done
-            self.record["config"] = config.model_dump(mode="json")
+        if self.record["config"] != values:  # in keys that change nothing that is done
+            self.record["config"] = values
             self.write()
 
-    def check_config(self, config: RunConfig | LabConfig) -> None:
+    def check_config(self, config: Section) -> None:
         """RunDirectoryError if a run with another configuration began here."""
         if self.record and (lines := difference(self.record["config"], config, type(config))):
             listed = "".join(f"\n  {line}" for line in lines)

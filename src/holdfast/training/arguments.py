@@ -11,12 +11,12 @@ import torch
 from transformers import TrainingArguments
 
 from holdfast.engines import zero
+from holdfast.engines.process import Process
 from holdfast.engines.profiles import DEEPSPEED
 from holdfast.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from holdfast.config.training import TrainingConfig
-    from holdfast.lab.config import OptimizerConfig
+    from holdfast.config.training import BaseTrainingConfig
 
 GRADIENT_CHECKPOINTING = (
     "activation_checkpointing"
@@ -26,14 +26,22 @@ GRADIENT_CHECKPOINTING = (
 """The name of this switch changed within transformers 5."""
 
 
-def training_arguments(training: TrainingConfig | OptimizerConfig, checkpoints: Path, **own: Any) -> TrainingArguments:
-    """What runs and laboratory runs have in common, what is their ``own``, and over these the user's `arguments`.
+def training_arguments(training: BaseTrainingConfig, checkpoints: Path, fields: dict[str, Any]) -> TrainingArguments:
+    """TrainingArguments of a stage or a laboratory run.
+
+    Args:
+        checkpoints: folder of the checkpoints.
+        fields: fields of TrainingArguments beside those that follow from the keys that all training shares; the
+            user's ``training.arguments`` come over all of them.
 
     Raises:
-        ConfigError: a value is not one that transformers takes.
+        ConfigError: the batch cannot be divided among the processes, or transformers does not take a value.
     """
+    micro, accumulation = micro_batches(training, Process.this().world)
     values = {
         "output_dir": str(checkpoints),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
         "learning_rate": training.learning_rate,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
@@ -49,15 +57,16 @@ def training_arguments(training: TrainingConfig | OptimizerConfig, checkpoints: 
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # the continual trainer counts all of them as used
     }
     profile = DEEPSPEED.get(getattr(training, "engine", None) or "")
     if profile is not None:
         zero.begin()
         values |= {"deepspeed": profile, "use_cpu": False, "accelerator_config": {"use_configured_state": True}}
         if not torch.cuda.is_available():
-            values["bf16"] = False  # TrainingArguments would not believe that a CPU can
+            values["bf16"] = False  # TrainingArguments refuses it on a CPU; it is set below
     try:
-        arguments = TrainingArguments(**values | own | training.arguments)
+        arguments = TrainingArguments(**values | fields | training.arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from None
     if profile is not None:
@@ -66,20 +75,36 @@ def training_arguments(training: TrainingConfig | OptimizerConfig, checkpoints: 
     return arguments
 
 
-def check_arguments(arguments: dict[str, Any], taken: dict[str, str]) -> None:
-    """ConfigError if training.arguments names a field that TrainingArguments lacks or that another key stands for.
+def micro_batches(training: BaseTrainingConfig, world: int) -> tuple[int, int]:
+    """Rows in one forward pass of one process, and how many such passes a process does in one optimizer step.
+
+    Raises:
+        ConfigError: ``world`` processes cannot divide the batch.
+    """
+    micro = training.micro_batch_size or max(1, training.batch_size // world)
+    if training.batch_size % (micro * world):
+        raise ConfigError(
+            f"training.batch_size: {training.batch_size} rows do not make whole micro-batches of {micro} rows for each "
+            f"of {world} processes; a multiple of {micro * world} would"
+        )
+    return micro, training.batch_size // (micro * world)
+
+
+def check_arguments(arguments: dict[str, Any], reserved: dict[str, str]) -> None:
+    """Check that ``training.arguments`` names fields of TrainingArguments which no key of the configuration sets.
 
     Args:
-        taken: the keys that stand for fields.
-    """
-    from transformers import TrainingArguments
+        reserved: the keys that set a field, by the field's name.
 
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    Raises:
+        ConfigError: a field does not exist, or a key sets it.
+    """
+    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for key in arguments:
-        if key in taken:
-            raise ConfigError(f"training.arguments.{key}: is set by the run; use {taken[key]} instead")
-        if key not in known:
-            raise ConfigError(f"training.arguments.{key}: unknown key{did_you_mean(key, known)}")
+        if key in reserved:
+            raise ConfigError(f"training.arguments.{key}: is set by the run; use {reserved[key]} instead")
+        if key not in fields:
+            raise ConfigError(f"training.arguments.{key}: unknown key{did_you_mean(key, fields)}")
 
 
 RESERVED = {
@@ -105,3 +130,4 @@ RESERVED = {
     "logging_strategy": "training.log_every",
     "remove_unused_columns": "data",
 }
+"""Fields of TrainingArguments that keys of a run's configuration set."""

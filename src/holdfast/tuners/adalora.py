@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from holdfast.api.method import Method, State
 from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
-from holdfast.config.training import TrainingConfig
+from holdfast.config.training import BaseTrainingConfig
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
 from holdfast.tuners.peft import PeftTuner
@@ -65,7 +65,7 @@ class AdaLora(PeftTuner):
                 raise ValueError(f"target_r: {self.target_r} must be less than init_r, {self.init_r}")
             return self
 
-    def plan(self, training: TrainingConfig, steps: int) -> None:
+    def plan(self, training: BaseTrainingConfig, steps: int) -> None:
         if self.options.total_step is None:
             self.options.total_step = steps or NEVER
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.config.section import Section
-from holdfast.config.training import TrainingConfig
+from holdfast.config.training import BaseTrainingConfig
 from holdfast.errors import ConfigError
 from holdfast.tuners.peft import PeftTuner
 from holdfast.tuners.soft_prompts import SoftPromptModel
@@ -47,7 +47,7 @@ class PrefixTuning(PeftTuner):
     def virtual_tokens(self) -> int:
         return self.options.num_virtual_tokens
 
-    def plan(self, training: TrainingConfig, steps: int) -> None:
+    def plan(self, training: BaseTrainingConfig, steps: int) -> None:
         """Raises ConfigError if activations would be recomputed."""
         if training.gradient_checkpointing:
             raise ConfigError(NO_CHECKPOINTING)
