@@ -20,7 +20,7 @@ from holdfast.data.streams.definition import find, known
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
 from holdfast.runner.check import noticed
 from holdfast.runner.setup import resolve
-from holdfast.scoring import METRICS, SCORERS
+from holdfast.scoring import SCORERS
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from support.doubles import ChatServer, write_sentence_model
@@ -584,14 +584,14 @@ def test_every_scorer_runs_on_real_rows(tmp_path: Path):
         }
         | ({"labels": ["A", "B", "C"]} if metric in choices else {})
         | ({"input": r"(?s)Paragraph:\n(.*)\n\nSimplification:"} if metric == "sari" else {})
-        for metric in METRICS
+        for metric in SCORERS
     ]
     changes = {"method": {"name": "frozen"}, "evaluation": {"judge": judge, "similarity_model": similarity}}
     matrix = real_run(tmp_path, {"tasks": tasks}, **changes)
     server.close()
-    assert matrix["metrics"] == dict(zip(METRICS, METRICS, strict=True))
+    assert matrix["metrics"] == {metric: metric for metric in SCORERS}
     assert all(score is not None for score in matrix["scores"][0])
-    assert matrix["scores"][0][METRICS.index("judge")] == 0.5
+    assert matrix["scores"][0][list(SCORERS).index("judge")] == 0.5
 
 
 def test_a_run_is_not_continued_by_another_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -61,13 +61,13 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All names, as far as they are known without an import."""
-        return sorted({*self.own, *self.classes, *_entries(self.kind)})
+        return sorted({*self.own, *self.classes, *entries(self.kind)})
 
     def known(self) -> dict[str, type[T]]:
         """All classes by name, imported."""
         for cls in self.own.values():
             importlib.import_module(cls.source.module)
-        for entry in _entries(self.kind).values():
+        for entry in entries(self.kind).values():
             load(entry)
         return dict(sorted(self.classes.items()))
 
@@ -77,13 +77,13 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: there is none; a near name is offered.
         """
-        entries = _entries(self.kind)
+        installed = entries(self.kind)
         if name in self.own:
             importlib.import_module(self.own[name].source.module)
-        elif name in entries:
-            load(entries[name])
+        elif name in installed:
+            load(installed[name])
         elif name not in self.classes:  # a package may have registered it under another name
-            for entry in entries.values():
+            for entry in installed.values():
                 load(entry)
         if name not in self.classes:
             raise ConfigError(f"{self.kind}: there is no {self.kind} {name!r}{did_you_mean(name, self.names())}")
@@ -100,7 +100,7 @@ class Registry(Generic[T]):
 
     def pages(self) -> list[Page]:
         """What is shown of each, by name."""
-        for entry in _entries(self.kind).values():
+        for entry in entries(self.kind).values():
             load(entry)
         return [self.page(name) for name in sorted({*self.own, *self.classes})]
 
@@ -111,7 +111,7 @@ class Registry(Generic[T]):
             ConfigError: there is no such class, or its options are known and this is none of them.
         """
         if name not in self.own:
-            if name not in _entries(self.kind):
+            if name not in entries(self.kind):
                 self.find(name)
             return
         page = self.page(name)
@@ -121,7 +121,7 @@ class Registry(Generic[T]):
                 raise ConfigError(f"{self.kind} {name}: {option}: unknown key{did_you_mean(option, keys)}")
 
 
-def _entries(kind: str) -> dict[str, EntryPoint]:
+def entries(kind: str) -> dict[str, EntryPoint]:
     """The entry points of a kind, by name."""
     return {entry.name: entry for entry in entry_points(group=f"holdfast.{kind}s")}
 

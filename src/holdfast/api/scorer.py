@@ -1,25 +1,29 @@
-"""What a scorer is: how a test row is scored, and how a task's score comes from its rows."""
+"""The contract of a scorer: how a test row is scored, and how a task's score follows from its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.api.task import Example
-from holdfast.models.answers import AnswerCache
+if TYPE_CHECKING:
+    from holdfast.api.task import Example
+    from holdfast.config.evaluation import EvaluationConfig
+    from holdfast.models.answers import AnswerCache
 
 Record = Mapping[str, Any]
 """One test row that was answered: ``response``, ``answer`` and, where there are several right ones, ``answers``;
-``prompt``, and ``input``, what the prompt is about, where that is not all of it. Scored, it has ``score`` too."""
+``prompt`` and, for a scorer that needs it, ``input``, the part of the prompt that it is about. Scored, it has ``score``
+too."""
 
 
 class Scorer:
     """A metric by name.
 
-    A task's score is a function of a sum over its rows, mean or not: so a bootstrap can draw rows and sum them again.
+    A task's score is a function of a sum over its rows, whether or not it is their mean. So a bootstrap can draw rows
+    and sum them again.
 
     Args:
         name: as it is called in a configuration.
@@ -30,7 +34,11 @@ class Scorer:
 
     reads: Literal["response", "loss", "choices"] = "response"
     """What it needs of the model: a generated response, the loss of the answer, or the loss of each choice."""
-    needs: str = ""
+    lower_is_better = False
+    """Whether a lower score is better, as of a loss; then figures such as forgetting take differences the other way."""
+    needs_input = False
+    """Whether it compares with what a prompt is about, so that records must have ``input``."""
+    needs = ""
     """What must be installed or configured, beyond holdfast's own dependencies."""
     floor = False
     """Whether unrelated texts score well above 0, so that scores mean little without those before training."""
@@ -41,21 +49,38 @@ class Scorer:
 
     @property
     def identity(self) -> str:
-        """What tells it from another that scores differently; a stream's version depends on it."""
+        """Differs between scorers that score differently; a stream's version depends on it."""
         return f"{self.name}/{self.version}"
+
+    def configured(self, config: EvaluationConfig) -> Scorer:
+        """The scorer with what the configuration says of it.
+
+        Raises:
+            ConfigError: the configuration lacks what it needs, or a library is not installed.
+        """
+        return self
 
     def row(self, record: Record) -> float:
         """The score of one row."""
         assert self._row is not None
         return max(self._row(record["response"], answer) for answer in answers(record))
 
-    def rows(self, records: Sequence[Record], kept: AnswerCache | None = None) -> list[float]:
+    def rows(self, records: Sequence[Record], cache: AnswerCache | None = None) -> list[float]:
         """The scores of rows, in order.
 
         Args:
-            kept: where a scorer that asks a model keeps its answers, so that they are not asked for again.
+            cache: where a scorer that asks a model keeps its answers, so that they are not asked for again.
         """
         return [self.row(record) for record in records]
+
+    def choose(self, record: Record) -> int:
+        """The number of the choice that a model has made, where the scorer reads choices: the likeliest.
+
+        Args:
+            record: its ``choice_nats`` and ``choice_tokens`` are the negative log-likelihood of each of its
+                ``choices``, in nats, and over how many tokens it was summed.
+        """
+        return record["choice_nats"].index(min(record["choice_nats"]))
 
     def statistics(self, records: Sequence[Record]) -> NDArray[np.float64]:
         """What :meth:`total` needs of each scored row, to be summed over rows: ``[rows, k]``."""
@@ -70,7 +95,7 @@ class Scorer:
         return float(self.total(self.statistics(records).sum(axis=0)))
 
     def refusal(self, example: Example, labels: Sequence[str] | None) -> str | None:
-        """Why a test example cannot be scored so, where that is known before it is answered."""
+        """Why a test example cannot be scored, as far as that is known before it is answered."""
         return None
 
 

@@ -40,11 +40,11 @@ def streams(
 ) -> None:
     """List the streams that are known by name."""
     from holdfast.data.streams.definition import find, known
-    from holdfast.scoring import CONFIGURED, SCORERS
+    from holdfast.scoring import known as known_scorers
 
     if metrics:
-        for metric, about in ({m: scorer.about for m, scorer in SCORERS.items()} | CONFIGURED).items():
-            print(f"{metric:23} {about}")
+        for metric, scorer in known_scorers().items():
+            print(f"{metric:23} {scorer.about}")
     elif name is None:
         for stream, definition in known().items():
             print(f"{stream:15} {definition.about}")

@@ -15,7 +15,7 @@ from holdfast.data.order import check_names, ordered
 from holdfast.data.source import SPLITS, Source, StreamSource, read_json_file, split_files
 from holdfast.data.streams.definition import Definition, TaskDefinition, find, maker
 from holdfast.errors import ConfigError, DataError, did_you_mean
-from holdfast.scoring import CONFIGURED
+from holdfast.scoring import find as find_scorer
 
 
 def benchmark_source(config: StreamConfig) -> StreamSource:
@@ -42,7 +42,7 @@ def measured(task: TaskDefinition, scoring: str) -> TaskOptions:
     names = [task.metric, *([task.source_metric] if task.source_metric else [])]
     if scoring == "source":
         names.reverse()
-    beside = [name for name in [*names[1:], *task.beside] if name and name not in CONFIGURED]
+    beside = [name for name in [*names[1:], *task.beside] if name and not find_scorer(name).needs]
     return task.model_copy(update={"metric": names[0], "beside": list(dict.fromkeys(beside))})
 
 

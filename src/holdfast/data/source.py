@@ -11,7 +11,7 @@ from holdfast.api.task import General, Task
 from holdfast.config.stream import DataConfig, TaskConfig, TaskOptions
 from holdfast.data.formats import SUFFIXES, RawRow, asked, detect, read_rows, read_text, to_examples, where
 from holdfast.errors import ConfigError, DataError, did_you_mean
-from holdfast.scoring import SCORERS, Scorer, check_name
+from holdfast.scoring import find
 
 SPLITS = {"train": ("train",), "eval": ("eval", "dev", "validation"), "test": ("test",)}
 
@@ -128,14 +128,13 @@ def scored(task: Task, options: TaskOptions, default: str = "accuracy") -> Task:
     task.labels, task.max_new_tokens = task.labels or options.labels, options.max_new_tokens
     for key, name in [("metric", task.metric), *(("beside", name) for name in task.beside)]:
         try:
-            check_name(name)
+            reads, first = find(name).reads, find(task.metric).reads
         except ConfigError as error:
             raise ConfigError(f"task {task.name!r}: {key}: {error}") from None
-        reads = _reads(name)
-        if reads != _reads(task.metric):
+        if reads != first:
             raise ConfigError(
-                f"task {task.name!r}: beside: {name} scores another thing ({reads}) than {task.metric} "
-                f"({_reads(task.metric)}), so one evaluation does not give both"
+                f"task {task.name!r}: beside: {name} scores another thing ({reads}) than {task.metric} ({first}), so "
+                "one evaluation does not give both"
             )
     check_scorable(task)
     return task
@@ -149,15 +148,12 @@ def check_scorable(task: Task) -> None:
         DataError: an example cannot be scored so.
     """
     for key, name in [("metric", task.metric), *(("beside", name) for name in task.beside)]:
+        scorer = find(name)
         for example in task.test:
-            if _reads(name) != "loss" and not example.turns:
+            if scorer.reads != "loss" and not example.turns:
                 raise ConfigError(f"task {task.name!r}: {key}: {name} needs answers, and text has none; loss would do")
-            if name in SCORERS and (reason := SCORERS[name].refusal(example, task.labels)):
+            if reason := scorer.refusal(example, task.labels):
                 raise DataError(f"{where(example.file, example.row)}: metric {name}: {reason}")
-
-
-def _reads(metric: str) -> str:
-    return SCORERS[metric].reads if metric in SCORERS else Scorer.reads
 
 
 @dataclass

@@ -14,17 +14,18 @@ from holdfast.api.task import Example, Task, Turn
 from holdfast.models.answers import Add, AnswerCache
 from holdfast.models.generation import generate
 from holdfast.models.likelihood import token_losses
-from holdfast.scoring import SCORERS
-from holdfast.scoring.choice import ChoiceLikelihood
+from holdfast.scoring import Scorer, find
 from holdfast.scoring.score import named, response_records, score_records
 from holdfast.system.progress import OnBatch
 
 if TYPE_CHECKING:
     from holdfast.data.encode import Encoder
     from holdfast.evaluation.at_test import ModelEvaluation
-Keep = Callable[[list[int], list[Any]], None]
 
-MARGIN = 8  # tokens that a response may be longer than the longest train answer
+Save = Callable[[list[int], list[Any]], None]
+"""Takes the numbers of a batch's rows, and their answers."""
+
+MARGIN = 8  # tokens by which a response may be longer than the longest train answer
 
 
 def evaluate_task(
@@ -37,28 +38,28 @@ def evaluate_task(
     """Measure a model on the test examples of a task.
 
     Args:
-        max_new_tokens: longest response; where None, :func:`response_limit`, which reads all train examples: whoever
-            measures a task more than once does better to compute it once.
-        on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
+        max_new_tokens: longest response, in tokens; where absent, :func:`response_limit`, which reads all train
+            examples, so compute it once for several measurements.
+        on_batch: called after every batch with (sequences done, all sequences); it may raise to stop.
 
     Returns:
-        One scored record a test example, in order: row, prompt, answer, response and score. Where choices are
-        compared, the response is the likeliest, and choices, choice_nats and choice_tokens say how likely each is; of
-        losses there are row, score, and nats and tokens (the negative log-likelihood, and of how many tokens).
+        One scored record a test example, in order: row, prompt, answer, response and score. If choices are compared,
+        the response is the likeliest choice, and choices, choice_nats and choice_tokens say how likely each is. A
+        record of a loss has row, score, and nats and tokens (the negative log-likelihood, and of how many tokens).
 
     Raises:
         DataError: a test example cannot be encoded in the encoder's ``max_length``, or has no token to predict.
         ConfigError: a library or an endpoint that a metric needs cannot be used.
     """
-    scorers = {**SCORERS, **evaluation.scorers}
+    scorers = {name: evaluation.scorers.get(name) or find(name) for name in (task.metric, *task.beside)}
     match scorers[task.metric].reads:
         case "loss":
             records = _losses(evaluation, task, on_batch)
         case "choices":
-            records = _choices(evaluation, task, on_batch)
+            records = _choices(evaluation, task, scorers[task.metric], on_batch)
         case "response":
-            records = response_records(task, _responses(evaluation, task, max_new_tokens, on_batch))
-    return score_records(task, records, scorers, evaluation.kept)
+            records = response_records(task, _responses(evaluation, task, max_new_tokens, on_batch), scorers)
+    return score_records(task, records, scorers, evaluation.answers)
 
 
 def _losses(evaluation: ModelEvaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
@@ -69,15 +70,15 @@ def _losses(evaluation: ModelEvaluation, task: Task, on_batch: OnBatch) -> list[
     ]
 
 
-def _choices(evaluation: ModelEvaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
-    """Each choice in the place of the answer, with its negative log-likelihood."""
+def _choices(evaluation: ModelEvaluation, task: Task, scorer: Scorer, on_batch: OnBatch) -> list[dict[str, Any]]:
+    """The records of test examples, with the negative log-likelihood of each choice as the answer."""
     encoder = evaluation.encoder
     offered = [example.choices or tuple(task.labels or ()) for example in task.test]
     examples = []
     for example, choices in zip(task.test, offered, strict=True):
         each = [replace(example, turns=(*example.turns[:-1], Turn("assistant", choice))) for choice in choices]
-        asked = evaluation.ask(task, example, max(encoder.answer_length(choice) for choice in each))
-        examples += [replace(asked, turns=(*asked.turns[:-1], choice.turns[-1])) for choice in each]
+        question = evaluation.ask(task, example, max(encoder.answer_length(choice) for choice in each))
+        examples += [replace(question, turns=(*question.turns[:-1], choice.turns[-1])) for choice in each]
     losses, counts = example_losses(evaluation, examples, on_batch=on_batch)
     ends = np.cumsum([len(choices) for choices in offered])[:-1]
     records: list[dict[str, Any]] = []
@@ -86,9 +87,7 @@ def _choices(evaluation: ModelEvaluation, task: Task, on_batch: OnBatch) -> list
     ):
         record = named(example) | {"prompt": example.question, "answer": example.answer, "response": ""}
         record |= {"choices": list(choices), "choice_nats": nats.tolist(), "choice_tokens": tokens.tolist()}
-        scorer = evaluation.scorers.get(task.metric, SCORERS[task.metric])
-        assert isinstance(scorer, ChoiceLikelihood)
-        record["response"] = choices[scorer.likeliest(record)]
+        record["response"] = choices[scorer.choose(record)]
         records.append(record)
     return records
 
@@ -98,18 +97,20 @@ def _responses(evaluation: ModelEvaluation, task: Task, max_new_tokens: int | No
     encoder = evaluation.encoder
     if max_new_tokens is None:
         max_new_tokens = response_limit(encoder, task)
-    asked = [evaluation.ask(task, example, max_new_tokens) for example in task.test]
-    return respond(evaluation, asked, max_new_tokens, on_batch)
+    questions = [evaluation.ask(task, example, max_new_tokens) for example in task.test]
+    return respond(evaluation, questions, max_new_tokens, on_batch)
 
 
-def respond(evaluation: ModelEvaluation, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch) -> list[str]:
-    """The model's response to each example, greedy, without looking at its answer."""
-    encoder, kept = evaluation.encoder, evaluation.kept or AnswerCache()
-    if evaluation.served is not None:
-        return evaluation.served.respond(encoder, asked, max_new_tokens, on_batch, kept)
-    prompts = [encoder.prompt(example, reserve=max_new_tokens) for example in asked]
+def respond(
+    evaluation: ModelEvaluation, questions: Sequence[Example], max_new_tokens: int, on_batch: OnBatch
+) -> list[str]:
+    """The model's greedy response to each example, whose answer it does not see."""
+    encoder, answers = evaluation.encoder, evaluation.answers or AnswerCache()
+    if evaluation.endpoint is not None:
+        return evaluation.endpoint.respond(encoder, questions, max_new_tokens, on_batch, answers)
+    prompts = [encoder.prompt(question, reserve=max_new_tokens) for question in questions]
 
-    def work(numbers: list[int], on_batch: OnBatch, on_responses: Keep) -> None:
+    def work(numbers: list[int], on_batch: OnBatch, on_responses: Save) -> None:
         generate(
             evaluation.model,
             [prompts[i] for i in numbers],
@@ -122,13 +123,13 @@ def respond(evaluation: ModelEvaluation, asked: Sequence[Example], max_new_token
         )
 
     ask = _in_parts(evaluation, [{"input_ids": ids} for ids in prompts], on_batch, work)
-    responses = kept.complete([["response", ids, max_new_tokens] for ids in prompts], ask)
+    responses = answers.complete([["response", ids, max_new_tokens] for ids in prompts], ask)
     return [encoder.decode(tokens) for tokens in responses]
 
 
 def response_limit(encoder: Encoder, task: Task) -> int:
-    """Tokens that a response may have: those of the longest train answer, with its end, and 8 more; but no more than
-    the task allows, nor than half of the encoder's ``max_length``, which prompts need too."""
+    """Tokens that a response may have: those of the longest train answer with its end, and 8 more, but no more than the
+    task allows, and no more than half of the encoder's ``max_length``, since prompts need room, too."""
     longest = max(encoder.answer_length(example) for example in task.train) + MARGIN
     return min(longest, task.max_new_tokens or longest, max(encoder.max_length // 2, 1))
 
@@ -153,11 +154,11 @@ def sequence_losses(
     *,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The same of examples that are encoded already: the sequences of each."""
+    """As :func:`example_losses`, of examples that are encoded already: the sequences of each."""
     owner = np.array([i for i, rows in enumerate(encoded) for _ in rows], dtype=np.int64)
     rows = [row for rows in encoded for row in rows]
 
-    def work(numbers: list[int], on_batch: OnBatch, on_losses: Keep) -> None:
+    def work(numbers: list[int], on_batch: OnBatch, on_losses: Save) -> None:
         token_losses(
             evaluation.model,
             [rows[i] for i in numbers],
@@ -167,11 +168,11 @@ def sequence_losses(
             on_losses=on_losses,
         )
 
-    kept, ask = evaluation.kept or AnswerCache(), _in_parts(evaluation, rows, on_batch, work)
-    found = kept.complete([["loss", row["input_ids"], row["labels"]] for row in rows], ask)
+    answers, ask = evaluation.answers or AnswerCache(), _in_parts(evaluation, rows, on_batch, work)
+    losses = answers.complete([["loss", row["input_ids"], row["labels"]] for row in rows], ask)
     loss_sums, token_sums = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
-    np.add.at(loss_sums, owner, [nats for nats, _ in found])
-    np.add.at(token_sums, owner, [tokens for _, tokens in found])
+    np.add.at(loss_sums, owner, [nats for nats, _ in losses])
+    np.add.at(token_sums, owner, [tokens for _, tokens in losses])
     return loss_sums, token_sums
 
 
@@ -179,12 +180,12 @@ def _in_parts(
     evaluation: ModelEvaluation,
     rows: Sequence[dict[str, Any]],
     on_batch: OnBatch,
-    work: Callable[[list[int], OnBatch, Keep], None],
+    work: Callable[[list[int], OnBatch, Save], None],
 ) -> Callable[[list[int], Add], None]:
-    """What asks rows that have no answer yet, in the parts in which the methods answer them.
+    """A function that answers the rows without an answer, in the parts that the methods divide them into.
 
     Args:
-        work: answers the rows of these numbers; to it, batches are counted and answers numbered among these alone.
+        work: answers the rows of these numbers; it counts batches and numbers answers among these rows only.
     """
 
     def ask(left: list[int], add: Add) -> None:
@@ -192,17 +193,17 @@ def _in_parts(
         with closing(evaluation.parts([rows[i] for i in left])) as parts:
             for part in parts:
                 numbers = [left[k] for k in part]
-                work(numbers, _from(on_batch, done, len(rows)), _keep(add, numbers))
+                work(numbers, _counted_from(on_batch, done, len(rows)), _saved_as(add, numbers))
                 done += len(part)
 
     return ask
 
 
-def _keep(add: Add, numbers: list[int]) -> Keep:
-    """Answers of a part as answers of the whole, whose ``numbers`` these are."""
+def _saved_as(add: Add, numbers: list[int]) -> Save:
+    """Save the answers of a part as answers of the whole; ``numbers`` are the part's rows."""
     return lambda batch, answers: add([numbers[i] for i in batch], answers)
 
 
-def _from(on_batch: OnBatch, done: int, total: int) -> OnBatch:
-    """Counts of a part as counts of the whole."""
-    return None if on_batch is None else lambda below, _: on_batch(done + below, total)
+def _counted_from(on_batch: OnBatch, done: int, total: int) -> OnBatch:
+    """Report the progress of a part as progress of the whole."""
+    return None if on_batch is None else lambda in_part, _: on_batch(done + in_part, total)

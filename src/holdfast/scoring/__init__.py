@@ -1,49 +1,61 @@
-"""Metrics by name: one scorer each, in small modules by kind."""
+"""Metrics by name: one scorer each, in small modules by kind.
+
+A scorer is found by its name in a module of this folder, or in the entry point group ``holdfast.scorers`` of an
+installed package: there, the name stands for a :class:`Scorer`.
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
+
+from holdfast.api.registry import entries, load
 from holdfast.api.scorer import Record, Scorer
 from holdfast.config.evaluation import EvaluationConfig
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.scoring import choice, f1, loss, match, overlap, sari
+from holdfast.scoring import choice, f1, judge, loss, match, overlap, sari, similarity
 
-__all__ = ["CONFIGURED", "METRICS", "SCORERS", "Record", "Scorer", "build", "check_name"]
+__all__ = ["SCORERS", "Record", "Scorer", "build", "find", "known"]
 
 SCORERS: dict[str, Scorer] = {
-    scorer.name: scorer for module in (match, choice, f1, overlap, sari, loss) for scorer in module.SCORERS
+    scorer.name: scorer
+    for module in (match, choice, f1, overlap, sari, loss, similarity, judge)
+    for scorer in module.SCORERS
 }
-"""Those that need nothing but their name."""
+"""Holdfast's own, not yet configured."""
 
-CONFIGURED = {
-    "semantic_similarity": "cosine of sentence embeddings of response and answer (evaluation.similarity_model)",
-    "judge": "a language model finds that it says what the answer says (evaluation.judge)",
-}
-"""Those that the configuration says more about, each in a line."""
 
-METRICS = (*SCORERS, *CONFIGURED)
+def known() -> dict[str, Scorer]:
+    """Every scorer by the name of its metric, not yet configured."""
+    return SCORERS | {name: _installed(entry) for name, entry in entries("scorer").items() if name not in SCORERS}
+
+
+def find(name: str) -> Scorer:
+    """The scorer of a metric, not yet configured.
+
+    Raises:
+        ConfigError: there is no such metric.
+    """
+    if name in SCORERS:
+        return SCORERS[name]
+    installed = entries("scorer")
+    if name not in installed:
+        raise ConfigError(f"unknown metric {name!r}{did_you_mean(name, [*SCORERS, *installed])}")
+    return _installed(installed[name])
 
 
 def build(name: str, config: EvaluationConfig) -> Scorer:
-    """The scorer of a metric.
+    """The scorer of a metric, configured.
 
     Raises:
         ConfigError: the metric is unknown, or ``evaluation`` does not say what it needs.
     """
-    check_name(name)
-    if name == "semantic_similarity":
-        from holdfast.scoring.similarity import Similarity
-
-        return Similarity(config.similarity_model)
-    if name == "judge":
-        from holdfast.scoring.judge import Judge
-
-        if config.judge is None:
-            raise ConfigError("metric judge: needs evaluation.judge, with the url and model of an endpoint")
-        return Judge(config.judge)
-    return SCORERS[name]
+    return find(name).configured(config)
 
 
-def check_name(name: str) -> None:
-    """ConfigError if there is no such metric."""
-    if name not in METRICS:
-        raise ConfigError(f"unknown metric {name!r}{did_you_mean(name, METRICS)}")
+def _installed(entry: EntryPoint) -> Scorer:
+    scorer = load(entry)
+    if not isinstance(scorer, Scorer) or scorer.name != entry.name:
+        raise ConfigError(
+            f"{entry.group}: {entry.value} must be a holdfast.api.Scorer of the name {entry.name!r}, not {scorer!r}"
+        )
+    return scorer

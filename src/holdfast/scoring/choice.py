@@ -31,8 +31,8 @@ def letter(text: str) -> str | None:
     else in a sentence chooses nothing. Full-width letters and signs count as plain ones.
     """
     text = unicodedata.normalize("NFKC", text).strip()
-    found = _FIRST.match(text.split("\n", 1)[0]) or _STATED.search(text)
-    return found.group(1).upper() if found else None
+    match = _FIRST.match(text.split("\n", 1)[0]) or _STATED.search(text)
+    return match.group(1).upper() if match else None
 
 
 class ChoiceLetter(Scorer):
@@ -47,7 +47,6 @@ class ChoiceLikelihood(Scorer):
 
     The likelihood of a choice is the sum of the log-probabilities of its tokens, end token included, in the place of
     the answer (lm-evaluation-harness's ``acc``), or their mean (as RealTime QA does it, and near ``acc_norm``).
-    ``choice_nats`` and ``choice_tokens`` of a record are those of each of its ``choices``.
     """
 
     reads = "choices"
@@ -57,13 +56,13 @@ class ChoiceLikelihood(Scorer):
         self._mean = mean
 
     def row(self, record: Record) -> float:
-        return float(record["choices"][self.likeliest(record)] == record["answer"])
+        return float(record["choices"][self.choose(record)] == record["answer"])
 
-    def likeliest(self, record: Record) -> int:
-        """Which choice has the greatest likelihood."""
-        losses = record["choice_nats"]
-        if self._mean:
-            losses = [nats / tokens for nats, tokens in zip(losses, record["choice_tokens"], strict=True)]
+    def choose(self, record: Record) -> int:
+        if not self._mean:
+            return super().choose(record)
+        pairs = zip(record["choice_nats"], record["choice_tokens"], strict=True)
+        losses = [nats / tokens for nats, tokens in pairs]
         return losses.index(min(losses))
 
     def refusal(self, example: Example, labels: Sequence[str] | None) -> str | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from holdfast.api.scorer import Record, Scorer, answers
-from holdfast.config.evaluation import JudgeConfig
 from holdfast.errors import ConfigError
 from holdfast.models.answers import AnswerCache
-from holdfast.models.endpoint import Endpoint
+
+if TYPE_CHECKING:
+    from holdfast.config.evaluation import EvaluationConfig, JudgeConfig
 
 _VERDICT = re.compile(r"\b(correct|incorrect)\b", re.IGNORECASE)
 ATTEMPTS = 3  # at a verdict, with a temperature after the first
@@ -25,16 +27,28 @@ class Judge(Scorer):
 
     needs = "evaluation.judge"
 
-    def __init__(self, config: JudgeConfig):
-        super().__init__("judge", about=f"{config.model} says that it means what the answer means")
+    def __init__(self, config: JudgeConfig | None = None):
+        super().__init__("judge", about="a language model finds that it says what the answer says (evaluation.judge)")
         self.config = config
 
     @property
     def identity(self) -> str:
-        return f"{super().identity} {self.config.model} {self.config.prompt}"
+        return f"{super().identity} {self._config.model} {self._config.prompt}"
 
-    def rows(self, records: Sequence[Record], kept: AnswerCache | None = None) -> list[float]:
-        config, kept = self.config, kept or AnswerCache()
+    def configured(self, config: EvaluationConfig) -> Judge:
+        if config.judge is None:
+            raise ConfigError("metric judge: needs evaluation.judge, with the url and model of an endpoint")
+        return Judge(config.judge)
+
+    @property
+    def _config(self) -> JudgeConfig:
+        assert self.config is not None, "it is not configured"
+        return self.config
+
+    def rows(self, records: Sequence[Record], cache: AnswerCache | None = None) -> list[float]:
+        from holdfast.models.endpoint import Endpoint
+
+        config, cache = self._config, cache or AnswerCache()
         endpoint = Endpoint(
             config.url,
             config.model,
@@ -43,9 +57,9 @@ class Judge(Scorer):
             timeout=config.timeout,
             retries=config.retries,
         )
-        questions = [self._question(record) for record in records]
-        asked = [["judge", self.identity, question] for question in questions]
-        scores = {i: kept.find(asked[i]) for i in range(len(records))}
+        prompts = [self._prompt(record) for record in records]
+        questions = [["judge", self.identity, prompt] for prompt in prompts]
+        scores = {i: cache.find(question) for i, question in enumerate(questions)}
         scores |= {i: 0.0 for i, record in enumerate(records) if not record["response"].strip()}
         for attempt in range(ATTEMPTS):
             left = [i for i, score in scores.items() if score is None]
@@ -54,10 +68,10 @@ class Judge(Scorer):
                 if verdicts := _VERDICT.findall(reply):
                     i = left[number]
                     scores[i] = float(verdicts[-1].lower() == "correct")
-                    kept.add(asked[i], scores[i])
+                    cache.add(questions[i], scores[i])
 
             replies = endpoint.chat(
-                [[{"role": "user", "content": questions[i]}] for i in left],
+                [[{"role": "user", "content": prompts[i]}] for i in left],
                 on_answer,
                 temperature=0.0 if attempt == 0 else 1.0,
                 max_tokens=config.max_tokens,
@@ -69,7 +83,10 @@ class Judge(Scorer):
             f"responses in {ATTEMPTS} attempts each; it must say correct or incorrect, and said {replies[-1][:200]!r}"
         )
 
-    def _question(self, record: Record) -> str:
-        """The judge's prompt; what responses hold stands in it as it is, braces and all."""
+    def _prompt(self, record: Record) -> str:
+        """The judge's prompt; braces in a question or a response stay as they are."""
         values = {"question": record["prompt"], "answer": " / ".join(answers(record)), "response": record["response"]}
-        return re.sub(r"\{(question|answer|response)\}", lambda found: values[found.group(1)], self.config.prompt)
+        return re.sub(r"\{(question|answer|response)\}", lambda match: values[match.group(1)], self._config.prompt)
+
+
+SCORERS = [Judge()]

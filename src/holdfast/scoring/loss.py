@@ -18,6 +18,7 @@ class Loss(Scorer):
     """
 
     reads = "loss"
+    lower_is_better = True
 
     def row(self, record: Record) -> float:
         return record["nats"] / record["tokens"]

@@ -83,7 +83,7 @@ class Sari(Scorer):
 
     def __init__(self, name: str, of: str, about: str):
         super().__init__(name, about=about)
-        self._of = of
+        self._of, self.needs_input = of, of == "input"
 
     def row(self, record: Record) -> float:
         return sari(record.get(self._of, record["prompt"]), record["response"], answers(record))

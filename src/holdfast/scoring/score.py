@@ -9,20 +9,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.api.task import Example, Task
+from holdfast.errors import ConfigError
 from holdfast.metrics.matrix import Total
 from holdfast.models.answers import AnswerCache
-from holdfast.scoring import SCORERS, Record, Scorer
+from holdfast.scoring import Record, Scorer, find
 
 
-def response_records(task: Task, responses: Sequence[str]) -> list[dict[str, Any]]:
-    """One record a test example, in order, not scored yet: row, prompt, answer and response, and where the task has
-    them ``answers`` (all right ones) and ``input`` (what the prompt is about, without its instruction)."""
+def response_records(
+    task: Task, responses: Sequence[str], scorers: Mapping[str, Scorer] | None = None
+) -> list[dict[str, Any]]:
+    """One record a test example, in order, not scored yet: row, prompt, answer and response, ``answers`` (all right
+    ones) where there are several, and ``input`` (what the prompt is about) where a scorer needs it.
+
+    Args:
+        scorers: of the task's metrics, by name; where None, those of :func:`holdfast.scoring.find`.
+    """
+    scorers = scorers or {name: find(name) for name in (task.metric, *task.beside)}
+    needs_input = any(scorers[name].needs_input for name in (task.metric, *task.beside))
     records = []
     for example, response in zip(task.test, responses, strict=True):
         record = named(example) | {"prompt": example.question, "answer": example.answer}
         if example.also_right:
             record["answers"] = [example.answer, *example.also_right]
-        if task.metric in ABOUT_INPUT or ABOUT_INPUT.intersection(task.beside):
+        if needs_input:
             record["input"] = example.input
         records.append(record | {"response": response})
     return records
@@ -33,26 +42,26 @@ def named(example: Example) -> dict[str, Any]:
     return {"row": example.row} | ({} if example.number is None else {"number": example.number})
 
 
-ABOUT_INPUT = {"sari"}
-"""Metrics that compare with what a prompt is about; no other needs it in the records."""
-
-
 def score_records(
-    task: Task, records: list[dict[str, Any]], scorers: Mapping[str, Scorer] = SCORERS, kept: AnswerCache | None = None
+    task: Task,
+    records: list[dict[str, Any]],
+    scorers: Mapping[str, Scorer] | None = None,
+    cache: AnswerCache | None = None,
 ) -> list[dict[str, Any]]:
     """Give each record its ``score`` and, where the task has further metrics, their scores as ``beside``.
 
     Args:
-        scorers: of the task's metrics, by name.
-        kept: answers of those that ask a model themselves.
+        scorers: of the task's metrics, by name; where None, those of :func:`holdfast.scoring.find`.
+        cache: answers of the scorers that ask a model themselves.
 
     Raises:
         ConfigError: a library or an endpoint that a metric needs cannot be used.
     """
-    for record, score in zip(records, scorers[task.metric].rows(records, kept), strict=True):
+    scorers = scorers or {name: find(name) for name in (task.metric, *task.beside)}
+    for record, score in zip(records, scorers[task.metric].rows(records, cache), strict=True):
         record["score"] = score
     for name in task.beside:
-        for record, score in zip(records, scorers[name].rows(records, kept), strict=True):
+        for record, score in zip(records, scorers[name].rows(records, cache), strict=True):
             record.setdefault("beside", {})[name] = score
     return records
 
@@ -78,5 +87,11 @@ def total(metric: str) -> Total:
 
 
 def scorer(metric: str) -> Scorer:
-    """What makes a task's score of rows that are scored already; for that, no metric needs more than its name."""
-    return SCORERS.get(metric) or Scorer(metric)
+    """What makes a task's score of rows that are scored already; for that, no metric needs more than its name.
+
+    A metric that is not installed here, such as one of an older run, is taken for a mean.
+    """
+    try:
+        return find(metric)
+    except ConfigError:
+        return Scorer(metric)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from holdfast.api.scorer import Record, Scorer, answers
 from holdfast.errors import ConfigError
-from holdfast.models.answers import AnswerCache
+
+if TYPE_CHECKING:
+    from holdfast.config.evaluation import EvaluationConfig
+    from holdfast.models.answers import AnswerCache
 
 
 class Similarity(Scorer):
@@ -21,33 +24,43 @@ class Similarity(Scorer):
     little without the one before training, which is reported beside it as its floor. An empty response scores 0.
 
     Args:
-        model: a Sentence Transformers model: folder or hub name.
+        model: a Sentence Transformers model: folder or hub name; where None, it is not yet configured.
     """
 
     needs = "pip install 'holdfast[similarity]'"
     floor = True
 
-    def __init__(self, model: str):
-        super().__init__("semantic_similarity", about=f"cosine of sentence embeddings ({model})")
+    def __init__(self, model: str | None = None):
+        super().__init__(
+            "semantic_similarity",
+            about="cosine of sentence embeddings of response and answer (evaluation.similarity_model)",
+        )
         self.model = model
-        if find_spec("sentence_transformers") is None:
-            raise ConfigError(f"metric semantic_similarity: needs Sentence Transformers; {self.needs}")
 
     @property
     def identity(self) -> str:
         return f"{super().identity} {self.model}"
 
-    def rows(self, records: Sequence[Record], kept: AnswerCache | None = None) -> list[float]:
+    def configured(self, config: EvaluationConfig) -> Similarity:
+        if find_spec("sentence_transformers") is None:
+            raise ConfigError(f"metric semantic_similarity: needs Sentence Transformers; {self.needs}")
+        return Similarity(config.similarity_model)
+
+    def rows(self, records: Sequence[Record], cache: AnswerCache | None = None) -> list[float]:
+        assert self.model is not None, "it is not configured"
         encoder = _encoder(self.model)
         texts = sorted({text for record in records for text in (record["response"], *answers(record)) if text.strip()})
         vectors = encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False) if texts else []
-        found = dict(zip(texts, np.asarray(vectors, dtype=float), strict=True))
+        embeddings = dict(zip(texts, np.asarray(vectors, dtype=float), strict=True))
         return [
-            max(float(found[record["response"]] @ found[answer]) for answer in answers(record))
+            max(float(embeddings[record["response"]] @ embeddings[answer]) for answer in answers(record))
             if record["response"].strip()
             else 0.0
             for record in records
         ]
+
+
+SCORERS = [Similarity()]
 
 
 @cache
