@@ -77,14 +77,14 @@ def test_intervals_cover_and_tests_keep_their_size(seeds: int, examples: int, se
     assert abs(apart_unpaired / TRIALS - 0.05) <= slack
 
 
-@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize("seeds", [2, 3, 10])
 def test_the_minimum_detectable_difference_is_found_as_often_as_it_says(seeds: int):
     rng = np.random.default_rng(seeds)
-    noise = rng.normal(size=(4000, seeds)) * 0.1
+    noise = rng.normal(size=(1000, seeds)) * 0.1
     spreads = [Spread.of(values, np.repeat(values[:, None], 2, axis=1)) for values in noise]
     true = float(np.median([spread.detectable for spread in spreads]))
     found = [spread.p(float(values.mean() + true)) <= 0.05 for spread, values in zip(spreads, noise, strict=True)]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.07)
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
 
 
 def test_the_variance_is_that_of_a_plain_loop():
@@ -95,7 +95,7 @@ def test_the_variance_is_that_of_a_plain_loop():
     spread = Spread.of(values, again)
     assert spread.seeds == pytest.approx(np.var(values, ddof=1) / 4)
     assert spread.examples == pytest.approx(max(np.var(means) - alone, 0))
-    assert spread.freedom == pytest.approx(3 * (1 + spread.examples / (4 * spread.seeds)) ** 1.5)
+    assert spread.freedom == pytest.approx(3 * (1 + 3 / 8 * spread.examples / spread.seeds) ** 1.25)
 
 
 def test_a_mean_over_seeds_has_students_interval():

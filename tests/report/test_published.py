@@ -23,7 +23,7 @@ from support.paths import ROOT
 from support.synthetic_runs import STAGES, TASKS, make_run
 
 SHARED = ROOT.parent / "shared" / "data"
-SWEEPS = sorted(ROOT.glob("experiments/*/*/*.yaml"))
+SWEEPS = sorted(ROOT.glob("experiments/published/*/*/*.yaml"))
 SHORT = {
     "gere-fifteen_tasks-tiny": "[CB, yahoo]",
     "tree_lora-fifteen_tasks-tiny": "[FOMC, QQP]",
