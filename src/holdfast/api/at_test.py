@@ -1,4 +1,4 @@
-"""What methods see of an evaluation at test time."""
+"""The contract of an evaluation: what a method may use of it at test time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Evaluation(Protocol):
     Attributes:
         model: a causal language model, with or without adapters.
         batch_size: sequences in one forward pass.
-        seed: of the run; methods draw their random choices at test time from it.
+        seed: of the run; a method's random choices at test time depend on it.
     """
 
     model: PreTrainedModel | PeftModel
@@ -30,6 +30,6 @@ class Evaluation(Protocol):
         """Pad rows on the right.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and ``labels``, int64 [rows, seq], on the model's device; a row without
-            labels is not supervised.
+            ``input_ids``, ``attention_mask`` and ``labels``, int64 [rows, seq], on the model's device; the tokens of a
+            row without labels are not supervised.
         """

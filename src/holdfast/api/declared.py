@@ -211,6 +211,8 @@ def _options(lineage: Sequence[DeclaredClass]) -> Fields:
                     for key, default in {keyword.arg: value}.items() if keyword.arg else value.items():
                         fields[key] = (json.dumps(default), fields[key][1])
                 return fields
+            case ast.expr():
+                break
     raise Unreadable("Options")
 
 

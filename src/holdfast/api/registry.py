@@ -49,15 +49,29 @@ class Registry(Generic[T]):
     def __init__(self, base: type[T], package: str):
         self.base, self.package = base, package
         self.kind: str = base.kind
-        self.classes: dict[str, type[T]] = base.registry  # those that are imported
+
+    @property
+    def classes(self) -> dict[str, type[T]]:
+        """Those that are imported, by name."""
+        return self.base.registry
 
     @cached_property
     def own(self) -> dict[str, DeclaredClass]:
         """Those of the package, by name, as their sources declare them."""
-        folder = importlib.import_module(self.package).__path__
-        sources = [read(f"{self.package}.{module.name}") for module in pkgutil.iter_modules(folder)]
-        classes = [cls for source in sources if source for cls in source.classes()]
-        return {cls.name: cls for cls in classes if cls.name is not None and cls.is_a(self.base)}
+        declared = {}
+        for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+            source = read(f"{self.package}.{module.name}")
+            for cls in source.classes() if source is not None else ():
+                if not cls.is_a(self.base):
+                    continue
+                try:
+                    name = cls.name
+                except Unreadable:
+                    importlib.import_module(cls.source.module)  # it makes itself known in `classes`
+                    continue
+                if name is not None:
+                    declared[name] = cls
+        return declared
 
     def names(self) -> list[str]:
         """All names, as far as they are known without an import."""

@@ -1,38 +1,39 @@
-"""A stage and its optimizer steps: what a method may know of the training that it belongs to."""
+"""A stage and its optimizer steps, as methods see them."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from random import Random
+from typing import TYPE_CHECKING, Literal
 
 from holdfast.api.rows import Batch, TokenRow
 from holdfast.engines.process import Process
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
 
     from holdfast.engines.shards import Shards
 
 
 @dataclass
 class Stage:
-    """Training on one task, and what a method may know of it.
+    """Training on one task.
 
     Attributes:
         index: 1 for the first stage.
-        task: name of the task; "joint" where all tasks are learned together.
+        task: name of the task; "joint" if all tasks are learned together.
         model: the model with its tuner; its weights are those that the last stage ended with.
-        tokenizer: the model's tokenizer, where the trainer knows it.
         rows: the task's train rows.
         collate: turns rows into a batch on the model's device.
         seed: of the run; use :meth:`random` or :meth:`Step.random` for choices, so that a resumed run repeats them.
         micro_batch_size: rows that fit into one forward pass, in each process.
-        folder: where a method may keep files for as long as the run lives.
-        rows_a_step: task rows of a full optimizer step, of all processes.
+        folder: a folder for a method's files; it lives as long as the run.
+        tokenizer: the model's tokenizer, if the trainer knows it.
+        rows_a_step: task rows of a full optimizer step, over all processes.
     """
 
     index: int
@@ -43,19 +44,24 @@ class Stage:
     seed: int
     micro_batch_size: int
     folder: Path = Path()
-    tokenizer: Any = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     rows_a_step: int = 1
 
-    def random(self, purpose: str) -> random.Random:
+    def random(self, purpose: str) -> Random:
         """A generator of random choices that depends on seed, stage and purpose alone."""
-        return random.Random(f"{self.seed}/{self.index}/{purpose}")
+        return Random(f"{self.seed}/{self.index}/{purpose}")
+
+    def sample(self, count: int, choices: Random) -> list[TokenRow]:
+        """``count`` train rows in random order, or all if there are fewer."""
+        places = choices.sample(range(len(self.rows)), min(count, len(self.rows)))
+        return [self.rows[place] for place in places]
 
     def hidden_states(self, rows: Sequence[TokenRow], layer: int = -1) -> list[Tensor]:
-        """Hidden states of the model as it is now, without dropout or gradient.
+        """Hidden states of rows under the current weights, without dropout or gradient.
 
         Args:
-            layer: -1 for the last one, after the final norm, from which the head makes the logits; 0 for the
-                embeddings; otherwise after that layer.
+            layer: -1: after the last layer and the final norm, which is the head's input; 0: the embeddings; otherwise
+                after that layer.
 
         Returns:
             one tensor a row, [tokens, hidden], in the model's data type.
@@ -81,49 +87,49 @@ class Stage:
     def gradient(self, rows: Sequence[TokenRow]) -> Shards:
         """Gradient of the mean next-token loss over all supervised tokens of ``rows`` at the current weights.
 
-        Each process goes through its share of the rows. Gradients that are being accumulated stay untouched.
+        Each process computes its share of the rows. The gradients that training accumulates stay untouched.
         """
         from holdfast.engines.vectors import gradient_of_sum
 
         return gradient_of_sum(self._losses(rows), self.model)
 
     def gradients(self, groups: Sequence[Sequence[TokenRow]]) -> Shards:
-        """A stack of :meth:`gradient`, one a group of rows."""
+        """A stack of :meth:`gradient`, one for each group of rows."""
         from holdfast.engines.vectors import gradients_of_sums
 
         return gradients_of_sums(map(self._losses, groups), self.model)
 
     def _losses(self, rows: Sequence[TokenRow]) -> Iterator[Tensor]:
-        """This process's share, one micro-batch at a time, of the mean next-token loss of rows."""
+        """This process's share of the mean next-token loss of rows, one micro-batch at a time."""
         from holdfast.losses.next_token import next_token_nll
 
         assert rows, "no rows"
         process, size = Process.this(), self.micro_batch_size
         tokens = sum(label != -100 for row in rows for label in row["labels"][1:])
-        own = rows[process.rank :: process.world]
+        share = rows[process.rank :: process.world]
         for start in range(0, math.ceil(len(rows) / process.world), size):
-            # A process that has no rows left goes along, since others may need it for their weights.
-            batch = self.collate(own[start : start + size] or rows[:1])
+            # A process without rows goes along, since the others may need its part of the weights.
+            batch = self.collate(share[start : start + size] or rows[:1])
             labels = batch.pop("labels")
             nll, _ = next_token_nll(self.model(**batch).logits, labels)
-            yield nll * (1 / tokens if start < len(own) else 0.0)
+            yield nll * (1 / tokens if start < len(share) else 0.0)
 
 
 @dataclass
 class Rehearsed:
-    """Rehearsal rows of a micro-batch after the model's forward pass.
+    """The rehearsal rows of a micro-batch after the model's forward pass.
 
     Attributes:
-        samples: which of the rows that :class:`Extra` named each one is, [rows].
+        samples: the number of each row, as :class:`Extra` gave them.
         labels: int64 [rows, seq]; -100 where not supervised.
-        logits: [rows, seq, vocab], with gradient; None where the method asked for hidden states only.
-        hidden: [rows, seq, hidden], with gradient, for each layer that the method asked for, in its order.
-        made: [rows, seq, vocab], with gradient: the logits that the task's own loss has made of these rows, whether or
-            not the method asked for logits; None where there are none.
-        share: what the mean over this micro-batch's supervised tokens counts in the mean over micro-batches, so that
-            the step's term is the mean over all its tokens, however its rows fall into micro-batches.
+        logits: [rows, seq, vocab], with gradient; None if the method asked for hidden states only.
+        hidden: [rows, seq, hidden], with gradient, of each layer that the method asked for, in its order.
+        share: factor on a mean over this micro-batch's supervised tokens, such that the mean over all micro-batches is
+            the mean over all tokens of the step, however its rows fall into micro-batches.
+        made: [rows, seq, vocab], with gradient: the logits that the task's own loss computed of these rows, whether or
+            not the method asked for logits; None if there are none.
         batch: the rows themselves.
-        counts: whether they count; otherwise, at share 0, this process goes along for the sake of others' rows.
+        counts: False, with share 0, in a process that goes along only because others need its part of the weights.
     """
 
     samples: list[int]
@@ -138,16 +144,16 @@ class Rehearsed:
 
 @dataclass
 class Step:
-    """One optimizer step, made of one or more micro-batches.
+    """One optimizer step, of one or more micro-batches.
 
     Attributes:
         stage: the stage that it belongs to.
         index: 0 for the first optimizer step of the stage.
-        rows: task rows in this step, of all processes.
-        micro_batches: micro-batches in this step, of all processes.
-        logged: whether this step's values are written to the log, so that they need computing.
-        rehearsed: by method name, what the model made of the rehearsal rows of the current micro-batch.
-        rehearsal_tokens: by method name, supervised rehearsal tokens of the whole step.
+        rows: task rows in this step, over all processes.
+        micro_batches: micro-batches in this step, over all processes.
+        logged: whether this step's values are logged; otherwise they need not be computed.
+        rehearsed: the rehearsal rows of the current micro-batch after the forward pass, by method name.
+        rehearsal_tokens: the number of supervised rehearsal tokens in the whole step, by method name.
     """
 
     stage: Stage
@@ -158,24 +164,24 @@ class Step:
     rehearsed: dict[str, Rehearsed] = field(default_factory=dict)
     rehearsal_tokens: dict[str, int] = field(default_factory=dict)
 
-    def random(self, purpose: str) -> random.Random:
+    def random(self, purpose: str) -> Random:
         """A generator of random choices that depends on seed, stage, step and purpose alone."""
-        return random.Random(f"{self.stage.seed}/{self.stage.index}/{self.index}/{purpose}")
+        return Random(f"{self.stage.seed}/{self.stage.index}/{self.index}/{purpose}")
 
 
 @dataclass(frozen=True)
 class Extra:
-    """Rows that go with one optimizer step: ``beside`` the task's rows, or to ``replace`` as many of them.
+    """Rows that go with one optimizer step.
 
     Attributes:
         rows: tokenised rows.
-        way: ``beside``: they go through the model along with the task's rows and come back as :class:`Rehearsed`;
-            ``replace``: they take the places of task rows; ``task``: there are none, and the task's own rows come
-            back as :class:`Rehearsed`.
-        samples: a number for each row by which the method knows it again; 0, 1, ... where absent.
-        dealt: whether these are every so many-th rows, this process's own; otherwise all processes have the same.
-        layers: hidden states that the method needs, as in :meth:`Stage.hidden_states`.
+        way: ``beside``: they go through the model along with the task's rows, and come back as :class:`Rehearsed`;
+            ``replace``: they take the places of as many task rows; ``task``: there are none, and the task's own rows
+            come back as :class:`Rehearsed`.
+        samples: a number for each row, by which the method finds it again; 0, 1, ... where absent.
+        layers: the hidden states that the method needs, as in :meth:`Stage.hidden_states`.
         logits: whether the method needs logits.
+        dealt: whether these are this process's own share; otherwise every process gives the same rows.
     """
 
     rows: Sequence[TokenRow]

@@ -1,4 +1,4 @@
-"""What a task is: named train, eval and test examples and a metric."""
+"""A task: named train, eval and test examples and a metric; a stream of tasks; measures of general ability."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, Literal
 class Turn:
     """One message of a conversation.
 
-    ``cut`` is the span [start, end) of ``content`` that truncation may shorten, from its middle: the input, never
-    the instruction or an answer. None: nothing may be cut.
+    ``cut`` is the span [start, end) of ``content`` that truncation may shorten from its middle: the input, never the
+    instruction or an answer. None: nothing may be cut.
     """
 
     role: Literal["system", "user", "assistant"]
@@ -26,9 +26,14 @@ class Turn:
 class Example:
     """One row: a conversation that ends with the assistant's answer, or plain text.
 
-    Exactly one of ``turns`` and ``text`` is given. ``file`` and ``row`` (0-based) say where it came from, and
-    ``number`` (0-based) which of a conversation's answers is asked for, where each is. ``choices`` are the answers that
-    the question offers, and ``also_right`` answers that are as good as the one given.
+    Attributes:
+        file: the file that the row came from.
+        row: its number there, from 0.
+        turns: the conversation; of ``turns`` and ``text``, exactly one is given.
+        text: plain text.
+        number: which of a conversation's answers is asked for, from 0, if each of them is.
+        choices: the answers that the question offers.
+        also_right: answers that are as good as the one given.
     """
 
     file: str
@@ -41,7 +46,7 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """What the model should respond: the last assistant turn; empty for plain text."""
+        """The right response: the last assistant turn; empty for plain text."""
         return self.turns[-1].content if self.turns else ""
 
     @property
@@ -51,19 +56,20 @@ class Example:
 
     @property
     def input(self) -> str:
-        """What the question is about, without its instruction: the span of it that may be cut, or all of it."""
-        asked = next((turn for turn in reversed(self.turns) if turn.role == "user"), None)
-        if asked is None or asked.cut is None:
+        """The question without its instruction: the span of it that may be cut, or all of it."""
+        question = next((turn for turn in reversed(self.turns) if turn.role == "user"), None)
+        if question is None or question.cut is None:
             return self.question
-        return asked.content[slice(*asked.cut)]
+        return question.content[slice(*question.cut)]
 
 
 @dataclass
 class Counts:
-    """What was noticed while a task was loaded; `holdfast check` and the report show it.
+    """Counts of suspicious rows of a task; `holdfast check` and the report show them.
 
-    A row is a duplicate where prompt and answer stood before, and contradicts where the prompt stood before with
-    another answer. ``test_rows_in_other_tasks`` are questions that another task of the stream trains on.
+    A row is a duplicate if an earlier row has the same prompt and answer, and contradicts if an earlier row has the
+    same prompt and another answer. ``test_rows_in_other_tasks`` are questions that another task of the stream trains
+    on.
     """
 
     duplicate_train_rows: int = 0
@@ -79,10 +85,10 @@ class Task:
     """A named dataset with a metric.
 
     Attributes:
+        labels: all possible answers, if they are known.
         beside: further metrics of the same responses.
-        labels: every answer there may be, where that is known.
         asked: how a row becomes a prompt: the prompt with {sentence} in its place, or the name of the rows' format.
-        max_new_tokens: longest response that the task allows.
+        max_new_tokens: longest response that the task allows, in tokens.
         fingerprint: SHA-256 over all its examples, in order.
     """
 
@@ -100,12 +106,12 @@ class Task:
 
 
 def fingerprint(train: Sequence[Example], eval_: Sequence[Example], test: Sequence[Example]) -> str:
-    """SHA-256 (hexadecimal) over what the examples of the three splits say, in order, not over where they came from."""
-    splits = [[_said(row) for row in split] for split in (train, eval_, test)]
+    """SHA-256 (hexadecimal) over the content of the three splits, in order; files and row numbers do not count."""
+    splits = [[_content(row) for row in split] for split in (train, eval_, test)]
     return hashlib.sha256(json.dumps(splits, ensure_ascii=True).encode()).hexdigest()
 
 
-def _said(row: Example) -> object:
+def _content(row: Example) -> object:
     if row.text is not None:
         return row.text
     turns = [(turn.role, turn.content) for turn in row.turns]
@@ -117,11 +123,14 @@ class General:
     """A measure of general ability: texts (perplexity), questions with choices (accuracy), prompts (refusals), or a
     task of lm-evaluation-harness.
 
-    ``questions`` are (question, choices, index of the right choice). ``shown`` holds for each question the pieces of
-    text that stand before it, or is empty; of pieces that do not fit the last ones are left out. ``by``: the whole
-    choices are compared, or only the token in which they, as letters, differ. ``texts`` are also the prompts, whose
-    responses have ``max_new_tokens`` at most. ``harness`` are the options of the configuration that the library takes,
-    and ``task``, one of theirs.
+    Attributes:
+        texts: the texts of a perplexity, or the prompts of a measure of refusals.
+        questions: (question, choices, index of the right choice).
+        shown: for each question the pieces of text that stand before it, or empty; the last ones are left out if they
+            do not fit.
+        by: what is compared: the whole choices, or, where these are letters, only the token in which they differ.
+        max_new_tokens: longest response to a prompt, in tokens.
+        harness: the configuration's options for the library, and ``task``, the name of a task of the library.
     """
 
     name: str
@@ -140,7 +149,7 @@ class Stream:
 
     Attributes:
         general: the stream's own measures of general ability.
-        version: of its definition: a benchmark's number, and a digest of prompts, metrics and order, whatever the rows.
+        version: of its definition: a benchmark's number, and a digest of prompts, metrics and order, not of the rows.
     """
 
     name: str

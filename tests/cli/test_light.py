@@ -1,0 +1,105 @@
+"""Commands that only name things, and `check` where it refuses, answer without the libraries that take seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "scipy")
+
+RUN = """
+import json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from holdfast.cli import main
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, said, code = ["holdfast", *arguments], StringIO(), 0
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            main()
+    except SystemExit as stopped:
+        code = stopped.code
+    heavy = [name for name in json.loads(sys.stdin.readline()) if name in sys.modules]
+    print(json.dumps([code, said.getvalue(), heavy]))
+"""
+
+
+def answered(commands: list[list[str]], folder: Path) -> list[tuple[int, str, list[str]]]:
+    """Exit code, output and heavy libraries in the process after each of some commands, which one process runs."""
+    given = (json.dumps(HEAVY) + "\n") * len(commands)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(commands)],
+        cwd=folder,
+        input=given,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+SHOWN = {
+    "--help": "holdfast",
+    "methods": "\newc ",
+    "methods ewc": "strength (1000.0)",
+    "methods gere": "ce_weight (1.0)",
+    "methods o_lora": "not with tree_lora",
+    "tuners": "\nlora ",
+    "tuners moe_lora": "experts (4)",
+    "streams": "trace ",
+    "streams trace": "obtained from",
+    "streams --metrics": "semantic_similarity",
+}
+
+
+def test_names_options_and_pages_need_no_torch(tmp_path: Path):
+    commands = [line.split() for line in SHOWN]
+    for (code, said, heavy), (line, part) in zip(answered(commands, tmp_path), SHOWN.items(), strict=True):
+        assert code == 0 and part in said and not heavy, (line, heavy, said)
+
+
+REFUSED = {
+    "trainig.epochs=3": "did you mean 'training'",
+    "method=ewcc": "did you mean 'ewc'",
+    "method={name: ewc, strenght: 3}": "did you mean 'strength'",
+    "method=mine.py": "there is no file mine.py",
+    "tuner=lroa": "did you mean 'lora'",
+    "tuner={name: freeze, block: 1}": "did you mean 'blocks'",
+    "stream=[{name: a, path: data/a, metric: acuracy}]": "did you mean 'accuracy'",
+    "stream=[{name: a, path: data/b}]": "there is no folder 'data/b'",
+    "stream={name: trcae}": "did you mean 'trace'",
+    "stream.path=nowhere": "there is no folder 'nowhere'",
+    "stream.order=[b]": "holds no task 'b'",
+    "evaluation.general=[{name: texts, path: texts.txt}]": "texts.txt",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration that is right but for its model, in a folder with one task."""
+    task = tmp_path / "data" / "a"
+    task.mkdir(parents=True)
+    for split in ("train", "test"):
+        (task / f"{split}.jsonl").write_text(json.dumps({"prompt": f"a {split} question", "answer": "yes"}) + "\n")
+    values = {"model": "no-model", "method": "ewc", "stream": {"path": "data"}, "output": "out"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def test_check_refuses_names_keys_files_and_tasks_without_torch(config: Path):
+    commands = [["check", "missing.yaml"], *(["check", "config.yaml", override] for override in REFUSED)]
+    expected = {"missing.yaml": "there is no such file"} | REFUSED
+    for (code, said, heavy), (line, part) in zip(answered(commands, config), expected.items(), strict=True):
+        assert code == 2 and part in said and not heavy, (line, heavy, said)
+    assert len(commands) == len(expected)
+
+
+def test_check_goes_on_to_the_model_where_nothing_is_wrong_with_the_names(config: Path):
+    [(code, said, heavy)] = answered([["check", "config.yaml", "method=o_lora", "tuner=lora"]], config)
+    assert code == 2 and "model.name: 'no-model'" in said and "torch" in heavy
