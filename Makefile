@@ -2,8 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+CODE := src tests benchmarks experiments .ci
+LOWEST := .venv-lowest
+# The core: configuration, data, training, resume, scores and the report.
+LOWEST_TESTS := tests/whole/test_project.py tests/whole/test_bad_input.py tests/data/test_formats.py \
+	tests/data/test_load.py tests/runner/test_run.py tests/training/test_trainer.py \
+	tests/rehearsal/test_rehearsal.py tests/tuners/test_tuners.py tests/scoring/test_scorers.py \
+	tests/evaluation/test_evaluation.py tests/report/test_report.py
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all test-lowest wheel lint format clean
 
 demo: $(READY)
 	$(BIN)/holdfast demo
@@ -14,14 +21,23 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -n auto $(PYTEST)
 
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+test-lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/holdfast --version
+	$(LOWEST)/bin/holdfast run --help >/dev/null
+	$(LOWEST)/bin/python -m pytest -m "not slow" $(LOWEST_TESTS)
+
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
+
 lint: $(READY)
-	$(BIN)/ruff check src tests benchmarks experiments
-	$(BIN)/ruff format --check src tests benchmarks experiments
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
 format: $(READY)
-	$(BIN)/ruff check --fix src tests benchmarks experiments
-	$(BIN)/ruff format src tests benchmarks experiments
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,5 +48,10 @@ $(READY): pyproject.toml constraints.txt
 		--no-build-isolation deepspeed
 	touch $@
 
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --disable-pip-version-check --constraint constraints-lowest.txt --editable . pytest
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv $(LOWEST) dist runs

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from holdfast.version import __version__
+
 if TYPE_CHECKING:
     from holdfast.api.method import Method
     from holdfast.config.run import RunConfig, load_config
     from holdfast.runner.loop import run
     from holdfast.training.trainer import ContinualTrainer, continual
 
-__version__ = "0.1.0"
-__all__ = ["ContinualTrainer", "Method", "RunConfig", "continual", "load_config", "run"]
+__all__ = ["ContinualTrainer", "Method", "RunConfig", "__version__", "continual", "load_config", "run"]
 
 _HOME = {
     "ContinualTrainer": "holdfast.training.trainer",

@@ -80,6 +80,31 @@ def test_no_page_scrolls_sideways_even_with_all_details_open(visit: Callable[...
     assert page.evaluate(OVERFLOW) == 0
 
 
+def test_a_browser_that_cannot_show_the_plots_says_so(browser: Browser, folder: Path) -> None:
+    def warnings(script: str | None = None, **settings: Any) -> tuple[list[str], int]:
+        """The warnings that a person sees, and how many plots."""
+        with browser.new_context(**settings) as context:
+            page = context.new_page()
+            failures: list[str] = []
+            page.on("pageerror", lambda error: failures.append(str(error)))
+            if script:
+                page.add_init_script(script)
+            page.goto((folder / "one.html").as_uri())
+            if not settings:
+                page.wait_for_timeout(500) if script else page.wait_for_function(DRAWN)
+            assert failures == []
+            seen = page.locator("main .warning:visible").all_text_contents()
+            return seen, page.locator(".main-svg").count()
+
+    said, plots = warnings()
+    assert said == [] and plots > 0
+    said, plots = warnings(java_script_enabled=False)
+    assert len(said) == 1 and "JavaScript is off" in said[0] and plots == 0
+    for missing in ("DecompressionStream", "structuredClone"):
+        said, plots = warnings(f"delete window.{missing}")
+        assert len(said) == 1 and "cannot unpack" in said[0] and plots == 0
+
+
 def test_figures_in_the_page_are_those_of_matrix_json(visit: Callable[..., Page], folder: Path) -> None:
     page, matrix = visit("one.html"), read_json(folder / "replay" / "matrix.json")
     shown = page.evaluate(

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from holdfast import load_config, run
+from holdfast import __version__, load_config, run
 from holdfast.metrics.summary import summarize
 from holdfast.runner.load import trained_weights
 from holdfast.scoring.match import accuracy
@@ -62,7 +62,8 @@ def test_run_json_says_what_made_the_numbers(finished):
     _, directory, config = finished
     record = read_json(directory / "run.json")
     assert record["config"] == load_config(config).model_dump(mode="json")
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["holdfast"] == __version__
+    assert torch.__version__.startswith(record["versions"]["torch"])  # what was built for CUDA says so in its own
     assert record["tasks"]["red"]["train"] == 24 and record["tasks"]["red"]["test_rows_in_train"] == 1
     assert record["finished"] is not None and record["seconds"]["train"] > 0
     assert record["parameters"]["total"] == record["parameters"]["trainable"] > 0

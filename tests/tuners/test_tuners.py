@@ -99,7 +99,7 @@ CASES = {
     "prefix by a network": Case(
         "prefix", r"prompt_encoder\.", {"num_virtual_tokens": 5, "prefix_projection": True}, neutral=False
     ),
-    "osf": Case("osf", r"\.osf_svd_params\."),
+    "osf": Case("osf", r"\.osf_svd_params\.", tolerance=2e-5),
 }
 SOFT = [name for name, case in CASES.items() if case.tuner in ("prompt", "p_tuning", "prefix")]
 WITHIN_PEFT = {
@@ -386,7 +386,7 @@ def test_a_moved_base_is_saved_as_peft_converts_it(use_rslora, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(w, theirs[key]) for key, w in ours.items())
     configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")]
     for key in ("r", "lora_alpha", "use_rslora", "init_lora_weights", "inference_mode", "base_model_name_or_path"):
-        assert configs[0][key] == configs[1][key], key
+        assert (configs[0][key] or None) == (configs[1][key] or None), key  # PEFT 0.20 writes "" for no base model
 
 
 def test_saving_a_moved_base_takes_no_random_numbers(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import Annotated
 
 import typer
 
@@ -24,6 +25,7 @@ from holdfast.cli import (
     serve,
     sweep,
 )
+from holdfast.version import __version__
 
 app = typer.Typer(
     name="holdfast",
@@ -34,6 +36,23 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"holdfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of holdfast itself, before any command."""
+
+
 app.command("demo")(demo.demo)
 app.command("run", cls=run.HelpWithKeys)(run.run)
 app.command("sweep", cls=sweep.HelpWithSweepKeys)(sweep.sweep)

@@ -15,6 +15,7 @@ from holdfast.data.texts import read_texts
 from holdfast.errors import DataError
 from holdfast.rehearsal.corpus import MANIFEST, TOKENIZER, corpus_files
 from holdfast.rehearsal.statistics import LONG, Rows, Statistics, by_rank, histogram, shared
+from holdfast.report.packed import pack_text, packed_plotly
 from holdfast.report.plots import Plot, templates
 from holdfast.report.text import number
 from holdfast.system.files import read_json, write_text
@@ -53,7 +54,6 @@ def write_corpus_page(corpus: Path, output: Path, against: Path | None = None) -
     Raises:
         DataError: the corpus is unfinished or damaged, or the text beside it cannot be read or is too short.
     """
-    from plotly.offline import get_plotlyjs
     from transformers import AutoTokenizer
 
     files = corpus_files(corpus)
@@ -88,10 +88,11 @@ def write_corpus_page(corpus: Path, output: Path, against: Path | None = None) -
     environment.filters |= {"number": number, "visible": _visible}
     html = environment.get_template("corpus.html.j2").render(
         **page,
-        plots={"figures": plots, "templates": templates()},
+        plots=plots,
+        data={"plots": pack_text(json.dumps({"figures": plots, "templates": templates()}))},
         css=(HERE / "page.css").read_text(encoding="utf-8"),
-        script=(HERE / "page.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs(),
+        script="".join((HERE / name).read_text(encoding="utf-8") for name in ("unpack.js", "page.js")),
+        plotly=packed_plotly(),
     )
     write_text(output, html)
     return output

@@ -1,13 +1,14 @@
 // Draws the plots in the person's light or dark setting, again when it changes, and light on paper. Until plotly, which
-// is large, has been read the page can be used without plots.
-const page = JSON.parse(document.getElementById("plots").textContent);
+// is large, has been unpacked and read the page can be used without plots.
+const data = JSON.parse(document.getElementById("data").textContent);
+let plots; // figures and templates, once they are unpacked
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const setting = () => (dark.matches ? "dark" : "light");
 const PAPER_WIDTH = 660;
 
 function draw(box, theme, width) {
-  const figure = structuredClone(page.figures[box.id]);
-  Object.assign(figure.layout, { template: page.templates[theme], width });
+  const figure = structuredClone(plots.figures[box.id]);
+  Object.assign(figure.layout, { template: plots.templates[theme], width });
   Plotly.react(box, figure.data, figure.layout, {
     responsive: true,
     displaylogo: false,
@@ -51,10 +52,12 @@ addEventListener("beforeprint", () => drawAll(document, "light", PAPER_WIDTH));
 addEventListener("afterprint", () => drawAll());
 
 (async () => {
-  if (document.getElementById("rows")) await testRows(document.getElementById("rows"), page.rows);
+  if (!document.getElementById("too-old").hidden) return;
+  if (document.getElementById("rows")) await testRows(document.getElementById("rows"), data.rows);
   await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  plots = JSON.parse(await unpackText(data.plots));
   const script = document.createElement("script");
-  script.textContent = document.getElementById("plotly").textContent;
+  script.textContent = await unpackText(document.getElementById("plotly").textContent);
   document.head.append(script);
   await drawFirst();
 })();

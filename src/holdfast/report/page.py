@@ -16,6 +16,7 @@ from holdfast.records.read import FinishedRun, changes, read_runs
 from holdfast.report import plots
 from holdfast.report.compare import compare
 from holdfast.report.figures import COSTS, FIGURES, Figure, direction
+from holdfast.report.packed import pack_text, packed_plotly
 from holdfast.report.rows import pack
 from holdfast.report.tables import cost, interval_notes, p_value
 from holdfast.report.text import NOT_MEASURED, interval, number, shorten
@@ -39,8 +40,6 @@ def write_report(paths: list[Path], output: Path) -> Path:
     Raises:
         RunDirectoryError: a directory holds no run, or none that was evaluated yet.
     """
-    from plotly.offline import get_plotlyjs
-
     assert paths, "a report needs at least one run"
     runs = read_runs(paths)
     page = _Page()
@@ -72,10 +71,10 @@ def write_report(paths: list[Path], output: Path) -> Path:
     }
     html = environment.get_template("template.html.j2").render(
         **context,
-        plots={"figures": page.plots, "templates": plots.templates(), "rows": packed},
+        data={"plots": pack_text(_json({"figures": page.plots, "templates": plots.templates()})), "rows": packed},
         css=(HERE / "page.css").read_text(encoding="utf-8"),
-        script="".join((HERE / name).read_text(encoding="utf-8") for name in ("rows.js", "page.js")),
-        plotly=get_plotlyjs(),
+        script="".join((HERE / name).read_text(encoding="utf-8") for name in ("unpack.js", "rows.js", "page.js")),
+        plotly=packed_plotly(),
     )
     write_text(output, html)
     return output

@@ -1,5 +1,4 @@
 // The list of test rows before and after: unpacked when the page opens, filtered as one types, drawn where it is seen.
-"use strict";
 async function testRows(section, packed) {
   const find = (name) => section.querySelector(`[data-rows=${name}]`);
   const [list, space, count, dialog] = ["list", "space", "count", "dialog"].map(find);
@@ -18,11 +17,7 @@ async function testRows(section, packed) {
   let shown = []; // [chunk, place of the run in it, row]
 
   async function unpack(chunk) {
-    const signs = atob(chunk.rows);
-    const bytes = new Uint8Array(signs.length);
-    for (let i = 0; i < signs.length; i++) bytes[i] = signs.charCodeAt(i);
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    chunk.texts = JSON.parse(await new Response(stream).text());
+    chunk.texts = JSON.parse(await unpackText(chunk.rows));
     delete chunk.rows;
   }
 

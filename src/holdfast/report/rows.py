@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 from typing import Any
 
 from holdfast.records.read import Changes, FinishedRun, changes
+from holdfast.report.packed import pack_text
 from holdfast.report.text import shorten
 
 LENGTH = 1200  # characters kept of a prompt, an answer or a response
@@ -19,8 +18,8 @@ def pack(runs: list[FinishedRun]) -> dict[str, Any]:
     Returns:
         ``runs`` (labels), ``length`` (to which longer texts are shortened) and ``chunks``, one a task and set of test
         rows, with ``task``, ``runs`` (for each run its place in ``runs``, ``since``, and how many rows were
-        ``lost`` and ``gained``) and ``rows``: JSON, gzipped, in base64, with ``numbers``, ``prompts`` and ``answers``
-        of the rows, and by run ``before`` and ``after`` (responses), ``was`` and ``is`` (scores).
+        ``lost`` and ``gained``) and ``rows``: packed JSON with ``numbers``, ``prompts`` and ``answers`` of the rows,
+        and by run ``before`` and ``after`` (responses), ``was`` and ``is`` (scores).
     """
     chunks: dict[tuple[Any, ...], dict[str, Any]] = {}
     for place, run in enumerate(runs):
@@ -39,7 +38,7 @@ def pack(runs: list[FinishedRun]) -> dict[str, Any]:
             chunk["rows"]["runs"].append(_responses(found))
     for chunk in chunks.values():
         text = json.dumps(chunk["rows"], ensure_ascii=False, separators=(",", ":"))
-        chunk["rows"] = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+        chunk["rows"] = pack_text(text)
     return {"runs": [run.label for run in runs], "length": LENGTH, "chunks": list(chunks.values())}
 
 

@@ -12,34 +12,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.api.scorer import Record, Scorer, answers
-from holdfast.errors import ConfigError
 
 # One token a character in scripts that write no spaces between words (kana, Han, Thai, Lao, Khmer, Burmese).
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_LATIN_WORD = re.compile(r"[a-z0-9]+")
 _LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
 
 
 def rouge_l(response: str, answer: str) -> float:
     """ROUGE-L F-measure (Lin 2004) over case-folded words, without stemming.
 
-    In scripts without spaces between words (Han, kana, Thai ...) every character is a word. The rouge-score library
-    computes it, and on plain English text its own default words give the same. An empty response scores 0.
-
-    Raises:
-        ConfigError: the rouge-score library is not installed.
+    In scripts without spaces between words (Han, kana, Thai ...) every character is a word. On plain English text the
+    words, and so the score, are those of the rouge-score package 0.1.2. An empty response scores 0.
     """
-    return float(_rouge(stemmed=False).score(answer, response)["rougeL"].fmeasure)
+    return _rouge_l(_words(response), _words(answer))
 
 
 def super_ni_rouge_l(response: str, answer: str) -> float:
     """ROUGE-L F-measure over stemmed words of the letters a to z and digits: Super-NaturalInstructions' evaluation.
 
-    Text in any other script has no words, and scores 0.
+    Words of more than three characters are stemmed by NLTK's Porter stemmer, as in the rouge-score package 0.1.2. Text
+    in any other script has no words, and scores 0.
     """
-    return float(_rouge(stemmed=True).score(answer, response)["rougeL"].fmeasure)
+    return _rouge_l(_stems(response), _stems(answer))
 
 
 def trace_rouge_l(response: str, answer: str) -> float:
@@ -98,20 +96,31 @@ class Bleu(Scorer):
         return np.minimum(np.array(scores).reshape(sums.shape[:-1]) / 100, 1.0)
 
 
-class _Words:
-    """Tokenizer for rouge-score: its own knows the letters a to z only."""
+def _words(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
-    def tokenize(self, text: str) -> list[str]:
-        return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+def _stems(text: str) -> list[str]:
+    stem = _porter_stemmer().stem
+    return [stem(word) if len(word) > 3 else word for word in _LATIN_WORD.findall(text.lower())]
 
 
 @cache
-def _rouge(stemmed: bool) -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise ConfigError("metric rouge_l: needs the rouge-score library; pip install rouge-score") from None
-    return RougeScorer(["rougeL"], use_stemmer=True) if stemmed else RougeScorer(["rougeL"], tokenizer=_Words())
+def _porter_stemmer() -> Any:
+    from nltk.stem.porter import PorterStemmer
+
+    return PorterStemmer()
+
+
+def _rouge_l(response: list[str], answer: list[str]) -> float:
+    """F = 2PR / (P + R), where P and R are the longest common subsequence's shares of the response and the answer."""
+    from rapidfuzz.distance.LCSseq import similarity
+
+    common = similarity(response, answer)
+    if not common:
+        return 0.0
+    precision, recall = common / len(response), common / len(answer)
+    return 2 * precision * recall / (precision + recall)
 
 
 def _sentences(text: str) -> list[list[str]]:

@@ -10,11 +10,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from holdfast.version import __version__
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a run's numbers depend on."""
-    names = ("holdfast", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+    own = {"python": platform.python_version(), "holdfast": __version__}
+    return own | {name: metadata.version(name) for name in names}
 
 
 def hardware() -> dict[str, Any]:
