@@ -11,7 +11,7 @@ from holdfast.config.evaluation import EvaluationConfig
 from holdfast.config.gate import GateConfig
 from holdfast.config.model import ModelConfig
 from holdfast.config.reading import load
-from holdfast.config.section import FREE, Named, NamedField, Section, as_named
+from holdfast.config.section import FREE, Named, NamedField, Section, Seed, as_named
 from holdfast.config.stream import DataConfig, StreamConfig
 from holdfast.config.training import TrainingConfig
 
@@ -49,7 +49,7 @@ class RunConfig(Section):
     gate: GateConfig | None = Field(
         None, description="limits on what may be forgotten, checked after every stage", json_schema_extra=FREE
     )
-    seed: int = Field(0, ge=0, description="every random choice of the run follows from it")
+    seed: Seed = Field(0, description="every random choice of the run follows from it")
     output: str = Field(description="the run's directory", json_schema_extra=FREE)
 
 

@@ -10,6 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 FREE: Any = {"free": True}
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What torch, numpy and transformers all take as a seed."""
+
+
 class Section(BaseModel):
     """A part of the configuration: keys it does not know are refused."""
 

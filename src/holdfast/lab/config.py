@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config.reading import load
 from holdfast.config.run import as_methods, as_tuner
-from holdfast.config.section import FREE, Named, NamedField, Section
+from holdfast.config.section import FREE, Named, NamedField, Section, Seed
 from holdfast.config.training import BaseTrainingConfig
 
 
@@ -133,7 +133,7 @@ class LabConfig(Section):
     training: OptimizerConfig = Field(OptimizerConfig(), description="how the model is trained")
     stop: StopConfig = Field(description="when training ends")
     evaluation: MeasureConfig = Field(MeasureConfig(), description="what is measured")
-    seed: int = Field(0, ge=0, description="of the initial weights, the order of the data and the methods' choices")
+    seed: Seed = Field(0, description="of the initial weights, the order of the data and the methods' choices")
     output: str = Field(description="the run's directory", json_schema_extra=FREE)
 
     @model_validator(mode="after")

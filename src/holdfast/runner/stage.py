@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +109,21 @@ def arguments(setup: Setup, stage: PlannedStage, checkpoints: Path) -> TrainingA
         "lr_scheduler_type": training.schedule,
         "warmup_steps": training.warmup,
         "optim": training.optimizer,
-        # Trainer shuffles the epochs of a stage with seed, seed + 1, ...; no two stages share one of these.
-        "seed": config.seed * 1_000_000 + stage.index * 1000,
+        "seed": stage_seed(config.seed, stage.index),
     }
     return training_arguments(training, checkpoints, fields)
+
+
+def stage_seed(seed: int, stage: int) -> int:
+    """The seed of a stage's TrainingArguments, below 2^32.
+
+    Trainer shuffles the epochs of a stage with it, it + 1, ...; no two stages of a run share one of these.
+    """
+    plain = seed * 1_000_000 + stage * 1000
+    if plain < 2**32 - 1_000_000:
+        return plain
+    start = random.Random(f"stages of seed {seed}").randrange(2**32 - 2_000_000)
+    return start + stage * 1000
 
 
 class StageWatch(Watch):

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config.reading import load, read_yaml, set_key
 from holdfast.config.run import RunConfig, load_config
-from holdfast.config.section import Section
+from holdfast.config.section import Section, Seed
 from holdfast.errors import ConfigError, UserError
 from holdfast.sweep.grid import Axis, Grid, cells
 from holdfast.system.files import read_json
@@ -57,7 +57,7 @@ class SearchConfig(Section):
     max_forgetting: float = Field(description="forgetting at most, a fraction")
     trials: int = Field(20, ge=1, description="values tried for each cell of the grid, whatever its seeds")
     at_once: int = Field(1, ge=1, description="trials that are chosen before the result of any of them is known")
-    seed: int = Field(0, ge=0, description="of the sampler (Optuna's TPE)")
+    seed: Seed = Field(0, description="of the sampler (Optuna's TPE)")
 
 
 def _run(value: Any) -> Any:
