@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdfast.engines.profiles import DEEPSPEED
+from holdfast.engines.zero.profile import DEEPSPEED
 from support.paths import TESTS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

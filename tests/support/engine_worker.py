@@ -26,9 +26,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from torch.distributed.tensor import DTensor
 
-from holdfast.engines import zero
 from holdfast.engines.process import Process
 from holdfast.engines.shards import Shards
+from holdfast.engines.zero.layout import Partitioned
+from holdfast.engines.zero.parts import Part
 from holdfast.runner.loop import run
 from holdfast.runner.stage import StageWatch
 from holdfast.system.files import write_json
@@ -77,7 +78,7 @@ class Count:
         after_each_step(self.look)
         for owner, name in ((Process, "all_reduce_sum"), (Shards, "all_reduce_")):
             self.counted("sums", owner, name)
-        for owner, name in ((zero, "whole"), (zero, "joined"), (DTensor, "full_tensor")):
+        for owner, name in ((Partitioned, "full"), (Part, "join"), (DTensor, "full_tensor")):
             self.counted("gathers", owner, name)
         stacked = Shards.stack.__func__  # type: ignore[attr-defined]
 

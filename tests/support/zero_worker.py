@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from holdfast.data.collate import Collator
-from holdfast.engines import zero
+from holdfast.engines.pieces import full, layout_of, layout_of_model
 from holdfast.engines.process import Process
-from holdfast.engines.profiles import DEEPSPEED
+from holdfast.engines.zero.engine import attach, release
+from holdfast.engines.zero.profile import DEEPSPEED, begin
 from support.tiny import tiny_model, tiny_rows
 
 BATCH, STEPS = 12, 2  # divisible by 1, 2 and 3 processes with 2 micro-batches each
@@ -39,7 +40,7 @@ class Changing(Trainer):
 
     def change_gradients(self) -> None:
         parameters = trainable(self.model)
-        gradients = {name: gradient(p) for name, p in parameters.items()}
+        gradients = {name: layout_of(p).gradient(p) for name, p in parameters.items()}
         fixed = directions(parameters)
         dot, norm = (total(parameters, other, fixed) for other in (gradients, fixed))
         added = other_gradient(self.model, parameters)
@@ -56,19 +57,19 @@ class Follow(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer.engine is not None:
-            zero.attach(trainer.model_wrapped, trainer.change_gradients)
+            attach(trainer.model_wrapped, trainer.change_gradients)
         if self.before.exists():
             saved, parameters = torch.load(self.before, weights_only=True), trainable(trainer.model)
             for name, p in parameters.items():
-                weight(p).copy_(piece(p, saved["weights"][name]))
-            zero.sync_weights(trainer.model)
+                layout_of(p).weight(p).copy_(take(p, saved["weights"][name]))
+            layout_of_model(trainer.model).sync_weights(trainer.model)
             optimizer = torch_optimizer(trainer)
             names = {id(p): name for name, p in parameters.items()}
             ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
             state: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(ordered))}
             for key, t in saved["state"].items():
                 name, _, kind = key.rpartition("/")
-                state[ordered.index(name)][kind] = piece(parameters[name], t) if t.dim() else t
+                state[ordered.index(name)][kind] = take(parameters[name], t) if t.dim() else t
             groups, number = [], 0
             for group in optimizer.param_groups:
                 groups.append(group | {"params": list(range(number, number := number + len(group["params"])))})
@@ -77,43 +78,37 @@ class Follow(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         parameters = trainable(self.trainer.model)
         for name, fixed in directions(parameters).items():
-            weight(parameters[name]).add_(fixed, alpha=1e-2)
-        zero.sync_weights(self.trainer.model)
+            p = parameters[name]
+            layout_of(p).weight(p).add_(fixed, alpha=1e-2)
+        layout_of_model(self.trainer.model).sync_weights(self.trainer.model)
 
 
 def trainable(model: Any) -> dict[str, Any]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def gradient(p: Any) -> Tensor:
-    return zero.gradient(p) if zero.is_zero_managed(p) else p.grad
+def take(p: Any, whole: Tensor) -> Tensor:
+    piece = layout_of(p).piece(p)
+    return whole if piece is None else piece.take(whole)
 
 
-def weight(p: Any) -> Tensor:
-    return zero.weight(p) if zero.is_zero_managed(p) else p.data
-
-
-def piece(p: Any, whole: Tensor) -> Tensor:
-    return zero.part(p).take(whole) if zero.is_zero_managed(p) else whole
-
-
-def joined(p: Any, t: Tensor) -> Tensor:
-    return zero.part(p).join(t) if zero.is_zero_managed(p) else t.clone()
+def join(p: Any, t: Tensor) -> Tensor:
+    piece = layout_of(p).piece(p)
+    return t.clone() if piece is None else piece.join(t)
 
 
 def directions(parameters: dict[str, Any]) -> dict[str, Tensor]:
     """A fixed vector."""
     chance = torch.Generator().manual_seed(0)
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
-    return {name: piece(parameters[name], torch.randn(shape, generator=chance)) for name, shape in shapes.items()}
+    return {name: take(parameters[name], torch.randn(shape, generator=chance)) for name, shape in shapes.items()}
 
 
 def total(parameters: dict[str, Any], one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """An inner product."""
     value = torch.stack([(one[name] * other[name]).sum().double() for name in parameters]).sum()
-    return float(
-        Process.this().all_reduce_sum(value) if zero.is_zero_managed(next(iter(parameters.values()))) else value
-    )
+    divided = layout_of(*parameters.values()).piece(next(iter(parameters.values()))) is not None
+    return float(Process.this().all_reduce_sum(value) if divided else value)
 
 
 def other_gradient(model: Any, parameters: dict[str, Any]) -> dict[str, Tensor]:
@@ -122,21 +117,18 @@ def other_gradient(model: Any, parameters: dict[str, Any]) -> dict[str, Tensor]:
     own = {key: t[process.rank :: process.world] for key, t in OTHER.items()}
     own = own if len(own["labels"]) else {key: t[:1] for key, t in OTHER.items()}
     loss = model(**own).loss * (own["labels"][:, 1:] != -100).sum() / 100 * (process.rank < len(OTHER["labels"]))
-    if zero.is_zero_managed(next(iter(parameters.values()))):
-        return zero.gradient_of_sum([loss], parameters, divide=True)
-    found = torch.autograd.grad(loss, list(parameters.values()))
-    return {name: process.all_reduce_sum(g) for name, g in zip(parameters, found, strict=True)}
+    return layout_of(*parameters.values()).gradient_of_sum([loss], parameters, over_processes=True)
 
 
 def torch_optimizer(trainer: Changing) -> Any:
-    return zero.unflattened(trainer.model) or getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    return layout_of_model(trainer.model).torch_optimizer(trainer.model, trainer.optimizer)
 
 
 def arguments(folder: Path, engine: str | None, seed: int) -> TrainingArguments:
     world = Process.this().world
     values: dict[str, Any] = {"use_cpu": True}
     if engine is not None:
-        zero.begin()
+        begin()
         values = {"deepspeed": DEEPSPEED[engine], "accelerator_config": {"use_configured_state": True}}
     return TrainingArguments(
         str(folder / "checkpoints"),
@@ -164,7 +156,7 @@ def train(folder: Path, engine: str | None) -> None:
     model = tiny_model(hidden_size=32)
     before = folder / "before.pt"
     for stage in (3,) if before.exists() else (1, 2):
-        zero.release(model)
+        release(model)
         trainer = Changing(model, arguments(folder, engine, stage), Collator(0), ROWS)
         trainer.engine = engine
         trainer.add_callback(Follow(trainer, before))
@@ -172,10 +164,10 @@ def train(folder: Path, engine: str | None) -> None:
         trainer.train()
     parameters = trainable(model)
     found = {
-        "weights": {name: joined(p, weight(p)) for name, p in parameters.items()},
-        "model": {name: zero.whole(p) if zero.is_partitioned(p) else p.detach() for name, p in parameters.items()},
+        "weights": {name: join(p, layout_of(p).weight(p)) for name, p in parameters.items()},
+        "model": {name: full(p).detach() for name, p in parameters.items()},
         "state": {
-            f"{name}/{kind}": joined(p, t) if t.dim() else t
+            f"{name}/{kind}": join(p, t) if t.dim() else t
             for name, p in parameters.items()
             for kind, t in torch_optimizer(trainer).state[p].items()
             if isinstance(t, Tensor)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from holdfast.engines.pieces import piece_of, trainable
+from holdfast.engines.pieces import layout_of, trainable
 from holdfast.engines.process import Process
 from holdfast.system.files import read_json, write_json
 
@@ -28,9 +28,8 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             name = names[id(p)]
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
-                    piece = piece_of(p)
-                    whole = piece.join(_local(value)) if piece and piece.holds(value) else value
-                    tensors[f"{name}/{key}"] = whole.detach().cpu().contiguous()
+                    whole = layout_of(p).state_to_save(p, value).detach()
+                    tensors[f"{name}/{key}"] = whole.cpu().contiguous()
                 else:
                     values["states"].setdefault(name, {})[key] = value
     if Process.this().main:
@@ -55,18 +54,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         for p in group["params"]:
             found = states.get(names[id(p)])
             if found is not None:
-                state[number] = {key: _divided(value, p) for key, value in found.items()}
+                state[number] = {
+                    key: layout_of(p).state_to_load(p, value) if isinstance(value, Tensor) else value
+                    for key, value in found.items()
+                }
             number += 1
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if hasattr(value, "to_local") else value
-
-
-def _divided(value: Any, p: nn.Parameter) -> Any:
-    """A state's value as the optimizer keeps it beside a parameter."""
-    piece = piece_of(p)
-    if not isinstance(value, Tensor) or piece is None or value.shape != piece.shape:
-        return value.clone() if isinstance(value, Tensor) else value
-    return piece.like(value)

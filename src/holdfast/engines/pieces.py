@@ -1,71 +1,38 @@
-"""How each parameter is divided among processes, and its whole tensor where one is needed."""
+"""Which layout a parameter has, and what follows from it."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from holdfast.engines import zero
+from holdfast.engines.fsdp2 import Fsdp2
+from holdfast.engines.layout import Layout
+from holdfast.engines.zero.layout import PARTITIONED, Flattened
 
+DIVIDED = (Fsdp2(), PARTITIONED, Flattened())
+"""The layouts of the engines that divide something; whatever is none of them is whole. A new engine is added here."""
 
-class Piece(Protocol):
-    """How a parameter is divided among processes."""
-
-    shape: torch.Size
-    """Of the whole parameter."""
-
-    def take(self, whole: Tensor) -> Tensor:
-        """This process's piece of a tensor of the parameter's shape."""
-
-    def join(self, piece: Tensor) -> Tensor:
-        """The whole tensor, of every process's piece, on the CPU; on every process but the main one it may be empty."""
+WHOLE = Layout()
 
 
-class _Sharded:
-    """A piece of a parameter that FSDP2 shards."""
-
-    def __init__(self, parameter: DTensor):
-        self.shape = parameter.shape
-        self._stride = parameter.stride()
-        self._mesh, self._placements = parameter.device_mesh, parameter.placements
-
-    def take(self, whole: Tensor) -> Tensor:
-        return self.like(whole).to_local()
-
-    def like(self, whole: Tensor) -> DTensor:
-        """A tensor that is divided as the parameter is, such as its optimizer's state."""
-        return distribute_tensor(whole.to(self._mesh.device_type), self._mesh, self._placements, src_data_rank=None)
-
-    def holds(self, value: Tensor) -> bool:
-        """Whether a tensor of the optimizer's state is divided as the parameter is."""
-        return value.shape == self.shape
-
-    def join(self, piece: Tensor) -> Tensor:
-        if piece.dim() > len(self.shape):
-            return torch.stack([self.join(row) for row in piece])
-        local = piece.to(self._mesh.device_type)
-        joined = DTensor.from_local(
-            local, self._mesh, self._placements, run_check=False, shape=self.shape, stride=self._stride
-        )
-        return joined.full_tensor().cpu()
+def layout_of(*parameters: Tensor) -> Layout:
+    """The layout of a parameter; of several, that of the first engine that has divided one of them."""
+    return next((layout for layout in DIVIDED if any(map(layout.has, parameters))), WHOLE)
 
 
-def piece_of(p: Tensor) -> _Sharded | zero.Part | None:
-    """How a parameter is divided; None where it is whole."""
-    if zero.is_zero_managed(p):
-        return zero.part(p)
-    return _Sharded(p) if isinstance(p, DTensor) else None
+def layout_of_model(model: nn.Module) -> Layout:
+    """The layout of a model's parameters, trainable or not."""
+    return layout_of(*model.parameters())
+
+
+def prepare_loaded(model: nn.Module) -> None:
+    """Make a model that was just loaded ready for its tuner."""
+    layout_of_model(model).prepare_loaded(model)
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 put away the whole weights that it keeps after a forward pass until the backward pass."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    """Put away the whole weights that an engine keeps after a forward pass until the backward pass."""
+    for layout in DIVIDED:  # weights that are whole for a while do not look divided
+        layout.reshard(model)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -76,16 +43,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def is_divided(model: nn.Module) -> bool:
     """Whether a part of the model lies in pieces, so that processes go through it together or not at all."""
-    return any(isinstance(p, DTensor) or zero.is_partitioned(p) for p in model.parameters())
+    return layout_of_model(model).divided
 
 
 def full(t: Tensor) -> Tensor:
     """A parameter in one piece, on its device; every process must ask for it."""
-    if zero.is_partitioned(t):
-        return zero.whole(t)
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return layout_of(t).full(t)
 
 
 def for_compute(p: Tensor) -> Tensor:
     """A parameter to compute with outside its module, in one piece and with gradient; every process must ask for it."""
-    return zero.gathered_with_grad(p) if zero.is_partitioned(p) else p
+    return layout_of(p).for_compute(p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,16 @@ class Process:
             values = values.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
             torch.distributed.all_reduce(values)
         return values.cpu()
+
+    def all_reduce_sum_(self, tensors: Collection[Tensor]) -> None:
+        """Sum each of several tensors over all processes, in place, by one all-reduce."""
+        if self.world > 1 and tensors:
+            import torch
+
+            flat = torch.cat([t.flatten() for t in tensors])
+            torch.distributed.all_reduce(flat)
+            for t, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                t.copy_(summed.view_as(t))
 
     def gather(self, value: Any) -> list[Any]:
         """Collect one value from every process, in the order of ranks."""

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from holdfast.engines import zero
-from holdfast.engines.pieces import Piece
+from holdfast.engines.layout import Piece
 from holdfast.engines.process import Process
 
 CHUNK = 1 << 18
@@ -77,11 +76,7 @@ class Shards:
     @torch.no_grad()
     def all_reduce_(self) -> Shards:
         """Sum over all processes, in place, by one all-reduce; no tensor may be divided among processes."""
-        if Process.this().world > 1 and self.tensors:
-            flat = torch.cat([t.flatten() for t in self])
-            torch.distributed.all_reduce(flat)
-            for t, part in zip(self, flat.split([t.numel() for t in self]), strict=True):
-                t.copy_(part.view_as(t))
+        Process.this().all_reduce_sum_(self.tensors.values())
         return self
 
     @torch.no_grad()
@@ -149,11 +144,15 @@ class Shards:
         return self._changed()
 
     def state(self, prefix: str) -> dict[str, Tensor]:
-        """The whole tensors under ``prefix/name``, for a method's saved state; the main process saves them."""
-        return {
-            f"{prefix}/{name}": self.pieces[name].join(t) if name in self.pieces else t
-            for name, t in self.tensors.items()
-        }
+        """The whole tensors under ``prefix/name``, for a method's saved state.
+
+        The main process saves them; in the others those that were divided are empty.
+        """
+        main, state = Process.this().main, {}
+        for name, t in self.tensors.items():
+            whole = self._join(name, t)
+            state[f"{prefix}/{name}"] = t if whole is t else whole.cpu() if main else whole.new_empty(0)
+        return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], prefix: str, like: Shards) -> Shards:
@@ -168,13 +167,9 @@ class Shards:
 
         Where nothing is divided that is this vector itself; otherwise a copy, and :meth:`load_` takes it back.
         """
-        parts = {name: piece for name, piece in self.pieces.items() if isinstance(piece, zero.Part)}
-        sharded = {name: piece for name, piece in self.pieces.items() if name not in parts}
         if not self.pieces:
             return self
-        found = dict(self.tensors)
-        found |= {name: piece.join(found[name]).to(found[name].device) for name, piece in sharded.items()}
-        return Shards(found | (zero.joined(parts, self.tensors) if parts else {}))
+        return Shards({name: self._join(name, t).to(t.device) for name, t in self.tensors.items()})
 
     @torch.no_grad()
     def add_whole_(self, name: str, whole: Tensor, scale: float = 1.0) -> Shards:
@@ -198,6 +193,10 @@ class Shards:
         take = self.pieces[name].take
         stacked = whole.dim() > len(self.pieces[name].shape)
         return torch.stack([take(row) for row in whole]) if stacked else take(whole)
+
+    def _join(self, name: str, t: Tensor) -> Tensor:
+        """The whole tensor of a parameter's shape, or a stack of such, that all processes hold pieces of."""
+        return self.pieces[name].join(t) if name in self.pieces else t
 
     def _products(self, other: Shards, product: Callable[[Tensor, Tensor], Tensor], dim: int) -> Iterator[Value]:
         """A product of each tensor of this vector (dim 1) or stack (2) with that of a vector: float32 products."""

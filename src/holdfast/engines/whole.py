@@ -9,8 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from holdfast.engines import zero
-from holdfast.engines.pieces import full, is_divided, reshard
+from holdfast.engines.pieces import full, is_divided, layout_of_model, reshard
 from holdfast.engines.process import Process
 
 
@@ -25,7 +24,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
 
     The tensors are gathered one by one, for the main process alone, on the CPU; of an adapter, its own.
     """
-    if not any(map(zero.is_partitioned, model.parameters())):
+    if layout_of_model(model).saved_by_transformers:
         return None
     state, joined = {}, {}
     for name, t in _saved(model):
@@ -43,7 +42,7 @@ def saves_together(model: nn.Module) -> bool:
 
 def whole_weights_to_load(model: nn.Module) -> AbstractContextManager[None]:
     """Within it ``load_state_dict`` finds whole weights, and each process has the same to load."""
-    return zero.gathered(model, [t for _, t in _saved(model)])
+    return layout_of_model(model).loading(model, [t for _, t in _saved(model)])
 
 
 def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

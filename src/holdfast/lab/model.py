@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from holdfast.config.model import ModelConfig
 from holdfast.data.tokens.file import TokenFile
-from holdfast.engines.fsdp2 import prepare_loaded, sharded_loading_options
+from holdfast.engines.pieces import prepare_loaded
+from holdfast.engines.profiles import loading_options
 from holdfast.engines.whole import fingerprint
 from holdfast.errors import ConfigError
 from holdfast.lab.architecture import new_model
@@ -49,7 +50,7 @@ def make_model(
     size = config.model
     attention = size.attention or fastest(config.training.precision)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    options |= sharded_loading_options(config.training.engine)
+    options |= loading_options(config.training.engine)
     if size.path is None:
         model = new_model(size, tokenizer, config.context, config.seed, attention)
         start = weights_of(model)

@@ -9,9 +9,8 @@ from torch import nn
 
 from holdfast.api.tuner import Tuner
 from holdfast.config.run import RunConfig
-from holdfast.engines import zero
-from holdfast.engines.fsdp2 import prepare_loaded, sharded_loading_options
-from holdfast.engines.pieces import is_divided, reshard, trainable
+from holdfast.engines.pieces import is_divided, prepare_loaded, reshard, trainable
+from holdfast.engines.profiles import loading_options
 from holdfast.engines.whole import fingerprint
 from holdfast.errors import ConfigError
 from holdfast.models.attention import fastest
@@ -36,8 +35,7 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = model.attention or fastest(config.training.precision)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    options |= weight_options(model, device) | sharded_loading_options(config.training.engine)
-    zero.load_whole()
+    options |= weight_options(model, device) | loading_options(config.training.engine)
     set_seed(config.seed)
     try:
         pretrained = AutoModelForCausalLM.from_pretrained(

@@ -97,7 +97,7 @@ class _Group:
         common = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes)))}
         common["TORCHELASTIC_RESTART_COUNT"] = str(restart)
         if processes > 1:
-            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         for rank in range(processes):
             own = {ERRORS: str(self._errors(rank))}
@@ -167,7 +167,8 @@ class _Group:
         return self.folder / f"log-{rank}.txt"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

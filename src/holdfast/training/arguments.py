@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
-from holdfast.engines import zero
 from holdfast.engines.process import Process
-from holdfast.engines.profiles import DEEPSPEED
+from holdfast.engines.profiles import profile_of
 from holdfast.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -59,19 +58,13 @@ def training_arguments(training: BaseTrainingConfig, checkpoints: Path, fields: 
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,  # the continual trainer counts all of them as used
     }
-    profile = DEEPSPEED.get(getattr(training, "engine", None) or "")
-    if profile is not None:
-        zero.begin()
-        values |= {"deepspeed": profile, "use_cpu": False, "accelerator_config": {"use_configured_state": True}}
-        if not torch.cuda.is_available():
-            values["bf16"] = False  # TrainingArguments refuses it on a CPU; it is set below
+    profile = profile_of(getattr(training, "engine", None))
+    values |= profile.arguments()
     try:
         arguments = TrainingArguments(**values | fields | training.arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from None
-    if profile is not None:
-        zero.keep_float32(arguments)
-        arguments.bf16 = training.precision == "bfloat16"
+    profile.complete(arguments, training.precision == "bfloat16")
     return arguments
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from holdfast.engines import zero
 from holdfast.engines.optimizer_state import load_optimizer, save_optimizer
-from holdfast.engines.pieces import is_divided, reshard, trainable
+from holdfast.engines.pieces import is_divided, layout_of_model, reshard, trainable
 from holdfast.engines.vectors import weights
 from holdfast.engines.whole import saves_together, whole_state, whole_weights_to_load
 from holdfast.errors import ConfigError
@@ -164,7 +164,7 @@ def renew_optimizer(trainer: Any) -> None:
 
 
 def _torch_optimizer(trainer: Any) -> Any:
-    return zero.unflattened(trainer.model) or getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    return layout_of_model(trainer.model).torch_optimizer(trainer.model, trainer.optimizer)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -13,51 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.engines.zero.parts import ENGINE_ATTRIBUTE, engine_of, gradient, put_away
-
-
-def begin() -> None:
-    """Let accelerate's state say DeepSpeed, on a CPU too, before TrainingArguments that use the configured state.
-
-    A process that no launcher has started is the only one. DeepSpeed's own collectives for a CPU, which it would
-    compile, are not used.
-    """
-    from accelerate.state import AcceleratorState, PartialState
-
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for logger in ("DeepSpeed", "accelerate.accelerator"):
-        logging.getLogger(logger).addFilter(_is_news)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    try:
-        PartialState(backend=None if torch.cuda.is_available() else "gloo")
-    finally:
-        del os.environ["ACCELERATE_USE_DEEPSPEED"]
-
-
-def load_whole() -> None:
-    """Let transformers load the next model whole: after ZeRO-3 it would divide it, without an engine to join it."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a warning says more than that the run's own optimizer and accumulation are used, as they should be."""
-    return not any(text in record.getMessage() for text in ("untested optimizer", "accumulation steps mismatch"))
-
-
-def keep_float32(arguments: Any) -> None:
-    """Let ``bf16`` of TrainingArguments mean autocast on float32 weights, as on one process; see :func:`autocast`.
-
-    accelerate would turn it into bfloat16 weights, where the DeepSpeed configuration does not speak of it.
-    """
-    arguments.hf_deepspeed_config.config.setdefault("bf16", {"enabled": False})
+from holdfast.engines.zero.layout import ENGINE_ATTRIBUTE, PARTITIONED, engine_of, put_away
 
 
 def autocast(model: Any) -> None:
@@ -90,7 +43,7 @@ class Engine:
 def attach(engine: Any, before_step: Callable[[], None]) -> None:
     """Let an engine, new, call ``before_step`` between a step's last backward pass and the optimizer's step.
 
-    It may change :func:`gradient` in place: clipping comes after it.
+    It may change gradients in place: clipping comes after it.
     """
     model, optimizer, step = engine.module, engine.optimizer, engine.step
     model.__dict__[ENGINE_ATTRIBUTE] = weakref.ref(engine)
@@ -98,7 +51,7 @@ def attach(engine: Any, before_step: Callable[[], None]) -> None:
     def stepped(*args: Any, **kwargs: Any) -> None:
         before_step()
         if hasattr(optimizer, "norm_for_param_grads"):  # with offload taken in the backward pass
-            norms = {key: gradient(p).norm() for key, p in optimizer.param_dict.items()}
+            norms = {key: PARTITIONED.gradient(p).norm() for key, p in optimizer.param_dict.items()}
             optimizer.norm_for_param_grads.update(norms)
         step(*args, **kwargs)
         # ZeRO-3 would take a parameter's last gradient again where it gets none in the next step.
@@ -126,9 +79,3 @@ def release(model: nn.Module) -> None:
     for p in model.parameters():
         for attribute in ("_hp_mapping", "_z3_optimizer"):
             p.__dict__.pop(attribute, None)
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]

@@ -7,44 +7,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
-from holdfast.engines.zero.parts import part
+from holdfast.engines.process import Process
+from holdfast.engines.zero.parts import Part
 
 BUCKET = 1 << 24
 """Entries of gradients that are summed over the processes at a time."""
 
 
-def gradient_of_sum(losses: Iterable[Tensor], parameters: Mapping[str, Any], divide: bool) -> dict[str, Tensor]:
-    """This process's parts of the gradient of a sum of scalars at the current weights, float32.
+def gradient_of_sum(
+    losses: Iterable[Tensor], parameters: Mapping[str, Any], parts: Mapping[str, Part], over_processes: bool
+) -> dict[str, Tensor]:
+    """This process's parts of the gradient of a sum of scalars: see ``Layout.gradient_of_sum``.
 
     What the engine accumulates stays as it is: its hooks wait for gradients to be accumulated, which these are not.
     No more than :data:`BUCKET` entries, or one tensor, of the whole gradient are held at a time.
-
-    Args:
-        losses: as many scalars in each process.
-        divide: whether each process has its own scalars, so that the sum goes over the processes too.
     """
-    parts = {name: part(p) for name, p in parameters.items()}
     total = {
         name: torch.zeros(parts[name].length, dtype=torch.float32, device=p.device) for name, p in parameters.items()
     }
     held: dict[str, Tensor] = {}
 
     def empty() -> None:
-        if divide and held:
-            flat = torch.cat([g.flatten() for g in held.values()])
-            dist.all_reduce(flat)
-            for (name, g), summed in zip(held.items(), flat.split([g.numel() for g in held.values()]), strict=True):
-                held[name] = summed.view_as(g)
+        if over_processes:
+            Process.this().all_reduce_sum_(held.values())
         for name, g in held.items():
             total[name] += parts[name].take(g)
         held.clear()
 
     def take(name: str) -> Callable[[Tensor], Tensor]:
         def hook(g: Tensor) -> Tensor:
-            held[name] = g.float()
-            if not divide or sum(t.numel() for t in held.values()) >= BUCKET:
+            held[name] = g.to(torch.float32, copy=over_processes)  # which is summed in place
+            if not over_processes or sum(t.numel() for t in held.values()) >= BUCKET:
                 empty()
             return g.new_zeros(()).expand(g.shape)
 
