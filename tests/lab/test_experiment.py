@@ -12,6 +12,7 @@ from holdfast.cli import app
 from holdfast.errors import ConfigError
 from holdfast.lab import experiment as lab
 from holdfast.lab import work
+from holdfast.lab.count import check_experiment
 from holdfast.lab.findings import Finding, judge, markdown
 from holdfast.lab.sources import Languages, data_of, dialect, write_dialects
 from holdfast.lab.tables import read_table, select, write_table
@@ -19,7 +20,7 @@ from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from support.paths import ROOT
 
-EXPERIMENTS = ROOT / "experiments"
+EXPERIMENTS = ROOT / "experiments" / "lab"
 QUIET = Progress(quiet=True)
 
 
@@ -113,13 +114,35 @@ def test_wrong_names_are_told(tmp_path):
     values = description(tmp_path)
     values["runs"]["finetune"]["config"]["data"] = "$news"
     with pytest.raises(ConfigError, match=r"there is no '\$news' to read; did you mean 'new'"):
-        lab.check_experiment(lab.load_experiment(values))
+        check_experiment(lab.load_experiment(values))
     values = description(tmp_path)
     values["runs"]["finetune"]["config"]["trainin"] = {}
     with pytest.raises(ConfigError, match=r"finetune, .*did you mean 'training'"):
-        lab.check_experiment(lab.load_experiment(values))
+        check_experiment(lab.load_experiment(values))
     with pytest.raises(ConfigError, match="did you mean 'grid_2d'"):
         lab.find("grid2d", "tiny")
+    with pytest.raises(ConfigError, match="no scale 'huge'; it has paper and tiny"):
+        lab.find("grid_2d", "huge")
+
+
+def test_experiments_that_an_installed_package_carries_are_found_anywhere(tmp_path, monkeypatch):
+    """The results go below the cache, where the slices of an experiment find its table."""
+    packaged = tmp_path / "site-packages" / "experiments"
+    for name in ("grid_2d", "capacity_slices"):
+        shutil.copytree(EXPERIMENTS / name, packaged / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lab, "PACKAGED", packaged)
+    monkeypatch.setattr(lab, "CHECKOUT", tmp_path / "absent")
+    assert list(lab.experiments()) == ["capacity_slices", "grid_2d"]
+    path = lab.find("capacity_slices", "tiny")
+    slices, grid = (lab.results_folder(lab.find(name, "tiny"), Path("cache")) for name in lab.experiments())
+    assert grid == Path("cache/experiments/grid_2d/results/tiny")
+    shutil.copytree(EXPERIMENTS / "grid_2d" / "results" / "tiny", grid)
+    assert work.run_experiment(lab.load_experiment(path), slices, cache=Path("cache"), progress=QUIET)
+    assert (slices / "results.csv").read_text() == (grid / "results.csv").read_text()
+    (tmp_path / "experiments" / "lab" / "mine").mkdir(parents=True)
+    (tmp_path / "experiments" / "lab" / "mine" / "tiny.yaml").touch()
+    assert "mine" in lab.experiments()
 
 
 @pytest.mark.parametrize(
@@ -130,13 +153,13 @@ def test_every_experiment_validates_at_both_scales(path):
     assert path.with_name("paper.yaml").exists()
     assert path.with_name("tiny.yaml").exists()
     assert experiment.findings
-    costs = lab.check_experiment(experiment)
+    costs = check_experiment(experiment)
     assert all(cost.runs > 0 for cost in costs)
     assert costs or experiment.regression or experiment.slices_of
 
 
 def test_cost_counts_every_run(tmp_path):
-    pretrain, finetune = lab.check_experiment(lab.load_experiment(description(tmp_path)))
+    pretrain, finetune = check_experiment(lab.load_experiment(description(tmp_path)))
     assert (pretrain.runs, pretrain.tokens, finetune.runs, finetune.tokens) == (2, 2 * 1024, 8, 8 * 768)
     assert pretrain.parameters == finetune.parameters
     assert finetune.flops == 6 * 8 * 768 * pretrain.parameters[0]
@@ -281,6 +304,9 @@ def test_published_findings_and_figures_come_from_the_published_tables(folder, t
 
 def test_the_command_line_plans_and_redraws(tmp_path):
     run = CliRunner().invoke
+    listed = run(app, ["lab", "experiment"])
+    assert listed.exit_code == 0
+    assert all(path.name in listed.output for path in EXPERIMENTS.iterdir())
     plan = run(app, ["lab", "experiment", "grid_2d", "--dry-run", "seeds=[0]"])
     assert plan.exit_code == 0
     assert re.search(r"pretrain\W+9\W", plan.output) and re.search(r"finetune\W+18\W", plan.output)

@@ -12,7 +12,7 @@ from holdfast.lab.figures import FIGURES, METHODS, STYLE, Tables, draw
 from holdfast.lab.tables import read_table
 from support.paths import ROOT
 
-EXPERIMENTS = ROOT / "experiments"
+EXPERIMENTS = ROOT / "experiments" / "lab"
 PUBLISHED = sorted(EXPERIMENTS.glob("*/results/tiny"))
 
 

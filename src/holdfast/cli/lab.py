@@ -154,15 +154,18 @@ Seeds = Annotated[
 ]
 Results = Annotated[
     Path | None,
-    typer.Option("--out", help="Folder of what was found.", show_default="results/SCALE beside its YAML"),
+    typer.Option("--out", help="Folder of tables, figure and findings.", show_default="results/SCALE beside the YAML"),
 ]
 
 
 @app.command("experiment")
 def experiment(
     name: Annotated[
-        str, typer.Argument(help="A folder of experiments/, or a YAML file of your own.", show_default=False)
-    ],
+        str | None,
+        typer.Argument(
+            help="Of an experiment, or a YAML file of your own; where absent, all are listed.", show_default=False
+        ),
+    ] = None,
     overrides: Overrides = None,
     scale: Annotated[str, typer.Option("--scale", help="tiny: minutes on two cores; paper: as published.")] = "tiny",
     seeds: Seeds = None,
@@ -182,9 +185,12 @@ def experiment(
     from holdfast.lab import work
     from holdfast.lab.count import check_experiment
 
+    if name is None:
+        print_experiments(scale, Console())
+        return
     path = lab.find(name, scale)
     loaded = lab.load_experiment(path, overrides)
-    folder = out or path.parent / "results" / path.stem
+    folder = out or lab.results_folder(path, cache)
     if dry_run:
         print_plan(loaded.title, check_experiment(loaded), Console())
         return
@@ -197,6 +203,19 @@ def experiment(
         findings = work.run_experiment(loaded, folder, cache=cache, seeds=seeds, processes=processes)
     print_findings(findings, Console())
     print(folder)
+
+
+def print_experiments(scale: str, console: Any) -> None:
+    """Name and question of each experiment that is known by name and has this scale."""
+    from rich.table import Table
+
+    from holdfast.lab.experiment import experiments, load_experiment
+
+    table = Table("experiment", "asks")
+    for name, folder in experiments().items():
+        if (path := folder / f"{scale}.yaml").is_file():
+            table.add_row(name, load_experiment(path).title)
+    console.print(table)
 
 
 def print_plan(title: str, costs: list[Any], console: Any) -> None:

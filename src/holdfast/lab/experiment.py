@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-import holdfast
 from holdfast.config.reading import load
 from holdfast.config.section import Named, Section, as_named
 from holdfast.errors import ConfigError, did_you_mean
@@ -21,6 +20,9 @@ from holdfast.lab.tables import TableRow
 from holdfast.records.directory import slug
 from holdfast.sweep.grid import Grid, cells
 
+PACKAGED = Path(__file__).parent / "experiments"  # in an installed package
+CHECKOUT = Path(__file__).parents[3] / "experiments" / "lab"
+HERE = Path("experiments", "lab")
 DONE = "done.json"  # written last into a run's folder: what was measured of its model beside the losses
 
 
@@ -122,20 +124,44 @@ class PlannedLabRun:
         return (self.folder(cache) / DONE).exists()
 
 
+def experiments() -> dict[str, Path]:
+    """Folders of the experiments that are known by name, in the order of their names."""
+    files = [file for place in (PACKAGED, CHECKOUT, HERE) for file in place.glob("*/*.yaml")]
+    return {file.parent.name: file.parent for file in sorted(files, key=lambda file: file.parent.name)}
+
+
 def find(name: str, scale: str) -> Path:
-    """The YAML file of an experiment: a path, or a name in ``experiments/`` here or beside holdfast's own source.
+    """The YAML file of an experiment.
+
+    Args:
+        name: of an experiment, or the path of a YAML file.
+        scale: tiny or paper; of an experiment that is known by name.
 
     Raises:
         ConfigError: there is none of this name or scale.
     """
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    places = [Path("experiments"), Path(holdfast.__file__).parents[2] / "experiments"]
-    known = {path.parent.name for place in places for path in place.glob("*/*.yaml")}
-    for place in places:
-        if (place / name / f"{scale}.yaml").is_file():
-            return place / name / f"{scale}.yaml"
-    raise ConfigError(f"no experiment {name!r} at scale {scale!r}{did_you_mean(name, known)}")
+    folders = experiments()
+    if name not in folders:
+        raise ConfigError(
+            f"there is no experiment {name!r}{did_you_mean(name, folders)}; `holdfast lab experiment` lists them, and "
+            "a path that ends in .yaml names a file of your own"
+        )
+    path = folders[name] / f"{scale}.yaml"
+    if not path.is_file():
+        scales = sorted(file.stem for file in folders[name].glob("*.yaml"))
+        raise ConfigError(f"--scale: the experiment {name!r} has no scale {scale!r}; it has {' and '.join(scales)}")
+    return path
+
+
+def results_folder(path: Path, cache: Path) -> Path:
+    """Where the results of an experiment go by default: beside its YAML file, or below the cache if that is installed.
+
+    Both end in ``NAME/results/SCALE``, so that slices of an experiment find its table.
+    """
+    folder = cache / "experiments" / path.parent.name if PACKAGED in path.parents else path.parent
+    return folder / "results" / path.stem
 
 
 def load_experiment(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Experiment:
