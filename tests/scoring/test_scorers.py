@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,21 @@ import pytest
 
 from holdfast.api.task import Example, Task, Turn
 from holdfast.config.evaluation import EvaluationConfig
+from holdfast.config.stream import TaskOptions
+from holdfast.data.source import scored as scored_task
 from holdfast.errors import ConfigError
 from holdfast.metrics.intervals import intervals
+from holdfast.metrics.matrix import LOWER_IS_BETTER
+from holdfast.metrics.summary import by_task, summarize
 from holdfast.models.endpoint import Endpoint
-from holdfast.scoring import SCORERS, Scorer, build
+from holdfast.scoring import SCORERS, Scorer, build, find
 from holdfast.scoring.choice import choice_letter, letter
 from holdfast.scoring.match import o_lora_exact_match, trace_first_character, trace_prefix_match
 from holdfast.scoring.overlap import edit_similarity, super_ni_rouge_l, trace_rouge_l
 from holdfast.scoring.sari import sari
 from holdfast.scoring.score import beside_score, response_records, score_records, task_score
 from support.doubles import ChatServer, write_sentence_model
+from support.installed import install
 
 OF_RESPONSES = [scorer for scorer in SCORERS.values() if scorer.reads == "response" and not scorer.needs]
 LONG = "the answer is not known " * 420  # more than 10,000 characters
@@ -284,6 +290,64 @@ def test_an_unknown_metric_is_refused_with_the_near_name():
         build("acuracy", EvaluationConfig())
     with pytest.raises(ConfigError, match=r"metric judge: needs evaluation\.judge"):
         build("judge", EvaluationConfig())
+
+
+# --- of installed packages ---
+
+WORD_ERRORS = """
+from holdfast.api.scorer import Scorer
+
+
+class WordErrors(Scorer):
+    lower_is_better = needs_input = True
+
+    def row(self, record):
+        return float(record["response"] not in (record["answer"], record["input"]))
+
+
+scorer = WordErrors("word_errors", about="words that are wrong; lower is better")
+other = Scorer("another", lambda response, answer: 0.0)
+"""
+
+
+@pytest.fixture
+def word_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"word_errors": "word_errors_package:scorer", "misnamed": "word_errors_package:other"}
+    monkeypatch.delitem(sys.modules, "word_errors_package", raising=False)
+    monkeypatch.syspath_prepend(install(tmp_path, "word_errors_package", WORD_ERRORS, {"holdfast.scorers": names}))
+
+
+@pytest.mark.usefixtures("word_errors")
+def test_a_scorer_of_an_installed_package_says_what_it_needs_and_which_direction_is_better():
+    assert find("accuracy") is SCORERS["accuracy"] and "word_errors_package" not in sys.modules
+    with pytest.raises(ConfigError, match="unknown metric 'word_error'; did you mean 'word_errors'"):
+        find("word_error")
+    assert "word_errors_package" not in sys.modules
+    turns = (Turn("user", "Copy: a", (6, 7)), Turn("assistant", "b"))
+    task = Task("t", "accuracy", [], [Example("f", 0, turns)])
+    scored_task(task, TaskOptions(metric="word_errors"))
+    [entry] = score_records(task, response_records(task, ["a"]))
+    assert entry["input"] == "a" and entry["score"] == 0.0
+    scores = [[0.9, 0.9], [0.2, 0.9], [0.5, 0.1]]
+    assert summarize(scores, metrics=build("word_errors", EvaluationConfig()))["forgetting"] == pytest.approx(0.3)
+    assert summarize(scores, metrics="word_errors")["forgetting"] == pytest.approx(-0.3)  # a bare name says nothing
+    mixed = [find("word_errors"), find("accuracy")]
+    assert summarize(scores, metrics=mixed)["average"] is None  # no common scale
+    assert by_task(scores, metrics=mixed)["forgetting"][0] == pytest.approx(0.3)
+
+
+@pytest.mark.usefixtures("word_errors")
+def test_what_is_registered_must_be_a_scorer_of_that_name():
+    with pytest.raises(ConfigError, match=r"holdfast\.scorers: word_errors_package:other must be .* name 'misnamed'"):
+        find("misnamed")
+
+
+def test_of_a_metric_that_is_not_installed_the_scores_of_a_run_are_a_mean():
+    assert task_score([{"score": 0.25}, {"score": 0.75}], "of_long_ago") == 0.5
+
+
+def test_holdfasts_own_metrics_say_which_direction_is_better():
+    assert {name for name, scorer in SCORERS.items() if scorer.lower_is_better} == set(LOWER_IS_BETTER)
 
 
 # --- semantic similarity ---

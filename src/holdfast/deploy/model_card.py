@@ -190,7 +190,7 @@ def _scores(exported: Exported) -> str:
     tasks = run.tasks[:row]
     summary = summarize(
         [scores[:row] for scores in run.scores[: row + 1]],
-        metrics={task: run.matrix["metrics"][task] for task in tasks},
+        metrics={task: run.scorers[task] for task in tasks},
         general={name: values[: row + 1] for name, values in run.matrix["general"].items()},
     )
     ends = run.matrix["intervals"] if last else {}

@@ -5,20 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 LOWER_IS_BETTER = ("loss", "perplexity")
+"""Metrics of which lower is better, where they are given by name; measures of general ability begin so."""
 NO_ACCURACY = (*LOWER_IS_BETTER, "refusals")
 """How measures of general ability that are no accuracies begin."""
 
 FIGURES = ("average", "new_task", "forgetting", "backward_transfer", "forward_transfer")
 BY_TASK = ("forgetting", "backward_transfer", "forward_transfer")
 
+
+class Direction(Protocol):
+    """A metric that says which direction is better, as a scorer does."""
+
+    name: str
+    lower_is_better: bool
+
+
 Scores = Sequence[Sequence[float | None]] | NDArray[Any]
-Metrics = str | Sequence[str] | Mapping[str, str] | None
+Metric = str | Direction
+Metrics = Metric | Sequence[Metric] | Mapping[str, Metric] | None
 Total = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
@@ -99,24 +109,32 @@ def as_number(value: Any, where: str) -> float:
     return float(value)
 
 
-def _metric_names(metrics: Metrics, tasks: int) -> list[str | None]:
-    """The metric of each task."""
-    if metrics is None or isinstance(metrics, str):
-        return [metrics] * tasks
-    names: list[str | None] = list(metrics.values() if isinstance(metrics, Mapping) else metrics)
-    if len(names) != tasks:
-        raise ValueError(f"metrics names {len(names)} metrics; it needs one for each of the {tasks} tasks")
-    return names
+def scale_of(metric: Metric | None) -> str:
+    """What the scores of a metric are: ``fraction``, of which higher is better; otherwise the metric's own name."""
+    if metric is None or isinstance(metric, str):
+        return metric if metric in LOWER_IS_BETTER else "fraction"
+    return metric.name if metric.lower_is_better else "fraction"
+
+
+def _scales(metrics: Metrics, tasks: int) -> list[str]:
+    """The scale of each task's scores."""
+    if isinstance(metrics, Mapping):
+        metrics = list(metrics.values())
+    if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+        return [scale_of(metrics)] * tasks
+    if len(metrics) != tasks:
+        raise ValueError(f"metrics names {len(metrics)} metrics; it needs one for each of the {tasks} tasks")
+    return [scale_of(metric) for metric in metrics]
 
 
 def metric_signs(metrics: Metrics, tasks: int) -> NDArray[np.int_]:
     """[T]: 1 for a task of which higher scores are better, -1 for the others."""
-    return np.array([-1 if name in LOWER_IS_BETTER else 1 for name in _metric_names(metrics, tasks)])
+    return np.array([1 if scale == "fraction" else -1 for scale in _scales(metrics, tasks)])
 
 
 def common_scale(metrics: Metrics, tasks: int) -> int | None:
     """1 if higher scores are better for all tasks, -1 if lower ones are; None if scores cannot be averaged."""
-    scales = {name if name in LOWER_IS_BETTER else "fraction" for name in _metric_names(metrics, tasks)}
+    scales = set(_scales(metrics, tasks))
     if len(scales) > 1:
         return None
     return 1 if scales == {"fraction"} else -1

@@ -47,8 +47,8 @@ def summarize(
 
     Args:
         scores: T+1 rows of T numbers, nested sequences or an array; None or NaN where not measured.
-        metrics: the metric of every task: one name for all, T names, or {task: name}; names in ``LOWER_IS_BETTER``
-            are lower-is-better, all others (and None) higher-is-better.
+        metrics: the metric of every task: one for all, T of them, or {task: metric}. Each is a name, of which those in
+            ``LOWER_IS_BETTER`` are lower-is-better and all others (and None) higher-is-better, or a scorer, which says.
         general: {measure: T+1 values}; measures whose names begin with one of ``NO_ACCURACY`` do not enter
             general_change and harmonic_mean.
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast.api.scorer import Scorer
 from holdfast.config.gate import GateConfig
 from holdfast.config.reading import validate
 from holdfast.errors import ConfigError, GateFailed
@@ -119,10 +120,10 @@ def judge(run: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
     Raises:
         ConfigError: a limit needs what the run does not measure.
     """
-    check_limits(gate, run.matrix["general"], run.matrix["metrics"].values())
+    check_limits(gate, run.matrix["general"], run.scorers.values())
     learned = len(run.tasks) if run.joint else row
     tasks = run.tasks[:learned]
-    metrics = [run.matrix["metrics"][task] for task in tasks]
+    metrics = [run.scorers[task] for task in tasks]
     scores = [stage[:learned] for stage in run.scores[: row + 1]]
     examples = [[run.statistics(t, j) for j in range(learned)] for t in range(row + 1)]
     totals = run.totals[:learned]
@@ -207,12 +208,12 @@ def record(checks: list[Check]) -> list[dict[str, Any]]:
     return [asdict(check) | {"passed": check.passed} for check in checks]
 
 
-def check_limits(gate: GateConfig, general: Iterable[str], metrics: Iterable[str]) -> None:
+def check_limits(gate: GateConfig, general: Iterable[str], scorers: Iterable[Scorer]) -> None:
     """See that a run measures what the limits need.
 
     Args:
         general: its measures of general ability, by their names in matrix.json.
-        metrics: of its tasks.
+        scorers: of its tasks.
 
     Raises:
         ConfigError: it does not.
@@ -224,7 +225,7 @@ def check_limits(gate: GateConfig, general: Iterable[str], metrics: Iterable[str
     ):
         if key in gate.limits and not any(map(wanted, names)):
             raise ConfigError(f"gate.{key}: the run measures no {kind}; name one in evaluation.general")
-    lower = [metric for metric in metrics if metric in LOWER_IS_BETTER]
+    lower = [scorer.name for scorer in scorers if scorer.lower_is_better]
     for key in ("min_average", "min_new_task"):
         if key in gate.limits and lower:
             raise ConfigError(f"gate.{key}: a task is scored by {lower[0]}, of which lower is better; leave it out")

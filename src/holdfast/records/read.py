@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from holdfast.api.scorer import Scorer
 from holdfast.config.describe import flat
 from holdfast.errors import RunDirectoryError
-from holdfast.metrics.matrix import LOWER_IS_BETTER, Total
+from holdfast.metrics.matrix import Total
 from holdfast.records.directory import current_stage, slug
+from holdfast.scoring.score import scorer
 from holdfast.system.files import read_json, read_jsonl
 
 REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
@@ -90,9 +92,14 @@ class FinishedRun:
             return self.matrix["summary"][key]
         return self.matrix.get(key, self.info.get(key))
 
+    @cached_property
+    def scorers(self) -> dict[str, Scorer]:
+        """What makes each task's score of its scored rows."""
+        return {task: scorer(self.matrix["metrics"][task]) for task in self.tasks}
+
     def lower_is_better(self, j: int) -> bool:
-        """Whether task j is scored by a loss or a perplexity."""
-        return self.matrix["metrics"][self.tasks[j]] in LOWER_IS_BETTER
+        """Whether a lower score of task j is better, as of a loss."""
+        return self.scorers[self.tasks[j]].lower_is_better
 
     def own_stage(self, j: int) -> int:
         """The stage in which task j (from 0) was learned: j + 1, and for joint training the last."""
@@ -135,14 +142,12 @@ class FinishedRun:
     def statistics(self, row: int, j: int) -> Any:
         """What :mod:`holdfast.metrics` resamples of task j's test examples at a row of the score matrix, [examples, k];
         None where nothing was measured or kept."""
-        from holdfast.scoring.score import statistics
-
         if self.scores[row][j] is None:
             return None
         place = self.held(row), j  # several rows may be of one stage
         if place not in self._statistics:
             rows = self.responses(row, self.tasks[j])
-            self._statistics[place] = statistics(rows, self.matrix["metrics"][self.tasks[j]]) if rows else None
+            self._statistics[place] = self.scorers[self.tasks[j]].statistics(rows) if rows else None
         return self._statistics[place]
 
     def general_statistics(self, row: int, name: str) -> Any:
@@ -154,9 +159,7 @@ class FinishedRun:
     @property
     def totals(self) -> list[Total]:
         """How each task's score follows from the sums of its statistics."""
-        from holdfast.scoring.score import total
-
-        return [total(self.matrix["metrics"][task]) for task in self.tasks]
+        return [self.scorers[task].total for task in self.tasks]
 
 
 @dataclass

@@ -268,7 +268,7 @@ def _intervals(group: Group) -> dict[str, list[float] | None]:
     }
     T, first = len(group.runs[0].tasks), group.runs[0]
     examples = [[[run.statistics(t, j) for j in range(T)] for t in range(T + 1)] for run in group.runs]
-    over_both = seed_intervals(examples, metrics=first.matrix["metrics"], totals=first.totals)
+    over_both = seed_intervals(examples, metrics=first.scorers, totals=first.totals)
     return over_seeds | {key: ends for key, ends in over_both.items() if ends is not None}
 
 

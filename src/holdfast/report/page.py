@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from holdfast.config.describe import flat
-from holdfast.metrics.matrix import LOWER_IS_BETTER
+from holdfast.metrics.matrix import LOWER_IS_BETTER, scale_of
 from holdfast.records.read import FinishedRun, changes, read_runs
 from holdfast.report import plots
 from holdfast.report.compare import compare
@@ -127,7 +127,7 @@ class _Page:
 
     def run(self, run: FinishedRun) -> dict[str, Any]:
         tasks, general = run.tasks, run.matrix["general"]
-        scales = _groups(list(range(len(tasks))), lambda j: _scale(run.matrix["metrics"][tasks[j]]))
+        scales = _groups(list(range(len(tasks))), lambda j: scale_of(run.scorers[tasks[j]]))
         abilities = _groups(list(general), _scale)
         return {
             "label": run.label,
@@ -208,7 +208,7 @@ def _groups(things: list[Any], key: Callable[[Any], Hashable]) -> list[list[Any]
 
 
 def _scale(name: str) -> str:
-    """The scale of a metric or of a measure of general ability."""
+    """The scale of a measure of general ability."""
     return next((scale for scale in LOWER_IS_BETTER if name.startswith(scale)), "fraction")
 
 

@@ -10,7 +10,7 @@ from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward
 from holdfast.records.directory import RunDirectory, current_stage, slug
 from holdfast.runner.plan import START
 from holdfast.runner.setup import Setup
-from holdfast.scoring.score import beside_score, statistics, task_score, total
+from holdfast.scoring.score import beside_score, task_score
 from holdfast.system.files import read_json, read_jsonl
 
 
@@ -45,10 +45,11 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
         task.name: {name: [row[j] and beside_score(row[j], name) for row in rows] for name in task.beside}
         for j, task in enumerate(tasks)
     }
+    scorers = [setup.scorers[task.metric] for task in tasks]
     samples = [
-        [None if r is None else statistics(r, task.metric) for task, r in zip(tasks, row, strict=True)] for row in rows
+        [None if r is None else scorer.statistics(r) for scorer, r in zip(scorers, row, strict=True)] for row in rows
     ]
-    totals = [total(task.metric) for task in tasks]
+    totals = [scorer.total for scorer in scorers]
     resamples = setup.config.evaluation.bootstrap
     return {
         "tasks": [task.name for task in tasks],
@@ -58,11 +59,11 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
         "floors": {task.name: scores[0][j] for j, task in enumerate(tasks) if setup.scorers[task.metric].floor},
         "general": general,
         "joint": scores[-1] if setup.methods[0].schedule == "joint" else None,
-        "summary": summarize(scores, metrics=metrics, general=general),
-        "clipped_backward_transfer": clipped_backward_transfer(scores, metrics=metrics),
-        "by_task": by_task(scores, metrics=metrics),
+        "summary": summarize(scores, metrics=scorers, general=general),
+        "clipped_backward_transfer": clipped_backward_transfer(scores, metrics=scorers),
+        "by_task": by_task(scores, metrics=scorers),
         "curves": read_curves(setup, directory, scores),
-        "intervals": intervals(samples, metrics=metrics, totals=totals, resamples=resamples) if resamples else {},
+        "intervals": intervals(samples, metrics=scorers, totals=totals, resamples=resamples) if resamples else {},
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from holdfast import methods, tuners
 from holdfast.api.method import Method
 from holdfast.api.scorer import Scorer
-from holdfast.api.task import General, Stream, Task
+from holdfast.api.task import General, Stream
 from holdfast.api.tuner import Tuner
 from holdfast.config.run import RunConfig
 from holdfast.config.section import Named
@@ -148,7 +148,7 @@ def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
     )
     data = data or load_data(config)
     stream, general = data.stream, data.general
-    check_watching(config, general, stream.tasks)
+    check_watching(config, general, [data.scorers[task.metric] for task in stream.tasks])
     stages = plan(resolved.methods, stream)
     epochs = config.training.epochs
     if isinstance(epochs, list) and len(epochs) != len(stages):
@@ -184,7 +184,7 @@ def build_tuner(config: RunConfig) -> Tuner:
     return tuners.build(config.tuner)
 
 
-def check_watching(config: RunConfig, general: list[General], tasks: list[Task]) -> None:
+def check_watching(config: RunConfig, general: list[General], scorers: list[Scorer]) -> None:
     """Check that the run measures what its gate, or watching it, needs.
 
     Raises:
@@ -194,7 +194,7 @@ def check_watching(config: RunConfig, general: list[General], tasks: list[Task])
     if config.evaluation.watch_general and not any(map(is_general_loss, names)):
         raise ConfigError("evaluation.watch_general: the run measures no loss on general text; name one in general")
     if config.gate is not None:
-        check_limits(config.gate, names, [task.metric for task in tasks])
+        check_limits(config.gate, names, scorers)
         if config.gate.stop_early and config.evaluation.watch_general is None:
             raise ConfigError("gate.stop_early: needs evaluation.watch_general (or --watch-general), which measures it")
 

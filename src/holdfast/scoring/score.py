@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from holdfast.api.task import Example, Task
 from holdfast.errors import ConfigError
-from holdfast.metrics.matrix import Total
 from holdfast.models.answers import AnswerCache
 from holdfast.scoring import Record, Scorer, find
 
@@ -74,16 +70,6 @@ def task_score(records: Sequence[Record], metric: str) -> float:
 def beside_score(records: Sequence[Record], metric: str) -> float:
     """The score of a task by one of the metrics beside its own."""
     return task_score([{**record, "score": record["beside"][metric]} for record in records], metric)
-
-
-def statistics(records: Sequence[Record], metric: str) -> NDArray[np.float64]:
-    """What :mod:`holdfast.metrics` resamples: ``[rows, k]``, of whose sums :func:`total` makes the task's score."""
-    return scorer(metric).statistics(records)
-
-
-def total(metric: str) -> Total:
-    """How a task's score follows from the sums of its rows' statistics."""
-    return scorer(metric).total
 
 
 def scorer(metric: str) -> Scorer:

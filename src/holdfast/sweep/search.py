@@ -72,7 +72,6 @@ def _search(
         import optuna
     except ImportError:
         raise ConfigError("search: needs Optuna: pip install 'holdfast[search]'") from None
-    from holdfast.metrics.matrix import LOWER_IS_BETTER
     from holdfast.records.read import read_run
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -90,7 +89,7 @@ def _search(
             lower = False
             if end.state in ("done", "skipped"):
                 run = read_run(end.run.path)
-                lower = run.matrix["metrics"][run.tasks[0]] in LOWER_IS_BETTER
+                lower = run.lower_is_better(0)
                 summary = {key: run.matrix["summary"][key] for key in summary}
             trials.append({"run": end.run.name, "values": values, "lower": lower} | summary)
             if None in summary.values():
