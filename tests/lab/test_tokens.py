@@ -33,6 +33,7 @@ from holdfast.data.tokens.file import TokenFile, build_tokens
 from holdfast.errors import ConfigError, DataError, Interrupted, RunDirectoryError
 from holdfast.lab.tokenizer import train_tokenizer
 from holdfast.models.pretrained import tokenizer_fingerprint
+from holdfast.system import files
 from support.lab_runs import language
 from support.paths import DOCS
 
@@ -214,7 +215,8 @@ def kill_at(monkeypatch, number: int) -> list[str]:
 
         monkeypatch.setattr(owner, name, write)
 
-    mortal(build, "_append", lambda content: (content[: len(content) // 2],))
+    for owner in (build, files):
+        mortal(owner, "append_bytes", lambda content: (content[: len(content) // 2],))
     mortal(build, "whole_folder", None)
     mortal(build, "write_jsonl", None)
     mortal(build, "write_json", None)
@@ -231,8 +233,9 @@ def test_a_build_that_is_killed_at_any_write_ends_like_an_unbroken_one(
     with monkeypatch.context() as patch:
         writes = kill_at(patch, 0)
         build_tokens([source], tmp_path / "counted", tokenizer, **options)
-    assert {name.split()[0] for name in writes} >= {"_append", "whole_folder", "write_jsonl", "write_json", "unlink"}
-    assert writes.count("_append build.jsonl") == writes.count("_append tokens.bin") > 5
+    kinds = {name.split()[0] for name in writes}
+    assert kinds >= {"append_bytes", "whole_folder", "write_jsonl", "write_json", "unlink"}
+    assert writes.count("append_bytes build.jsonl") == writes.count("append_bytes tokens.bin") > 5
     for number in range(1, len(writes) + 1):
         for other in (number + 1, 1):  # it goes on and is killed again, a little later or at once
             out = tmp_path / f"{number}-{other}"
@@ -273,7 +276,7 @@ def test_sigkill_leaves_no_process_and_the_command_that_is_named_continues(
     path = write_rows(tmp_path / "some texts.jsonl", TEXTS * 20, "body")
     out = tmp_path / "out"
     options = ["--tokenizer", str(tmp_path / "tokenizer"), "--domain", "eng", "--column", "body"]
-    code = "import sys; from holdfast.lab import build; build.PART = 500; from holdfast.cli import main; main()"
+    code = "import sys; from holdfast.data.tokens import build; build.PART = 500; from holdfast.cli import main; main()"
     command = ["lab", "tokens", str(path), "--out", str(out), *options, "--documents", "450", "--processes", "2"]
     with subprocess.Popen([sys.executable, "-c", code, *command]) as process:
         while not (out / "build.jsonl").exists() or (out / "build.jsonl").read_bytes().count(b"\n") < 4:

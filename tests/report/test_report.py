@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -22,6 +20,7 @@ from holdfast.report.plots import POINTS, SCALE_DARK, SCALE_LIGHT, loss_curves, 
 from holdfast.report.rows import pack
 from holdfast.report.text import interval, number, shorten
 from holdfast.system.files import read_json, write_json, write_jsonl
+from support.packed import unpack_text
 from support.synthetic_runs import NASTY, STAGES, TASKS, make_run
 
 
@@ -193,11 +192,6 @@ def test_what_was_learned_last_is_compared_with_the_model_before_training(runs: 
             assert change.since == "before training"
             difference = run.scores[STAGES][j] - run.scores[0][j]
             assert len(change.gained) - len(change.lost) == pytest.approx(difference * change.rows)
-
-
-def unpack_text(packed: str) -> str:
-    """What unpack.js does."""
-    return gzip.decompress(base64.b85decode(packed.translate(str.maketrans(",.:", "&<>")))).decode()
 
 
 def unpacked(chunk: dict[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Scorer:
 
     def statistics(self, records: Sequence[Record]) -> NDArray[np.float64]:
         """What :meth:`total` needs of each scored row, to be summed over rows: ``[rows, k]``."""
-        return np.array([[record["score"], 1.0] for record in records]).reshape(-1, 2)
+        return np.array([[record["score"], 1.0] for record in records], dtype=float).reshape(-1, 2)
 
     def total(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
         """The score of all rows from the sums ``[..., k]`` of their statistics: ``[...]``."""

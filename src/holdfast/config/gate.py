@@ -28,13 +28,10 @@ class GateConfig(Section):
     """Limits on what may be forgotten, checked after every stage; the interval of a figure says how sure it is."""
 
     max_forgetting: float | None = Field(
-        None,
-        allow_inf_nan=False,
-        description="forgetting at most, over the tasks learned so far",
-        json_schema_extra=FREE,
+        None, description="forgetting at most, over the tasks learned so far", json_schema_extra=FREE
     )
     max_task_forgetting: float | None = Field(
-        None, allow_inf_nan=False, description="forgetting of any single task at most", json_schema_extra=FREE
+        None, description="forgetting of any single task at most", json_schema_extra=FREE
     )
     max_general_loss_increase: Annotated[float | str | None, AfterValidator(_increase)] = Field(
         None,
@@ -44,16 +41,13 @@ class GateConfig(Section):
     )
     max_general_drop: float | None = Field(
         None,
-        allow_inf_nan=False,
         description="fall of each accuracy-like general ability since before training at most",
         json_schema_extra=FREE,
     )
     min_average: float | None = Field(
-        None, allow_inf_nan=False, description="average over the tasks learned so far at least", json_schema_extra=FREE
+        None, description="average over the tasks learned so far at least", json_schema_extra=FREE
     )
-    min_new_task: float | None = Field(
-        None, allow_inf_nan=False, description="score of a stage's own task at least", json_schema_extra=FREE
-    )
+    min_new_task: float | None = Field(None, description="score of a stage's own task at least", json_schema_extra=FREE)
     on_fail: Literal["stop", "rollback", "continue"] = Field(
         "stop",
         description="after a stage that fails: stop the run, go back to the last stage that passed, or go on",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from holdfast.system.files import is_finite
 
 # A key marked so may change between two starts of the same run: no number of what is done already depends on it.
 FREE: Any = {"free": True}
@@ -15,9 +17,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: keys it does not know are refused."""
+    """A part of the configuration: unknown keys and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Named(Section):
@@ -30,6 +32,17 @@ class Named(Section):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    for key, value in values.items():
+        if not is_finite(value):
+            raise ValueError(f"{key}: must be finite, not {value!r}")
+    return values
+
+
+FreeOptions = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""Options by name whose values something else checks."""
 
 
 def year_as_text(value: Any) -> Any:

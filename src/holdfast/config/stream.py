@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from holdfast.config.section import Section, TaskName, year_as_text
+from holdfast.config.section import FreeOptions, Section, TaskName, year_as_text
 
 
 class TaskOptions(Section):
@@ -109,7 +109,7 @@ class StreamConfig(Section):
         description="whether a named stream is scored by whole answers or as its source does, where that differs; "
         "the other figure stands beside it",
     )
-    options: dict[str, Any] = Field(
+    options: FreeOptions = Field(
         default_factory=dict,
         description="options of a stream that is made, for example {size: 40, seed: 1} of chronicle",
     )

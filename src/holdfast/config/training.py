@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from holdfast.config.section import FREE, Section
+from holdfast.config.section import FREE, FreeOptions, Section
 
 Engine = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3_offload"]
 
@@ -30,7 +30,7 @@ class BaseTrainingConfig(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     save_every: int = Field(200, ge=1, description="optimizer steps between checkpoints", json_schema_extra=FREE)
     log_every: int = Field(10, ge=1, description="steps between lines of events.jsonl", json_schema_extra=FREE)
-    arguments: dict[str, Any] = Field(
+    arguments: FreeOptions = Field(
         default_factory=dict, description="any other field of transformers.TrainingArguments, by its name"
     )
 

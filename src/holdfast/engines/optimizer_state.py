@@ -34,7 +34,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
                     values["states"].setdefault(name, {})[key] = value
     if Process.this().main:
         save_file(tensors, folder / TENSORS)
-        write_json(folder / VALUES, values)
+        write_json(folder / VALUES, values, exact=True)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:

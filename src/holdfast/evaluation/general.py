@@ -33,7 +33,8 @@ def evaluate_general(
 def general_value(name: str, statistics: NDArray[np.float64]) -> float:
     """The value of a measure from its examples' statistics: their quotient, of a perplexity its exponential."""
     share, count = statistics.sum(axis=0)
-    return float(np.exp(share / count) if name.startswith("perplexity") else share / count)
+    with np.errstate(over="ignore"):  # a perplexity may be infinite
+        return float(np.exp(share / count) if name.startswith("perplexity") else share / count)
 
 
 def general_statistics(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from holdfast.lab.mixture import Mixture
 from holdfast.lab.model import make_model, tokenizer_of, write_note
 from holdfast.methods.compatibility import refusal
 from holdfast.records.directory import RunDirectory, open_directory
-from holdfast.system.files import read_json, read_jsonl, write_jsonl
+from holdfast.system.files import append_jsonl, read_appended, read_json, write_jsonl
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.progress import Progress
 from holdfast.training.arguments import RESERVED, check_arguments, training_arguments
@@ -177,7 +177,7 @@ class LabRun:
     @property
     def evaluations(self) -> list[dict[str, Any]]:
         """What has been measured so far, oldest first."""
-        return read_jsonl(self.path / "evaluations.jsonl")
+        return read_appended(self.path / "evaluations.jsonl")
 
     def so_far(self, step: int) -> dict[str, Any]:
         """The step, the tokens trained on until then, and the seconds of training, in all starts together."""
@@ -199,8 +199,7 @@ class LabRun:
         """Drop the lines about later steps than the one that training goes on from; -1 drops all."""
         if self.process.main:
             for path in (self.path / "events.jsonl", self.path / "evaluations.jsonl"):
-                lines = read_jsonl(path) if path.exists() else []
-                write_jsonl(path, [line for line in lines if line["step"] <= step])
+                write_jsonl(path, [line for line in read_appended(path) if line["step"] <= step])
         self.process.wait()
 
     def measure(self, step: int) -> None:
@@ -209,8 +208,7 @@ class LabRun:
         weights = distances(self.model, self.start, self.init)
         if self.process.main:
             line = self.so_far(step) | {"domains": domains, "weights": weights}
-            with (self.path / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_jsonl(self.path / "evaluations.jsonl", line)
         self.process.wait()
 
     def verdict(self, step: int) -> str | None:
@@ -221,7 +219,7 @@ class LabRun:
         if stop.seconds and self.process.any_of(self.trainer.cost.seconds >= stop.seconds):
             return "seconds"
         if (stop.loss or stop.patience) and self.evaluations[-1]["step"] == step:
-            losses = [evaluation["domains"][watched]["loss"] for evaluation in self.evaluations]
+            losses = [_loss(evaluation, watched) for evaluation in self.evaluations]
             if stop.loss and losses[-1] <= stop.loss:
                 return "loss"
             if stop.patience and len(losses) - 1 - losses.index(min(losses)) >= stop.patience:
@@ -237,13 +235,19 @@ class LabRun:
                 self.tokenizer.save_pretrained(folder)
                 write_note(folder, self.config, self.init, now["tokens"])
         evaluations, watched = self.evaluations, self.config.watched
-        best = min(evaluations, key=lambda e: e["domains"][watched]["loss"]) if watched else None
+        best = min(evaluations, key=lambda evaluation: _loss(evaluation, watched)) if watched else None
         if self.process.main:
             shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
         self.directory.finish({"train": now["seconds"]})
         result = {"stop": self.stopped_by} | now | {"parameters": self.parameters}
         result |= {"start": evaluations[0], "end": evaluations[-1], "best": best}
         self.directory.write_json(self.path / "result.json", result)
+
+
+def _loss(evaluation: dict[str, Any], domain: str | None) -> float:
+    """The loss of a domain; infinite where it was not finite, so that it is the worst of all."""
+    loss = evaluation["domains"][domain]["loss"]
+    return math.inf if loss is None else loss
 
 
 class LabWatch(Watch):

@@ -49,7 +49,12 @@ def tables(experiment: Experiment, runs: Sequence[PlannedLabRun], cache: Path) -
 
 def _losses(evaluations: list[dict[str, Any]]) -> dict[str, list[float]]:
     """The loss of each domain at each evaluation."""
-    return {name: [e["domains"][name]["loss"] for e in evaluations] for name in evaluations[0]["domains"]}
+    return {name: [_number(e["domains"][name]["loss"]) for e in evaluations] for name in evaluations[0]["domains"]}
+
+
+def _number(value: float | None) -> float:
+    """NaN where a value was not finite."""
+    return math.nan if value is None else value
 
 
 def _changes(experiment: Experiment, old: list[float], new: list[float], before: list[dict[str, Any]]) -> TableRow:
@@ -83,7 +88,7 @@ def score_columns(matrix: dict[str, Any]) -> TableRow:
     for name, (start, end) in matrix["general"].items():
         measure = name.removeprefix("perplexity/")
         if measure != name:
-            columns |= {f"{measure}_start": math.log(start), f"{measure}_loss": math.log(end)}
+            columns |= {f"{measure}_start": math.log(_number(start)), f"{measure}_loss": math.log(_number(end))}
         else:
             columns |= {f"{measure}_start": start, measure: end}
             shares.append((start, end))

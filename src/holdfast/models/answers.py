@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from holdfast.system.files import append_jsonl, cut_torn_line, is_finite, read_appended
+
 Question = Any
 """What is asked, as plain JSON values: all that the answer depends on but the model."""
 Answer = Any
@@ -18,7 +20,8 @@ class AnswerCache:
     """Answers of one model by what was asked, in a JSON-lines file; a line holds those that came together.
 
     A question is known by its digest, so that one that has changed since is asked anew. Greedy answers depend on
-    nothing else, so that a question that comes twice is asked once. A last line that a kill left torn is dropped.
+    nothing else, so that a question that comes twice is asked once. A last line that a kill left torn is dropped. An
+    answer that is not finite, which JSON cannot hold, is kept in memory alone.
 
     Args:
         path: the file, which need not exist; where None, answers are kept in memory alone.
@@ -28,14 +31,11 @@ class AnswerCache:
     def __init__(self, path: Path | None = None, *, writes: bool = True):
         self.path, self._writes = path, writes
         self._answers: dict[str, Answer] = {}
-        whole, torn = b"", b""
         if path is not None and path.exists():
-            whole, _, torn = path.read_bytes().rpartition(b"\n")
-        for line in whole.splitlines():
-            self._answers |= json.loads(line)
-        if path is not None and torn and writes:
-            with path.open("rb+") as file:
-                file.truncate(len(whole) + 1 if whole else 0)
+            for line in read_appended(path):
+                self._answers |= line
+            if writes:
+                cut_torn_line(path)
 
     def complete(self, asked: Sequence[Question], ask: Callable[[list[int], Add], None]) -> list[Answer]:
         """The answer to each question.
@@ -61,10 +61,11 @@ class AnswerCache:
     def _add(self, digests: Sequence[str], answers: Sequence[Answer]) -> None:
         new = dict(zip(digests, answers, strict=True))
         self._answers |= new
-        if self.path is not None and self._writes and new:
+        if self.path is None or not self._writes:
+            return
+        if lasting := {digest: answer for digest, answer in new.items() if is_finite(answer)}:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(json.dumps(new).encode() + b"\n")
+            append_jsonl(self.path, lasting)
 
     def remove(self) -> None:
         """Delete the file: what was made of the answers is written."""

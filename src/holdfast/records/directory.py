@@ -15,7 +15,7 @@ from holdfast.config.describe import difference
 from holdfast.config.section import Section
 from holdfast.engines.process import Process
 from holdfast.errors import RunDirectoryError
-from holdfast.system.files import LOCK, locked_folder, read_json, read_jsonl, whole_folder, write_json, write_jsonl
+from holdfast.system.files import LOCK, locked_folder, read_appended, read_json, whole_folder, write_json, write_jsonl
 from holdfast.system.machine import hardware, versions
 
 
@@ -129,7 +129,7 @@ class RunDirectory:
         for name in ("events.jsonl", "curves.jsonl"):
             path = self.path / name
             if path.exists() and self.process.main:
-                lines = [line for line in read_jsonl(path) if (line["stage"], line["step"]) <= (stage, step)]
+                lines = [line for line in read_appended(path) if (line["stage"], line["step"]) <= (stage, step)]
                 write_jsonl(path, lines)
         self.process.wait()
 

@@ -178,7 +178,7 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tu
     if not limits:
         raise ConfigError(f"{path}: its configuration has no gate; give a limit, for example --max-forgetting 0.05")
     gate = validate(GateConfig, limits, str(path))
-    measured = [t for t, row in enumerate(run.scores) if t and None not in row]
+    measured = [t for t, row in enumerate(run.scores) if t and any(score is not None for score in row)]
     rows = {run.held(t) if run.joint else t: t for t in measured}
     if not rows or (stage is not None and stage not in rows):
         known = f"evaluated: {', '.join(map(str, rows))}" if rows else "none was evaluated yet"

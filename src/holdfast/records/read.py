@@ -18,7 +18,7 @@ from holdfast.errors import RunDirectoryError
 from holdfast.metrics.matrix import Total
 from holdfast.records.directory import current_stage, slug
 from holdfast.scoring.score import scorer
-from holdfast.system.files import read_json, read_jsonl
+from holdfast.system.files import read_appended, read_json, read_jsonl
 
 REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
 
@@ -154,7 +154,7 @@ class FinishedRun:
         """The same of a measure of general ability, by its name in matrix.json, [examples, 2]."""
         path = self.folders.get(self.held(row), self.path) / "evaluation.json"
         found = read_json(path).get("general_examples", {}) if path.exists() else {}
-        return np.array(found[name]) if name in found else None
+        return np.array(found[name], dtype=float) if name in found else None
 
     @property
     def totals(self) -> list[Total]:
@@ -244,6 +244,7 @@ def changes(run: FinishedRun, j: int) -> Changes | None:
     before = {(row["row"], row.get("number")): row for row in run.responses(then, task)}
     after = [((row["row"], row.get("number")), row) for row in run.responses(last, task)]
     pairs = [(before[place], row) for place, row in after if place in before]
+    pairs = [pair for pair in pairs if None not in (pair[0]["score"], pair[1]["score"])]
     if not pairs:
         return None
     change = [after["score"] - first["score"] for first, after in pairs]
@@ -271,5 +272,5 @@ def settings(run: FinishedRun) -> dict[str, Any]:
 
 def _read_events(path: Path) -> list[dict[str, Any]]:
     """The logged steps in order; of a step that was logged again after a resume, the last."""
-    events = {(event["stage"], event["step"]): event for event in read_jsonl(path)} if path.exists() else {}
+    events = {(event["stage"], event["step"]): event for event in read_appended(path)}
     return [events[key] for key in sorted(events)]

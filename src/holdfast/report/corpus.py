@@ -18,7 +18,7 @@ from holdfast.rehearsal.statistics import LONG, Rows, Statistics, by_rank, histo
 from holdfast.report.packed import pack_text, packed_plotly
 from holdfast.report.plots import Plot, templates
 from holdfast.report.text import number
-from holdfast.system.files import read_json, write_text
+from holdfast.system.files import json_text, read_json, write_text
 
 HERE = Path(__file__).parent
 MOST = 2**22  # tokens that are looked at
@@ -89,7 +89,7 @@ def write_corpus_page(corpus: Path, output: Path, against: Path | None = None) -
     html = environment.get_template("corpus.html.j2").render(
         **page,
         plots=plots,
-        data={"plots": pack_text(json.dumps({"figures": plots, "templates": templates()}))},
+        data={"plots": pack_text(json_text({"figures": plots, "templates": templates()}))},
         css=(HERE / "page.css").read_text(encoding="utf-8"),
         script="".join((HERE / name).read_text(encoding="utf-8") for name in ("unpack.js", "page.js")),
         plotly=packed_plotly(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from holdfast.report.rows import pack
 from holdfast.report.tables import cost, interval_notes, p_value
 from holdfast.report.text import NOT_MEASURED, interval, number, shorten
 from holdfast.report.verdict import HEAD, decisions
-from holdfast.system.files import write_text
+from holdfast.system.files import json_text, write_text
 
 HERE = Path(__file__).parent
 EXAMPLES = 3  # responses shown of a task, of those lost and of those gained
@@ -65,13 +64,13 @@ def write_report(paths: list[Path], output: Path) -> Path:
         "number": number,
         "interval": interval,
         "shorten": shorten,
-        "json": _json,
+        "json": json_text,
         "cost": cost,
         "p_value": p_value,
     }
     html = environment.get_template("template.html.j2").render(
         **context,
-        data={"plots": pack_text(_json({"figures": page.plots, "templates": plots.templates()})), "rows": packed},
+        data={"plots": pack_text(json_text({"figures": page.plots, "templates": plots.templates()})), "rows": packed},
         css=(HERE / "page.css").read_text(encoding="utf-8"),
         script="".join((HERE / name).read_text(encoding="utf-8") for name in ("unpack.js", "rows.js", "page.js")),
         plotly=packed_plotly(),
@@ -193,10 +192,6 @@ def _test_rows(packed: dict[str, Any]) -> dict[str, Any]:
     for chunk in packed["chunks"]:
         counts.setdefault(chunk["task"], {}).update({run["run"]: run for run in chunk["runs"]})
     return {"packed": packed, "runs": packed["runs"], "length": packed["length"], "counts": counts}
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _groups(things: list[Any], key: Callable[[Any], Hashable]) -> list[list[Any]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from holdfast.records.read import Changes, FinishedRun, changes
 from holdfast.report.packed import pack_text
 from holdfast.report.text import shorten
+from holdfast.system.files import json_text
 
 LENGTH = 1200  # characters kept of a prompt, an answer or a response
 
@@ -37,8 +37,7 @@ def pack(runs: list[FinishedRun]) -> dict[str, Any]:
             )
             chunk["rows"]["runs"].append(_responses(found))
     for chunk in chunks.values():
-        text = json.dumps(chunk["rows"], ensure_ascii=False, separators=(",", ":"))
-        chunk["rows"] = pack_text(text)
+        chunk["rows"] = pack_text(json_text(chunk["rows"], separators=(",", ":")))
     return {"runs": [run.label for run in runs], "length": LENGTH, "chunks": list(chunks.values())}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from holdfast.engines.process import Process
 from holdfast.records.gate import Increase, general_loss
 from holdfast.runner.plan import PlannedStage
+from holdfast.system.files import append_jsonl
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Curves:
         scores: measures them, {task: score}.
         general_every: steps between measurements of general text; None: never.
         general: measures them, {name in matrix.json: value}.
-        before: what ``general`` gave before training.
+        before: what ``general`` gave before training; None where that was not finite.
         limit: on the rise of each general loss; None: whatever it is, the stage goes on.
         note: the general losses, for the progress.
         stopped: what was beyond the limit, for the stage's record; None as long as nothing was.
@@ -37,7 +38,7 @@ class Curves:
     scores: Callable[[], dict[str, float]]
     general_every: int | None
     general: Callable[[], dict[str, float]]
-    before: dict[str, float]
+    before: Mapping[str, float | None]
     limit: Increase | None = None
     note: str = ""
     stopped: dict[str, Any] | None = None
@@ -56,15 +57,17 @@ class Curves:
                 found["general"] = self.general()
                 self._look(step, found["general"])
         if Process.this().main:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found) + "\n")
+            append_jsonl(self.path, found)
 
     def _look(self, step: int, general: dict[str, float]) -> None:
         notes = []
         for name, value in general.items():
-            loss, before = general_loss(name, value), general_loss(name, self.before[name])
+            loss, start = general_loss(name, value), self.before[name]
+            before = math.nan if start is None else general_loss(name, start)
             notes.append(f"{name.removeprefix('perplexity/')} {loss:.3f} ({loss - before:+.3f})")
-            if self.limit is not None and self.stopped is None and loss - before > self.limit.nats(before):
+            if self.limit is None or self.stopped is not None or math.isnan(before):
+                continue
+            if not loss - before <= self.limit.nats(before):  # a loss that is not a number is beyond any limit
                 self.stopped = {
                     "step": step,
                     "general": name,

@@ -174,7 +174,8 @@ class RunLoop:
         )
         matrix = self._write_matrix()
         scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
-        self.progress.line(f"{when}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores))
+        shown = [f"{name} {'not measured' if score is None else f'{score:.3f}'}" for name, score in scores]
+        self.progress.line(f"{when}: {', '.join(shown)}")
 
     def _curves(self, stage: PlannedStage) -> Curves:
         """What is measured while a stage trains."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from holdfast.evaluation.general import matrix_name
 from holdfast.metrics.intervals import intervals
@@ -11,7 +11,7 @@ from holdfast.records.directory import RunDirectory, current_stage, slug
 from holdfast.runner.plan import START
 from holdfast.runner.setup import Setup
 from holdfast.scoring.score import beside_score, task_score
-from holdfast.system.files import read_json, read_jsonl
+from holdfast.system.files import finite, read_appended, read_json, read_jsonl
 
 
 def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
     ]
     totals = [scorer.total for scorer in scorers]
     resamples = setup.config.evaluation.bootstrap
-    return {
+    matrix = {
         "tasks": [task.name for task in tasks],
         "metrics": metrics,
         "scores": scores,
@@ -65,6 +65,7 @@ def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
         "curves": read_curves(setup, directory, scores),
         "intervals": intervals(samples, metrics=scorers, totals=totals, resamples=resamples) if resamples else {},
     }
+    return cast(dict[str, Any], finite(matrix))
 
 
 def read_curves(setup: Setup, directory: RunDirectory, scores: list[list[Any]]) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def read_curves(setup: Setup, directory: RunDirectory, scores: list[list[Any]]) 
     A curve begins with the model that the stage began with and ends with the one that it made.
     """
     path = directory.path / "curves.jsonl"
-    measured = [line for line in (read_jsonl(path) if path.exists() else []) if "scores" in line]
+    measured = [line for line in read_appended(path) if "scores" in line]
     names = [task.name for task in setup.stream.tasks]
     curves = {}
     for stage in setup.stages:

@@ -67,7 +67,7 @@ def measure(
                 with bar(f"ask {one.name} {when}".strip()) as on_batch:
                     records = refusal_records(evaluation(kept), one, on_batch=on_batch)
                 directory.write_jsonl(path, records)
-            found[matrix_name(one)] = np.array([[record["score"], 1.0] for record in read_jsonl(path)])
+            found[matrix_name(one)] = np.array([[record["score"], 1.0] for record in read_jsonl(path)], dtype=float)
     evaluated = {
         "general": {name: general_value(name, statistics) for name, statistics in found.items()},
         "general_examples": {name: statistics.tolist() for name, statistics in found.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +32,15 @@ class Perplexity(Loss):
     """exp of :class:`Loss`; lower is better."""
 
     def row(self, record: Record) -> float:
-        return float(np.exp(super().row(record)))
+        return float(_exp(super().row(record)))
 
     def total(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.exp(super().total(sums))
+        return _exp(super().total(sums))
+
+
+def _exp(loss: Any) -> Any:
+    with np.errstate(over="ignore"):  # a perplexity may be infinite
+        return np.exp(loss)
 
 
 SCORERS = [

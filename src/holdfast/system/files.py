@@ -1,13 +1,19 @@
-"""Files written whole or not at all: to a temporary name, flushed to disk, renamed."""
+"""Files written whole or not at all: to a temporary name, flushed to disk, renamed; and files that grow by lines.
+
+All of holdfast's JSON comes from here. JSON has no NaN and no infinity: a number that is not finite is written as null,
+which means "not measured" to all that read it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +28,79 @@ PARTIAL = ".partial"
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole: a reader sees the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
+    temporary = path.with_name(path.name + PARTIAL)
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    temporary.replace(path)
     _sync(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole; NaN is refused, since it is not JSON."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+def json_text(value: Any, *, indent: int | None = None, separators: tuple[str, str] | None = None) -> str:
+    """A value as JSON, numbers that are not finite as null."""
+    dumps = partial(json.dumps, ensure_ascii=False, indent=indent, separators=separators, allow_nan=False)
+    try:
+        return dumps(value)
+    except ValueError:
+        return dumps(finite(value))
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+def finite(value: Any) -> Any:
+    """A JSON value as it is read back after it was written: without NaN and infinity, tuples as lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(below) for below in value]
+    return value
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a JSON value holds neither NaN nor infinity."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(is_finite, value.values()))
+    return all(map(is_finite, value)) if isinstance(value, list | tuple) else True
+
+
+def write_json(path: Path, value: Any, *, exact: bool = False) -> None:
+    """Write a JSON file whole.
+
+    Args:
+        exact: for a state, which must be read back as it was.
+
+    Raises:
+        ValueError: ``exact``, and a number is not finite.
+    """
+    if exact and not is_finite(value):
+        raise ValueError(f"{path.name}: a state cannot hold NaN or infinity: {value!r:.200}")
+    write_text(path, json_text(value, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a JSON-lines file whole."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_text(path, "".join(json_text(row) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> None:
+    """Add a line to a JSON-lines file, which need not exist.
+
+    Args:
+        sync: return only when the line has reached the disk.
+    """
+    append_bytes(path, json_text(row).encode() + b"\n", sync=sync)
+
+
+def append_bytes(path: Path, content: bytes, *, sync: bool = False) -> None:
+    """Add bytes to a file, which need not exist; see :func:`append_jsonl`."""
+    with path.open("ab") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> Any:
@@ -51,6 +113,24 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def cut_torn_line(path: Path) -> None:
+    """Remove a last line that a kill cut off, so that the file can grow again."""
+    whole, ended, torn = path.read_bytes().rpartition(b"\n")
+    if torn:
+        with path.open("rb+") as file:
+            file.truncate(len(whole + ended))
+
+
+def read_appended(path: Path) -> list[dict[str, Any]]:
+    """Read a file that :func:`append_jsonl` adds to; a last line that a kill cut off is passed over.
+
+    Returns:
+        the lines; none if there is no such file.
+    """
+    whole, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    return [json.loads(line) for line in whole.split(b"\n") if line]
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on success it is flushed and becomes ``path``, replacing what stood there.
@@ -58,14 +138,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     A kill at any point leaves either no ``path``, the old one, or the whole new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    yield partial
-    flush_folder(partial)
+    temporary = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    yield temporary
+    flush_folder(temporary)
     if path.exists():
         shutil.rmtree(path)
-    partial.replace(path)
+    temporary.replace(path)
     _sync(path.parent)
 
 

@@ -6,7 +6,6 @@ person's Ctrl-C; so holdfast starts its processes on one machine itself, with th
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from holdfast.errors import GateFailed, Interrupted, ProcessFailed, UserError
-from holdfast.system.files import read_json, write_text
+from holdfast.system.files import read_json, write_json
 from holdfast.system.interrupt import Interrupt
 
 ERRORS = "HOLDFAST_ERROR_FILE"
@@ -83,7 +82,7 @@ def tell_launcher(error: Exception) -> bool:
         return False
     kind = next((name for name, kind in TOLD.items() if isinstance(error, kind)), None)
     text = str(error) if kind else "".join(traceback.format_exception(error)).rstrip()
-    write_text(Path(os.environ[ERRORS]), json.dumps({"kind": kind, "text": text, "time": time.time()}))
+    write_json(Path(os.environ[ERRORS]), {"kind": kind, "text": text, "time": time.time()})
     return True
 
 

@@ -24,7 +24,8 @@ def save_states(methods: Sequence[Method], folder: Path) -> None:
         save_file(
             {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / f"{method.name}.safetensors"
         )
-        write_json(folder / f"{method.name}.json", {key: v for key, v in state.items() if key not in tensors})
+        values = {key: v for key, v in state.items() if key not in tensors}
+        write_json(folder / f"{method.name}.json", values, exact=True)
 
 
 def load_states(methods: Sequence[Method], folder: Path, model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from holdfast.engines.process import Process
 from holdfast.errors import Interrupted
+from holdfast.system.files import append_jsonl
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.progress import Bar, Progress
 from holdfast.training.checkpoint import newest_whole_checkpoint
@@ -111,8 +111,7 @@ class Watch(TrainerCallback):
             "tokens_per_second": round((tokens - self._tokens) / max(seconds - self._seconds, 1e-9), 1),
         }
         self._tokens, self._seconds = tokens, seconds
-        with self.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        append_jsonl(self.events, event)
         shown = {"loss": logs["loss"]} | (terms if len(terms) > 1 else {})
         self.note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
 

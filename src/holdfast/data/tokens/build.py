@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shlex
@@ -17,7 +16,17 @@ import numpy as np
 
 from holdfast.data.texts import text_files
 from holdfast.errors import ConfigError, DataError
-from holdfast.system.files import LOCK, PARTIAL, require_same, whole_folder, write_json, write_jsonl
+from holdfast.system.files import (
+    LOCK,
+    PARTIAL,
+    append_bytes,
+    append_jsonl,
+    read_appended,
+    require_same,
+    whole_folder,
+    write_json,
+    write_jsonl,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,7 +125,7 @@ class Build:
         """Write a part's tokens, then its line of the journal."""
         content = ids.tobytes()
         self._digest.update(content)
-        _append(self._folder / TOKENS, content)
+        append_bytes(self._folder / TOKENS, content, sync=True)
         self.done = Done(
             read=part.read,
             texts=part.digest,
@@ -126,7 +135,7 @@ class Build:
             max_id=max(self.done.max_id, int(ids.max(initial=0))),
             sha256=self._digest.hexdigest(),
         )
-        _append(self._folder / JOURNAL, json.dumps(asdict(self.done)).encode() + b"\n")
+        append_jsonl(self._folder / JOURNAL, asdict(self.done), sync=True)
 
     def finish(self) -> dict[str, Any]:
         """Write the manifest, which makes the folder a token file.
@@ -153,18 +162,13 @@ def _resume(folder: Path, plan: dict[str, Any]) -> Done | None:
         if others:
             raise ConfigError(f"{folder}: is no token file, but holds other files ({', '.join(sorted(others)[:3])})")
         return None
-    begun, *lines = _journal(folder)
+    begun, *lines = read_appended(folder / JOURNAL)
     done = Done(**lines[-1])
     if done.read == 0:
         return None
     require_same(folder, "an unfinished build", begun, plan)
     logger.info("%s: goes on after %d documents, %d tokens", folder, done.documents, done.tokens)
     return done
-
-
-def _journal(folder: Path) -> list[dict[str, Any]]:
-    """The journal's whole lines; the last may have been cut off."""
-    return [json.loads(line) for line in (folder / JOURNAL).read_bytes().split(b"\n")[:-1]]
 
 
 def source_bytes(plan: dict[str, Any]) -> int | None:
@@ -175,19 +179,11 @@ def source_bytes(plan: dict[str, Any]) -> int | None:
     return sum(file.stat().st_size for path in paths for file in text_files(path))
 
 
-def _append(path: Path, content: bytes) -> None:
-    """Add bytes to a file, and return when they have reached the disk."""
-    with path.open("ab") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def unfinished(folder: Path) -> DataError:
     """Why a folder without a manifest cannot be read, and which command makes or completes it."""
     if not (folder / JOURNAL).exists():
         return DataError(f"{folder}: is no token file: it has no {MANIFEST}; `holdfast lab tokens` makes one")
-    plan = _journal(folder)[0]
+    plan = read_appended(folder / JOURNAL)[0]
     options = {
         "tokenizer": folder / TOKENIZER,
         "out": folder,
