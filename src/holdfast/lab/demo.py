@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,31 @@ from rich.console import Console
 
 from holdfast.config.run import load_config
 from holdfast.data.streams.chronicle.stream import general_text
-from holdfast.lab.small import pretrain_small
+from holdfast.data.tokens.file import build_tokens
+from holdfast.lab.pretrain import pretrain
 from holdfast.lab.tokenizer import train_tokenizer
 from holdfast.report import write_report
 from holdfast.report.terminal import print_table
 from holdfast.runner.loop import run
+from holdfast.system.files import whole_folder, write_jsonl
 from holdfast.system.progress import Progress
 
 SIZE = 50  # facts of each year of the world
+PRETRAINING: dict[str, Any] = {
+    "model": {"width": 128, "depth": 4, "head_size": 32, "mlp_width": 384, "tie_embeddings": True},
+    "context": 64,
+    "training": {
+        "batch_size": 8,
+        "learning_rate": 4e-3,
+        "schedule": "cosine",
+        "warmup_tokens": 40_960,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+    },
+    "stop": {"tokens": 409_600},
+}
+"""Of `holdfast lab pretrain`: 800 steps, the first tenth of them warm-up."""
+
 METHODS: dict[str, Any] = {
     "sequential": "sequential",
     "replay": {"name": "replay", "capacity": 600, "ratio": 1.0},
@@ -31,11 +49,11 @@ def run_demo(output: Path, seed: int, console: Console) -> list[Path]:
     """Make the model, do the runs, print the table and write the page; what is there already is not done again.
 
     Args:
-        output: gets ``model/``, a directory a method, and ``report.html``.
+        output: gets ``model-SEED``, the run of each method, ``METHOD-SEED``, and ``report-SEED.html``.
         seed: of the world, the model and the runs.
 
     Returns:
-        the directories of the runs.
+        the runs' directories.
 
     Raises:
         UserError: output cannot be written, or holds a demo of another seed.
@@ -43,7 +61,7 @@ def run_demo(output: Path, seed: int, console: Console) -> list[Path]:
     """
     started = time.monotonic()
     progress = Progress()
-    torch.set_num_threads(1)  # tensors this small gain little from two, and lose much where another process works
+    torch.set_num_threads(1)  # two help tensors this small little, and cost much while another process works
     model = output / f"model-{seed}"
     if not model.exists():
         make_model(model, seed, progress)
@@ -60,11 +78,26 @@ def run_demo(output: Path, seed: int, console: Console) -> list[Path]:
 
 
 def make_model(folder: Path, seed: int, progress: Progress) -> None:
-    """Train a tokenizer and a Llama of about a million parameters on chronicle's general text."""
+    """Pretrain a Llama of about a million parameters, with a tokenizer of its own, on chronicle's general text.
+
+    Args:
+        folder: gets the model and its tokenizer. The text, its token file and the laboratory run stay beside it, in
+            ``pretrain-SEED``.
+        seed: of the text, of the first weights and of the order of the text.
+
+    Raises:
+        UserError: the folder cannot be written.
+        Interrupted: SIGINT or SIGTERM asked to stop; the same call continues.
+    """
+    work = folder.with_name(f"pretrain-{seed}")
     texts = general_text(size=SIZE, seed=seed)
-    tokenizer = train_tokenizer(texts, vocab_size=2048, model_max_length=64)
-    with progress.bar("pretrain a small Llama on general text") as bar:
-        pretrain_small(texts, tokenizer, folder, seed=seed, on_step=lambda done, total: bar.update(done, total=total))
+    write_jsonl(work / "text.jsonl", [{"text": text} for text in texts])
+    tokenizer = train_tokenizer(texts, vocab_size=2048, model_max_length=PRETRAINING["context"])
+    build_tokens([work / "text.jsonl"], work / "tokens", tokenizer)
+    run = work / "general-text"
+    pretrain(PRETRAINING | {"data": str(work / "tokens"), "seed": seed, "output": str(run)}, progress)
+    with whole_folder(folder) as partial:
+        shutil.copytree(run / "model", partial, dirs_exist_ok=True)
 
 
 def configuration(model: Path, output: Path, seed: int, method: Any) -> dict[str, Any]:
