@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import pickle
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -13,8 +14,12 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 
-from holdfast import continual
+from holdfast import ContinualTrainer, continual
+from holdfast.api.method import Method
+from holdfast.errors import ConfigError
+from holdfast.methods import build
 from support.trained import vector
 from support.trl_cases import CASES, trainer_arguments, trainer_class
 
@@ -53,8 +58,107 @@ def test_training_with_sequential_is_training_with_the_plain_class(case, tmp_pat
         assert other.keys() - one.keys() <= {"term/task"}
         for key in one.keys() - TIMES:
             assert other[key] == one[key], key
-    for name in ("_step", "_tokenizer"):
-        assert type(getattr(ours, name, None)) is type(getattr(plain, name, None))
+    assert getattr(ours, "_step", None) == getattr(plain, "_step", None)  # GRPO and RLOO count with it
+    assert type(getattr(ours, "_tokenizer", None)) is type(getattr(plain, "_tokenizer", None))
+
+
+def test_the_class_has_few_new_names():
+    new = set(dir(ContinualTrainer)) - set(dir(Trainer)) - {"_holdfast"}
+    assert new == {"forgetting_report", "methods", "task", "stage_index", "interrupted", "cost"}
+    assert ContinualTrainer.__name__ == ContinualTrainer.__qualname__ == "ContinualTrainer"
+    assert pickle.loads(pickle.dumps(ContinualTrainer)) is ContinualTrainer
+
+
+class Full(Trainer):
+    """A trainer that has names of ours for itself, and takes its tokenizer as LLaMA-Factory's takes it."""
+
+    cost = 7
+
+    def __init__(self, **kwargs):
+        kwargs["processing_class"] = kwargs.pop("tokenizer")
+        assert not hasattr(self, "task")
+        self.task = "translation"
+        super().__init__(**kwargs)
+        self._terms = self._stage = self._process = "mine"
+
+    def _forward(self):
+        return "mine"
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        assert (self.task, self.cost, self._forward()) == ("translation", 7, "mine")
+        assert self._terms == self._stage == self._process == "mine"
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+
+def test_names_of_the_wrapped_class_stay_its_own(tmp_path):
+    given = trainer_arguments("Trainer", tmp_path)
+    given["tokenizer"] = given.pop("processing_class")
+    trainer = continual(Full)(**given, method="replay", stage_index=3)
+    trainer.train()
+    trainer.train()
+    assert (trainer.task, trainer.cost, trainer.stage_index) == ("translation", 7, 5)
+    assert logged(trainer, "replay")[-1] > 0
+    trainer.methods = build([("ewc", {"samples": 2})])
+    assert trainer._holdfast.methods is trainer.methods and "methods" not in vars(trainer)
+
+
+def logged(trainer, name):
+    return [log[f"term/{name}"] for log in trainer.state.log_history if f"term/{name}" in log]
+
+
+def test_what_the_arguments_say_stays_while_a_method_trains(tmp_path):
+    """DDP is told for the time of training alone that it need not look for unused parameters."""
+
+    class Look(Method):
+        name = "look"
+
+        def extra_rows(self, step):
+            seen.append(handler.find_unused_parameters)
+
+    for method, inside in ((Look(), False), ("sequential", True)):
+        seen: list[bool] = []
+        trainer = ContinualTrainer(**trainer_arguments("Trainer", tmp_path), method=method)
+        handler = trainer.accelerator.ddp_handler
+        trainer.add_callback(EachStep(lambda handler=handler, seen=seen: seen.append(handler.find_unused_parameters)))
+        callbacks = list(trainer.callback_handler.callbacks)
+        trainer.train()
+        assert set(seen) == {inside}
+        assert handler.find_unused_parameters is True and trainer.args.ddp_find_unused_parameters is None
+        assert trainer.callback_handler.callbacks == callbacks
+
+
+class EachStep(TrainerCallback):
+    def __init__(self, look):
+        self.look = look
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.look()
+
+
+def test_a_parameter_without_gradient_stays_as_it_is(tmp_path):
+    """Weight decay leaves it alone, as in the plain class."""
+    for cls in (Trainer, ContinualTrainer):
+        given = trainer_arguments("Trainer", tmp_path, weight_decay=0.5)
+        given["model"].spare = nn.Parameter(torch.ones(3))
+        cls(**given).train()
+        assert torch.equal(given["model"].spare, torch.ones(3))
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    trainer = ContinualTrainer(**trainer_arguments("Trainer", tmp_path))
+    with pytest.raises(ConfigError, match="there is no checkpoint in"):
+        trainer.train(resume_from_checkpoint=True)
+    Trainer(**trainer_arguments("Trainer", tmp_path, save_strategy="steps", save_steps=2)).train()
+    with pytest.raises(ConfigError, match=r"checkpoint-3: .*complete\.json"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_loss_scale_leaves_out_steps_and_is_refused_where_gradients_are_needed(tmp_path):
+    """fp16 itself needs a GPU; what counts here is that accelerate has a scaler."""
+    trainer = ContinualTrainer(**trainer_arguments("Trainer", tmp_path), method="ewc")
+    trainer.accelerator.scaler = object()
+    with pytest.raises(ConfigError, match="fp16: method ewc needs the gradients"):
+        trainer.train()
 
 
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time"}

@@ -94,14 +94,13 @@ class ContinualMixin(EngineMixin):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """One stage: the methods prepare it, the Trainer trains, the methods set the final weights and remember."""
         state = self._holdfast
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = _last_checkpoint(self.args.output_dir)
+        checkpoint = _checked(resume_from_checkpoint, self.args.output_dir)
         state.cost, state.interrupted = Cost(), False
         state.cost.start()
         try:
-            _begin_stage(self, resume_from_checkpoint or None)
+            _begin_stage(self, checkpoint)
             with _methods_after_step(self), ddp_expects_all(self):
-                result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+                result = super().train(checkpoint, *args, **kwargs)
             if not state.interrupted:
                 state.end_stage()
         finally:
@@ -251,11 +250,23 @@ def _loss_scaler(trainer: Any) -> Any:
     return getattr(trainer.accelerator, "scaler", None)
 
 
-def _last_checkpoint(folder: str) -> str:
-    checkpoint = get_last_checkpoint(folder)
-    if checkpoint is None:
+def _checked(checkpoint: str | bool | None, folder: str) -> str | None:
+    """The checkpoint to resume from; True stands for the newest in a folder.
+
+    Raises:
+        ConfigError: there is none, or it lacks what methods need.
+    """
+    if not checkpoint:
+        return None
+    path = get_last_checkpoint(folder) if checkpoint is True else str(checkpoint)
+    if path is None:
         raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
-    return checkpoint
+    if not Path(path, COMPLETE).exists():
+        raise ConfigError(
+            f"resume_from_checkpoint: {path}: it has no {COMPLETE}, so another trainer wrote it, or it was cut off; "
+            "one that a continual trainer has completed would do"
+        )
+    return path
 
 
 @contextlib.contextmanager

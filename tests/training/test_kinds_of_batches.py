@@ -1,0 +1,137 @@
+"""Batches of any kind pass through a continual trainer; what a method cannot use is refused with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    BatchEncoding,
+    DataCollatorWithPadding,
+    LlamaForSequenceClassification,
+    Trainer,
+    default_data_collator,
+)
+
+from holdfast import continual
+from holdfast.errors import ConfigError
+from holdfast.training.batches import count_rows, count_tokens
+from support.tiny import tiny_model, tiny_rows, tiny_tokenizer
+from support.trained import vector
+from support.trl_cases import trainer_arguments, trainer_class
+
+
+class Line(nn.Module):
+    """Linear regression; its inputs are called neither input_ids nor labels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x, y=None):
+        made = self.layer(x).squeeze(-1)
+        return {"loss": ((made - y) ** 2).mean(), "made": made}
+
+
+class Strict(Trainer):
+    """Reads its batches by attribute, as a BatchEncoding allows."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert inputs.labels.shape == inputs.input_ids.shape
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def points(count=12):
+    return [{"x": torch.tensor([i / 10, 1 - i / 10]), "y": torch.tensor(0.3 * i)} for i in range(count)]
+
+
+def sentences():
+    return [{"input_ids": row["input_ids"], "label": number % 2} for number, row in enumerate(tiny_rows(12))]
+
+
+def encoded(rows):
+    """A BatchEncoding, with masks, of rows of different lengths."""
+    batch = tiny_tokenizer().pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
+    return BatchEncoding(dict(batch) | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)})
+
+
+def classifier():
+    return LlamaForSequenceClassification(tiny_model(num_labels=2).config)
+
+
+CASES = {
+    "regression": (Trainer, Line, points, default_data_collator),
+    "classification": (Trainer, classifier, sentences, DataCollatorWithPadding(tiny_tokenizer())),
+    "stream": (Trainer, tiny_model, lambda: Dataset.from_list(tiny_rows(12)).to_iterable_dataset(), encoded),
+    "by attribute": (Strict, tiny_model, lambda: tiny_rows(12), encoded),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sequential_leaves_batches_alone(case, tmp_path):
+    cls, make_model, rows, collator = CASES[case]
+    results = []
+    for kind in (cls, continual(cls)):
+        torch.manual_seed(0)
+        given = trainer_arguments("Trainer", tmp_path)
+        given |= {"model": make_model(), "train_dataset": rows(), "data_collator": collator}
+        trainer = kind(**given)
+        before = vector(trainer.model).clone()
+        trainer.train()
+        assert not torch.equal(vector(trainer.model), before)
+        results.append(vector(trainer.model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("case", ["DPOTrainer", "GRPOTrainer"])
+@pytest.mark.parametrize("method", ["cia", "si"])
+def test_methods_on_weights_take_part_in_any_training(case, method, tmp_path):
+    """They need no row: the average of the weights, and the path that these take."""
+    cls = trainer_class(case)
+    plain, ours = cls(**trainer_arguments(case, tmp_path)), continual(cls)
+    plain.train()
+    trainer = ours(**trainer_arguments(case, tmp_path), method=method)
+    trainer.train()
+    same = torch.equal(vector(plain.model), vector(trainer.model))
+    assert same == (method == "si")  # which penalises nothing in the first stage
+    if method == "si":
+        trainer.train()
+        assert [log["term/si"] for log in trainer.state.log_history if "loss" in log][-1] > 0
+
+
+def test_general_text_goes_beside_preferences(tmp_path):
+    texts = tmp_path / "general.txt"
+    texts.write_text("\n".join(f"the {a} sea moves the {b} weed and holds it fast" for a in "abcdefgh" for b in "uvw"))
+    cls = continual(trainer_class("DPOTrainer"))
+    trainer = cls(**trainer_arguments("DPOTrainer", tmp_path), method={"name": "gere", "path": str(texts)})
+    trainer.train()
+    lines = [log for log in trainer.state.log_history if "loss" in log]
+    assert lines[0]["term/gere"] == pytest.approx(0, abs=1e-5) and lines[-1]["term/gere"] > 0
+    assert trainer.forgetting_report()["texts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "reason"),
+    [
+        ("DPOTrainer", "lwf", "method lwf: .* do not have input_ids and a label for each"),
+        ("DPOTrainer", "replay", "collator does not make input_ids and a label"),
+        ("GRPOTrainer", {"name": "gere", "path": "general.txt"}, "method gere: .* of type list"),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else value,
+)
+def test_what_cannot_be_is_refused(case, method, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "general.txt").write_text("the sea moves the weed and holds it fast\n" * 24)
+    trainer = continual(trainer_class(case))(**trainer_arguments(case, tmp_path), method=method)
+    with pytest.raises(ConfigError, match=reason):
+        trainer.train()
+
+
+def test_rows_of_a_step_are_counted_in_batches_of_any_kind():
+    assert count_rows([{"prompt": "a"}, {"prompt": "b"}]) == 2 and count_tokens([{"prompt": "a"}]) == 0
+    assert count_rows({"x": torch.ones(3, 2), "note": "n"}) == 3 and count_tokens({"x": torch.ones(3, 2)}) == 0
+    assert count_rows({"scale": torch.tensor(1.0)}) == 0
+    assert count_rows(encoded(tiny_rows(5))) == 5
+    assert count_tokens(encoded(tiny_rows(5))) == sum(len(row["input_ids"]) for row in tiny_rows(5))
