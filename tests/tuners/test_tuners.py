@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -254,6 +255,25 @@ def test_every_tuner_has_its_defaults_described():
         assert cls.__doc__
         for key, option in cls.Options.model_fields.items():
             assert option.description, f"{name}.{key}"
+
+
+@pytest.mark.parametrize("name", [name for name, cls in known().items() if cls.folder == "adapter"])
+def test_an_adapter_is_merged_unless_its_tuner_says_why_not(name, tmp_path):
+    tuner = build(Named(name=name))
+    tuner.plan(TrainingConfig(), 10)
+    tuner.save(tuner.prepare(llama()), tmp_path)
+    merged = None
+    with contextlib.suppress(ValueError, AttributeError):
+        merged = PeftModel.from_pretrained(llama(), str(tmp_path)).merge_and_unload()
+    assert (merged is None) == bool(tuner.not_merged)
+    assert bool(tuner.lacks) == bool(tuner.not_merged)  # PEFT's own adapters of layers are loaded as they are
+
+
+def test_vllm_serves_the_two_factors_of_lora_alone():
+    assert build(Named(name="lora", r=4, use_rslora=True)).served_by_vllm
+    for options in ({"use_dora": True}, {"modules_to_save": ["norm"]}, {"lora_bias": True}):
+        assert not build(Named(name="lora", **options)).served_by_vllm
+    assert not any(build(Named(name=name)).served_by_vllm for name in known() if name != "lora")
 
 
 @pytest.mark.parametrize("name", WITHIN_PEFT)

@@ -30,12 +30,23 @@ class Tuner(Registered, ABC):
     quantized: ClassVar[bool] = True
     """Whether the model that it trains may be quantised, since its own weights stay as they are."""
 
+    not_merged: ClassVar[str] = ""
+    """Why its weights cannot be merged into a model of the same architecture; empty where PEFT merges them."""
+
+    lacks: ClassVar[str] = ""
+    """What its folder lacks where plain libraries load it, for a model card; empty where it lacks nothing."""
+
     class Options(Section):
         """The tuner's options; a key that it does not know is refused."""
 
     def __init__(self, **options: Any) -> None:
         """Raises ConfigError if an option is unknown or wrong."""
         self.options: Any = validate(self.Options, options, f"tuner {self.name}")
+
+    @property
+    def served_by_vllm(self) -> bool:
+        """Whether vLLM serves its adapter, with these options, beside the base model."""
+        return False
 
     @property
     def virtual_tokens(self) -> int:

@@ -12,7 +12,7 @@ from holdfast.api.method import Method
 from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig, load_config
 from holdfast.data.encode import Encoder
-from holdfast.deploy.exported import NOT_MERGED, Exported
+from holdfast.deploy.exported import Exported
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
@@ -76,9 +76,10 @@ def export(
         task=read_json(folder / "stage.json")["task"],
         row=len(found.tasks) if found.joint else number,
         base=base,
+        tuner=tuner,
         kind=kind,
         chat=chat,
-        lacks=[*method_lacks(config), *_folder_lacks(config, kind, base, tokenizer)],
+        lacks=[*method_lacks(config), *_folder_lacks(config, tuner, kind, base, tokenizer)],
     )
     try:
         _write(exported, to, saved, merged, settings, tokenizer)
@@ -152,10 +153,10 @@ def _generation_settings(model: ModelConfig, folder: Path | None, encoder: Encod
 
 
 def _check_mergeable(tuner: Tuner) -> None:
-    if tuner.name in NOT_MERGED:
+    if tuner.not_merged:
         raise ConfigError(
-            f"--merge: tuner {tuner.name!r} cannot be merged into the model, since {NOT_MERGED[tuner.name]}; leave "
-            "--merge out to export the adapter"
+            f"--merge: tuner {tuner.name!r} cannot be merged into the model, since {tuner.not_merged}; leave --merge "
+            "out to export the adapter"
         )
 
 
@@ -259,37 +260,15 @@ def method_lacks(config: RunConfig) -> list[str]:
     return lines
 
 
-UNKNOWN = (
-    "plain PEFT does not know tuner {name!r}: `import {module}` must come before `PeftModel.from_pretrained`, and vLLM "
-    "and `transformers serve` do not load this folder"
-)
-PADDED = (
-    "vLLM and `transformers serve` do not load the soft prompts of tuner {name!r}; plain PEFT does, but in a batch "
-    "that is padded on the left it gives shorter rows other positions than they were measured with: ask rows of "
-    "different length one by one"
-)
-TUNER_LACKS = {
-    "adapter": UNKNOWN.format(name="adapter", module="holdfast.tuners.adapter"),
-    "moe_lora": UNKNOWN.format(name="moe_lora", module="holdfast.tuners.moe_lora"),
-    "dual_prefix": UNKNOWN.format(name="dual_prefix", module="holdfast.tuners.dual_prefix"),
-    "prompt_pool": "plain PEFT loads this folder but puts all prompts of the pool before every row, instead of those "
-    "nearest to it, and so answers wrongly; load it with holdfast.soft_prompts.PromptPoolModel.from_folder(model, "
-    "folder); vLLM and `transformers serve` do not load it",
-    "prompt": PADDED.format(name="prompt"),
-    "p_tuning": PADDED.format(name="p_tuning"),
-    "prefix": PADDED.format(name="prefix"),
-}
-"""What a folder with a tuner's adapter lacks in plain libraries."""
-
-
-def _folder_lacks(config: RunConfig, kind: str, base: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _folder_lacks(
+    config: RunConfig, tuner: Tuner, kind: str, base: str, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
     """What the folder itself lacks, whatever the methods."""
-    assert config.tuner is not None
     model, lines = config.model, []
-    if kind == "adapter" and config.tuner.name in TUNER_LACKS:
-        lines.append(TUNER_LACKS[config.tuner.name])
+    if kind == "adapter" and tuner.lacks:
+        lines.append(tuner.lacks)
     if kind == "adapter" and Path(base).is_absolute():
-        merge = "" if config.tuner.name in NOT_MERGED else ", or export with --merge"
+        merge = "" if tuner.not_merged else ", or export with --merge"
         lines.append(
             f"the adapter's base model is a folder of this machine, {base}: elsewhere set base_model_name_or_path in "
             f"adapter_config.json{merge}"

@@ -118,21 +118,16 @@ def _use(exported: Exported) -> str:
 
 def _serve(exported: Exported) -> list[str]:
     """How to serve it, where a server takes it."""
-    from holdfast.deploy.exported import NOT_MERGED
-
-    config = exported.config
-    assert config.tuner is not None
     if exported.kind != "adapter":
         return ["It can be served by `vllm serve FOLDER` and `transformers serve FOLDER`."]
-    options = config.tuner.options
-    if config.tuner.name == "lora" and not any(options.get(k) for k in ("use_dora", "modules_to_save", "lora_bias")):
+    if exported.tuner.served_by_vllm:
         return [
             f"It can be served by `vllm serve {exported.base} --enable-lora --lora-modules NAME=FOLDER`; a rank"
             " above 16 needs `--max-lora-rank`."
         ]
     return [
         "`vllm serve` does not take this adapter"
-        + ("." if config.tuner.name in NOT_MERGED else "; a model exported with `--merge` can be served.")
+        + ("." if exported.tuner.not_merged else "; a model exported with `--merge` can be served.")
     ]
 
 

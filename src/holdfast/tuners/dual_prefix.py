@@ -25,7 +25,7 @@ from holdfast.engines.pieces import full
 from holdfast.errors import ConfigError
 from holdfast.models.generation import inference
 from holdfast.models.head import with_tensors
-from holdfast.tuners.peft_types import register
+from holdfast.tuners.peft_types import UNKNOWN, register
 from holdfast.tuners.prompt_keys import prompt_mask, queries, similarity
 
 CACHES = ("past_key_values", "layer_past")
@@ -42,6 +42,8 @@ class DualPrefix(Tuner):
 
     name = "dual_prefix"
     folder = "adapter"
+    not_merged = "its trained prefixes stand before the input and change no weight"
+    lacks = UNKNOWN.format(name=name, module=__name__)
 
     class Options(Section):
         general_layers: int | None = Field(
@@ -209,6 +211,12 @@ class DualPrefixModel(BaseTuner):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for prefix in self.prefixes:
             prefix.enable_adapters(enabled)  # type: ignore[operator]
+
+    def _check_merge_allowed(self) -> None:
+        raise ConfigError(
+            "prefixes cannot be merged into the model's weights, since they stand before the input and change no "
+            "weight; keep the adapter beside the model"
+        )
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model's layers stay as they are")

@@ -67,6 +67,12 @@ class Lora(PeftTuner):
                 raise ValueError(f"init_lora_weights: {init!r} cannot be used{did_you_mean(init, INITS)}")
             return self
 
+    @property
+    def served_by_vllm(self) -> bool:
+        """vLLM serves the two factors alone."""
+        options = self.options.model_dump()
+        return not any(options.get(key) for key in ("use_dora", "modules_to_save", "lora_bias"))
+
     def wrap(self, model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         moves = MOVES_BASE.fullmatch(str(config.init_lora_weights))
         given = "lora_dropout" in self.options.model_fields_set

@@ -5,6 +5,12 @@ from __future__ import annotations
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
+UNKNOWN = (
+    "plain PEFT does not know tuner {name!r}: `import {module}` must come before `PeftModel.from_pretrained`, and vLLM "
+    "and `transformers serve` do not load this folder"
+)
+"""What a folder of such a type lacks where plain libraries load it."""
+
 
 def register(name: str, config: type, model: type) -> PeftType:
     """Make a tuner known to PEFT, so that get_peft_model and PeftModel.from_pretrained take its configuration.

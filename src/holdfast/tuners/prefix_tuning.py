@@ -13,7 +13,7 @@ from holdfast.config.section import Section
 from holdfast.config.training import BaseTrainingConfig
 from holdfast.errors import ConfigError
 from holdfast.tuners.peft import PeftTuner
-from holdfast.tuners.soft_prompts import SoftPromptModel
+from holdfast.tuners.soft_prompts import NOT_MERGED, PADDED, SoftPromptModel
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -29,6 +29,8 @@ class PrefixTuning(PeftTuner):
 
     name = "prefix"
     config_class = PrefixTuningConfig
+    not_merged = NOT_MERGED
+    lacks = PADDED.format(name=name)
 
     class Options(Section):
         """Prefix tuning's options; any other field of peft.PrefixTuningConfig may be given by its name."""

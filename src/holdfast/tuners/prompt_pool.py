@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from holdfast.api.tuner import Tuner
 from holdfast.config.section import Section
-from holdfast.tuners.soft_prompts import PromptPoolModel
+from holdfast.tuners.soft_prompts import NOT_MERGED, PromptPoolModel
 
 
 class PromptPool(Tuner):
@@ -18,6 +18,12 @@ class PromptPool(Tuner):
 
     name = "prompt_pool"
     folder = "adapter"
+    not_merged = NOT_MERGED
+    lacks = (
+        "plain PEFT loads this folder but puts all prompts of the pool before every row, instead of those nearest to "
+        "it, and so answers wrongly; load it with holdfast.soft_prompts.PromptPoolModel.from_folder(model, folder); "
+        "vLLM and `transformers serve` do not load it"
+    )
 
     class Options(Section):
         """The defaults are those of the published code for a stream of different data sets (5-datasets)."""

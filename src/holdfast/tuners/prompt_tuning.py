@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from holdfast.config.section import Section
 from holdfast.tuners.peft import PeftTuner
-from holdfast.tuners.soft_prompts import SoftPromptModel
+from holdfast.tuners.soft_prompts import NOT_MERGED, PADDED, SoftPromptModel
 
 
 class PromptTuning(PeftTuner):
@@ -18,6 +18,8 @@ class PromptTuning(PeftTuner):
 
     name = "prompt"
     config_class = PromptTuningConfig
+    not_merged = NOT_MERGED
+    lacks = PADDED.format(name=name)
 
     class Options(Section):
         """Prompt tuning's options; any other field of peft.PromptTuningConfig may be given by its name.

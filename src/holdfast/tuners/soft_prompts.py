@@ -30,6 +30,16 @@ from holdfast.models.head import with_tensors
 from holdfast.system.files import read_json, write_json
 from holdfast.tuners.prompt_keys import nearest, prompt_mask, queries, similarity
 
+NOT_MERGED = "its trained prompts stand before the input and change no weight"
+"""Why soft prompts cannot be merged into a model."""
+
+PADDED = (
+    "vLLM and `transformers serve` do not load the soft prompts of tuner {name!r}; plain PEFT does, but in a batch "
+    "that is padded on the left it gives shorter rows other positions than they were measured with: ask rows of "
+    "different length one by one"
+)
+"""What a folder of soft prompts lacks where plain libraries load it."""
+
 ENCODER = "prompt_encoder.safetensors"
 KEYS = "prompt_keys.safetensors"
 POOL = "prompt_pool.json"

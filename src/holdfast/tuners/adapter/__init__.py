@@ -11,7 +11,7 @@ from holdfast.tuners.adapter.config import AdapterConfig
 from holdfast.tuners.adapter.layer import AdapterLayer
 from holdfast.tuners.adapter.model import AdapterModel
 from holdfast.tuners.peft import PeftTuner
-from holdfast.tuners.peft_types import register
+from holdfast.tuners.peft_types import UNKNOWN, register
 
 __all__ = ["Adapter", "AdapterConfig", "AdapterLayer", "AdapterModel"]
 
@@ -25,6 +25,8 @@ class Adapter(PeftTuner):
 
     name = "adapter"
     config_class = AdapterConfig
+    not_merged = "a non-linearity stands between its two matrices and the model's"
+    lacks = UNKNOWN.format(name=name, module=__name__)
 
     class Options(Section):
         """The fields of :class:`AdapterConfig` of the same names."""

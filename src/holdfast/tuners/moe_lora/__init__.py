@@ -11,7 +11,7 @@ from holdfast.tuners.moe_lora.layer import MoeLoraLinear
 from holdfast.tuners.moe_lora.model import MoeLoraModel
 from holdfast.tuners.moe_lora.routing import RouterLosses
 from holdfast.tuners.peft import PeftTuner
-from holdfast.tuners.peft_types import register
+from holdfast.tuners.peft_types import UNKNOWN, register
 
 __all__ = ["MoeLora", "MoeLoraConfig", "MoeLoraLinear", "MoeLoraModel", "RouterLosses"]
 
@@ -25,6 +25,8 @@ class MoeLora(PeftTuner):
 
     name = "moe_lora"
     config_class = MoeLoraConfig
+    not_merged = "its router weighs the experts anew for each token"
+    lacks = UNKNOWN.format(name=name, module=__name__)
 
     class Options(Section):
         """The fields of :class:`MoeLoraConfig` of the same names, and the weights of :class:`RouterLosses`."""
