@@ -1,1 +1,1 @@
-"""The continual trainer and all that belongs to one stage of training."""
+"""The continual trainer, and everything else that one stage of training needs."""

@@ -1,4 +1,4 @@
-"""What a stage's training costs: tokens, seconds and peak memory, counted on over every restart."""
+"""What a stage's training costs: tokens, seconds and peak memory. Counting goes on after a restart."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Cost:
-    """Counts between :meth:`start` and :meth:`stop`; ``load(state())`` lets another process go on counting.
+    """Counters that run between :meth:`start` and :meth:`stop`; with ``load(state())`` another process goes on.
 
     Attributes:
-        tokens: that went through a forward pass of training, rehearsal rows included, padding not.
+        tokens: tokens that went through a forward pass of training: with rehearsal rows, without padding.
     """
 
     def __init__(self) -> None:
@@ -29,17 +29,17 @@ class Cost:
         self._since: float | None = None
 
     def start(self) -> None:
-        """Count from now on; what this process did before is forgotten."""
+        """Start the counters; the peak of memory is measured from here on."""
         _reset_peak()
         self._since = time.monotonic()
 
     def stop(self) -> None:
-        """Count no longer."""
+        """Stop the counters; they keep their values."""
         self._seconds, self._peak_gib, self._since = self.seconds, self.peak_memory_gib, None
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside, nothing counts: for what is no training."""
+        """Pause the counters, for work that is not training."""
         self.stop()
         try:
             yield
@@ -48,16 +48,16 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Time of training."""
+        """Seconds of training."""
         return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
 
     @property
     def peak_memory_gib(self) -> float:
-        """Most memory that was in use at once: of the GPU where there is one, otherwise of this process."""
+        """Peak memory in GiB: of the GPU where there is one, otherwise of this process."""
         return self._peak_gib if self._since is None else max(self._peak_gib, _peak_gib())
 
     def state(self) -> dict[str, Any]:
-        """tokens, seconds and peak_memory_gib, as plain values."""
+        """``tokens``, ``seconds`` and ``peak_memory_gib`` as plain values."""
         return {
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
@@ -65,7 +65,7 @@ class Cost:
         }
 
     def of_all(self, process: Process) -> dict[str, Any]:
-        """:meth:`state` of all processes together: the tokens of all, the longest time and the highest peak."""
+        """:meth:`state` over all processes: the sum of tokens, the longest time and the highest peak."""
         states = process.gather(self.state())
         return {
             "tokens": sum(state["tokens"] for state in states),
@@ -74,7 +74,7 @@ class Cost:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Count on from what :meth:`state` gave."""
+        """Go on from the values that :meth:`state` gave."""
         self.tokens, self._seconds, self._peak_gib = state["tokens"], state["seconds"], state["peak_memory_gib"]
 
 
@@ -85,7 +85,7 @@ def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif RESET.exists():
-        with contextlib.suppress(OSError):  # some containers forbid it; the peak is then that of the whole process
+        with contextlib.suppress(OSError):  # where a container forbids it, the peak is that since the process began
             RESET.write_text("5")
 
 

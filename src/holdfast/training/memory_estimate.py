@@ -1,21 +1,21 @@
-"""How much memory training takes, from a model's configuration alone: no weight is loaded or made.
+"""The memory that training needs, estimated from a model's configuration alone: no weight is loaded or made.
 
-The model, with its tuner, stands on the meta device; what autograd would keep of a forward pass is counted by a pass
-over fake tensors, which have shapes and types and no values. At its fullest, a step holds
+The model and its tuner are built on the meta device. A forward pass over fake tensors, which have shapes and types but
+no values, counts what autograd would keep. The peak of a step is
 
     weights + optimizer + max(activations + logits, gradients + update)
 
-since gradients come into being as activations go. Where a step accumulates over several micro-batches, the gradients
-of those before are there all along:
+since the backward pass frees activations while it makes gradients. Where a step has several micro-batches, the
+gradients of the earlier ones stay in memory:
 
     weights + optimizer + gradients + max(activations + logits, update)
 
-With checkpointing, the activations are what lies outside of the decoder blocks, the input of each block, and all of
-the one block that is recomputed at a time.
+With activation checkpointing, the activations are those outside of the decoder blocks, the input of each block, and all
+activations of the one block that is being recomputed.
 
-On a CPU, what the tensors hold is not all: glibc keeps those of less than 32 MiB in a heap, where a hole does not serve
-for an aligned tensor of its own size, so that a pass leaves holes, which stay with the process. They are taken to be
-:data:`HOLES` of the activations, on top of either phase.
+On a CPU a process holds more than its tensors. glibc puts tensors below 32 MiB in a heap, and cannot use a hole there
+for an aligned tensor of the same size. So a pass leaves holes, which stay with the process. The estimate for them is
+:data:`HOLES` of the activations, added to the peak.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ NF4_BITS = 4.127
 """Bits a weight in QLoRA's NF4 with double quantisation (Dettmers et al., 2023, arXiv 2305.14314, section 3)."""
 
 HOLES = 0.7
-"""Holes in glibc's heap, as a share of those activations that lie in it: measured, by ``benchmarks/memory.py``."""
+"""Holes in glibc's heap, as a share of the activations in the heap; measured by ``benchmarks/memory.py``."""
 
 IN_HEAP = 32 * 2**20
-"""Bytes from which glibc always maps a tensor apart."""
+"""Size in bytes from which glibc always maps a tensor outside of its heap."""
 
 STEPS = 1000
-"""Optimizer steps that a tuner is told of, where it asks; its memory does not depend on them."""
+"""Optimizer steps of the run that a tuner is told; its memory does not depend on them."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What training holds, in bytes.
+    """The parts of training's memory, in bytes.
 
     Attributes:
-        trained: how many parameters are trained; a count, no bytes.
-        weights: of the whole model, with what the tuner adds, and its buffers.
+        trained: number of trained parameters; a count, not bytes.
+        weights: all weights and buffers, with those that the tuner adds.
         gradients: of the trained parameters, in their data type.
         optimizer: AdamW's two averages for each trained parameter, in its data type.
-        update: what AdamW's step makes for a moment: on a GPU, where it works on all parameters together, as much as
-            the trained ones; on a CPU, parameter by parameter, twice the largest.
+        update: temporary tensors of AdamW's step: on a GPU, which updates all parameters together, as large as the
+            trained ones; on a CPU, which updates one after another, twice the largest one.
         activations: what autograd keeps of a micro-batch's forward pass up to the logits; in mixed precision also the
-            weights as they were cast.
-        checkpointed: the same with activation checkpointing; None where the tuner cannot train so.
-        logits: log-probabilities, their gradient and that of the logits, 3 x 4 bytes x rows x length x vocabulary.
-        holes: in the heap, where the process has glibc's with its own settings.
+            weights that were cast.
+        checkpointed: the same with activation checkpointing; None where the tuner does not support it.
+        logits: log-probabilities, their gradient and that of the logits: 3 x 4 bytes x rows x length x vocabulary.
+        holes: in the heap, where the process uses glibc's heap with its default settings.
     """
 
     trained: int
@@ -79,10 +79,10 @@ class Memory:
     holes: int = 0
 
     def peak(self, checkpointing: bool = False, accumulation: bool = False) -> int:
-        """The most that a step holds at a time, bytes.
+        """Peak memory of a step, bytes.
 
         Args:
-            checkpointing: activations are recomputed in the backward pass.
+            checkpointing: the backward pass recomputes activations.
             accumulation: a step has several micro-batches.
         """
         activations = self.checkpointed if checkpointing else self.activations
@@ -94,7 +94,7 @@ class Memory:
 
 
 class Estimate:
-    """The memory of one model with one tuner, at any size of a micro-batch."""
+    """Estimates the memory of one model with one tuner, for micro-batches of any size."""
 
     def __init__(
         self,
@@ -110,10 +110,10 @@ class Estimate:
             tuner: which weights are trained.
             max_length: tokens of a row.
             precision: bfloat16 is mixed precision, as ``training.precision``.
-            device: cpu or cuda, where it would train.
+            device: where training would run, cpu or cuda.
 
         Raises:
-            ConfigError: the tuner does not take this model, or what it keeps depends on values.
+            ConfigError: the tuner does not support this model.
         """
         tuner.plan(TrainingConfig(), STEPS)
         self.tuner = tuner
@@ -134,21 +134,21 @@ class Estimate:
         with self._mode:
             _exchange(model, device)
         self._model = model
-        self._known: dict[int, Memory] = {}
+        self._by_rows: dict[int, Memory] = {}
 
     def memory(self, rows: int, quantized: bool = False) -> Memory:
-        """What training takes.
+        """The memory of training with micro-batches of some size.
 
         Args:
-            rows: in a micro-batch.
+            rows: rows of a micro-batch.
             quantized: the frozen weights are in 4 bits (``model.quantization: 4bit``).
 
         Raises:
-            ConfigError: what the model keeps depends on values, not on shapes alone.
+            ConfigError: what autograd keeps depends on values, not on shapes alone.
         """
-        if rows not in self._known:
-            self._known[rows] = Memory(**self._fixed, **self._forward(rows))
-        memory = self._known[rows]
+        if rows not in self._by_rows:
+            self._by_rows[rows] = Memory(**self._fixed, **self._forward(rows))
+        memory = self._by_rows[rows]
         if quantized:
             assert self._in_4bit is not None, "this tuner trains the model's own weights"
             memory = replace(memory, weights=self._in_4bit)
@@ -160,11 +160,11 @@ class Estimate:
                 saved = _saved(self._model, rows, self.max_length, self.precision, self.device)
         except (DataDependentOutputException, DynamicOutputShapeException):
             raise ConfigError(
-                f"{type(base(self._model)).__name__} with tuner {self.tuner.name}: how much it keeps depends on the "
-                "values that it computes (as a mixture of experts does), so that shapes alone do not say"
+                f"{type(base(self._model)).__name__} with tuner {self.tuner.name}: its memory depends on the values "
+                "that it computes, as with a mixture of experts, so that shapes alone do not tell it"
             ) from None
         blocks = saved.blocks
-        inputs = sum(size for size, kept in zip(saved.inputs, blocks, strict=True) if kept)  # none of a frozen block
+        inputs = sum(size for size, block in zip(saved.inputs, blocks, strict=True) if block)  # none of a frozen block
         checkpointed = saved.outside + inputs + max(blocks, default=0)
         return {
             "activations": saved.outside + sum(blocks),
@@ -176,14 +176,14 @@ class Estimate:
 
 @dataclass
 class Saved:
-    """What autograd keeps of a forward pass, bytes.
+    """What autograd keeps of a forward pass, in bytes.
 
     Attributes:
-        outside: of the decoder blocks.
-        blocks: by each of them that no earlier one kept.
-        inputs: the hidden states that each gets.
-        logits: how many numbers the head gives; a count, no bytes.
-        in_heap: of all of it, what lies in glibc's heap.
+        outside: outside of the decoder blocks.
+        blocks: in each decoder block, without tensors that an earlier one keeps already.
+        inputs: the hidden states that each block gets.
+        logits: how many numbers the head gives; a count, not bytes.
+        in_heap: the part of all this that lies in glibc's heap.
     """
 
     outside: int
@@ -194,36 +194,36 @@ class Saved:
 
 
 def _saved(model: Any, rows: int, length: int, precision: str, device: str) -> Saved:
-    """Call the model on a batch of fake tokens and count the storages that autograd is given to keep."""
+    """Call the model on a batch of fake tokens and count the storages that autograd keeps."""
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    found = Saved(0, [0] * len(blocks), [0] * len(blocks), 0)
-    own = {_storage(t) for t in [*model.parameters(), *model.buffers()]}
-    kept: list[Tensor] = []  # alive, so that no storage takes another's place
+    saved = Saved(0, [0] * len(blocks), [0] * len(blocks), 0)
+    counted = {_storage(t) for t in [*model.parameters(), *model.buffers()]}
+    alive: list[Tensor] = []  # so that no storage gets the address of one that was freed
     inside: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in own:
-            own.add(_storage(tensor))
-            kept.append(tensor)
+        if _storage(tensor) not in counted:
+            counted.add(_storage(tensor))
+            alive.append(tensor)
             size = tensor.untyped_storage().nbytes()
-            found.in_heap += size if size < IN_HEAP else 0
+            saved.in_heap += size if size < IN_HEAP else 0
             if inside:
-                found.blocks[inside[-1]] += size
+                saved.blocks[inside[-1]] += size
             else:
-                found.outside += size
+                saved.outside += size
         return tensor
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         place = blocks.index(module)
         inside.append(place)
         hidden = args[0] if args else kwargs["hidden_states"]
-        found.inputs[place] = hidden.nbytes
+        saved.inputs[place] = hidden.nbytes
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         inside.pop()
 
     def head(module: nn.Module, args: Any, output: Tensor) -> None:
-        found.logits = output.numel()
+        saved.logits = output.numel()
 
     hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
     hooks += [block.register_forward_hook(leave) for block in blocks]
@@ -236,7 +236,7 @@ def _saved(model: Any, rows: int, length: int, precision: str, device: str) -> S
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return saved
 
 
 def _storage(tensor: Tensor) -> int:
@@ -246,20 +246,20 @@ def _storage(tensor: Tensor) -> int:
 def _prepared(config: PretrainedConfig, tuner: Tuner) -> Any:
     """The model with its tuner on the meta device, in training mode."""
 
-    def made() -> Any:
+    def new_model() -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
 
     with torch.device("meta"):
         try:
-            model = tuner.prepare(made())
-        except RuntimeError:  # it tried the model out, which asks for values; of fake tensors transformers asks none
+            model = tuner.prepare(new_model())
+        except RuntimeError:  # the tuner calls the model, which fails on the meta device, but not with fake tensors
             with FakeTensorMode(allow_non_fake_inputs=True):
-                model = tuner.prepare(made())
+                model = tuner.prepare(new_model())
     return model.train()
 
 
 def _exchange(model: nn.Module, device: str) -> None:
-    """Put fake tensors of a device in the place of meta ones; within the mode. Autocast passes meta tensors over."""
+    """Replace meta tensors by fake tensors of a device, since autocast ignores meta tensors; call it in the mode."""
     done: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -273,7 +273,7 @@ def _exchange(model: nn.Module, device: str) -> None:
 
 
 def _in_4bit(model: Any) -> float:
-    """Bytes of the weights if the frozen linear layers but the head are in 4 bits, and all else is in float32."""
+    """Bytes of all weights, with the frozen linear layers except the head in 4 bits and the rest in float32."""
     head = base(model).get_output_embeddings()
     linear = {
         id(module.weight)
@@ -293,13 +293,14 @@ def _can_checkpoint(tuner: Tuner) -> bool:
 
 
 def advice(estimate: Estimate, rows: int, free: int) -> str | None:
-    """The least change of a run's configuration with which it would fit, or None where none of these is enough.
+    """The smallest change of a run's configuration that makes it fit into memory; None if no change is enough.
 
-    In this order: checkpointing, smaller micro-batches, both, and the same with the frozen weights in 4 bits.
+    The changes are tried in this order: checkpointing, smaller micro-batches, both, and then the same three with the
+    frozen weights in 4 bits.
 
     Args:
-        rows: in a micro-batch as it is asked for.
-        free: bytes.
+        rows: rows of a micro-batch, as configured.
+        free: free memory, bytes.
     """
     smaller = [rows >> halvings for halvings in range(1, rows.bit_length())]
     for quantized in (False, True) if estimate.tuner.quantized else (False,):
@@ -321,12 +322,12 @@ def advice(estimate: Estimate, rows: int, free: int) -> str | None:
 
 
 def heap_keeps_holes() -> bool:
-    """Whether this process has glibc's heap, and no MALLOC_MMAP_THRESHOLD_ by which tensors lie outside of it."""
+    """Whether this process uses glibc's heap, and MALLOC_MMAP_THRESHOLD_ does not move tensors out of it."""
     return platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on this machine: of its first GPU, or of main memory."""
+    """Free bytes of this machine's first GPU, or of its main memory."""
     if device == "cuda":
         return torch.cuda.mem_get_info(0)[0]
     import psutil  # type: ignore[import-untyped]

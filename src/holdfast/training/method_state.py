@@ -1,4 +1,4 @@
-"""A method's state on disk: tensors in safetensors, plain values in JSON, one pair of files a method."""
+"""A method's state on disk: one safetensors file for its tensors and one JSON file for its plain values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from holdfast.system.files import read_json, write_json
 
 
 def save_states(methods: Sequence[Method], folder: Path) -> None:
-    """Write the state of every method into ``folder``; all processes join the tensors, and the main one writes."""
+    """Write the state of every method into ``folder``.
+
+    All processes call this, since methods gather divided tensors; the main process writes.
+    """
     for method in methods:
         state = method.state()
         if not Process.this().main:
@@ -29,10 +32,10 @@ def save_states(methods: Sequence[Method], folder: Path) -> None:
 
 
 def load_states(methods: Sequence[Method], folder: Path, model: nn.Module) -> None:
-    """Give every method the state that :func:`save_states` wrote.
+    """Load the states that :func:`save_states` wrote into the methods.
 
-    The tensors are copied: those that safetensors maps begin anywhere, and a product of such a one may round otherwise
-    than that of one which torch has put in its place.
+    The tensors are copied into memory of their own. Those that safetensors maps are not aligned, and a product with an
+    unaligned tensor may round differently, so that a resumed run would differ in the last bit.
     """
     for method in methods:
         tensors = load_file(folder / f"{method.name}.safetensors")

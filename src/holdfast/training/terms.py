@@ -1,4 +1,4 @@
-"""The named terms of a stage's loss: their means in the log, and whether each of them contributes."""
+"""The named terms of a stage's loss: their means in the log, and a check that each declared term contributes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from holdfast.errors import MethodError
 
 
 class Terms:
-    """The named terms of the loss between two lines of the log, and whether each declared one contributes."""
+    """Sums of the loss's terms since the last line of the log, and which terms were ever different from zero.
+
+    Attributes:
+        declared: names of the terms that must contribute.
+        contributed: names of the terms whose mean was not zero in some line of the log.
+        as_gradients: names of the declared terms that methods added to the gradient instead of the loss.
+        steps: optimizer steps of the stage.
+    """
 
     def __init__(self, declared: Any = ()) -> None:
         self.declared = tuple(declared)
@@ -25,29 +32,33 @@ class Terms:
         self._counts: dict[str, int] = {}
 
     def add(self, values: dict[str, Any], mean: bool = True) -> None:
-        """Add values: each is averaged over its additions (``mean``) or over the optimizer steps."""
+        """Add values, by name. The log shows their mean over the additions (``mean``) or over the optimizer steps."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1 if mean else 0
 
     def step(self) -> None:
-        """An optimizer step is done."""
+        """Count an optimizer step."""
         self.steps += 1
         self._window += 1
 
     def flush(self, process: Process) -> dict[str, float]:
-        """Mean of every term since the last call, over all processes."""
+        """Return the mean of every term since the last call, over all processes, as ``term/<name>``; start again."""
         window = max(1, self._window)
-        own = {name: float(s) / (self._counts[name] or window) for name, s in self._sums.items()}
-        every = process.gather(own)
-        names = dict.fromkeys(name for found in every for name in found)
-        means = {f"term/{name}": sum(found.get(name, 0.0) for found in every) / process.world for name in names}
+        local = {name: float(total) / (self._counts[name] or window) for name, total in self._sums.items()}
+        ranks = process.gather(local)
+        names = dict.fromkeys(name for rank in ranks for name in rank)
+        means = {f"term/{name}": sum(rank.get(name, 0.0) for rank in ranks) / process.world for name in names}
         self.contributed |= {name for name in names if means[f"term/{name}"] != 0}
         self._sums, self._counts, self._window = {}, {}, 0
         return means
 
     def check_gradient(self, stage: Stage, method: Method, name: str, term: Tensor) -> None:
-        """MethodError if a term is not declared or has no gradient."""
+        """Check one term that a method returned.
+
+        Raises:
+            MethodError: the term is not declared or has no gradient.
+        """
         if name not in self.declared:
             raise MethodError(
                 f"method {method.name!r} returned a loss term {name!r} that it did not declare for stage "
@@ -60,9 +71,12 @@ class Terms:
             )
 
     def check(self, stage: Stage, process: Process) -> None:
-        """MethodError if a declared term was exactly zero, or absent, for the whole stage.
+        """Check at the end of a stage that every declared term contributed.
 
-        One step proves nothing: a penalty on the distance from the start is zero there.
+        A stage of one step is not checked: a penalty on the distance from the start is zero in the first step.
+
+        Raises:
+            MethodError: a declared term was exactly zero, or absent, in all steps.
         """
         self.flush(process)
         missing = [name for name in self.declared if name not in self.contributed]
