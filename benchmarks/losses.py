@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from holdfast.losses import chunked_kl, chunked_next_token_nll, classify, kl_divergence, margin_loss, next_token_nll
+from holdfast.losses import (
+    Divergence,
+    Head,
+    chunked_kl,
+    chunked_next_token_nll,
+    classify,
+    kl_divergence,
+    margin_loss,
+    next_token_nll,
+)
 
 Case = tuple[str, list[Tensor], Callable[[], Tensor], Callable[[], Tensor]]
 """name, tensors that get a gradient, plain loss, our loss."""
@@ -63,22 +72,24 @@ def cases(tokens: int, vocab: int, width: int, chunk: int, dtype: torch.dtype, d
     teacher_head = (head + 0.1 * torch.randn_like(head) / width**0.5).to(dtype)
     labels = torch.randint(vocab, (1, tokens), device=device)
     hidden.requires_grad_()
+    divergence = Divergence(temperature=2.0)
     for kind, weight in (("frozen", head), ("trained", head.clone().requires_grad_())):
         leaves = [hidden, weight] if weight.requires_grad else [hidden]
 
         def plain_kl(weight: Tensor = weight) -> Tensor:
             with torch.no_grad():
                 target = F.linear(teacher, teacher_head)
-            return kl_divergence(F.linear(hidden, weight), target, temperature=2.0)[0]
+            return kl_divergence(F.linear(hidden, weight), target, divergence=divergence)[0]
 
         def our_kl(weight: Tensor = weight) -> Tensor:
-            return chunked_kl(hidden, weight, teacher, teacher_head, None, temperature=2.0, chunk_size=chunk)[0]
+            student_head, old_head = Head(weight), Head(teacher_head)
+            return chunked_kl(hidden, student_head, teacher, old_head, None, divergence, chunk_size=chunk)[0]
 
         def plain_nll(weight: Tensor = weight) -> Tensor:
             return next_token_nll(F.linear(hidden, weight), labels)[0]
 
         def our_nll(weight: Tensor = weight) -> Tensor:
-            return chunked_next_token_nll(hidden, weight, labels, chunk_size=chunk)[0]
+            return chunked_next_token_nll(hidden, Head(weight), labels, chunk_size=chunk)[0]
 
         yield f"KL, {kind} head", leaves, plain_kl, our_kl
         yield f"next token, {kind} head", leaves, plain_nll, our_nll

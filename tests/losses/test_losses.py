@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from holdfast.errors import ConfigError
 from holdfast.losses import (
+    Divergence,
+    Head,
     chunked_kl,
     chunked_next_token_nll,
     classify,
@@ -78,7 +80,7 @@ def test_kl_and_next_token_loss_are_the_published_ones(case, chunk_size):
         kl, count = kl_divergence(student, teacher, mask)
         nll, _ = next_token_nll(student, tokens)
     else:  # the unit matrix as head makes the hidden states the logits
-        unit = torch.eye(student.shape[-1])
+        unit = Head(torch.eye(student.shape[-1]))
         kl, count = chunked_kl(student, unit, teacher, unit, mask, chunk_size=chunk_size)
         nll, _ = chunked_next_token_nll(student, unit, tokens, chunk_size=chunk_size)
     assert count == mask.sum()
@@ -96,11 +98,8 @@ LABELS = torch.tensor([[3, 1, -100, 4], [-100, 2, 2, 0]])
 
 def test_finite_differences_of_the_losses_on_logits():
     student, teacher = normal(2, 4, 5).requires_grad_(), normal(2, 4, 5, seed=1)
-    for direction in DIRECTIONS:
-        for temperature in (1.0, 2.0):
-            assert torch.autograd.gradcheck(
-                lambda s, t=temperature, d=direction: kl_divergence(s, teacher, MASK, t, d)[0], (student,)
-            )
+    for kind in (Divergence(temperature, direction) for temperature in (1.0, 2.0) for direction in DIRECTIONS):
+        assert torch.autograd.gradcheck(lambda s, kind=kind: kl_divergence(s, teacher, MASK, kind)[0], (student,))
     assert torch.autograd.gradcheck(lambda s: next_token_nll(s, LABELS)[0], (student,))
     assert torch.autograd.gradcheck(lambda s: logit_mse(s, teacher, MASK), (student,))
 
@@ -122,18 +121,16 @@ def test_finite_differences_of_the_losses_on_hidden_states():
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_finite_differences_of_the_chunked_losses(softcap):
     hidden, head, bias = (normal(*s, seed=i).requires_grad_() for i, s in enumerate([(2, 4, 3), (5, 3), (5,)]))
-    teacher, teacher_head = normal(2, 4, 2, seed=7), normal(5, 2, seed=8)
-    options = {"softcap": softcap, "logit_scale": 0.7, "chunk_size": 2}
-    for direction in DIRECTIONS:
+    caps = {"softcap": softcap, "logit_scale": 0.7}
+    teacher, teacher_head = normal(2, 4, 2, seed=7), Head(normal(5, 2, seed=8), **caps)
+    for kind in (Divergence(1.7, direction) for direction in DIRECTIONS):
 
-        def kl(h, w, b, direction=direction):
-            return chunked_kl(
-                h, w, teacher, teacher_head, MASK, temperature=1.7, direction=direction, student_bias=b, **options
-            )[0]
+        def kl(h, w, b, kind=kind):
+            return chunked_kl(h, Head(w, b, **caps), teacher, teacher_head, MASK, kind, chunk_size=2)[0]
 
         assert torch.autograd.gradcheck(kl, (hidden, head, bias))
     assert torch.autograd.gradcheck(
-        lambda h, w, b: chunked_next_token_nll(h, w, LABELS, bias=b, **options)[0], (hidden, head, bias)
+        lambda h, w, b: chunked_next_token_nll(h, Head(w, b, **caps), LABELS, chunk_size=2)[0], (hidden, head, bias)
     )
 
 
@@ -158,41 +155,22 @@ MASKS = {"none": None, "some": MASK, "all off": torch.zeros(2, 4, dtype=torch.bo
 def test_chunked_kl_equals_plain(mask, direction, temperature, scale, softcap, logit_scale):
     hidden, head, bias = (normal(*s, seed=i).requires_grad_() for i, s in enumerate([(2, 4, 6), (11, 6), (11,)]))
     teacher, teacher_head, teacher_bias = normal(2, 4, 3, seed=7), normal(11, 3, seed=8), normal(11, seed=9)
-    kind = {"temperature": temperature, "direction": direction, "scale": scale}
+    kind = Divergence(temperature, direction, temperature_squared=scale)
     caps = {"softcap": softcap, "logit_scale": logit_scale}
     plain, count = kl_divergence(
         plain_logits(hidden, head, bias, **caps),
         plain_logits(teacher, teacher_head, teacher_bias, **caps),
         mask,
-        **kind,
+        kind,
     )
+    student, other = Head(head, bias, **caps), Head(teacher_head, teacher_bias, **caps)
     for chunk_size in (1, 3, 8, 1000):
-        ours, our_count = chunked_kl(
-            hidden,
-            head,
-            teacher,
-            teacher_head,
-            mask,
-            chunk_size=chunk_size,
-            student_bias=bias,
-            teacher_bias=teacher_bias,
-            **kind,
-            **caps,
-        )
+        ours, our_count = chunked_kl(hidden, student, teacher, other, mask, kind, chunk_size=chunk_size)
         assert our_count == count == (8 if mask is None else mask.sum())
         assert_same(plain, ours, (hidden, head, bias))
         made = plain_logits(hidden, head, bias, **caps)
         ours, our_count = chunked_kl(
-            hidden.detach(),
-            head.detach(),
-            teacher,
-            teacher_head,
-            mask,
-            chunk_size=chunk_size,
-            teacher_bias=teacher_bias,
-            student_logits=made,
-            **kind,
-            **caps,
+            hidden.detach(), student.detached(), teacher, other, mask, kind, student_logits=made, chunk_size=chunk_size
         )
         assert our_count == count
         assert_same(plain, ours, (hidden, head, bias))
@@ -205,7 +183,7 @@ def test_chunked_next_token_loss_equals_plain(labels, softcap, logit_scale):
     caps = {"softcap": softcap, "logit_scale": logit_scale}
     plain, count = next_token_nll(plain_logits(hidden, head, bias, **caps), labels)
     for chunk_size in (1, 4, 1000):
-        ours, our_count = chunked_next_token_nll(hidden, head, labels, bias=bias, chunk_size=chunk_size, **caps)
+        ours, our_count = chunked_next_token_nll(hidden, Head(head, bias, **caps), labels, chunk_size=chunk_size)
         assert our_count == count
         assert_same(plain, ours, (hidden, head, bias))
 
@@ -218,12 +196,13 @@ def test_chunked_losses_in_bfloat16(cast, direction):
     hidden, head = normal(2, 40, 16).to(stored).requires_grad_(), normal(300, 16, seed=1).to(stored).requires_grad_()
     teacher, teacher_head = normal(2, 40, 16, seed=2).to(stored), normal(300, 16, seed=3).to(stored)
     labels = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
+    kind = Divergence(direction=direction)
     with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
-        kl, _ = chunked_kl(hidden, head, teacher, teacher_head, None, direction=direction, chunk_size=7)
-        nll, _ = chunked_next_token_nll(hidden, head, labels, chunk_size=7)
+        kl, _ = chunked_kl(hidden, Head(head), teacher, Head(teacher_head), None, kind, chunk_size=7)
+        nll, _ = chunked_next_token_nll(hidden, Head(head), labels, chunk_size=7)
     assert kl.dtype == nll.dtype == torch.float32
     wide, wide_head = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
-    exact_kl, _ = kl_divergence(wide @ wide_head.T, teacher.double() @ teacher_head.double().T, direction=direction)
+    exact_kl, _ = kl_divergence(wide @ wide_head.T, teacher.double() @ teacher_head.double().T, divergence=kind)
     exact_nll, _ = next_token_nll(wide @ wide_head.T, labels)
     for ours, exact in ((kl, exact_kl), (nll, exact_nll)):
         assert ours.item() == pytest.approx(exact.item(), rel=5e-3)
@@ -239,14 +218,14 @@ def test_head_gradient_does_not_lose_small_chunks_in_bfloat16():
     hidden, head = torch.ones(1, tokens, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16)
     head.requires_grad_()
     labels = torch.zeros(1, tokens, dtype=torch.int64)
-    chunked_next_token_nll(hidden, head, labels, chunk_size=1)[0].backward()
+    chunked_next_token_nll(hidden, Head(head), labels, chunk_size=1)[0].backward()
     torch.testing.assert_close(head.grad.flatten(), torch.tensor([-499.5, 499.5], dtype=torch.bfloat16))
 
 
 def test_factor_of_the_loss_is_not_rounded_to_the_weights_type():
     hidden = normal(1, 3, 8, dtype=torch.bfloat16).requires_grad_()
     head, labels = normal(8, 8, seed=1, dtype=torch.bfloat16), torch.zeros(1, 3, dtype=torch.int64)
-    loss, _ = chunked_next_token_nll(hidden, head, labels)
+    loss, _ = chunked_next_token_nll(hidden, Head(head), labels)
     (one,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (scaled,) = torch.autograd.grad(loss * 1.00390625, hidden)  # 1 + 2^-8, which bfloat16 rounds to 1
     assert not torch.equal(one, scaled)
@@ -256,10 +235,10 @@ def test_factor_of_the_loss_is_not_rounded_to_the_weights_type():
 def test_chunked_losses_may_be_used_more_than_once():
     hidden, head = normal(2, 4, 6).requires_grad_(), normal(5, 6, seed=1).requires_grad_()
     teacher, teacher_head = normal(2, 4, 6, seed=2), normal(5, 6, seed=3)
-    ours, _ = chunked_kl(hidden, head, teacher, teacher_head, None, chunk_size=3)
+    ours, _ = chunked_kl(hidden, Head(head), teacher, Head(teacher_head), None, chunk_size=3)
     plain, _ = kl_divergence(hidden @ head.T, teacher @ teacher_head.T)
     assert_same(plain**2 + 3 * plain, ours**2 + 3 * ours, (hidden, head))
-    other, _ = chunked_kl(hidden, head, teacher, teacher_head, None, chunk_size=3)
+    other, _ = chunked_kl(hidden, Head(head), teacher, Head(teacher_head), None, chunk_size=3)
     first = torch.autograd.grad(other, (hidden, head), retain_graph=True)
     again = torch.autograd.grad(other, (hidden, head))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -274,8 +253,8 @@ def test_one_weight_may_be_both_heads():
     )
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            shared, _ = chunked_kl(hidden, head, teacher, head, MASK)
-            apart, _ = chunked_kl(hidden, head, teacher, head.clone(), MASK)
+            shared, _ = chunked_kl(hidden, Head(head), teacher, Head(head), MASK)
+            apart, _ = chunked_kl(hidden, Head(head), teacher, Head(head.clone()), MASK)
         assert torch.equal(shared, apart)
         same = zip(torch.autograd.grad(shared, hidden), torch.autograd.grad(apart, hidden), strict=True)
         assert all(torch.equal(a, b) for a, b in same)
@@ -283,12 +262,17 @@ def test_one_weight_may_be_both_heads():
 
 def test_gradients_go_only_where_they_are_wanted():
     tensors = [normal(2, 4, 6), normal(5, 6, seed=1), normal(2, 4, 6, seed=2), normal(5, 6, seed=3)]
-    assert not chunked_kl(*tensors, None)[0].requires_grad
+    student, head, teacher, teacher_head = tensors
+
+    def kl():
+        return chunked_kl(student, Head(head), teacher, Head(teacher_head), None)[0]
+
+    assert not kl().requires_grad
     for x in tensors:
         x.requires_grad_()
     with torch.no_grad():
-        assert not chunked_kl(*tensors, None)[0].requires_grad
-    gradients = torch.autograd.grad(chunked_kl(*tensors, None)[0], tensors, allow_unused=True)
+        assert not kl().requires_grad
+    gradients = torch.autograd.grad(kl(), tensors, allow_unused=True)
     assert [g is not None for g in gradients] == [True, True, False, False]
     gradients = torch.autograd.grad(
         kl_divergence(tensors[0] @ tensors[1].T, tensors[2] @ tensors[3].T)[0], tensors, allow_unused=True
@@ -343,18 +327,19 @@ def test_chunked_losses_hold_at_most_a_fifth_of_the_plain_ones(trained):
     full = tokens * vocab * 4
     plain = peak_bytes(lambda: kl_divergence(hidden @ head.T, (teacher @ teacher_head.T).detach())[0], *leaves)
     assert plain > 3 * full  # both models' logits and a softmax: the count sees them
-    kl = peak_bytes(lambda: chunked_kl(hidden, head, teacher, teacher_head, None, chunk_size=4)[0], *leaves)
+    heads = Head(head), Head(teacher_head)
+    kl = peak_bytes(lambda: chunked_kl(hidden, heads[0], teacher, heads[1], None, chunk_size=4)[0], *leaves)
     assert kl < plain / 5
     plain = peak_bytes(lambda: next_token_nll(hidden @ head.T, labels)[0], *leaves)
-    nll = peak_bytes(lambda: chunked_next_token_nll(hidden, head, labels, chunk_size=4)[0], *leaves)
+    nll = peak_bytes(lambda: chunked_next_token_nll(hidden, heads[0], labels, chunk_size=4)[0], *leaves)
     assert nll < plain / (3 if trained else 5)  # the head's gradient, which both hold, is a larger share of little
 
 
 def test_no_gradient_is_made_where_none_is_recorded():
     hidden, head = normal(1, 4, 200, dtype=torch.float32), normal(500, 200).float().requires_grad_()
     with LiveBytes() as memory, torch.no_grad():
-        chunked_kl(hidden, head, hidden, head, None)
-        chunked_next_token_nll(hidden, head, torch.ones(1, 4, dtype=torch.int64))
+        chunked_kl(hidden, Head(head), hidden, Head(head), None)
+        chunked_next_token_nll(hidden, Head(head), torch.ones(1, 4, dtype=torch.int64))
     assert memory.peak < head.nbytes / 2
 
 
@@ -371,13 +356,14 @@ def test_margin_loss_holds_no_more_than_two_tensors_of_the_hidden_states_size(dt
 
 def test_kl_is_not_negative_and_zero_only_for_equal_models():
     for direction in DIRECTIONS:
+        kind = Divergence(direction=direction)
         for seed in range(5):
             student, teacher = normal(3, 4, 9, seed=seed, scale=3), normal(3, 4, 9, seed=100 + seed, scale=3)
-            assert kl_divergence(student, teacher, direction=direction)[0] > 0
-            assert kl_divergence(student, student + 5, direction=direction)[0].abs() < 1e-12  # a shift changes nothing
+            assert kl_divergence(student, teacher, divergence=kind)[0] > 0
+            assert kl_divergence(student, student + 5, divergence=kind)[0].abs() < 1e-12  # a shift changes nothing
     hidden, head = normal(2, 4, 6).float().requires_grad_(), normal(9, 6, seed=1).float().requires_grad_()
     for direction in DIRECTIONS:
-        loss, _ = chunked_kl(hidden, head, hidden, head, None, temperature=2.0, direction=direction)
+        loss, _ = chunked_kl(hidden, Head(head), hidden, Head(head), None, Divergence(2.0, direction))
         assert loss == 0
         assert all(g.abs().max() < 1e-6 for g in torch.autograd.grad(loss, (hidden, head)))
 
@@ -385,7 +371,7 @@ def test_kl_is_not_negative_and_zero_only_for_equal_models():
 def test_directions_by_hand():
     """Teacher (1/2, 1/2), student (1/4, 3/4)."""
     teacher, student = torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]).log()
-    forward, reverse = (kl_divergence(student, teacher, direction=d)[0].item() for d in DIRECTIONS)
+    forward, reverse = (kl_divergence(student, teacher, None, Divergence(direction=d))[0].item() for d in DIRECTIONS)
     assert forward == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert reverse == pytest.approx(0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2))
 
@@ -393,8 +379,8 @@ def test_directions_by_hand():
 def test_temperature_flattens_and_the_factor_restores_the_size():
     student, teacher = normal(4, 7), normal(4, 7, seed=1)
     plain = kl_divergence(student / 3, teacher / 3)[0]
-    torch.testing.assert_close(kl_divergence(student, teacher, temperature=3.0, scale=False)[0], plain)
-    torch.testing.assert_close(kl_divergence(student, teacher, temperature=3.0)[0], 9 * plain)
+    for kind, factor in ((Divergence(3.0, temperature_squared=False), 1), (Divergence(3.0), 9)):
+        torch.testing.assert_close(kl_divergence(student, teacher, None, kind)[0], factor * plain)
 
 
 def naive_margin(hidden, teacher, low, high, mask, reduction):
@@ -485,6 +471,7 @@ def test_distances_by_hand():
     assert logit_mse(hidden, target) == pytest.approx((10 + 162) / 2)
 
 
+UNIT = Head(torch.eye(3).double())
 SAMPLES = {
     "l1": lambda h, mask: l1_loss(h, torch.ones_like(h), mask),
     "l2": lambda h, mask: l2_loss(h, torch.ones_like(h), mask),
@@ -496,9 +483,7 @@ SAMPLES = {
         h, torch.ones_like(h, dtype=torch.uint8), -torch.ones(3).double(), torch.ones(3).double(), mask, "mean"
     ),
     "kl": lambda h, mask: kl_divergence(h, torch.ones_like(h), mask)[0],
-    "chunked kl": lambda h, mask: chunked_kl(h, torch.eye(3).double(), torch.ones_like(h), torch.eye(3).double(), mask)[
-        0
-    ],
+    "chunked kl": lambda h, mask: chunked_kl(h, UNIT, torch.ones_like(h), UNIT, mask)[0],
 }
 
 
@@ -530,21 +515,17 @@ def test_nothing_unmasked_is_zero_with_a_zero_gradient(loss):
 
 def test_bad_input_is_refused_with_its_reason():
     hidden, head = normal(1, 3, 4), normal(9, 4)
-    for call in (
-        lambda **options: kl_divergence(hidden, hidden, **options),
-        lambda **options: chunked_kl(hidden, head, hidden, head, None, **options),
-    ):
-        with pytest.raises(ConfigError, match=r"temperature: 0 .* above 0"):
-            call(temperature=0)
-        with pytest.raises(ConfigError, match="temperature: nan"):
-            call(temperature=math.nan)
-        with pytest.raises(ConfigError, match=r"direction: 'foward' .* did you mean 'forward'"):
-            call(direction="foward")
+    with pytest.raises(ConfigError, match=r"temperature: 0 .* above 0"):
+        Divergence(temperature=0)
+    with pytest.raises(ConfigError, match="temperature: nan"):
+        Divergence(temperature=math.nan)
+    with pytest.raises(ConfigError, match=r"direction: 'foward' .* did you mean 'forward'"):
+        Divergence(direction="foward")
     with pytest.raises(ConfigError, match="vocabulary of 7, the student one of 9"):
-        chunked_kl(hidden, head, hidden, head[:7], None)
+        chunked_kl(hidden, Head(head), hidden, Head(head[:7]), None)
     with pytest.raises(ConfigError, match="vocabulary of 3, the student one of 4"):
         kl_divergence(hidden, hidden[..., :3])
     with pytest.raises(ConfigError, match="chunk_size: 0"):
-        chunked_kl(hidden, head, hidden, head, None, chunk_size=0)
+        chunked_kl(hidden, Head(head), hidden, Head(head), None, chunk_size=0)
     with pytest.raises(ConfigError, match=r"reduction: 'non_zero' .* did you mean 'nonzero'"):
         margin_loss(hidden, torch.ones(1, 3, 4, dtype=torch.uint8), hidden[0, 0], hidden[0, 0], None, "non_zero")

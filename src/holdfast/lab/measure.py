@@ -83,17 +83,7 @@ class Measures:
                 )
                 if self._teacher_head is not None:
                     teacher = self._teacher[domain][number][:, :-1].to(hidden.device)
-                    total, count = chunked_kl(
-                        hidden,
-                        own.weight,
-                        teacher,
-                        self._teacher_head.weight,
-                        None,
-                        student_bias=own.bias,
-                        teacher_bias=self._teacher_head.bias,
-                        softcap=own.softcap,
-                        logit_scale=own.logit_scale,
-                    )
+                    total, count = chunked_kl(hidden, own, teacher, self._teacher_head, None)
                     sums[4:] += counts * torch.stack([total.cpu(), count.cpu()])
         loss, tokens, second, second_tokens, kl, kl_tokens = self._process.all_reduce_sum(sums).tolist()
         return {

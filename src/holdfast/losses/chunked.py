@@ -1,7 +1,7 @@
-"""A loss on the logits of a large head, chunk by chunk: no more than one chunk's logits are ever held.
+"""A loss on the logits of a large head, chunk by chunk: the logits of one chunk at most are held.
 
-The gradient of each chunk is taken as soon as its loss is known, so the backward pass only scales what is there. Apart
-from the gradients themselves, memory is a few times chunk_size * vocab instead of a few times tokens * vocab.
+The gradient of each chunk is computed right after its loss, so the backward pass only scales it. Apart from the
+gradients themselves, memory is a few times chunk_size * vocab instead of a few times tokens * vocab.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from holdfast.errors import ConfigError
 from holdfast.losses.common import wide
 
 CHUNK_SIZE = 512
-_BLOCK = 8192  # rows of a head's gradient that are widened to float32 at a time
+_BLOCK = 8192  # rows of a head's gradient that are converted to float32 at a time
 
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(logits [chunk, vocab], where the chunk lies among the tokens) -> (the chunk's loss, its gradient [chunk, vocab])."""
+"""(logits [chunk, vocab], the chunk's slice of the tokens) -> (the chunk's loss, its gradient [chunk, vocab])."""
 
 
 class Head(NamedTuple):
@@ -31,7 +31,7 @@ class Head(NamedTuple):
         weight: [vocab, hidden].
         bias: [vocab] or None.
         logit_scale: factor on the logits.
-        softcap: c, the bound of the logits (Gemma 2's final logit soft-capping), None for none.
+        softcap: c, the bound of the logits (final logit soft-capping of Gemma 2); None for no bound.
     """
 
     weight: Tensor
@@ -40,17 +40,21 @@ class Head(NamedTuple):
     softcap: float | None = None
 
     def cast(self) -> Head:
-        """The head in the type that its matrix product runs in: autocast's where that is on, else its own."""
+        """The head in the data type of its matrix product: autocast's where that is on, else its own."""
         device = self.weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
+    def detached(self) -> Head:
+        """The same tensors without gradient."""
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [tokens, hidden] -> [tokens, vocab], float32 or wider; not for use under autograd."""
+        """hidden [tokens, hidden] -> logits [tokens, vocab], float32 or wider; not for use under autograd."""
         return self.bounded(wide(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)))
 
     def bounded(self, logits: Tensor) -> Tensor:
-        """x -> logits, in place: what comes after the matrix product."""
+        """x -> logits, in place: scale and bound what the matrix product gave."""
         if self.logit_scale != 1:
             logits.mul_(self.logit_scale)
         if self.softcap is not None:
@@ -58,7 +62,7 @@ class Head(NamedTuple):
         return logits
 
     def gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """d loss / d logits -> d loss / d x, both [tokens, vocab]; the first is overwritten."""
+        """d loss / d logits -> d loss / d x, both [tokens, vocab]; ``gradient`` is overwritten."""
         if self.softcap is not None:
             gradient.mul_((logits / self.softcap).square_().neg_().add_(1))
         if self.logit_scale != 1:
@@ -67,13 +71,13 @@ class Head(NamedTuple):
 
 
 def chunked_loss(hidden: Tensor, head: Head, loss: ChunkLoss, chunk_size: int) -> Tensor:
-    """Sum of ``loss`` over chunks of tokens, a scalar with gradient to hidden, head.weight and head.bias.
+    """Sum of ``loss`` over chunks of tokens: a scalar with gradient to hidden, head.weight and head.bias.
 
     Args:
         hidden: [tokens, hidden].
-        head: the student's head, cast.
-        loss: of one chunk; it leaves the logits as they are.
-        chunk_size: tokens a chunk.
+        head: the student's head, after :meth:`Head.cast`.
+        loss: the loss of one chunk; it does not change the logits.
+        chunk_size: tokens in a chunk.
 
     Raises:
         ConfigError: chunk_size is below 1.
@@ -84,9 +88,9 @@ def chunked_loss(hidden: Tensor, head: Head, loss: ChunkLoss, chunk_size: int) -
 
 
 def chunked_loss_of_logits(logits: Tensor, loss: ChunkLoss, chunk_size: int) -> Tensor:
-    """:func:`chunked_loss` where the logits [tokens, vocab] are there already: a scalar with gradient to them.
+    """:func:`chunked_loss` of logits [tokens, vocab] that have been computed already: a scalar with gradient to them.
 
-    Nothing of their size but that gradient is held.
+    That gradient is the only further tensor of their size.
 
     Raises:
         ConfigError: chunk_size is below 1.
@@ -101,6 +105,8 @@ def _check_size(chunk_size: int) -> None:
 
 
 class _LossOfLogits(torch.autograd.Function):
+    """(logits, loss of a chunk, chunk_size) -> the sum of the chunks' losses."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, loss: ChunkLoss, chunk_size: int) -> Tensor:
         total = wide(logits.new_zeros(()))
@@ -119,6 +125,8 @@ class _LossOfLogits(torch.autograd.Function):
 
 
 class _ChunkedLoss(torch.autograd.Function):
+    """(hidden, weight, bias, head, loss of a chunk, chunk_size, with_gradient) -> the sum of the chunks' losses."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -166,7 +174,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor as a new tensor, multiplied in float32 however narrow the gradient is."""
+    """gradient * factor as a new tensor; the product is computed in float32 or wider."""
     result = torch.empty_like(gradient)
     for source, target in zip(gradient.split(_BLOCK), result.split(_BLOCK), strict=True):
         target.copy_(wide(source) * factor)

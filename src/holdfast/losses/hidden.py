@@ -1,4 +1,4 @@
-"""Distances between a student's hidden states and stored ones: GeRe's L1 and L2 baselines (arXiv 2508.04676)."""
+"""Distances between a student's hidden states and a teacher's: GeRe's L1 and L2 baselines (arXiv 2508.04676)."""
 
 from __future__ import annotations
 

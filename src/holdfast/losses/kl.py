@@ -1,11 +1,12 @@
 """Losses between a student's and a teacher's logits: KL divergence, plain and chunked, and DER's squared distance.
 
 KL with a temperature is distillation (Hinton, Vinyals and Dean, 2015, arXiv 1503.02531) and LwF (Li and Hoiem, 2016,
-arXiv 1606.09282); its factor T² keeps the gradient's size as T grows.
+arXiv 1606.09282); the factor T² keeps the size of the gradient as T grows.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -19,104 +20,123 @@ from holdfast.losses.common import unmasked, wide
 Direction = Literal["forward", "reverse"]
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """Which KL divergence is taken of a teacher's and a student's logits.
+
+    Attributes:
+        temperature: T > 0; the softmax is taken of logits / T.
+        direction: "forward" KL(teacher ‖ student) or "reverse" KL(student ‖ teacher).
+        temperature_squared: whether the divergence is multiplied by T².
+
+    Raises:
+        ConfigError: the temperature is not above 0, or the direction is unknown.
+    """
+
+    temperature: float = 1.0
+    direction: Direction = "forward"
+    temperature_squared: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature: {self.temperature} cannot divide logits; it must be above 0")
+        if self.direction not in get_args(Direction):
+            near = did_you_mean(self.direction, get_args(Direction))
+            raise ConfigError(f"direction: {self.direction!r} is unknown{near}")
+
+    @property
+    def factor(self) -> float:
+        """T², or 1."""
+        return self.temperature**2 if self.temperature_squared else 1.0
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """log softmax(logits / T) over the last dimension."""
+        return F.log_softmax(logits if self.temperature == 1 else logits / self.temperature, dim=-1)
+
+
+FORWARD_KL = Divergence()
+
+
 def kl_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    mask: Tensor | None = None,
-    temperature: float = 1.0,
-    direction: Direction = "forward",
-    scale: bool = True,
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, divergence: Divergence = FORWARD_KL
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the positions of KL(p ‖ q) = Σ_v p_v (log p_v − log q_v), and how many positions there are.
+    """Sum over the positions of KL(p ‖ q) = Σ_v p_v (log p_v − log q_v), and the number of positions.
 
     forward: p is the teacher's softmax(logits / T), q the student's; reverse: the other way round.
 
     Args:
-        student_logits: [batch, seq, vocab], any floating type; the softmax is taken in float32 or wider.
+        student_logits: [batch, seq, vocab], any floating type; the softmax is computed in float32 or wider.
         teacher_logits: the same shape; it gets no gradient.
         mask: [batch, seq], not zero where a position counts; None counts all.
-        temperature: T > 0.
-        direction: "forward" KL(teacher ‖ student) or "reverse" KL(student ‖ teacher).
-        scale: whether the sum is multiplied by T².
+        divergence: temperature, direction and factor.
 
     Returns:
         (sum in nats, a scalar with gradient, float32 or wider; number of positions, an int64 scalar).
 
     Raises:
-        ConfigError: the temperature is not above 0, the direction is unknown, or the vocabularies differ.
+        ConfigError: the vocabularies differ.
     """
-    _check(temperature, direction, student_logits.shape[-1], teacher_logits.shape[-1])
+    _check_vocabularies(student_logits.shape[-1], teacher_logits.shape[-1])
     assert student_logits.shape == teacher_logits.shape, (student_logits.shape, teacher_logits.shape)
-    log_student = _log_softmax(wide(unmasked(student_logits, mask)), temperature)
-    log_teacher = _log_softmax(wide(unmasked(teacher_logits.detach(), mask)), temperature)
-    log_p, log_q = (log_teacher, log_student) if direction == "forward" else (log_student, log_teacher)
-    total = (log_p.exp() * (log_p - log_q)).sum() * (temperature**2 if scale else 1)
-    return total, _count(log_student)
+    log_student = divergence.log_softmax(wide(unmasked(student_logits, mask)))
+    log_teacher = divergence.log_softmax(wide(unmasked(teacher_logits.detach(), mask)))
+    forward = divergence.direction == "forward"
+    log_p, log_q = (log_teacher, log_student) if forward else (log_student, log_teacher)
+    return (log_p.exp() * (log_p - log_q)).sum() * divergence.factor, _count(log_student)
 
 
 def chunked_kl(
     student_hidden: Tensor,
-    student_head: Tensor,
+    student_head: Head,
     teacher_hidden: Tensor,
-    teacher_head: Tensor,
+    teacher_head: Head,
     mask: Tensor | None,
+    divergence: Divergence = FORWARD_KL,
     *,
-    temperature: float = 1.0,
-    direction: Direction = "forward",
-    scale: bool = True,
-    chunk_size: int = CHUNK_SIZE,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     student_logits: Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`kl_divergence` of two heads' logits, which are never held for more than ``chunk_size`` tokens.
+    """:func:`kl_divergence` of two heads' logits, of which at most ``chunk_size`` tokens are held at a time.
 
-    Value and gradient are those of the plain function on logits = cap(logit_scale * (hidden @ head.T + bias)), where
-    cap(x) = softcap * tanh(x / softcap). The teacher needs no logits, only its last hidden state and its head. The
-    matrix products run in the heads' type, or in autocast's; softmax, divergence and the head's gradient are summed up
-    in float32 or wider. Masked positions cost nothing.
+    Value and gradient are those of the plain function on the logits of :class:`Head`. The teacher needs no logits,
+    only its last hidden state and its head. Matrix products run in the heads' data type, or in autocast's; softmax,
+    divergence and the head's gradient are accumulated in float32 or wider. Masked positions cost nothing.
 
     Args:
-        student_hidden: [batch, seq, hidden], what the head is applied to: after the final norm.
-        student_head: [vocab, hidden].
+        student_hidden: [batch, seq, hidden], after the final norm.
+        student_head: the head of [vocab, hidden] that is applied to it.
         teacher_hidden: [batch, seq, teacher's hidden].
-        teacher_head: [vocab, teacher's hidden]; neither gets a gradient.
+        teacher_head: the teacher's head, of the same vocabulary. Neither gets a gradient.
         mask: [batch, seq], not zero where a position counts; None counts all.
-        temperature, direction, scale: as in :func:`kl_divergence`.
+        divergence: temperature, direction and factor.
+        student_logits: [batch, seq, vocab], the student's logits where they have been computed already. They are then
+            not computed again, and the gradient goes to them instead of the hidden states and the head.
         chunk_size: tokens whose logits are held at a time.
-        student_bias, teacher_bias: [vocab].
-        softcap, logit_scale: of both heads.
-        student_logits: [batch, seq, vocab], the student's final logits where something else has made them already:
-            then they are not made again, and the gradient goes to them instead of the hidden states and the head.
 
     Returns:
-        (sum in nats, a scalar with gradient to student_hidden, student_head and student_bias where they require it;
-        number of positions, an int64 scalar). It cannot be differentiated twice.
+        (sum in nats, a scalar with gradient to student_hidden and the weight and bias of student_head where they
+        require it; number of positions, an int64 scalar). It cannot be differentiated twice.
 
     Raises:
-        ConfigError: as :func:`kl_divergence`, or chunk_size is below 1.
+        ConfigError: the vocabularies differ, or chunk_size is below 1.
     """
-    _check(temperature, direction, len(student_head), len(teacher_head))
+    _check_vocabularies(len(student_head.weight), len(teacher_head.weight))
     assert student_hidden.shape[:-1] == teacher_hidden.shape[:-1], (student_hidden.shape, teacher_hidden.shape)
-    student = Head(student_head, student_bias, logit_scale, softcap).cast()
-    teacher = Head(teacher_head.detach(), teacher_bias, logit_scale, softcap).cast()
-    if teacher_head is student_head:  # as with LoRA: one copy in autocast's type serves both
+    student, teacher = student_head.cast(), teacher_head.detached().cast()
+    if teacher_head.weight is student_head.weight:  # as with LoRA: both share one copy in autocast's type
         teacher = teacher._replace(weight=student.weight.detach())
     teacher_tokens = unmasked(teacher_hidden.detach(), mask)
-    factor = temperature**2 if scale else 1.0
 
     def loss(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        log_teacher = _log_softmax(teacher.logits(teacher_tokens[chunk]), temperature)
-        log_student = _log_softmax(logits, temperature)
-        divergence = _forward_kl if direction == "forward" else _reverse_kl
-        total, gradient = divergence(log_teacher, log_student)
-        return total * factor, gradient.mul_(factor / temperature)
+        log_teacher = divergence.log_softmax(teacher.logits(teacher_tokens[chunk]))
+        log_student = divergence.log_softmax(logits)
+        kl = _forward_kl if divergence.direction == "forward" else _reverse_kl
+        total, gradient = kl(log_teacher, log_student)
+        return total * divergence.factor, gradient.mul_(divergence.factor / divergence.temperature)
 
     if student_logits is not None:
-        made = unmasked(student_logits, mask)
-        return chunked_loss_of_logits(made, loss, chunk_size), _count(made)
+        logits = unmasked(student_logits, mask)
+        return chunked_loss_of_logits(logits, loss, chunk_size), _count(logits)
     tokens = unmasked(student_hidden, mask)
     return chunked_loss(tokens, student, loss, chunk_size), _count(tokens)
 
@@ -124,9 +144,9 @@ def chunked_kl(
 def logit_mse(student_logits: Tensor, stored_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Dark experience replay's loss (Buzzega et al., 2020, arXiv 2004.07211): E ‖z − h_θ(x)‖²₂.
 
-    z are the logits that were stored with a sample and h_θ(x) those of the student: the squared distance is summed over
-    the vocabulary and its mean taken over the positions. The published code takes the mean over the logits as well: its
-    weight is this one's times the vocabulary's size.
+    z are the logits that were stored with a sample, and h_θ(x) those of the student. The squared distance is summed
+    over the vocabulary and averaged over the positions. The published code averages over the vocabulary, too, so its
+    weight is this one's times the size of the vocabulary.
 
     Args:
         student_logits: [batch, seq, vocab], any floating type; computed in float32 or wider.
@@ -140,10 +160,6 @@ def logit_mse(student_logits: Tensor, stored_logits: Tensor, mask: Tensor | None
     assert student_logits.shape == stored_logits.shape, (student_logits.shape, stored_logits.shape)
     distance = wide(unmasked(student_logits, mask)) - wide(unmasked(stored_logits.detach(), mask))
     return distance.square().sum() / max(len(distance), 1)
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 def _forward_kl(log_teacher: Tensor, log_student: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,13 +181,9 @@ def _count(positions: Tensor) -> Tensor:
     return torch.tensor(len(positions), device=positions.device)
 
 
-def _check(temperature: float, direction: str, student_vocab: int, teacher_vocab: int) -> None:
-    if not temperature > 0:
-        raise ConfigError(f"temperature: {temperature} cannot divide logits; it must be above 0")
-    if direction not in get_args(Direction):
-        raise ConfigError(f"direction: {direction!r} is unknown{did_you_mean(direction, get_args(Direction))}")
-    if student_vocab != teacher_vocab:
+def _check_vocabularies(student: int, teacher: int) -> None:
+    if student != teacher:
         raise ConfigError(
-            f"teacher: it has a vocabulary of {teacher_vocab}, the student one of {student_vocab}; "
+            f"teacher: it has a vocabulary of {teacher}, the student one of {student}; "
             "KL compares them token by token, so both need the same vocabulary"
         )

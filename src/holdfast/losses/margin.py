@@ -1,4 +1,4 @@
-"""GeRe's threshold-based margin loss: keep activations in the state that they had (arXiv 2508.04676)."""
+"""GeRe's threshold-based margin loss: keep each activation in the state that the teacher's had (arXiv 2508.04676)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdfast.losses.common import wide
 BELOW, BETWEEN, ABOVE = 0, 1, 2
 Reduction = Literal["nonzero", "mean"]
 _EPSILON = 1e-8
-_TOKENS = 1024  # that are widened to float32 at a time
+_TOKENS = 1024  # that are converted to float32 at a time
 
 
 def classify(hidden: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -23,11 +23,11 @@ def classify(hidden: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
     Args:
         hidden: [batch, seq, hidden], any floating type; compared in float32 or wider.
-        low, high: [hidden], thresholds, mean ± k std of each dimension, low ≤ high.
+        low, high: [hidden], thresholds: mean ± k std of each dimension, low ≤ high.
 
     Returns:
-        uint8, the shape of hidden. An activation that never varied (h = low = high) counts as between, for which the
-        margin loss is |h − low|, the same as the sum of the margins of the two other states.
+        uint8, the shape of hidden. An activation that never varied (h = low = high) is between; its margin loss is then
+        |h − low|, the sum of the margins of the two other states.
     """
     hidden = wide(hidden)
     return (hidden > low.to(hidden)).to(torch.uint8) + (hidden >= high.to(hidden)).to(torch.uint8)
@@ -41,7 +41,7 @@ def margin_loss(
     mask: Tensor | None = None,
     reduction: Reduction = "nonzero",
 ) -> Tensor:
-    """How far activations have left the state that they were in: the threshold-based margin loss (TM) of GeRe.
+    """GeRe's threshold-based margin loss (TM): how far activations have left their state.
 
     With h the student's activation and relu(x) = max(x, 0), each entry contributes
 
@@ -53,15 +53,15 @@ def margin_loss(
 
     Args:
         hidden: [batch, seq, hidden], the student's activations, any floating type; computed in float32 or wider.
-        classes: [batch, seq, hidden], int8 or uint8, what :func:`classify` gave for the teacher's.
+        classes: [batch, seq, hidden], int8 or uint8: :func:`classify` of the teacher's activations.
         low, high: [hidden], the thresholds; they get no gradient.
         mask: [batch, seq], not zero where a position counts; None counts all.
-        reduction: "nonzero", as published: the sum over the number of entries that are not zero, plus 1e-8, so that it
-            does not shrink as violations get rarer; "mean": the mean over all entries of the unmasked positions.
+        reduction: "nonzero", as published: the sum divided by the number of entries that are not zero, plus 1e-8, so
+            that the loss does not shrink as violations get rarer; "mean": the mean over all unmasked entries.
 
     Returns:
-        A scalar with gradient to hidden, float32 or wider; 0 if no position counts. What is kept for the backward pass
-        is one int8 an entry.
+        A scalar with gradient to hidden, float32 or wider; 0 if no position counts. The backward pass needs one int8
+        an entry.
 
     Raises:
         ConfigError: the reduction is unknown.
@@ -83,12 +83,12 @@ def margin_loss(
 
 
 def dynamic_weight(ce: Tensor, term: Tensor) -> Tensor:
-    """GeRe's ``dy``: w = ce / (term + 1e-8), so that w * term is as large as ce; a scalar without gradient."""
+    """GeRe's ``dy``: w = ce / (term + 1e-8), which makes w * term as large as ce; a scalar without gradient."""
     return ce.detach() / (term.detach() + _EPSILON)
 
 
 class _Margin(torch.autograd.Function):
-    """(sum of the margins, number of entries that are not zero) of hidden [tokens, hidden], a few tokens at a time."""
+    """(sum of the margins, number of entries that are not zero) of hidden [tokens, hidden], chunk by chunk."""
 
     @staticmethod
     def forward(

@@ -11,18 +11,18 @@ from holdfast.losses.common import wide
 
 
 def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the negative log-likelihoods of the supervised tokens, and how many there are.
+    """Sum of the negative log-likelihoods of the supervised tokens, and their number.
 
-    Position s predicts token s + 1, so the first label of a row is never counted.
+    Position s predicts token s + 1, so the first label of a row never counts.
 
     Args:
-        logits: [batch, seq, vocab], any floating type; the softmax is taken in float32 or wider.
+        logits: [batch, seq, vocab], any floating type; the softmax is computed in float32 or wider.
         labels: [batch, seq], int64; -100 where not supervised.
 
     Returns:
         (sum in nats, a scalar with gradient, float32 or wider; number of supervised tokens, an int64 scalar).
     """
-    # The labels move, not the logits: slicing those would copy them all.
+    # Shift the labels, not the logits: a slice of the logits would copy them all.
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     nll = F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     return nll, supervised_tokens(labels)
@@ -30,31 +30,26 @@ def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def chunked_next_token_nll(
     hidden: Tensor,
-    head: Tensor,
+    head: Head,
     labels: Tensor,
     *,
     chunk_size: int = CHUNK_SIZE,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`next_token_nll` of a head's logits, which are never held for more than ``chunk_size`` tokens.
+    """:func:`next_token_nll` of a head's logits, of which at most ``chunk_size`` tokens are held at a time.
 
-    Value and gradient are those of the plain function on logits = cap(logit_scale * (hidden @ head.T + bias)), where
-    cap(x) = softcap * tanh(x / softcap). The matrix products run in the head's type, or in autocast's; the softmax is
-    taken and the head's gradient summed up in float32 or wider. Tokens that are not supervised cost nothing.
+    Value and gradient are those of the plain function on the logits of :class:`Head`. Matrix products run in the head's
+    data type, or in autocast's; softmax, loss and the head's gradient are accumulated in float32 or wider. Tokens that
+    are not supervised cost nothing.
 
     Args:
-        hidden: [batch, seq, hidden], what the head is applied to: after the final norm.
-        head: [vocab, hidden].
+        hidden: [batch, seq, hidden], after the final norm.
+        head: the head of [vocab, hidden] that is applied to it.
         labels: [batch, seq], int64; -100 where not supervised.
         chunk_size: tokens whose logits are held at a time.
-        bias: [vocab].
-        softcap, logit_scale: of the head.
 
     Returns:
-        (sum in nats, a scalar with gradient to hidden, head and bias where they require it; number of supervised
-        tokens, an int64 scalar). It cannot be differentiated twice.
+        (sum in nats, a scalar with gradient to hidden and the head's weight and bias where they require it; number of
+        supervised tokens, an int64 scalar). It cannot be differentiated twice.
 
     Raises:
         ConfigError: chunk_size is below 1.
@@ -68,8 +63,7 @@ def chunked_next_token_nll(
         total = -log_p.gather(-1, target).sum()
         return total, log_p.exp_().scatter_add_(-1, target, torch.full_like(target, -1, dtype=log_p.dtype))
 
-    total = chunked_loss(hidden[:, :-1][supervised], Head(head, bias, logit_scale, softcap).cast(), loss, chunk_size)
-    return total, supervised_tokens(labels)
+    return chunked_loss(hidden[:, :-1][supervised], head.cast(), loss, chunk_size), supervised_tokens(labels)
 
 
 def supervised_tokens(labels: Tensor) -> Tensor:
