@@ -10,7 +10,7 @@ from holdfast.data.tokens.file import TokenFile
 from holdfast.lab import arithmetic
 from holdfast.lab.sources import Arithmetic
 from holdfast.models.sampling import sample
-from holdfast.rehearsal.request import Request
+from holdfast.rehearsal.request import Request, SampleOptions
 from support.tiny import tiny_model
 
 
@@ -47,7 +47,7 @@ def test_token_files_hold_a_row_a_sequence_under_the_task_s_token(tmp_path):
 def test_samples_of_several_tasks_are_asked_for_in_turn():
     tokenizer = arithmetic.arithmetic_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer))
-    request = Request.of(tokenizer, 64, length=11, domain=["sort", "add"])
+    request = Request.of(tokenizer, 64, options=SampleOptions(length=11, domain=["sort", "add"]))
     rows = [own.row for own in request.write(partial(sample, model), "seed", range(5))]
     words = [tokenizer.convert_ids_to_tokens(row["input_ids"][0]) for row in rows]
     assert words == ["<|sort|>", "<|add|>"] * 2 + ["<|sort|>"]

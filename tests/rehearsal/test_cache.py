@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from holdfast.engines.whole import model_fingerprint
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.pretrained import tokenizer_fingerprint
 from holdfast.rehearsal import cache as cache_module
-from holdfast.rehearsal.cache import TeacherCache, state_cache
+from holdfast.rehearsal.cache import BuildPlan, TeacherCache, state_cache
 from holdfast.rehearsal.states import RunningMoments, pack, unpack
 from support.tiny import tiny_model, tiny_rows, tiny_tokenizer
 
@@ -50,8 +51,13 @@ def never(rows: Sequence[Any]) -> list[Tensor]:
     raise AssertionError("the cache should have been reused")
 
 
-def build(folder: Path, key: dict[str, Any] = KEY, compute: Any = hidden_states, **options: Any) -> TeacherCache:
-    return TeacherCache.open_or_build(folder, key, ROWS, compute, **({"shard_rows": 3, "batch_rows": 2} | options))
+SMALL = BuildPlan(shard_rows=3, batch_rows=2)
+
+
+def build(
+    folder: Path, key: dict[str, Any] = KEY, compute: Any = hidden_states, extras: Any = None, **plan: Any
+) -> TeacherCache:
+    return TeacherCache.open_or_build(folder, key, ROWS, compute, extras=extras, plan=replace(SMALL, **plan))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -386,7 +392,7 @@ def test_at_most_one_shard_of_tensors_is_alive(tmp_path: Path) -> None:
     original = cache_module._copy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_module, "_copy", tracked)
-        TeacherCache.open_or_build(tmp_path / "c", KEY, ROWS * 10, compute, shard_rows=6, batch_rows=4)
+        TeacherCache.open_or_build(tmp_path / "c", KEY, ROWS * 10, compute, plan=BuildPlan(shard_rows=6, batch_rows=4))
     assert sizes == {4, 2}
     assert peak <= 2 * 6
     assert not alive
@@ -401,9 +407,8 @@ def test_reading_a_sample_holds_its_bytes_only(tmp_path: Path) -> None:
 # --- activation states ---
 
 
-def states(folder: Path, **options: Any) -> tuple[TeacherCache, Tensor, Tensor]:
-    options = {"shard_rows": 3, "batch_rows": 2} | options
-    return state_cache(folder, KEY, ROWS, hidden_states, **options)
+def states(folder: Path, multiple: float = 1.0, **plan: Any) -> tuple[TeacherCache, Tensor, Tensor]:
+    return state_cache(folder, KEY, ROWS, hidden_states, multiple=multiple, plan=replace(SMALL, **plan))
 
 
 @pytest.mark.parametrize("multiple", [0.5, 1.0, 1.3])
@@ -452,7 +457,7 @@ def test_states_of_a_build_that_was_killed_anywhere(tmp_path: Path, calls: int) 
         return hidden_states(rows)
 
     with pytest.raises(KeyboardInterrupt):
-        state_cache(tmp_path / "c", KEY, ROWS, killed, shard_rows=3, batch_rows=2)
+        state_cache(tmp_path / "c", KEY, ROWS, killed, plan=SMALL)
     assert not (tmp_path / "c" / "manifest.json").exists()
     states(tmp_path / "c")
     states(tmp_path / "fresh")

@@ -22,14 +22,14 @@ from holdfast.models.pretrained import tokenizer_fingerprint
 from holdfast.models.sampling import sample
 from holdfast.rehearsal.corpus import write_corpus
 from holdfast.rehearsal.replay import replay
-from holdfast.rehearsal.request import Request
+from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.samples import corpus_rows
 from holdfast.system.files import read_json, read_jsonl
 from support.families import write_family
 from support.rehearsed import two_stages
 from support.tiny import tiny_model, tiny_tokenizer, write_model
 
-SIZE = {"tokens": 500, "length": 12, "batch_size": 8}
+SIZE = {"options": SampleOptions(length=12), "tokens": 500, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,8 @@ def test_a_killed_corpus_goes_on_and_ends_with_the_same_bytes(model, tmp_path):
     replay(model, unbroken, **SIZE)
     script = f"""
 import os, signal, holdfast.rehearsal.corpus as corpus
-from holdfast.replay import replay
+from holdfast.rehearsal.replay import replay
+from holdfast.rehearsal.request import SampleOptions
 write = corpus.write_jsonl
 def dying(path, rows):
     if path.name == "shard-00002.jsonl":

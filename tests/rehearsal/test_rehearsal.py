@@ -11,14 +11,14 @@ import torch.nn.functional as F
 
 from holdfast.api.stage import Rehearsed, Step
 from holdfast.errors import ConfigError
-from holdfast.losses import kl_divergence
+from holdfast.losses import Divergence, kl_divergence
 from holdfast.methods import build
 from holdfast.methods.der import DER
 from holdfast.methods.lwf import LwF
 from holdfast.methods.rehearsal import Rehearsal
 from holdfast.rehearsal.teacher import predicting
+from holdfast.training.extra_rows import ExtraRows
 from holdfast.training.method_state import load_states, save_states
-from holdfast.training.trainer import ContinualTrainer
 from support.rehearsed import two_stages
 from support.tiny import pad_rows, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
 from support.trained import vector
@@ -90,9 +90,7 @@ def test_one_forward_equals_two(method, tmp_path, texts, monkeypatch):
     }[method]
     results = []
     for together in (False, True):
-        monkeypatch.setattr(
-            ContinualTrainer, "_fits_together", lambda self, inputs, extra, x=together: x and bool(extra)
-        )
+        monkeypatch.setattr(ExtraRows, "fits_one_pass", lambda self, inputs, extra, x=together: x and bool(extra))
         folder = tmp_path / str(together)
         results.append(vector(two_stages(folder, Rehearsal(**options)).model))
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=2e-4)
@@ -137,7 +135,7 @@ def test_kl_on_current_rows_is_the_plain_formula_with_a_live_copy(temperature, m
     term = method.loss_terms(step, batch, outputs)["lwf"]
     mask = predicting(batch["labels"])
     old = teacher(**inputs).logits
-    total, count = kl_divergence(outputs.logits, old, mask, temperature)
+    total, count = kl_divergence(outputs.logits, old, mask, Divergence(temperature))
     torch.testing.assert_close(term, total / count, rtol=1e-4, atol=1e-6)
     by_hand = F.kl_div(
         F.log_softmax(outputs.logits[mask] / temperature, -1), F.softmax(old[mask] / temperature, -1), reduction="sum"

@@ -17,7 +17,7 @@ from holdfast.losses import kl_divergence
 from holdfast.methods.rehearsal import Rehearsal
 from holdfast.models.sampling import sample
 from holdfast.rehearsal.buffer import HELD_OUT, SampleBuffer, drawn_states_are_exact
-from holdfast.rehearsal.request import Request
+from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.teacher import LiveStates, predicting
 from support.families import FAMILIES, family_model, family_tokenizer
 from support.rehearsed import two_stages
@@ -52,7 +52,7 @@ def test_a_sample_begins_with_a_domain_or_the_begin_token_and_is_as_long_as_aske
     model = tiny_model(vocab_size=300)
     assert Request.of(tokenizer, 128, begin=4).start == (4,) and Request.of(tokenizer, 128, begin=5).start == (0,)
     for options, first in (({}, 0), ({"domain": "spa"}, 4), ({"domain": "<|eng|>"}, 3), ({"token": 7}, 7)):
-        request = Request.of(tokenizer, 128, length=10, **options)
+        request = Request.of(tokenizer, 128, options=SampleOptions(length=10, **options))
         for own in request.write(partial(sample, model), "seed", range(3)):
             ids, labels = own.row["input_ids"], own.row["labels"]
             assert len(ids) == 10 and ids[0] == first and labels == [-100, *ids[1:]]
@@ -63,7 +63,7 @@ def test_a_sample_begins_with_a_domain_or_the_begin_token_and_is_as_long_as_aske
 
 def test_samples_begin_with_several_domains_in_turn():
     tokenizer = train_tokenizer(["some text"] * 9, 300, domains=["eng", "spa"])
-    request = Request.of(tokenizer, 128, length=6, domain=["spa", "eng"])
+    request = Request.of(tokenizer, 128, options=SampleOptions(length=6, domain=["spa", "eng"]))
     own = request.write(partial(sample, tiny_model(vocab_size=300)), "seed", range(3, 7))
     assert [one.row["input_ids"][0] for one in own] == [3, 4, 3, 4]
 
@@ -72,7 +72,7 @@ def test_samples_begin_with_several_domains_in_turn():
 def test_a_chat_is_the_template_around_words_and_an_answer(family):
     """The words that the model draws for the user end with the template's end of turn, then the answer is drawn."""
     model, tokenizer = family_model(family, vocab_size=80), family_tokenizer(family)
-    request = Request.of(tokenizer, 128, length=60)
+    request = Request.of(tokenizer, 128, options=SampleOptions(length=60))
     own = request.write(partial(sample, model), "seed", range(80), hidden=True)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "WORDS"}], tokenize=False, add_generation_prompt=True
@@ -126,13 +126,13 @@ ASKED_WRONG = {
 def test_what_cannot_be_asked_is_refused(case):
     options, tokenizer, reason = ASKED_WRONG[case]
     with pytest.raises(ConfigError, match=reason.replace("|", r"\|").replace("<", ".")):
-        Request.of(plain(**tokenizer), 128, **options)
+        Request.of(plain(**tokenizer), 128, options=SampleOptions(**options))
 
 
 def test_what_a_step_gets_depends_on_seed_stage_and_step_alone():
     """Whatever was drawn before, and whatever became of the model since the stage began."""
     model = wild_model()
-    request = Request.of(tiny_tokenizer(), 128, length=12)
+    request = Request.of(tiny_tokenizer(), 128, options=SampleOptions(length=12))
     before = LiveStates(model, -1)
     start = vector(model)
 

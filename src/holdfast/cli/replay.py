@@ -81,20 +81,17 @@ def replay(
             raise ConfigError("replay: give --tokens and --out, or --inspect to look at a corpus")
         silence_libraries()
         from holdfast.rehearsal.replay import replay as write_corpus
+        from holdfast.rehearsal.request import SampleOptions
         from holdfast.system.progress import Progress
 
         with Progress().bar(f"replay {model}") as bar:
             manifest = write_corpus(
                 model,
                 out,
+                SampleOptions(length, domain or None, prompt_token, chat, temperature),
                 tokens=tokens,
-                length=length,
-                domain=domain or None,
-                token=prompt_token,
-                temperature=temperature,
                 batch_size=batch_size,
                 seed=seed,
-                chat=chat,
                 engine=engine,
                 on_progress=lambda done, total: bar.update(done, total=total),
             )

@@ -1,11 +1,12 @@
-"""The ways of "Forgetting in Language Models" (arXiv 2605.26097), by its names.
+"""The methods of "Forgetting in Language Models" (arXiv 2605.26097), by its names.
 
 Old rows are drawn from the model (``source: self``) or real (``source: general`` with a path).
 """
 
 from __future__ import annotations
 
-from holdfast.methods.rehearsal import Rehearsal, preset
+from holdfast.methods.rehearsal import Rehearsal
+from holdfast.rehearsal.options import preset
 
 COEFFICIENT = 10.0  # in the paper's comparison of methods
 
@@ -25,14 +26,14 @@ class KLPre(Rehearsal):
 
 
 class KLDown(Rehearsal):
-    """KL to the model before the stage on the task's own rows; `lwf` without its temperature."""
+    """KL to the model before the stage on the task's own rows: `lwf` at temperature 1."""
 
     name = "kl_dwn"
     Options = preset(source="current", loss="kl", weight=COEFFICIENT)
 
 
 class Replace(Rehearsal):
-    """A share of each batch is replaced by old rows, and L is the mean next-token loss over all of them."""
+    """Old rows replace a share of each batch, and L is the mean next-token loss over all its rows."""
 
     name = "replace"
     Options = preset(source="self", loss="ce", way="replace", ratio=0.125)

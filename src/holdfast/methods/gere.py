@@ -1,8 +1,9 @@
-"""GeRe: general samples are rehearsed, and the hidden states on them stay in the state that they were in."""
+"""GeRe: general samples are rehearsed, and each activation on them stays in the state that it was in."""
 
 from __future__ import annotations
 
-from holdfast.methods.rehearsal import Rehearsal, preset
+from holdfast.methods.rehearsal import Rehearsal
+from holdfast.rehearsal.options import preset
 
 # 1,000 general texts of at most 563 tokens, the model before training as teacher (arXiv 2508.04676).
 GENERAL = {"source": "general", "teacher": "start", "ce_weight": 1.0}
@@ -11,9 +12,9 @@ GENERAL = {"source": "general", "teacher": "start", "ce_weight": 1.0}
 class GeRe(Rehearsal):
     """General sample replay with the threshold-based margin loss (arXiv 2508.04676).
 
-    L = CE(task) + CE(general) + weight * TM(general), TM as in :func:`holdfast.losses.margin_loss`. The published
-    code takes the mean of the two CE where one micro-batch happens to hold both; here they are added, however the rows
-    fall. The published weights are 1, 100 and dynamic.
+    L = CE(task) + CE(general) + weight * TM(general), with TM of :func:`holdfast.losses.margin_loss`. The published
+    code averages the two CE if a micro-batch happens to hold rows of both; here they are always added. The published
+    weights are 1, 100 and dynamic.
     """
 
     name = "gere"
@@ -21,7 +22,7 @@ class GeRe(Rehearsal):
 
 
 class GeReCE(Rehearsal):
-    """GeRe's baseline (BaselineR): next-token loss on general samples alone."""
+    """GeRe's baseline (BaselineR): only next-token loss on general samples."""
 
     name = "gere_ce"
     Options = preset(source="general", loss="ce")

@@ -1,8 +1,9 @@
-"""Learning without forgetting: on the new task's own inputs, answer as the model before the stage did."""
+"""Learning without forgetting: on the new task's inputs, keep the answers of the model before the stage."""
 
 from __future__ import annotations
 
-from holdfast.methods.rehearsal import Rehearsal, preset
+from holdfast.methods.rehearsal import Rehearsal
+from holdfast.rehearsal.options import preset
 
 
 class LwF(Rehearsal):

@@ -1,8 +1,9 @@
-"""Self-generated replay: rehearse what the model itself writes, which needs no old data."""
+"""Self-generated replay: rehearse samples of the model itself, which needs no old data."""
 
 from __future__ import annotations
 
-from holdfast.methods.rehearsal import Rehearsal, preset
+from holdfast.methods.rehearsal import Rehearsal
+from holdfast.rehearsal.options import preset
 
 
 class KLReplay(Rehearsal):

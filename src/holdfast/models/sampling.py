@@ -1,12 +1,12 @@
-"""Batched sampling from a causal language model, one token of all rows at a time, with a preallocated cache."""
+"""Batched sampling from a causal language model, one token of every row at a time, with a preallocated cache."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,11 @@ from holdfast.losses.common import wide
 from holdfast.models.generation import generation_config, inference
 from holdfast.models.head import base, head
 
-BLOCK = 256  # tokens whose probabilities are summed up together
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+BLOCK = 256  # tokens of the vocabulary whose probabilities are summed together
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,10 @@ class Samples:
     """What :func:`sample` drew.
 
     Attributes:
-        tokens: the new tokens of each prompt, a stop token included.
-        log_probs: of each prompt's new tokens together under the model, in nats.
-        hidden: where asked for, the last hidden states, after the final norm, of prompt and new tokens as they were
-            computed: [tokens - 1, hidden] each, in the model's data type; the last token was never put in.
+        tokens: the new tokens of each prompt, including a stop token.
+        log_probs: log-probability of each prompt's new tokens together under the model, in nats.
+        hidden: if asked for, the last hidden states, after the final norm, of prompt and new tokens as they were
+            computed: [tokens - 1, hidden] each, in the model's data type; the last token is no input.
     """
 
     tokens: list[list[int]]
@@ -39,8 +43,25 @@ class Samples:
     hidden: list[Tensor]
 
 
+class Sampler(Protocol):
+    """:func:`sample` with a given model."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | Sequence[int],
+        seed: int | str,
+        numbers: Sequence[int],
+        temperature: float = 1.0,
+        stop_token_ids: Collection[int] = (),
+        hidden: bool = False,
+    ) -> Samples:
+        """Continue every prompt, as :func:`sample` does."""
+
+
 def sample(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int | Sequence[int],
@@ -54,23 +75,23 @@ def sample(
 ) -> Samples:
     """Continue every prompt with tokens drawn from softmax(logits / temperature), all prompts in one batch.
 
-    What is drawn for a prompt depends on the seed, its number, the prompt and the weights; up to float rounding it does
-    not depend on the other prompts. The model's own generation settings do not apply. Modes, settings and random states
-    are left as found.
+    The tokens drawn for a prompt depend on the seed, its number, the prompt and the weights; up to float rounding they
+    do not depend on the other prompts. The model's own generation settings do not apply. Modes, settings and random
+    states stay as they were.
 
-    Where the model is a decoder with ordinary attention and a head, it is stepped below the head, which costs least;
-    otherwise (prompts of PEFT, other caches) through ``model.generate``.
+    A decoder with ordinary attention and a head is stepped below the head, which is cheapest; any other model (PEFT's
+    prompts, other caches) goes through ``model.generate``.
 
     Args:
         model: a causal language model, with or without adapters.
         prompts: token ids, at least one a prompt.
         max_new_tokens: most tokens to draw for a prompt, or for each.
         seed: of the choices.
-        numbers: one a prompt; 0, 1, ... where absent.
+        numbers: one number a prompt; 0, 1, ... where absent.
         temperature: above 0.
-        stop_token_ids: tokens that end a sample; none: each has ``max_new_tokens``.
-        pad_token_id: fills short prompts on the left; masked, so any id of the vocabulary will do.
-        hidden: whether the hidden states are kept.
+        stop_token_ids: tokens that end a sample; without any, each sample has ``max_new_tokens``.
+        pad_token_id: fills short prompts on the left; it is masked, so any id of the vocabulary will do.
+        hidden: whether to return the hidden states.
         use_cache: False reads the whole row again for every token, for models without a cache.
 
     Raises:
@@ -99,20 +120,21 @@ def sample(
     if not torch.isfinite(log_probs).all():
         raise DataError("the model's logits are not finite, so nothing can be sampled from it")
     new = [_until_stop(row[:n], stops) for row, n in zip(tokens[:, width:].tolist(), limits, strict=True)]
-    sums = [float(row[: len(own)].sum()) for row, own in zip(log_probs, new, strict=True)]
+    sums = [float(row[: len(drawn)].sum()) for row, drawn in zip(log_probs, new, strict=True)]
     if states is None:
         return Samples(new, sums, [])
-    return Samples(new, sums, [s[p : width + len(own) - 1] for s, p, own in zip(states, padding, new, strict=True)])
+    inputs = [row[p : width + len(drawn) - 1] for row, p, drawn in zip(states, padding, new, strict=True)]
+    return Samples(new, sums, inputs)
 
 
 class Draw:
-    """Draws the next token of each row by inverting the cumulative distribution: one uniform number a row and step.
+    """Draws the next token of each row by inverting the cumulative distribution with one uniform number.
 
     Args:
         uniform: float64 [rows, steps], in [0, 1).
 
     Attributes:
-        log_probs: float64 [rows, 1] a step: of the drawn tokens under softmax(logits).
+        log_probs: of the drawn tokens under softmax(logits), float64 [rows, 1] a step.
     """
 
     def __init__(self, uniform: Tensor, temperature: float):
@@ -125,21 +147,21 @@ class Draw:
         p = (logits if plain else logits / self.temperature).softmax(-1)
         short = -p.shape[-1] % BLOCK
         blocks = (F.pad(p, (0, short)) if short else p).unflatten(-1, (-1, BLOCK))
-        up_to = blocks.sum(-1).double().cumsum(-1)  # block by block, so that rounding stays small and sums are fast
+        up_to = blocks.sum(-1).double().cumsum(-1)  # block by block: little rounding, and fast sums
         target = self.uniform[:, len(self.log_probs), None] * up_to[:, -1:]
         block = _first_beyond(up_to, target)
         inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].double().cumsum(-1)
         token = block * BLOCK + _first_beyond(inside, target - F.pad(up_to, (1, 0)).gather(1, block))
-        token.clamp_(max=logits.shape[-1] - 1)  # without finite logits there is none
+        token.clamp_(max=logits.shape[-1] - 1)  # logits that are not finite give no token
         log_p = p.gather(1, token).log() if plain else logits.gather(1, token) - logits.logsumexp(-1, keepdim=True)
         self.log_probs.append(log_p.double())
         return token
 
 
 def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
-    """The first entry of each row [rows, entries] that exceeds the row's target [rows, 1]; it never has a weight of 0.
+    """The first entry of each row [rows, entries] that exceeds the row's target [rows, 1]; its weight is never 0.
 
-    Sums that were rounded differently may put the target at the end of a row, or beyond: it is drawn back a little.
+    The target may lie at the end of a row or beyond, where two sums were rounded differently; it is then lowered.
     """
     top = cumulative[:, -1:]
     below = torch.minimum(target, top.nextafter(torch.zeros_like(top)))
@@ -147,7 +169,7 @@ def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
 
 
 def _uniform(seed: int | str, numbers: Sequence[int], steps: int) -> Tensor:
-    """Numbers in [0, 1) that depend on the seed and each row's number alone, float64 [rows, steps]."""
+    """Uniform numbers in [0, 1) that depend on the seed and the row's number alone, float64 [rows, steps]."""
     rows = []
     for number in numbers:
         digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=16).digest()
@@ -157,10 +179,20 @@ def _uniform(seed: int | str, numbers: Sequence[int], steps: int) -> Tensor:
 
 
 def _steps(
-    model: Any, ids: Tensor, mask: Tensor, draw: Draw, limits: list[int], stops: list[int], hidden: bool
+    model: PreTrainedModel | PeftModel,
+    ids: Tensor,
+    mask: Tensor,
+    draw: Draw,
+    limits: list[int],
+    stops: list[int],
+    hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Step the decoder and its head: tokens [rows, width + at most new], hidden states of all but the last."""
-    inner, own = base(model), head(model)
+    """Step the decoder and its head.
+
+    Returns:
+        tokens [rows, width + new ones], and the hidden states of all but the last, if asked for.
+    """
+    inner, final = base(model), head(model)
     decoder, layer = inner.base_model, inner.get_output_embeddings()
     rows, width = ids.shape
     length = width + draw.steps
@@ -185,7 +217,7 @@ def _steps(
             if states is None:
                 states = part.new_empty(rows, length - 1, part.shape[-1])
             states[:, first:last] = part
-        tokens[:, last : last + 1] = draw(own.bounded(wide(layer(part[:, -1]))))
+        tokens[:, last : last + 1] = draw(final.bounded(wide(layer(part[:, -1]))))
         first = last
         if stops:
             ended |= torch.isin(tokens[:, last], ending) | (most <= last + 1 - width)
@@ -195,9 +227,9 @@ def _steps(
 
 
 class _Preallocated(CacheLayerMixin):
-    """Keys and values in memory that is taken once; what it gives back is a view on those that are there.
+    """Keys and values in memory that is allocated once.
 
-    So a step attends to no more than there is and needs no mask; transformers' own static layer gives all of it back.
+    It returns a view on the filled part, so that a step needs no mask; transformers' own static layer returns all.
     """
 
     is_compileable = False
@@ -231,14 +263,14 @@ class _Preallocated(CacheLayerMixin):
         return self.length
 
 
-def _has_plain_decoder(model: Any) -> bool:
+def _has_plain_decoder(model: PreTrainedModel | PeftModel) -> bool:
     """Whether a step of the decoder alone, with a cache of keys and values, is a step of the whole model."""
     inner = base(model)
     decoder = inner.base_model
     prompts = hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
     hooks = inner._forward_pre_hooks or inner._forward_hooks
-    known = inspect.signature(decoder.forward).parameters
-    if prompts or hooks or decoder is inner or not {"position_ids", "past_key_values"} <= set(known):
+    parameters = inspect.signature(decoder.forward).parameters
+    if prompts or hooks or decoder is inner or not {"position_ids", "past_key_values"} <= set(parameters):
         return False
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=inner.config).layers
@@ -246,7 +278,7 @@ def _has_plain_decoder(model: Any) -> bool:
 
 
 def _generate(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     ids: Tensor,
     mask: Tensor,
     draw: Draw,
@@ -255,7 +287,7 @@ def _generate(
     pad_token_id: int,
     use_cache: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same through ``model.generate``, for any model that has it."""
+    """As :func:`_steps`, through ``model.generate``, for any model that has it."""
     settings = GenerationConfig(
         max_new_tokens=draw.steps,
         do_sample=False,
@@ -267,17 +299,17 @@ def _generate(
         output_hidden_states=hidden,
     )
     with generation_config(model, settings):
-        found = model.generate(
+        output = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=[_Drawn(draw)]
         )
     if not hidden:
-        return found.sequences, None
-    first, *rest = (states[-1] for states in found.hidden_states)
-    return found.sequences, torch.cat([first[:, -ids.shape[1] :], *(states[:, -1:] for states in rest)], dim=1)
+        return output.sequences, None
+    first, *rest = (states[-1] for states in output.hidden_states)
+    return output.sequences, torch.cat([first[:, -ids.shape[1] :], *(states[:, -1:] for states in rest)], dim=1)
 
 
 class _Drawn(LogitsProcessor):
-    """Leaves the drawn token alone as likely, so that greedy generation takes it."""
+    """Makes the drawn token the only likely one, so that greedy generation takes it."""
 
     def __init__(self, draw: Draw):
         self.draw = draw
@@ -287,9 +319,5 @@ class _Drawn(LogitsProcessor):
 
 
 def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
-    """The tokens up to the first that stops, and with it."""
+    """The tokens up to the first stop token, including it."""
     return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in stops), len(tokens))]
-
-
-Sampler = Callable[..., Samples]
-""":func:`holdfast.models.sampling.sample` for a given model: called with prompts and the same keywords."""

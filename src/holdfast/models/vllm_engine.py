@@ -1,4 +1,4 @@
-"""vLLM, where it is installed, as what samples from a model instead of transformers."""
+"""Sampling with vLLM instead of transformers, where it is installed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ADAPTER = "adapter_config.json"
 
 
 def vllm_engine(name: str, length: int) -> Sampler:
-    """Samples by vLLM: the same contract, but what is drawn also depends on how vLLM fills its batches.
+    """A sampler that uses vLLM; its samples also depend on how vLLM fills its batches.
 
     Args:
         name: folder or hub name of a whole model.
-        length: tokens of a prompt and what is drawn after it, at most.
+        length: tokens of a prompt and its continuation, at most.
 
     Raises:
         ConfigError: vLLM is not installed, or the model is an adapter.
@@ -54,15 +54,15 @@ def vllm_engine(name: str, length: int) -> Sampler:
                 temperature=temperature,
                 seed=_seed(seed, number),
                 stop_token_ids=sorted(stop_token_ids),
-                ignore_eos=True,  # only what is asked for stops a sample
+                ignore_eos=True,  # only stop_token_ids end a sample
                 logprobs=0,  # those of the drawn tokens
                 detokenize=False,
             )
             for limit, number in zip(limits, numbers, strict=True)
         ]
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        found = [output.outputs[0] for output in engine.generate(inputs, settings, use_tqdm=False)]
-        return Samples([list(one.token_ids) for one in found], [one.cumulative_logprob for one in found], [])
+        outputs = [output.outputs[0] for output in engine.generate(inputs, settings, use_tqdm=False)]
+        return Samples([list(one.token_ids) for one in outputs], [one.cumulative_logprob for one in outputs], [])
 
     return draw
 

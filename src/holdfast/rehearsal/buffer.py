@@ -1,4 +1,4 @@
-"""Samples of the model as it was before the stage, drawn while training runs, those of some steps together."""
+"""Samples of the model as it was before the stage, drawn while training runs, for several steps at a time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PROBE = 8  # tokens
 
 
 class SampleBuffer:
-    """So many samples a step, which depend on seed, stage and step alone; memory holds those of one round of steps.
+    """A fixed number of samples a step, which depend on seed, stage and step alone; memory holds one round of steps.
 
-    Processes that train together share a step's samples: together they have those that one would have alone. Where the
-    weights lie in pieces they go through the model ``together``, so each of them draws them all.
+    Processes share a step's samples: all of them together have the samples of a single process. Where an engine divides
+    the weights, processes go through the model ``together``, so each of them draws all samples.
 
     Args:
         before: the weights that the stage starts from.
         count: samples a step, of all processes.
         steps: of a round.
-        hidden: whether the hidden states that the samples were drawn from are kept, as the teacher's: count * steps *
+        hidden: whether to keep the hidden states that the samples were drawn from, as the teacher's: count * steps *
             length * hidden numbers in the model's data type.
     """
 
@@ -43,46 +43,47 @@ class SampleBuffer:
         self._rank, self._world = process.rank, process.world
 
     def rows(self, step: int, count: int) -> tuple[list[TokenRow], list[int]]:
-        """The first samples of a step, and the numbers by which :meth:`states` knows them.
+        """This process's share of the first ``count`` samples of a step, or all of these if ``together``.
 
-        They are this process's share, unless ``together``.
+        Returns:
+            the samples, and the numbers by which :meth:`states` finds them.
         """
         number = step // self.steps
         if number != self._round:
             self._fill(number)
-        numbers = self._own(step)[: len(range(self._rank, min(count, self.count), self._world))]
+        numbers = self._numbers(step)[: len(range(self._rank, min(count, self.count), self._world))]
         return [self._samples[i].row for i in numbers], numbers
 
     def states(self, rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The teacher's hidden states [rows, seq, hidden] and their mask, without a row's last token."""
-        found = [self._samples[i].hidden for i in rehearsed.samples]
-        return padded([states for states in found if states is not None], rehearsed.hidden[0])
+        """The teacher's hidden states [rows, seq, hidden] and their mask, without the last token of each row."""
+        states = [self._samples[i].hidden for i in rehearsed.samples]
+        return padded([hidden for hidden in states if hidden is not None], rehearsed.hidden[0])
 
     def _fill(self, number: int) -> None:
         steps = range(number * self.steps, (number + 1) * self.steps)
-        numbers = [i for step in steps for i in self._own(step)]
+        numbers = [i for step in steps for i in self._numbers(step)]
         self._samples = {}
         with self.before.in_place():
             samples = self.request.write(partial(sample, self.before.model), self.seed, numbers, self.hidden)
         self._samples = dict(zip(numbers, samples, strict=True))
         self._round = number
 
-    def _own(self, step: int) -> list[int]:
-        """The numbers of this process's samples of a step."""
+    def _numbers(self, step: int) -> list[int]:
+        """The numbers of this process's samples in a step."""
         return list(range(step * self.count + self._rank, (step + 1) * self.count, self._world))
 
 
 def held_out(request: Request, stage: Stage) -> list[TokenRow]:
-    """Samples of the model as it is, which are never rehearsed."""
-    draw = partial(sample, stage.model)
-    return [own.row for own in request.write(draw, f"{stage.seed}/held out", range(HELD_OUT))]
+    """Samples of the model as it is now, which are never rehearsed."""
+    samples = request.write(partial(sample, stage.model), f"{stage.seed}/held out", range(HELD_OUT))
+    return [drawn.row for drawn in samples]
 
 
 def drawn_states_are_exact(request: Request, stage: Stage) -> bool:
-    """Whether the hidden states that samples are drawn from are, up to rounding, those of a forward pass."""
+    """Whether sampling and a forward pass give the same hidden states up to rounding."""
     short = replace(request, turn=(), length=min(request.length, len(request.start) + PROBE))
-    [own] = short.write(partial(sample, stage.model), "probe", [0], hidden=True)
-    [expected] = stage.hidden_states([own.row])
-    if own.hidden is None or own.hidden.shape != expected[:-1].shape:
+    [probe] = short.write(partial(sample, stage.model), "probe", [0], hidden=True)
+    [expected] = stage.hidden_states([probe.row])
+    if probe.hidden is None or probe.hidden.shape != expected[:-1].shape:
         return False
-    return bool((own.hidden - expected[:-1]).float().norm() <= 0.05 * expected[:-1].float().norm())
+    return bool((probe.hidden - expected[:-1]).float().norm() <= 0.05 * expected[:-1].float().norm())

@@ -1,4 +1,4 @@
-"""The teacher's cache: what a loss needs of the teacher, computed once, kept on disk and read sample by sample."""
+"""The teacher's cache: what a loss needs of the teacher, computed once, stored on disk and read sample by sample."""
 
 from __future__ import annotations
 
@@ -30,21 +30,31 @@ FORMAT = 1
 logger = logging.getLogger("holdfast")
 
 Compute = Callable[[Sequence[TokenRow]], Sequence[Tensor]]
-"""Gives one tensor a row, [tokens, width], of any type and on any device."""
+"""Computes one tensor a row, [tokens, width], of any data type and on any device."""
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How samples are laid out in shards, and which process computes which; see :meth:`TeacherCache.open_or_build`."""
+class BuildPlan:
+    """How a cache is built: how samples are laid out in shards, and which process computes which shards.
 
-    shard_rows: int
-    batch_rows: int
-    rank: int
-    world: int
-    barrier: Callable[[], None] | None
+    Attributes:
+        shard_rows: samples in a shard; so many are in memory at a time.
+        batch_rows: samples that are computed together.
+        rank: number of this process among those that share the folder.
+        world: how many processes share the folder.
+        barrier: returns once every process has called it; needed where there are several.
+        together: the processes go through the model together, so each computes everything and rank 0 writes.
+    """
+
+    shard_rows: int = 32
+    batch_rows: int = 8
+    rank: int = 0
+    world: int = 1
+    barrier: Callable[[], None] | None = None
     together: bool = False
 
     def wait(self) -> None:
+        """Wait until every process is here."""
         assert self.world == 1 or self.barrier is not None, "several processes need a barrier"
         if self.barrier is not None:
             self.barrier()
@@ -55,12 +65,15 @@ class _Plan:
         return [range(start, min(start + self.shard_rows, samples)) for start in starts]
 
 
+ALONE = BuildPlan()
+
+
 class TeacherCache:
     """One tensor a sample, in safetensors shards of ``shard_rows`` samples each, and a manifest.
 
-    The manifest holds the key that the tensors were computed for, and the size and SHA-256 of every file. It is
-    written last, and every file under a temporary name first, so what a killed build left is never taken for a cache;
-    the next build goes on from its complete shards. Reading copies one sample's bytes, never a shard. A folder belongs
+    The manifest holds the key that the tensors were computed for, and the size and SHA-256 of every file. Every file is
+    written under a temporary name first, and the manifest last, so a killed build is never taken for a cache; the next
+    build continues from its complete shards. Reading copies the bytes of one sample, never of a shard. A folder belongs
     to one run at a time.
     """
 
@@ -78,35 +91,25 @@ class TeacherCache:
         compute: Compute,
         *,
         extras: Mapping[str, Tensor] | None = None,
-        shard_rows: int = 32,
-        batch_rows: int = 8,
-        rank: int = 0,
-        world: int = 1,
-        barrier: Callable[[], None] | None = None,
-        together: bool = False,
+        plan: BuildPlan = ALONE,
     ) -> TeacherCache:
-        """Open the cache in ``folder`` if it was made for ``key`` and as many rows; otherwise build it anew.
+        """Open the cache in ``folder`` if it was built for ``key`` and as many rows; otherwise build it anew.
 
-        Which of the two, and why, is logged. Every process calls this with the same arguments but ``rank`` and
-        computes its share of the shards; what is written does not depend on how many processes there are.
+        The log says which of the two, and why. Every process calls this with the same arguments but its rank and
+        computes its share of the shards. The files do not depend on the number of processes.
 
         Args:
             key: JSON-able values that the tensors depend on: hashes of model, tokenizer and samples, layer, ...
-            compute: called without gradient, for at most ``batch_rows`` rows at a time.
-            extras: further tensors to keep, such as the teacher's head.
-            shard_rows: samples in a shard; so many are in memory at a time.
-            rank: number of this process among those that share the folder.
-            world: how many processes share the folder.
-            barrier: returns once every process has called it; needed where there are several.
-            together: the processes go through the model together, so each computes everything and the first one writes.
+            compute: called without gradient, for at most ``plan.batch_rows`` rows at a time.
+            extras: further tensors to store, such as the teacher's head.
+            plan: the layout in shards, and this process's share of the work.
 
         Raises:
             ConfigError: the folder cannot be made.
             DataError: a file of the cache is damaged; the message names it.
         """
-        cache = cls._reuse(folder, key, len(rows), rank)
+        cache = cls._reuse(folder, key, len(rows), plan.rank)
         if cache is None:
-            plan = _Plan(shard_rows, batch_rows, rank, world, barrier, together)
             cache = cls._build(folder, key, rows, compute, extras or {}, plan)
         return cache
 
@@ -115,11 +118,11 @@ class TeacherCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk, those of the manifest too."""
+        """Bytes on disk, including the manifest's."""
         return (self.folder / MANIFEST).stat().st_size + sum(file["bytes"] for file in self._manifest["files"].values())
 
     def read(self, sample: int) -> Tensor:
-        """What ``compute`` gave for a sample, on the CPU; samples count from 0."""
+        """The tensor that ``compute`` gave for a sample, counted from 0, on the CPU."""
         return self._file(_shard(sample // self._manifest["shard_rows"])).get_tensor(str(sample)).clone()
 
     def read_many(self, samples: Sequence[int]) -> list[Tensor]:
@@ -146,14 +149,14 @@ class TeacherCache:
                 raise _damaged(path, "SHA-256 differs")
 
     def _file(self, name: str) -> Any:
-        """An open file, mapped into memory: its tensors are the file's own bytes, so they are copied before use."""
+        """An open file, mapped into memory; its tensors are views on the file's bytes, so copy them before use."""
         if name not in self._open:
             self._open[name] = safe_open(self.folder / name, "pt")
         return self._open[name]
 
     @classmethod
     def _reuse(cls, folder: Path, key: dict[str, Any], samples: int, rank: int) -> TeacherCache | None:
-        """The cache in ``folder``, verified; None if there is none, or one of another key."""
+        """The cache in ``folder``, verified; None if there is none, or it has another key."""
         log = logger.info if rank == 0 else logger.debug
         path = folder / MANIFEST
         if not path.exists():
@@ -161,14 +164,14 @@ class TeacherCache:
             return None
         try:
             manifest = read_json(path)
-            found = {name: manifest[name] for name in ("format", "samples")} | manifest["key"]
+            stored = {name: manifest[name] for name in ("format", "samples")} | manifest["key"]
         except (ValueError, KeyError, TypeError):
             raise DataError(
                 f"{path}: is no manifest of a teacher's cache; delete the folder {folder} to build one there, or give "
                 "another folder"
             ) from None
         wanted = {"format": FORMAT, "samples": samples} | _plain(key)
-        changed = [name for name in wanted | found if wanted.get(name, ...) != found.get(name, ...)]
+        changed = [name for name in wanted | stored if wanted.get(name, ...) != stored.get(name, ...)]
         if changed:
             log("teacher's cache %s: rebuilt, as it was made with another %s", folder, " and ".join(changed))
             return None
@@ -185,7 +188,7 @@ class TeacherCache:
         rows: Sequence[TokenRow],
         compute: Compute,
         extras: Mapping[str, Tensor],
-        plan: _Plan,
+        plan: BuildPlan,
     ) -> TeacherCache:
         manifest = {"format": FORMAT, "key": _plain(key), "samples": len(rows), "shard_rows": plan.shard_rows}
         build = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -195,11 +198,11 @@ class TeacherCache:
         except OSError as error:
             raise ConfigError(f"the teacher's cache cannot be kept in {folder}: {error.strerror}") from None
 
-        plan.wait()  # every process has looked at what was there
+        plan.wait()  # until every process has looked for a cache
         if plan.rank == 0:
-            kept = _clear(folder, build)
-            if kept:
-                logger.info("teacher's cache %s: goes on from %d of %d shards", folder, kept, len(shards))
+            complete = _clear(folder, build)
+            if complete:
+                logger.info("teacher's cache %s: goes on from %d of %d shards", folder, complete, len(shards))
         plan.wait()
         missing = [number for number in range(len(shards)) if not (folder / _shard(number)).exists()]
         plan.wait()
@@ -225,20 +228,15 @@ def state_cache(
     hidden_states: Compute,
     *,
     multiple: float = 1.0,
-    shard_rows: int = 32,
-    batch_rows: int = 8,
-    rank: int = 0,
-    world: int = 1,
-    barrier: Callable[[], None] | None = None,
-    together: bool = False,
+    plan: BuildPlan = ALONE,
 ) -> tuple[TeacherCache, Tensor, Tensor]:
     """GeRe's activation states of all samples, two bits each (arXiv 2508.04676).
 
-    A first pass takes mean and standard deviation of each dimension over all tokens of all samples; a second one
-    compares each activation with the thresholds low = mean - multiple * std and high = mean + multiple * std.
+    The first pass computes mean and standard deviation of each dimension over all tokens of all samples. The second
+    pass compares each activation with the thresholds low = mean - multiple * std and high = mean + multiple * std.
 
     Args:
-        folder: and all other arguments that are not named here: see :meth:`TeacherCache.open_or_build`.
+        folder, key, rows, plan: as :meth:`TeacherCache.open_or_build` takes them.
         hidden_states: gives one tensor a row, [tokens, hidden], of any floating type, the same in both passes.
         multiple: of the standard deviation; 1 in the paper.
 
@@ -252,25 +250,14 @@ def state_cache(
         DataError: a file of the cache is damaged, or a hidden state is not finite.
     """
     key = key | {"kind": "states", "multiple": multiple}
-    pass_1 = folder / "moments"
-    cache = TeacherCache._reuse(folder, key, len(rows), rank)
+    first_pass = folder / "moments"
+    cache = TeacherCache._reuse(folder, key, len(rows), plan.rank)
     if cache is None:
 
         def moments_of(batch: Sequence[TokenRow]) -> list[Tensor]:
             return [_moments(states) for states in hidden_states(batch)]
 
-        parts = TeacherCache.open_or_build(
-            pass_1,
-            key | {"kind": "moments"},
-            rows,
-            moments_of,
-            shard_rows=shard_rows,
-            batch_rows=batch_rows,
-            rank=rank,
-            world=world,
-            barrier=barrier,
-            together=together,
-        )
+        parts = TeacherCache.open_or_build(first_pass, key | {"kind": "moments"}, rows, moments_of, plan=plan)
         moments = RunningMoments()
         for sample in range(len(rows)):
             moments.merge(RunningMoments.from_tensor(parts.read(sample)))
@@ -280,12 +267,10 @@ def state_cache(
         def classes_of(batch: Sequence[TokenRow]) -> list[Tensor]:
             return [pack(classify(h, low, high)) for h in hidden_states(batch)]
 
-        plan = _Plan(shard_rows, batch_rows, rank, world, barrier, together)
         cache = TeacherCache._build(folder, key, rows, classes_of, {"low": low, "high": high}, plan)
-    if barrier is not None:
-        barrier()
-    if rank == 0:
-        shutil.rmtree(pass_1, ignore_errors=True)
+    plan.wait()
+    if plan.rank == 0:
+        shutil.rmtree(first_pass, ignore_errors=True)
     return cache, cache.extra("low"), cache.extra("high")
 
 
@@ -294,21 +279,21 @@ def _shard(number: int) -> str:
 
 
 def _plain(key: dict[str, Any]) -> dict[str, Any]:
-    """The key as it will be read from JSON."""
+    """The key as JSON gives it back."""
     return json.loads(json.dumps(key, allow_nan=False))
 
 
 def _clear(folder: Path, build: str) -> int:
-    """Delete the manifest and whatever is not a complete shard of this build; return how many shards are."""
+    """Delete all files but the complete shards of this build; return the number of these."""
     for name in (MANIFEST, EXTRAS):
         (folder / name).unlink(missing_ok=True)
-    kept = 0
+    complete = 0
     for path in folder.glob("shard-*"):
         if path.suffix != PARTIAL and _build_of(path) == build:
-            kept += 1
+            complete += 1
         else:
             path.unlink()
-    return kept
+    return complete
 
 
 def _build_of(path: Path) -> str | None:
@@ -325,18 +310,18 @@ def _computed(compute: Compute, rows: Sequence[TokenRow], shard: range, batch_ro
     for start in range(shard.start, shard.stop, batch_rows):
         samples = range(start, min(start + batch_rows, shard.stop))
         with torch.no_grad():
-            found = compute([rows[sample] for sample in samples])
-        tensors |= {str(sample): _copy(tensor) for sample, tensor in zip(samples, found, strict=True)}
+            computed = compute([rows[sample] for sample in samples])
+        tensors |= {str(sample): _copy(tensor) for sample, tensor in zip(samples, computed, strict=True)}
     return tensors
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """On the CPU, with memory of its own: a sample is often a view of a padded batch."""
+    """A copy on the CPU: a sample is often a view of a padded batch."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], build: str) -> None:
-    """Write a file whole, with the mark of the build that it belongs to."""
+    """Write a whole file, with the mark of its build."""
     partial = path.with_name(path.name + PARTIAL)
     save_file(tensors, partial, {"build": build})
     with partial.open("rb") as file:

@@ -1,4 +1,4 @@
-"""A corpus that a model wrote of itself: shards of samples on disk, made in order and continued after a kill."""
+"""A corpus of a model's own samples: shards on disk, written in order and continued after a kill."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from holdfast.system.files import (
 )
 from holdfast.system.interrupt import Interrupt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MANIFEST, SETTINGS, TOKENIZER = "manifest.json", "settings.json", "tokenizer"
 FORMAT = 1
 
@@ -36,7 +39,7 @@ def write_corpus(
     draw: Sampler,
     request: Request,
     out: str | Path,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: int,
     batch_size: int = 64,
@@ -44,20 +47,24 @@ def write_corpus(
     facts: dict[str, Any] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Sample from a model into a folder; a corpus that is there already is kept, and an unfinished one continued.
+    """Write samples of a model into a folder; a finished corpus there is kept, an unfinished one is continued.
 
-    Samples are numbered, and a sample depends on the seed and its number alone; ``batch_size`` of them are drawn
-    together into one shard, ``shard-00000.jsonl`` and so on: one object a line with ``number``, ``input_ids``,
-    ``labels`` (-100 where not drawn) and ``log_prob`` (of all drawn tokens under the model, nats). A sample that equals
-    an earlier one is left out. A kill loses no shard that was written, and the files end up the same.
+    Samples are numbered, and a sample depends on the seed and its number alone. ``batch_size`` of them are drawn
+    together and make a shard, ``shard-00000.jsonl`` and so on. A line is an object with ``number``, ``input_ids``,
+    ``labels`` (-100 where not drawn) and ``log_prob`` (of all drawn tokens under the model, in nats). A sample that
+    equals an earlier one is left out. A kill loses no shard that was written, and the files end up the same.
 
     Args:
-        draw: samples from the model, see :func:`holdfast.models.sampling.sample`.
-        tokenizer: the model's; a copy is kept.
-        tokens: the corpus ends with the sample that reaches so many.
-        facts: what else the manifest should say under ``settings``, such as the model's name; all of ``settings`` must
-            be the same when an unfinished corpus is continued.
-        on_progress: told (tokens, tokens asked for) after every shard.
+        draw: samples from the model.
+        request: what the model is given.
+        out: the folder.
+        tokenizer: the model's; a copy is written into the folder.
+        tokens: the corpus ends with the sample that reaches this number of tokens.
+        batch_size: samples that are drawn together.
+        seed: of the samples.
+        facts: further entries of ``settings`` in the manifest, such as the model's name; all of ``settings`` must be
+            the same when an unfinished corpus is continued.
+        on_progress: called with (tokens so far, tokens in all) after every shard.
 
     Returns:
         the manifest, which is written last: ``settings``; ``samples``, ``tokens``, ``supervised`` (drawn tokens),
@@ -87,9 +94,10 @@ def write_corpus(
                     tally.add(line)
             else:
                 numbers = range(shard * batch_size, (shard + 1) * batch_size)
-                own = request.write(draw, seed, numbers)
+                samples = request.write(draw, seed, numbers)
                 lines = [
-                    {"number": n} | dict(o.row) | {"log_prob": o.log_prob} for n, o in zip(numbers, own, strict=True)
+                    {"number": number} | dict(drawn.row) | {"log_prob": drawn.log_prob}
+                    for number, drawn in zip(numbers, samples, strict=True)
                 ]
                 write_jsonl(path, [line for line in lines if tally.add(line)])
             if on_progress:
@@ -110,11 +118,11 @@ def write_corpus(
         return read_json(out / MANIFEST)
 
 
-def corpus_files(folder: Path, tokenizer: Any = None) -> list[Path]:
-    """The shards of a finished corpus that hold samples, in order, each compared with the manifest.
+def corpus_files(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Path]:
+    """The shards of a finished corpus that hold samples, in order, each verified against the manifest.
 
     Args:
-        tokenizer: that the corpus must have been written with; any where absent.
+        tokenizer: the tokenizer that the corpus must have been written with; where absent, any.
 
     Raises:
         DataError: the folder holds no finished corpus, one of another tokenizer, or a shard is missing or damaged.
@@ -141,10 +149,13 @@ def corpus_files(folder: Path, tokenizer: Any = None) -> list[Path]:
 
 
 class _Tally:
-    """What is in a corpus so far.
+    """Counts of a corpus so far.
+
+    Args:
+        enough: tokens after which no further sample counts.
 
     Attributes:
-        drawn: samples up to the last one kept, duplicates too.
+        drawn: samples up to the last one that counts, including duplicates.
     """
 
     def __init__(self, enough: int):
@@ -154,7 +165,7 @@ class _Tally:
         self._seen: set[bytes] = set()
 
     def add(self, line: dict[str, Any]) -> bool:
-        """Count a sample, if it is a new one and there are not enough yet; whether it was."""
+        """Count a sample if it is new and more tokens are needed; return whether it counts."""
         digest = hashlib.blake2b(np.asarray(line["input_ids"], "<i8").tobytes(), digest_size=16).digest()
         if self.tokens >= self.enough or digest in self._seen:
             return False
@@ -167,18 +178,23 @@ class _Tally:
         return True
 
     def counts(self) -> dict[str, Any]:
-        """What the manifest says of it."""
-        found = {name: getattr(self, name) for name in ("samples", "tokens", "supervised", "log_prob")}
-        return found | {"duplicates": self.drawn - self.samples}
+        """The manifest's counts."""
+        return {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "log_prob": self.log_prob,
+            "duplicates": self.drawn - self.samples,
+        }
 
 
-def _begin(out: Path, settings: dict[str, Any], tokenizer: Any) -> None:
-    """Write down what is to be made, or compare it with what was begun."""
+def _begin(out: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Record the settings of a new corpus, or compare them with those of an unfinished one."""
     if (out / SETTINGS).exists():
         require_same(out, "an unfinished corpus", read_json(out / SETTINGS), settings)
     else:
-        known = {LOCK, SETTINGS + PARTIAL, TOKENIZER, TOKENIZER + PARTIAL}
-        others = sorted({path.name for path in out.iterdir()} - known)
+        ours = {LOCK, SETTINGS + PARTIAL, TOKENIZER, TOKENIZER + PARTIAL}
+        others = sorted({path.name for path in out.iterdir()} - ours)
         if others:
             raise ConfigError(
                 f"{out}: holds other files ({', '.join(others[:3])}); give a folder that does not exist yet"

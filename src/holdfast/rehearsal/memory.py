@@ -1,4 +1,4 @@
-"""Episodic memory: a bounded choice of train rows of the tasks learned so far."""
+"""Episodic memory: a bounded random choice of train rows of the tasks so far."""
 
 from __future__ import annotations
 
@@ -14,31 +14,38 @@ from holdfast.api.rows import TokenRow
 class Memory:
     """At most ``capacity`` rows.
 
-    quota: every task seen so far keeps the same number of rows, chosen at random (Chaudhry et al., 2019, ring buffer
-    with a random choice). reservoir: every row seen so far is kept with the same probability (Vitter, 1985), so that a
-    task holds rows in proportion to its size.
+    Args:
+        policy: quota: every task so far keeps the same number of rows, chosen at random (the ring buffer of Chaudhry et
+            al., 2019, with a random choice); reservoir: every row so far is kept with the same probability (Vitter,
+            1985), so that a task holds rows in proportion to its size.
+
+    Attributes:
+        rows: ``input_ids`` and ``labels``.
+        tasks: the stage that each row came from.
+        places: the place of each row among the train rows of its stage.
+        seen: rows that were offered so far.
     """
 
     def __init__(self, capacity: int, policy: Literal["quota", "reservoir"]):
         self.capacity = capacity
         self.policy = policy
         self.rows: list[TokenRow] = []
-        self.tasks: list[int] = []  # the stage that each row came from
-        self.places: list[int] = []  # its place among the rows of that stage
-        self.seen = 0  # rows that were offered so far
+        self.tasks: list[int] = []
+        self.places: list[int] = []
+        self.seen = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, stage: int, rows: Sequence[TokenRow], chance: random.Random) -> None:
-        """Offer all train rows of a stage."""
+        """Offer all train rows of a stage to the memory."""
         if self.policy == "quota":
             self._add_by_quota(stage, rows, chance)
         else:
             self._add_by_reservoir(stage, rows, chance)
 
     def sample(self, count: int, chance: random.Random) -> list[TokenRow]:
-        """``count`` rows at random, none twice unless the memory holds fewer."""
+        """``count`` rows at random; none comes twice unless the memory holds fewer."""
         rounds, rest = divmod(count, len(self.rows))
         return self.rows * rounds + chance.sample(self.rows, rest)
 
@@ -54,7 +61,7 @@ class Memory:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""
         lengths = state["lengths"].tolist()
         ids, labels = (torch.split(state[key], lengths) for key in ("input_ids", "labels"))
         self.rows = [{"input_ids": i.tolist(), "labels": y.tolist()} for i, y in zip(ids, labels, strict=True)]
@@ -64,16 +71,16 @@ class Memory:
         stages = list(dict.fromkeys([*self.tasks, stage]))
         share, rest = divmod(self.capacity, len(stages))
         quota = {s: share + (position < rest) for position, s in enumerate(stages)}
-        # Kept rows stand in random order, so the first ones of a task are a random choice again.
+        # A task's rows are in random order, so its first ones are a random choice, too.
         places = chance.sample(range(len(rows)), min(quota[stage], len(rows)))
         offered = [(stage, place, rows[place]) for place in places]
-        kept, count = [], dict.fromkeys(stages, 0)
+        chosen, count = [], dict.fromkeys(stages, 0)
         for entry in [*zip(self.tasks, self.places, self.rows, strict=True), *offered]:
             if count[entry[0]] < quota[entry[0]]:
                 count[entry[0]] += 1
-                kept.append(entry)
-        self.tasks, self.places = [stage for stage, _, _ in kept], [place for _, place, _ in kept]
-        self.rows = [_bare(row) for _, _, row in kept]
+                chosen.append(entry)
+        self.tasks, self.places = [stage for stage, _, _ in chosen], [place for _, place, _ in chosen]
+        self.rows = [_bare(row) for _, _, row in chosen]
         self.seen += len(rows)
 
     def _add_by_reservoir(self, stage: int, rows: Sequence[TokenRow], chance: random.Random) -> None:
@@ -88,8 +95,10 @@ class Memory:
 
 
 def _bare(row: TokenRow) -> TokenRow:
+    """The row without further columns."""
     return {key: list(row[key]) for key in ("input_ids", "labels")}
 
 
 def _flat(rows: list[TokenRow], key: str) -> torch.Tensor:
+    """A column of all rows, one after another, int32 [tokens]."""
     return torch.tensor([token for row in rows for token in row[key]], dtype=torch.int32)

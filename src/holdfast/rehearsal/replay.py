@@ -1,11 +1,11 @@
-"""From a model on disk to a corpus of its own samples, to be rehearsed later."""
+"""Let a model on disk write a corpus of its own samples, to be rehearsed later."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,10 +14,14 @@ from holdfast.engines.whole import model_fingerprint
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.models.head import begin_token, context
 from holdfast.models.pretrained import load_model_config, load_tokenizer
-from holdfast.models.sampling import sample
+from holdfast.models.sampling import Sampler, sample
 from holdfast.models.vllm_engine import ADAPTER, vllm_engine
 from holdfast.rehearsal.corpus import write_corpus
-from holdfast.rehearsal.request import Request
+from holdfast.rehearsal.request import PLAIN, Request, SampleOptions
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 ENGINES = ("transformers", "vllm")
 
@@ -25,13 +29,9 @@ ENGINES = ("transformers", "vllm")
 def replay(
     model: str,
     out: str | Path,
+    options: SampleOptions = PLAIN,
     *,
     tokens: int,
-    length: int | None = None,
-    domain: str | Sequence[str] | None = None,
-    token: int | None = None,
-    chat: bool | None = None,
-    temperature: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
     engine: str = "transformers",
@@ -42,30 +42,29 @@ def replay(
     Args:
         model: folder or hub name of a model, or folder of an adapter, with its tokenizer.
         out, tokens, batch_size, seed, on_progress: as :func:`holdfast.rehearsal.corpus.write_corpus` takes them.
-        length, domain, token, chat, temperature: as :meth:`holdfast.rehearsal.request.Request.of` takes them.
+        options: how samples begin, how long they are, and how they are drawn.
         engine: transformers or vllm.
 
     Returns:
         the manifest.
 
     Raises:
-        ConfigError: the model cannot be loaded, or not be asked so; the engine is unknown or not installed.
+        ConfigError: the model cannot be loaded or cannot write such samples; the engine is unknown or not installed.
         UserError: as write_corpus.
     """
     if engine not in ENGINES:
         raise ConfigError(f"engine: there is no engine {engine!r}{did_you_mean(engine, ENGINES)}")
     tokenizer = load_tokenizer(ModelConfig(name=model), key="MODEL")
-    asked: dict[str, Any] = {"length": length, "domain": domain, "token": token, "chat": chat}
-    asked["temperature"] = temperature
+    draw: Sampler
     fingerprint = None
     if engine == "vllm":
         config = load_model_config(ModelConfig(name=model)).get_text_config()
         reads, begin = (getattr(config, key, None) for key in ("max_position_embeddings", "bos_token_id"))
-        request = Request.of(tokenizer, reads, begin, **asked)
+        request = Request.of(tokenizer, reads, begin, options)
         draw = vllm_engine(model, request.length)
     else:
         loaded = _load(model)
-        request = Request.of(tokenizer, context(loaded), begin_token(loaded), **asked)
+        request = Request.of(tokenizer, context(loaded), begin_token(loaded), options)
         fingerprint = model_fingerprint(loaded)
         draw = partial(sample, loaded)
     return write_corpus(
@@ -81,8 +80,8 @@ def replay(
     )
 
 
-def _load(name: str) -> Any:
-    """A model, or PEFT's adapter on the model that it belongs to, on this machine's device.
+def _load(name: str) -> PreTrainedModel | PeftModel:
+    """A model, or a PEFT adapter with its model, on this machine's device.
 
     Raises:
         ConfigError: it cannot be loaded.

@@ -1,4 +1,4 @@
-"""Samples of rehearsal that are no task's: general text, and a corpus that the model wrote itself."""
+"""Rehearsal samples from outside the tasks: general text, and a corpus that the model wrote itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from holdfast.rehearsal.corpus import corpus_files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-POOL = 10  # of a dataset, which may be endless, so many times the texts asked for are read to choose from
+POOL = 10  # of a dataset, which may be endless, this many texts are read for each one that is chosen
 
 logger = logging.getLogger("holdfast")
 
@@ -42,26 +42,26 @@ def general_rows(
 ) -> list[dict[str, Any]]:
     """Tokenise a random choice of general texts. GeRe's defaults: 1,000 documents, the first 563 tokens of each.
 
-    Exactly one of ``path``, ``texts`` and ``dataset`` is given. Empty texts, and those of fewer than two tokens, in
-    which nothing can be predicted, are passed over. The chosen texts keep their order, so where there are no more than
-    ``samples`` the seed makes no difference.
+    Exactly one of ``path``, ``texts`` and ``dataset`` is given. Texts of fewer than two tokens are skipped, since
+    nothing in them can be predicted. The chosen texts keep their order, so the seed makes no difference where there are
+    no more than ``samples``.
 
     Args:
-        tokenizer: of the model; the call changes nothing in it.
+        tokenizer: the model's; the call does not change it.
         path: a .txt file (one text a line), a .jsonl, .json, .csv or .parquet file, or a folder of such files.
         texts: the texts themselves.
         dataset: name of a Hugging Face dataset, which is streamed, or a local folder of one; the choice is among its
             first ``10 * samples`` texts.
         subset: configuration name of the dataset.
         split: split of the dataset.
-        column: where a row of a file or dataset has its text.
-        samples: texts to choose; all where there are fewer.
-        max_tokens: tokens of a row at most, from the beginning of its text; a beginning-of-sequence token, where the
-            tokenizer adds one, is among them.
+        column: the column of a file or dataset that holds the text.
+        samples: texts to choose; all if there are fewer.
+        max_tokens: tokens of a row at most, from the beginning of its text, including a beginning-of-sequence token if
+            the tokenizer adds one.
         seed: of the choice.
 
     Returns:
-        one row a text: ``input_ids`` and ``labels``, lists of int of one length; all tokens but a
+        one row a text: ``input_ids`` and ``labels``, lists of int of equal length; all tokens but a
         beginning-of-sequence token are supervised.
 
     Raises:
@@ -73,12 +73,12 @@ def general_rows(
         raise ConfigError("general samples: give one of path (a file or folder), dataset (of Hugging Face) and texts")
     if dataset is not None:
         source = f"dataset {dataset}"
-        found = list(itertools.islice(dataset_texts(dataset, subset, split, column), POOL * samples))
+        read = list(itertools.islice(dataset_texts(dataset, subset, split, column), POOL * samples))
     elif path is not None:
-        source, found = path, [text for file in text_files(Path(path)) for text in file_texts(file, column)]
+        source, read = path, [text for file in text_files(Path(path)) for text in file_texts(file, column)]
     else:
-        source, found = "general samples", list(texts or ())
-    full = [text for text in found if text.strip()]
+        source, read = "general samples", list(texts or ())
+    full = [text for text in read if text.strip()]
     if not full:
         raise DataError(f"{source}: holds no text to take general samples from")
 
@@ -100,17 +100,16 @@ def general_rows(
 def corpus_rows(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, context: int | None = None
 ) -> list[dict[str, Any]]:
-    """Read a corpus that a model generated, each sample taken whole: a folder that :func:`write_corpus
-    <holdfast.rehearsal.corpus.write_corpus>` wrote, or a .jsonl file of tokens or texts.
+    """Read a corpus that a model wrote, each sample as a whole.
 
     Args:
-        path: a folder; or rows of ``input_ids`` and, if not all are supervised, ``labels`` (-100 where not), or of
-            ``text``.
-        tokenizer: of the model; needed where the rows are texts.
+        path: a folder of :func:`holdfast.rehearsal.corpus.write_corpus`; or a .jsonl file with rows of ``text``, or of
+            ``input_ids`` and, if not all tokens are supervised, ``labels`` (-100 where not).
+        tokenizer: the model's; needed where the rows are texts.
         context: tokens that the model reads at most; where absent, any number.
 
     Returns:
-        one row a line: ``input_ids`` and ``labels``, lists of int of one length.
+        one row a line: ``input_ids`` and ``labels``, lists of int of equal length.
 
     Raises:
         ConfigError: there is no such file, or it holds texts and no tokenizer is given.
@@ -131,8 +130,8 @@ def corpus_rows(
                 raise ConfigError(f"{path}: holds texts, so a tokenizer is needed; rows of input_ids need none")
             rows += _tokenised(tokenizer, [row_text(row, "text", place)], max_tokens=None)
         else:
-            found = ", ".join(map(repr, row)) or "none"
-            raise DataError(f"{place}: must have input_ids (or text) of one sample; its keys: {found}")
+            keys = ", ".join(map(repr, row)) or "none"
+            raise DataError(f"{place}: must have input_ids (or text) of one sample; its keys: {keys}")
         if all(label == IGNORED for label in rows[-1]["labels"][1:]):
             raise DataError(
                 f"{place}: nothing to predict in it; a sample needs two tokens, and a label after the first"
@@ -157,7 +156,7 @@ def rows_fingerprint(rows: Sequence[TokenRow]) -> str:
 
 
 def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int | None) -> list[dict[str, Any]]:
-    """Rows of the texts' first tokens, after a beginning-of-sequence token where the tokenizer adds one."""
+    """Rows of the texts' first tokens, after a beginning-of-sequence token if the tokenizer adds one."""
     begin = begin_tokens(tokenizer)
     rows = []
     for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
@@ -167,6 +166,7 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens:
 
 
 def _checked(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A row of tokens; DataError if it is malformed."""
     ids = row["input_ids"]
     labels = row.get("labels", ids)
     for key, values, signs in (("input_ids", ids, ()), ("labels", labels, (IGNORED,))):

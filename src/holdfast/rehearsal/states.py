@@ -1,4 +1,4 @@
-"""Activation states in two bits each, and the moments that their thresholds come from."""
+"""Activation states in two bits each, and the moments behind their thresholds."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def unpack(packed: Tensor, hidden: int) -> Tensor:
 class RunningMoments:
     """Mean and standard deviation of each dimension, in one pass over batches of vectors, in float64.
 
-    The deviations of each batch are taken from its own mean, and batches are joined by the parallel update of Chan,
-    Golub and LeVeque (1979), so a spread that is small beside the mean is not lost, as it is in sums of squares.
+    Each batch's squared deviations are from its own mean, and batches are joined by the parallel update of Chan, Golub
+    and LeVeque (1979). So a deviation that is small beside the mean is not lost, unlike in sums of squares.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class RunningMoments:
         self._deviations = torch.zeros((), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        """Take in ``x``: [n, hidden], any floating type; the moments stay on its device."""
+        """Add vectors [n, hidden] of any floating type; the moments are on their device."""
         if len(x) == 0:
             return
         wide = x.detach().to(torch.float64)
@@ -47,7 +47,7 @@ class RunningMoments:
         self._join(len(x), mean, (wide - mean).square().sum(0))
 
     def merge(self, other: RunningMoments) -> None:
-        """Take in all that ``other`` took in."""
+        """Add all vectors of ``other``."""
         if other.count:
             self._join(other.count, other._mean, other._deviations)
 
@@ -59,7 +59,7 @@ class RunningMoments:
 
     @property
     def std(self) -> Tensor:
-        """[hidden], float64: of the population, that is, divided by ``count``."""
+        """[hidden], float64; of the population: the squared deviations are divided by ``count``."""
         assert self.count, "no vector was added"
         return (self._deviations / self.count).sqrt()
 
@@ -69,7 +69,7 @@ class RunningMoments:
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> RunningMoments:
-        """Read back what :meth:`to_tensor` gave."""
+        """The moments that :meth:`to_tensor` returned."""
         moments = cls()
         moments._join(int(tensor[0, 0]), tensor[1], tensor[2])
         return moments

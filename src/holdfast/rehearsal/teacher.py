@@ -1,8 +1,8 @@
-"""The teacher of a rehearsal loss: the model as it was, and the loss of the student beside it.
+"""The teacher of a rehearsal loss, which is the model as it was, and the loss of the student against it.
 
-For a fixed set of samples, what the loss needs is computed once and read from disk. For rows that are hardly seen
-twice, as the current task's, the teacher runs beside the student: only the trained weights are kept twice, and they are
-exchanged for one forward pass.
+For a fixed set of samples, the loss's view of the teacher is computed once and read from disk. For rows that hardly
+come twice, such as the current task's, the teacher runs beside the student: only the trained weights are held twice,
+and they are exchanged for one forward pass.
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ from holdfast.losses.chunked import Head
 from holdfast.models.generation import evaluating
 from holdfast.models.head import head, hidden_only
 from holdfast.models.pretrained import tokenizer_fingerprint
-from holdfast.rehearsal.cache import TeacherCache, state_cache
+from holdfast.rehearsal.cache import BuildPlan, TeacherCache, state_cache
+from holdfast.rehearsal.options import RehearsalOptions
 from holdfast.rehearsal.samples import rows_fingerprint
 from holdfast.rehearsal.states import unpack
 
 States = Callable[[Rehearsed, Batch], tuple[Tensor, Tensor]]
-"""(student's rows, the task's batch) -> the teacher's hidden states [rows, seq, hidden], and mask [rows, seq]."""
+"""(rehearsal rows, the task's batch) -> the teacher's hidden states [rows, seq, hidden] and their mask [rows, seq]."""
 
 
 def padded(states: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of [tokens, width] as [rows, seq, width], zero where padded, and the mask [rows, seq] of real tokens."""
+    """Pad rows of [tokens, width] with zeros to the length of ``like``, [rows, seq, ...].
+
+    Returns:
+        [rows, seq, width], and the mask [rows, seq] of the tokens that are not padding, on the device of ``like``.
+    """
     seq = like.shape[1]
     result = torch.stack([nn.functional.pad(s.to(like.device), (0, 0, 0, seq - len(s))) for s in states])
     lengths = torch.tensor([len(s) for s in states], device=like.device)
@@ -43,52 +48,50 @@ def padded(states: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def predicting(labels: Tensor) -> Tensor:
-    """The positions [rows, seq] that predict a supervised token: the one after them has a label."""
+    """The positions that predict a supervised token, bool [rows, seq]: the next token has a label."""
     return nn.functional.pad(labels[:, 1:] != -100, (0, 1))
 
 
+def predicting_states(row: TokenRow, hidden: Tensor) -> Tensor:
+    """The hidden states of a row, [tokens, hidden], that predict its supervised tokens: [supervised tokens, hidden]."""
+    return hidden[predicting(torch.tensor([row["labels"]]))[0].to(hidden.device)]
+
+
 class HiddenTeacher:
-    """A teacher of which the loss needs hidden states: the last ones and the head for KL, any layer's for L1 and L2.
+    """A teacher that gives hidden states: of the last layer, with the head, for KL; of any layer for L1 and L2.
 
     Args:
         states: gives the teacher's hidden states of the student's rows.
-        teacher_head: what made logits of them; None where the student's own head is still the teacher's.
+        teacher_head: the teacher's head; None where it is still the student's.
     """
 
-    def __init__(self, options: Any, states: States, teacher_head: Head | None):
+    def __init__(self, options: RehearsalOptions, states: States, teacher_head: Head | None):
         self.options, self.states, self.teacher_head = options, states, teacher_head
 
     def term(self, rehearsed: Rehearsed, batch: Batch, model: nn.Module) -> Tensor:
-        """The loss, a mean over positions; KL over those that predict a supervised token, L1 and L2 over all."""
+        """The loss, a mean over positions: for KL those that predict a supervised token, for L1 and L2 all."""
         student = rehearsed.hidden[0]
         target, mask = self.states(rehearsed, batch)
         target = target.to(student.dtype)
         if self.options.loss != "kl":
             return (l1_loss if self.options.loss == "l1" else l2_loss)(student, target, mask)
-        own = head(model)
-        old = self.teacher_head or own
+        student_head = head(model)
         total, count = chunked_kl(
             student,
-            own.weight,
+            student_head,
             target,
-            old.weight,
+            self.teacher_head or student_head,
             predicting(rehearsed.labels),
-            temperature=self.options.temperature,
-            direction=self.options.direction,
-            scale=self.options.temperature_squared,
-            student_bias=own.bias,
-            teacher_bias=old.bias,
-            softcap=own.softcap,
-            logit_scale=own.logit_scale,
+            self.options.divergence,
             student_logits=rehearsed.made,
         )
-        return total / count.clamp(min=1)  # no position, where a process goes along without rows of its own
+        return total / count.clamp(min=1)  # a process without rows of its own has no position
 
 
 class StateTeacher:
-    """GeRe's teacher: two bits an activation, and the thresholds."""
+    """GeRe's teacher: the thresholds, and the state of each activation in two bits."""
 
-    def __init__(self, options: Any, cache: TeacherCache, low: Tensor, high: Tensor):
+    def __init__(self, options: RehearsalOptions, cache: TeacherCache, low: Tensor, high: Tensor):
         self.options, self.cache, self.low, self.high = options, cache, low, high
 
     def term(self, rehearsed: Rehearsed, batch: Batch, model: nn.Module) -> Tensor:
@@ -101,21 +104,23 @@ class StateTeacher:
 
 
 class LiveStates:
-    """Hidden states of the model with the weights that it had when this was made, without dropout or gradient."""
+    """Hidden states of the model with the weights at the time of construction, without dropout or gradient."""
 
     def __init__(self, model: nn.Module, layer: int):
         self.model, self.layer = model, layer
         theta = weights(model)
         self.weights = theta.like({name: t.clone() for name, t in theta.tensors.items()})
         self._undivided = {name: p for name, p in trainable(model).items() if name not in theta.pieces}
-        kept = {id(p): self.weights.tensors[name] for name, p in self._undivided.items()}
+        copies = {id(p): self.weights.tensors[name] for name, p in self._undivided.items()}
         now = head(model)
 
-        def as_it_is(t: Tensor) -> Tensor:
-            return kept[id(t)] if id(t) in kept else full(t).detach().clone() if t.requires_grad else full(t).detach()
+        def copied(t: Tensor) -> Tensor:
+            """A trained tensor's copy, which ``weights`` may hold already; others need none."""
+            if id(t) in copies:
+                return copies[id(t)]
+            return full(t).detach().clone() if t.requires_grad else full(t).detach()
 
-        bias = None if now.bias is None else as_it_is(now.bias)
-        self._head = now._replace(weight=as_it_is(now.weight), bias=bias)
+        self._head = now._replace(weight=copied(now.weight), bias=None if now.bias is None else copied(now.bias))
 
     def __call__(self, rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
         batch = rehearsed.batch or batch
@@ -126,12 +131,12 @@ class LiveStates:
         return hidden, batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
 
     def head(self) -> Head:
-        """The head as it was, in one piece; weights that are not trained are those of the model."""
+        """The head at that time, in one piece; tensors that are not trained are the model's own."""
         return self._head
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the model has the weights that it had then."""
+        """Give the model its weights of that time for as long as the context lasts."""
         self._exchange()
         try:
             yield
@@ -139,31 +144,31 @@ class LiveStates:
             self._exchange()
 
     def _exchange(self) -> None:
-        """Whole tensors change places; the engine's pieces are where it knows them, so their values do."""
-        kept = self.weights.tensors
+        """Swap whole tensors; of an engine's pieces, which must stay where they lie, swap the values."""
+        copies = self.weights.tensors
         for name, p in self._undivided.items():
-            p.data, kept[name] = kept[name], p.data
+            p.data, copies[name] = copies[name], p.data
         if self.weights.pieces:
             weights(self.model).exchange_(self.weights, list(self.weights.pieces))
 
 
 def cached_teacher(
-    options: Any, stage: Stage, rows: Sequence[TokenRow], folder: Path, key: dict[str, Any]
+    options: RehearsalOptions, stage: Stage, rows: Sequence[TokenRow], folder: Path, key: dict[str, Any]
 ) -> tuple[HiddenTeacher | StateTeacher, dict[str, Any]]:
-    """The teacher of a fixed set of samples, from disk; the model as it is now is asked where there is no cache.
+    """The teacher of a fixed set of samples, from the cache on disk, which is built where there is none.
 
     Args:
-        key: what the cache was made for, if it must be an earlier one (the teacher ``start`` after the first stage);
-            empty: the model as it is now.
+        key: the key of an earlier cache that must be used (of the teacher ``start`` after the first stage); empty: the
+            teacher is the model as it is now.
 
     Returns:
-        the teacher, and what its cache was made for.
+        the teacher, and the key of its cache.
 
     Raises:
         DataError: a file of the cache is damaged.
-        RuntimeError: an earlier teacher's cache is gone, so that it cannot be made again.
+        RuntimeError: the earlier cache is gone and cannot be built again.
     """
-    layer = -1 if options.loss == "kl" else options.layer
+    layer = options.compared_layer
     earlier = bool(key)
     key = key or {
         "model": model_fingerprint(stage.model),
@@ -181,35 +186,35 @@ def cached_teacher(
         return stage.hidden_states(batch, layer)
 
     process = Process.this()
-    settings: dict[str, Any] = {"rank": process.rank, "world": process.world, "barrier": process.wait}
-    settings |= {"batch_rows": stage.micro_batch_size, "together": is_divided(stage.model)}
+    plan = BuildPlan(
+        batch_rows=stage.micro_batch_size,
+        rank=process.rank,
+        world=process.world,
+        barrier=process.wait,
+        together=is_divided(stage.model),
+    )
     if options.loss == "margin":
-        cache, low, high = state_cache(folder, key, rows, compute, multiple=options.multiple, **settings)
+        cache, low, high = state_cache(folder, key, rows, compute, multiple=options.multiple, plan=plan)
         return StateTeacher(options, cache, low, high), key
-    extras, trained = {}, head(stage.model)
-    if options.loss == "kl" and trained.weight.requires_grad:
-        extras = {"head": full(trained.weight.detach()).cpu()}
-        if trained.bias is not None:
-            extras["bias"] = full(trained.bias.detach()).cpu()
-    cache = TeacherCache.open_or_build(folder, key | {"kind": "hidden"}, rows, compute, extras=extras, **settings)
-    old = None
+    now, extras = head(stage.model), dict[str, Tensor]()
+    if options.loss == "kl" and now.weight.requires_grad:
+        extras = {"head": full(now.weight.detach()).cpu()}
+        if now.bias is not None:
+            extras["bias"] = full(now.bias.detach()).cpu()
+    cache = TeacherCache.open_or_build(folder, key | {"kind": "hidden"}, rows, compute, extras=extras, plan=plan)
+    teacher_head = None
     if extras:
-        device = trained.weight.device
+        device = now.weight.device
         bias = cache.extra("bias").to(device) if "bias" in extras else None
-        old = trained._replace(weight=cache.extra("head").to(device), bias=bias)
+        teacher_head = now._replace(weight=cache.extra("head").to(device), bias=bias)
 
     def states(rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
         return padded(cache.read_many(rehearsed.samples), rehearsed.hidden[0])
 
-    return HiddenTeacher(options, states, old), key
+    return HiddenTeacher(options, states, teacher_head), key
 
 
-def live_teacher(options: Any, stage: Stage) -> HiddenTeacher:
-    """The model as it is now, run beside the student."""
-    states = live_states(options, stage)
+def live_teacher(options: RehearsalOptions, stage: Stage) -> HiddenTeacher:
+    """The model as it is now, which then runs beside the student."""
+    states = LiveStates(stage.model, options.compared_layer)
     return HiddenTeacher(options, states, states.head())
-
-
-def live_states(options: Any, stage: Stage) -> LiveStates:
-    """The hidden states that the loss needs, of the model as it is now."""
-    return LiveStates(stage.model, -1 if options.loss == "kl" else options.layer)
