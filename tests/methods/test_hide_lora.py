@@ -22,7 +22,7 @@ from holdfast.errors import ConfigError
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.methods import build
 from holdfast.methods.hide_lora import HiDeLoRA, k_means
-from holdfast.methods.parts.features import prompt_features
+from holdfast.methods.parts.queries import prompt_queries
 from holdfast.models.generation import generate
 from holdfast.models.pretrained import load_tokenizer
 from holdfast.system.progress import Progress
@@ -86,7 +86,7 @@ def test_a_feature_is_the_mean_hidden_state_of_the_prompt(make):
     """Against one unpadded forward pass a row of the plain model; the answer plays no part."""
     model, plain = make().train(), tiny_model().eval()
     rows = [*task_rows(0, 5), {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]
-    found = prompt_features(model, rows, pad_rows, batch_size=4)
+    found = prompt_queries(model, rows, pad_rows, batch_size=4)
     for row, feature in zip(rows, found, strict=True):
         ids = row["input_ids"] if row["labels"][0] != -100 else row["input_ids"][:-1]
         with torch.no_grad():
@@ -120,7 +120,7 @@ def test_the_gaussian_is_that_of_a_plain_loop():
     for task in range(3):
         stage = tiny_stage(model, task_rows(task, 60), task + 1)
         rows = stage.random("hide_lora").sample(range(60), 60)
-        chosen.append(prompt_features(lora_model(), [stage.rows[i] for i in rows], pad_rows, 4).double())
+        chosen.append(prompt_queries(lora_model(), [stage.rows[i] for i in rows], pad_rows, 4).double())
     covariance = torch.zeros(16, 16, dtype=torch.float64)
     for features, means in zip(chosen, method.means, strict=True):
         for feature in features:

@@ -22,7 +22,7 @@ from holdfast.errors import ConfigError
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.methods import build
 from holdfast.methods.mbpa import MbPA
-from holdfast.methods.parts.features import prompt_features
+from holdfast.methods.parts.queries import prompt_queries
 from holdfast.models.generation import generate
 from holdfast.models.likelihood import token_losses
 from holdfast.system.progress import Progress
@@ -257,7 +257,7 @@ def test_what_is_written_into_the_memory():
     nothing, model = after_stages(1, rows=3, write_probability=1e-9)
     assert len(nothing.memory) == 0 and list(nothing.at_test(evaluation(model), prompts(2))) == [range(2)]
     # Keys stay with their rows, whichever the memory gave up.
-    expected = prompt_features(tiny_model(), method.memory.rows, pad_rows, 4)
+    expected = prompt_queries(tiny_model(), method.memory.rows, pad_rows, 4)
     torch.testing.assert_close(method.keys, expected, rtol=1e-4, atol=1e-6)
 
 

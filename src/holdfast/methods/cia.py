@@ -1,4 +1,4 @@
-"""CIA: the weights that count are a moving average of the trained ones, balanced anew for each tensor at each step."""
+"""CIA: a moving average of the trained weights is what counts, with a new balance for each tensor at each step."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from holdfast.api.at_test import Evaluation
 
 Instruction = dict[str, float]
-"""How often each token (its number, as text) stands in a prompt, on average."""
+"""How often each token (its number, as text) occurs in a prompt, on average."""
 
 
 class CIA(Method):
     """Continual instruction tuning by an adaptive moving average of the weights (Qiao et al., 2025, arXiv 2410.10868).
 
-    After each optimizer step, for each tensor, with theta* = theta where the stage begins,
+    After each optimizer step, for each tensor, with theta* = theta at the beginning of the stage,
 
         theta* <- beta theta* + (1 - beta) theta_t,
         beta = |theta_t - theta_t-1| / |theta_t - theta*| * (|g_t| + 1) / |g_t - g_t-1|
 
-    where g_t is the step's gradient and |.| the L1 norm; a constant where this is not between 0 and 1. Where the stage
-    ends theta* becomes the weights. With ``grouping``, tasks whose instructions are alike share weights, other tasks
-    begin with the model's first ones, and a test row is answered with the weights of the instruction next to it.
+    g_t is the step's gradient and |.| the L1 norm; beta is a constant if this is not between 0 and 1. At the end of the
+    stage theta* becomes the weights. With ``grouping``, tasks with similar instructions share weights, other tasks
+    begin with the model's first ones, and a test row is answered with the weights of the most similar instruction.
     """
 
     name = "cia"
@@ -51,6 +51,8 @@ class CIA(Method):
         )
         samples: int = Field(64, ge=1, description="train rows of a task whose prompts show its instruction; grouping")
 
+    options: Options
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.average: Shards | None = None  # theta*
@@ -58,9 +60,9 @@ class CIA(Method):
         self._before: Shards | None = None  # theta_t-1, within a step
         self._pull = torch.zeros(())  # (|g_t| + 1) / |g_t - g_t-1|, [tensors]
         self.instructions: list[tuple[int, Instruction]] = []  # (group, instruction) of each task
-        self.groups: dict[int, Shards] = {}  # weights of each group that has ended a stage
-        self.first: Shards | None = None  # where a new group begins
-        self.group = 0
+        self.groups: dict[int, Shards] = {}  # the weights of each group after its last stage
+        self.first: Shards | None = None  # the weights that a new group begins with
+        self.group = 0  # of the current task
 
     def before_stage(self, stage: Stage) -> None:
         if self.options.grouping is not None:
@@ -96,7 +98,7 @@ class CIA(Method):
             moved = self._before.add_(theta, -1.0).l1()
             away = theta.copy().add_(self.average, -1.0).l1()
             beta = moved / away * self._pull
-        usable = (beta > 0) & (beta < 1)  # neither is a quotient by zero
+        usable = (beta > 0) & (beta < 1)  # False for a quotient by zero
         return self.options.strength * torch.where(usable, beta, self.options.constant)
 
     def final_weights(self, stage: Stage) -> None:
@@ -107,31 +109,35 @@ class CIA(Method):
             self.groups[self.group] = snapshot(stage.model)
 
     def _join_group(self, stage: Stage) -> None:
-        """Find the task's group, or make one, and put that group's weights into the model."""
+        """Find the task's group, or open one, and put the group's weights into the model."""
+        assert self.options.grouping is not None
         if self.first is None:
             self.first = snapshot(stage.model)
-        rows = stage.random(self.name).sample(list(stage.rows), min(self.options.samples, len(stage.rows)))
+        rows = stage.sample(self.options.samples, stage.random(self.name))
         instruction = common_tokens([prompt(row) for row in rows])
-        found = nearest(instruction, [known for _, known in self.instructions])
-        if found is not None and found[1] >= self.options.grouping:
-            self.group = self.instructions[found[0]][0]
+        similar = nearest(instruction, [past for _, past in self.instructions])
+        if similar is not None and similar[1] >= self.options.grouping:
+            self.group = self.instructions[similar[0]][0]
         else:
             self.group = len(self.groups)
         self.instructions.append((self.group, instruction))
         weights(stage.model).copy_(self.groups.get(self.group, self.first))
 
     def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
-        known = [instruction for _, instruction in self.instructions]
-        found = [nearest(counted(prompt(row)), known) for row in rows]
-        chosen = [self.group if near is None or near[1] == 0 else self.instructions[near[0]][0] for near in found]
+        chosen = [self.group_of(row) for row in rows]
         for group in sorted(set(chosen)):
-            members = [i for i, own in enumerate(chosen) if own == group]
+            members = [i for i, of in enumerate(chosen) if of == group]
             if group == self.group:
                 yield members
             else:
                 with borrowed(evaluation.model) as theta:
                     theta.copy_(self.groups[group])
                     yield members
+
+    def group_of(self, row: TokenRow) -> int:
+        """The group with the instruction that a row's prompt is most similar to; the current one if none is similar."""
+        similar = nearest(counted(prompt(row)), [instruction for _, instruction in self.instructions])
+        return self.group if similar is None or similar[1] == 0 else self.instructions[similar[0]][0]
 
     def state(self) -> State:
         state: State = {} if self.average is None else self.average.state("average")
@@ -149,43 +155,43 @@ class CIA(Method):
         self.average = Shards.from_state(state, "average", like=theta) if "average" in prefixes else None
         self.gradient = Shards.from_state(state, "gradient", like=theta) if "gradient" in prefixes else None
         if "first" in prefixes:
-            kept = snapshot(model)  # on the CPU, in the weights' own data types
-            self.first = Shards.from_state(state, "first", like=kept)
-            self.group, self.instructions = state["group"], [(group, known) for group, known in state["instructions"]]
+            like = snapshot(model)  # on the CPU, in the weights' own data types
+            self.first = Shards.from_state(state, "first", like)
+            self.group, self.instructions = state["group"], [(group, tokens) for group, tokens in state["instructions"]]
             groups = sorted({group for group, _ in self.instructions if f"group{group}" in prefixes})
-            self.groups = {group: Shards.from_state(state, f"group{group}", like=kept) for group in groups}
+            self.groups = {group: Shards.from_state(state, f"group{group}", like) for group in groups}
 
 
 def counted(tokens: Sequence[int]) -> Instruction:
-    """How often each token stands in a prompt."""
+    """How often each token occurs in a prompt."""
     return {str(token): float(count) for token, count in Counter(tokens).items()}
 
 
 def common_tokens(prompts: Sequence[Sequence[int]]) -> Instruction:
-    """What prompts of a task have in common, its instruction: the tokens that stand in all of them, by mean count."""
+    """The instruction of a task: the tokens that occur in all its prompts, with their mean counts."""
     counts = [counted(tokens) for tokens in prompts]
     common = set(counts[0]).intersection(*counts)
     return {token: sum(count[token] for count in counts) / len(counts) for token in sorted(common, key=int)}
 
 
-def nearest(query: Mapping[str, float], known: Sequence[Instruction]) -> tuple[int, float] | None:
-    """The known instruction of the highest cosine similarity to ``query``, and that, to six places; None of none.
+def nearest(query: Mapping[str, float], instructions: Sequence[Instruction]) -> tuple[int, float] | None:
+    """The instruction with the highest cosine similarity to ``query``, and this similarity, to six places.
 
-    Both are counts times inverse document frequencies, log((1 + n) / (1 + df)) + 1 over the n known instructions and
-    the query (smoothed TF-IDF).
+    Both are vectors of counts times inverse document frequencies, log((1 + n) / (1 + df)) + 1, over the n instructions
+    and the query (smoothed TF-IDF). None if there are no instructions.
     """
-    if not known:
+    if not instructions:
         return None
-    documents = Counter(token for instruction in [query, *known] for token in instruction)
-    weight = {token: math.log((2 + len(known)) / (1 + df)) + 1 for token, df in documents.items()}
+    documents = Counter(token for instruction in [query, *instructions] for token in instruction)
+    weight = {token: math.log((2 + len(instructions)) / (1 + df)) + 1 for token, df in documents.items()}
 
     def length(instruction: Mapping[str, float]) -> float:
         return math.sqrt(sum((weight[token] * count) ** 2 for token, count in instruction.items()))
 
     similarity = []
-    for instruction in known:
+    for instruction in instructions:
         product = sum(weight[t] ** 2 * count * query.get(t, 0.0) for t, count in instruction.items())
         norms = length(query) * length(instruction)
         similarity.append(round(product / norms, 6) if norms else 0.0)
-    best = max(range(len(known)), key=lambda i: similarity[i])
+    best = max(range(len(instructions)), key=lambda i: similarity[i])
     return best, similarity[best]

@@ -1,7 +1,8 @@
-"""Dark experience replay: past samples keep the logits that the model gave them when they were stored."""
+"""Dark experience replay: past samples are stored with the logits that the model gave them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,22 +10,22 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.api.method import Method, State
-from holdfast.api.rows import Batch
+from holdfast.api.rows import Batch, TokenRow
 from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.section import Section
 from holdfast.losses import logit_mse
 from holdfast.models.head import whole_head
 from holdfast.rehearsal.memory import Memory
-from holdfast.rehearsal.teacher import predicting
+from holdfast.rehearsal.teacher import predicting, predicting_states
 
 
 class DER(Method):
     """Dark experience replay (Buzzega et al., 2020, arXiv 2004.07211, equation 6).
 
     L = CE(task) + weight * mean over answer tokens of |z - h(x)|^2 / vocab, with z the logits that were stored with
-    the sample and h(x) the model's. The paper writes no division by the number of classes; its code, and its weights
-    of 0.1 to 0.5, have it. Samples and logits are stored at the end of their stage, in the model's data type: for
-    every answer token as many numbers as the vocabulary has, so keep ``capacity`` small where that is large.
+    the sample and h(x) the model's. The paper does not divide by the number of classes; its code does, and its weights
+    of 0.1 to 0.5 assume it. Samples and logits are stored at the end of their stage, in the model's data type: one
+    number a token of the vocabulary for every answer token, so a large vocabulary needs a small ``capacity``.
     """
 
     name = "der"
@@ -38,6 +39,8 @@ class DER(Method):
         )
         ratio: float = Field(0.25, gt=0, description="replayed rows per task row")
         weight: float = Field(0.5, ge=0, description="alpha, the weight of the term")
+
+    options: Options
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -65,12 +68,15 @@ class DER(Method):
         return {self.name: self.options.weight * rehearsed.share * distance}
 
     def after_stage(self, stage: Stage) -> None:
-        before = dict(zip(zip(self.memory.tasks, self.memory.places, strict=True), self.logits, strict=True))
+        stored = dict(zip(self._keys(), self.logits, strict=True))
         self.memory.add(stage.index, stage.rows, stage.random(self.name))
-        keys = list(zip(self.memory.tasks, self.memory.places, strict=True))
-        new = [row for key, row in zip(keys, self.memory.rows, strict=True) if key not in before]
+        new = [row for key, row in zip(self._keys(), self.memory.rows, strict=True) if key not in stored]
         fresh = iter(answer_logits(stage, new))
-        self.logits = [before[key] if key in before else next(fresh) for key in keys]
+        self.logits = [stored[key] if key in stored else next(fresh) for key in self._keys()]
+
+    def _keys(self) -> list[tuple[int, int]]:
+        """The stage and the place of each row of the memory."""
+        return list(zip(self.memory.tasks, self.memory.places, strict=True))
 
     def state(self) -> State:
         lengths = [len(logits) for logits in self.logits]
@@ -82,15 +88,12 @@ class DER(Method):
 
 
 @torch.no_grad()
-def answer_logits(stage: Stage, rows: list[Any]) -> list[Tensor]:
-    """Logits that the model gives, without dropout, where it predicts the supervised tokens of each row.
+def answer_logits(stage: Stage, rows: Sequence[TokenRow]) -> list[Tensor]:
+    """The logits that predict the supervised tokens of each row, without dropout.
 
     Returns:
         one tensor a row, [answer tokens, vocab], in the model's data type, on the CPU.
     """
-    now = whole_head(stage.model)
-    result = []
-    for row, hidden in zip(rows, stage.hidden_states(rows), strict=True):
-        chosen = hidden[predicting(torch.tensor([row["labels"]]))[0].to(hidden.device)]
-        result.append(now.logits(chosen).cpu())
-    return result
+    head = whole_head(stage.model)
+    states = zip(rows, stage.hidden_states(rows), strict=True)
+    return [head.logits(predicting_states(row, hidden)).cpu() for row, hidden in states]

@@ -1,4 +1,4 @@
-"""DualPrompt: prefixes for all tasks, prefixes of its own for each task, and a key by which a row finds these."""
+"""DualPrompt: prefixes for all tasks, prefixes for each task, and keys by which a row finds those of its task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast.api.method import Method
@@ -15,7 +15,7 @@ from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
-from holdfast.methods.parts.features import prompt_features
+from holdfast.methods.parts.queries import prompt_queries
 from holdfast.tuners.prompt_keys import nearest, similarity
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from holdfast.tuners.dual_prefix import DualPrefixModel
 
 FIRST_ROWS = 32
-"""Train rows from whose queries a key starts."""
+"""Train rows whose mean query is a key's first value."""
 
 
 class DualPrompt(Method):
-    """DualPrompt (Wang et al., 2022, arXiv 2204.04799): prefixes for all tasks, and for each its own, found by a key.
+    """DualPrompt (Wang et al., 2022, arXiv 2204.04799): general prefixes, and prefixes of each task, found by a key.
 
-    L = L_task + strength * mean over rows x of (1 - cos(q(x), k_t)),  at test time with the prefixes e_t of the task
-    t = argmax_t cos(q(x), k_t)
+    L = L_task + strength * mean over rows x of (1 - cos(q(x), k_t))
+    at test time, x is answered with the prefixes e_t of the task t = argmax_t cos(q(x), k_t)
 
-    L_task trains the general prefixes g, and e_t of the current task; the other term trains this task's key k_t alone.
+    L_task trains the general prefixes g, and e_t of the current task; the other term trains only the task's key k_t.
     q(x) is the frozen model's mean last hidden state over the prompt's tokens. Prefixes and keys are those of the tuner
-    `dual_prefix`; at test time no task is known.
+    `dual_prefix`. No task is known at test time.
     """
 
     name = "dual_prompt"
@@ -46,14 +46,16 @@ class DualPrompt(Method):
             1.0, ge=0, description="lambda, weight of the key's term; 0: no keys, one prefix for all tasks"
         )
 
+    options: Options
+
     def before_stage(self, stage: Stage) -> None:
         prefixes = _prefixes(stage.model)
         prefixes.asks = self.options.strength > 0
         if prefixes.asks:
-            rows = stage.random(self.name).sample(range(len(stage.rows)), min(FIRST_ROWS, len(stage.rows)))
+            rows = stage.sample(FIRST_ROWS, stage.random(self.name))
             model: Any = stage.model
             with model.disable_adapter():
-                first = prompt_features(model, [stage.rows[i] for i in rows], stage.collate, stage.micro_batch_size)
+                first = prompt_queries(model, rows, stage.collate, stage.micro_batch_size)
             [name] = [name for name, p in model.named_parameters() if p is prefixes.key.now]
             weights(model).load_({name: F.normalize(first, dim=-1).mean(0)})
 
@@ -76,7 +78,7 @@ class DualPrompt(Method):
         prefixes.asks = False
 
     def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
-        """Rows of one task's key together; before the first task there is no key, and the model answers as it was."""
+        """Rows with the same nearest key are answered together; before the first task, without any prefixes."""
         model = _prefixes(evaluation.model)
         if not self.options.strength:
             yield range(len(rows))
@@ -93,17 +95,17 @@ class DualPrompt(Method):
         """t of each row: the finished task, from 0, whose key is nearest to the query of the row's prompt."""
         model: Any = evaluation.model
         with model.disable_adapter():
-            found = prompt_features(model, rows, evaluation.collate, evaluation.batch_size)
-        return nearest(similarity(found, _prefixes(model).key.past.cpu()), 1)[:, 0].tolist()
+            queries = prompt_queries(model, rows, evaluation.collate, evaluation.batch_size)
+        return nearest(similarity(queries, _prefixes(model).key.past.cpu()), 1)[:, 0].tolist()
 
 
-def _prefixes(model: Any) -> DualPrefixModel:
+def _prefixes(model: nn.Module) -> DualPrefixModel:
     from holdfast.tuners.dual_prefix import DualPrefixModel
 
-    found = getattr(model, "base_model", None)
-    if not isinstance(found, DualPrefixModel):
+    prefixes = getattr(model, "base_model", None)
+    if not isinstance(prefixes, DualPrefixModel):
         raise ConfigError(
             "method 'dual_prompt': needs a model with prefixes in its attention layers: in a run the tuner "
             "dual_prefix; in Python model = holdfast.tuners.dual_prefix.DualPrefix().prepare(model)"
         )
-    return found
+    return prefixes

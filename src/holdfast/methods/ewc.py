@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: keep weights that mattered to past tasks near where they were."""
+"""Elastic weight consolidation: weights that mattered to past tasks stay near their values after these."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class EWC(QuadraticPenalty):
     """Elastic weight consolidation (Kirkpatrick et al., 2017, arXiv 1612.00796; online: Schwarz et al., 2018).
 
     separate (equation 3 of the first): L = L_task + strength / 2 * sum_k <F_k, (theta - theta*_k)^2>
-    online (arXiv 1805.06370, equations 8 and 9): L = L_task + strength / 2 * <F, (theta - theta*)^2> with theta* where
-    the last stage ended and F <- gamma F + F_t after stage t.
+    online (arXiv 1805.06370, equations 8 and 9): L = L_task + strength / 2 * <F, (theta - theta*)^2>
 
-    F_k is the diagonal of the Fisher matrix of task k: the mean over its rows of (d log p(y | x) / d theta)^2, with
+    theta*_k are the weights after stage k, theta* those after the last stage, and F <- gamma F + F_t after stage t. F_k
+    is the diagonal of the Fisher matrix of task k: the mean over its rows of (d log p(y | x) / d theta)^2, with
     p(y | x) the probability of the whole answer.
     """
 
@@ -57,10 +57,12 @@ class EWC(QuadraticPenalty):
                 )
             return self
 
+    options: Options
+
     def after_stage(self, stage: Stage) -> None:
         if self.options.strength == 0:
             return
-        rows = self.choose(stage, self.options.samples)
+        rows = stage.sample(self.options.samples, stage.random(self.name))
         drawn = stage.random(f"{self.name}/answers") if self.options.fisher == "model" else None
         fisher = diagonal_fisher(stage, rows, drawn)
         anchor = weights(stage.model).copy()
@@ -75,8 +77,8 @@ def diagonal_fisher(stage: Stage, rows: Sequence[TokenRow], drawn: random.Random
     """Mean over rows of the squared gradient of log p(answer | prompt), each row by itself, without dropout.
 
     Args:
-        drawn: draws the answers' tokens from the model, each given the true tokens before it, so that the mean
-            estimates the Fisher matrix of the model itself; without it the answers are the rows' own.
+        drawn: draws each answer token from the model, given the true tokens before it, so that the mean estimates the
+            model's own Fisher matrix; without it the answers are those of the rows.
 
     Returns:
         float32, one tensor a trainable parameter, all entries >= 0.
@@ -95,7 +97,7 @@ def diagonal_fisher(stage: Stage, rows: Sequence[TokenRow], drawn: random.Random
 
 @torch.no_grad()
 def draw(logits: Tensor, chance: random.Random) -> Tensor:
-    """One token from each distribution: int64 [tokens] for logits [tokens, vocab], by inverting the cumulated one."""
+    """One token of each distribution, by inverting its cumulative sum: logits [tokens, vocab] -> int64 [tokens]."""
     cumulated = wide(logits).softmax(-1).cumsum(-1)
     points = torch.tensor([[chance.random()] for _ in logits], device=logits.device) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, points, right=True).squeeze(-1).clamp_max_(logits.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""No training: the floor."""
+"""No training: the scores of the model as it comes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from holdfast.api.method import Method
 
 
 class Frozen(Method):
-    """Leave the model as it is; every row of the score matrix is the one before training."""
+    """Do not train the model; every row of the score matrix is the one before training."""
 
     name = "frozen"
     schedule = "none"

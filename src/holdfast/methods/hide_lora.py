@@ -1,4 +1,4 @@
-"""HiDe-LoRA: weights for each task, and at test time those of the task that a prompt looks like."""
+"""HiDe-LoRA: weights for each task, and at test time those of the task that a prompt most likely belongs to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from holdfast.api.stage import Stage
 from holdfast.config.section import Section
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import borrowed, snapshot, weights
-from holdfast.methods.parts.features import prompt_features
+from holdfast.methods.parts.queries import prompt_queries
 
 if TYPE_CHECKING:
     from holdfast.api.at_test import Evaluation
@@ -27,9 +27,9 @@ class HiDeLoRA(Method):
 
     p(y | x) = p(y | x, adapter t(x)),  t(x) = argmax_t max_c N(h(x); mu_t,c, S),  S = (1 - s) C + s tr(C)/d I
 
-    h(x), of d entries, is the mean over the prompt of the model's last hidden states as it was before the first stage;
-    mu_t,c are task t's means of it, and C is the covariance around them that all tasks share. Training is that of one
-    adapter, or of whatever the tuner trains; what that is after a stage is kept for the stage's task.
+    h(x), of d entries, is the mean of the last hidden states over the prompt, of the model before the first stage.
+    mu_t,c are task t's means of it, and C is the covariance around them, shared by all tasks. A stage trains one
+    adapter, or whatever the tuner trains, and its result is stored for the stage's task.
     """
 
     name = "hide_lora"
@@ -51,13 +51,15 @@ class HiDeLoRA(Method):
             0.1, gt=0, le=1, description="s, the share of a sphere in the covariance; 1: the nearest mean decides"
         )
 
+    options: Options
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.start: Shards | None = None  # the trained weights before the first stage
         self.adapters: list[Shards] = []  # by task, on the CPU
         self.means: list[Tensor] = []  # by task, float64 [centroids, hidden]
-        self.scatter = torch.zeros(0)  # sum over rows of all tasks of d d^T, d = h - mu; float64 [hidden, hidden]
-        self.rows = 0  # that the scatter sums up
+        self.scatter = torch.zeros(0)  # sum of d d^T, d = h - mu, over the rows of all tasks; float64 [hidden, hidden]
+        self.rows = 0  # the number of these rows
 
     def before_stage(self, stage: Stage) -> None:
         if self.start is None:
@@ -69,20 +71,18 @@ class HiDeLoRA(Method):
         assert self.start is not None
         self.adapters.append(snapshot(stage.model))
         chance = stage.random(self.name)
-        rows = chance.sample(range(len(stage.rows)), min(self.options.samples, len(stage.rows)))
+        rows = stage.sample(self.options.samples, chance)
         with borrowed(stage.model) as theta:
             theta.copy_(self.start)
-            features = prompt_features(
-                stage.model, [stage.rows[i] for i in rows], stage.collate, stage.micro_batch_size
-            ).double()
-        means, nearest = k_means(features, self.options.centroids, chance)
-        rest = features - means[nearest]
+            queries = prompt_queries(stage.model, rows, stage.collate, stage.micro_batch_size).double()
+        means, nearest = k_means(queries, self.options.centroids, chance)
+        rest = queries - means[nearest]
         self.scatter = rest.T @ rest + (self.scatter if self.means else 0)
         self.rows += len(rows)
         self.means.append(means)
 
-    def infer(self, features: Tensor) -> list[int]:
-        """t(x) for each row of ``features``, [rows, hidden]: 0 for the first task."""
+    def infer(self, queries: Tensor) -> list[int]:
+        """t(x) for each row of h(x), [rows, hidden]; the first task is 0."""
         covariance, s = self.scatter / self.rows, self.options.shrinkage
         hidden = len(covariance)
         sphere = torch.eye(hidden, dtype=torch.float64) * (float(covariance.trace()) / hidden or 1.0)
@@ -91,7 +91,7 @@ class HiDeLoRA(Method):
         def white(x: Tensor) -> Tensor:
             return torch.linalg.solve_triangular(whiten, x.double().T, upper=False).T
 
-        rows = white(features)
+        rows = white(queries)
         distances = [torch.cdist(rows, white(means)).min(dim=1).values for means in self.means]
         return torch.stack(distances).argmin(dim=0).tolist()
 
@@ -101,7 +101,7 @@ class HiDeLoRA(Method):
             return
         with borrowed(evaluation.model) as theta:
             theta.copy_(self.start)
-            tasks = self.infer(prompt_features(evaluation.model, rows, evaluation.collate, evaluation.batch_size))
+            tasks = self.infer(prompt_queries(evaluation.model, rows, evaluation.collate, evaluation.batch_size))
             for task in sorted(set(tasks)):
                 theta.copy_(self.adapters[task])
                 yield [place for place, inferred in enumerate(tasks) if inferred == task]
@@ -130,14 +130,14 @@ class HiDeLoRA(Method):
 
 
 def k_means(x: Tensor, count: int, chance: random.Random) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm; the first means are rows far from one another (Arthur and Vassilvitskii, 2007).
+    """Lloyd's algorithm, whose first means are rows far from one another (k-means++, Arthur and Vassilvitskii, 2007).
 
     Args:
         x: [rows, hidden].
-        count: clusters, at most; there are no more than different rows.
+        count: clusters at most; there are no more clusters than distinct rows.
 
     Returns:
-        means [clusters, hidden], and the nearest one's number for each row, [rows].
+        means [clusters, hidden], and the number of the nearest mean for each row, [rows].
     """
     first = [chance.randrange(len(x))]
     while len(first) < count and (distances := torch.cdist(x, x[first]).min(dim=1).values).any():

@@ -1,4 +1,4 @@
-"""In-context learning: no training; demonstrations from a task's train split stand before each test prompt."""
+"""In-context learning: no training; demonstrations from a task's train split precede each test prompt."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class InContext(Method):
     """In-context learning, no training (Brown et al., 2020, arXiv 2005.14165; TRACE's reference, arXiv 2310.06762).
 
-    y ~ p_model(. | x_1, y_1, ..., x_k, y_k, x) for a test row x, with k train rows (x_i, y_i) of the same task that are
-    drawn anew for each test row. So the task of a test row is known here.
+    y ~ p_model(. | x_1, y_1, ..., x_k, y_k, x) for a test row x, with k train rows (x_i, y_i) of the same task, drawn
+    for each test row. So the method knows the task of a test row.
     """
 
     name = "icl"
@@ -30,11 +30,13 @@ class InContext(Method):
     class Options(Section):
         shots: int = Field(6, ge=0, description="train rows to show before each test prompt; 0: as `frozen`")
 
-    def ask(self, evaluation: Evaluation, task: Task, example: Example, fits: Callable[[Example], bool]) -> Example:
-        """The test row after its demonstrations, which are turns as its own; system turns stay first.
+    options: Options
 
-        ``shots`` train rows are drawn, no prompt twice and never the test row's. They are put in one after another,
-        each if all of it still fits uncut.
+    def ask(self, evaluation: Evaluation, task: Task, example: Example, fits: Callable[[Example], bool]) -> Example:
+        """The test row after its demonstrations, as further turns of its conversation; system turns stay first.
+
+        ``shots`` train rows are drawn, no prompt twice and never the test row's. They are added one after another, each
+        only if the whole still fits uncut.
         """
         chance = random.Random(f"{evaluation.seed}/{self.name}/{task.name}/{example.row}")
         shown: list[Example] = []
@@ -47,7 +49,7 @@ class InContext(Method):
 def _drawn(rows: Sequence[Example], example: Example, count: int, chance: random.Random) -> Iterator[Example]:
     """Up to ``count`` rows at random, with prompts that differ from one another and from the example's."""
     prompts = {_prompt(example)}
-    moved: dict[int, int] = {}  # a shuffle that goes no further than it is asked to (Fisher and Yates)
+    moved: dict[int, int] = {}  # a shuffle that stops as soon as the caller does (Fisher and Yates)
     for first in range(len(rows)):
         if len(prompts) > count:
             return

@@ -6,7 +6,7 @@ from holdfast.api.method import Method
 
 
 class Joint(Method):
-    """Train once on the shuffled union of all tasks. No stream is learned, so it is a reference, not a competitor."""
+    """Train once on the shuffled union of all tasks. It learns no stream, so it is a reference, not a competitor."""
 
     name = "joint"
     schedule = "joint"

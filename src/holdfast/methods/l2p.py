@@ -1,4 +1,4 @@
-"""L2P: a pool of soft prompts; each row calls for its own by a key, at test time as in training."""
+"""L2P: a pool of soft prompts, from which each row chooses by keys, in training and at test time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class L2P(Method):
 
     L = L_task + strength * mean over rows of sum_{k in K(x)} (1 - cos(q(x), k))
 
-    K(x) are the keys of the row's prompts: the top_k of smallest distance 1 - cos(q(x), k) (equation 3) or, in training
-    with ``diversify``, of smallest (1 - cos(q(x), k)) h_k with h_k the share of choices that fell on k in past stages
-    (equation 4). q(x) is the frozen model's mean last hidden state over the prompt's tokens; the term moves the keys
-    alone. The tuner `prompt_pool` has prompts, keys and the choice; no task is known at test time.
+    K(x) are the keys of the row's prompts: the top_k with the smallest distance 1 - cos(q(x), k) (equation 3) or, in
+    training with ``diversify``, with the smallest (1 - cos(q(x), k)) h_k, where h_k is the share of k in all choices of
+    past stages (equation 4). q(x) is the frozen model's mean last hidden state over the prompt's tokens; the term
+    trains only the keys. Prompts, keys and the choice are those of the tuner `prompt_pool`. No task is known at test
+    time.
     """
 
     name = "l2p"
@@ -42,18 +43,20 @@ class L2P(Method):
             True, description="in training, prefer prompts that past stages chose less often (equation 4)"
         )
 
+    options: Options
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.past = torch.zeros(0, dtype=torch.int64)  # [size], how often past stages chose each prompt
-        self.now = torch.zeros(0, dtype=torch.int64)  # the same of this stage so far
-        self.known: dict[int, int] = {}  # where the answers of all rows so far begin; see PromptPoolModel.remember
+        self.now = torch.zeros(0, dtype=torch.int64)  # [size], the same for this stage so far
+        self.answers: dict[int, int] = {}  # the first place of each row's answer; see PromptPoolModel.remember
 
     def before_stage(self, stage: Stage) -> None:
         pool = _pool(stage.model)
         if not len(self.past):
             self.past = torch.zeros(pool.size, dtype=torch.int64)
         self.now = torch.zeros_like(self.past)
-        self.known |= pool.remember(stage.rows)
+        self.answers |= pool.remember(stage.rows)
         diversify = self.options.strength and self.options.diversify and self.past.any()
         pool.frequency = self.past / self.past.sum() if diversify else None
 
@@ -61,7 +64,7 @@ class L2P(Method):
         return (self.name,) if self.options.strength else ()
 
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
-        rows = learned(batch)  # others may stand after them
+        rows = learned(batch)  # rehearsal rows may come after them
         self.now += torch.bincount(outputs["chosen"][:rows].flatten().cpu(), minlength=len(self.now))
         if not self.options.strength:
             return {}
@@ -73,26 +76,26 @@ class L2P(Method):
         self.past += self._chosen()
 
     def _chosen(self) -> Tensor:
-        """What this stage chose so far, in all processes."""
+        """How often this stage chose each prompt so far, over all processes."""
         return Process.this().all_reduce_sum(self.now.clone())
 
     def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
-        """The model chooses row by row; of a row that comes with its answer it is told where that begins."""
-        with _pool(evaluation.model).knowing(rows):
+        """All rows are answered together, since the model chooses for each; it learns where a row's answer begins."""
+        with _pool(evaluation.model).remembering(rows):
             yield range(len(rows))
 
     def state(self) -> State:
-        known = torch.tensor([*self.known.items()], dtype=torch.int64).reshape(-1, 2)
-        return {"past": self.past, "now": self._chosen(), "known": known}
+        answers = torch.tensor([*self.answers.items()], dtype=torch.int64).reshape(-1, 2)
+        return {"past": self.past, "now": self._chosen(), "known": answers}
 
     def load_state(self, state: State, model: nn.Module) -> None:
         now = state["now"].clone()
         self.past, self.now = state["past"].clone(), now if Process.this().main else torch.zeros_like(now)
-        self.known = dict(state["known"].tolist())
-        _pool(model).known |= self.known
+        self.answers = dict(state["known"].tolist())
+        _pool(model).prompt_lengths |= self.answers
 
 
-def _pool(model: Any) -> PromptPoolModel:
+def _pool(model: nn.Module) -> PromptPoolModel:
     if not isinstance(model, PromptPoolModel):
         raise ConfigError(
             "method 'l2p': needs a model with a pool of soft prompts: in a run the tuner prompt_pool; in Python "

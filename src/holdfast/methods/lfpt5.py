@@ -1,4 +1,4 @@
-"""LFPT5: a soft prompt learns to answer the tasks and to write samples of them, which keep the past ones alive."""
+"""LFPT5: a soft prompt learns to answer the tasks and to generate samples of them, which rehearse past tasks."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from holdfast.config.section import Section
 from holdfast.errors import ConfigError
 from holdfast.losses import kl_divergence, next_token_nll
 from holdfast.losses.chunked import Head
-from holdfast.models.head import context, head, kept_head
+from holdfast.models.head import context, head, trained_head
 from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.pseudo import Writing, write_samples
-from holdfast.rehearsal.teacher import predicting
+from holdfast.rehearsal.teacher import predicting, predicting_states
 
 logger = logging.getLogger("holdfast")
 
-WRITTEN = -1  # the number of an extra row that is no pseudo sample but a row written to be generated
+WRITTEN = -1  # the number of an extra row that is no pseudo sample but a row in the form of `Writing`
 
 
 class LFPT5(Method):
-    """LFPT5 (Qin and Joty, 2022, arXiv 2110.07298) for causal models: prompt tuning that writes its rehearsal rows.
+    """LFPT5 (Qin and Joty, 2022, arXiv 2110.07298) for causal models: prompt tuning that generates its rehearsal rows.
 
     L = L_task + lm_weight * CE(x y | mark of the task) + weight * CE(y' | x') + kl_weight * KL(p_before | p)(y' | x')
 
-    (x', y') are pseudo samples of all past tasks: before a stage the model, as it then is, writes them, prompt and
-    answer, after the mark of each task. CE and KL on them are means over their answers' tokens, with p_before the model
-    that wrote them. By the lm term it learns to write: over the task's rows (x, y) and the pseudo samples alike. What
-    learns is the paper's soft prompt, or whatever the tuner trains; with ``full`` this is near LAMOL (Sun et al., 2020,
-    arXiv 1909.03329), with a KL term.
+    (x', y') are pseudo samples of all past tasks: the model before the stage generates them, prompt and answer, after
+    the mark of each task. CE and KL on them are means over their answers' tokens, and p_before is that model. The lm
+    term teaches it to generate, on the task's rows (x, y) and on the pseudo samples. The paper trains a soft prompt;
+    here the tuner decides. With ``full`` this is close to LAMOL (Sun et al., 2020, arXiv 1909.03329), with a KL term.
     """
 
     name = "lfpt5"
@@ -48,16 +47,18 @@ class LFPT5(Method):
         kl_weight: float = Field(0.1, ge=0, description="lambda_kl, weight of KL to the model before the stage on them")
         ratio: float = Field(0.25, gt=0, description="pseudo samples in a step, per task row")
         samples: int = Field(100, ge=1, description="pseudo samples of each past task, written anew before a stage")
-        top_k: int = Field(64, ge=1, description="they are sampled from so many likeliest tokens at a time")
+        top_k: int = Field(64, ge=1, description="each of their tokens is sampled from so many likeliest ones")
+
+    options: Options
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.tasks: list[str] = []  # learned so far
-        self.lengths: list[int] = []  # of each one's longest row, in tokens
+        self.tasks: list[str] = []  # the past tasks
+        self.lengths: list[int] = []  # the tokens of each one's longest row
         self.memory = Memory(1, "quota")  # the pseudo samples of this stage
-        self.before: list[Tensor] = []  # where p_before comes from: [answer tokens, hidden] of each, on the CPU
-        self.head: Head | None = None  # that made it, where the tuner trains the head
-        self.tokens = {"pseudo": 0, "written": 0}  # supervised in the current step
+        self.before: list[Tensor] = []  # of p_before: each sample's hidden states, [answer tokens, hidden], on the CPU
+        self.head: Head | None = None  # of p_before, if the tuner trains the head
+        self.tokens = {"pseudo": 0, "written": 0}  # the supervised tokens of the current step
 
     def before_stage(self, stage: Stage) -> None:
         if stage.tokenizer is None:
@@ -71,16 +72,18 @@ class LFPT5(Method):
             for number, (task, length) in enumerate(zip(self.tasks, self.lengths, strict=True)):
                 self._write(stage, number, task, length)
         if options.kl_weight:
-            self.before = [
-                hidden[predicting(torch.tensor([row["labels"]]))[0].to(hidden.device)].cpu()
-                for row, hidden in zip(self.memory.rows, stage.hidden_states(self.memory.rows), strict=True)
-            ]
-            self.head = kept_head(stage.model) if self.before else None
+            states = zip(self.memory.rows, stage.hidden_states(self.memory.rows), strict=True)
+            self.before = [predicting_states(row, hidden).cpu() for row, hidden in states]
+            self.head = trained_head(stage.model) if self.before else None
 
     def declares(self, stage: Stage) -> tuple[str, ...]:
-        options, pseudo = self.options, bool(len(self.memory))
-        terms = {"lfpt5": pseudo and options.weight, "lfpt5/kl": pseudo and options.kl_weight}
-        return tuple(name for name, there in (terms | {"lfpt5/lm": options.lm_weight}).items() if there)
+        options, has_samples = self.options, len(self.memory) > 0
+        terms = {
+            "lfpt5": has_samples and options.weight > 0,
+            "lfpt5/kl": has_samples and options.kl_weight > 0,
+            "lfpt5/lm": options.lm_weight > 0,
+        }
+        return tuple(name for name, contributes in terms.items() if contributes)
 
     def extra_rows(self, step: Step) -> Extra | None:
         options, rows, samples = self.options, list[TokenRow](), list[int]()
@@ -138,11 +141,11 @@ class LFPT5(Method):
         self.tasks, self.lengths = list(state["learned"]), list(state["longest"])
         self.before = list(torch.split(state["before"], state["answers"])) if "before" in state else []
         now = head(model)
-        kept = {part: state[f"head/{part}"].to(now.weight.device) for part in now._fields if f"head/{part}" in state}
-        self.head = now._replace(**kept) if kept else None
+        parts = {part: state[f"head/{part}"].to(now.weight.device) for part in now._fields if f"head/{part}" in state}
+        self.head = now._replace(**parts) if parts else None
 
     def _write(self, stage: Stage, number: int, task: str, length: int) -> None:
-        """Put pseudo samples of a past task into the memory."""
+        """Generate pseudo samples of a past task into the memory."""
         writing, options = self.writings[number], self.options
         longest = length + writing.extra
         rows = write_samples(
@@ -159,10 +162,10 @@ class LFPT5(Method):
         self.memory.add(number, rows, stage.random(f"lfpt5/{number}/order"))
 
     def _written(self, stage: Stage, place: int) -> TokenRow:
-        """One of the task's rows, or of the pseudo samples after them, as it is written to be generated."""
-        own = len(stage.rows)
-        row = stage.rows[place] if place < own else self.memory.rows[place - own]
-        writing = self.writings[-1 if place < own else self.memory.tasks[place - own]]
+        """One of the task's rows, or of the pseudo samples after them, in the form of its task's ``Writing``."""
+        sample = place - len(stage.rows)
+        row = stage.rows[place] if sample < 0 else self.memory.rows[sample]
+        writing = self.writings[-1 if sample < 0 else self.memory.tasks[sample]]
         return {key: tokens[: self.room] for key, tokens in writing.write(row).items()}
 
 

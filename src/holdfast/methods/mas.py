@@ -1,4 +1,4 @@
-"""Memory aware synapses: keep weights to which the model's output is sensitive near where they were."""
+"""Memory aware synapses: weights to which the model's output is sensitive stay near their past values."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from holdfast.methods.parts.penalty import QuadraticPenalty, row_gradients
 class MAS(QuadraticPenalty):
     """Memory aware synapses (Aljundi et al., 2018, arXiv 1711.09601), with the squared length of the output.
 
-    L = L_task + strength / 2 * <Omega, (theta - theta*)^2>, with theta* where the last stage ended and, after each
-    stage, Omega <- Omega + mean over the task's rows of | d ||z(x)||^2 / d theta |.
+    L = L_task + strength / 2 * <Omega, (theta - theta*)^2>
 
-    z(x) are the logits where a token of the answer is predicted, and ||z||^2 their squared length, the mean over these
-    places. No label is a target: the answer's tokens are read, and none is asked for.
+    theta* are the weights after the last stage, and Omega <- Omega + mean over the task's rows of
+    | d ||z(x)||^2 / d theta | after each stage. z(x) are the logits that predict the tokens of the answer, and ||z||^2
+    is their squared length, averaged over these tokens. No label is a target.
     """
 
     name = "mas"
@@ -33,10 +33,12 @@ class MAS(QuadraticPenalty):
         )
         samples: int = Field(256, ge=1, description="train rows of a task from which the importance is estimated")
 
+    options: Options
+
     def after_stage(self, stage: Stage) -> None:
         if self.options.strength == 0:
             return
-        importance = sensitivity(stage, self.choose(stage, self.options.samples))
+        importance = sensitivity(stage, stage.sample(self.options.samples, stage.random(self.name)))
         if self.importance is not None:
             importance.add_(self.importance)
         self.set_term(importance, weights(stage.model).copy())
@@ -45,7 +47,7 @@ class MAS(QuadraticPenalty):
 def sensitivity(stage: Stage, rows: Sequence[TokenRow]) -> Shards:
     """Mean over rows of the absolute gradient of the squared length of the logits that predict the answer.
 
-    Each row is taken by itself, without dropout.
+    Each row counts by itself, without dropout.
 
     Returns:
         float32, one tensor a trainable parameter, all entries >= 0.

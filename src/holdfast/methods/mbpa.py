@@ -17,7 +17,7 @@ from holdfast.config.section import Section
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import borrowed, gradient_of, snapshot
 from holdfast.losses.common import wide
-from holdfast.methods.parts.features import prompt_features
+from holdfast.methods.parts.queries import prompt_queries
 from holdfast.models.generation import evaluating
 from holdfast.rehearsal.memory import Memory
 
@@ -29,9 +29,11 @@ class MbPA(Method):
     """MbPA++ (de Masson d'Autume et al., 2019, arXiv 1906.01076): sparse replay, and local adaptation at test time.
 
     theta_x = argmin_w  strength |w - theta|^2 + 1/K sum_k NLL(y_k | x_k; w)  (equation 1, by ``steps`` of plain
-    gradient descent from theta), where x_1 .. x_K are the memory's rows nearest to the prompt x and NLL is the mean
-    over an answer's tokens. x is answered with theta_x, which is then forgotten. A row's key is the mean of the last
-    hidden states over its prompt, of the model before the first stage.
+    gradient descent from theta)
+
+    x_1 .. x_K are the memory's rows nearest to the prompt x, and NLL is the mean over an answer's tokens. x is answered
+    with theta_x, which is then discarded. A row's key is the mean of the last hidden states over its prompt, of the
+    model before the first stage.
     """
 
     name = "mbpa"
@@ -57,12 +59,14 @@ class MbPA(Method):
             10000, ge=1, description="rows that the memory holds; of more, each is kept with the same probability"
         )
 
+    options: Options
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.memory = Memory(self.options.capacity, "reservoir")
-        self.keys = torch.zeros(0, 0)  # of its rows, float32 [rows, hidden]
+        self.keys = torch.zeros(0, 0)  # of the memory's rows, float32 [rows, hidden]
         self.start: Shards | None = None  # the trained weights before the first stage
-        self.steps = 0  # of the optimizer, in all stages
+        self.steps = 0  # of the optimizer, over all stages
 
     def before_stage(self, stage: Stage) -> None:
         if self.start is None:
@@ -86,13 +90,13 @@ class MbPA(Method):
             return
         with borrowed(stage.model) as theta:
             theta.copy_(self.start)
-            features = prompt_features(
+            queries = prompt_queries(
                 stage.model, [self.memory.rows[i] for i in new], stage.collate, stage.micro_batch_size
             )
-        keys = features.new_zeros(len(self.memory), features.shape[1])
+        keys = queries.new_zeros(len(self.memory), queries.shape[1])
         if len(self.keys):
             keys[: len(self.keys)] = self.keys  # a row that the memory keeps stays in its place
-        keys[new] = features
+        keys[new] = queries
         self.keys = keys
 
     def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
@@ -108,17 +112,19 @@ class MbPA(Method):
                 yield places
 
     def nearest(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> list[tuple[int, ...]]:
-        """For each row the places in the memory of its K neighbours by Euclidean distance, ascending; of equal ones
-        those that come first."""
+        """For each row the places in the memory of its K nearest neighbours by Euclidean distance, in ascending order.
+
+        Of rows at equal distance the first ones count.
+        """
         assert self.start is not None
         with borrowed(evaluation.model) as theta:
             theta.copy_(self.start)
-            queries = prompt_features(evaluation.model, rows, evaluation.collate, evaluation.batch_size)
+            queries = prompt_queries(evaluation.model, rows, evaluation.collate, evaluation.batch_size)
         distances = ((self.keys - query).square().sum(dim=1) for query in queries)
         return [tuple(sorted(d.argsort(stable=True)[: self.options.neighbours].tolist())) for d in distances]
 
     def adapt(self, evaluation: Evaluation, theta: Shards, rows: Sequence[TokenRow]) -> None:
-        """Take the steps on the model's trained weights ``theta``, a live view, without dropout."""
+        """Take the gradient steps on the model's trained weights ``theta``, a live view, without dropout."""
         origin, pull = theta.copy(), 2 * self.options.strength
         with evaluating(evaluation.model):
             for _ in range(self.options.steps):
@@ -141,7 +147,7 @@ class MbPA(Method):
 def neighbours_gradient(evaluation: Evaluation, rows: Sequence[TokenRow]) -> Shards:
     """Gradient of the mean over rows of the mean negative log-likelihood of a row's supervised tokens."""
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    total = None
+    total: Shards | None = None
     for start in range(0, len(rows), evaluation.batch_size):
         batch = evaluation.collate(rows[start : start + evaluation.batch_size])
         targets = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)

@@ -1,4 +1,4 @@
-"""O-LoRA: a new LoRA adapter a stage, kept orthogonal to all earlier ones, which stay as they are and active."""
+"""O-LoRA: a new LoRA adapter a stage, orthogonal to all earlier ones, which stay active and unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from holdfast.errors import ConfigError
 from holdfast.tuners.lora_factors import TRAINED, exchange_adapters, factors, plain_lora, seeded, times_rank
 
 PAST = "past"
-"""The adapter that holds all earlier stages' factors side by side during a stage, frozen."""
+"""The frozen adapter that holds the factors of all earlier stages side by side during a stage."""
 
 
 class OLoRA(Method):
@@ -26,8 +26,8 @@ class OLoRA(Method):
     L = L_task + lambda_1 * sum_{i<t} sum_{j,k} (A_i A_t^T)[j,k]^2 + lambda_2 * sum |A_t|_2 + |B_t|_2
 
     The first sum is the paper's objective. Its code has |.| in place of the square (``penalty: absolute``), and the
-    last term, of which the paper gives lambda_2's values alone. Each sum goes over all adapted layers, too. The model
-    that a stage ends with has one adapter, all stages' factors side by side: its rank grows by r a stage.
+    last term, of which the paper gives only the values of lambda_2. Each sum is also over all adapted layers. After a
+    stage the model has one adapter with the factors of all stages side by side: its rank grows by r a stage.
     """
 
     name = "o_lora"
@@ -48,9 +48,11 @@ class OLoRA(Method):
             "squared", description="of each entry of A_i A_t^T; squared: as the paper says; absolute: as its code does"
         )
 
+    options: Options
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.stages = 0  # whose factors the model's adapter holds
+        self.stages = 0  # the number of stages whose factors the model's adapter holds
 
     def before_stage(self, stage: Stage) -> None:
         config = plain_lora(stage.model, self.name)
@@ -92,7 +94,7 @@ class OLoRA(Method):
         return self.options.lambda_1 * total
 
     def norms(self, model: nn.Module, gradients: Shards) -> torch.Tensor:
-        """Add the gradient of the second term, zero at zero; return its value, a scalar."""
+        """Add the gradient of the second term, which is zero at zero; return its value, a scalar."""
         new = factors(model)
         total = torch.zeros((), device=next(iter(new.values())).device)
         for key, w in new.items():

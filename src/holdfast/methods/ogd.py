@@ -1,4 +1,4 @@
-"""OGD: step only where the outputs on past tasks do not change, to first order."""
+"""OGD: a step that changes no output on past tasks, to first order."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class OGD(Method):
 
     g <- g - sum_d <g, b_d> b_d
 
-    The b_d are an orthonormal basis of the gradients of outputs, taken at the end of each past stage: for a row, the
-    sum of its answer tokens' logits (the paper's OGD-GTL). OGD+ (Bennani et al., 2020, arXiv 2006.11942) then takes
-    those of past tasks' rows once more. A full basis keeps the strongest directions of all gradients so far, each of
-    which counts the same.
+    The b_d are an orthonormal basis of the gradients of outputs at the end of each past stage. A row's output is the
+    sum of its answer tokens' logits (the paper's OGD-GTL). OGD+ (Bennani et al., 2020, arXiv 2006.11942) also takes the
+    gradients of past tasks' rows again at the end of each stage. A full basis keeps the strongest directions of all
+    gradients so far, which all count the same.
     """
 
     name = "ogd"
-    not_with: ClassVar[dict[str, str]] = {
+    not_with: ClassVar = {
         "gem": "OGD's projection would undo the constraints that GEM has satisfied, and GEM would add back gradients "
         "that OGD takes away",
         "a_gem": "OGD's projection would undo the constraint that A-GEM has satisfied, and A-GEM would add back a "
@@ -50,6 +50,8 @@ class OGD(Method):
             "0 turns the method off",
         )
 
+    options: Options
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.basis: Shards | None = None  # [directions, ...]
@@ -67,13 +69,12 @@ class OGD(Method):
     def after_stage(self, stage: Stage) -> None:
         if not self.options.capacity:
             return
-        count = min(self.options.samples, len(stage.rows))
-        rows = [stage.rows[place] for place in stage.random(self.name).sample(range(len(stage.rows)), count)]
-        found = Shards.stack(list(row_gradients(stage, [*self.memory.rows, *rows], true_logits)))
+        rows = stage.sample(self.options.samples, stage.random(self.name))
+        gradients = Shards.stack(list(row_gradients(stage, [*self.memory.rows, *rows], true_logits)))
         lengths = torch.ones(len(rows) + len(self.memory), dtype=torch.float64)
         if self.basis is not None:
-            found, lengths = self.basis.joined(found), torch.cat([self.strengths, lengths])
-        self.basis, self.strengths = principal_directions(found, lengths, self.options.capacity)
+            gradients, lengths = self.basis.joined(gradients), torch.cat([self.strengths, lengths])
+        self.basis, self.strengths = principal_directions(gradients, lengths, self.options.capacity)
         if self.options.variant == "ogd_plus":
             self.memory.add(stage.index, rows, stage.random(f"{self.name}/memory"))
 
@@ -88,5 +89,5 @@ class OGD(Method):
 
 
 def true_logits(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Sum of the logits of the tokens that are right; logits [tokens, vocab], tokens int64 [tokens]."""
+    """Sum of the logits [tokens, vocab] of the right tokens, int64 [tokens]."""
     return logits.gather(-1, tokens.unsqueeze(-1)).float().sum()

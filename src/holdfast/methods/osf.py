@@ -1,9 +1,9 @@
-"""OSF: each stage trains what lies beside the dominant singular directions of the weights that it begins with."""
+"""OSF: a stage trains outside the dominant singular directions of the weights that it begins with."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.api.method import Method, State
+from holdfast.api.rows import TokenRow
 from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.pieces import full
@@ -24,11 +25,11 @@ from holdfast.models.head import hidden_only
 
 @dataclass
 class Preserved:
-    """What a stage leaves as it is in one matrix [out, in].
+    """The part of one matrix [out, in] that a stage does not change.
 
     Attributes:
         left, right: orthonormal bases of its output and input directions, [out, rank] and [in, rank], float32.
-        u, s, v: the part of it that lies in the adapter, its first singular triplets, [out, n], [n] and [n, in].
+        u, s, v: its singular triplets inside the adapter, which are the adapter's first, [out, n], [n] and [n, in].
     """
 
     left: Tensor
@@ -39,7 +40,7 @@ class Preserved:
 
     @torch.no_grad()
     def project_(self, u: Tensor, v: Tensor) -> None:
-        """Take the preserved directions out of factors, or their gradients, [out, r] and [r, in], in place."""
+        """Remove the preserved directions from factors, or from their gradients, [out, r] and [r, in], in place."""
         u.sub_((self.left @ (self.left.T @ u.float())).to(u.dtype))
         v.sub_(((v.float() @ self.right) @ self.right.T).to(v.dtype))
 
@@ -47,20 +48,20 @@ class Preserved:
 class OSF(Method):
     """Orthogonal subspace fine-tuning (Nayak et al., 2025, arXiv 2504.07097), a new decomposition before each stage.
 
-    W = U_high S_high V_high^T + U S V^T, where the first sum holds the dominant singular triplets of W as the stage
-    begins. U, S and V are trained, with U orthogonal to U_high and V to V_high: gradients are projected, and so are
-    the weights after each step, since Adam's step leaves the span of its gradients. It preserves, of a matrix, the
-    directions that the tuner never trains, and the strongest ones up to this share of all:
+    W = U_high S_high V_high^T + U S V^T, where the first part holds the dominant singular triplets of W at the start of
+    the stage. U, S and V are trained, with U orthogonal to U_high and V to V_high: gradients are projected, and so are
+    the weights after each step, since Adam's step leaves the span of its gradients. Preserved are the directions that
+    the tuner never trains, and the strongest directions up to this share of all directions of the matrix:
 
         r = minimum + I (target - minimum)
 
-    where I is the cosine similarity of its layer's input and output on the last task, over the mean of all layers.
+    I is the cosine similarity of the layer's input and output on the last task, divided by its mean over all layers.
     """
 
     name = "osf"
     tuners = ("osf",)
     tuners_reason = "it sets which singular directions of that tuner's decomposition are trained"
-    not_with: ClassVar[dict[str, str]] = dict.fromkeys(
+    not_with: ClassVar = dict.fromkeys(
         ("ewc", "si", "mas", "ogd"),
         "it remembers something of every trained weight, and osf takes other factors for them after each stage",
     ) | {"cia": "an average of singular vectors is none, so that osf would preserve other than the dominant directions"}
@@ -70,6 +71,8 @@ class OSF(Method):
         target: float = Field(0.8, ge=0, le=1, description="trr: share of singular directions preserved on average")
         growth: float = Field(0.0, ge=0, description="added to target after each stage")
         samples: int = Field(128, ge=1, description="train rows of a task on which importance is measured")
+
+    options: Options
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -99,17 +102,18 @@ class OSF(Method):
             )
 
     def _importance(self, name: str) -> float:
-        """That of the decoder layer that a parameter's name speaks of; 1 where it speaks of none."""
+        """The importance of the decoder layer whose number is in a parameter's name; 1 if there is none."""
         number = re.search(r"\.(\d+)\.", name)
-        known = number is not None and int(number[1]) < len(self.importance)
-        return self.importance[int(number[1])] if number is not None and known else 1.0
+        layer = int(number[1]) if number is not None else len(self.importance)
+        return self.importance[layer] if layer < len(self.importance) else 1.0
 
     def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
         whole = gradients.whole()
-        for name, kept in self.preserved.items():
+        for name, fixed in self.preserved.items():
             u, s, v = (whole.tensors[f"{name}.{key}"] for key in ("U_low", "S_low", "V_low"))
-            kept.project_(u, v)
-            for part in (u[:, : len(kept.s)], s[: len(kept.s)], v[: len(kept.s)]):
+            fixed.project_(u, v)
+            count = len(fixed.s)
+            for part in (u[:, :count], s[:count], v[:count]):
                 part.zero_()
         if gradients.pieces:
             gradients.load_(whole.tensors)
@@ -117,18 +121,19 @@ class OSF(Method):
 
     def after_step(self, step: Step, weights: Shards) -> None:
         whole = weights.whole()
-        for name, kept in self.preserved.items():
+        for name, fixed in self.preserved.items():
             u, s, v = (whole.tensors[f"{name}.{key}"] for key in ("U_low", "S_low", "V_low"))
-            kept.project_(u, v)
-            u[:, : len(kept.s)], s[: len(kept.s)], v[: len(kept.s)] = kept.u, kept.s, kept.v
+            fixed.project_(u, v)
+            count = len(fixed.s)
+            u[:, :count], s[:count], v[:count] = fixed.u, fixed.s, fixed.v
         if weights.pieces:
             weights.load_(whole.tensors)
 
     @torch.no_grad()
     def final_weights(self, stage: Stage) -> None:
-        """Make the factors singular triplets again, the strongest first; their product stays as it is.
+        """Make the factors singular triplets again, the strongest first, without changing their product.
 
-        Of the two signs of a triplet it takes the one with which U's largest entry is positive.
+        The sign of a triplet is the one with which U's largest entry is positive.
         """
         trained = weights(stage.model)
         whole = trained.whole()
@@ -145,7 +150,7 @@ class OSF(Method):
             trained.load_(whole.tensors)
 
     def after_stage(self, stage: Stage) -> None:
-        rows = stage.random(self.name).sample(list(stage.rows), min(self.options.samples, len(stage.rows)))
+        rows = stage.sample(self.options.samples, stage.random(self.name))
         similarity = layer_similarity(stage, rows).clamp(min=0)
         mean = float(similarity.mean())
         self.importance = (similarity / mean).tolist() if mean else [1.0] * len(similarity)
@@ -158,7 +163,7 @@ class OSF(Method):
 
 
 def osf_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """Name of the trained factors, layer and adapter of each matrix that PEFT's OSF has adapted."""
+    """The name of the trained factors, the layer and the adapter's name, of each matrix that PEFT's OSF adapts."""
     from peft.tuners.osf import OSFLayer
 
     for name, layer in model.named_modules():
@@ -169,9 +174,9 @@ def osf_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
 
 
 def fixed_directions(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """Output and input directions of the part that PEFT's adapter leaves out, [out, rank] and [in, rank], float32.
+    """Output and input directions of the part that the adapter never trains, [out, rank] and [in, rank], float32.
 
-    PEFT keeps them only where they and the trained ones do not make up the whole space.
+    PEFT stores them unless they and the trained ones span the whole space.
     """
     if adapter in layer._osf_U_high:
         left = layer._osf_U_high[adapter].float()
@@ -183,7 +188,7 @@ def fixed_directions(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def complement(columns: Tensor) -> Tensor:
-    """An orthonormal basis of what is orthogonal to linearly independent columns."""
+    """An orthonormal basis of the orthogonal complement of linearly independent columns."""
     return torch.linalg.qr(columns, mode="complete").Q[:, columns.shape[1] :]
 
 
@@ -192,8 +197,8 @@ def orthonormal(columns: Tensor) -> Tensor:
     return torch.linalg.qr(columns).Q
 
 
-def layer_similarity(stage: Stage, rows: list[Any]) -> Tensor:
-    """Mean over rows and their tokens of the cosine similarity of each decoder layer's input and output, [layers]."""
+def layer_similarity(stage: Stage, rows: Sequence[TokenRow]) -> Tensor:
+    """Cosine similarity of each decoder layer's input and output, averaged over tokens and then rows, [layers]."""
     model = stage.model
     training = model.training
     model.eval()

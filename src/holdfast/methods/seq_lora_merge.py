@@ -1,4 +1,4 @@
-"""Sequential LoRA merging: an adapter of its own for each stage, and after it one adapter merged of all so far."""
+"""Sequential LoRA merging: each stage trains an adapter, and after it all adapters so far are merged into one."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from holdfast.tuners.lora_factors import (
 )
 
 SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-"""What of an adapter's configuration merging changes."""
+"""The keys of an adapter's configuration that merging changes."""
 
 
 class SeqLoRAMerge(Method):
     """Merge the adapters of all stages so far: task arithmetic (Ilharco et al., 2022, arXiv 2212.04089), TIES, DARE.
 
-    With D_i = scaling * B_i A_i, the update of a layer that stage i learned, the model after stage t has the update
+    With D_i = scaling * B_i A_i, a layer's update that stage i learned, the layer's update after stage t is
 
-    linear: sum_i w_i D_i (task arithmetic).  ties (Yadav et al., 2023, arXiv 2306.01708): of each D_i the largest
-    ``density`` of the entries are kept; an entry's sign is that of their sum; the entry is the mean of w_i D_i over the
-    i that kept it with this sign.  dare_linear, dare_ties (Yu et al., 2023, arXiv 2311.03099): a random ``density`` of
-    each D_i is kept and divided by it instead.  After stage 1 there is nothing to merge.
+    linear: sum_i w_i D_i (task arithmetic).  ties (Yadav et al., 2023, arXiv 2306.01708): each D_i keeps the largest
+    ``density`` of its entries; the sign of an entry is that of their sum; the entry is the mean of w_i D_i over the
+    i that keep it with this sign.  dare_linear, dare_ties (Yu et al., 2023, arXiv 2311.03099): each D_i keeps a random
+    ``density`` of its entries instead, divided by ``density``.  After stage 1 there is nothing to merge.
     """
 
     name = "seq_lora_merge"
@@ -72,11 +72,13 @@ class SeqLoRAMerge(Method):
                 raise ValueError("density: would change nothing, since merge is linear, which keeps every entry")
             return self
 
+    options: Options
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.shape: dict[str, Any] = {}  # the adapter's configuration in each stage, of SHAPE
-        self.start: Factors = {}  # what it is before the first stage
-        self.learned: list[Factors] = []  # what it is after each stage
+        self.shape: dict[str, Any] = {}  # the configuration of a stage's adapter, by the keys of SHAPE
+        self.start: Factors = {}  # the adapter before the first stage
+        self.learned: list[Factors] = []  # each stage's adapter after training
 
     def before_stage(self, stage: Stage) -> None:
         config = plain_lora(stage.model, self.name)
@@ -105,7 +107,7 @@ class SeqLoRAMerge(Method):
             self.merge(stage)
 
     def merge(self, stage: Stage) -> None:
-        """Put the merged adapter in the place of the stage's own."""
+        """Replace the stage's adapter by the merged one."""
         model: Any = stage.model
         options, count = self.options, len(self.learned)
         config = model.peft_config[TRAINED]
@@ -114,15 +116,15 @@ class SeqLoRAMerge(Method):
         exact = options.merge == "linear" and not options.rank
         kind = "cat" if exact else "svd" if options.merge == "linear" else f"{options.merge}_svd"
         scaling = scalings(model)
-        own = {}
-        for i, one in enumerate(self.learned, start=1):
-            scaled = {key: scaling.get(key, 1.0) * w for key, w in one.items()}
-            own[f"stage_{i}"] = of_rank(config, width), padded(scaled, width)
-        exchange_adapters(model, own)
+        adapters = {}
+        for i, learned in enumerate(self.learned, start=1):
+            scaled = {key: scaling.get(key, 1.0) * w for key, w in learned.items()}
+            adapters[f"stage_{i}"] = of_rank(config, width), padded(scaled, width)
+        exchange_adapters(model, adapters)
         with seeded(stage.random(self.name)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The density 1")
             model.base_model.add_weighted_adapter(
-                list(own),
+                list(adapters),
                 self.weights(),
                 "merged",
                 combination_type=kind,
@@ -134,7 +136,7 @@ class SeqLoRAMerge(Method):
         exchange_adapters(model, {TRAINED: (of_rank(config, rank), merged)})
 
     def weights(self) -> list[float]:
-        """w of each stage so far."""
+        """The weight w of each stage so far."""
         given, count = self.options.weights, len(self.learned)
         if isinstance(given, list):
             return given[:count]
@@ -144,8 +146,8 @@ class SeqLoRAMerge(Method):
 
     def state(self) -> State:
         tensors = {f"start/{key}": w for key, w in self.start.items()}
-        for i, one in enumerate(self.learned, start=1):
-            tensors |= {f"{i}/{key}": w for key, w in one.items()}
+        for i, learned in enumerate(self.learned, start=1):
+            tensors |= {f"{i}/{key}": w for key, w in learned.items()}
         return tensors | {"shape": self.shape, "stages": len(self.learned)}
 
     def load_state(self, state: State, model: nn.Module) -> None:
@@ -157,5 +159,5 @@ class SeqLoRAMerge(Method):
 
 
 def copied(values: Factors) -> Factors:
-    """On the CPU, sharing no memory."""
+    """Copies on the CPU."""
     return {key: w.to("cpu", copy=True) for key, w in values.items()}

@@ -1,4 +1,4 @@
-"""Plain fine-tuning on one task after another: what every method is compared with."""
+"""Plain fine-tuning on one task after another, the baseline of every method."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from holdfast.api.method import Method
 
 
 class Sequential(Method):
-    """Fine-tune on each task in turn and do nothing against forgetting."""
+    """Fine-tune on each task in turn, with nothing against forgetting."""
 
     name = "sequential"

@@ -1,8 +1,8 @@
-"""Synaptic intelligence: keep weights that lowered the loss of past tasks, on the way there, near where they were."""
+"""Synaptic intelligence: weights whose steps lowered the loss of past tasks stay near their past values."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,12 +16,12 @@ from holdfast.methods.parts.penalty import QuadraticPenalty
 class SI(QuadraticPenalty):
     """Synaptic intelligence (Zenke, Poole and Ganguli, 2017, arXiv 1703.04200, equations 3 to 5).
 
-    L = L_task + strength / 2 * <Omega, (theta - theta*)^2>, with theta* where the last stage ended and, after each
-    stage, Omega <- max(0, Omega + omega / (Delta^2 + xi)).
+    L = L_task + strength / 2 * <Omega, (theta - theta*)^2>
 
-    omega = - sum over the stage's steps of g * (theta after the step - theta before it) is what each weight gained of
-    the loss, g being the step's gradient of the loss before clipping and without the penalty's own, and Delta how far
-    the weight went in the stage.
+    theta* are the weights after the last stage, and Omega <- max(0, Omega + omega / (Delta^2 + xi)) after each stage.
+    omega = - sum over the stage's steps of g * (theta after the step - theta before it) is each weight's share in the
+    decrease of the loss. g is the step's gradient of the loss, before clipping and without the penalty's; Delta is how
+    far the weight moved in the stage.
     """
 
     name = "si"
@@ -34,13 +34,14 @@ class SI(QuadraticPenalty):
             1e-6, gt=0, description="damping: bounds the importance of weights that moved less than its square root"
         )
 
+    options: Options
     saved: ClassVar[tuple[str, ...]] = ("importance", "anchor", "path")
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.path: Shards | None = None  # omega of this stage so far
         self.gradient: Shards | None = None  # of the step under way
-        self.before: Shards | None = None  # the weights that it starts from
+        self.before: Shards | None = None  # the weights before that step
 
     def before_stage(self, stage: Stage) -> None:
         if self.options.strength > 0:
@@ -70,8 +71,8 @@ class SI(QuadraticPenalty):
         importance = {}
         for name, path in self.path.tensors.items():
             moved = theta.tensors[name] - self.anchor.tensors[name]
-            gained = path.div_(moved.square_().add_(self.options.xi))
+            share = path.div_(moved.square_().add_(self.options.xi))
             past = 0 if self.importance is None else self.importance.tensors[name]
-            importance[name] = (past + gained).clamp_min_(0)
+            importance[name] = (past + share).clamp_min_(0)
         self.set_term(theta.like(importance), theta)
         self.path = None

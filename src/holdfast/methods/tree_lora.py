@@ -1,9 +1,9 @@
-"""TreeLoRA: pull the gradient towards that of the most similar past task, which a bandit finds in a tree."""
+"""TreeLoRA: the gradient is pulled towards that of the most similar past task, which a bandit finds in a tree."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -28,13 +28,13 @@ from holdfast.methods.parts.gradient_tree import (
 
 
 class TreeLoRA(Method):
-    """TreeLoRA (Qian et al., 2025, arXiv 2506.10355): a gradient near that of the most similar past task.
+    """TreeLoRA (Qian et al., 2025, arXiv 2506.10355): gradients stay near that of the most similar past task.
 
     g <- g - strength s_l d|m_l - m_k,l|_1 / d m_l  for each layer l (equation 3)
 
     g is the step's gradient over the LoRA weights A and B, m its mean over the stage so far, s_l the mean absolute
-    entry of m_l, and m_k the mean gradient of past task k at the scale of m. k is chosen anew at every step by going
-    down a tree over the past tasks, with one level a layer, to the child with the lowest confidence bound (equation 2).
+    entry of m_l, and m_k the mean gradient of past task k at the scale of m. k is chosen at every step by descending a
+    tree over the past tasks, one level a layer, to the child with the lowest confidence bound (equation 2).
     """
 
     name = "tree_lora"
@@ -52,13 +52,15 @@ class TreeLoRA(Method):
             2.0, ge=0, description="factor of the confidence width sqrt(log t / n); residuals lie in [0, 1]"
         )
 
-    def __init__(self, **options: object) -> None:
+    options: Options
+
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.norm = {"l1": 1, "cosine": 2}[self.options.distance]
         self.past: list[Tensor] = []  # direction of each past task's gradient, [layers, width]
         self.tree: Group | None = None
         self.search: TreeSearch | None = None
-        self.steps = 0  # of the stage
+        self.steps = 0  # of the stage so far
 
     def before_stage(self, stage: Stage) -> None:
         trained = weights(stage.model).whole()
@@ -83,7 +85,7 @@ class TreeLoRA(Method):
             return {}
         task = self.search.choose()
         current, past = direction(self.mean, self.norm), self.past[task]
-        residuals = distance(current, past, self.norm).tolist()  # the one wait for the device
+        residuals = distance(current, past, self.norm).tolist()  # the only wait for the device
         self.search.observe(task, residuals)
         if self.options.distance == "l1":
             pull = pull_l1(current, past, self.options.strength / self.layers.widths)

@@ -1,24 +1,28 @@
-"""What holdfast needs to know of a causal language model beyond its forward pass: its head and its context."""
+"""The head, the context and the begin token of a causal language model."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import make_dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from holdfast.engines.pieces import for_compute, full
 from holdfast.losses.chunked import Head
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-def base(model: Any) -> Any:
+
+def base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def head(model: Any) -> Head:
+def head(model: PreTrainedModel | PeftModel) -> Head:
     """The output head of a causal language model."""
     inner = base(model)
     layer = inner.get_output_embeddings()
@@ -30,15 +34,15 @@ def head(model: Any) -> Head:
     return Head(for_compute(layer.weight), bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def whole_head(model: Any) -> Head:
-    """The head as it is now, in one piece, without gradient."""
+def whole_head(model: PreTrainedModel | PeftModel) -> Head:
+    """The output head in one piece, without gradient."""
     now = head(model)
     bias = None if now.bias is None else full(now.bias.detach())
     return now._replace(weight=full(now.weight.detach()), bias=bias)
 
 
-def kept_head(model: Any) -> Head | None:
-    """A copy of the head as it is now; None where it is not trained, so that it stays as it is."""
+def trained_head(model: PreTrainedModel | PeftModel) -> Head | None:
+    """A copy of the head as it is now; None if it is not trained, and so never changes."""
     now = head(model)
     if not any(t is not None and t.requires_grad for t in (now.weight, now.bias)):
         return None
@@ -46,25 +50,25 @@ def kept_head(model: Any) -> Head | None:
     return now._replace(weight=now.weight.clone(), bias=None if now.bias is None else now.bias.clone())
 
 
-def hidden_only(model: Any) -> dict[str, Any]:
-    """Arguments of a forward pass of which only the hidden states are wanted: logits of one position, if it can."""
-    takes = "logits_to_keep" in inspect.signature(base(model).forward).parameters
-    return {"logits_to_keep": 1} if takes else {}
+def hidden_only(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """Arguments of a forward pass for its hidden states alone: logits of one position only, if the model can do so."""
+    takes_tail = "logits_to_keep" in inspect.signature(base(model).forward).parameters
+    return {"logits_to_keep": 1} if takes_tail else {}
 
 
-def context(model: Any) -> int | None:
-    """Tokens that a model reads at most, where it says so, without the places that soft prompts take."""
+def context(model: PreTrainedModel | PeftModel) -> int | None:
+    """Tokens that a model reads at most, without the places of soft prompts; None if its configuration does not say."""
     most = getattr(base(model).config.get_text_config(), "max_position_embeddings", None)
     return None if most is None else most - getattr(model, "virtual_tokens", 0)
 
 
-def begin_token(model: Any) -> int | None:
-    """The begin token that a model's configuration names, where it names one."""
+def begin_token(model: PreTrainedModel | PeftModel) -> int | None:
+    """The begin token of a model's configuration; None if it names none."""
     return getattr(base(model).config.get_text_config(), "bos_token_id", None)
 
 
 def with_tensors(outputs: Any, **tensors: Tensor) -> Any:
-    """A model's outputs with further tensors; wrappers such as DDP take outputs apart and make them anew."""
+    """A model's outputs with further fields, which survive wrappers such as DDP that rebuild the outputs."""
     kind: Any = type(outputs)
     return _with_fields(kind, tuple(tensors))(**outputs, **tensors)
 

@@ -1,4 +1,4 @@
-"""A tree over past tasks by the similarity of their gradients, and a bandit that looks in it for the nearest one."""
+"""A tree over past tasks by the similarity of their gradients, and a bandit that searches it for the nearest task."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from holdfast.engines.shards import Shards
 class LoraLayers:
     """The LoRA weights A and B of a model as a matrix with one row a layer, float32 [layers, width].
 
-    A layer is what stands under one number in the parameters' names, such as ``model.layers.3.``; LoRA weights outside
-    numbered layers make one more, the last. Rows of narrower layers end in zeros, which change no distance or product.
+    A layer holds the weights with the same number in their names, such as ``model.layers.3.``; LoRA weights outside
+    numbered layers are the last row. Rows of narrower layers end in zeros, which change no distance or product.
     """
 
     def __init__(self, weights: Shards):
@@ -62,10 +62,10 @@ def distance(a: Tensor, b: Tensor, norm: int) -> Tensor:
 
 
 def pull_l1(current: Tensor, past: Tensor, bound: Tensor) -> Tensor:
-    """The step that lowers the L1 gap |current - past|: each entry goes to the past one, by ``bound`` at most.
+    """The step that lowers the L1 distance |current - past|: each entry moves to the past one, by ``bound`` at most.
 
-    It is that of the proximal operator: current + step = argmin_u |u - current|^2 / 2 + bound |u - past|_1. Where this
-    would lower a row's product with the past one, the entries that do so stay out, so that no product falls.
+    It is the step of the proximal operator: current + step = argmin_u |u - current|^2 / 2 + bound |u - past|_1. If it
+    lowered a row's product with the past one, the entries that lower it are left out, so that no product falls.
 
     Args:
         current: directions [layers, width].
@@ -80,7 +80,7 @@ def pull_l1(current: Tensor, past: Tensor, bound: Tensor) -> Tensor:
 def pull_cosine(current: Tensor, past: Tensor, strength: float) -> Tensor:
     """The step along the gradient of the cosine: strength (past - cosine * current), for directions [layers, width].
 
-    Its product with the past direction is strength (1 - cosine^2) >= 0, and none of it goes along the current one.
+    Its product with the past direction is strength (1 - cosine^2) >= 0, and it is orthogonal to the current one.
     """
     cosine = (past * current).sum(-1, keepdim=True)
     return (past - cosine * current).mul_(strength)
@@ -88,12 +88,12 @@ def pull_cosine(current: Tensor, past: Tensor, strength: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """A node of the tree: tasks that lie near each other. A single task is a leaf.
+    """A node of the tree: past tasks with similar gradients. A single task is a leaf.
 
     Attributes:
         tasks: numbers of past tasks, from 0.
         spread: largest distance between two of its tasks, for each layer.
-        layer: the layer by whose gradients its children are told apart.
+        layer: the layer whose gradients distinguish its children.
         children: none for a leaf.
     """
 
@@ -104,7 +104,7 @@ class Group:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Group:
-        """Read back what ``dataclasses.asdict`` gave, after a way through JSON."""
+        """The group of which ``dataclasses.asdict`` gave ``plain``, read back from JSON."""
         children = tuple(cls.from_plain(child) for child in plain["children"])
         return cls(tuple(plain["tasks"]), tuple(plain["spread"]), plain["layer"], children)
 
@@ -112,9 +112,9 @@ class Group:
 def build_tree(directions: Sequence[Tensor], norm: int) -> Group:
     """The tree over tasks, one level a layer.
 
-    A group is split in two by the distances of its level's layer, such that the parts are what is left when the nearest
-    are joined again and again, near by their mean distance. A layer in which all tasks are the same is passed over;
-    after the last layer, what is left together becomes single leaves.
+    A group is split in two by the distances of its level's layer: its tasks are joined, the nearest by mean distance
+    first, until two parts are left. A layer in which all tasks are equal is skipped. Tasks that are still together
+    after the last layer become single leaves.
 
     Args:
         directions: one a task, [layers, width].
@@ -145,9 +145,9 @@ def build_tree(directions: Sequence[Tensor], norm: int) -> Group:
 class TreeSearch:
     """A bandit over the leaves of a tree: each round chooses a task and learns its residuals, in [0, 1], one a layer.
 
-    The lower confidence bound of a task after n of t rounds is mean - exploration sqrt(log t / n). A group has that of
-    all its tasks' rounds together, less its spread, or the lowest of its children's where that is higher: no task
-    in it can be better than either.
+    The lower confidence bound of a task after n of t rounds is mean - exploration sqrt(log t / n). A group's bound is
+    that of all its tasks' rounds together, less its spread, or the lowest bound of its children if that is higher: no
+    task in the group can be better than either.
     """
 
     def __init__(self, tree: Group, exploration: float):
@@ -168,7 +168,7 @@ class TreeSearch:
         return max(bound - group.spread[layer], min(self.lower_bound(child, layer) for child in group.children))
 
     def choose(self) -> int:
-        """Go down from the root to a task, at each level to the child with the lowest bound by the level's layer."""
+        """Descend from the root to a task, at each level to the child with the lowest bound of the level's layer."""
         group = self.tree
         while group.children:
             bounds = [self.lower_bound(child, group.layer) for child in group.children]
@@ -176,6 +176,6 @@ class TreeSearch:
         return group.tasks[0]
 
     def observe(self, task: int, residuals: Sequence[float]) -> None:
-        """End a round: what the chosen task's residuals were, one a layer."""
+        """End a round with the residuals of the chosen task, one a layer."""
         self.rounds[task] += 1
         self.residuals[task] = [a + b for a, b in zip(self.residuals[task], residuals, strict=True)]

@@ -1,4 +1,4 @@
-"""Small dense problems behind gradient projections, in float64: GEM's dual program, and a basis of given directions."""
+"""The small dense problems of gradient projections, in float64: GEM's dual program, and a basis of directions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 from holdfast.engines.shards import Shards
 
 RANK = 1e-4
-"""Directions below this share of the strongest one count as rounding: their Gram matrix in float64 still gives all
-others orthonormal to 1e-6."""
+"""Directions below this share of the strongest one count as rounding errors. With it, the Gram matrix in float64 gives
+directions that are orthonormal to 1e-6."""
 
 
 def gem_dual(gram: NDArray[np.float64], margin: float) -> NDArray[np.float64]:
     """argmin_v 1/2 v^T G G^T v + g^T G^T v subject to v_k >= margin (Lopez-Paz and Ranzato, 2017, equation 11).
 
     With u = v - margin this is min |G^T u + g + margin sum_k g_k| subject to u >= 0, a non-negative least squares
-    problem that the active-set algorithm of Lawson and Hanson solves exactly; only inner products of its columns
-    matter, so the Gram matrix's own square root stands for them. At the solution G (g + G^T v) >= 0: the multipliers.
+    problem that the active-set algorithm of Lawson and Hanson solves exactly. Only inner products of its columns
+    matter, so the square root of the Gram matrix takes their place. At the solution, the multipliers
+    G (g + G^T v) are >= 0.
 
     Args:
         gram: [k + 1, k + 1], inner products of g_1 ... g_k and, last, g.
@@ -39,23 +40,23 @@ def gem_dual(gram: NDArray[np.float64], margin: float) -> NDArray[np.float64]:
 
 
 def principal_directions(stack: Shards, lengths: Tensor, capacity: int) -> tuple[Shards, Tensor]:
-    """An orthonormal basis of the span of vectors; where that takes more than ``capacity``, their strongest directions.
+    """An orthonormal basis of the span of vectors, or their ``capacity`` strongest directions if it needs more.
 
-    These are the right singular vectors of the matrix whose rows are the vectors, scaled to ``lengths``, by the
-    eigenvectors of their Gram matrix; the span's best approximation of these rows by so few directions.
+    The vectors, scaled to ``lengths``, are the rows of a matrix. The directions are its right singular vectors, which
+    approximate the rows best, computed from the eigenvectors of the Gram matrix.
 
     Args:
         stack: [count, ...] of any lengths; a vector of zeros gives no direction.
         lengths: [count], float64.
 
     Returns:
-        (stack of at most ``capacity`` orthonormal vectors, float32; their singular values, falling, float64).
+        (stack of at most ``capacity`` orthonormal vectors, float32; their singular values, descending, float64).
     """
     gram = stack.gram()
     norms = gram.diagonal().sqrt()
     scale = torch.where(norms > 0, lengths / norms, 0.0)
     values, vectors = torch.linalg.eigh(scale[:, None] * gram * scale)
     strengths, vectors = values.flip(0).clamp(min=0).sqrt()[:capacity], vectors.flip(1)[:, :capacity]
-    kept = strengths > RANK * strengths.max()
-    strengths = strengths[kept]
-    return stack.combined((vectors[:, kept] / strengths).T * scale), strengths
+    significant = strengths > RANK * strengths.max()
+    strengths = strengths[significant]
+    return stack.combined((vectors[:, significant] / strengths).T * scale), strengths
