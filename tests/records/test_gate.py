@@ -272,7 +272,7 @@ def test_rollback_goes_back_to_the_last_stage_that_passed(rolled_back):
     assert decisions[1]["checks"][0]["value"] == pytest.approx(scores[1][0] - decisions[1]["scores"][0])
     assert matrix["summary"]["forgetting"] == pytest.approx(scores[1][0] - scores[3][0] + scores[1][1] - scores[3][1])
     found = read_run(rolled_back)
-    assert [found.held(row) for row in range(4)] == [0, 1, 1, 3]
+    assert [found.stage_of(row) for row in range(4)] == [0, 1, 1, 3]
     assert found.responses(2, "green") == found.responses(1, "green")
 
 

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from holdfast.runner.evaluate import Evaluated
+    from holdfast.runner.evaluate import Remeasured
 
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
 Stage = Annotated[
@@ -71,7 +71,7 @@ def evaluate(
     print_evaluated(evaluate_stage(run, stage=stage, endpoint=asked, output=output), Console())
 
 
-def print_evaluated(evaluated: Evaluated, console: Console) -> None:
+def print_evaluated(evaluated: Remeasured, console: Console) -> None:
     """Scores of an evaluation beside those of the run, and how many responses differ."""
     from rich.markup import escape
 

@@ -238,7 +238,7 @@ class LabRun:
         best = min(evaluations, key=lambda evaluation: _loss(evaluation, watched)) if watched else None
         if self.process.main:
             shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
-        self.directory.finish({"train": now["seconds"]})
+        self.directory.finish({"seconds": {"train": now["seconds"]}})
         result = {"stop": self.stopped_by} | now | {"parameters": self.parameters}
         result |= {"start": evaluations[0], "end": evaluations[-1], "best": best}
         self.directory.write_json(self.path / "result.json", result)

@@ -1,4 +1,4 @@
-"""A run's directory: who may use it, what is in it, and how far the run has come (DESIGN 4.2)."""
+"""A run's directory: its lock, its files, and run.json, which says what the run is and how far it has come."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import datetime
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from holdfast.system.machine import hardware, versions
 
 
 class RunDirectory:
-    """The files of one run. Only :func:`open_directory` makes one, under a lock.
+    """The files of one run, as :func:`open_directory` opens them.
 
-    All processes of a run have one; the main process alone writes, and they wait for each other after it has.
+    Every rank has one. Rank 0 writes, and the others wait until it has.
+
+    Attributes:
+        record: the content of run.json; empty before the run begins.
     """
 
     def __init__(self, path: Path):
@@ -31,14 +34,15 @@ class RunDirectory:
         self.record: dict[str, Any] = read_json(path / "run.json") if (path / "run.json").exists() else {}
 
     def begin(self, config: Section, facts: dict[str, Any], data: str = "tasks") -> None:
-        """Write run.json, or make sure that the one that stands there is of the same run.
+        """Write run.json; if it is there, check that it belongs to the same run.
 
         Args:
             config: of a run or a laboratory run.
-            facts: what else run.json says; ``facts[data]`` has a ``fingerprint`` of each piece of data, by its name.
+            facts: further content of run.json; ``facts[data]`` gives each piece of data by name, with its
+                ``fingerprint``.
 
         Raises:
-            RunDirectoryError: the directory belongs to another configuration or other data; the difference is listed.
+            RunDirectoryError: the data, or the stream's prompts or metrics, are not those that the run began with.
         """
         world, values = self.process.world, config.model_dump(mode="json")
         if not self.record:
@@ -67,12 +71,16 @@ class RunDirectory:
                     f"{self.path}: the data of {data.removesuffix('s')} {name!r} changed since this run began; "
                     "put the old data back, or give another output"
                 )
-        if self.record["config"] != values:  # in keys that change nothing that is done
+        if self.record["config"] != values:  # they differ in keys that may change
             self.record["config"] = values
             self.write()
 
     def check_config(self, config: Section) -> None:
-        """RunDirectoryError if a run with another configuration began here."""
+        """Check that no run with another configuration began here.
+
+        Raises:
+            RunDirectoryError: one did; the message lists the differences.
+        """
         if self.record and (lines := difference(self.record["config"], config, type(config))):
             listed = "".join(f"\n  {line}" for line in lines)
             raise RunDirectoryError(
@@ -80,43 +88,44 @@ class RunDirectory:
                 "give another output, or the old values to continue that run"
             )
 
-    def finish(self, seconds: dict[str, float], **cost: float) -> None:
-        """Note in run.json that the run is complete, how long it took, and what else it cost."""
+    def finish(self, cost: Mapping[str, Any]) -> None:
+        """Note in run.json that the run is complete, and what it cost."""
         if self.record["finished"] is None:
-            self.record |= {"finished": _now(), "seconds": seconds} | cost
+            self.record |= {"finished": _now()} | dict(cost)
             self.write()
 
     def way_to(self, model: str) -> str | None:
-        """The way from here to a model's folder, which stays right where both are moved; None for a hub name."""
+        """The path from here to a model's folder, which stays right if both are moved together; None: a hub name."""
         return os.path.relpath(Path(model).absolute(), self.path.resolve()) if Path(model).is_dir() else None
 
     def write(self) -> None:
+        """Write run.json; all ranks call this."""
         self.write_json(self.path / "run.json", self.record)
 
     def exists(self, path: Path) -> bool:
-        """Whether the main process finds a file, in all processes."""
+        """Whether rank 0 finds a file; all ranks call this."""
         return self.process.broadcast(path.exists())
 
     def write_json(self, path: Path, value: Any) -> None:
-        """Write a JSON file; all processes call this."""
+        """Write a JSON file; all ranks call this."""
         if self.process.main:
             write_json(path, value)
         self.process.wait()
 
-    def write_jsonl(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        """Write a JSON-lines file; all processes call this."""
+    def write_jsonl(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a JSON-lines file; all ranks call this."""
         if self.process.main:
             write_jsonl(path, rows)
         self.process.wait()
 
     @contextlib.contextmanager
     def whole_folder(self, path: Path) -> Iterator[Path]:
-        """A temporary folder to fill, which becomes ``path``; all processes call this, and the main one writes."""
+        """Give a temporary folder to fill, which becomes ``path``; all ranks call this, and rank 0 writes."""
         if self.process.main:
             with whole_folder(path) as partial:
                 yield partial
         else:
-            with tempfile.TemporaryDirectory() as scratch:  # libraries make, and list, the folder that they are given
+            with tempfile.TemporaryDirectory() as scratch:  # some libraries make or list the folder on every rank
                 yield Path(scratch)
         self.process.wait()
 
@@ -125,7 +134,7 @@ class RunDirectory:
         return self.path / "stages" / f"{index:02d}-{slug(name)}"
 
     def trim_events(self, stage: int, step: int) -> None:
-        """Drop the events and curves after a step of a stage: a resumed run writes them again."""
+        """Drop the events and curves after a step of a stage, since a resumed run writes them again."""
         for name in ("events.jsonl", "curves.jsonl"):
             path = self.path / name
             if path.exists() and self.process.main:
@@ -136,11 +145,11 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def open_directory(path: Path) -> Iterator[RunDirectory]:
-    """Make the directory if it is new and hold its lock.
+    """Make the directory if it is new, and hold its lock.
 
     Raises:
-        RunDirectoryError: it is a file, cannot be written, holds something else, or another process uses it; or what
-            is done in it fills the disk.
+        RunDirectoryError: it is a file, cannot be written, holds other files, or is in use by another process; or the
+            disk is full.
     """
     process = Process.this()
     if not process.main:
@@ -159,7 +168,7 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
 
 
 def current_stage(record: dict[str, Any], stage: int) -> int:
-    """The stage whose weights a run holds after a stage: itself, or an earlier one to which the gate went back.
+    """The stage whose weights a run holds after a stage: that stage, or an earlier one if the gate went back.
 
     Args:
         record: run.json.
@@ -169,17 +178,17 @@ def current_stage(record: dict[str, Any], stage: int) -> int:
 
 
 def learned_stages(record: dict[str, Any], stage: int) -> list[int]:
-    """The stages that made the weights that a run holds after a stage: all up to it, without those that the gate undid.
+    """The stages that made the weights that a run holds after a stage, without those that the gate undid.
 
     Args:
         record: run.json.
     """
-    held = current_stage(record, stage)
-    return [*learned_stages(record, held - 1), held] if held else []
+    current = current_stage(record, stage)
+    return [*learned_stages(record, current - 1), current] if current else []
 
 
 def require_runs(paths: list[Path]) -> None:
-    """RunDirectoryError if one of the paths is no run's directory with results."""
+    """Raise RunDirectoryError if one of the paths is not a run's directory, or has no results."""
     for path in paths:
         if not (path / "run.json").exists():
             raise RunDirectoryError(f"{path}: is no run's directory (it has no run.json)")

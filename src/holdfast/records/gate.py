@@ -1,18 +1,22 @@
-"""The gate: whether a stage kept to the limits on what may be forgotten, and by how much it did not."""
+"""The gate: each limit on what may be forgotten, checked against what a stage lost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from holdfast.api.scorer import Scorer
 from holdfast.config.gate import GateConfig
 from holdfast.config.reading import validate
 from holdfast.errors import ConfigError, GateFailed
-from holdfast.metrics.intervals import intervals, paired_difference, task_intervals
+from holdfast.metrics.intervals import Examples, intervals, paired_difference, task_intervals
 from holdfast.metrics.matrix import LOWER_IS_BETTER, NO_ACCURACY
 from holdfast.metrics.summary import by_task, summarize
 from holdfast.system.files import read_json
@@ -21,19 +25,38 @@ if TYPE_CHECKING:
     from holdfast.records.read import FinishedRun
 
 TOLERANCE = 1e-9
-"""0.9 less 0.85 is a little more than 0.05 to a computer; such a figure keeps to a limit of 0.05."""
+"""A figure may be beyond its limit by this much: in floating point, 0.9 - 0.85 is a little more than 0.05."""
+
+Action = Literal["stop", "rollback", "continue"]
+DONE: dict[Action, str] = {"stop": "the run stopped", "rollback": "rolled back", "continue": "the run went on"}
+
+
+class Decision(TypedDict):
+    """What a run did after a stage, as run.json keeps it.
+
+    ``current`` is the stage whose weights the run holds from then on, ``checks`` are the :func:`record` of the stage's
+    checks, and ``scores`` the stage's own row of the score matrix, which a rollback takes out of matrix.json.
+    """
+
+    stage: int
+    task: str
+    passed: bool
+    action: Action
+    current: int
+    checks: list[dict[str, Any]]
+    scores: list[float | None]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One figure against its limit.
+    """One figure and its limit.
 
     Attributes:
-        key: of :class:`GateConfig`.
+        key: the limit's, in :class:`GateConfig`.
         figure: what was measured, in words.
-        value: None where a score that it needs is missing.
+        value: None if a score that it needs is missing.
         limit: in the unit of ``value``.
-        interval: 95 %, over test examples; None where it is not known.
+        interval: 95 %, over test examples; None if it is not known.
     """
 
     key: str
@@ -44,24 +67,24 @@ class Check:
 
     @property
     def beyond(self) -> float | None:
-        """By how much the value is on the wrong side of the limit; negative where it keeps to it."""
+        """How far the value is on the wrong side of the limit; negative on the right side."""
         if self.value is None:
             return None
         return self.value - self.limit if self.key.startswith("max_") else self.limit - self.value
 
     @property
     def passed(self) -> bool:
-        """Whether the value is known and keeps to the limit."""
+        """Whether the value is known and on the right side of the limit."""
         return self.beyond is not None and self.beyond <= TOLERANCE
 
     @property
     def sure(self) -> bool:
-        """Whether the limit lies outside the interval, so that another draw of test examples would say the same."""
+        """Whether the limit lies outside the interval: other test examples would most likely give the same verdict."""
         return self.interval is not None and not self.interval[0] <= self.limit <= self.interval[1]
 
     @property
     def verdict(self) -> str:
-        """In words: passed, failed, failed but within its interval, or not measured."""
+        """The outcome in words."""
         if self.value is None:
             return "not measured"
         if self.passed:
@@ -71,20 +94,20 @@ class Check:
 
 @dataclass(frozen=True)
 class Increase:
-    """How far a loss may rise: ``amount`` nats a token, or ``amount`` times what it was."""
+    """A limit on the rise of a loss: ``amount`` nats a token, or ``amount`` times the loss before."""
 
     amount: float
     relative: bool
 
     @classmethod
     def read(cls, limit: float | str) -> Increase:
-        """From GateConfig.max_general_loss_increase: 0.05, or "2%"."""
+        """Read GateConfig.max_general_loss_increase: 0.05, or "2%"."""
         if isinstance(limit, str):
             return cls(float(limit.removesuffix("%")) / 100, True)
         return cls(limit, False)
 
     def nats(self, before: float) -> float:
-        """The limit on the rise of a loss that was ``before``, in nats a token."""
+        """The limit in nats a token, for a loss that was ``before``."""
         return self.amount * before if self.relative else self.amount
 
     def __str__(self) -> str:
@@ -92,7 +115,7 @@ class Increase:
 
 
 def general_loss(name: str, value: float) -> float:
-    """A measure of general text in nats a token: the logarithm of a perplexity, a loss as it is."""
+    """The loss on general text in nats a token, from a measure that is a perplexity or a loss."""
     return math.log(value) if name.startswith("perplexity") else value
 
 
@@ -109,8 +132,8 @@ def is_accuracy(name: str) -> bool:
 def judge(run: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
     """Check the model of a row of the score matrix against every limit.
 
-    Figures over tasks are those of the tasks learned by then, as if the stream had ended there. A limit on forgetting
-    makes no check before there is anything to forget.
+    Figures over tasks are those of the tasks learned by then, as if the stream had ended there. Limits on forgetting
+    give no check while there is nothing to forget.
 
     Args:
         run: read from its directory.
@@ -118,58 +141,124 @@ def judge(run: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
         row: of the score matrix, from 1.
 
     Raises:
-        ConfigError: a limit needs what the run does not measure.
+        ConfigError: a limit needs a score that the run does not measure.
     """
     check_limits(gate, run.matrix["general"], run.scorers.values())
-    learned = len(run.tasks) if run.joint else row
-    tasks = run.tasks[:learned]
-    metrics = [run.scorers[task] for task in tasks]
-    scores = [stage[:learned] for stage in run.scores[: row + 1]]
-    examples = [[run.statistics(t, j) for j in range(learned)] for t in range(row + 1)]
-    totals = run.totals[:learned]
-    resamples = run.config["evaluation"]["bootstrap"]
-    options: dict[str, Any] = {"metrics": metrics, "totals": totals, "resamples": resamples}
-    summary = summarize(scores, metrics=metrics)
-    terms = by_task(scores, metrics=metrics)
-    ends = intervals(examples, **options) if resamples else {}
-    term_ends = task_intervals(examples, **options) if resamples else {}
-    checks = []
-    for key, limit in gate.limits.items():
-        match key:
-            case "max_forgetting" if learned > 1 and not run.joint:
-                checks.append(Check(key, "forgetting", summary["forgetting"], limit, ends.get("forgetting")))
-            case "max_task_forgetting" if not run.joint:
-                for j in range(learned - 1):
-                    interval = term_ends["forgetting"][j] if term_ends else None
-                    checks.append(Check(key, f"forgetting of {tasks[j]}", terms["forgetting"][j], limit, interval))
-            case "min_average":
-                checks.append(Check(key, "average", summary["average"], limit, ends.get("average")))
-            case "min_new_task":
-                for j in range(learned) if run.joint else [learned - 1]:
-                    alone = [[None], [examples[row][j]]]
-                    ends_of_it = intervals(alone, totals=[totals[j]], resamples=resamples) if resamples else {}
-                    checks.append(Check(key, f"score of {tasks[j]}", scores[row][j], limit, ends_of_it.get("average")))
-            case "max_general_loss_increase":
-                checks += _general_losses(run, row, Increase.read(limit))
-            case "max_general_drop":
-                checks += _general_drops(run, row, limit)
-    return checks
+    figures = _Figures(run, row)
+    return [check for key, limit in gate.limits.items() for check in getattr(figures, key)(limit)]
+
+
+class _Figures:
+    """What is measured after a stage; each limit of the gate is a method of its name, which makes the checks."""
+
+    def __init__(self, run: FinishedRun, row: int):
+        self.run, self.row = run, row
+        self.resamples: int = run.config["evaluation"]["bootstrap"]
+        self.tasks = run.tasks if run.joint else run.tasks[:row]  # those learned by then
+        self.scorers = [run.scorers[task] for task in self.tasks]
+        self.totals = run.totals[: len(self.tasks)]
+        self.scores = [stage[: len(self.tasks)] for stage in run.scores[: row + 1]]
+
+    def max_forgetting(self, limit: float) -> list[Check]:
+        if self.run.joint or len(self.tasks) < 2:
+            return []
+        return [self._of_summary("max_forgetting", "forgetting", limit)]
+
+    def max_task_forgetting(self, limit: float) -> list[Check]:
+        if self.run.joint:
+            return []
+        values = by_task(self.scores, metrics=self.scorers)["forgetting"][:-1]
+        ends: Sequence[list[float] | None] = [None] * len(values)
+        if self.resamples:
+            found = task_intervals(self.examples, metrics=self.scorers, totals=self.totals, resamples=self.resamples)
+            ends = found["forgetting"][:-1]
+        return [
+            Check("max_task_forgetting", f"forgetting of {task}", value, limit, interval)
+            for task, value, interval in zip(self.tasks[:-1], values, ends, strict=True)
+        ]
+
+    def min_average(self, limit: float) -> list[Check]:
+        return [self._of_summary("min_average", "average", limit)]
+
+    def min_new_task(self, limit: float) -> list[Check]:
+        checks = []
+        for j in range(len(self.tasks)) if self.run.joint else [len(self.tasks) - 1]:
+            interval = None
+            if self.resamples:
+                alone: Examples = [[None], [self.examples[self.row][j]]]
+                interval = intervals(alone, totals=[self.totals[j]], resamples=self.resamples)["average"]
+            score = self.scores[self.row][j]
+            checks.append(Check("min_new_task", f"score of {self.tasks[j]}", score, limit, interval))
+        return checks
+
+    def max_general_loss_increase(self, limit: float | str) -> list[Check]:
+        checks, increase = [], Increase.read(limit)
+        for name, values in self.run.matrix["general"].items():
+            if not is_general_loss(name):
+                continue
+            value, allowed = None, increase.amount
+            if None not in (values[0], values[self.row]):
+                before = general_loss(name, values[0])
+                value, allowed = general_loss(name, values[self.row]) - before, increase.nats(before)
+            figure = f"rise of the loss on {name.removeprefix('perplexity/')}"
+            interval = self._general_interval(name, 0, self.row)
+            checks.append(Check("max_general_loss_increase", figure, value, allowed, interval))
+        return checks
+
+    def max_general_drop(self, limit: float) -> list[Check]:
+        checks = []
+        for name, values in self.run.matrix["general"].items():
+            if is_accuracy(name):
+                value = None if None in (values[0], values[self.row]) else values[0] - values[self.row]
+                interval = self._general_interval(name, self.row, 0)
+                checks.append(Check("max_general_drop", f"fall of {name}", value, limit, interval))
+        return checks
+
+    @cached_property
+    def examples(self) -> list[list[NDArray[np.float64] | None]]:
+        """Statistics of the test examples, [row][task]."""
+        return [[self.run.statistics(t, j) for j in range(len(self.tasks))] for t in range(self.row + 1)]
+
+    @cached_property
+    def summary(self) -> dict[str, float | None]:
+        return summarize(self.scores, metrics=self.scorers)
+
+    @cached_property
+    def summary_intervals(self) -> dict[str, list[float] | None]:
+        if not self.resamples:
+            return {}
+        return intervals(self.examples, metrics=self.scorers, totals=self.totals, resamples=self.resamples)
+
+    def _of_summary(self, key: str, figure: str, limit: float) -> Check:
+        return Check(key, figure, self.summary[figure], limit, self.summary_intervals.get(figure))
+
+    def _general_interval(self, name: str, first: int, second: int) -> list[float] | None:
+        """95 % interval of a general ability at row ``second`` less row ``first``, of a loss in nats: a bootstrap over
+        its texts or questions."""
+        if not self.resamples or None in (self.run.matrix["general"][name][row] for row in (first, second)):
+            return None
+        before, after = (self.run.general_statistics(row, name) for row in (first, second))
+        if before is None or after is None or before.shape != after.shape:
+            return None
+        quotient = [lambda sums: sums[..., 0] / sums[..., 1]]
+        found = paired_difference([before], [after], totals=quotient, resamples=self.resamples, permutations=1)
+        return cast(list[float] | None, found["interval"])
 
 
 def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tuple[str, list[Check]]:
-    """Check a run's directory against limits, or where none are given against those of its configuration.
+    """Check a run's directory against limits.
 
     Args:
         path: the run's directory.
-        limits: by key of :class:`GateConfig`.
-        stage: after which one; None: after the last one that was evaluated.
+        limits: by key of :class:`GateConfig`; if there are none, those of the run's configuration.
+        stage: the stage after which the model is checked; None: the last one that was evaluated.
 
     Returns:
-        what was judged, in words, and the checks.
+        the run and the stage in words, and the checks.
 
     Raises:
         RunDirectoryError: there is no run, or none that was evaluated.
-        ConfigError: there are no limits, one of them cannot be used, or no such stage was evaluated.
+        ConfigError: there are no limits, one of them cannot be used, or the stage was not evaluated.
     """
     from holdfast.records.read import read_run
 
@@ -179,7 +268,7 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tu
         raise ConfigError(f"{path}: its configuration has no gate; give a limit, for example --max-forgetting 0.05")
     gate = validate(GateConfig, limits, str(path))
     measured = [t for t, row in enumerate(run.scores) if t and any(score is not None for score in row)]
-    rows = {run.held(t) if run.joint else t: t for t in measured}
+    rows = {run.stage_of(t) if run.joint else t: t for t in measured}
     if not rows or (stage is not None and stage not in rows):
         known = f"evaluated: {', '.join(map(str, rows))}" if rows else "none was evaluated yet"
         raise ConfigError(f"{path}: stage {stage or 'last'} cannot be judged; {known}")
@@ -188,31 +277,28 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tu
 
 
 def raise_if_failed(path: Path) -> None:
-    """GateFailed if a stage of a run failed its gate, whatever the run did then."""
-    decisions = read_json(path / "run.json").get("gate", [])
-    lost = [f"{d['stage']} ({d['task']}, {DONE[d['action']]})" for d in decisions if not d["passed"]]
-    if lost:
-        raise GateFailed(f"the gate failed after stage {', '.join(lost)}")
-
-
-DONE = {"stop": "the run stopped", "rollback": "rolled back", "continue": "the run went on"}
+    """Raise GateFailed if a stage of a run failed its gate, whatever the run did then."""
+    decisions: list[Decision] = read_json(path / "run.json").get("gate", [])
+    rejected = [f"{d['stage']} ({d['task']}, {DONE[d['action']]})" for d in decisions if not d["passed"]]
+    if rejected:
+        raise GateFailed(f"the gate failed after stage {', '.join(rejected)}")
 
 
 def failed(checks: Sequence[Check]) -> list[Check]:
-    """Those that did not pass."""
+    """The checks that did not pass."""
     return [check for check in checks if not check.passed]
 
 
-def record(checks: list[Check]) -> list[dict[str, Any]]:
+def record(checks: Sequence[Check]) -> list[dict[str, Any]]:
     """Checks as run.json keeps them."""
     return [asdict(check) | {"passed": check.passed} for check in checks]
 
 
 def check_limits(gate: GateConfig, general: Iterable[str], scorers: Iterable[Scorer]) -> None:
-    """See that a run measures what the limits need.
+    """Check that a run measures what its limits need.
 
     Args:
-        general: its measures of general ability, by their names in matrix.json.
+        general: the run's measures of general ability, by their names in matrix.json.
         scorers: of its tasks.
 
     Raises:
@@ -229,40 +315,3 @@ def check_limits(gate: GateConfig, general: Iterable[str], scorers: Iterable[Sco
     for key in ("min_average", "min_new_task"):
         if key in gate.limits and lower:
             raise ConfigError(f"gate.{key}: a task is scored by {lower[0]}, of which lower is better; leave it out")
-
-
-def _general_losses(run: FinishedRun, row: int, limit: Increase) -> list[Check]:
-    checks = []
-    for name, values in run.matrix["general"].items():
-        if not is_general_loss(name):
-            continue
-        value, allowed = None, limit.amount
-        if None not in (values[0], values[row]):
-            before = general_loss(name, values[0])
-            value, allowed = general_loss(name, values[row]) - before, limit.nats(before)
-        figure = f"rise of the loss on {name.removeprefix('perplexity/')}"
-        checks.append(Check("max_general_loss_increase", figure, value, allowed, _interval(run, name, 0, row)))
-    return checks
-
-
-def _general_drops(run: FinishedRun, row: int, limit: float) -> list[Check]:
-    checks = []
-    for name, values in run.matrix["general"].items():
-        if is_accuracy(name):
-            value = None if None in (values[0], values[row]) else values[0] - values[row]
-            checks.append(Check("max_general_drop", f"fall of {name}", value, limit, _interval(run, name, row, 0)))
-    return checks
-
-
-def _interval(run: FinishedRun, name: str, first: int, second: int) -> list[float] | None:
-    """95 % interval of a general ability at the second row less that at the first, of a loss in nats: bootstrap over
-    its texts or questions."""
-    resamples = run.config["evaluation"]["bootstrap"]
-    if not resamples or None in (run.matrix["general"][name][row] for row in (first, second)):
-        return None
-    both = [run.general_statistics(row, name) for row in (first, second)]
-    if any(entry is None for entry in both) or both[0].shape != both[1].shape:
-        return None
-    before, after = ([entry] for entry in both)
-    totals = [lambda sums: sums[..., 0] / sums[..., 1]]
-    return paired_difference(before, after, totals=totals, resamples=resamples, permutations=1)["interval"]

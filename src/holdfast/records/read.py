@@ -1,4 +1,4 @@
-"""A run's directory as plain data, and the names that tell several runs apart."""
+"""Runs read from their directories, and labels that tell several of them apart."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from holdfast.api.scorer import Scorer
 from holdfast.config.describe import flat
@@ -25,10 +26,13 @@ REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no 
 
 @dataclass
 class FinishedRun:
-    """One run's directory, read.
+    """A run read from its directory, finished or not.
 
-    ``info`` is run.json, ``matrix`` is matrix.json, ``events`` are the lines of events.jsonl in the order of training.
-    ``label`` tells this run from the others that are reported with it.
+    Attributes:
+        info: the content of run.json.
+        matrix: the content of matrix.json.
+        events: the lines of events.jsonl, in the order of training.
+        label: a name that differs from those of the other runs in a report.
     """
 
     path: Path
@@ -36,7 +40,7 @@ class FinishedRun:
     matrix: dict[str, Any]
     events: list[dict[str, Any]] = field(default_factory=list)
     label: str = ""
-    _statistics: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
+    _statistics: dict[tuple[int, int], NDArray[np.float64] | None] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -48,26 +52,27 @@ class FinishedRun:
 
     @property
     def scores(self) -> list[list[float | None]]:
-        """S as [T+1, T]; row 0 is before training; None where not measured."""
+        """S, [T+1][T]; row 0 is before training; None where not measured."""
         return self.matrix["scores"]
 
     @property
     def method(self) -> str:
+        """The names of the methods."""
         return " + ".join(method["name"] for method in self.config["method"])
 
     @property
     def reference(self) -> str | None:
-        """What this run is a reference for, where it is one: it shows a bound and competes with nobody."""
+        """What this run is a reference for; None: it is a method to be compared."""
         return REFERENCES.get(self.config["method"][0]["name"])
 
     @property
     def joint(self) -> bool:
-        """Whether all tasks were learned together, in one stage that fills the last row of the score matrix."""
+        """Whether one stage learned all tasks; its scores are the last row of the score matrix."""
         return self.config["method"][0]["name"] == "joint"
 
     @property
     def split(self) -> str:
-        """The rows that the tasks are measured on: test, or dev."""
+        """The split that the tasks are measured on: test, or dev."""
         return self.config["evaluation"].get("split", "test")
 
     @property
@@ -81,11 +86,12 @@ class FinishedRun:
 
     @property
     def minutes(self) -> float | None:
+        """Minutes of training and evaluation; None before the run is finished."""
         seconds = self.info.get("seconds")
         return sum(seconds.values()) / 60 if seconds else None
 
     def figure(self, key: str) -> float | None:
-        """A figure of matrix.json or a cost of run.json, by its key; None where it is not known."""
+        """A figure of matrix.json or a cost of run.json, by its key; None if it is not known."""
         if key == "minutes":
             return self.minutes
         if key in self.matrix["summary"]:
@@ -94,15 +100,15 @@ class FinishedRun:
 
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
-        """What makes each task's score of its scored rows."""
+        """The scorer of each task, which gives the task's score from rows that are scored."""
         return {task: scorer(self.matrix["metrics"][task]) for task in self.tasks}
 
     def lower_is_better(self, j: int) -> bool:
-        """Whether a lower score of task j is better, as of a loss."""
+        """Whether a lower score of task j is better, as with a loss."""
         return self.scorers[self.tasks[j]].lower_is_better
 
     def own_stage(self, j: int) -> int:
-        """The stage in which task j (from 0) was learned: j + 1, and for joint training the last."""
+        """The stage in which task j (from 0) was learned: j + 1, or in joint training the last one."""
         return len(self.tasks) if self.joint else j + 1
 
     def stage_names(self) -> list[str]:
@@ -113,7 +119,7 @@ class FinishedRun:
         return ["before training", *(f"after {task}" for task in self.tasks)]
 
     def seen_average(self) -> list[float | None]:
-        """T means: after stage t, over the tasks learned by then; None where one of them was not measured."""
+        """The mean score after each stage over the tasks learned by then, [T]; None if one of them was not measured."""
         T = len(self.tasks)
         means: list[float | None] = []
         for t in range(1, T + 1):
@@ -127,50 +133,50 @@ class FinishedRun:
         """The stages' folders by number; 0 is before training."""
         return {int(folder.name.partition("-")[0]): folder for folder in sorted(self.path.glob("stages/[0-9]*-*"))}
 
-    def held(self, row: int) -> int:
-        """The stage whose weights a row of the score matrix is measured with; 0 is the model before training."""
+    def stage_of(self, row: int) -> int:
+        """The stage whose weights a row of the score matrix belongs to; 0 is the model before training."""
         stage = min(row, 1) if self.joint else row
         return current_stage(self.info, stage) if stage in self.folders else 0
 
     def responses(self, row: int, task: str) -> list[dict[str, Any]]:
-        """The test rows of a task at a row of the score matrix, with their scores; empty where nothing was kept."""
-        if self.held(row) not in self.folders:
+        """The scored test rows of a task at a row of the score matrix; empty if their file is not there."""
+        if self.stage_of(row) not in self.folders:
             return []
-        file = self.folders[self.held(row)] / "responses" / f"{slug(task)}.jsonl"
+        file = self.folders[self.stage_of(row)] / "responses" / f"{slug(task)}.jsonl"
         return read_jsonl(file) if file.exists() else []
 
-    def statistics(self, row: int, j: int) -> Any:
-        """What :mod:`holdfast.metrics` resamples of task j's test examples at a row of the score matrix, [examples, k];
-        None where nothing was measured or kept."""
+    def statistics(self, row: int, j: int) -> NDArray[np.float64] | None:
+        """Statistics of task j's test examples at a row of the score matrix, [examples, k], from whose sums
+        :mod:`holdfast.metrics` computes intervals; None if they were not measured or their file is not there."""
         if self.scores[row][j] is None:
             return None
-        place = self.held(row), j  # several rows may be of one stage
+        place = self.stage_of(row), j  # several rows may belong to one stage
         if place not in self._statistics:
             rows = self.responses(row, self.tasks[j])
             self._statistics[place] = self.scorers[self.tasks[j]].statistics(rows) if rows else None
         return self._statistics[place]
 
-    def general_statistics(self, row: int, name: str) -> Any:
+    def general_statistics(self, row: int, name: str) -> NDArray[np.float64] | None:
         """The same of a measure of general ability, by its name in matrix.json, [examples, 2]."""
-        path = self.folders.get(self.held(row), self.path) / "evaluation.json"
-        found = read_json(path).get("general_examples", {}) if path.exists() else {}
-        return np.array(found[name], dtype=float) if name in found else None
+        path = self.folders.get(self.stage_of(row), self.path) / "evaluation.json"
+        examples = read_json(path).get("general_examples", {}) if path.exists() else {}
+        return np.array(examples[name], dtype=float) if name in examples else None
 
     @property
     def totals(self) -> list[Total]:
-        """How each task's score follows from the sums of its statistics."""
+        """For each task the function from the sums of its statistics to its score."""
         return [self.scorers[task].total for task in self.tasks]
 
 
 @dataclass
 class Changes:
-    """What became of one task's test rows between two evaluations.
+    """The test rows of a task at two evaluations.
 
     Attributes:
-        since: when the first one was.
+        since: when the first evaluation was.
         pairs: (before, after) of each row, in order.
-        lost: of these the ones that went from right to wrong, worst first.
-        gained: those that went from wrong to right, best first.
+        lost: the pairs that went from right to wrong, worst first.
+        gained: the pairs that went from wrong to right, best first.
     """
 
     task: str
@@ -188,7 +194,7 @@ def read_run(path: Path) -> FinishedRun:
     """Read one run's directory.
 
     Raises:
-        RunDirectoryError: it holds no run, or none that was evaluated yet.
+        RunDirectoryError: it holds no run, or a run without scores.
     """
     for name, lacks in (("run.json", "is not a run's directory"), ("matrix.json", "has no scores yet")):
         if not (path / name).is_file():
@@ -198,7 +204,7 @@ def read_run(path: Path) -> FinishedRun:
 
 
 def read_runs(paths: list[Path]) -> list[FinishedRun]:
-    """Read several runs and give each a label of its own."""
+    """Read several runs, and give each a label that no other has."""
     runs = [read_run(path) for path in paths]
     for run, label in zip(runs, name_runs(runs), strict=True):
         run.label = label
@@ -206,10 +212,10 @@ def read_runs(paths: list[Path]) -> list[FinishedRun]:
 
 
 def name_runs(runs: list[FinishedRun], ignored: Collection[str] = ()) -> list[str]:
-    """A name of its own for each run: its method, then what else differs, then its directory.
+    """A name for each run that no other has: its method, then up to two settings that differ, then its directory.
 
     Args:
-        ignored: keys of the configuration that are not named.
+        ignored: keys of the configuration that do not enter a name.
     """
     names = [run.method for run in runs]
     for places in _same(names):
@@ -230,16 +236,18 @@ def changes(run: FinishedRun, j: int) -> Changes | None:
     """Compare the responses to task j at the end with those right after its own stage.
 
     A task that was learned last is compared with the model before training. A score of at least a half is right. A row
-    is lost where it went from right to wrong, gained where it went from wrong to right, by a half or more: for metrics
-    that know only right and wrong, wherever it changed.
-    None where the responses are not kept, or the task has none (it is scored by loss).
+    is lost if it went from right to wrong, and gained if it went from wrong to right, by a half or more: with a metric
+    that gives only 0 and 1, whenever it changed.
+
+    Returns:
+        None if the responses are not there, or the task has none because it is scored by its loss.
     """
     measured = [t for t, row in enumerate(run.scores) if row[j] is not None]
     if run.lower_is_better(j) or not measured:
         return None
     task, last = run.tasks[j], measured[-1]
     then = run.own_stage(j) if run.own_stage(j) in measured[:-1] else measured[0]
-    if run.held(then) == run.held(last):
+    if run.stage_of(then) == run.stage_of(last):
         return None
     before = {(row["row"], row.get("number")): row for row in run.responses(then, task)}
     after = [((row["row"], row.get("number")), row) for row in run.responses(last, task)]
@@ -259,18 +267,18 @@ def changes(run: FinishedRun, j: int) -> Changes | None:
 
 
 def _same(names: list[str]) -> list[list[int]]:
-    """Places of names that are there more than once."""
+    """The places of each name that stands more than once."""
     counts = Counter(names)
     return [[i for i, name in enumerate(names) if name == one] for one, count in counts.items() if count > 1]
 
 
 def settings(run: FinishedRun) -> dict[str, Any]:
-    """The configuration as dotted keys, methods by their names, without where the run is written."""
+    """The configuration as dotted keys, each method under its name, without the output."""
     config = {key: value for key, value in run.config.items() if key not in ("output", "method")}
     return flat({method["name"]: method for method in run.config["method"]} | config)
 
 
 def _read_events(path: Path) -> list[dict[str, Any]]:
-    """The logged steps in order; of a step that was logged again after a resume, the last."""
+    """The logged steps in order; a step that was logged twice, after a resume, counts as it was logged last."""
     events = {(event["stage"], event["step"]): event for event in read_appended(path)}
     return [events[key] for key in sorted(events)]

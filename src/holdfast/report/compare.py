@@ -292,8 +292,13 @@ def _paired(base: Group, group: Group) -> dict[str, Any] | None:
 def _at_the_end(group: Group) -> dict[int, list[NDArray[np.float64]]] | None:
     """By seed, statistics of each task's test examples after the last stage; None where one is missing."""
     T = len(group.runs[0].tasks)
-    ends = {run.info["seed"]: [run.statistics(T, j) for j in range(T)] for run in group.runs}
-    return None if any(task is None for run in ends.values() for task in run) else ends
+    ends = {}
+    for run in group.runs:
+        statistics = [run.statistics(T, j) for j in range(T)]
+        ends[run.info["seed"]] = [task for task in statistics if task is not None]
+        if len(ends[run.info["seed"]]) < T:
+            return None
+    return ends
 
 
 def _correct(rows: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The curves of a stage: its tasks' scores, and the loss on general text, while it trains."""
+"""The curves of a stage: the scores of its tasks, and the loss on general text, while it trains."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from holdfast.system.files import append_jsonl
 
 @dataclass
 class Curves:
-    """Measures every so many steps, writes what it finds to curves.jsonl, and tells when the general loss has risen
-    beyond its limit.
+    """Measures at intervals, writes curves.jsonl, and notices when a general loss has risen beyond its limit.
 
     Attributes:
-        every: steps between evaluations of the stage's tasks; None: never.
-        scores: measures them, {task: score}.
-        general_every: steps between measurements of general text; None: never.
-        general: measures them, {name in matrix.json: value}.
-        before: what ``general`` gave before training; None where that was not finite.
-        limit: on the rise of each general loss; None: whatever it is, the stage goes on.
+        path: curves.jsonl.
+        every: steps between measurements of the stage's tasks; None: they are not measured.
+        scores: measures the tasks, {task: score}.
+        general_every: steps between measurements of general text; None: it is not measured.
+        general: measures general text, {name in matrix.json: value}.
+        before: the values of ``general`` before training; None where a value was not finite.
+        limit: on the rise of each general loss; None: there is no limit.
         note: the general losses, for the progress.
-        stopped: what was beyond the limit, for the stage's record; None as long as nothing was.
+        stopped: the loss that was beyond the limit, for the stage's record; None: there was none so far.
     """
 
     path: Path
@@ -44,22 +44,23 @@ class Curves:
     stopped: dict[str, Any] | None = None
 
     def due(self, step: int) -> bool:
-        """Whether something is measured after a step."""
+        """Whether anything is measured after a step."""
         return any(every is not None and step % every == 0 for every in (self.every, self.general_every))
 
     def measure(self, step: int) -> None:
-        """Measure what is due; random choices of the training do not notice."""
-        found: dict[str, Any] = {"stage": self.stage.index, "task": self.stage.name, "step": step}
+        """Measure what is due after a step, and leave the training's random state as it is."""
+        line: dict[str, Any] = {"stage": self.stage.index, "task": self.stage.name, "step": step}
         with torch.random.fork_rng():
             if self.every is not None and step % self.every == 0:
-                found["scores"] = self.scores()
+                line["scores"] = self.scores()
             if self.general_every is not None and step % self.general_every == 0:
-                found["general"] = self.general()
-                self._look(step, found["general"])
+                line["general"] = self.general()
+                self._compare(step, line["general"])
         if Process.this().main:
-            append_jsonl(self.path, found)
+            append_jsonl(self.path, line)
 
-    def _look(self, step: int, general: dict[str, float]) -> None:
+    def _compare(self, step: int, general: dict[str, float]) -> None:
+        """Compare the general losses with those before training."""
         notes = []
         for name, value in general.items():
             loss, start = general_loss(name, value), self.before[name]
@@ -67,7 +68,7 @@ class Curves:
             notes.append(f"{name.removeprefix('perplexity/')} {loss:.3f} ({loss - before:+.3f})")
             if self.limit is None or self.stopped is not None or math.isnan(before):
                 continue
-            if not loss - before <= self.limit.nats(before):  # a loss that is not a number is beyond any limit
+            if not loss - before <= self.limit.nats(before):  # NaN is beyond any limit
                 self.stopped = {
                     "step": step,
                     "general": name,

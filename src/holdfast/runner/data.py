@@ -1,4 +1,4 @@
-"""What a run learns and is measured on: its stream, scorers and general abilities; no torch is imported for them."""
+"""The data of a run: its stream, scorers and general abilities, loaded without importing torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.evaluation.abilities import load_general
 
 @dataclass(frozen=True)
 class RunData:
-    """Rows, still as text, and how they are scored.
+    """The rows of a run as text, and their scorers.
 
     Attributes:
         scorers: of the tasks' metrics, by name.

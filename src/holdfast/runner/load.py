@@ -1,8 +1,8 @@
-"""Load a run's model with its tuner."""
+"""Load the pretrained model of a run, with its tuner."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,14 +17,18 @@ from holdfast.models.attention import fastest
 from holdfast.models.quantization import ready_for_training, weight_options
 from holdfast.runner.setup import Setup
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-def load_model(setup: Setup) -> Any:
-    """:func:`load_pretrained` of a run."""
+
+def load_model(setup: Setup) -> PreTrainedModel | PeftModel:
+    """Load the model of a run, before its first stage."""
     return load_pretrained(setup.config, setup.tuner)
 
 
-def load_pretrained(config: RunConfig, tuner: Tuner) -> Any:
-    """The pretrained model with its tuner, on this machine's device; new weights follow from the seed.
+def load_pretrained(config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftModel:
+    """Load the pretrained model with its tuner, on this machine's device; the seed decides the tuner's new weights.
 
     Raises:
         ConfigError: the weights cannot be loaded.
@@ -53,7 +57,7 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> Any:
     prepare_loaded(pretrained)
     prepared = tuner.prepare(pretrained)
     trained = {name: p.requires_grad for name, p in prepared.named_parameters()}
-    reshard(prepared)  # a tuner that tries a pass has frozen whole weights, and not the pieces that they are made of
+    reshard(prepared)  # a tuner may have tried a pass, after which weights are whole, and frozen these, not the shards
     for name, p in prepared.named_parameters():
         p.requires_grad_(trained[name])
     return prepared

@@ -1,4 +1,4 @@
-"""The stage loop: train, evaluate, remember, checkpoint, report; and resume anywhere in it."""
+"""The stage loop: train, measure, judge, report, stage by stage; it continues wherever it was stopped."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.api.task import Task
 from holdfast.config.run import RunConfig, load_config
 from holdfast.errors import GateFailed
 from holdfast.evaluation.at_test import ModelEvaluation
-from holdfast.evaluation.general import (
-    evaluate_general,
-)
+from holdfast.evaluation.general import evaluate_general
 from holdfast.evaluation.respond import evaluate_task, response_limit
 from holdfast.models.answers import AnswerCache
 from holdfast.records.directory import RunDirectory, current_stage, open_directory
-from holdfast.records.gate import Increase, failed, judge, record
+from holdfast.records.gate import Check, Decision, Increase, failed, judge
+from holdfast.records.read import read_run
 from holdfast.runner.curves import Curves
+from holdfast.runner.decisions import decide, must_judge, standing
 from holdfast.runner.load import load_model, trained_weights
 from holdfast.runner.matrix import read_matrix
 from holdfast.runner.measure import measure
@@ -32,19 +32,23 @@ from holdfast.system.interrupt import Interrupt
 from holdfast.system.progress import Progress
 from holdfast.training.method_state import load_states, save_states
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 
 def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Train on every task of the stream in turn and measure all of them after each; continue where a run stopped.
+    """Train on every task of the stream in turn and measure all tasks after each; continue a run that was stopped.
 
     Args:
         config: a configuration, or the mapping or YAML file that :func:`holdfast.load_config` reads.
-        progress: where to show progress; standard error where absent.
+        progress: shows the progress; None: on standard error.
 
     Returns:
-        what matrix.json holds (DESIGN 4.3).
+        The content of matrix.json.
 
     Raises:
-        UserError: the configuration, data or directory cannot be used, or a loss is not finite.
+        UserError: the configuration, the data or the directory cannot be used, or a loss is not finite.
         GateFailed: a stage failed the configuration's gate, whose ``on_fail`` is ``stop``.
         Interrupted: SIGINT or SIGTERM asked the run to stop; the same call continues it.
     """
@@ -60,7 +64,7 @@ def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | No
 
 
 class RunLoop:
-    """One run at work. Everything that must survive a restart is in its directory, nothing in this object."""
+    """A run at work. All that must survive a restart is in the run's directory, nothing in this object."""
 
     def __init__(self, setup: Setup, directory: RunDirectory, progress: Progress, interrupt: Interrupt):
         self.setup = setup
@@ -68,12 +72,12 @@ class RunLoop:
         self.directory = directory
         self.progress = progress
         self.interrupt = interrupt
-        self._model: Any = None
+        self._model: PreTrainedModel | PeftModel | None = None
         self._states: Path | None = None  # where the methods' states were loaded from, before an engine has the model
         self._limits: dict[str, int] = {}
 
     def go(self) -> dict[str, Any]:
-        """Do what is left to do."""
+        """Do what is left to do, and return the content of matrix.json."""
         done = self._done()
         self._measure(done[-1])
         self._judge(done[-1])
@@ -82,37 +86,39 @@ class RunLoop:
             self._measure(stage)
             self._judge(stage)
         matrix = self._write_matrix()
-        self.directory.finish(**self._cost())
+        self.directory.finish(self._cost())
         self._report()
         return matrix
 
     @property
-    def model(self) -> Any:
-        """The model with its tuner, at the weights that the run holds."""
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The model with its tuner and the weights that the run holds; loaded when it is first needed."""
         if self._model is None:
             self._model = self._load_model()
         return self._model
+
+    # --- where the run stands ---
 
     def _folder(self, stage: PlannedStage) -> Path:
         return self.directory.stage(stage.index, stage.name)
 
     def _done(self) -> list[PlannedStage]:
-        """The stages that are trained, after the start."""
-        return [START, *(stage for stage in self.setup.stages if self._there(self._folder(stage) / "stage.json"))]
+        """The start, and the stages that are trained."""
+        trained = [s for s in self.setup.stages if self.directory.exists(self._folder(s) / "stage.json")]
+        return [START, *trained]
 
-    def _there(self, path: Path) -> bool:
-        return self.directory.exists(path)
-
-    def _held(self) -> PlannedStage:
-        """The stage whose weights the run holds: the last one that is trained, if the gate did not go back."""
+    def _current(self) -> PlannedStage:
+        """The stage whose weights the run holds: the last trained one, unless the gate went back."""
         done = self._done()
         return done[current_stage(self.directory.record, done[-1].index)]
 
-    def _load_model(self) -> Any:
+    # --- train ---
+
+    def _load_model(self) -> PreTrainedModel | PeftModel:
         model = load_model(self.setup)
-        held = self._held()
-        if held.index:
-            folder = self._folder(held)
+        current = self._current()
+        if current.index:
+            folder = self._folder(current)
             self.setup.tuner.load(model, folder / self.setup.tuner.folder)
             self._states = folder / "method"
             load_states(self.setup.applied, self._states, model)
@@ -125,14 +131,9 @@ class RunLoop:
         return model
 
     def _train(self, stage: PlannedStage) -> None:
-        folder = self._folder(stage)
-        model, held = self.model, self._held()
-        if held.index:
-            expected = read_json(self._folder(held) / "stage.json")["weights"]
-            if trained_weights(model) != expected:
-                raise RuntimeError(
-                    f"stage {stage.index} would not start from the weights that stage {held.index} ended with"
-                )
+        """Train a stage and write its weights, its methods' states and, last, stage.json."""
+        model = self.model
+        self._check_start(stage)
         curves = self._curves(stage)
         trained = train_stage(
             self.setup, stage, self.directory, model, self._states, self.progress, self.interrupt, curves
@@ -143,53 +144,40 @@ class RunLoop:
             what += "; stopped early, since the loss on {general} rose from {before:.3f} to {loss:.3f}, beyond {limit}"
             what = what.format(**curves.stopped)
         self.progress.line(what)
+        folder = self._folder(stage)
         with self.directory.whole_folder(folder / self.setup.tuner.folder) as partial:
             self.setup.tuner.save(model, partial)
             if self.directory.process.main:
                 self.setup.encoder.tokenizer.save_pretrained(partial)
         with self.directory.whole_folder(folder / "method") as partial:
             save_states(self.setup.applied, partial)
-        self.directory.write_json(
-            folder / "stage.json",
-            {"stage": stage.index, "task": stage.name} | trained | {"weights": trained_weights(model)},
-        )
+        record = {"stage": stage.index, "task": stage.name} | trained | {"weights": trained_weights(model)}
+        self.directory.write_json(folder / "stage.json", record)
         if self.directory.process.main:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
-    def _measure(self, stage: PlannedStage) -> None:
-        """Evaluate every task and the general abilities after a stage; what is there already is not asked again."""
-        folder = self._folder(stage)
-        if self._there(folder / "evaluation.json"):
+    def _check_start(self, stage: PlannedStage) -> None:
+        """RuntimeError if the model does not have the weights that the stage must start from."""
+        current = self._current()
+        if not current.index:
             return
-        when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
-        measure(
-            self.directory,
-            folder,
-            self.setup.stream.tasks,
-            self.setup.general,
-            evaluation=self._evaluation,
-            limit=lambda task: self.config.evaluation.max_new_tokens or self._response_limit(task),
-            bar=self._bar,
-            when=when,
-        )
-        matrix = self._write_matrix()
-        scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
-        shown = [f"{name} {'not measured' if score is None else f'{score:.3f}'}" for name, score in scores]
-        self.progress.line(f"{when}: {', '.join(shown)}")
+        if trained_weights(self.model) != read_json(self._folder(current) / "stage.json")["weights"]:
+            raise RuntimeError(
+                f"stage {stage.index} would not start from the weights that stage {current.index} ended with"
+            )
 
     def _curves(self, stage: PlannedStage) -> Curves:
         """What is measured while a stage trains."""
         settings, gate = self.config.evaluation, self.config.gate
-        texts = [measure for measure in self.setup.general if measure.kind == "perplexity"]
+        texts = [one for one in self.setup.general if one.kind == "perplexity"]
         limit = gate.max_general_loss_increase if gate is not None and gate.stop_early else None
 
         def scores() -> dict[str, float]:
-            found = {}
+            by_task = {}
             for task in stage.tasks:
-                limit = settings.max_new_tokens or self._response_limit(task)
-                records = evaluate_task(self._evaluation(), task, max_new_tokens=limit)
-                found[task.name] = task_score(records, task.metric)
-            return found
+                records = evaluate_task(self._evaluation(), task, max_new_tokens=self._longest(task))
+                by_task[task.name] = task_score(records, task.metric)
+            return by_task
 
         return Curves(
             path=self.directory.path / "curves.jsonl",
@@ -202,63 +190,44 @@ class RunLoop:
             limit=None if limit is None else Increase.read(limit),
         )
 
-    def _judge(self, stage: PlannedStage) -> None:
-        """Hold a stage against the gate, write down what follows, and do it; what is decided already stays so.
+    # --- measure ---
 
-        A run that the gate stopped is judged again, since its limits may be other ones by now.
-        """
-        from holdfast.records.read import read_run
-        from holdfast.report.verdict import as_text
-
-        gate, decisions = self.config.gate, self.directory.record.get("gate", [])
-        if decisions and (decisions[-1]["stage"], decisions[-1]["action"]) == (stage.index, "stop"):
-            decisions = decisions[:-1]
-        if gate is None or stage.index == 0 or stage.index in (decision["stage"] for decision in decisions):
+    def _measure(self, stage: PlannedStage) -> None:
+        """Measure every task and the general abilities after a stage, unless that is done."""
+        folder = self._folder(stage)
+        if self.directory.exists(folder / "evaluation.json"):
             return
+        when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
+        measure(
+            self.directory,
+            folder,
+            self.setup.stream.tasks,
+            self.setup.general,
+            evaluation=self._evaluation,
+            longest=self._longest,
+            bar=self._bar,
+            when=when,
+        )
         matrix = self._write_matrix()
-        checks = judge(read_run(self.directory.path), gate, stage.row)
-        action = gate.on_fail if failed(checks) else "continue"
-        rejected = {decision["stage"] for decision in decisions if not decision["passed"]}
-        current = stage.index
-        if action == "rollback":
-            current = max(t for t in range(stage.index) if t not in rejected)
-        decision = {
-            "stage": stage.index,
-            "task": stage.name,
-            "passed": not failed(checks),
-            "action": action,
-            "current": current,
-            "checks": record(checks),
-            "scores": matrix["scores"][stage.row],
-        }
-        self.directory.record["gate"] = [*decisions, decision]
-        self.directory.write()
-        if not failed(checks):
-            return
-        what = f"gate after stage {stage.index} ({stage.name}) failed"
-        if action == "stop":
-            self._report()
-            raise GateFailed(f"{what}; the run stops\n{as_text(failed(checks))}")
-        if action == "rollback":
-            # As a new process would find it: methods without what they learned in this stage, and the older weights.
-            self.setup, self._model = self.setup.renewed(), None
-            self._write_matrix()
-            what += f"; the run goes back to stage {current}" if current else "; the run goes back to its start"
-        self.progress.line(f"{what}\n{as_text(failed(checks))}")
+        scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
+        shown = [f"{name} {'not measured' if score is None else f'{score:.3f}'}" for name, score in scores]
+        self.progress.line(f"{when}: {', '.join(shown)}")
 
-    def _evaluation(self, kept: AnswerCache | None = None) -> ModelEvaluation:
-        config = self.config
+    def _evaluation(self, answers: AnswerCache | None = None) -> ModelEvaluation:
         return ModelEvaluation(
             model=self.model,
             encoder=self.setup.encoder,
             methods=self.setup.applied,
-            batch_size=config.evaluation.batch_size,
-            seed=config.seed,
+            batch_size=self.config.evaluation.batch_size,
+            seed=self.config.seed,
             scorers=self.setup.scorers,
-            kept=kept,
+            answers=answers,
         )
 
-    def _response_limit(self, task: Task) -> int | None:
+    def _longest(self, task: Task) -> int | None:
+        """The longest response to a task's examples, in tokens; None where nothing is generated."""
+        if self.config.evaluation.max_new_tokens is not None:
+            return self.config.evaluation.max_new_tokens
         if scorer(task.metric).reads == "response" and task.name not in self._limits:
             self._limits[task.name] = response_limit(self.setup.encoder, task)
         return self._limits.get(task.name)
@@ -266,13 +235,55 @@ class RunLoop:
     def _bar(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
         return self.interrupt.bar(self.progress, title)
 
+    # --- judge ---
+
+    def _judge(self, stage: PlannedStage) -> None:
+        """Hold a stage against the gate, write down what follows, and do it; a stage is judged once."""
+        gate = self.config.gate
+        decisions = standing(self.directory.record.get("gate", []), stage)
+        if gate is None or not must_judge(decisions, stage):
+            return
+        scores = self._write_matrix()["scores"][stage.row]
+        checks = judge(read_run(self.directory.path), gate, stage.row)
+        decision = decide(decisions, stage, checks, gate.on_fail, scores)
+        self.directory.record["gate"] = [*decisions, decision]
+        self.directory.write()
+        if not decision["passed"]:
+            self._act(decision, failed(checks))
+
+    def _act(self, decision: Decision, broken: list[Check]) -> None:
+        """Do what was decided after a stage that failed.
+
+        Args:
+            broken: the checks that did not pass.
+
+        Raises:
+            GateFailed: the run stops.
+        """
+        from holdfast.report.verdict import as_text
+
+        what = f"gate after stage {decision['stage']} ({decision['task']}) failed"
+        match decision["action"]:
+            case "stop":
+                self._report()
+                raise GateFailed(f"{what}; the run stops\n{as_text(broken)}")
+            case "rollback":
+                # The state of a new process: the older weights, and methods without what this stage taught them.
+                self.setup, self._model = self.setup.renewed(), None
+                self._write_matrix()
+                back = f"stage {decision['current']}" if decision["current"] else "its start"
+                what += f"; the run goes back to {back}"
+        self.progress.line(f"{what}\n{as_text(broken)}")
+
+    # --- report ---
+
     def _write_matrix(self) -> dict[str, Any]:
         matrix = read_matrix(self.setup, self.directory)
         self.directory.write_json(self.directory.path / "matrix.json", matrix)
         return matrix
 
     def _cost(self) -> dict[str, Any]:
-        """What the run cost, for run.json; a run that trains nothing has no peak of memory."""
+        """The cost of the run, for run.json; without training there is no peak of memory."""
         start, *stages = [self._folder(stage) for stage in [START, *self.setup.stages]]
         trained = [read_json(folder / "stage.json") for folder in stages]
         return {

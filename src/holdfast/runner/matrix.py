@@ -1,93 +1,139 @@
-"""matrix.json and the curves, from the answers of all stages."""
+"""What matrix.json holds, computed from the responses in the stages' folders."""
 
 from __future__ import annotations
 
+from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
+from numpy.typing import NDArray
+
+from holdfast.api.task import Task
 from holdfast.evaluation.general import matrix_name
 from holdfast.metrics.intervals import intervals
 from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward_transfer, summarize
-from holdfast.records.directory import RunDirectory, current_stage, slug
-from holdfast.runner.plan import START
+from holdfast.records.directory import RunDirectory, current_stage
+from holdfast.runner.measure import responses_file
+from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup
 from holdfast.scoring.score import beside_score, task_score
 from holdfast.system.files import finite, read_appended, read_json, read_jsonl
 
+Records = list[dict[str, Any]]
+Column = list[float | None]
+"""One value a row of the score matrix, [T+1]; None where not measured."""
+
 
 def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
-    """Build what matrix.json holds (DESIGN 4.3) from the responses in the stages' folders."""
-    tasks = setup.stream.tasks
-    rows: list[list[Any]] = [[None] * len(tasks) for _ in range(len(tasks) + 1)]
-    general: dict[str, list[float | None]] = {matrix_name(g): [None] * (len(tasks) + 1) for g in setup.general}
-    stages = [START, *setup.stages]
-    for stage in stages:
-        held = stages[current_stage(directory.record, stage.index)]
-        folder = directory.stage(held.index, held.name)
-        for j, task in enumerate(tasks):
-            path = folder / "responses" / f"{slug(task.name)}.jsonl"
-            if path.exists():
-                rows[stage.row][j] = read_jsonl(path)
-        if (folder / "evaluation.json").exists():
-            for name, value in read_json(folder / "evaluation.json")["general"].items():
-                general[name][stage.row] = value
-    if not setup.stages:  # nothing is trained, so every row is the first one
-        rows = [rows[0]] * len(rows)
-        general = {name: values[:1] * len(rows) for name, values in general.items()}
-    metrics = {task.name: task.metric for task in tasks}
-    scores = [
-        [
-            None if records is None else task_score(records, task.metric)
-            for task, records in zip(tasks, row, strict=True)
-        ]
-        for row in rows
-    ]
-    columns = {
-        task.name: {name: [row[j] and beside_score(row[j], name) for row in rows] for name in task.beside}
-        for j, task in enumerate(tasks)
-    }
-    scorers = [setup.scorers[task.metric] for task in tasks]
-    samples = [
-        [None if r is None else scorer.statistics(r) for scorer, r in zip(scorers, row, strict=True)] for row in rows
-    ]
-    totals = [scorer.total for scorer in scorers]
-    resamples = setup.config.evaluation.bootstrap
-    matrix = {
-        "tasks": [task.name for task in tasks],
-        "metrics": metrics,
-        "scores": scores,
-        "beside": {task: values for task, values in columns.items() if values},
-        "floors": {task.name: scores[0][j] for j, task in enumerate(tasks) if setup.scorers[task.metric].floor},
-        "general": general,
-        "joint": scores[-1] if setup.methods[0].schedule == "joint" else None,
-        "summary": summarize(scores, metrics=scorers, general=general),
-        "clipped_backward_transfer": clipped_backward_transfer(scores, metrics=scorers),
-        "by_task": by_task(scores, metrics=scorers),
-        "curves": read_curves(setup, directory, scores),
-        "intervals": intervals(samples, metrics=scorers, totals=totals, resamples=resamples) if resamples else {},
-    }
-    return cast(dict[str, Any], finite(matrix))
+    """What matrix.json holds; numbers that are not finite are None."""
+    return cast(dict[str, Any], finite(Results(setup, directory).matrix()))
 
 
-def read_curves(setup: Setup, directory: RunDirectory, scores: list[list[Any]]) -> dict[str, Any]:
-    """The learning curve of each task that was evaluated while its stage trained: steps, scores and the area under it.
+class Results:
+    """The results of a run so far; each key of matrix.json is a method or an attribute of that name.
 
-    A curve begins with the model that the stage began with and ends with the one that it made.
+    Row t of the score matrix belongs to the model that the run holds after stage t, and row 0 to the model before
+    training. Where the gate went back, that is the model of an earlier stage. Where nothing is trained, all rows are
+    the first one.
     """
-    path = directory.path / "curves.jsonl"
-    measured = [line for line in read_appended(path) if "scores" in line]
-    names = [task.name for task in setup.stream.tasks]
-    curves = {}
-    for stage in setup.stages:
-        folder = directory.stage(stage.index, stage.name)
-        lines = [line for line in measured if line["stage"] == stage.index]
-        if not lines or not (folder / "evaluation.json").exists():
-            continue
+
+    def __init__(self, setup: Setup, directory: RunDirectory):
+        self.setup, self.directory = setup, directory
+        self._tasks = setup.stream.tasks
+        self._scorers = [setup.scorers[task.metric] for task in self._tasks]
+        self._records: list[list[Records | None]] = [[None] * len(self._tasks) for _ in range(len(self._tasks) + 1)]
+        self.general: dict[str, Column] = {matrix_name(g): [None] * len(self._records) for g in setup.general}
+        for stage in (START, *setup.stages):
+            self._read(stage)
+        if not setup.stages:
+            self._records = [self._records[0]] * len(self._records)
+            self.general = {name: values[:1] * len(values) for name, values in self.general.items()}
+
+    def matrix(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "tasks": [task.name for task in self._tasks],
+            "metrics": {task.name: task.metric for task in self._tasks},
+            "scores": self.scores,
+            "beside": self.beside(),
+            "floors": self.floors(),
+            "general": self.general,
+            "joint": self.joint(),
+            "summary": summarize(self.scores, metrics=self._scorers, general=self.general),
+            "clipped_backward_transfer": clipped_backward_transfer(self.scores, metrics=self._scorers),
+            "by_task": by_task(self.scores, metrics=self._scorers),
+            "curves": self.curves(),
+            "intervals": self.intervals(),
+        }
+
+    @cached_property
+    def scores(self) -> list[Column]:
+        """S, [T+1][T]."""
+        return [
+            [None if r is None else task_score(r, task.metric) for task, r in zip(self._tasks, row, strict=True)]
+            for row in self._records
+        ]
+
+    def beside(self) -> dict[str, dict[str, Column]]:
+        """The further metrics of each task that has any."""
+        return {
+            task.name: {name: [None if r is None else beside_score(r, name) for r in column] for name in task.beside}
+            for task, column in zip(self._tasks, zip(*self._records, strict=True), strict=True)
+            if task.beside
+        }
+
+    def floors(self) -> dict[str, float | None]:
+        """The score before training of each task whose metric gives unrelated texts well more than 0."""
+        return {
+            task.name: score
+            for task, scorer, score in zip(self._tasks, self._scorers, self.scores[0], strict=True)
+            if scorer.floor
+        }
+
+    def joint(self) -> Column | None:
+        """The scores after joint training; None for any other method."""
+        return self.scores[-1] if self.setup.methods[0].schedule == "joint" else None
+
+    def intervals(self) -> dict[str, list[float] | None]:
+        """95 % intervals of the summary over test examples; empty where the configuration turns them off."""
+        resamples = self.setup.config.evaluation.bootstrap
+        if not resamples:
+            return {}
+        statistics: list[list[NDArray[Any] | None]] = [
+            [None if r is None else scorer.statistics(r) for scorer, r in zip(self._scorers, row, strict=True)]
+            for row in self._records
+        ]
+        totals = [scorer.total for scorer in self._scorers]
+        return intervals(statistics, metrics=self._scorers, totals=totals, resamples=resamples)
+
+    def curves(self) -> dict[str, dict[str, Any]]:
+        """The learning curve of each task that was measured while its stage trained."""
+        lines = [line for line in read_appended(self.directory.path / "curves.jsonl") if "scores" in line]
+        curves = {}
+        for stage in self.setup.stages:
+            measured = [line for line in lines if line["stage"] == stage.index]
+            folder = self.directory.stage(stage.index, stage.name)
+            if measured and (folder / "evaluation.json").exists():
+                for task in stage.tasks:
+                    curves[task.name] = self._curve(stage, task, folder, measured)
+        return curves
+
+    def _curve(self, stage: PlannedStage, task: Task, folder: Path, measured: list[dict[str, Any]]) -> dict[str, Any]:
+        """Steps, scores and the area under them, from the model that the stage began with to the one that it made."""
         last = read_json(folder / "stage.json")["steps"]
-        for task in stage.tasks:
-            before = scores[stage.index - 1][names.index(task.name)]
-            after = task_score(read_jsonl(folder / "responses" / f"{slug(task.name)}.jsonl"), task.metric)
-            between = [(line["step"], line["scores"][task.name]) for line in lines if line["step"] < last]
-            points = [(0, before), *between, (last, after)]
-            steps, values = [list(column) for column in zip(*points, strict=True)]
-            curves[task.name] = {"steps": steps, "scores": values, "area": area_under_curve(steps, values)}
-    return curves
+        before = self.scores[stage.index - 1][[other.name for other in self._tasks].index(task.name)]
+        after = task_score(read_jsonl(responses_file(folder, task.name)), task.metric)
+        between = [(line["step"], line["scores"][task.name]) for line in measured if line["step"] < last]
+        steps, scores = [list(column) for column in zip((0, before), *between, (last, after), strict=True)]
+        return {"steps": steps, "scores": scores, "area": area_under_curve(steps, scores)}
+
+    def _read(self, stage: PlannedStage) -> None:
+        """Read the row of a stage, as far as it is measured."""
+        current = [START, *self.setup.stages][current_stage(self.directory.record, stage.index)]
+        folder = self.directory.stage(current.index, current.name)
+        for j, task in enumerate(self._tasks):
+            if (path := responses_file(folder, task.name)).exists():
+                self._records[stage.row][j] = read_jsonl(path)
+        if (path := folder / "evaluation.json").exists():
+            for name, value in read_json(path)["general"].items():
+                self.general[name][stage.row] = value

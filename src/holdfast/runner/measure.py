@@ -1,4 +1,4 @@
-"""All tasks and general abilities of one model, measured into a folder; what stands there is not asked again."""
+"""Measure all tasks and general abilities of one model into a folder; results that are there are not measured again."""
 
 from __future__ import annotations
 
@@ -30,53 +30,56 @@ def measure(
     general: Sequence[General],
     *,
     evaluation: Callable[[AnswerCache], ModelEvaluation],
-    limit: Callable[[Task], int | None],
+    longest: Callable[[Task], int | None],
     bar: Bar,
     when: str = "",
 ) -> None:
-    """Write ``responses/TASK.jsonl`` of each task, ``responses/general/NAME.jsonl`` of each measure of refusals, and
-    ``evaluation.json``: the values of general abilities, their examples' statistics, and the seconds that it took.
+    """Write ``responses/TASK.jsonl`` for each task, ``responses/general/NAME.jsonl`` for each measure of refusals, and
+    ``evaluation.json``: the values of general abilities, the statistics of their examples, and the seconds it took.
 
-    Answers are kept in ``answers.jsonl`` until all of this is written. All processes call this.
+    Answers are saved in ``answers.jsonl`` until all of this is written. All ranks call this.
 
     Args:
-        directory: whose files they are.
-        folder: in it.
-        evaluation: the model to be measured, which keeps its answers there; called only if something is to be asked.
-        limit: longest response to a task's examples, in tokens; None: what follows from its train answers.
+        directory: writes the files.
+        folder: holds them.
+        evaluation: gives the model to be measured, which saves its answers in the cache; called only if something must
+            be measured.
+        longest: longest response to a task's examples, in tokens; None: it follows from the task's train answers.
         bar: shows a piece of the work under its title.
         when: a part of these titles.
     """
     started = time.monotonic()
-    kept = AnswerCache(folder / "answers.jsonl", writes=directory.process.main)
+    answers = AnswerCache(folder / "answers.jsonl", writes=directory.process.main)
     directory.process.wait()
     for task in tasks:
         path = responses_file(folder, task.name)
         if not directory.exists(path):
             with bar(f"evaluate {task.name} {when}".strip()) as on_batch:
-                records = evaluate_task(evaluation(kept), task, max_new_tokens=limit(task), on_batch=on_batch)
+                records = evaluate_task(evaluation(answers), task, max_new_tokens=longest(task), on_batch=on_batch)
             directory.write_jsonl(path, records)
-    found = {}
+    statistics = {}
     if scored := [one for one in general if one.kind != "refusals"]:
         with bar(f"evaluate general abilities {when}".strip()) as on_batch:
-            found = general_statistics(evaluation(kept), scored, on_batch=on_batch)
+            statistics = general_statistics(evaluation(answers), scored, on_batch=on_batch)
     for one in general:
         if one.kind == "refusals":
             path = responses_file(folder / "responses", one.name, "general")
             if not directory.exists(path):
                 with bar(f"ask {one.name} {when}".strip()) as on_batch:
-                    records = refusal_records(evaluation(kept), one, on_batch=on_batch)
+                    records = refusal_records(evaluation(answers), one, on_batch=on_batch)
                 directory.write_jsonl(path, records)
-            found[matrix_name(one)] = np.array([[record["score"], 1.0] for record in read_jsonl(path)], dtype=float)
+            statistics[matrix_name(one)] = np.array(
+                [[record["score"], 1.0] for record in read_jsonl(path)], dtype=float
+            )
     evaluated = {
-        "general": {name: general_value(name, statistics) for name, statistics in found.items()},
-        "general_examples": {name: statistics.tolist() for name, statistics in found.items()},
+        "general": {name: general_value(name, examples) for name, examples in statistics.items()},
+        "general_examples": {name: examples.tolist() for name, examples in statistics.items()},
         "seconds": time.monotonic() - started,
     }
     directory.write_json(folder / "evaluation.json", evaluated)
-    kept.remove()
+    answers.remove()
 
 
 def responses_file(folder: Path, name: str, kind: str = "responses") -> Path:
-    """Where the responses to a task, or a measure of general ability, are kept."""
+    """The file of the responses to a task or a measure of general ability."""
     return folder / kind / f"{slug(name)}.jsonl"

@@ -1,4 +1,4 @@
-"""The names in a configuration, checked before anything that they name is imported."""
+"""Check the names in a configuration before importing what they name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from holdfast.tuners import TUNERS
 
 
 def check_names(config: RunConfig) -> None:
-    """Refuse an unknown method or tuner, or an unknown key of its options, before any of them is imported.
+    """Check that the methods and the tuner exist and know the keys of their options.
 
     Raises:
-        ConfigError: with a near name.
+        ConfigError: a name or a key is unknown; the message gives a near name.
     """
     for method in config.method:
         methods.check(method.name, method.options)

@@ -1,4 +1,4 @@
-"""The stages of a run and their optimizer steps."""
+"""The stages of a run, and their epochs and optimizer steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ Rows = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage to come. ``row`` is the row of the score matrix that is measured after it."""
+    """A stage of a run.
+
+    Attributes:
+        index: from 1; 0 is before training.
+        row: the row of the score matrix that is measured after it.
+    """
 
     index: int
     name: str
@@ -31,7 +36,7 @@ START = PlannedStage(0, "start", (), 0)
 
 
 def plan(chosen: list[Method], stream: Stream) -> list[PlannedStage]:
-    """The stages of a run: one a task, one for all tasks, or none."""
+    """The stages of a run: one for each task, one for all tasks, or none."""
     schedule = chosen[0].schedule
     if schedule == "none":
         return []
@@ -46,7 +51,7 @@ def stage_epochs(training: TrainingConfig, stage: PlannedStage) -> float:
 
 
 def optimizer_steps(config: RunConfig, stage: PlannedStage, rows: Rows, max_length: int) -> int:
-    """How many optimizer steps a stage takes."""
+    """Optimizer steps of a stage."""
     training = config.training
     if training.max_steps is not None:
         return training.max_steps

@@ -1,12 +1,12 @@
-"""A stage of a finished or unfinished run, found and loaded again as it was measured."""
+"""Find a stage of a run, finished or not, and load its model again."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from holdfast import tuners
+from holdfast.api.tuner import Tuner
 from holdfast.config.run import RunConfig, load_config
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import current_stage
@@ -15,15 +15,19 @@ from holdfast.runner.setup import Setup
 from holdfast.system.files import read_json
 from holdfast.training.method_state import load_states
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class StoredStage:
-    """A stage that is complete.
+    """A complete stage of a run.
 
     Attributes:
         number: from 1; 0 is before training.
         folder: the stage's.
-        config: the run's, with its base model where that lies now.
+        config: the run's, with the base model where it lies now.
     """
 
     run: FinishedRun
@@ -38,19 +42,24 @@ class StoredStage:
 
     @property
     def weights(self) -> str:
-        """Which weights they are: a digest of those that were trained."""
+        """A digest of the trained weights."""
         return read_json(self.folder / "stage.json")["weights"] if self.number else "before training"
 
     def check_data(self, setup: Setup) -> None:
-        """RunDirectoryError if the stream is another one than the run was measured on."""
+        """Check that the stream is the one that the run was measured on.
+
+        Raises:
+            RunDirectoryError: it has changed.
+        """
         facts, info = setup.facts(), self.run.info
-        changed = [f"task {name!r}" for name, task in facts["tasks"].items() if _print(task) != _print(info, name)]
+        recorded = {name: task.get("fingerprint") for name, task in info["tasks"].items()}
+        changed = [f"task {name!r}" for name, t in facts["tasks"].items() if t["fingerprint"] != recorded.get(name)]
         if facts["stream"] != info["stream"]:
             changed.append("the stream's prompts or metrics")
         if changed:
             raise RunDirectoryError(f"{self.run.path}: changed since this run began: {', '.join(changed)}")
 
-    def model(self, config: RunConfig, tuner: tuners.Tuner) -> Any:
+    def model(self, config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftModel:
         """The model with its tuner and the stage's weights, on this machine's device."""
         from holdfast.runner.load import load_pretrained
 
@@ -59,8 +68,8 @@ class StoredStage:
             tuner.load(model, self.folder / tuner.folder)
         return model
 
-    def measured_model(self, setup: Setup) -> Any:
-        """The same with what the methods remember, to be measured as the run did."""
+    def measured_model(self, setup: Setup) -> PreTrainedModel | PeftModel:
+        """The model, with the methods' states of the stage, as the run measured it."""
         model = self.model(setup.config, setup.tuner)
         if self.number:
             load_states(setup.applied, self.folder / "method", model)
@@ -68,24 +77,24 @@ class StoredStage:
 
 
 def find_stage(path: Path, number: int | None = None) -> StoredStage:
-    """A complete stage of a run.
+    """Find a complete stage of a run.
 
     Args:
         path: a run's directory.
-        number: from 1, or 0 for the model before training; where absent, the one whose weights the run holds.
+        number: from 1, or 0 for the model before training; None: the stage whose weights the run holds.
 
     Raises:
-        RunDirectoryError: there is no run, or nothing of it was measured yet.
+        RunDirectoryError: there is no run, or none that was measured.
         ConfigError: there is no such stage, or the run's base model is not found.
     """
     run = read_run(path)
-    done = [n for n, folder in run.folders.items() if n == 0 or (folder / "stage.json").exists()]
+    complete = [n for n, folder in run.folders.items() if n == 0 or (folder / "stage.json").exists()]
     if number is None:
-        number = current_stage(run.info, max(done))
-    if number not in done:
+        number = current_stage(run.info, max(complete))
+    if number not in complete:
         raise ConfigError(
             f"--stage: {number} is no complete stage of {path}; complete, with 0 for before training: "
-            + ", ".join(map(str, done))
+            + ", ".join(map(str, complete))
         )
     config = load_config(run.config)
     base = find_base(run, config.model.name, needed=True)
@@ -93,13 +102,11 @@ def find_stage(path: Path, number: int | None = None) -> StoredStage:
     return StoredStage(run, number, run.folders[number], config.model_copy(update={"model": model}))
 
 
-def _print(task: dict[str, Any], name: str | None = None) -> str | None:
-    """The fingerprint of a task's data, from its facts, or by its name from run.json."""
-    return (task if name is None else task["tasks"].get(name, {})).get("fingerprint")
-
-
 def find_base(run: FinishedRun, name: str, needed: bool) -> str:
-    """The base model: a hub name, or its folder as an absolute path, looked for from the run, and then from here.
+    """Find the base model of a run: a hub name, or a folder, which is looked for first from the run and then from here.
+
+    Returns:
+        The hub name, or the absolute path of the folder.
 
     Raises:
         ConfigError: it is needed, was a folder when the run began, and is in neither place.
@@ -107,12 +114,12 @@ def find_base(run: FinishedRun, name: str, needed: bool) -> str:
     recorded = run.info.get("model_folder")
     places = [Path(name)] if recorded is None else [run.path.resolve() / recorded, Path(name)]
     places = [place.resolve() for place in places]
-    there = next((place for place in places if place.is_dir()), None)
-    if there is None and recorded is not None:
-        there = places[0]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None and recorded is not None:
+        folder = places[0]
         if needed:
             raise ConfigError(
                 f"model.name: the run began with the folder {name!r}, which is neither at {places[0]}, where it lay as "
                 f"seen from the run, nor at {places[1]}; put it there, or call export where {name!r} leads to it"
             )
-    return name if there is None else str(there)
+    return name if folder is None else str(folder)
