@@ -46,11 +46,10 @@ class ExtraRows:
             model: the trainer's, not wrapped by an engine.
             pad: makes a batch of rows.
             process: this one.
-            joint_tokens: task rows and extra rows share a forward pass where they are at most so many tokens together,
-                padding included.
+            joint_tokens: most tokens, padding included, of task rows and extra rows that share a forward pass.
         """
         self.model, self.pad, self.process = model, pad, process
-        self.in_step = is_divided(model)  # all processes must go through the model at the same time
+        self.in_step = is_divided(model)  # whether all processes must make the same forward passes
         self.joint_tokens = 0 if self.in_step else joint_tokens
         self.by_method: dict[str, Extra] = {}  # of the current step
 
@@ -99,7 +98,7 @@ class ExtraRows:
                 collated = collate_tokens(self.pad, rows or extra.rows[:1])
                 tokens += int(supervised_tokens(collated["labels"])) if extra.dealt and rows else 0
                 collated["sample"] = torch.tensor(samples[part] if rows else samples[:1])
-                collated["counts"] = bool(rows)  # if not, this process only goes along for the sake of others' rows
+                collated["counts"] = bool(rows)  # False: the row only keeps the number of forward passes equal
                 batch.setdefault(KEY, {})[name] = collated
         return self._sum(tokens) if extra.dealt else tokens
 
@@ -128,7 +127,7 @@ class ExtraRows:
         return inputs.pop(KEY, {}) if self.by_method else {}
 
     def joint(self, inputs: Any, extra: dict[str, Batch]) -> dict[str, Batch]:
-        """Those extra rows that go through the model together with the task's rows: all of a micro-batch, or none."""
+        """The extra rows that share the task's forward pass: all of a micro-batch, or none."""
         return extra if self.fits_one_pass(inputs, extra) else {}
 
     def fits_one_pass(self, inputs: Any, extra: dict[str, Batch]) -> bool:
@@ -156,61 +155,61 @@ class ExtraRows:
     def rehearsed(
         self, model: Any, inputs: Any, outputs: Any, extra: dict[str, Batch], joint: dict[str, Batch], step: Step
     ) -> dict[str, Rehearsed]:
-        """What the model made of the extra rows, by method: from the task's forward pass, or from one of their own.
+        """What the model made of the extra rows, by method: in the task's forward pass, or in one of their own.
 
         Args:
             model: as the engine wraps it.
             inputs: the task's rows.
-            outputs: of the forward pass of :meth:`joined`; they are cut down to the task's rows.
+            outputs: of the task's forward pass; extra rows are cut off.
             extra: the extra rows beside this micro-batch.
             joint: those that shared the pass.
         """
         if joint and not _has_gradient(outputs.get("logits")):
-            # This trainer's loss makes no logits, or makes them again without gradient (TRL's fused head): from now on
-            # extra rows go by themselves.
+            # This trainer's loss makes no logits, or logits without gradient (TRL's fused head). From now on extra rows
+            # have a forward pass of their own.
             self.joint_tokens, joint = 0, {}
         rehearsed = {}
         place = first = len(inputs["input_ids"]) if joint else 0
-        for name, asked in self.by_method.items():
-            batch = inputs if asked.way == "task" else extra.get(name)
+        for name, request in self.by_method.items():
+            batch = inputs if request.way == "task" else extra.get(name)
             if batch is None:
                 continue
             if name in joint:
                 rehearsed[name] = self._of_method(name, batch, outputs, place, step)
                 place += len(batch["input_ids"])
             else:
-                shared = asked.way == "task" and _has_all(outputs, asked)
-                own = outputs if shared else self._forward(model, batch, asked)
-                rehearsed[name] = self._of_method(name, batch, own, 0, step)
+                shared = request.way == "task" and _has_all(outputs, request)
+                made = outputs if shared else self._forward(model, batch, request)
+                rehearsed[name] = self._of_method(name, batch, made, 0, step)
         if joint:
             outputs["logits"] = outputs.logits[:first]
             outputs["hidden_states"] = None
         return rehearsed
 
-    def _forward(self, model: Any, batch: Batch, asked: Extra) -> Any:
-        """A forward pass of extra rows by themselves, for what their method needs of it.
+    def _forward(self, model: Any, batch: Batch, request: Extra) -> Any:
+        """A forward pass of extra rows by themselves.
 
-        It goes past DDP, whose forward pass lets processes wait for each other, since not every process has such rows.
-        DDP has seen the task's rows, and all gradients come to it through :func:`.reach_all`.
+        It bypasses DDP: in DDP's forward pass processes wait for each other, and not every process has such rows. DDP
+        gets the gradients all the same, through :func:`.reach_all`.
         """
         model = self.model if isinstance(model, DistributedDataParallel) else model
-        wanted = {"output_hidden_states": True} if asked.layers else {}
-        wanted |= {} if asked.logits else hidden_only(self.model)
+        options = {"output_hidden_states": True} if request.layers else {}
+        options |= {} if request.logits else hidden_only(self.model)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        return model(**inputs, use_cache=False, **wanted)
+        return model(**inputs, use_cache=False, **options)
 
     def _of_method(self, name: str, batch: Batch, outputs: Any, start: int, step: Step) -> Rehearsed:
-        asked, labels, counts = self.by_method[name], batch["labels"], batch.get("counts", True)
+        request, labels, counts = self.by_method[name], batch["labels"], batch.get("counts", True)
         rows, seq = labels.shape
         part = slice(start, start + rows)
         return Rehearsed(
             samples=batch["sample"].tolist() if "sample" in batch else [],
             labels=labels,
-            logits=outputs.logits[part, :seq] if asked.logits else None,
-            hidden=tuple(outputs.hidden_states[layer][part, :seq] for layer in asked.layers),
+            logits=outputs.logits[part, :seq] if request.logits else None,
+            hidden=tuple(outputs.hidden_states[layer][part, :seq] for layer in request.layers),
             share=counts * step.micro_batches * int(supervised_tokens(labels)) / step.rehearsal_tokens[name],
             counts=counts,
-            made=outputs.logits if asked.way == "task" and _has_all_logits(outputs, labels) else None,
+            made=outputs.logits if request.way == "task" and _has_all_logits(outputs, labels) else None,
             batch=batch,
         )
 
@@ -234,12 +233,11 @@ def _check_kind(batch: Any, name: str, extra: Extra) -> None:
         )
 
 
-def _has_all(outputs: Any, asked: Extra) -> bool:
+def _has_all(outputs: Any, request: Extra) -> bool:
     """Whether a forward pass gave what a method needs."""
     states = outputs.get("hidden_states") or (None,)
-    return (not asked.logits or _has_gradient(outputs.get("logits"))) and (
-        not asked.layers or _has_gradient(states[-1])
-    )
+    logits_are_there = not request.logits or _has_gradient(outputs.get("logits"))
+    return logits_are_there and (not request.layers or _has_gradient(states[-1]))
 
 
 def _has_all_logits(outputs: Any, labels: Tensor) -> bool:

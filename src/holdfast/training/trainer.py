@@ -45,7 +45,7 @@ costs more than their arithmetic. On a CPU two passes were always cheaper (bench
 
 
 PUBLIC = ("methods", "task", "stage_index", "interrupted", "cost")
-"""Fields of the state that are attributes of the trainer too, but where the wrapped class has its own of that name."""
+"""Fields of the state that are attributes of the trainer, too, unless the wrapped class has one of that name."""
 
 
 def continual(trainer_class: type) -> type:
@@ -65,7 +65,7 @@ def continual(trainer_class: type) -> type:
 class ContinualMixin(EngineMixin):
     """Lets methods take part in a Trainer's training; it stands before the Trainer among the bases.
 
-    It keeps everything in ``_holdfast``: all other attributes are those of the Trainer behind it. Its methods stand in
+    It keeps its state in one attribute, ``_holdfast``; all other attributes belong to the Trainer. Its methods stand in
     the order in which training calls them.
     """
 
@@ -92,7 +92,7 @@ class ContinualMixin(EngineMixin):
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """One stage: the methods prepare it, the Trainer trains, the methods set the final weights and remember."""
+        """Train one stage. The methods prepare it, set its final weights and update their memory."""
         state = self._holdfast
         checkpoint = _checked(resume_from_checkpoint, self.args.output_dir)
         state.cost, state.interrupted = Cost(), False
@@ -109,7 +109,7 @@ class ContinualMixin(EngineMixin):
         return result
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of an optimizer step, with the rows that methods add."""
+        """Get the micro-batches of an optimizer step, and add the rows of methods."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)
         state, at = self._holdfast, self.state.global_step
         if state.stage is None or not batches:
@@ -128,18 +128,18 @@ class ContinualMixin(EngineMixin):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
-        """The loss of a micro-batch, with the terms that methods add."""
+        """Compute the loss of a micro-batch, and add the terms of methods."""
         state, step = self._holdfast, self._holdfast.step
         kwargs |= {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         if step is None or not model.training:
-            return super().compute_loss(model, inputs, **_asked(return_outputs), **kwargs)
+            return super().compute_loss(model, inputs, **_return_outputs(return_outputs), **kwargs)
         numbers = _take_row_numbers(self, inputs)
         state.row_numbers += numbers
         extra = state.extra_rows.take_from(inputs)
         joint = state.extra_rows.joint(inputs, extra)
         passed = state.extra_rows.joined(inputs, joint) if state.adds_to_loss else inputs
         needs_outputs = return_outputs or bool(joint) or state.reads_outputs
-        result = super().compute_loss(model, passed, **_asked(needs_outputs), **kwargs)
+        result = super().compute_loss(model, passed, **_return_outputs(needs_outputs), **kwargs)
         loss, outputs = result if needs_outputs else (result, None)
         step.rehearsed = state.extra_rows.rehearsed(model, inputs, outputs, extra, joint, step)
         # The task's loss is this micro-batch's share of the step's mean if Trainer has scaled it so; otherwise a mean
@@ -153,7 +153,7 @@ class ContinualMixin(EngineMixin):
         return (total, outputs) if return_outputs else total
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward and the backward pass of a micro-batch; after the step's last, the methods get the gradient."""
+        """Run a micro-batch forward and backward; after the last one of a step, give the gradient to the methods."""
         loss = super().training_step(*args, **kwargs)
         if not self.is_deepspeed_enabled and self.accelerator.gradient_state.sync_gradients:
             self._holdfast.after_backward(self.model)
@@ -164,7 +164,7 @@ class ContinualMixin(EngineMixin):
         if state.engine is not None:
             return state.gradient_norm
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and _loss_scaler(self) is None:  # a loss scaler leaves a step with such gradients out
+        if norm is not None and _loss_scaler(self) is None:  # a loss scaler skips a step whose gradients overflow
             state.check_finite(norm, {"gradient norm": norm}, state.row_numbers)
         return norm
 
@@ -198,7 +198,7 @@ class ContinualMixin(EngineMixin):
 
 
 def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
-    """Make the stage, let an engine divide the model, and let the methods prepare, or load what a checkpoint holds."""
+    """Make the stage, let an engine divide the model, let the methods prepare, and load what a checkpoint holds."""
     state = trainer._holdfast
     _refuse_loss_scale(trainer)
     stage = state.stage = _stage(trainer)
@@ -271,7 +271,7 @@ def _checked(checkpoint: str | bool | None, folder: str) -> str | None:
 
 @contextlib.contextmanager
 def _methods_after_step(trainer: Any) -> Iterator[None]:
-    """Inside, the methods get the weights after each optimizer step, before the user's callbacks see them."""
+    """Within it, methods get the weights after each optimizer step, before any callback of the user."""
     callback = _AfterStep(trainer)
     trainer.callback_handler.callbacks.insert(0, callback)
     try:
@@ -289,7 +289,7 @@ class _AfterStep(TrainerCallback):
 
 
 def _drop_repeated_rows(trainer: Any, batches: list[Any]) -> list[int]:
-    """Where several processes train, what :func:`.drop_repeated_rows` does; otherwise nothing."""
+    """Call :func:`.drop_repeated_rows` where several processes train; otherwise no row is repeated."""
     process, loader, dataset = (
         trainer._holdfast.process,
         trainer.callback_handler.train_dataloader,
@@ -308,16 +308,16 @@ def _take_row_numbers(trainer: Any, inputs: Any) -> list[int]:
     return [] if numbers is None else numbers.tolist()
 
 
-def _asked(outputs: bool) -> dict[str, bool]:
-    """Arguments of compute_loss; where no outputs are wanted, as Trainer itself calls it."""
-    return {"return_outputs": True} if outputs else {}
+def _return_outputs(wanted: bool) -> dict[str, bool]:
+    """The argument of compute_loss that asks for outputs; Trainer leaves it out where it wants none."""
+    return {"return_outputs": True} if wanted else {}
 
 
 def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
     """Whether Trainer takes the loss for a share of the step's mean, and not for the mean of a micro-batch."""
-    said = getattr(trainer, "loss_is_scaled_for_ga", None)
-    if said is not None:
-        return said
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is not None:
+        return scaled
     return (trainer.model_accepts_loss_kwargs and num_items_in_batch is not None) or (
         trainer.compute_loss_func is not None
     )
