@@ -17,9 +17,11 @@ TENSORS, VALUES = "optimizer.safetensors", "optimizer.json"
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
-    """Write a torch optimizer's state; all processes join their pieces tensor by tensor; the main one writes."""
+    """Write a torch optimizer's state; all processes join their pieces tensor by tensor, and the main one writes."""
+    main = Process.this().main
     names = {id(p): name for name, p in trainable(model).items()}
     tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()
     values: dict[str, Any] = {"groups": [], "states": {}}
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key != "params"}
@@ -29,10 +31,15 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     whole = layout_of(p).state_to_save(p, value).detach()
-                    tensors[f"{name}/{key}"] = whole.cpu().contiguous()
+                    if main:
+                        whole = whole.cpu().contiguous()
+                        place = whole.untyped_storage().data_ptr()
+                        # Parameters may share an entry, such as the count of steps of ZeRO's flat tensor.
+                        tensors[f"{name}/{key}"] = whole.clone() if place in memory else whole
+                        memory.add(place)
                 else:
                     values["states"].setdefault(name, {})[key] = value
-    if Process.this().main:
+    if main:
         save_file(tensors, folder / TENSORS)
         write_json(folder / VALUES, values, exact=True)
 
@@ -40,23 +47,23 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
     """Read back what :func:`save_optimizer` wrote; each process takes its pieces."""
     saved, values = load_file(folder / TENSORS), read_json(folder / VALUES)
-    settings = {name: group for group in values["groups"] for name in group["params"]}
+    settings_of = {name: group for group in values["groups"] for name in group["params"]}
     names = {id(p): name for name, p in trainable(model).items()}
     states: dict[str, dict[str, Any]] = {name: dict(state) for name, state in values["states"].items()}
-    for key, value in saved.items():
-        name, _, of = key.rpartition("/")
-        states.setdefault(name, {})[of] = value
+    for entry, value in saved.items():
+        name, _, key = entry.rpartition("/")
+        states.setdefault(name, {})[key] = value
     number, state, groups = 0, {}, []
     for group in optimizer.param_groups:
-        known = settings[names[id(group["params"][0])]] if group["params"] else {}
-        own = {key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in known.items()}
-        groups.append(group | own | {"params": list(range(number, number + len(group["params"])))})
+        settings = settings_of[names[id(group["params"][0])]] if group["params"] else {}
+        settings = {key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in settings.items()}
+        groups.append(group | settings | {"params": list(range(number, number + len(group["params"])))})
         for p in group["params"]:
-            found = states.get(names[id(p)])
-            if found is not None:
+            entries = states.get(names[id(p)])
+            if entries is not None:
                 state[number] = {
                     key: layout_of(p).state_to_load(p, value) if isinstance(value, Tensor) else value
-                    for key, value in found.items()
+                    for key, value in entries.items()
                 }
             number += 1
     optimizer.load_state_dict({"state": state, "param_groups": groups})
