@@ -108,9 +108,9 @@ def test_options_of_the_library(include: str):
 
 def test_a_measured_task_is_not_measured_again(include: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     own = evaluation()
-    own.kept = AnswerCache(tmp_path / "answers.jsonl")
+    own.answers = AnswerCache(tmp_path / "answers.jsonl")
     first = evaluate_general(own, measures(include, "colour"))
-    own.kept = AnswerCache(tmp_path / "answers.jsonl")
+    own.answers = AnswerCache(tmp_path / "answers.jsonl")
     monkeypatch.setattr("lm_eval.simple_evaluate", None)
     assert evaluate_general(own, measures(include, "colour")) == first
 

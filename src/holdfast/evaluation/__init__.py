@@ -1,1 +1,1 @@
-"""Measurement of a model: responses to test examples, their scores, and general abilities."""
+"""Measure a model: responses to test examples, their scores, and general abilities."""

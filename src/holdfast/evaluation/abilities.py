@@ -1,4 +1,4 @@
-"""Load the measures of general ability that a configuration names."""
+"""Load the measures of general ability of a configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.errors import ConfigError, DataError
 
 
 def load_general(configs: list[GeneralConfig] | None, stream: Stream) -> list[General]:
-    """Load the measures of general ability; None: those that the stream brings.
+    """Load the measures of general ability; None: the stream's own.
 
     Raises:
         ConfigError: two measures have one name.
@@ -21,23 +21,21 @@ def load_general(configs: list[GeneralConfig] | None, stream: Stream) -> list[Ge
     """
     if configs is None:
         return stream.general
-    _once([config.name for config in configs])
-    found = [measure for config in configs for measure in _general(config)]
-    _once([measure.name for measure in found])
-    return found
+    _check_names([config.name for config in configs])
+    measures = [measure for config in configs for measure in _general(config)]
+    _check_names([measure.name for measure in measures])
+    return measures
 
 
-def _once(names: list[str]) -> None:
+def _check_names(names: list[str]) -> None:
     """ConfigError if two measures have one name."""
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"evaluation.general: two measures are called {name!r}")
 
 
-# --- general ability ---
-
-
 def _general(config: GeneralConfig) -> list[General]:
+    """The measures of one entry of the configuration."""
     if config.kind != "lm_eval":
         return [_from_file(config)]
     from holdfast.evaluation.harness import check_tasks
@@ -62,18 +60,18 @@ def _from_file(config: GeneralConfig) -> General:
         examples = to_examples(rows, "text", file=path)
         return General(config.name, "perplexity", texts=[example.text or "" for example in examples])
     if config.kind == "refusals":
-        prompts = [_asked(row, where(path, i, row)) for i, row in enumerate(rows)]
+        prompts = [_prompt(row, where(path, i, row)) for i, row in enumerate(rows)]
         return General(config.name, "refusals", texts=prompts, max_new_tokens=config.max_new_tokens)
     questions = [read_choices(row, where(path, i, row)) for i, row in enumerate(rows)]
     if config.by == "answer":
         return General(config.name, "choices", questions=questions)
     dev = [] if config.demonstrations is None else read_rows(Path(config.demonstrations))
-    asked, shown = by_letter(rows, questions, dev, config.shots, path, config.demonstrations)
-    return General(config.name, "choices", questions=asked, shown=shown, by="letter")
+    lettered, shown = by_letter(rows, questions, dev, config.shots, path, config.demonstrations)
+    return General(config.name, "choices", questions=lettered, shown=shown, by="letter")
 
 
-def _asked(row: dict[str, Any], place: str) -> str:
-    """What a row of prompt, instruction or goal (AdvBench) asks."""
+def _prompt(row: dict[str, Any], place: str) -> str:
+    """The prompt of a row with a prompt, an instruction or a goal (AdvBench)."""
     key = next((key for key in ("prompt", "instruction", "goal") if key in row), None)
     if key is None:
         raise DataError(f"{place}: must have prompt, instruction or goal; found the keys {', '.join(map(repr, row))}")

@@ -1,4 +1,4 @@
-"""Test time: the model, and what the methods do with each test row before it is answered."""
+"""Test time: a model, and the methods that act on test rows before it answers them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from holdfast.api.rows import IGNORED
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +31,11 @@ class ModelEvaluation:
         model: a causal language model, with or without adapters.
         encoder: turns examples into tokens.
         batch_size: sequences in one forward pass.
-        methods: asked in this order.
-        seed: of the run; methods draw their random choices at test time from it.
+        methods: applied in this order.
+        seed: of the run; a method's random choices at test time depend on it.
         scorers: of metrics that need more than their name, by name.
-        kept: answers of the same weights that are not asked for again, and where further ones are kept.
-        served: the model behind an endpoint, which is asked for responses in the place of ``model``.
+        answers: saves the answers of these weights, so that none is asked for twice.
+        endpoint: a model behind an endpoint that responds in the place of ``model``.
     """
 
     model: PreTrainedModel | PeftModel
@@ -42,11 +44,11 @@ class ModelEvaluation:
     methods: Sequence[Method] = field(default_factory=list)
     seed: int = 0
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
-    kept: AnswerCache | None = None
-    served: EndpointModel | None = None
+    answers: AnswerCache | None = None
+    endpoint: EndpointModel | None = None
 
     def ask(self, task: Task, example: Example, reserve: int) -> Example:
-        """What the model is asked instead of a test example; ``reserve`` tokens are left for the response."""
+        """What the model is asked in the place of a test example, with ``reserve`` tokens left for the response."""
 
         def fits(longer: Example) -> bool:
             return self.encoder.fits(longer, reserve)
@@ -56,20 +58,21 @@ class ModelEvaluation:
         return example
 
     def parts(self, rows: Sequence[TokenRow]) -> Generator[list[int]]:
-        """Numbers of rows that may be answered together, now; every row comes once."""
+        """The numbers of the rows that are answered together before the generator continues; every row comes once."""
         yield from _parts(self, self.methods, rows)
 
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
         """Rows padded on the right: ``input_ids``, ``attention_mask``, ``labels``, int64 [rows, seq], on the model's
-        device; a row without labels is not supervised."""
+        device; the tokens of a row without labels are not supervised."""
         from holdfast.data.collate import Collator
 
         pad: Any = self.encoder.tokenizer.pad_token_id
-        batch = Collator(pad)([{"labels": [-100] * len(row["input_ids"])} | dict(row) for row in rows])
+        batch = Collator(pad)([{"labels": [IGNORED] * len(row["input_ids"])} | dict(row) for row in rows])
         return {key: batch[key].to(self.model.device) for key in ("input_ids", "attention_mask", "labels")}
 
 
 def _parts(evaluation: ModelEvaluation, methods: Sequence[Method], rows: Sequence[TokenRow]) -> Iterator[list[int]]:
+    """The parts in which the first method answers the rows, each divided further by the methods after it."""
     if not methods:
         yield list(range(len(rows)))
         return

@@ -26,12 +26,13 @@ def evaluate_general(
     on_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """The values of :func:`general_statistics`: {:func:`matrix_name` of the measure: value}, in order."""
-    found = general_statistics(evaluation, measures, on_batch=on_batch)
-    return {name: general_value(name, statistics) for name, statistics in found.items()}
+    by_name = general_statistics(evaluation, measures, on_batch=on_batch)
+    return {name: general_value(name, statistics) for name, statistics in by_name.items()}
 
 
 def general_value(name: str, statistics: NDArray[np.float64]) -> float:
-    """The value of a measure from its examples' statistics: their quotient, of a perplexity its exponential."""
+    """The value of a measure from its examples' statistics: the quotient of their sums, or its exponential for a
+    perplexity."""
     share, count = statistics.sum(axis=0)
     with np.errstate(over="ignore"):  # a perplexity may be infinite
         return float(np.exp(share / count) if name.startswith("perplexity") else share / count)
@@ -45,21 +46,21 @@ def general_statistics(
 ) -> dict[str, NDArray[np.float64]]:
     """Measure general abilities, text by text and question by question.
 
-    - perplexity: exp of the mean negative log-likelihood per token over all texts; a text that is longer than the
-      encoder's ``max_length`` is read in windows, of which each knows the one before by its last token only.
-    - choices: share of questions whose right choice is the likeliest. Question and choice stand in the template that
-      training uses, and a choice's likelihood is the plain sum of its tokens' log-probabilities, end token included,
-      not divided by its length (what lm-evaluation-harness calls ``acc``). By letter, it is the log-probability of
-      the first token in which the letters differ, and what is shown before a question loses its last pieces where it
-      does not fit. Of equal ones the first counts.
-    - lm_eval: as :func:`~holdfast.evaluation.harness.harness_statistics` says.
+    - perplexity: exp of the mean negative log-likelihood per token over all texts. A text longer than the encoder's
+      ``max_length`` is read in windows; each begins with the last token of the one before.
+    - choices: share of questions whose right choice is the likeliest. Question and choice are in training's template,
+      and a choice's likelihood is the plain sum of its tokens' log-probabilities, including the end token, not divided
+      by its length (``acc`` of lm-evaluation-harness). By letter, it is the log-probability of the first token in which
+      the letters differ, and the text before a question loses its last pieces if it does not fit. Of equal choices
+      the first counts.
+    - lm_eval: see :func:`~holdfast.evaluation.harness.harness_statistics`.
 
     Args:
-        on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
+        on_batch: called after every batch with (sequences done, all sequences); it may raise to stop.
 
     Returns:
-        {:func:`matrix_name` of the measure: [examples, 2]}, those of lm_eval last: nats and tokens of each text; 1 or 0
-        for a right or wrong choice, and 1.
+        {:func:`matrix_name` of the measure: [examples, 2]}, those of lm_eval last: nats and tokens of each text; of
+        each question 1 or 0 for a right or wrong choice, and 1.
 
     Raises:
         ValueError: a measure is one of refusals, which :func:`refusal_records` measures.
@@ -74,44 +75,44 @@ def general_statistics(
     encoded = [encode[measure.kind](evaluation.encoder, measure) for measure in measures]
     losses, tokens = sequence_losses(evaluation, [rows for part in encoded for rows in part], on_batch=on_batch)
     bounds = np.cumsum([len(part) for part in encoded])
-    found: dict[str, NDArray[np.float64]] = {}
+    statistics: dict[str, NDArray[np.float64]] = {}
     for measure, nats, counts in zip(
         measures, np.split(losses, bounds)[:-1], np.split(tokens, bounds)[:-1], strict=True
     ):
         if measure.kind == "perplexity":
-            found[matrix_name(measure)] = np.stack([nats, counts], axis=1)
+            statistics[matrix_name(measure)] = np.stack([nats, counts], axis=1)
         else:
             ends = np.cumsum([len(choices) for _, choices, _ in measure.questions])
             likeliest = [int(part.argmin()) for part in np.split(nats, ends)[:-1]]
             right = [answer for _, _, answer in measure.questions]
-            found[matrix_name(measure)] = np.stack([np.equal(likeliest, right), np.ones(len(right))], axis=1)
-    return found | {matrix_name(measure): harness_statistics(evaluation, measure, on_batch) for measure in harness}
+            statistics[matrix_name(measure)] = np.stack([np.equal(likeliest, right), np.ones(len(right))], axis=1)
+    return statistics | {matrix_name(measure): harness_statistics(evaluation, measure, on_batch) for measure in harness}
 
 
 def refusal_records(
     evaluation: ModelEvaluation, measure: General, *, on_batch: Callable[[int, int], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Ask a model the prompts of a measure, greedily, and tell which it refuses.
+    """Ask a model the prompts of a measure, greedily, and score which it refuses.
 
     Returns:
-        One record a prompt, in order: row, prompt, response, and score, which is 1 for a refusal
-        (:func:`~holdfast.scoring.refusal.is_refusal`) and 0 for anything else.
+        One record a prompt, in order: row, prompt, response, and score: 1 for a refusal
+        (:func:`~holdfast.scoring.refusal.is_refusal`), 0 for any other response.
     """
     longest = min(measure.max_new_tokens, max(evaluation.encoder.max_length // 2, 1))
-    asked = [
+    examples = [
         Example(measure.name, row, turns=(Turn("user", prompt, cut=(0, len(prompt))), Turn("assistant", "")))
         for row, prompt in enumerate(measure.texts)
     ]
     return [
         {"row": row, "prompt": prompt, "response": response, "score": float(is_refusal(response))}
         for row, (prompt, response) in enumerate(
-            zip(measure.texts, respond(evaluation, asked, longest, on_batch), strict=True)
+            zip(measure.texts, respond(evaluation, examples, longest, on_batch), strict=True)
         )
     ]
 
 
 def matrix_name(measure: General) -> str:
-    """What a measure is called in ``matrix.json``: perplexities are named ``perplexity/...`` and shares of refusals
+    """The name of a measure in ``matrix.json``: perplexities are named ``perplexity/...`` and shares of refusals
     ``refusals/...``, so that none is averaged with accuracies."""
     if measure.kind == "lm_eval":
         return f"perplexity/{measure.name}" if "perplexity" in (measure.harness["metric"] or "") else measure.name
@@ -130,27 +131,27 @@ def _choices(encoder: Encoder, measure: General) -> list[list[dict[str, Any]]]:
     encoded = []
     for row, (_, choices, _) in enumerate(measure.questions):
         pieces = list(measure.shown[row]) if measure.shown else []
-        each = [_asked(measure, row, pieces, choice) for choice in choices]
-        while pieces and not all(encoder.fits(asked, encoder.answer_length(asked)) for asked in each):
+        examples = [_with_choice(measure, row, pieces, choice) for choice in choices]
+        while pieces and not all(encoder.fits(example, encoder.answer_length(example)) for example in examples):
             pieces.pop()
-            each = [_asked(measure, row, pieces, choice) for choice in choices]
-        sequences = [encoder.encode(asked) for asked in each]
+            examples = [_with_choice(measure, row, pieces, choice) for choice in choices]
+        sequences = [encoder.encode(example) for example in examples]
         if measure.by == "letter":
             _supervise_first_difference(measure.name, sequences)
         encoded += sequences
     return encoded
 
 
-def _asked(measure: General, row: int, pieces: list[str], choice: str) -> Example:
-    """A choice in the place of the answer; only the question itself may be cut."""
+def _with_choice(measure: General, row: int, pieces: list[str], choice: str) -> Example:
+    """A question with a choice as its answer; only the question itself may be cut."""
     before, question = "".join(pieces), measure.questions[row][0]
     turn = Turn("user", before + question, cut=(len(before), len(before) + len(question)))
     return Example(measure.name, row, turns=(turn, Turn("assistant", choice)))
 
 
 def _supervise_first_difference(name: str, choices: list[list[dict[str, Any]]]) -> None:
-    """Cut a question's choices after the first token in which they differ, which alone is supervised: so they have all
-    that is read before it in common."""
+    """Cut a question's choices after the first token in which they differ, and supervise only this token. So they share
+    all tokens before it."""
     rows = [sequences[-1] for sequences in choices]
     columns = zip(*(row["input_ids"] for row in rows), strict=False)
     at = next((i for i, tokens in enumerate(columns) if len(set(tokens)) > 1), None)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness as general abilities, in process, on the model in memory."""
+"""Tasks of lm-evaluation-harness as general abilities, in this process, on the model in memory."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ logger = logging.getLogger("holdfast")
 
 
 def check_tasks(names: Sequence[str], include_path: str | None) -> None:
-    """ConfigError if the library is not installed, or knows no task, group or tag of such a name."""
-    known = task_manager(include_path, tuple(names)).all_tasks
+    """ConfigError if the library is not installed, or has no task, group or tag of such a name."""
+    tasks = task_manager(include_path, tuple(names)).all_tasks
     for name in names:
-        if name not in known:
-            raise ConfigError(f"evaluation.general: lm_eval knows no task {name!r}{did_you_mean(name, known)}")
+        if name not in tasks:
+            raise ConfigError(f"evaluation.general: lm_eval knows no task {name!r}{did_you_mean(name, tasks)}")
 
 
 @cache
 def task_manager(include_path: str | None, names: tuple[str, ...]) -> Any:
-    """What finds tasks: among the user's own alone where these have all the names, since the others take long to list.
+    """The library's task manager, with the user's tasks only if they include all names: the others take long to list.
 
     Raises:
         ConfigError: the library is not installed, or there is no such folder.
@@ -46,9 +46,9 @@ def task_manager(include_path: str | None, names: tuple[str, ...]) -> Any:
         raise ConfigError("evaluation.general: kind lm_eval needs pip install 'holdfast[eval]'") from None
     try:
         if include_path is not None:
-            own = TaskManager(include_path=include_path, include_defaults=False)
-            if set(names) <= set(own.all_tasks):
-                return own
+            custom = TaskManager(include_path=include_path, include_defaults=False)
+            if set(names) <= set(custom.all_tasks):
+                return custom
         return TaskManager(include_path=include_path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"evaluation.general: include_path: {include_path!r} cannot be read: {error}") from None
@@ -57,10 +57,11 @@ def task_manager(include_path: str | None, names: tuple[str, ...]) -> Any:
 def harness_statistics(
     evaluation: ModelEvaluation, measure: General, on_batch: Callable[[int, int], None] | None = None
 ) -> NDArray[np.float64]:
-    """Measure one task or group: of each example its score and 1, or of a perplexity nats and their tokens, words or
-    bytes, [examples, 2]. The examples of a group's tasks stand one after another.
+    """Measure one task or group, without the methods that act at test time. No global random state is seeded.
 
-    The model is asked as its weights stand: methods that act at test time do not. Nothing global is seeded.
+    Returns:
+        [examples, 2]: the score of each example and 1; for a perplexity its nats and their tokens, words or bytes. The
+        examples of a group's tasks come one after another.
 
     Raises:
         ConfigError: the metric is none of the task's, lower is better and it is no perplexity, or the task's value is
@@ -68,20 +69,20 @@ def harness_statistics(
         DataError: the task or its data cannot be loaded.
     """
     options = measure.harness
-    asked = ["lm_eval", options]
-    found = None if evaluation.kept is None else evaluation.kept.find(asked)
-    if found is None:
+    question = ["lm_eval", options]
+    statistics = None if evaluation.answers is None else evaluation.answers.find(question)
+    if statistics is None:
         results = _results(evaluation, options)
-        found = Process.this().broadcast(None if results is None else _statistics(results, options))
-        if evaluation.kept is not None:
-            evaluation.kept.add(asked, found)
+        statistics = Process.this().broadcast(None if results is None else _statistics(results, options))
+        if evaluation.answers is not None:
+            evaluation.answers.add(question, statistics)
     if on_batch is not None:
-        on_batch(len(found), len(found))
-    return np.array(found, dtype=np.float64)
+        on_batch(len(statistics), len(statistics))
+    return np.array(statistics, dtype=np.float64)
 
 
 def _results(evaluation: ModelEvaluation, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the library gives in the main process."""
+    """The library's results in the main process; None in the others."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -119,6 +120,7 @@ def _statistics(results: Mapping[str, Any], options: Mapping[str, Any]) -> list[
 
 
 def _leaves(results: Mapping[str, Any], name: str) -> Iterator[str]:
+    """The tasks of a task, group or tag."""
     if name in results["samples"]:
         yield name
     elif name in results["group_subtasks"]:
@@ -129,17 +131,18 @@ def _leaves(results: Mapping[str, Any], name: str) -> Iterator[str]:
 
 
 def _of_task(results: Mapping[str, Any], task: str, chosen: str | None) -> list[tuple[float, float]]:
+    """The statistics of a task's examples by the chosen metric, or by the task's first one."""
     samples, values = results["samples"][task], results["results"][task]
     first = f"{samples[0]['metrics'][0]},{samples[0]['filter']}"
-    known = [key for key in values if "," in key and "_stderr," not in key]
-    key = next((key for key in known if chosen in (key, key.partition(",")[0])), None) if chosen else first
+    metrics = [key for key in values if "," in key and "_stderr," not in key]
+    key = next((key for key in metrics if chosen in (key, key.partition(",")[0])), None) if chosen else first
     where = f"evaluation.general: lm_eval task {task!r}"
     if key is None:
-        raise ConfigError(f"{where}: metric: has none called {chosen!r}{did_you_mean(str(chosen), known)}")
+        raise ConfigError(f"{where}: metric: has none called {chosen!r}{did_you_mean(str(chosen), metrics)}")
     name, _, filtered = key.partition(",")
     scores = [sample[name] for sample in samples if sample["filter"] == filtered and name in sample]
     if not results["higher_is_better"][task].get(name, True) and "perplexity" not in name:
-        raise ConfigError(f"{where}: metric: of {name} lower is better; choose another: {', '.join(known)}")
+        raise ConfigError(f"{where}: metric: of {name} lower is better; choose another: {', '.join(metrics)}")
     if "perplexity" in name:
         if chosen is None:
             raise ConfigError(f"{where}: is measured by a perplexity; say so: metric: {name}")
@@ -149,13 +152,13 @@ def _of_task(results: Mapping[str, Any], task: str, chosen: str | None) -> list[
     total = np.array(pairs, dtype=np.float64).reshape(-1, 2).sum(axis=0)
     value = total[0] / total[1] if pairs else math.nan
     if not math.isclose(math.exp(value) if "perplexity" in name else value, values[key], rel_tol=1e-6, abs_tol=1e-9):
-        raise ConfigError(f"{where}: metric: {name} is no mean over examples; choose another: {', '.join(known)}")
+        raise ConfigError(f"{where}: metric: {name} is no mean over examples; choose another: {', '.join(metrics)}")
     return [(float(score), float(count)) for score, count in pairs]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, the library's notices are not shown; its errors are."""
+    """Show the library's errors only, not its notices."""
     library = logging.getLogger("lm_eval")
     before = library.level
     library.setLevel(logging.ERROR)

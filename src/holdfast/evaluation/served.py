@@ -1,4 +1,4 @@
-"""Test examples asked of a model behind an endpoint, many at a time."""
+"""Responses of a model behind an endpoint to test examples, many at a time."""
 
 from __future__ import annotations
 
@@ -17,35 +17,38 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("holdfast")
 
+Way = Callable[[Encoder, Sequence[Example], int, "OnBatch", AnswerCache], list[str]]
+"""(encoder, examples, max_new_tokens, on_batch, answers) -> responses."""
+
 
 class EndpointModel:
     """A model behind an OpenAI-compatible endpoint.
 
-    Prompts go as text to ``/completions``, as the run renders them: the same tokens as in process, wherever the
-    tokenizer makes of a text the tokens that it came from. A server without that route is asked by chat, so that its
-    own template makes the prompts, and nothing is cut from them.
+    Prompts go to ``/completions`` as texts in the run's template. Their tokens are the same as in process if the
+    tokenizer gives a decoded text its old tokens. A server without that route is asked by chat; its own template then
+    makes the prompts, which are not cut.
     """
 
     def __init__(self, endpoint: Endpoint):
         self.endpoint = endpoint
-        self._ways: list[Callable[..., list[str]]] = [self._complete, self._chat]
+        self._ways: list[Way] = [self._complete, self._chat]
 
     def respond(
         self,
         encoder: Encoder,
-        asked: Sequence[Example],
+        questions: Sequence[Example],
         max_new_tokens: int,
         on_batch: OnBatch,
-        kept: AnswerCache,
+        answers: AnswerCache,
     ) -> list[str]:
-        """The model's response to each example, greedy; answers are kept as they come.
+        """The model's greedy response to each example; ``answers`` saves them as they come.
 
         Raises:
             ConfigError: the endpoint cannot be asked, or fails again and again.
         """
         while True:
             try:
-                return self._ways[0](encoder, asked, max_new_tokens, on_batch, kept)
+                return self._ways[0](encoder, questions, max_new_tokens, on_batch, answers)
             except NoRouteError as error:
                 if len(self._ways) == 1:
                     raise
@@ -53,20 +56,30 @@ class EndpointModel:
                 logger.warning("%s; asked by chat instead, where the server's own template makes the prompts", error)
 
     def _complete(
-        self, encoder: Encoder, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch, kept: AnswerCache
+        self,
+        encoder: Encoder,
+        questions: Sequence[Example],
+        max_new_tokens: int,
+        on_batch: OnBatch,
+        answers: AnswerCache,
     ) -> list[str]:
-        prompts = [encoder.prompt(example, reserve=max_new_tokens) for example in asked]
+        prompts = [encoder.prompt(question, reserve=max_new_tokens) for question in questions]
         texts = [prompt_text(encoder, ids) for ids in prompts]
         tokenised = encoder.tokenizer(texts)["input_ids"] if texts else []
         if other := sum(a != b for a, b in zip(prompts, tokenised, strict=True)):
             logger.warning("%d of %d prompts reach the endpoint as other tokens than in process", other, len(prompts))
-        return self._all(self.endpoint.complete, texts, max_new_tokens, on_batch, kept)
+        return self._all(self.endpoint.complete, texts, max_new_tokens, on_batch, answers)
 
     def _chat(
-        self, encoder: Encoder, asked: Sequence[Example], max_new_tokens: int, on_batch: OnBatch, kept: AnswerCache
+        self,
+        encoder: Encoder,
+        questions: Sequence[Example],
+        max_new_tokens: int,
+        on_batch: OnBatch,
+        answers: AnswerCache,
     ) -> list[str]:
-        turns = [[{"role": t.role, "content": t.content} for t in example.turns[:-1]] for example in asked]
-        return self._all(self.endpoint.chat, turns, max_new_tokens, on_batch, kept)
+        turns = [[{"role": t.role, "content": t.content} for t in question.turns[:-1]] for question in questions]
+        return self._all(self.endpoint.chat, turns, max_new_tokens, on_batch, answers)
 
     def _all(
         self,
@@ -74,7 +87,7 @@ class EndpointModel:
         questions: Sequence[Any],
         max_new_tokens: int,
         on_batch: OnBatch,
-        kept: AnswerCache,
+        answers: AnswerCache,
     ) -> list[str]:
         def ask(left: list[int], add: Add) -> None:
             done = len(questions) - len(left)
@@ -88,12 +101,12 @@ class EndpointModel:
 
             request([questions[i] for i in left], on_answer, temperature=0, max_tokens=max_new_tokens)
 
-        found = kept.complete([[request.__name__, question, max_new_tokens] for question in questions], ask)
-        return [text.strip() for text in found]
+        texts = answers.complete([[request.__name__, question, max_new_tokens] for question in questions], ask)
+        return [text.strip() for text in texts]
 
 
 def prompt_text(encoder: Encoder, ids: list[int]) -> str:
-    """The text of a prompt's tokens, without the begin token that a tokenizer puts before each text."""
+    """The text of a prompt's tokens, without the begin token that the tokenizer puts before each text."""
     begin = begin_tokens(encoder.tokenizer)
     ids = ids[len(begin) :] if ids[: len(begin)] == begin else ids
     return encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

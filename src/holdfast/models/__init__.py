@@ -1,1 +1,1 @@
-"""Pretrained models: loading, heads, generation, likelihood, endpoints."""
+"""Pretrained models: loading, heads, generation, sampling, likelihood, endpoints, conversion."""

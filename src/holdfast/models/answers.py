@@ -1,4 +1,4 @@
-"""Answers kept as they come, so that an evaluation that was killed, or whose server died, asks only the rest."""
+"""Answers saved as they come, so that an evaluation continues after a kill without asking again."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from holdfast.system.files import append_jsonl, cut_torn_line, is_finite, read_appended
 
 Question = Any
-"""What is asked, as plain JSON values: all that the answer depends on but the model."""
+"""A question as plain JSON values: all that the answer depends on, except the model."""
 Answer = Any
 Add = Callable[[Sequence[int], Sequence[Answer]], None]
 
 
 class AnswerCache:
-    """Answers of one model by what was asked, in a JSON-lines file; a line holds those that came together.
+    """The answers of one model by question, in a JSON-lines file; a line holds the answers that came together.
 
-    A question is known by its digest, so that one that has changed since is asked anew. Greedy answers depend on
-    nothing else, so that a question that comes twice is asked once. A last line that a kill left torn is dropped. An
-    answer that is not finite, which JSON cannot hold, is kept in memory alone.
+    The key is the question's digest, so a changed question is asked again. Greedy answers depend on nothing else, so a
+    repeated question is asked once. A last line that a kill cut off is dropped. An
+    answer that is not finite, which JSON cannot hold, stays in memory.
 
     Args:
-        path: the file, which need not exist; where None, answers are kept in memory alone.
-        writes: whether this process writes the file; others only read what stood there.
+        path: the file, which need not exist; None: answers stay in memory.
+        writes: whether this process writes the file; other processes only read what it held.
     """
 
     def __init__(self, path: Path | None = None, *, writes: bool = True):
@@ -37,14 +37,14 @@ class AnswerCache:
             if writes:
                 cut_torn_line(path)
 
-    def complete(self, asked: Sequence[Question], ask: Callable[[list[int], Add], None]) -> list[Answer]:
+    def complete(self, questions: Sequence[Question], ask: Callable[[list[int], Add], None]) -> list[Answer]:
         """The answer to each question.
 
         Args:
-            ask: is given the numbers of the questions that have none, unless all have, and a function that keeps the
-                answers to some of them; it must keep all, as soon as they are there.
+            ask: called with the numbers of the questions without an answer, if there are any, and with a function that
+                saves the answers to some of them; it must save every answer as soon as it is there.
         """
-        digests = [_digest(question) for question in asked]
+        digests = [_digest(question) for question in questions]
         left = {digest: i for i, digest in reversed([*enumerate(digests)]) if digest not in self._answers}
         if left:
             ask(sorted(left.values()), lambda numbers, answers: self._add([digests[i] for i in numbers], answers))
@@ -55,7 +55,7 @@ class AnswerCache:
         return self._answers.get(_digest(question))
 
     def add(self, question: Question, answer: Answer) -> None:
-        """Keep one answer."""
+        """Save one answer."""
         self._add([_digest(question)], [answer])
 
     def _add(self, digests: Sequence[str], answers: Sequence[Answer]) -> None:
@@ -68,7 +68,7 @@ class AnswerCache:
             append_jsonl(self.path, lasting)
 
     def remove(self) -> None:
-        """Delete the file: what was made of the answers is written."""
+        """Delete the file, once the results are written."""
         if self.path is not None and self._writes:
             self.path.unlink(missing_ok=True)
 

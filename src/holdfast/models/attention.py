@@ -1,4 +1,4 @@
-"""Attention in float32 within bfloat16 mixed precision: on a CPU its backward pass is several times faster so."""
+"""Attention in float32 within bfloat16 mixed precision, whose backward pass on a CPU is several times faster."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 FLOAT32 = "sdpa_float32"
-"""Its name as an attention implementation of transformers."""
+"""The name of this attention implementation in transformers."""
 
 
 def sdpa_float32(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' ``sdpa``, computed in float32: [batch, heads, seq, head size] each; the result has query's type."""
+    """transformers' ``sdpa`` in float32: [batch, heads, seq, head size] each; the result has the query's data type."""
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
     with torch.autocast(query.device.type, enabled=False):
@@ -30,5 +30,5 @@ AttentionMaskInterface.register(FLOAT32, sdpa_mask)
 
 
 def fastest(precision: str) -> str | None:
-    """The attention implementation for training in a precision on this machine; None for the model's own."""
+    """The fastest attention implementation for training in a precision on this machine; None: the model's own."""
     return FLOAT32 if precision == "bfloat16" and not torch.cuda.is_available() else None

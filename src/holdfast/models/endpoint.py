@@ -1,5 +1,4 @@
-"""An OpenAI-compatible endpoint: prompts or conversations go in, texts come out, several at a time, again where it
-failed."""
+"""A client of an OpenAI-compatible endpoint: several requests at a time, with retries."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import httpx2
 
 from holdfast.errors import ConfigError
 
-PAUSE = 0.5  # seconds before the second attempt; doubled before each further one, up to LONGEST_PAUSE
+PAUSE = 0.5  # seconds before the second attempt; doubled for each further one, up to LONGEST_PAUSE
 LONGEST_PAUSE = 30.0
 TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 NO_ROUTE = (404, 405, 501)
@@ -24,7 +23,7 @@ OnAnswer = Callable[[int, str], None] | None
 
 
 class NoRouteError(ConfigError):
-    """The endpoint does not know what it was asked for."""
+    """The endpoint does not have this route."""
 
 
 class Endpoint:
@@ -32,12 +31,12 @@ class Endpoint:
 
     Args:
         url: the endpoint's base, for example http://localhost:8000/v1.
-        model: its name there.
-        key_variable: environment variable that holds the key; where it is not set, none is sent.
-        concurrency: requests under way at once.
+        model: the model's name there.
+        key_variable: environment variable that holds the key; if it is not set, no key is sent.
+        concurrency: requests at the same time.
         timeout: seconds that a request may take.
-        retries: how often a request is repeated that found no server, took too long, or was answered with a status
-            that passes (408, 409, 425, 429, 5xx); the pauses between grow from half a second to half a minute.
+        retries: how often a request is repeated if it finds no server, takes too long, or fails with a temporary status
+            (408, 409, 425, 429, 5xx); the pauses grow from half a second to half a minute.
     """
 
     def __init__(
@@ -55,24 +54,38 @@ class Endpoint:
         key = os.environ.get(key_variable)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def chat(self, conversations: Sequence[Conversation], on_answer: OnAnswer = None, **parameters: Any) -> list[str]:
+    def chat(
+        self,
+        conversations: Sequence[Conversation],
+        on_answer: OnAnswer = None,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+    ) -> list[str]:
         """The model's answer to each conversation, in order, by ``POST {url}/chat/completions``.
 
         Args:
             on_answer: called with the number of a conversation and its answer as soon as it is there; it may raise to
                 stop.
-            parameters: of the request, for example temperature and max_tokens.
+            temperature, max_tokens: of the request; the server's own where absent.
 
         Raises:
-            ConfigError: a request was refused, or failed ``retries`` + 1 times; answers that were under way then are
-                waited for and handed to ``on_answer``, and nothing further is asked.
+            ConfigError: a request was refused, or failed ``retries`` + 1 times. The answers of requests that have begun
+                still go to ``on_answer``; no further request begins.
         """
-        bodies = [{"messages": list(turns)} | parameters for turns in conversations]
+        bodies = [{"messages": list(turns)} | _given(temperature, max_tokens) for turns in conversations]
         return self._all("chat/completions", bodies, on_answer, lambda choice: choice["message"]["content"])
 
-    def complete(self, prompts: Sequence[str], on_answer: OnAnswer = None, **parameters: Any) -> list[str]:
-        """What the model writes after each prompt, in order, by ``POST {url}/completions``; as :meth:`chat`."""
-        bodies = [{"prompt": prompt} | parameters for prompt in prompts]
+    def complete(
+        self,
+        prompts: Sequence[str],
+        on_answer: OnAnswer = None,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+    ) -> list[str]:
+        """The model's continuation of each prompt, in order, by ``POST {url}/completions``; else as :meth:`chat`."""
+        bodies = [{"prompt": prompt} | _given(temperature, max_tokens) for prompt in prompts]
         return self._all("completions", bodies, on_answer, lambda choice: choice["text"])
 
     def models(self) -> list[str]:
@@ -159,8 +172,14 @@ class Endpoint:
         return ConfigError(f"endpoint {self.url!r}: answered with something else than {than}: {reply.text[:200]!r}")
 
 
+def _given(temperature: float | None, max_tokens: int | None) -> dict[str, float]:
+    """The parameters of a request that are not absent."""
+    parameters = {"temperature": temperature, "max_tokens": max_tokens}
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
 def only_model(endpoint: Endpoint) -> str:
-    """The name of the one model that an endpoint serves.
+    """The name of the only model that an endpoint serves.
 
     Raises:
         ConfigError: it serves none or several, does not say which, or does not answer.

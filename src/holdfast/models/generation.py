@@ -1,4 +1,4 @@
-"""Batched greedy generation with transformers, and the mode in which a model is measured."""
+"""Batched greedy generation with transformers, and the mode for measuring a model."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def generate(
     on_batch: Callable[[int, int], None] | None = None,
     on_responses: Callable[[list[int], list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
-    """Continue every prompt with the likeliest next token, until an end token or ``max_new_tokens``.
+    """Continue every prompt greedily, until an end token or ``max_new_tokens``.
 
     The model's own generation settings (sampling, penalties, suppressed tokens) do not apply, so that a response
-    depends on nothing but the weights and the prompt. Batches hold prompts of similar length, longest first; up to
-    float rounding the responses do not depend on ``batch_size``. Modes, settings and random states are left as found.
+    depends on the weights and the prompt alone. Batches hold prompts of similar length, the longest first; up to float
+    rounding the responses do not depend on ``batch_size``. Modes, settings and random states stay as they were.
 
     Args:
         model: a causal language model, with or without adapters.
         prompts: token ids, at least one a prompt.
-        max_new_tokens: longest response, in tokens, its end token included.
+        max_new_tokens: longest response, in tokens, including its end token.
         batch_size: prompts generated together.
         eos_token_ids: tokens that end a response.
-        pad_token_id: fills short prompts on the left; masked, so any id of the vocabulary will do.
-        on_batch: called after every batch with the prompts done and all prompts; it may raise to stop.
-        on_responses: called before that with the numbers of the batch's prompts and what they are returned.
+        pad_token_id: fills short prompts on the left; it is masked, so any id of the vocabulary will do.
+        on_batch: called after every batch with (prompts done, all prompts); it may raise to stop.
+        on_responses: called before it with the numbers of the batch's prompts and their responses.
 
     Returns:
-        The new tokens of every prompt, in the order of ``prompts``, up to and without the end token.
+        The new tokens of every prompt, in the order of ``prompts``, without the end token.
     """
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -73,12 +73,12 @@ def generate(
             return [until(eos_token_ids, new) for new in tokens[:, width:].tolist()]
 
         done = 0
-        for batch, found in by_batch(order, batch_size, answers):
-            for i, response in zip(batch, found, strict=True):
+        for batch, new in by_batch(order, batch_size, answers):
+            for i, response in zip(batch, new, strict=True):
                 responses[i] = response
             done += len(batch)
             if on_responses is not None:
-                on_responses(batch, found)
+                on_responses(batch, new)
             if on_batch is not None:
                 on_batch(done, len(prompts))
     return responses
@@ -92,23 +92,23 @@ def until(ends: list[int], tokens: list[int]) -> list[int]:
 def by_batch(
     order: Sequence[int], batch_size: int, answers: Callable[[list[int]], list[Any]]
 ) -> Iterator[tuple[list[int], list[Any]]]:
-    """Each batch of at most ``batch_size`` numbers with its answers, in every process; each process answers its share.
+    """Each batch of at most ``batch_size`` numbers with its answers, in every process; each process computes its share.
 
-    Processes go through the model together: one that has no batch left answers the last one, and nobody looks at it.
+    Processes go through the model together: a process without a batch computes the last one, which is not used.
     """
     process = Process.this()
     size = min(batch_size, -(-len(order) // process.world) or 1)
     batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
     for first in range(0, len(batches), process.world):
         part = batches[first : first + process.world]
-        found = process.gather(answers(part[min(process.rank, len(part) - 1)]))
-        yield from zip(part, found, strict=False)
+        gathered = process.gather(answers(part[min(process.rank, len(part) - 1)]))
+        yield from zip(part, gathered, strict=False)
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode and records no gradients; after, every module is in its former mode."""
-    # FSDP2 keeps buffers between forward passes, and those that are made in inference mode are of no use for training.
+    """Put the model into eval mode, without gradients, and restore every module's mode at the end."""
+    # FSDP2 reuses buffers between forward passes, and training cannot use buffers made in inference mode.
     without_gradients = torch.no_grad() if is_divided(model) else torch.inference_mode()
     with evaluating(model), without_gradients:
         yield
@@ -116,7 +116,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; after, every module is in its former mode."""
+    """Put the model into eval mode, and restore every module's mode at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -128,12 +128,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Inside, ``config`` stands in for the model's own, from which transformers fills whatever a call leaves open."""
-    own = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
-    for module, _ in own:
+    """Replace the model's own generation settings, which transformers uses for whatever a call leaves open."""
+    former = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
+    for module, _ in former:
         module.generation_config = config
     try:
         yield
     finally:
-        for module, former in own:
-            module.generation_config = former
+        for module, settings in former:
+            module.generation_config = settings

@@ -28,15 +28,15 @@ def token_losses(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Negative log-likelihood of the supervised tokens of each sequence, teacher-forced.
 
-    Sequences that differ in their last token alone, such as a question with one letter or another, are read once.
+    Sequences that differ only in their last token, such as a question with one letter or another, are read once.
 
     Args:
-        rows: sequences with ``input_ids`` and ``labels`` of the same length; a label of -100 is not supervised, nor
-            is the first token, which nothing predicts.
-        batch_size: different sequences in one forward pass.
-        pad_token_id: fills short sequences on the right; masked, so any id of the vocabulary will do.
-        on_batch: called after every batch with the sequences done and all sequences; it may raise to stop.
-        on_losses: called before that with the numbers of the batch's sequences, and the nats and tokens of each.
+        rows: sequences with ``input_ids`` and ``labels`` of equal length; a token with label -100 is not supervised,
+            nor is the first token, which nothing predicts.
+        batch_size: distinct sequences in one forward pass.
+        pad_token_id: fills short sequences on the right; it is masked, so any id of the vocabulary will do.
+        on_batch: called after every batch with (sequences done, all sequences); it may raise to stop.
+        on_losses: called before it with the numbers of the batch's sequences, and nats and tokens of each.
 
     Returns:
         Sums in nats (log-probabilities in float32, summed in float64) and counts of tokens, both ``[rows]``.
@@ -68,9 +68,9 @@ def token_losses(
             return float(nats.cpu().double().sum()), len(nats)
 
         done = 0
-        for batch, found in by_batch(range(len(groups)), batch_size, answers):
+        for batch, computed in by_batch(range(len(groups)), batch_size, answers):
             numbers = [i for number in batch for i in groups[number]]
-            pairs = [pair for group in found for pair in group]
+            pairs = [pair for group in computed for pair in group]
             losses[numbers], counts[numbers] = zip(*pairs, strict=True)
             done += len(numbers)
             if on_losses is not None:

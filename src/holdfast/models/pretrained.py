@@ -1,33 +1,33 @@
-"""Load what comes with a pretrained model: its configuration and its tokenizer, with their fingerprints."""
+"""Load the configuration and the tokenizer of a pretrained model, and fingerprint the tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from holdfast.config.model import ModelConfig
 from holdfast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
 
 def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, where the tokenizer puts one before a text; otherwise nothing."""
+    """The beginning-of-sequence token, if the tokenizer puts one before a text; otherwise nothing."""
     bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     begin = [tokenizer.bos_token_id]
     return begin if full[:1] == begin and bare[:1] != begin else []
 
 
 def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer from its folder or the hub, with a padding token: its own, or end or unknown.
+    """Load a model's tokenizer from its folder or the hub; one without a padding token pads with end or unknown.
 
     Args:
-        key: where the name comes from, for messages.
+        key: the key that the name comes from, for messages.
 
     Raises:
         ConfigError: there is no such folder or hub name, it holds no tokenizer, or one that is not fast.
@@ -62,8 +62,8 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
     return tokenizer
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 (hexadecimal) over what decides which tokens a text becomes; how calls pad and truncate is left out."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hexadecimal) over all that decides a text's tokens, which padding and truncation settings do not."""
     if hasattr(tokenizer, "backend_tokenizer"):
         content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     else:
@@ -71,7 +71,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_model_config(model: ModelConfig) -> Any:
+def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """The model's transformers configuration.
 
     Raises:

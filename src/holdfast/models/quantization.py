@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.config.model import ModelConfig
 from holdfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_quantization(model: ModelConfig, tuner: str, frozen_weights: bool) -> None:
@@ -34,10 +37,10 @@ def check_quantization(model: ModelConfig, tuner: str, frozen_weights: bool) -> 
 
 
 def weight_options(model: ModelConfig, device: str) -> dict[str, Any]:
-    """What ``from_pretrained`` is told of a model's weights: data type, and how they are quantised.
+    """Arguments of ``from_pretrained`` for the data type and the quantisation of a model's weights.
 
-    4 bits are QLoRA's: NF4, with quantised constants (double quantisation). Computed is in ``model.dtype``, and where
-    that is auto, in bfloat16, as in the paper.
+    4 bits are those of QLoRA: NF4, with quantised constants (double quantisation). The data type of computation is
+    ``model.dtype``; if that is auto, it is bfloat16, as in the paper.
     """
     if model.quantization is None:
         return {"dtype": model.dtype}
@@ -57,11 +60,11 @@ def weight_options(model: ModelConfig, device: str) -> dict[str, Any]:
     }
 
 
-def ready_for_training(model: Any) -> Any:
-    """A quantised model, frozen, with norms and embeddings in float32.
+def ready_for_training(model: PreTrainedModel) -> PreTrainedModel:
+    """Freeze a quantised model, with norms and embeddings in float32.
 
-    On CPUs with AVX512-BF16 bitsandbytes 0.50 packs a layer's weights anew when it first answers: with loss, for good,
-    and so that no gradient goes through it any more. That is turned off.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights in its first forward pass: permanently, with a
+    loss of precision, and such that no gradient passes through the layer. This function turns that off.
     """
     from peft import prepare_model_for_kbit_training
 

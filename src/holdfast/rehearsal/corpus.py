@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import numpy as np
 from holdfast.errors import ConfigError, DataError, Interrupted
 from holdfast.models.pretrained import tokenizer_fingerprint
 from holdfast.models.sampling import Sampler
-from holdfast.rehearsal.request import Request
+from holdfast.rehearsal.request import OwnSample, Request
 from holdfast.system.files import (
     LOCK,
     PARTIAL,
@@ -94,11 +94,7 @@ def write_corpus(
                     tally.add(line)
             else:
                 numbers = range(shard * batch_size, (shard + 1) * batch_size)
-                samples = request.write(draw, seed, numbers)
-                lines = [
-                    {"number": number} | dict(drawn.row) | {"log_prob": drawn.log_prob}
-                    for number, drawn in zip(numbers, samples, strict=True)
-                ]
+                lines = _lines(numbers, request.write(draw, seed, numbers))
                 write_jsonl(path, [line for line in lines if tally.add(line)])
             if on_progress:
                 on_progress(min(tally.tokens, tokens), tokens)
@@ -116,6 +112,12 @@ def write_corpus(
         write_json(out / MANIFEST, {"settings": settings} | tally.counts() | {"files": files})
         (out / SETTINGS).unlink()
         return read_json(out / MANIFEST)
+
+
+def _lines(numbers: Sequence[int], samples: Sequence[OwnSample]) -> list[dict[str, Any]]:
+    """The lines of a shard."""
+    pairs = zip(numbers, samples, strict=True)
+    return [{"number": number} | dict(drawn.row) | {"log_prob": drawn.log_prob} for number, drawn in pairs]
 
 
 def corpus_files(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Path]:

@@ -1,1 +1,1 @@
-"""Convert checkpoints without a native transformers class."""
+"""Convert checkpoints that have no class in transformers."""

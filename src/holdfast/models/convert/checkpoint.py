@@ -1,7 +1,7 @@
-"""Checkpoints of InternLM2, Baichuan 2 and Baichuan as plain Llama checkpoints, without running the code they bring.
+"""Checkpoints of InternLM2, Baichuan 2 and Baichuan as plain Llama checkpoints, without running their code.
 
-These families are Llama with other names and packed projections. What is read: config.json, the weights,
-tokenizer.model and the JSON files of the tokenizer and of generation; no Python file of a checkpoint is imported.
+These families are Llama with other names and packed projections. The conversion reads config.json, the weights,
+tokenizer.model and the JSON files of the tokenizer and of generation; it imports no Python file of a checkpoint.
 
 Sources: modeling_internlm2.py and configuration_internlm2.py (Cai et al., 2024, arXiv 2403.17297) and
 modeling_baichuan.py with generation_utils.py (Yang et al., 2023, arXiv 2309.10305), as the models' folders hold them.
@@ -28,8 +28,8 @@ SHARD_BYTES = 2 * 2**30  # of one file of the target, at most, unless a single t
 def convert(source: Path, target: Path, progress: Progress | None = None) -> Path:
     """Write a checkpoint of one of the families as a folder that transformers loads as Llama.
 
-    Weights keep their dtype. They are read tensor by tensor and written in files of at most ``SHARD_BYTES``, so that
-    no more than about one such file is in memory. The target is written whole or not at all.
+    Weights keep their data type. They are read tensor by tensor and written in files of at most ``SHARD_BYTES``, so
+    about one such file is in memory at a time. The target is written whole or not at all.
 
     Args:
         source: a folder with config.json, tokenizer.model and weights, in one file or several, as safetensors or as
@@ -55,9 +55,9 @@ def convert(source: Path, target: Path, progress: Progress | None = None) -> Pat
         _write_weights(files, parts, folder, progress or Progress(quiet=True))
         llama.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        kept = {k: v for k, v in generation.items() if k not in ("user_token_id", "assistant_token_id")}
-        if kept:
-            write_json(folder / "generation_config.json", kept)
+        plain = {k: v for k, v in generation.items() if k not in ("user_token_id", "assistant_token_id")}
+        if plain:
+            write_json(folder / "generation_config.json", plain)
     return target
 
 
@@ -65,7 +65,7 @@ def convert(source: Path, target: Path, progress: Progress | None = None) -> Pat
 
 
 def _weight_files(source: Path) -> list[Path]:
-    """The files of a checkpoint's weights, in the order of preference that transformers has."""
+    """The files of a checkpoint's weights; of several formats the one that transformers prefers."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (source / name).exists():
             return [source / name]
@@ -82,7 +82,7 @@ def _weight_files(source: Path) -> list[Path]:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
-    """Name, shape and a function that reads it, for each tensor of a file.
+    """The name, the shape and a reading function of each tensor in a file.
 
     Raises:
         DataError: the file is broken, or pickled with more than tensors in it.
@@ -108,7 +108,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Te
 
 
 def _check(files: list[Path], parts: dict[str, Part], source: Path) -> None:
-    """Refuse weights of which a name or a shape is not what config.json says."""
+    """DataError if the names or shapes of the weights are not those that config.json implies."""
     shapes = {name: shape for path in files for name, shape, _ in _tensors(path)}
     missing = [name for name, part in parts.items() if part.targets and name not in shapes]
     extra = [name for name in shapes if name not in parts and not DERIVED.search(name)]

@@ -1,4 +1,4 @@
-"""The model families that can be converted: how each checkpoint's tensors and settings map to Llama's."""
+"""The model families that can be converted: how their tensors and settings map to Llama's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOCABULARY = {"Baichuan": 64000, "Baichuan 2": 125696}  # rows of the published 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a source: its shape, what it becomes in Llama, and how it is taken apart."""
+    """One tensor of a source: its shape, the names of its parts in Llama, and how it is split."""
 
     shape: tuple[int, ...]
     targets: tuple[str, ...]
@@ -33,7 +33,7 @@ class Part:
 
 
 def find_family(config: dict[str, Any], source: Path) -> tuple[dict[str, Part], Any]:
-    """The tensors that a source must hold, by name, and the configuration of the Llama that they become."""
+    """The tensors that a source must hold, by name, and the configuration of the resulting Llama."""
     where = source / "config.json"
     architecture = next(iter(config.get("architectures") or []), None)
     kind = config.get("model_type")
@@ -63,8 +63,8 @@ def _require(config: dict[str, Any], where: Path) -> None:
 def _has_norm_head(config: dict[str, Any], architecture: str, where: Path) -> bool:
     """Whether the head is normalised, as in Baichuan 2, or plain, as in Baichuan 1.
 
-    Both call their model type baichuan. The 7B of the first spells its class BaiChuan; every other one spells it
-    Baichuan, of which the 13B, told by their width or the absence of a context length, have no rotary positions.
+    Both call their model type baichuan. The 7B of the first spells its class BaiChuan, all others spell it Baichuan.
+    The 13B, which have another width or no context length in their configuration, have no rotary positions.
 
     Raises:
         ConfigError: it is a 13B; or the vocabulary is that of the other generation.
@@ -131,7 +131,7 @@ def _baichuan(config: dict[str, Any], norm_head: bool) -> dict[str, Part]:
 
 
 def _outside(config: dict[str, Any], embedding: str, head: str) -> dict[str, Part]:
-    """The tensors outside the blocks. A head that is tied to the embedding may be stored, but becomes nothing."""
+    """The tensors outside the blocks; a stored head that is tied to the embedding is left out."""
     shape = (config["vocab_size"], config["hidden_size"])
     return {
         embedding: Part(shape, ("model.embed_tokens.weight",)),

@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model (tokenizer.model) as a fast tokenizer that needs neither sentencepiece nor protobuf."""
+"""A SentencePiece BPE model (tokenizer.model) as a fast tokenizer, without sentencepiece and protobuf."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from holdfast.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 
-SPACE = "\u2581"  # SentencePiece writes a space as this sign
+SPACE = "\u2581"  # SentencePiece's sign for a space
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # ModelProto.SentencePiece.Type
 BPE = 2  # TrainerSpec.ModelType
 
 
 class Piece(NamedTuple):
-    """An entry of the vocabulary; its place is its id."""
+    """An entry of the vocabulary; its position is its id."""
 
     text: str
     score: float
@@ -29,7 +29,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What of a tokenizer.model decides how text becomes ids (sentencepiece_model.proto)."""
+    """The parts of a tokenizer.model that decide how text becomes ids (sentencepiece_model.proto)."""
 
     pieces: list[Piece]
     model_type: int
@@ -73,11 +73,12 @@ def read_model(path: Path) -> SentencePieceModel:
 
 
 def fast_tokenizer(model: SentencePieceModel, added: dict[int, AddedToken], path: Path) -> Tokenizer:
-    """A tokenizer that gives a text the same ids as SentencePiece, apart from added tokens, which it finds in text.
+    """A tokenizer that gives a text the same ids as SentencePiece, except for added tokens, which it finds in text.
 
     Args:
         model: a BPE model.
-        added: tokens by id, in place of a piece or after the last one. Control pieces are added tokens anyway.
+        added: further tokens by id, in the place of a piece or after the last one. Control pieces always are added
+            tokens.
         path: the model's file, for messages.
 
     Raises:
@@ -120,7 +121,7 @@ def fast_tokenizer(model: SentencePieceModel, added: dict[int, AddedToken], path
 
 
 def _merges(model: SentencePieceModel, added: dict[int, AddedToken]) -> list[tuple[str, str]]:
-    """Pairs of pieces that make a piece; the best score first, as SentencePiece joins them."""
+    """The pairs of pieces that make a piece, the best score first, which is SentencePiece's order."""
     mergeable = {p.text: (-p.score, i) for i, p in enumerate(model.pieces) if p.kind == NORMAL and i not in added}
     merges = [
         (rank, cut, text[:cut], text[cut:])
@@ -190,8 +191,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _last(fields: list[tuple[int, int | bytes]], number: int) -> bytes:
-    found = [value for n, value in fields if n == number]
-    return found[-1] if found and isinstance(found[-1], bytes) else b""
+    values = [value for n, value in fields if n == number]
+    return values[-1] if values and isinstance(values[-1], bytes) else b""
 
 
 def _piece(data: int | bytes) -> Piece:

@@ -79,7 +79,7 @@ def _content(token: str | dict[str, Any] | None) -> str | None:
 
 
 def _roles(source: Path, pieces: int) -> dict[str, int]:
-    """The tokens that Baichuan 2's chat models put before a turn; generation_config.json names them by id."""
+    """The ids of the tokens before a turn in Baichuan 2's chat models, which generation_config.json holds, by role."""
     generation = read_settings(source / "generation_config.json")
     keys = {role: f"{role}_token_id" for role in ("user", "assistant")}
     if not all(key in generation for key in keys.values()):
@@ -92,10 +92,10 @@ def _roles(source: Path, pieces: int) -> dict[str, int]:
 
 
 def _chat_template(source: Path, settings: dict[str, Any], roles: dict[str, str]) -> str | None:
-    """The checkpoint's own template; where its code has one instead, as in Baichuan 2's build_chat_input, the same.
+    """The checkpoint's own template, or a template equal to the code of Baichuan 2's build_chat_input.
 
-    There, a turn is its role's token and its content, a system text stands first and bare, and nothing separates
-    turns. The end token closes the last answer, as in Baichuan 2's fine-tuning code; answers before it have none.
+    In that code a turn is its role's token and its content, a system text comes first without a token, and nothing
+    separates turns. The end token closes the last answer only, as in Baichuan 2's fine-tuning code.
     """
     file = source / "chat_template.jinja"
     if file.exists():
@@ -120,7 +120,7 @@ def _chat_template(source: Path, settings: dict[str, Any], roles: dict[str, str]
 
 
 def read_settings(path: Path, required: bool = False) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file is absent and not required."""
+    """A JSON object; an empty one if the file is absent and not required."""
     if not path.exists() and not required:
         return {}
     try:
