@@ -126,8 +126,8 @@ class Rehearsed:
         hidden: [rows, seq, hidden], with gradient, of each layer that the method asked for, in its order.
         share: factor on a mean over this micro-batch's supervised tokens, such that the mean over all micro-batches is
             the mean over all tokens of the step, however its rows fall into micro-batches.
-        made: [rows, seq, vocab], with gradient: the logits that the task's own loss computed of these rows, whether or
-            not the method asked for logits; None if there are none.
+        task_logits: [rows, seq, vocab], with gradient: the logits that the task's own loss computed of these rows,
+            whether or not the method asked for logits; None if there are none.
         batch: the rows themselves.
         counts: False, with share 0, in a process that goes along only because others need its part of the weights.
     """
@@ -137,7 +137,7 @@ class Rehearsed:
     logits: Tensor | None
     hidden: tuple[Tensor, ...]
     share: float
-    made: Tensor | None = None
+    task_logits: Tensor | None = None
     batch: Batch = field(default_factory=dict)
     counts: bool = True
 
@@ -181,7 +181,7 @@ class Extra:
         samples: a number for each row, by which the method finds it again; 0, 1, ... where absent.
         layers: the hidden states that the method needs, as in :meth:`Stage.hidden_states`.
         logits: whether the method needs logits.
-        dealt: whether these are this process's own share; otherwise every process gives the same rows.
+        per_process: whether each process gives its share of the rows; otherwise all of them give the same rows.
     """
 
     rows: Sequence[TokenRow]
@@ -189,4 +189,4 @@ class Extra:
     samples: Sequence[int] | None = None
     layers: tuple[int, ...] = ()
     logits: bool = True
-    dealt: bool = False
+    per_process: bool = False

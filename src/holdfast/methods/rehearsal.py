@@ -94,7 +94,7 @@ class Rehearsal(Method):
         count = self._count(step.rows)
         if self.buffer is not None:
             rows, samples = self.buffer.rows(step.index, count)
-            return Extra(rows, options.way, samples, layers, logits, dealt=not self.buffer.together)
+            return Extra(rows, options.way, samples, layers, logits, per_process=not self.buffer.together)
         rounds, rest = divmod(count, self.size)
         samples = [*range(self.size)] * rounds + step.random(self.name).sample(range(self.size), rest)
         return Extra([self.rows[i] for i in samples], options.way, samples, layers, logits)

@@ -83,7 +83,7 @@ class HiddenTeacher:
             self.teacher_head or student_head,
             predicting(rehearsed.labels),
             self.options.divergence,
-            student_logits=rehearsed.made,
+            student_logits=rehearsed.task_logits,
         )
         return total / count.clamp(min=1)  # a process without rows of its own has no position
 

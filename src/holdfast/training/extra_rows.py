@@ -88,24 +88,24 @@ class ExtraRows:
     def _put_beside(self, batches: list[Any], extra: Extra, name: str) -> int:
         """Divide the rows among all micro-batches; return how many supervised tokens all processes have of them."""
         samples = list(extra.samples) if extra.samples is not None else list(range(len(extra.rows)))
-        rank, world = (0, 1) if extra.dealt else (self.process.rank, self.process.world)
+        rank, world = (0, 1) if extra.per_process else (self.process.rank, self.process.world)
         # Where all processes have the same rows, each counts them all by itself, without waiting for the others.
-        tokens = 0 if extra.dealt else sum(label != -100 for row in extra.rows for label in row["labels"][1:])
+        tokens = 0 if extra.per_process else sum(label != -100 for row in extra.rows for label in row["labels"][1:])
         for number, batch in enumerate(batches):
             part = slice(number * world + rank, None, len(batches) * world)
             rows = extra.rows[part]
             if rows or self.in_step:
                 collated = collate_tokens(self.pad, rows or extra.rows[:1])
-                tokens += int(supervised_tokens(collated["labels"])) if extra.dealt and rows else 0
+                tokens += int(supervised_tokens(collated["labels"])) if extra.per_process and rows else 0
                 collated["sample"] = torch.tensor(samples[part] if rows else samples[:1])
                 collated["counts"] = bool(rows)  # False: the row only keeps the number of forward passes equal
                 batch.setdefault(KEY, {})[name] = collated
-        return self._sum(tokens) if extra.dealt else tokens
+        return self._sum(tokens) if extra.per_process else tokens
 
     def _replace(self, batches: list[Any], sizes: Sequence[int], extra: Extra, chance: random.Random) -> list[Any]:
         """Put the rows in random places of the step, instead of the task rows that stood there."""
         process, rows = self.process, extra.rows
-        if extra.dealt:
+        if extra.per_process:
             rows = [row for part in zip_longest(*process.gather(list(rows))) for row in part if row is not None]
         counts = process.gather(list(sizes))
         places = [(b, w, r) for b in range(len(batches)) for w in range(process.world) for r in range(counts[w][b])]
@@ -209,7 +209,7 @@ class ExtraRows:
             hidden=tuple(outputs.hidden_states[layer][part, :seq] for layer in request.layers),
             share=counts * step.micro_batches * int(supervised_tokens(labels)) / step.rehearsal_tokens[name],
             counts=counts,
-            made=outputs.logits if request.way == "task" and _has_all_logits(outputs, labels) else None,
+            task_logits=outputs.logits if request.way == "task" and _has_all_logits(outputs, labels) else None,
             batch=batch,
         )
 
