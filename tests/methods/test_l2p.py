@@ -26,7 +26,7 @@ from holdfast.models.likelihood import token_losses
 from holdfast.runner.setup import prepare, resolve
 from holdfast.system.progress import Progress
 from holdfast.tuners import build
-from holdfast.tuners.prompt_keys import nearest, queries, similarity
+from holdfast.tuners.prompt_keys import batch_queries, nearest, similarity
 from holdfast.tuners.prompt_pool import PromptPool
 from holdfast.tuners.soft_prompts import PromptPoolModel
 from support.hints import hinted_config, hinted_model
@@ -78,7 +78,7 @@ def test_queries_are_those_of_single_rows_whatever_the_padding():
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
     expected = torch.stack([plain_query(model, row) for row in ids])
     for tokens, seen in ((batch["input_ids"], batch["attention_mask"]), (left, mask)):
-        found = queries(model.train(), tokens, seen)
+        found = batch_queries(model.train(), tokens, seen)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert not found.requires_grad and not found.is_inference() and model.training
 
@@ -133,7 +133,7 @@ def chosen_for(model, rows, told=None, labels=True):
     if not labels:
         del batch["labels"]
     model.train()
-    with model.knowing(told or []):
+    with model.remembering(told or []):
         found = model(**batch)["chosen"].tolist()
     model.eval()
     return found
@@ -157,7 +157,7 @@ def test_a_likelihood_at_test_time_is_taken_after_the_prompts_own_prompts(tmp_pa
     evaluation = ModelEvaluation(model, setup.encoder, batch_size=3, methods=setup.methods)
     examples = setup.stream.tasks[0].test
     losses, _ = example_losses(evaluation, examples)
-    assert model.known == {}
+    assert model.prompt_lengths == {}
     rows = setup.encoder.encode_all(examples)
     for row, loss in zip(rows, losses, strict=True):
         labels = torch.tensor([row["labels"]])
@@ -253,7 +253,7 @@ def test_state_holds_counts_and_where_answers_begin():
     method.now += 3
     other, fresh = L2P(), pool_model()
     other.load_state(method.state(), fresh)
-    assert fresh.known == model.known and len(fresh.known) == 6
+    assert fresh.prompt_lengths == model.prompt_lengths and len(fresh.prompt_lengths) == 6
     assert other.state().keys() == method.state().keys()
     assert all(torch.equal(value, other.state()[key]) for key, value in method.state().items())
     assert chosen_for(fresh, rows, labels=False) == [plain_choice(fresh, prompt(row)) for row in rows]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from holdfast.training.memory_estimate import Memory
 
 
 class Precision(StrEnum):
@@ -54,14 +60,12 @@ def _show_machine() -> None:
     for name, version in versions().items():
         print(f"{name:14}{version}")
     for module, use in EXTRAS.items():
-        found = importlib.util.find_spec(module) is not None
-        print(f"{module:14}{'installed' if found else 'not installed'}: {use}")
+        installed = importlib.util.find_spec(module) is not None
+        print(f"{module:14}{'installed' if installed else 'not installed'}: {use}")
 
 
 def _show_memory(model: str, rows: int, length: int, precision: Precision, only: str | None) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from holdfast.config.model import ModelConfig
     from holdfast.config.section import Named
@@ -76,55 +80,64 @@ def _show_memory(model: str, rows: int, length: int, precision: Precision, only:
     from holdfast.training.memory_estimate import Estimate, advice, free_memory, heap_keeps_holes
 
     config = load_model_config(ModelConfig(name=model))
-    chosen = [tuners.build(Named(name=name)) for name in ([only] if only else tuners.known())]
+    shown = [tuners.build(Named(name=name)) for name in ([only] if only else tuners.known())]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     free = free_memory(device)
-    console = Console(highlight=False)
-    found, notes = [], []
-    for tuner in chosen:
+    memories: dict[str, Memory] = {}
+    notes = []
+    for tuner in shown:
         try:
             estimate = Estimate(config, tuner, length, precision.value, device)
-            memory = estimate.memory(rows)
+            memory = memories[tuner.name] = estimate.memory(rows)
         except ConfigError as error:
             notes.append(f"{tuner.name}: {error}")
             continue
-        found.append((tuner.name, memory))
         if memory.peak() > free:
             change = advice(estimate, rows, free)
             notes.append(f"{tuner.name} would fit with {change}" if change else f"{tuner.name}: {LARGER}")
-    unit, name = (2**30, "GiB") if any(memory.peak() >= 2**30 for _, memory in found) else (2**20, "MiB")
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("tuner", no_wrap=True)
-    for heading in (
-        "trained",
-        "weights",
-        "gradi-\nents",
-        "optim-\nizer",
-        "activa-\ntions",
-        "recom-\nputed",
-        "logits",
-        "holes",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("peak", justify="right", no_wrap=True)
-    table.add_column("fits", no_wrap=True, min_width=4)
-    for label, memory in found:
-        sizes = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.checkpointed]
-        cells = [
-            "–" if size is None else f"{size / unit:.1f}"
-            for size in [*sizes, memory.logits, memory.holes, memory.peak()]
-        ]
-        table.add_row(label, _count(memory.trained), *cells, "yes" if memory.peak() <= free else "no")
+    unit, name = (2**30, "GiB") if any(m.peak() >= 2**30 for m in memories.values()) else (2**20, "MiB")
     where = torch.cuda.get_device_name(0) if device == "cuda" else "main memory"
     print(
         f"{model}: {rows} rows of {length} tokens, {precision}, sizes in {name}; {free / 2**30:.2f} GiB free ({where})"
     )
-    console.print(table)
+    Console(highlight=False).print(_memory_table(memories, unit, free))
     print("peak = weights + optimizer + holes + the larger of: activations + logits; gradients + the optimizer's step")
     if device == "cpu" and heap_keeps_holes():
         print(HEAP)
     for note in notes:
         print(note)
+
+
+HEADINGS = (
+    *("trained", "weights", "gradi-\nents", "optim-\nizer", "activa-\ntions", "recom-\nputed", "logits", "holes"),
+    "peak",
+)
+
+
+def _memory_table(memories: Mapping[str, Memory], unit: int, free: float) -> Table:
+    """A line a tuner.
+
+    Args:
+        memories: by tuner, in bytes.
+        unit: bytes of a GiB or MiB, whichever is shown.
+        free: bytes.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("tuner", no_wrap=True)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("fits", no_wrap=True, min_width=4)
+    for tuner, memory in memories.items():
+        sizes = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.checkpointed]
+        cells = [
+            "–" if size is None else f"{size / unit:.1f}"
+            for size in [*sizes, memory.logits, memory.holes, memory.peak()]
+        ]
+        table.add_row(tuner, _count(memory.trained), *cells, "yes" if memory.peak() <= free else "no")
+    return table
 
 
 def _count(parameters: int) -> str:

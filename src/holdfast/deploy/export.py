@@ -1,4 +1,4 @@
-"""Out of holdfast: a finished stage as a folder that plain transformers or PEFT loads, and onto the hub."""
+"""Export a finished stage as a folder that plain transformers or PEFT loads, and push it to the hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from holdfast.api.tuner import Tuner
 
 MANIFEST = "holdfast.json"
-"""It says what the folder is; a folder or repository that has it may be replaced by another export."""
+"""The file that says what an exported folder holds. Another export may replace a folder or repository that has it."""
 
 
 def export(
@@ -36,10 +36,10 @@ def export(
 
     Args:
         run: a run's directory.
-        to: the folder to write, whole or not at all; an earlier export there is replaced.
-        stage: from 1; where absent, the last complete one, or the one to which the run's gate went back.
-        merge: merge an adapter into its model, so that the folder needs no other.
-        push_to: a hub name, under which the folder is uploaded.
+        to: the folder to write, whole or not at all; it replaces an earlier export there.
+        stage: from 1; if None, the last complete one, or the one that the run's gate went back to.
+        merge: merge an adapter into its model, so that the folder holds a whole model.
+        push_to: the hub name to upload the folder to.
 
     Raises:
         RunDirectoryError: there is no run, or it has no complete stage.
@@ -47,17 +47,17 @@ def export(
             something else or cannot be written, or the hub refuses.
     """
     to = to.resolve()
-    found = read_run(run)
-    number, folder = _find_stage(found, stage)
+    finished = read_run(run)
+    number, folder = _find_stage(finished, stage)
     _check_target(to)
-    config = load_config(found.config)
+    config = load_config(finished.config)
     assert config.tuner is not None, "a run that has begun names its tuner"
     tuner = tuners.build(config.tuner)
     saved = folder / tuner.folder
     kind = "model" if tuner.folder == "model" else "merged" if merge else "adapter"
     if kind == "merged":
         _check_mergeable(tuner)
-    base = find_base(found, config.model.name, needed=kind != "model")
+    base = find_base(finished, config.model.name, needed=kind != "model")
     pretrained = config.model.model_copy(update={"name": base})
     if kind == "adapter" and push_to is not None and Path(base).is_absolute():
         raise ConfigError(
@@ -66,15 +66,15 @@ def export(
         )
     tokenizer = _tokenizer(saved, config.model)
     chat = config.data.template != "plain" and bool(tokenizer.chat_template)
-    encoder = Encoder(tokenizer, max_length=found.info["max_length"], template=config.data.template)
+    encoder = Encoder(tokenizer, max_length=finished.info["max_length"], template=config.data.template)
     settings = _generation_settings(pretrained, saved if kind == "model" else None, encoder)
     merged = _merged(pretrained, tuner, saved) if kind == "merged" else None
     exported = Exported(
-        run=found,
+        run=finished,
         config=config,
         stage=number,
         task=read_json(folder / "stage.json")["task"],
-        row=len(found.tasks) if found.joint else number,
+        row=len(finished.tasks) if finished.joint else number,
         base=base,
         tuner=tuner,
         kind=kind,
@@ -104,9 +104,9 @@ def _find_stage(run: FinishedRun, number: int | None) -> tuple[int, Path]:
     if number is None:
         number = current_stage(run.info, max(done))
     if number not in done:
-        known = ", ".join(str(n) for n in sorted(done))
+        complete = ", ".join(str(n) for n in sorted(done))
         why = "is before training, the base model itself" if number == 0 else "is no complete stage of this run"
-        raise ConfigError(f"--stage: {number} {why}; complete: {known}")
+        raise ConfigError(f"--stage: {number} {why}; complete: {complete}")
     return number, done[number]
 
 
@@ -124,10 +124,10 @@ def _tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def _generation_settings(model: ModelConfig, folder: Path | None, encoder: Encoder) -> GenerationConfig:
-    """The model's own, which also stop where the run's responses end, and can pad.
+    """The model's own settings, with the tokens at which the run's responses end, and the padding token.
 
     Args:
-        folder: the trained model; where None, the settings are those of the base model.
+        folder: the trained model; if None, the settings are the base model's.
 
     Raises:
         ConfigError: the base model is not found.
@@ -137,18 +137,18 @@ def _generation_settings(model: ModelConfig, folder: Path | None, encoder: Encod
     from holdfast.models.pretrained import load_model_config
 
     if folder is None:
-        name, revision, own = model.name, model.revision, load_model_config(model)
+        name, revision, config = model.name, model.revision, load_model_config(model)
     else:
-        own = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         name, revision = str(folder), None
     try:
         settings = GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:
-        settings = GenerationConfig.from_model_config(own)
+        settings = GenerationConfig.from_model_config(config)
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     settings.eos_token_id = sorted({*encoder.stop_ids, *(end for end in ends if end is not None)}) or None
     settings.pad_token_id = encoder.tokenizer.pad_token_id
-    settings._from_model_config = False  # else transformers may put the model's own end tokens back
+    settings._from_model_config = False  # or transformers may restore the model's own end tokens
     return settings
 
 
@@ -198,7 +198,7 @@ def _write(
         if merged is None:
             shutil.copytree(saved, partial, dirs_exist_ok=True)
         else:
-            merged.generation_config = GenerationConfig()  # the settings are written below, as they are
+            merged.generation_config = GenerationConfig()  # the settings are written below, unchanged
             merged.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         if exported.kind == "adapter":
@@ -245,7 +245,7 @@ IDLE: dict[str, Callable[[Any], bool]] = {
 
 
 def method_lacks(config: RunConfig) -> list[str]:
-    """What the run's methods do at test time, which the scores were measured with and a plain library does not do."""
+    """What the run's methods do at test time: the scores were measured with it, and a plain library does not do it."""
     lines = []
     for named in config.method:
         try:
@@ -311,7 +311,7 @@ def _push(folder: Path, name: str, exported: Exported) -> None:
         hub.upload_folder(
             repo_id=name,
             folder_path=folder,
-            delete_patterns="*",  # what an earlier export left: a stray adapter would be loaded with the model
+            delete_patterns="*",  # files of an earlier export: an adapter among them would be loaded with the model
             commit_message=f"Stage {exported.stage} ({exported.task})",
         )
     except ConfigError:

@@ -24,7 +24,7 @@ class Exported:
         tuner: the run's.
         kind: ``model``: a whole model; ``merged``: a model into which an adapter was merged; ``adapter``.
         chat: whether prompts are made by the tokenizer's chat template.
-        lacks: a line each on what of the run this folder cannot do, or not everywhere.
+        lacks: what of the run this folder cannot do, or not everywhere, a line each.
     """
 
     run: FinishedRun

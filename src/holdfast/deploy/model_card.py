@@ -1,4 +1,4 @@
-"""The model card of an export: what it was taught, how, how well, and what it lacks."""
+"""The model card of an export: what the model learned, how and how well, and what the folder lacks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model_card(exported: Exported) -> ModelCard:
 
 
 def _metadata(exported: Exported) -> ModelCardData:
-    """The hub takes names of its own alone, so a base model or data in a local folder is named in the text only."""
+    """Metadata for the hub. It takes names of the hub only, so the text alone names a local base model or dataset."""
     config = exported.config
     assert config.tuner is not None
     relation = "adapter" if exported.kind == "adapter" else "finetune"
@@ -117,7 +117,7 @@ def _use(exported: Exported) -> str:
 
 
 def _serve(exported: Exported) -> list[str]:
-    """How to serve it, where a server takes it."""
+    """How to serve the folder, if a server takes it."""
     if exported.kind != "adapter":
         return ["It can be served by `vllm serve FOLDER` and `transformers serve FOLDER`."]
     if exported.tuner.served_by_vllm:
@@ -179,7 +179,7 @@ def _plain(value: Any) -> str:
 
 
 def _scores(exported: Exported) -> str:
-    """The summary as of this stage: of a last stage that of matrix.json, of an earlier one over the tasks so far."""
+    """The summary at this stage: matrix.json's after the last one, and over the tasks so far after an earlier one."""
     run, row = exported.run, exported.row
     last = row == len(run.tasks)
     tasks = run.tasks[:row]

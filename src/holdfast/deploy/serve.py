@@ -1,4 +1,4 @@
-"""A stage of a run behind an OpenAI-compatible server on this machine: transformers' own, or vLLM's."""
+"""Serve a stage of a run on this machine, through the OpenAI-compatible server of transformers or of vLLM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + END }}"
     "{% else %}{{ ('' if loop.first else '\\n') + message.content }}{% endif %}{% endfor %}"
 )
-"""data.template: plain, as a chat template, so that a model without one can be asked by chat too."""
+"""``data.template: plain`` as a chat template, so that a model without one can be asked by chat, too."""
 
 INSTALL = "--engine transformers: needs FastAPI, Uvicorn and OpenAI's types; pip install 'holdfast[serve]'"
 
@@ -38,43 +38,43 @@ def serve(
     engine: str = "transformers",
     progress: Progress | None = None,
 ) -> None:
-    """Serve a stage until the process is stopped; requests are answered greedily unless they name a temperature.
+    """Serve a stage until the process is stopped. Requests are answered greedily unless they name a temperature.
 
-    The model is the one that the run measured, whatever its tuner, in the same data type; prompts are taken at
-    ``/v1/completions`` as text, and at ``/v1/chat/completions`` in the template that the run was trained with. What
-    the run's methods do at test time is not done.
+    The model is the one that the run measured, with any tuner, in the same data type. ``/v1/completions`` takes prompts
+    as text, ``/v1/chat/completions`` in the template that the run was trained with. What the run's methods do at test
+    time is not done.
 
     Args:
         run: a run's directory.
-        stage: from 1, or 0 for the model before training; where absent, the one whose weights the run holds.
-        engine: transformers, which answers one request after another; or vllm, which needs a whole model: it is
-            written, an adapter merged into it, to ``served/`` in the run's directory.
+        stage: from 1, or 0 for the model before training; if None, the one whose weights the run holds.
+        engine: transformers, which answers one request after another; or vllm, which needs a whole model. So an adapter
+            is merged, and the model written to ``served/`` in the run's directory.
 
     Raises:
         UserError: there is no such stage, the port is taken, or the engine cannot be used here.
     """
     progress = progress or Progress()
-    found = find_stage(run, stage)
-    for line in method_lacks(found.config):
+    stored = find_stage(run, stage)
+    for line in method_lacks(stored.config):
         progress.line(f"warning: {line}")
     if engine == "vllm":
-        _exec_vllm(found, host, port)
+        _exec_vllm(stored, host, port)
     elif engine == "transformers":
-        _serve_transformers(found, host, port, progress)
+        _serve_transformers(stored, host, port, progress)
     else:
         raise ConfigError(f"--engine: {engine!r} must be transformers or vllm")
 
 
-def served_name(found: StoredStage) -> str:
-    """What the model is called at the endpoint."""
-    return f"{found.run.path.resolve().name}/{found.folder.name}"
+def served_name(stored: StoredStage) -> str:
+    """The model's name at the endpoint."""
+    return f"{stored.run.path.resolve().name}/{stored.folder.name}"
 
 
-def _tokenizer(found: StoredStage) -> tuple[PreTrainedTokenizerBase, Encoder]:
-    """The run's tokenizer, whose chat template is the one that the run was trained with."""
-    data = found.config.data
-    tokenizer = load_tokenizer(found.config.model)
-    encoder = Encoder(tokenizer, max_length=found.run.info["max_length"], template=data.template)
+def _tokenizer(stored: StoredStage) -> tuple[PreTrainedTokenizerBase, Encoder]:
+    """The run's tokenizer, with the chat template that the run was trained with."""
+    data = stored.config.data
+    tokenizer = load_tokenizer(stored.config.model)
+    encoder = Encoder(tokenizer, max_length=stored.run.info["max_length"], template=data.template)
     if not encoder.chat:
         begin = tokenizer.bos_token if begin_tokens(tokenizer) else ""
         tokenizer.chat_template = f"{begin}{TEMPLATE}".replace("END", json.dumps(tokenizer.eos_token or ""))
@@ -83,7 +83,7 @@ def _tokenizer(found: StoredStage) -> tuple[PreTrainedTokenizerBase, Encoder]:
 
 
 def _generation_config(encoder: Encoder) -> GenerationConfig:
-    """As in evaluation: the model's own sampling and penalties do not apply."""
+    """Greedy, as in evaluation: the model's own sampling and penalties do not apply."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -94,7 +94,7 @@ def _generation_config(encoder: Encoder) -> GenerationConfig:
     )
 
 
-def _serve_transformers(found: StoredStage, host: str, port: int, progress: Progress) -> None:
+def _serve_transformers(stored: StoredStage, host: str, port: int, progress: Progress) -> None:
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
@@ -105,22 +105,22 @@ def _serve_transformers(found: StoredStage, host: str, port: int, progress: Prog
         listening = socket.create_server((host, port))
     except OSError as error:
         raise ConfigError(f"--host, --port: {host}:{port} cannot be used ({error.strerror}); choose another") from None
-    server = uvicorn.Server(uvicorn.Config(application(found), log_level="warning"))
-    progress.line(f"{served_name(found)} at http://{host}:{listening.getsockname()[1]}/v1")
+    server = uvicorn.Server(uvicorn.Config(application(stored), log_level="warning"))
+    progress.line(f"{served_name(stored)} at http://{host}:{listening.getsockname()[1]}/v1")
     server.run(sockets=[listening])
 
 
-def application(found: StoredStage) -> Any:
-    """transformers' server, an ASGI application, with a stage's model, which it is given in memory."""
-    assert found.config.tuner is not None, "a run that has begun names its tuner"
-    tuner = tuners.build(found.config.tuner)
-    tuner.plan(found.config.training, 0)
-    tokenizer, encoder = _tokenizer(found)
-    model, settings = found.model(found.config, tuner).eval(), _generation_config(encoder)
+def application(stored: StoredStage) -> Any:
+    """transformers' server, an ASGI application, with a stage's model from memory."""
+    assert stored.config.tuner is not None, "a run that has begun names its tuner"
+    tuner = tuners.build(stored.config.tuner)
+    tuner.plan(stored.config.training, 0)
+    tokenizer, encoder = _tokenizer(stored)
+    model, settings = stored.model(stored.config, tuner).eval(), _generation_config(encoder)
     for module in model.modules():
         if "generation_config" in vars(module):
             module.generation_config = settings
-    return _application(served_name(found), model, tokenizer)
+    return _application(served_name(stored), model, tokenizer)
 
 
 def _application(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -144,7 +144,7 @@ def _application(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> A
             return [{"id": name, "object": "model", "created": 0, "owned_by": "holdfast"}]
 
     class Greedy:
-        """Samples only where a request names a temperature."""
+        """Samples only if a request names a temperature."""
 
         def _build_generation_config(self, body: dict[str, Any], *args: Any, **options: Any) -> Any:
             config = super()._build_generation_config(body, *args, **options)  # type: ignore[misc]
@@ -173,17 +173,17 @@ def _application(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> A
     )
 
 
-def _exec_vllm(found: StoredStage, host: str, port: int) -> None:
-    """Become vLLM's server."""
+def _exec_vllm(stored: StoredStage, host: str, port: int) -> None:
+    """Replace this process by vLLM's server."""
     program = shutil.which("vllm")
     if program is None:
         raise ConfigError("--engine: vllm is not installed; pip install vllm, or use --engine transformers")
-    if not found.number:
+    if not stored.number:
         raise ConfigError("--stage: 0 is the base model itself, which vllm serves without holdfast")
-    folder = found.run.path / "served" / found.folder.name
-    export(found.run.path, folder, stage=found.number, merge=True)
-    tokenizer, encoder = _tokenizer(found)
+    folder = stored.run.path / "served" / stored.folder.name
+    export(stored.run.path, folder, stage=stored.number, merge=True)
+    tokenizer, encoder = _tokenizer(stored)
     tokenizer.save_pretrained(folder)
     _generation_config(encoder).save_pretrained(folder)
-    arguments = ["serve", str(folder), "--served-model-name", served_name(found), "--host", host, "--port", str(port)]
+    arguments = ["serve", str(folder), "--served-model-name", served_name(stored), "--host", host, "--port", str(port)]
     os.execv(program, [program, *arguments])

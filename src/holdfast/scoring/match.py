@@ -7,8 +7,8 @@ import unicodedata
 
 from holdfast.api.scorer import Scorer
 
-# What may stand before and after an answer without being part of it. Signs that carry a meaning there (-5, .5, 5%, C#)
-# are not among them.
+# Signs before and after an answer that are not part of it. Signs with a meaning there (-5, .5, 5%, C#) are not among
+# them.
 _QUOTES = "\"'`"
 _BEFORE = _QUOTES + "¿¡"
 _AFTER = _QUOTES + ".,;:!?。、।؟،؛"
@@ -23,11 +23,11 @@ def accuracy(response: str, answer: str) -> float:
 def normalize(text: str) -> str:
     """Bring a response or an answer into the form in which accuracy compares them.
 
-    In order: Unicode NFKC and case folding (full-width forms, ligatures and capitals become plain); marks of writing
-    direction and of byte order, which nobody sees, are left out; each run of whitespace becomes one space, and none is
-    left at the ends; quotation marks, opening brackets and ¿ ¡ are taken off the beginning; quotation marks, closing
-    brackets and . , ; : ! ? (and those of Chinese, Hindi and Arabic) off the end. Text of nothing but such signs stays
-    as it is. So "Positive." equals "positive", and "75" is not "7".
+    In order: Unicode NFKC and case folding (full-width forms, ligatures and capitals become plain); invisible marks of
+    writing direction and byte order are removed; each run of whitespace becomes one space, and none stays at the ends;
+    quotation marks, opening brackets and ¿ ¡ are removed from the beginning, and quotation marks, closing brackets and
+    . , ; : ! ? (and those of Chinese, Hindi and Arabic) from the end. Text that consists of such signs only is not
+    changed. So "Positive." equals "positive", and "75" is not "7".
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = " ".join(text.translate(_INVISIBLE).split())
@@ -65,7 +65,7 @@ def o_lora_exact_match(response: str, answer: str) -> float:
     """1 if response and answer are equal in lower case, without ASCII punctuation and with single spaces, otherwise 0.
 
     O-LoRA's evaluation, which is that of Super-NaturalInstructions (Wang et al. 2022, arXiv 2204.07705). Unlike
-    :func:`accuracy` it takes signs out of the middle too: "-5" counts for "5" and "sci/tech" for "scitech".
+    :func:`accuracy` it removes signs from the middle too: "-5" counts for "5" and "sci/tech" for "scitech".
     """
     return float(_bare(response) == _bare(answer))
 

@@ -135,16 +135,16 @@ def _common_subsequence(x: list[str], y: list[str]) -> list[str]:
         above, row = lengths[i - 1], lengths[i]
         for j, other in enumerate(y, 1):
             row[j] = above[j - 1] + 1 if word == other else max(above[j], row[j - 1])
-    i, j, found = len(x), len(y), []
+    i, j, common = len(x), len(y), []
     while i and j:
         if x[i - 1] == y[j - 1]:
             i, j = i - 1, j - 1
-            found.append(x[i])
+            common.append(x[i])
         elif lengths[i - 1][j] > lengths[i][j - 1]:
             i -= 1
         else:
             j -= 1
-    return found
+    return common
 
 
 def _written_out(code: str) -> str:

@@ -1,4 +1,4 @@
-"""AdaLoRA: low-rank updates whose ranks are cut, where they matter least, down to a budget (PEFT's own)."""
+"""AdaLoRA: low-rank updates whose ranks are cut down to a budget, where they matter least (PEFT's own)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class AdaLora(PeftTuner):
     """AdaLoRA (Zhang et al., 2023, arXiv 2303.10512): singular triplets of updates, of which the best are kept.
 
-    The number of triplets falls from ``init_r`` to ``target_r`` a layer, on average, over all stages of a run.
+    Over all stages of a run, the mean number of triplets in a layer falls from ``init_r`` to ``target_r``.
     """
 
     name = "adalora"
@@ -85,7 +85,7 @@ class AdaLora(PeftTuner):
         return AdaLoraConfig(task_type="CAUSAL_LM", **options)
 
     def wrap(self, model: PreTrainedModel, config: Any) -> Any:
-        """PEFT's model without its own term of the loss, which :class:`Allocation` adds."""
+        """PEFT's model without its term of the loss, which :class:`Allocation` adds instead."""
         wrapped = super().wrap(model, config)
         wrapped.base_model.forward = MethodType(BaseTuner.forward, wrapped.base_model)
         return wrapped
@@ -95,13 +95,13 @@ class AdaLora(PeftTuner):
 
 
 class Allocation(Method, registered=False):
-    """AdaLoRA's part in training: the triplets are held orthogonal, and the budget is allocated after each step.
+    """AdaLoRA's part in training: a term keeps the triplets orthogonal, and each step allocates the budget anew.
 
         L = L_task + gamma / n * sum over the n factors P of |P P^T - I|_F    (A as it is, B transposed)
 
-    PEFT's model adds this term to the loss of each micro-batch as it is, so that with accumulation it would count
-    several times; here it counts once a step. Importance is that of PEFT, |weight * gradient| as averages over steps,
-    of the gradient before it is clipped.
+    PEFT's model adds this term to the loss of every micro-batch, so that accumulation would count it several times;
+    here it counts once a step. Importance is PEFT's: averages over steps of |weight * gradient|, with the gradient
+    before clipping.
     """
 
     name = "adalora"
@@ -109,10 +109,10 @@ class Allocation(Method, registered=False):
     def __init__(self, orth_reg_weight: float) -> None:
         super().__init__()
         self.weight = orth_reg_weight
-        self.steps = 0  # of all stages
-        self.pattern: dict[str, list[bool]] | None = None  # which triplets the last allocation left, layer by layer
+        self.steps = 0  # of all stages so far
+        self.pattern: dict[str, list[bool]] | None = None  # the triplets that the last allocation kept, by layer
         self.tuner: Any = None  # PEFT's AdaLoraModel
-        self.gradients: dict[str, Tensor] = {}  # of this step, whole, until the weights have moved
+        self.gradients: dict[str, Tensor] = {}  # whole gradients of this step, until the optimizer has stepped
 
     def before_stage(self, stage: Stage) -> None:
         model: Any = stage.model
@@ -123,7 +123,7 @@ class Allocation(Method, registered=False):
 
     @torch.no_grad()
     def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
-        found = {}
+        logged = {}
         if self.weight:
             factors = {name: p for name, p in weights(step.stage.model).whole().tensors.items() if _is_factor(name)}
             total = 0.0
@@ -136,15 +136,15 @@ class Allocation(Method, registered=False):
                 gradients.add_whole_(name, slope, self.weight / len(factors))
                 total += norm
             if step.logged:
-                found["orthogonality"] = self.weight * float(total) / len(factors)
+                logged["orthogonality"] = self.weight * float(total) / len(factors)
         if self.steps + 1 < self._final:
             whole = gradients.whole().tensors
             self.gradients = {name: g.clone() for name, g in whole.items() if ".lora_" in name}
-        return found
+        return logged
 
     @torch.no_grad()
     def after_step(self, step: Step, weights: Shards) -> None:
-        """As AdaLoraModel.update_and_allocate of PEFT, which knows nothing of weights that lie in pieces."""
+        """PEFT's AdaLoraModel.update_and_allocate, for weights that an engine may divide."""
         self.steps += 1
         allocator, final = self.tuner.rankallocator, self._final
         whole = weights.whole().tensors
@@ -163,7 +163,7 @@ class Allocation(Method, registered=False):
         weights.load_({name: w for name, w in whole.items() if ".lora_E." in name})
 
     def _weigh(self, weights: dict[str, Tensor]) -> None:
-        """Average importance, and how far it varies, over steps (equations 9 and 10)."""
+        """Average importance, and its variation, over steps (equations 9 and 10)."""
         averages, spreads = self.tuner.rankallocator.exp_avg_ipt, self.tuner.rankallocator.exp_avg_unc
         beta1, beta2 = self._config.beta1, self._config.beta2
         for name, gradient in self.gradients.items():
@@ -200,14 +200,14 @@ class Allocation(Method, registered=False):
 
 
 NEVER = 10**9
-"""Steps of a run that trains nothing: the budget stays where it is."""
+"""Steps of a run that trains nothing: the budget does not change."""
 
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
-"""What PEFT's rank allocator calls the average of importance over steps, and that of its uncertainty."""
+"""PEFT's names of the average of importance over steps, and of the average of its uncertainty."""
 
 
 def _in_base(name: str) -> str:
-    """A parameter's name without what PEFT's model puts before it."""
+    """A parameter's name without the prefix of PEFT's model."""
     return name.removeprefix("base_model.model.")
 
 

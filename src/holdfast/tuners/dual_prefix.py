@@ -26,18 +26,18 @@ from holdfast.errors import ConfigError
 from holdfast.models.generation import inference
 from holdfast.models.head import with_tensors
 from holdfast.tuners.peft_types import UNKNOWN, register
-from holdfast.tuners.prompt_keys import prompt_mask, queries, similarity
+from holdfast.tuners.prompt_keys import batch_queries, prompt_mask, similarity
 
 CACHES = ("past_key_values", "layer_past")
-"""What transformers' attention layers call the cache that they hand their keys and values to."""
+"""Names of the parameter by which transformers' attention layers take the cache of their keys and values."""
 
 
 class DualPrefix(Tuner):
     """Prefixes of the attention layers, general ones and a task's own (Wang et al., 2022, arXiv 2204.04799).
 
-    A layer with prefix keys P_K and values P_V attends to [P_K; K] and [P_V; V] (Pre-T in the paper). Every token sees
-    the whole prefix; positions, hidden states and logits remain those of the batch's own tokens. The first layers have
-    general prefixes, the others a task's own. The model itself is frozen.
+    A layer with prefix keys P_K and values P_V attends to [P_K; K] and [P_V; V] (Pre-T in the paper). Every token
+    attends to the whole prefix; positions, hidden states and logits are those of the batch's own tokens alone. The
+    first layers have general prefixes, the others a task's own. The model itself is frozen.
     """
 
     name = "dual_prefix"
@@ -74,11 +74,11 @@ class DualPrefixConfig(PeftConfig):
 
 
 class PerTask(nn.Module):
-    """A trained tensor, and what it was for each finished task unless all tasks share it.
+    """A trained tensor and, unless all tasks share it, its value for each finished task.
 
     Attributes:
-        now: what is trained, float32.
-        past: [tasks, ...], one for each finished task, in their order.
+        now: the trained tensor, float32.
+        past: [tasks, ...], its values for the finished tasks, in their order.
     """
 
     past: Tensor
@@ -91,11 +91,11 @@ class PerTask(nn.Module):
             self.register_buffer("past", self.now.new_empty(0, *shape))
 
     def forward(self, task: int | Tensor | None = None) -> Tensor:
-        """``now``, or that of a finished task; [rows, ...] where ``task`` is one number a row."""
+        """The trained tensor, or that of a finished task; [rows, ...] where ``task`` is one number a row."""
         return self.now.clone() if task is None or self.shared else self.past[task]
 
     def finish(self) -> None:
-        """Keep what is trained now as that of a finished task; training goes on from it."""
+        """Keep the trained tensor as that of a finished task; training continues from it."""
         if not self.shared:
             self.past = torch.cat([self.past, full(self.now).detach()[None]])
 
@@ -106,7 +106,7 @@ class PerTask(nn.Module):
 
 
 class Prefix(nn.Module, BaseTunerLayer):
-    """The keys and values that come before those of one attention layer, each [heads, length, dim of a head]."""
+    """The keys and values before those of one attention layer, each [heads, length, dim of a head]."""
 
     def __init__(self, layer: AttentionLayer, length: int, **options: Any):
         super().__init__()
@@ -115,22 +115,22 @@ class Prefix(nn.Module, BaseTunerLayer):
         layer.module.register_forward_pre_hook(partial(self.attend, layer.cache), with_kwargs=True)
 
     def attend(self, cache: str, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Hand the layer a cache that puts the prefix in front, and a mask by which every token sees it."""
+        """Give the layer a cache that puts the prefix first, and a mask by which every token attends to it."""
         if self.disable_adapters:
             return None
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         key, value = self.key(self.task), self.value(self.task)
         former, mask, length, tokens = kwargs.get(cache), kwargs.get("attention_mask"), key.shape[-2], hidden.shape[1]
         if mask is not None:
-            mask = F.pad(mask, (length, 0), value=mask.dtype == torch.bool)  # True, or nothing to add: seen
-        elif tokens > 1:  # without a mask the layer would take the prefix for its first tokens' own keys
+            mask = F.pad(mask, (length, 0), value=mask.dtype == torch.bool)  # True, or 0 to add: attended to
+        elif tokens > 1:  # without a mask the layer would take the prefix for keys of its first tokens
             length += 0 if former is None else former.get_seq_length(layer.layer_idx)
             mask = torch.ones(tokens, length + tokens, dtype=torch.bool, device=hidden.device).tril(length)[None, None]
         return args, kwargs | {cache: _Before(key, value, former), "attention_mask": mask}
 
 
 class DualPrefixModel(BaseTuner):
-    """A frozen model, a prefix for each attention layer, and for each task a key by which its prefixes are found.
+    """A frozen model with a prefix for each attention layer and, for each task, a key that its prefixes are chosen by.
 
     Attributes:
         prefixes: :class:`Prefix`, one a layer, in order.
@@ -161,8 +161,8 @@ class DualPrefixModel(BaseTuner):
         self.asks = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass. Positions are those of a row's own tokens, so that padding on the left, too, leaves
-        the prefix where it was in relation to them."""
+        """The model's forward pass. Positions count a row's own tokens, so that padding on the left does not move the
+        prefix away from them."""
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if mask is None or mask.dim() != 2:
             return super().forward(*args, **kwargs)
@@ -172,12 +172,12 @@ class DualPrefixModel(BaseTuner):
         if not (self.asks and self.training and labels is not None):
             return super().forward(*args, **kwargs)
         with self.without():
-            found = similarity(queries(self.model, ids, prompt_mask(mask, labels)), self.key()[None])
-        return with_tensors(super().forward(*args, **kwargs), key_similarity=found[:, 0])
+            cosines = similarity(batch_queries(self.model, ids, prompt_mask(mask, labels)), self.key()[None])
+        return with_tensors(super().forward(*args, **kwargs), key_similarity=cosines[:, 0])
 
     @contextmanager
     def without(self) -> Iterator[None]:
-        """Within it the model is the frozen one."""
+        """Turn the prefixes off, so that the model is the frozen one."""
         enabled = [not prefix.disable_adapters for prefix in self.prefixes]
         self._enable_adapter_layers(False)
         try:
@@ -188,18 +188,19 @@ class DualPrefixModel(BaseTuner):
 
     @property
     def tasks(self) -> int:
-        """Finished tasks."""
+        """The number of finished tasks."""
         return len(self.key.past)
 
     def finish(self) -> None:
-        """Keep key and prefixes of the task in training as those of a finished one; training goes on from them."""
+        """Keep the key and prefixes of the task in training as those of a finished one; training continues from
+        them."""
         for part in self.modules():
             if isinstance(part, PerTask):
                 part.finish()
 
     @contextmanager
     def using(self, task: int | Tensor) -> Iterator[None]:
-        """Within it the model uses the prefixes of a finished task, from 0, or of one for each row, int64 [batch]."""
+        """Use the prefixes of a finished task, numbered from 0, or of one task for each row, int64 [batch]."""
         try:
             for prefix in self.prefixes:
                 prefix.task = task  # type: ignore[assignment]
@@ -223,7 +224,7 @@ class DualPrefixModel(BaseTuner):
 
 
 class _Before:
-    """A cache, or none, that puts a prefix before the keys and values that it gives back."""
+    """Wraps a cache, or none, and puts a prefix before the keys and values that it returns."""
 
     def __init__(self, key: Tensor, value: Tensor, cache: Any):
         self.key, self.value, self.cache = key, value, cache
@@ -238,15 +239,15 @@ class _Before:
         return getattr(self.cache, name)
 
 
-def _joined(prefix: Tensor, own: Tensor) -> Tensor:
-    return torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
+def _joined(prefix: Tensor, states: Tensor) -> Tensor:
+    return torch.cat([prefix.to(states.dtype).expand(len(states), -1, -1, -1), states], dim=2)
 
 
 @dataclass
 class AttentionLayer:
-    """A layer's attention, what it calls its cache, and the shapes of keys and values, (heads, dim of a head) each.
+    """A layer's attention, its name for the cache, and the shapes of keys and values, (heads, dim of a head) each.
 
-    As a cache of its own it takes note of these shapes.
+    It serves as the layer's cache in one forward pass, to see these shapes.
     """
 
     module: nn.Module
@@ -265,16 +266,16 @@ def attention_layers(model: Any) -> list[AttentionLayer]:
     """The attention of each layer, in order: the innermost modules that take a mask and a cache.
 
     Raises:
-        ConfigError: the model's attention is not such that keys and values can be put before its own.
+        ConfigError: keys and values cannot be put before those of the model's attention.
     """
-    used = model.config._attn_implementation
-    if used not in ("eager", "sdpa"):
-        raise ConfigError(f"model.attention: prefixes work with eager and sdpa attention, not with {used!r}")
+    implementation = model.config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        raise ConfigError(f"model.attention: prefixes work with eager and sdpa attention, not with {implementation!r}")
     taking: dict[str, AttentionLayer] = {}
     for name, module in model.named_modules():
-        known = inspect.signature(module.forward).parameters
-        cache = next((cache for cache in CACHES if cache in known), None)
-        if cache and "attention_mask" in known:
+        parameters = inspect.signature(module.forward).parameters
+        cache = next((cache for cache in CACHES if cache in parameters), None)
+        if cache and "attention_mask" in parameters:
             taking[name] = AttentionLayer(module, cache)
     layers = [layer for name, layer in taking.items() if name and not any(n.startswith(f"{name}.") for n in taking)]
     with ExitStack() as hooks, inference(model):

@@ -1,4 +1,4 @@
-"""Freezing: the last blocks of the model are trained, the rest is not."""
+"""Freezing: only the last blocks of the model are trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.tuners.full import Full
 
 
 class Freeze(Full):
-    """Train the last decoder blocks and the final norm; what lies below them is frozen."""
+    """Train the last decoder blocks and the final norm; everything below them is frozen."""
 
     name = "freeze"
 
@@ -62,4 +62,4 @@ def decoder(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
 
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
-"""What transformers calls the norm after the last block."""
+"""transformers' names of the norm after the last block."""

@@ -62,9 +62,11 @@ def scaled_layers(model: PreTrainedModel) -> dict[str, list[str]]:
             "target_modules": TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[architecture],
             "feedforward_modules": TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[architecture],
         }
-    linear = {".".join(name.split(".")[-2:]) for name, part in model.named_modules() if hasattr(part, "weight")}
-    ends = lambda known: [end for end in known if any(f".{name}".endswith(f".{end}") for name in linear)]  # noqa: E731
-    attention, feedforward = ends(ATTENTION), ends(FEEDFORWARD)
+    layers = {".".join(name.split(".")[-2:]) for name, part in model.named_modules() if hasattr(part, "weight")}
+    attention, feedforward = (
+        [end for end in ends if any(f".{name}".endswith(f".{end}") for name in layers)]
+        for ends in (ATTENTION, FEEDFORWARD)
+    )
     if not attention or not feedforward:
         raise ConfigError(
             f"tuner ia3: neither PEFT nor holdfast knows the layers of {architecture!r}; name them in target_modules "

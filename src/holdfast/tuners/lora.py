@@ -28,7 +28,7 @@ MOVES_BASE = re.compile(r"olora|pissa(_niter_\d+)?")
 
 
 class Lora(PeftTuner):
-    """Low-rank adaptation (Hu et al., 2021, arXiv 2106.09685), one adapter that goes on from stage to stage."""
+    """Low-rank adaptation (Hu et al., 2021, arXiv 2106.09685), one adapter that is trained from stage to stage."""
 
     name = "lora"
     config_class = LoraConfig
@@ -74,12 +74,12 @@ class Lora(PeftTuner):
         return not any(options.get(key) for key in ("use_dora", "modules_to_save", "lora_bias"))
 
     def wrap(self, model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-        moves = MOVES_BASE.fullmatch(str(config.init_lora_weights))
-        given = "lora_dropout" in self.options.model_fields_set
-        if not given:
+        moves_base = MOVES_BASE.fullmatch(str(config.init_lora_weights))
+        has_dropout = "lora_dropout" in self.options.model_fields_set
+        if not has_dropout:
             config.lora_dropout = 0.0
         try:
-            wrapped: Any = MovedBase(model, config) if moves else get_peft_model(model, config)
+            wrapped: Any = MovedBase(model, config) if moves_base else get_peft_model(model, config)
         except (ValueError, AttributeError) as error:
             if not config.target_parameters:  # PEFT adds a Mixture-of-Experts' stacked weights to all-linear
                 raise
@@ -87,12 +87,12 @@ class Lora(PeftTuner):
                 f"tuner lora: stacked experts take plain LoRA alone ({error}): leave lora_dropout, use_dora and "
                 "init_lora_weights out, or name the layers to adapt in target_modules"
             ) from None
-        if not given:
-            self._drop_out(wrapped)
+        if not has_dropout:
+            self._add_dropout(wrapped)
         return wrapped
 
-    def _drop_out(self, model: Any) -> None:
-        """Give the adapter the default dropout, unless PEFT has found stacked experts to adapt, which take none."""
+    def _add_dropout(self, model: Any) -> None:
+        """Give the adapter the default dropout, unless it adapts stacked experts, which take none."""
         config, dropout = model.peft_config[TRAINED], self.options.lora_dropout
         if config.target_parameters:
             logger.warning("tuner lora: stacked experts take no dropout, so lora_dropout is 0 instead of %s", dropout)
@@ -103,7 +103,7 @@ class Lora(PeftTuner):
                 layer.lora_dropout[TRAINED] = nn.Dropout(dropout)
 
     def load(self, model: Any, folder: Path) -> None:
-        """The adapter's configuration is the saved one: a method may have changed its rank."""
+        """Take over the saved configuration, too, since a method may have changed the rank."""
         if not isinstance(model, MovedBase):
             config: Any = LoraConfig.from_pretrained(str(folder))
             exchange_adapters(model, {TRAINED: (config, None)})
@@ -111,13 +111,13 @@ class Lora(PeftTuner):
 
 
 class MovedBase(PeftModelForCausalLM):
-    """LoRA that begins with factors of the weights themselves, which are taken out of these (PiSSA, OLoRA).
+    """LoRA that begins with factors of the weights themselves, which are subtracted from the weights (PiSSA, OLoRA).
 
         W x = (W - s B_0 A_0) x + s B_0 A_0 x  at first
 
-    It saves the update of the pretrained weights W as a plain LoRA of twice the rank, [B, -B_0] [A; A_0], as PEFT does
-    where it is told of the first factors. So an adapter goes with the pretrained model, whichever machine made the
-    factors, and loading it here finds A_0 and B_0 again.
+    The update of the pretrained weights W is saved as a plain LoRA of twice the rank, [B, -B_0] [A; A_0], as PEFT does
+    if it is given the first factors. So an adapter belongs to the pretrained model, whichever machine computed the
+    factors, and loading it here restores A_0 and B_0.
 
     Attributes:
         start: A_0 and B_0.
@@ -157,7 +157,7 @@ class MovedBase(PeftModelForCausalLM):
 
     @torch.no_grad()
     def _begin_at(self, start: Factors) -> None:
-        """Take these factors out of the pretrained weights, where others were: another machine's may differ."""
+        """Subtract these first factors from the pretrained weights, instead of this machine's, which may differ."""
         start = {key: w.to(self.start[key]) for key, w in start.items()}
         if all(torch.equal(w, self.start[key]) for key, w in start.items()):
             return
@@ -171,15 +171,15 @@ class MovedBase(PeftModelForCausalLM):
         self.start = start
 
 
-def _joined(key: str, own: Tensor, start: Tensor) -> Tensor:
+def _joined(key: str, trained: Tensor, start: Tensor) -> Tensor:
     """A over A_0, or B beside -B_0."""
-    return torch.cat([own, start]) if key.endswith("lora_A") else torch.cat([own, -start], dim=1)
+    return torch.cat([trained, start]) if key.endswith("lora_A") else torch.cat([trained, -start], dim=1)
 
 
 def _parted(key: str, joined: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`_joined`."""
     if key.endswith("lora_A"):
-        own, start = joined.chunk(2)
-        return own, start
-    own, start = joined.chunk(2, dim=1)
-    return own, -start
+        trained, start = joined.chunk(2)
+        return trained, start
+    trained, start = joined.chunk(2, dim=1)
+    return trained, -start

@@ -1,4 +1,4 @@
-"""A model's LoRA adapters as plain tensors: read them, exchange them, set their rank; nothing here is a tuner."""
+"""A model's LoRA adapters as plain tensors: read and exchange them, and set their rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Factors = dict[str, Tensor]
 """An adapter's factors by layer: ``LAYER.lora_A`` [rank, in] and ``LAYER.lora_B`` [out, rank]."""
 
 TRAINED = "default"
-"""Name of the adapter that is trained and saved; it is the one that PEFT gives the first adapter of a model."""
+"""Name of the adapter that is trained and saved: PEFT's name for the first adapter of a model."""
 
 
 def plain_lora(model: nn.Module, method: str) -> LoraConfig:
@@ -35,16 +35,16 @@ def plain_lora(model: nn.Module, method: str) -> LoraConfig:
 
     configs = model.peft_config if isinstance(model, PeftModel) else {}
     if list(configs) != [TRAINED] or configs[TRAINED].peft_type != PeftType.LORA:
-        found = ", ".join(f"{name!r} ({config.peft_type.value})" for name, config in configs.items()) or "none"
+        adapters = ", ".join(f"{name!r} ({config.peft_type.value})" for name, config in configs.items()) or "none"
         raise ConfigError(
             f"method {method!r}: needs a model with one LoRA adapter that is called {TRAINED!r}, as "
-            f"peft.get_peft_model(model, peft.LoraConfig(...)) makes it; the adapters of this model: {found}"
+            f"peft.get_peft_model(model, peft.LoraConfig(...)) makes it; the adapters of this model: {adapters}"
         )
     config: Any = configs[TRAINED]
-    known = factors(model)
+    layers = factors(model)
     suffix = f".{TRAINED}.weight"
     for name, p in model.named_parameters():
-        if p.requires_grad and name.removesuffix(suffix) not in known:
+        if p.requires_grad and name.removesuffix(suffix) not in layers:
             raise ConfigError(
                 f"method {method!r}: adds up the updates of plain LoRA adapters, but {name} is trained, too; leave out "
                 "the tuner's options that make it so (use_dora, bias, lora_bias, modules_to_save, embeddings as "
@@ -59,7 +59,7 @@ def plain_lora(model: nn.Module, method: str) -> LoraConfig:
 
 
 def factors(model: nn.Module, adapter: str = TRAINED) -> Factors:
-    """A live view on the factors of a LoRA adapter; whole copies, where an engine divides them."""
+    """The factors of a LoRA adapter: views of the parameters, or whole copies where an engine divides them."""
     suffix = f".{adapter}.weight"
     return {
         name.removesuffix(suffix): full(p).detach()
@@ -69,13 +69,13 @@ def factors(model: nn.Module, adapter: str = TRAINED) -> Factors:
 
 
 def scalings(model: nn.Module, adapter: str = TRAINED) -> dict[str, float]:
-    """By which factor each layer's B is multiplied, by its name in :data:`Factors`."""
+    """The factor that each layer's B is multiplied by, by its name in :data:`Factors`."""
     layers: Any = ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_B"))
     return {f"{name}.lora_B": layer.scaling[adapter] for name, layer in layers}
 
 
 def padded(values: Factors, rank: int) -> Factors:
-    """The same update with factors of a rank that is at least theirs: A gets rows of zeros, B columns."""
+    """The same update at a higher rank: A gets rows of zeros, B columns of zeros."""
 
     def grown(key: str, w: Tensor) -> Tensor:
         rows, columns = (rank - len(w), 0) if key.endswith("lora_A") else (0, rank - w.shape[1])
@@ -85,13 +85,13 @@ def padded(values: Factors, rank: int) -> Factors:
 
 
 def exchange_adapters(model: Any, adapters: Mapping[str, tuple[LoraConfig, Factors | None]]) -> None:
-    """Put these adapters in the place of all that a PEFT model has; all are active, and ``default`` alone is trained.
+    """Replace all adapters of a PEFT model; all new ones are active, and only ``default`` is trained.
 
-    The parameters are new ones: an optimizer that holds the old ones must be made anew.
+    The parameters are new ones, so an optimizer over the old ones must be replaced, too.
 
     Args:
-        adapters: by name, each one's configuration and factors; without factors it begins as PEFT begins a new one,
-            from torch's random state (:func:`seeded`).
+        adapters: by name, the configuration and factors of each; without factors, PEFT initialises the adapter from
+            torch's random state (:func:`seeded`).
     """
     for name in reversed(list(model.peft_config)):
         model.delete_adapter(name)
@@ -103,16 +103,16 @@ def exchange_adapters(model: Any, adapters: Mapping[str, tuple[LoraConfig, Facto
     model.set_adapter(next(iter(adapters)))
     model.base_model.set_adapter(list(adapters))
     model.set_requires_grad([name for name in adapters if name != TRAINED], False)
-    model.train(model.training)  # new modules come in training mode
+    model.train(model.training)  # new modules are in training mode at first
 
 
 def of_rank(config: LoraConfig, rank: int) -> LoraConfig:
-    """The configuration of an adapter of this rank in every layer, whose update is B A, without scaling."""
+    """The configuration of an adapter with this rank in every layer and without scaling: its update is B A."""
     return replace(config, r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False)
 
 
 def times_rank(config: LoraConfig, count: int, parts: int = 1) -> LoraConfig:
-    """The configuration with ``count / parts`` times the rank in every layer, and the scaling that it has."""
+    """The configuration with ``count / parts`` times the rank in every layer and the same scaling."""
 
     def grown(rank: int) -> int:
         assert rank * count % parts == 0, f"rank {rank} is not that of {parts} equal adapters"
@@ -132,7 +132,7 @@ def times_rank(config: LoraConfig, count: int, parts: int = 1) -> LoraConfig:
 
 @contextmanager
 def seeded(chance: random.Random) -> Iterator[None]:
-    """Within it torch's random choices follow from ``chance``; afterwards they go on as if it had not been."""
+    """Seed torch's random numbers from ``chance``, and restore torch's state at the end."""
     with torch.random.fork_rng():
         torch.manual_seed(chance.getrandbits(63))
         yield

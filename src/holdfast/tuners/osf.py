@@ -1,4 +1,4 @@
-"""OSF: every direction of each linear layer but its dominant ones is trained (PEFT's own)."""
+"""OSF: all directions of each linear layer except the dominant ones are trained (PEFT's own)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from holdfast.tuners.peft import PeftTuner
 
 
 class Osf(PeftTuner):
-    """Orthogonal subspace fine-tuning (Nayak et al., 2025, arXiv 2504.07097), one adapter that goes on from stage to
-    stage: factors of all that lies beside each pretrained matrix's dominant singular directions."""
+    """Orthogonal subspace fine-tuning (Nayak et al., 2025, arXiv 2504.07097), one adapter that is trained from stage to
+    stage: the factors of each pretrained matrix without its dominant singular directions."""
 
     name = "osf"
     config_class = OSFConfig
@@ -54,7 +54,7 @@ class Osf(PeftTuner):
 
 
 def undivided(layer: nn.Module) -> None:
-    """Let each process hold whole factors of a matrix that lies in pieces, as it holds other tuners' weights."""
+    """Give each process whole factors of a matrix that an engine divides, as it has other tuners' weights."""
     for part in layer.modules():
         for name, p in part.named_parameters(recurse=False):
             if p.requires_grad and full(p) is not p:

@@ -1,4 +1,4 @@
-"""P-tuning: a soft prompt that comes out of a small trained network (PEFT's own)."""
+"""P-tuning: a soft prompt that a small trained network makes (PEFT's own)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.tuners.soft_prompts import NOT_MERGED, PADDED, SoftPromptModel
 
 
 class PTuning(PeftTuner):
-    """P-tuning (Liu et al., 2021, GPT Understands, Too, arXiv 2103.10385), one prompt that goes on over the stages."""
+    """P-tuning (Liu et al., 2021, GPT Understands, Too, arXiv 2103.10385), one prompt for all stages."""
 
     name = "p_tuning"
     config_class = PromptEncoderConfig

@@ -1,4 +1,4 @@
-"""What the tuners that PEFT has in common share: options that are fields of its configuration, preparing, loading."""
+"""The base of PEFT's tuners: their options are fields of PEFT's configuration; preparing and loading are PEFT's."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class PeftTuner(Tuner):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        ours = {field.name for field in dataclasses.fields(PeftConfig)} | {"inference_mode"}  # they follow from the run
-        known = {field.name for field in dataclasses.fields(self.config_class) if field.init} - ours
+        ours = {field.name for field in dataclasses.fields(PeftConfig)} | {"inference_mode"}  # the run sets them
+        fields = {field.name for field in dataclasses.fields(self.config_class) if field.init} - ours
         for key in self.options.model_extra or {}:
-            if key not in known:
-                raise ConfigError(f"tuner {self.name}: {key}: unknown key{did_you_mean(key, known)}")
+            if key not in fields:
+                raise ConfigError(f"tuner {self.name}: {key}: unknown key{did_you_mean(key, fields)}")
 
     def config(self, model: PreTrainedModel) -> Any:
         """The PEFT configuration for a model."""

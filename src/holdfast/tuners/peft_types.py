@@ -1,4 +1,4 @@
-"""PEFT types that PEFT lacks: one function that makes a new type known to PEFT."""
+"""Registers a tuner with PEFT as a type of its own."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ UNKNOWN = (
 
 
 def register(name: str, config: type, model: type) -> PeftType:
-    """Make a tuner known to PEFT, so that get_peft_model and PeftModel.from_pretrained take its configuration.
+    """Register a tuner with PEFT, so that get_peft_model and PeftModel.from_pretrained take its configuration.
 
-    PEFT's enumeration of types is closed, and its own registration asks for a member of it; so the member is added.
+    PEFT registers members of its enumeration of types only, which is closed; so a member is added to it.
 
     Args:
         name: in lower case; the type's value is the same in upper case.

@@ -1,4 +1,4 @@
-"""Prefix tuning: keys and values that stand before those of every attention layer are trained (PEFT's own)."""
+"""Prefix tuning: keys and values before those of every attention layer are trained (PEFT's own)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_CHECKPOINTING = (
 
 
 class PrefixTuning(PeftTuner):
-    """Prefix tuning (Li and Liang, 2021, arXiv 2101.00190), one prefix that goes on from stage to stage."""
+    """Prefix tuning (Li and Liang, 2021, arXiv 2101.00190), one prefix that is trained from stage to stage."""
 
     name = "prefix"
     config_class = PrefixTuningConfig
@@ -61,8 +61,8 @@ class PrefixTuning(PeftTuner):
 class PrefixModel(SoftPromptModel):
     """PEFT's prefix tuning of a causal language model, with positions that padding does not move.
 
-    The prefix is a cache that is there before the first token. Positions count from ``num_virtual_tokens`` on, as in
-    PEFT, but leave padding out, since what a token sees of the prefix depends on them.
+    The prefix is in the cache before the first token. Positions count from ``num_virtual_tokens`` on, as in PEFT, but
+    without padding, since the effect of the prefix on a token depends on them.
     """
 
     def _insert(self, module: Any, inputs: dict[str, Any], positions: Tensor | None) -> None:
@@ -76,4 +76,4 @@ class PrefixModel(SoftPromptModel):
             inputs["position_ids"] = positions + self.virtual_tokens
 
     def _cut(self, module: Any, args: Any, kwargs: dict[str, Any], outputs: ModelOutput) -> ModelOutput:
-        return outputs  # a cache adds no outputs
+        return outputs  # a prefix in the cache adds no outputs

@@ -1,4 +1,4 @@
-"""A pool of soft prompts and their keys: each row gets the prompts whose keys are nearest to it."""
+"""A pool of soft prompts with keys: each row uses the prompts whose keys are nearest to it."""
 
 from __future__ import annotations
 

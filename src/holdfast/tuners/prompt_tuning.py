@@ -1,4 +1,4 @@
-"""Prompt tuning: embeddings that stand before the input are trained, the model is not (PEFT's own)."""
+"""Prompt tuning: only embeddings before the input are trained (PEFT's own)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.tuners.soft_prompts import NOT_MERGED, PADDED, SoftPromptModel
 
 
 class PromptTuning(PeftTuner):
-    """Prompt tuning (Lester et al., 2021, arXiv 2104.08691), one soft prompt that goes on from stage to stage."""
+    """Prompt tuning (Lester et al., 2021, arXiv 2104.08691), one soft prompt that is trained from stage to stage."""
 
     name = "prompt"
     config_class = PromptTuningConfig
@@ -24,7 +24,7 @@ class PromptTuning(PeftTuner):
     class Options(Section):
         """Prompt tuning's options; any other field of peft.PromptTuningConfig may be given by its name.
 
-        A prompt learns at far higher rates than a model's weights do: the paper's learning rate is 0.3.
+        A prompt needs a much higher learning rate than a model's weights: the paper's is 0.3.
         """
 
         model_config = ConfigDict(extra="allow")

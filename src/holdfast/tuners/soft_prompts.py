@@ -1,8 +1,8 @@
-"""Soft prompts that do not show: put before the embedded input inside the model, cut off its outputs again.
+"""Soft prompts that a caller does not see: put before the embedded input inside the model, and cut off its outputs.
 
-A model with PEFT's prompt tuning gives logits that are longer than its input, and in a batch that is padded on the
-left its prompts lie farther from the text the more padding there is. Here ``logits[b, i]`` predicts token i + 1 of
-row b of the batch as it was given, so that losses, evaluation and generation need not know of prompts.
+With PEFT's prompt tuning, a model returns more logits than it has input tokens, and in a batch that is padded on the
+left the prompts lie farther from the text where there is more padding. Here ``logits[b, i]`` predicts token i + 1 of
+row b of the batch as given, so that losses, evaluation and generation need not know about prompts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from holdfast.errors import ConfigError
 from holdfast.models.generation import evaluating
 from holdfast.models.head import with_tensors
 from holdfast.system.files import read_json, write_json
-from holdfast.tuners.prompt_keys import nearest, prompt_mask, queries, similarity
+from holdfast.tuners.prompt_keys import batch_queries, nearest, prompt_mask, similarity
 
 NOT_MERGED = "its trained prompts stand before the input and change no weight"
 """Why soft prompts cannot be merged into a model."""
@@ -48,11 +48,10 @@ POOL = "prompt_pool.json"
 class SoftPromptModel(PeftModelForCausalLM):
     """A causal language model with PEFT's prompt tuning (Lester et al., 2021, arXiv 2104.08691) or P-tuning.
 
-    ``model(input_ids, attention_mask, labels)`` gives logits [rows, seq, vocab] and hidden states [rows, seq, hidden]
-    of the tokens it was given, and the loss that they make; ``generate`` takes and gives tokens alone. What it saves
-    loads with plain PEFT, which needs the prompts alone; of a network that makes them (P-tuning's) it also saves the
-    weights, so that training goes on. The prompts stand before padding on the left; positions count from the first
-    prompt on and leave padding out.
+    ``model(input_ids, attention_mask, labels)`` returns the loss, logits [rows, seq, vocab] and hidden states
+    [rows, seq, hidden] of the input tokens alone; ``generate`` takes and returns tokens alone. Plain PEFT loads the
+    saved prompts. If a network makes them (P-tuning's), its weights are saved too, so that training continues. The
+    prompts stand before padding on the left; positions count from the first prompt on, without padding.
     """
 
     def __init__(
@@ -64,15 +63,15 @@ class SoftPromptModel(PeftModelForCausalLM):
 
     @property
     def virtual_tokens(self) -> int:
-        """How many prompt embeddings stand before every row."""
+        """The number of prompt embeddings before every row."""
         return self.active_peft_config.num_virtual_tokens
 
     def prompts(self, inputs: dict[str, Any]) -> Tensor:
         """The prompt embeddings of each row, [rows, virtual tokens, embedding], with gradient.
 
         Args:
-            inputs: of the forward pass: ``inputs_embeds`` [rows, seq, embedding], ``input_ids``, ``attention_mask``
-                and ``labels``, each [rows, seq] or None.
+            inputs: arguments of the forward pass: ``inputs_embeds`` [rows, seq, embedding], ``input_ids``,
+                ``attention_mask`` and ``labels``, each [rows, seq] or None.
         """
         return self.get_prompt(batch_size=len(inputs["inputs_embeds"]))
 
@@ -87,7 +86,7 @@ class SoftPromptModel(PeftModelForCausalLM):
         with evaluating(encoder):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         weights = {key: full(w).detach() for key, w in encoder.state_dict(keep_vars=True).items()}
-        if is_main_process and len(weights) > 1:  # one is the prompt's own
+        if is_main_process and len(weights) > 1:  # a single one is the prompt itself, which PEFT has saved
             save_file({key: w.cpu().contiguous() for key, w in weights.items()}, Path(save_directory, ENCODER))
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -97,11 +96,11 @@ class SoftPromptModel(PeftModelForCausalLM):
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
     def _put(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the base model's forward pass: put the prompts there, unless the cache has them already."""
+        """Insert the prompts before the base model's forward pass, unless the cache holds them already."""
         if self._adapters_disabled:
             return None
-        known = inspect.signature(module.forward).parameters
-        inputs = dict(zip(known, args, strict=False)) | kwargs
+        parameters = inspect.signature(module.forward).parameters
+        inputs = dict(zip(parameters, args, strict=False)) | kwargs
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         restarts = mask is None and positions is not None and bool((positions[:, 1:] == 0).any())
         if restarts or (mask is not None and mask.dim() != 2):
@@ -117,13 +116,13 @@ class SoftPromptModel(PeftModelForCausalLM):
                 inputs["position_ids"] = positions + self.virtual_tokens
             return (), inputs
 
-        if mask is not None and positions is None and "position_ids" in known:
+        if mask is not None and positions is None and "position_ids" in parameters:
             positions = (mask.to(torch.int64).cumsum(1) - 1).clamp(min=0)
         self._insert(module, inputs, positions)
         return (), inputs
 
     def _insert(self, module: Any, inputs: dict[str, Any], positions: Tensor | None) -> None:
-        """Put the prompts into the inputs of a forward pass that begins; ``positions`` are those of the tokens."""
+        """Insert the prompts into the inputs of a forward pass without a cache; ``positions`` are the tokens'."""
         mask, embeds, labels = (inputs.get(key) for key in ("attention_mask", "inputs_embeds", "labels"))
         if embeds is None:
             embeds = module.get_input_embeddings()(inputs["input_ids"])
@@ -136,21 +135,21 @@ class SoftPromptModel(PeftModelForCausalLM):
         if positions is not None:
             before = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             inputs["position_ids"] = torch.cat([before, positions + virtual], dim=1)
-        if labels is not None:  # a row's first token has nothing before it that predicts it, and still has not
+        if labels is not None:  # without prompts, nothing predicts a row's first token; so the prompts do not either
             inputs["labels"] = nn.functional.pad(labels[:, 1:], (virtual + 1, 0), value=IGNORED)
         if isinstance(inputs.get("logits_to_keep"), Tensor):
             inputs["logits_to_keep"] = inputs["logits_to_keep"] + virtual
 
     def _cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
-        """After it: leave what belongs to the row's own tokens."""
+        """Cut the outputs down to the row's own tokens, after the forward pass."""
         embeds = kwargs.get("inputs_embeds")
         if self._adapters_disabled or embeds is None:
             return outputs
         virtual = self.virtual_tokens
-        own = embeds.shape[1] - virtual
-        outputs["logits"] = outputs.logits[:, -own:]
+        tokens = embeds.shape[1] - virtual
+        outputs["logits"] = outputs.logits[:, -tokens:]
         if outputs.get("hidden_states") is not None:
-            outputs["hidden_states"] = tuple(states[:, -own:] for states in outputs.hidden_states)
+            outputs["hidden_states"] = tuple(states[:, -tokens:] for states in outputs.hidden_states)
         return outputs
 
 
@@ -158,18 +157,18 @@ class PromptPoolModel(SoftPromptModel):
     """A pool of soft prompts, of which the nearest to a row's prompt tokens are put before it.
 
     Wang et al., 2022, Learning to Prompt, arXiv 2112.08654, equations 2 and 3. Each soft prompt has a key. A row's
-    query is the frozen model's mean last hidden state over the tokens before its answer: those before the first
-    supervised label where the forward pass has labels; those that :meth:`remember` and :meth:`knowing` were told of,
-    where it has none; otherwise all of them, as in generation.
+    query is the frozen model's mean last hidden state over the tokens before its answer. If the forward pass has
+    labels, these are the tokens before the first supervised one; if not, those that :meth:`remember` or
+    :meth:`remembering` was told of; else all tokens, as in generation.
 
-    In training mode the outputs also have ``chosen``, int64 [rows, top_k], which prompts each row got, and
+    In training mode the outputs also have ``chosen``, int64 [rows, top_k], the prompts of each row, and
     ``key_similarity``, float32 [rows, top_k], the cosines of its query and their keys, with gradient to the keys.
 
     Attributes:
         prompt_keys: the keys, an embedding of [size, hidden].
-        frequency: [size], how often each prompt was chosen for past tasks; where it is set, rows with labels, in
-            training mode, choose by distance * frequency (equation 4).
-        known: how many tokens of a row stand before its answer, by the fingerprint of its ``input_ids``.
+        frequency: [size], how often each prompt was chosen for past tasks. If it is set, rows with labels choose by
+            distance * frequency in training mode (equation 4).
+        prompt_lengths: how many tokens of a row stand before its answer, by the fingerprint of its ``input_ids``.
     """
 
     def __init__(self, model: PreTrainedModel, config: PromptTuningConfig, size: int, length: int, top_k: int):
@@ -177,10 +176,10 @@ class PromptPoolModel(SoftPromptModel):
         super().__init__(model, config)
         self.size, self.length, self.top_k = size, length, top_k
         self.prompt_keys = nn.Embedding(size, model.config.get_text_config().hidden_size, device=model.device)
-        # Only a key's direction counts; of a small one it can turn at usual learning rates.
+        # Only a key's direction matters; a small key can change its direction at usual learning rates.
         nn.init.normal_(self.prompt_keys.weight, std=0.02)
         self.frequency: Tensor | None = None
-        self.known: dict[int, int] = {}
+        self.prompt_lengths: dict[int, int] = {}
         self._chosen: dict[str, Tensor] = {}
 
     @property
@@ -193,8 +192,8 @@ class PromptPoolModel(SoftPromptModel):
         mask = torch.ones_like(ids) if mask is None else mask
         labels = torch.full_like(ids, IGNORED) if labels is None else labels
         labelled = (labels != IGNORED).any(1)
-        found = queries(self, ids, self._before_answer(ids, mask, labels, labelled))
-        cosines = similarity(found, self.prompt_keys(torch.arange(self.size, device=ids.device)))
+        queries = batch_queries(self, ids, self._before_answer(ids, mask, labels, labelled))
+        cosines = similarity(queries, self.prompt_keys(torch.arange(self.size, device=ids.device)))
         frequency = None
         if self.training and self.frequency is not None:
             frequency = torch.where(labelled[:, None], self.frequency.to(cosines), 1.0)
@@ -204,30 +203,30 @@ class PromptPoolModel(SoftPromptModel):
         return self.prompt_encoder[self.active_adapter](tokens.flatten(1))
 
     def remember(self, rows: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-        """From now on know where the answers of these rows begin, though a forward pass may not say so.
+        """Remember where the answers of these rows begin, for forward passes without labels.
 
         Args:
-            rows: ``input_ids`` and, where an answer is among them, ``labels``.
+            rows: ``input_ids`` and, where they hold an answer, ``labels``.
 
         Returns:
-            what was added to :attr:`known`.
+            what was added to :attr:`prompt_lengths`.
         """
-        found = {_fingerprint(row["input_ids"]): len(prompt(row)) for row in rows}
-        self.known |= found
-        return found
+        lengths = {_fingerprint(row["input_ids"]): len(prompt(row)) for row in rows}
+        self.prompt_lengths |= lengths
+        return lengths
 
     @contextmanager
-    def knowing(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-        """Inside, :meth:`remember` these rows."""
-        before = dict(self.known)
+    def remembering(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+        """:meth:`remember` these rows, and forget them at the end."""
+        before = dict(self.prompt_lengths)
         self.remember(rows)
         try:
             yield
         finally:
-            self.known = before
+            self.prompt_lengths = before
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Write PEFT's files, in which the prompts stand one after the other, and the keys."""
+        """Write PEFT's files, with the prompts one after the other, and the keys."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         keys = self.prompt_keys(torch.arange(self.size, device=self.prompt_keys.weight.device))
         if is_main_process:
@@ -249,12 +248,12 @@ class PromptPoolModel(SoftPromptModel):
         return pool
 
     def _before_answer(self, ids: Tensor, mask: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
-        """The tokens that the query may see, bool [rows, seq]."""
+        """The tokens that the query may look at, bool [rows, seq]."""
         seen = prompt_mask(mask, labels)
-        if self.known and not labelled.all():
+        if self.prompt_lengths and not labelled.all():
             tokens = mask.bool()
-            rows = [row[own].tolist() for row, own in zip(ids, tokens, strict=True)]
-            lengths = [self.known.get(_fingerprint(row), len(row)) for row in rows]
+            rows = [row[is_token].tolist() for row, is_token in zip(ids, tokens, strict=True)]
+            lengths = [self.prompt_lengths.get(_fingerprint(row), len(row)) for row in rows]
             told = tokens & (tokens.cumsum(1) <= torch.tensor(lengths, device=ids.device)[:, None])
             seen = torch.where(labelled[:, None], seen, told)
         return seen
@@ -267,6 +266,6 @@ class PromptPoolModel(SoftPromptModel):
 
 
 def _fingerprint(ids: Sequence[int]) -> int:
-    """64 bits that tell token sequences apart, the same on every machine."""
+    """A hash of 64 bits of a sequence of tokens, the same on every machine."""
     digest = hashlib.blake2b(np.asarray(ids, dtype="<i8").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

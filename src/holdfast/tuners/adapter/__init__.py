@@ -1,4 +1,4 @@
-"""Adapter: small bottleneck layers within each block are trained; importing it makes the type known to PEFT."""
+"""Adapter: small bottleneck layers within each block are trained. Importing it registers the type with PEFT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Adapter", "AdapterConfig", "AdapterLayer", "AdapterModel"]
 
 
 class Adapter(PeftTuner):
-    """Bottleneck adapters (Houlsby et al., 2019, arXiv 1902.00751), which go on from stage to stage.
+    """Bottleneck adapters (Houlsby et al., 2019, arXiv 1902.00751), which are trained from stage to stage.
 
     Other placements: pfeiffer (Pfeiffer et al., 2020, arXiv 2005.00247) and parallel (He et al., 2022, arXiv
     2110.04366).

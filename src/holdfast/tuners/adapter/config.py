@@ -1,4 +1,4 @@
-"""What PEFT keeps of a bottleneck adapter: its configuration."""
+"""The PEFT configuration of a bottleneck adapter."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class AdapterConfig(PeftConfig):
         non_linearity: a name in transformers' ACT2FN; where None, gelu for houlsby and relu for the others.
         scale: the adapter's output is multiplied by it; where None, 4 for parallel and 1 for the others.
         dropout: on the bottleneck's units, after the non-linearity.
-        target_modules: names, or a regular expression, of the modules that get an adapter: they give hidden states, by
-            themselves or first in a tuple. Where None, the placement's modules are found in the model.
+        target_modules: names, or a regular expression, of the modules that get an adapter. They return hidden states,
+            alone or first in a tuple. If None, the placement's modules are looked up in the model.
         exclude_modules: names, or a regular expression, of modules that get none.
-        modules_to_save: names of modules that are trained in full and saved along.
+        modules_to_save: names of modules that are trained in full and saved with the adapter.
 
     Raises:
         ConfigError: a value cannot be used.

@@ -1,4 +1,4 @@
-"""A sub-module of a block with its bottleneck adapters."""
+"""A module of a block with bottleneck adapters."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from holdfast.tuners.adapter.config import AdapterConfig
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
-    """A module f that gives hidden states, and one adapter by name: with x its input and h = f(x),
+    """A module f that returns hidden states, with adapters by name. With x its input and h = f(x), it returns
 
         h + s up(sigma(down(h))),   or parallel:   h + s up(sigma(down(x)))
 
-    where ``down`` is Linear(size, bottleneck) and ``up`` Linear(bottleneck, size), which begins at zero, so that an
-    untrained adapter changes nothing. Of several active adapters the sum is added.
+    where ``down`` is Linear(size, bottleneck) and ``up`` Linear(bottleneck, size). ``up`` begins at zero, so that an
+    untrained adapter changes nothing. If several adapters are active, their sum is added.
     """
 
     adapter_layer_names = ("adapter_down", "adapter_activation", "adapter_up")
@@ -53,7 +53,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives, with its hidden states, [..., size], changed."""
+        """The module's output with adapted hidden states, [..., size]."""
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output

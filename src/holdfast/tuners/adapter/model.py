@@ -1,4 +1,4 @@
-"""A model with bottleneck adapters: where they go, and what cannot be done with them."""
+"""A model with bottleneck adapters, and where they are placed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from holdfast.tuners.adapter.config import AdapterConfig
 from holdfast.tuners.adapter.layer import AdapterLayer
 
 ATTENTION, MLP = "attention|attn", "mlp|ffn|feed_?forward|moe|fc2"
-"""What the names of a block's attention and MLP contain in transformers' models; OPT's blocks hold their MLP's two
-layers themselves."""
+"""Parts of the names of a block's attention and MLP in transformers' models. OPT's blocks have no MLP module, only its
+two layers."""
 
 
 class AdapterModel(BaseTuner):
@@ -26,7 +26,7 @@ class AdapterModel(BaseTuner):
     tuner_layer_cls = AdapterLayer
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        return peft_config  # which modules are targets depends on the model itself: _prepare_model
+        return peft_config  # the target modules depend on the model itself; see _prepare_model
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         if peft_config.target_modules is None:
@@ -53,7 +53,7 @@ class AdapterModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """PEFT's own is for layers that have a weight; nothing needs moving, since an adapter begins on its device."""
+        """Replace PEFT's version, which needs a layer with a weight. An adapter is made on the module's device."""
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
@@ -79,7 +79,7 @@ def placed(model: Any, placement: str) -> list[str]:
         for number, block in enumerate(modules)
     }
     wanted = [ATTENTION, MLP] if placement == "houlsby" else [MLP]
-    found = []
+    targets = []
     for name, block in blocks.items():
         for pattern in wanted:
             inside = [child for child, module in block.named_children() if re.search(pattern, child) and _fits(module)]
@@ -89,24 +89,24 @@ def placed(model: Any, placement: str) -> list[str]:
                     f"{'MLP' if pattern == MLP else 'attention'}; name what gets an adapter, among: "
                     f"{', '.join(child for child, module in block.named_children())}"
                 )
-            found += [f"{name}.{child}" for child in inside]
-    if not found:
+            targets += [f"{name}.{child}" for child in inside]
+    if not targets:
         raise ConfigError(
             f"target_modules: no list of {depth} blocks is found in {type(model).__name__}; name the modules that get "
             "an adapter"
         )
-    return found
+    return targets
 
 
 def _fits(module: nn.Module) -> bool:
-    """Whether it is more than a norm, and leaves it to the block to add its output to the residual stream."""
+    """Whether it is more than a norm, and the block, not the module, adds its output to the residual stream."""
     inner = _inner(module)
     has_matrix = any(p.dim() > 1 for p in inner.parameters())
     return has_matrix and "residual" not in inspect.signature(inner.forward).parameters
 
 
 def _inner(module: nn.Module) -> Any:
-    """The model's own module below adapters."""
+    """The model's module below its adapters."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 

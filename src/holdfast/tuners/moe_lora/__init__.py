@@ -1,4 +1,4 @@
-"""MoE-LoRA: LoRA experts and a router in every linear layer; importing it makes the type known to PEFT."""
+"""MoE-LoRA: LoRA experts and a router in every linear layer. Importing it registers the type with PEFT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["MoeLora", "MoeLoraConfig", "MoeLoraLinear", "MoeLoraModel", "RouterL
 class MoeLora(PeftTuner):
     """Mixture of LoRA experts (MOELoRA, Liu et al., 2023, arXiv 2310.18339), routed token by token in each layer.
 
-    One adapter goes on from stage to stage. The router losses of Switch Transformers (arXiv 2101.03961) and ST-MoE
+    One adapter is trained from stage to stage. The router losses of Switch Transformers (arXiv 2101.03961) and ST-MoE
     (arXiv 2202.08906) are terms of the loss.
     """
 
@@ -54,7 +54,7 @@ class MoeLora(PeftTuner):
             return self
 
         def adapter(self) -> MoeLoraConfig:
-            """What of it is the adapter's; the rest is the companion's."""
+            """The adapter's part of the options; the rest is the companion's."""
             return MoeLoraConfig(
                 task_type="CAUSAL_LM", **self.model_dump(exclude=set(RouterLosses.Options.model_fields))
             )

@@ -1,4 +1,4 @@
-"""What PEFT keeps of a mixture of LoRA experts: its configuration."""
+"""The PEFT configuration of a mixture of LoRA experts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class MoeLoraConfig(PeftConfig):
     Attributes:
         r: rank of all experts together.
         experts: experts in each layer, each of rank r / experts.
-        top_k: experts that a token uses; where None, all of them.
+        top_k: experts that a token uses; if None, all of them.
         lora_alpha: the update is scaled by lora_alpha / r.
-        lora_dropout: on the experts' input; the router sees it whole.
+        lora_dropout: on the experts' input, not on the router's.
         target_modules: names, or a regular expression, of the linear layers to adapt; ``all-linear``: all but the head.
         exclude_modules: names, or a regular expression, of layers that are left as they are.
-        modules_to_save: names of modules that are trained in full and saved along.
+        modules_to_save: names of modules that are trained in full and saved with the adapter.
 
     Raises:
         ConfigError: a value cannot be used.

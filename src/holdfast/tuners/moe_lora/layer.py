@@ -21,13 +21,13 @@ class Router(nn.Linear):
 
 
 class MoeLoraLinear(nn.Module, BaseTunerLayer):
-    """A linear layer W, and one mixture of experts by name:
+    """A linear layer W with mixtures of experts by name. It returns
 
         W x + alpha / r * sum_i g_i(x) B_i A_i x
 
     with g of :func:`gates`. Expert i's factors are rows and columns i r / E to (i + 1) r / E of ``moe_lora_A`` [r, in]
-    and ``moe_lora_B`` [out, r], so that all experts take two matrix products. B begins at zero, so that an untrained
-    mixture changes nothing. Of several active mixtures the sum is added.
+    and ``moe_lora_B`` [out, r], so that all experts together take two matrix products. B begins at zero, so that an
+    untrained mixture changes nothing. If several mixtures are active, their sum is added.
     """
 
     adapter_layer_names = ("moe_lora_A", "moe_lora_B", "moe_lora_router")
@@ -77,10 +77,10 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
 
 
 def gates(logits: Tensor, top_k: int | None) -> Tensor:
-    """The experts' shares: softmax over all experts, or over the ``top_k`` of the highest logits, the others' being 0.
+    """The experts' shares: softmax over all experts, or over the ``top_k`` highest logits, with 0 for the others.
 
-    With ``top_k`` 1 the share is the expert's probability among all (Switch Transformers, equation 2): the softmax over
-    one expert is 1 whatever the router says, so that the task could not train it.
+    With ``top_k`` 1 the share is the expert's probability among all experts (Switch Transformers, equation 2), since a
+    softmax over one expert is always 1 and would give the router no gradient from the task.
 
     Args:
         logits: [..., experts].

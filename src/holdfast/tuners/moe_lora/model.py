@@ -1,4 +1,4 @@
-"""A model with LoRA experts in its linear layers, and what cannot be done with them."""
+"""A model with LoRA experts in its linear layers."""
 
 from __future__ import annotations
 

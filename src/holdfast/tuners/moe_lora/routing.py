@@ -1,4 +1,4 @@
-"""Router losses: what keeps the experts of a MoE-LoRA in use and the routers' logits small."""
+"""Router losses: they keep all experts of a MoE-LoRA in use, and the routers' logits small."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from holdfast.tuners.moe_lora.layer import MoeLoraLinear
 
 
 def load_balance(logits: Tensor, top_k: int | None = None) -> Tensor:
-    """E sum_i f_i P_i (Switch Transformers, equations 4 to 6): 1 where tokens and probabilities spread evenly.
+    """E sum_i f_i P_i (Switch Transformers, equations 4 to 6): 1 if tokens and probabilities are spread evenly.
 
-    f_i is expert i's share of the tokens' choices (of one expert a token where ``top_k`` is None, since then all are
-    used and only the first can differ), P_i its mean probability; the gradient goes through P.
+    f_i is expert i's share of the tokens' choices, and P_i its mean probability, through which the gradient goes. If
+    ``top_k`` is None, every token uses all experts; then f counts each token's likeliest expert.
 
     Args:
         logits: [tokens, experts].
@@ -44,8 +44,8 @@ def router_z(logits: Tensor) -> Tensor:
 class RouterLosses(Method, registered=False):
     """balance * sum_l load_balance(l) + router_z * sum_l router_z(l) over the routers l of the active MoE-LoRA.
 
-    The tokens are those of the task's rows in the micro-batch, without padding. The tuner ``moe_lora`` brings it along;
-    in a trainer of one's own it is one of the methods: ``method=["replay", RouterLosses()]``.
+    The tokens are those of the task's rows in the micro-batch, without padding. The tuner ``moe_lora`` adds it to a
+    run; in your own trainer it is one of the methods: ``method=["replay", RouterLosses()]``.
     """
 
     name = "moe_lora"
@@ -58,13 +58,13 @@ class RouterLosses(Method, registered=False):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._hooks: list[RemovableHandle] = []
-        self._seen: list[tuple[Tensor, int | None]] = []  # each router's logits in the task's forward pass, and top_k
+        self._logits: list[tuple[Tensor, int | None]] = []  # each router's in the task's forward pass, with its top_k
         self._shape: Sequence[int] = ()  # rows and tokens of that pass
         self._waiting = self._watching = False
 
     def before_stage(self, stage: Stage) -> None:
-        """Watch the routers. A pass is watched from its beginning to its end, so that neither a recomputation in the
-        backward pass nor a forward pass that another method makes counts."""
+        """Watch the routers in the task's forward pass, from its beginning to its end. Neither a recomputation in the
+        backward pass nor another method's forward pass counts."""
         self.after_stage(stage)
         routers = [
             (layer.moe_lora_router[name], layer.top_k[name])
@@ -95,26 +95,26 @@ class RouterLosses(Method, registered=False):
         mask = batch.get("attention_mask")
         counted = torch.ones_like(batch["input_ids"]) if mask is None or mask.dim() != 2 else mask
         losses = dict.fromkeys(RouterLosses.Options.model_fields, torch.zeros((), device=counted.device))
-        for logits, top_k in self._seen:
+        for logits, top_k in self._logits:
             if not logits.requires_grad:
                 raise ConfigError(
                     "training.arguments.gradient_checkpointing_kwargs: use_reentrant hides the routers from their "
                     "losses; leave it out, or set the tuner's balance and router_z to 0"
                 )
-            own = logits.reshape(*self._shape, -1)[:rows, :tokens][counted.bool()]
-            losses["balance"] = losses["balance"] + load_balance(own, top_k)
-            losses["router_z"] = losses["router_z"] + router_z(own)
-        self._seen, self._waiting = [], True
+            of_tokens = logits.reshape(*self._shape, -1)[:rows, :tokens][counted.bool()]
+            losses["balance"] = losses["balance"] + load_balance(of_tokens, top_k)
+            losses["router_z"] = losses["router_z"] + router_z(of_tokens)
+        self._logits, self._waiting = [], True
         return {f"{self.name}/{key}": weight * losses[key] for key, weight in self.options if weight}
 
     def after_stage(self, stage: Stage) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._seen, self._waiting = [], [], False
+        self._hooks, self._logits, self._waiting = [], [], False
 
     def _begin(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if self._waiting:
-            self._seen, self._shape = [], (args[0] if args else kwargs["input_ids"]).shape
+            self._logits, self._shape = [], (args[0] if args else kwargs["input_ids"]).shape
             self._waiting, self._watching = False, True
 
     def _end(self, *args: Any) -> None:
@@ -123,6 +123,6 @@ class RouterLosses(Method, registered=False):
     def _watch(self, top_k: int | None) -> Any:
         def watch(router: Any, args: Any, logits: Tensor) -> None:
             if self._watching:
-                self._seen.append((logits, top_k))
+                self._logits.append((logits, top_k))
 
         return watch
