@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
+import holdfast
 from support.paths import DOCS, ROOT
 from support.tiny import write_model
 
@@ -159,6 +160,17 @@ def test_every_name_of_the_package_resolves(page):
 def test_every_file_that_is_named_exists(page):
     missing = [path for path in files_in(page.read_text(encoding="utf-8")) if not list(ROOT.glob(path))]
     assert not missing
+
+
+def test_every_room_of_the_map_exists():
+    """The paths within the package that CONTRIBUTING names without src/holdfast before them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = set(
+        re.findall(r"`((?!src/|tests/|docs/|benchmarks/)[a-z_]+/[\w./]*)`", text.partition("## Adding a method")[0])
+    )
+    package = Path(holdfast.__file__).parent
+    assert len(rooms) > 20
+    assert not [room for room in rooms if not list(package.glob(re.sub(r"\b(NAME|SECTION)\b", "*", room)))]
 
 
 @every_page()
