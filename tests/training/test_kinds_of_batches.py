@@ -16,7 +16,6 @@ from transformers import (
 
 from holdfast import continual
 from holdfast.errors import ConfigError
-from holdfast.training.batches import count_rows, count_tokens
 from support.tiny import tiny_model, tiny_rows, tiny_tokenizer
 from support.trained import vector
 from support.trl_cases import trainer_arguments, trainer_class
@@ -127,11 +126,3 @@ def test_what_cannot_be_is_refused(case, method, reason, tmp_path, monkeypatch):
     trainer = continual(trainer_class(case))(**trainer_arguments(case, tmp_path), method=method)
     with pytest.raises(ConfigError, match=reason):
         trainer.train()
-
-
-def test_rows_of_a_step_are_counted_in_batches_of_any_kind():
-    assert count_rows([{"prompt": "a"}, {"prompt": "b"}]) == 2 and count_tokens([{"prompt": "a"}]) == 0
-    assert count_rows({"x": torch.ones(3, 2), "note": "n"}) == 3 and count_tokens({"x": torch.ones(3, 2)}) == 0
-    assert count_rows({"scale": torch.tensor(1.0)}) == 0
-    assert count_rows(encoded(tiny_rows(5))) == 5
-    assert count_tokens(encoded(tiny_rows(5))) == sum(len(row["input_ids"]) for row in tiny_rows(5))
