@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast import methods, tuners
-from holdfast.api.method import Method
 from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig, load_config
 from holdfast.data.encode import Encoder
@@ -221,29 +219,6 @@ def _write(
         )
 
 
-AT_TEST = {
-    "hide_lora": "chooses, for each prompt, among one adapter a task: here is the last stage's adapter alone, and "
-    "earlier tasks lose theirs",
-    "mbpa": "adapts the weights to each prompt by a few gradient steps on remembered rows: here are the weights before "
-    "that, without the memory",
-    "l2p": "chooses, for each prompt, soft prompts from a pool: here is the pool, which a plain library does not "
-    "choose from",
-    "dual_prompt": "chooses, for each prompt, a task's prefixes by their keys: a plain library has no such choice",
-    "icl": "puts demonstrations from a task's train split before each prompt: here are none",
-    "cia": "with grouping keeps weights for each group of alike instructions and chooses among them for each prompt: "
-    "here are the last stage's group's alone",
-}
-"""What each method that acts at test time does there, and what of it a folder of weights lacks."""
-
-IDLE: dict[str, Callable[[Any], bool]] = {
-    "cia": lambda options: options.grouping is None,
-    "mbpa": lambda options: not options.steps,
-    "dual_prompt": lambda options: not options.strength,
-    "icl": lambda options: not options.shots,
-}
-"""Options with which such a method does nothing at test time."""
-
-
 def method_lacks(config: RunConfig) -> list[str]:
     """What the run's methods do at test time: the scores were measured with it, and a plain library does not do it."""
     lines = []
@@ -253,10 +228,8 @@ def method_lacks(config: RunConfig) -> list[str]:
         except ConfigError:
             lines.append(f"method {named.name!r} cannot be loaded here, so whether it acts at test time is not known")
             continue
-        acts = type(method).at_test is not Method.at_test or type(method).ask is not Method.ask
-        if acts and not (method.name in IDLE and IDLE[method.name](method.options)):
-            does = AT_TEST.get(method.name, "changes the model or the prompt at test time: a plain library does not")
-            lines.append(f"method {method.name!r} {does}; the scores were measured with it")
+        if method.lacks:
+            lines.append(f"method {method.name!r} {method.lacks}; the scores were measured with it")
     return lines
 
 

@@ -123,6 +123,14 @@ class CIA(Method):
         self.instructions.append((self.group, instruction))
         weights(stage.model).copy_(self.groups.get(self.group, self.first))
 
+    @property
+    def lacks(self) -> str:
+        groups = (
+            "with grouping keeps weights for each group of alike instructions and chooses among them for each prompt: "
+            "here are the last stage's group's alone"
+        )
+        return groups if self.options.grouping is not None else ""
+
     def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
         chosen = [self.group_of(row) for row in rows]
         for group in sorted(set(chosen)):

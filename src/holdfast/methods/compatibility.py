@@ -42,18 +42,18 @@ def page() -> str:
 
 
 HEAD = """\
-# Which tuner goes with which method
+# Which tuner works with which method
 
 <!-- Written by `python -m holdfast.methods.compatibility > docs/grid.md`. -->
 
-*yes*: the two train, continue bit for bit after a kill, evaluate and save. *–*: `holdfast check` and `holdfast run`
-refuse the two, with the reason and what would work. `tests/whole/test_grid.py` proves both, cell by cell, on a tiny
-model: what is refused is run there without asking this table, and must end with the method saying what it misses in the
-model. [What the tuners are](tuners/README.md); each method has a page in `methods/`.
+*yes*: the pair trains, continues bit for bit after a kill, evaluates and saves. *–*: `holdfast check` and `holdfast run`
+refuse the pair, with the reason and what works instead. `tests/whole/test_grid.py` tests each cell on a tiny model: a
+refused pair is run there without this table, and must end with an error of the method that names what the model lacks.
+[The tuners](tuners/README.md); each method has a page in `docs/methods/`.
 """
 
 REASONS = """
-A method that needs something that few tuners have goes with these alone:
+Some methods need a property that few tuners have, and work only with these:
 """
 
 if __name__ == "__main__":

@@ -48,6 +48,11 @@ class DualPrompt(Method):
 
     options: Options
 
+    @property
+    def lacks(self) -> str:
+        chooses = "chooses, for each prompt, a task's prefixes by their keys: a plain library has no such choice"
+        return chooses if self.options.strength else ""
+
     def before_stage(self, stage: Stage) -> None:
         prefixes = _prefixes(stage.model)
         prefixes.asks = self.options.strength > 0

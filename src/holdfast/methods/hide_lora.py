@@ -38,6 +38,10 @@ class HiDeLoRA(Method):
         "seq_lora_merge": "each decides what becomes of a stage's adapter",
         "mbpa": "each sets the trained weights for a test row, so that one would undo the other",
     }
+    lacks = (
+        "chooses, for each prompt, among one adapter a task: here is the last stage's adapter alone, and earlier tasks "
+        "lose theirs"
+    )
 
     class Options(Section):
         start: Literal["previous", "fresh"] = Field(

@@ -32,6 +32,11 @@ class InContext(Method):
 
     options: Options
 
+    @property
+    def lacks(self) -> str:
+        shows = "puts demonstrations from a task's train split before each prompt: here are none"
+        return shows if self.options.shots else ""
+
     def ask(self, evaluation: Evaluation, task: Task, example: Example, fits: Callable[[Example], bool]) -> Example:
         """The test row after its demonstrations, as further turns of its conversation; system turns stay first.
 

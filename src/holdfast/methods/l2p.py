@@ -36,6 +36,10 @@ class L2P(Method):
     name = "l2p"
     tuners = ("prompt_pool",)
     tuners_reason = "it trains that tuner's prompts and keys"
+    lacks = (
+        "chooses, for each prompt, soft prompts from a pool: here is the pool, which a plain library does not choose "
+        "from"
+    )
 
     class Options(Section):
         strength: float = Field(0.5, ge=0, description="lambda, weight of the keys' term; 0 turns the method off")

@@ -99,6 +99,14 @@ class MbPA(Method):
         keys[new] = queries
         self.keys = keys
 
+    @property
+    def lacks(self) -> str:
+        adapts = (
+            "adapts the weights to each prompt by a few gradient steps on remembered rows: here are the weights before "
+            "that, without the memory"
+        )
+        return adapts if self.options.steps else ""
+
     def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
         if not (self.options.steps and len(self.memory)):
             yield range(len(rows))
