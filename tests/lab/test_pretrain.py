@@ -375,7 +375,7 @@ def test_sizes(languages, family):
         ({"stop": {"tokns": 5}}, "did you mean 'tokens'"),
         ({"stop": {}}, "at least one of"),
         ({"stop": {"loss": 3.0}, "valid": {}}, "give `valid`"),
-        ({"stop": {"loss": 3.0, "domain": "east"}}, "'east' is none of"),
+        ({"stop": {"loss": 3.0, "domain": "east"}}, "'east' is not in `valid`"),
         ({"stop": {"loss": 3.0}, "training": {"schedule": "cosine"}}, "must know the end"),
         ({"training": {"batch_size": 6, "micro_batch_size": 4}}, "not a multiple"),
         ({"training": {"arguments": {"nonsense": 1}}}, "nonsense"),

@@ -1,4 +1,4 @@
-"""`holdfast lab`: from texts to a tokenizer, to token files, to a pretrained model, and to whole experiments."""
+"""`holdfast lab`: make a tokenizer, token files and a pretrained model from texts, and run whole experiments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Sources = Annotated[
         "Hugging Face.",
     ),
 ]
-Column = Annotated[str, typer.Option("--column", help="Where a row of a file or dataset has its text.")]
+Column = Annotated[str, typer.Option("--column", help="Column of a file or dataset that has the text.")]
 Subset = Annotated[str | None, typer.Option("--subset", help="Configuration of a dataset.", show_default=False)]
 Split = Annotated[str | None, typer.Option("--split", help="Split of a dataset.", show_default="train")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
@@ -37,9 +37,11 @@ Domain = Annotated[
     str | None,
     typer.Option("--domain", help="Domain of the documents, whose token begins every row.", show_default=False),
 ]
-Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes that tokenise.")]
-Documents = Annotated[int | None, typer.Option("--documents", min=1, help="Documents at most.", show_default="all")]
-Skip = Annotated[int, typer.Option("--skip", min=0, help="Documents left out at the front.")]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Number of processes that tokenise.")]
+Documents = Annotated[
+    int | None, typer.Option("--documents", min=1, help="Number of documents at most.", show_default="all")
+]
+Skip = Annotated[int, typer.Option("--skip", min=0, help="Number of documents left out at the start.")]
 
 
 @app.command("tokenizer")
@@ -50,7 +52,7 @@ def tokenizer(
     domain: Annotated[
         list[str] | None, typer.Option("--domain", help="Name of a domain that gets a token; repeat for more.")
     ] = None,
-    reserved: Annotated[int, typer.Option("--reserved", min=0, help="Tokens for later use.")] = 0,
+    reserved: Annotated[int, typer.Option("--reserved", min=0, help="Number of tokens for later use.")] = 0,
     max_length: Annotated[int, typer.Option("--max-length", min=1, help="Context of its models, in tokens.")] = 2048,
     column: Column = "text",
     subset: Subset = None,
@@ -126,7 +128,7 @@ class HelpWithLabKeys(HelpWithKeys):
 
 @app.command("pretrain", cls=HelpWithLabKeys)
 def pretrain(config: Config, overrides: Overrides = None) -> None:
-    """Train a model from scratch on token files, or go on from one, and measure it all the way.
+    """Train a model from scratch on token files, or go on from one, and measure it before, during and after training.
 
     The same command continues a run that was stopped or killed, and ends with the same numbers.
     """
@@ -142,7 +144,7 @@ def pretrain(config: Config, overrides: Overrides = None) -> None:
     if not Process.this().main:
         return
     for name, at in (("before", result["start"]), ("after", result["end"])):
-        losses = "  ".join(f"{domain} {found['loss']:.3f}" for domain, found in at["domains"].items())
+        losses = "  ".join(f"{domain} {measured['loss']:.3f}" for domain, measured in at["domains"].items())
         print(f"{name:6}  {at['tokens']:,} tokens  {losses}".rstrip())
     print(f"stopped by {result['stop']} after {result['step']:,} steps, {result['seconds']:.0f} s: {loaded.output}")
 
@@ -171,13 +173,17 @@ def experiment(
     seeds: Seeds = None,
     out: Results = None,
     cache: Annotated[Path, typer.Option("--cache", help="Folder of data and runs that experiments share.")] = CACHE,
-    processes: Annotated[int, typer.Option("--processes", min=1, help="Runs at work at the same time.")] = 2,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate every run, and count what it takes.")] = False,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Only make figure and findings from the tables.")] = False,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Number of runs at the same time.")] = 2,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate every run and count its cost; do nothing.")
+    ] = False,
+    redraw: Annotated[
+        bool, typer.Option("--redraw", help="Only make figure and findings anew from the tables.")
+    ] = False,
 ) -> None:
-    """Run an experiment of "Forgetting in Language Models", or one of your own: tables, a figure and what was found.
+    """Run an experiment of "Forgetting in Language Models", or one of your own: tables, a figure and findings.
 
-    Runs that are done are not done again, and the same command continues those that were stopped or killed.
+    The same command does only the runs that are left, and continues those that were stopped or killed.
     """
     from rich.console import Console
 
@@ -219,7 +225,7 @@ def print_experiments(scale: str, console: Any) -> None:
 
 
 def print_plan(title: str, costs: list[Any], console: Any) -> None:
-    """What an experiment would take, group by group."""
+    """What each group of an experiment would cost."""
     from rich.table import Table
 
     table = Table("group", "runs", "parameters", "tokens", "FLOPs", title=title)
@@ -233,12 +239,12 @@ def print_plan(title: str, costs: list[Any], console: Any) -> None:
 
 
 def print_findings(findings: list[dict[str, Any]], console: Any) -> None:
-    """Each claim with its figure and whether it holds."""
+    """Each claim with its estimate and its verdict."""
     from rich.table import Table
 
     from holdfast.lab.findings import estimate
 
     table = Table("claim", "expected", "estimate [95 %]", "seeds", "verdict")
-    for found in findings:
-        table.add_row(found["claim"], found["expected"], estimate(found), str(found["seeds"]), found["verdict"])
+    for judged in findings:
+        table.add_row(judged["claim"], judged["expected"], estimate(judged), str(judged["seeds"]), judged["verdict"])
     console.print(table)

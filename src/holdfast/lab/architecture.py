@@ -16,15 +16,15 @@ FAMILIES: dict[str, Any] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 def new_model(
     size: SizeConfig, tokenizer: PreTrainedTokenizerBase, context: int, seed: int, attention: str | None = None
 ) -> Any:
-    """A model with random weights; the same arguments give the same weights on one machine.
+    """Make a model with random weights; the same arguments give the same weights on one machine.
 
     Every matrix is drawn with standard deviation fan_in^(-1/2), as in "Forgetting in Language Models" (arXiv
     2605.26097), and the embeddings with 0.02.
 
     Args:
-        tokenizer: of its vocabulary and special tokens.
-        context: tokens that it reads at most.
-        attention: implementation of transformers; its default where absent.
+        tokenizer: gives the size of the vocabulary and the special tokens.
+        context: tokens that the model reads at most.
+        attention: implementation of attention; that of transformers where absent.
 
     Raises:
         ConfigError: no model of this family comes near the number of parameters.
@@ -44,21 +44,21 @@ def new_model(
 def architecture(size: SizeConfig, vocab_size: int, context: int) -> Any:
     """The transformers configuration of a size.
 
-    A number of parameters becomes the width, a multiple of the head's, whose model of the depth width / 64, rounded
-    and at least 2, comes nearest.
+    Where the size is a number of parameters, the depth is width / 64, rounded and at least 2, and the width is the
+    multiple of ``head_size`` whose model comes nearest to that number.
 
     Raises:
-        ConfigError: the nearest model is further than a quarter from the number of parameters.
+        ConfigError: the nearest model differs from the number of parameters by more than a quarter.
     """
     width, depth = size.width, size.depth
     if size.parameters is not None:
         shapes = [(w, max(2, round(w / 64))) for w in range(size.head_size, 64 * size.head_size + 1, size.head_size)]
         wanted = size.parameters
         width, depth = min(shapes, key=lambda shape: abs(_parameters(size, shape[0], shape[1], vocab_size) - wanted))
-        found = _parameters(size, width, depth, vocab_size)
-        if abs(found - wanted) > wanted / 4:
+        nearest = _parameters(size, width, depth, vocab_size)
+        if abs(nearest - wanted) > wanted / 4:
             raise ConfigError(
-                f"model.parameters: the model nearest to {wanted:,} has {found:,} (width {width}, depth {depth}, "
+                f"model.parameters: the model nearest to {wanted:,} has {nearest:,} (width {width}, depth {depth}, "
                 f"vocabulary {vocab_size:,}); give another number or head_size, or width and depth"
             )
     assert width is not None and depth is not None
@@ -77,14 +77,18 @@ def architecture(size: SizeConfig, vocab_size: int, context: int) -> Any:
 
 
 def counted_parameters(model: Any) -> int:
-    """Weights of a model, without the embeddings where its head is a matrix of its own: the paper's 12 L D² + D V."""
+    """Count a model's weights as the paper does, 12 L D² + D V: embeddings count only where they are the head, too."""
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     total = sum(p.numel() for p in model.parameters())
     return total - (0 if head is embeddings else embeddings.numel())
 
 
 def _mlp_width(size: SizeConfig, width: int) -> int:
-    """Three matrices of 8/3 the width hold as many weights as the two of four times the width in the paper."""
+    """The width of the feed-forward layers.
+
+    By default it is 8/3 of the model's: these three matrices then have as many weights as the paper's two, which have
+    four times the width.
+    """
     return size.mlp_width or -(-8 * width // 24) * 8
 
 

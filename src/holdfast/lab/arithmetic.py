@@ -1,4 +1,4 @@
-"""Toy tasks on n-digit numbers, as token files with a domain token each, and how many answers a model gets right."""
+"""Toy tasks on n-digit numbers: rows for token files, each task with a domain token, and the accuracy of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULUS = 10  # modadd is modulo this to the power of the digits
 
 
 def signs() -> list[str]:
-    """The tokens: padding, end, the domain token of each task, digits and signs."""
+    """The vocabulary: padding, end, the domain token of each task, digits and signs."""
     return ["<pad>", "</s>", *(domain_token(task) for task in TASKS), *"0123456789", "+", "_", "="]
 
 
@@ -46,11 +46,11 @@ def prompt_length(digits: int) -> int:
 
 
 def rows(task: str, digits: int, count: int, seed: int) -> list[str]:
-    """Rows of a task, without their end; each is :func:`row_length` tokens long with it. The domain token comes in the
-    place of the first sign.
+    """Make rows of a task, without the end token; with it, each has :func:`row_length` tokens.
 
     ``add``: the sum of two numbers; ``modadd``: the same modulo 10^digits; ``reversal`` and ``sort``: the digits of one
-    number backwards and rising. A second number that there is not is written ``_``, and answers have leading zeros.
+    number in reverse and in ascending order, with ``_`` in the place of a second number. Answers have leading zeros.
+    The first sign is a ``_``, which a token file replaces with the domain token.
     """
     draw = random.Random(f"{task}/{digits}/{seed}")
     texts = []
@@ -73,7 +73,7 @@ def rows(task: str, digits: int, count: int, seed: int) -> list[str]:
 
 @torch.no_grad()
 def exact_match(model: Any, ids: Tensor, digits: int, batch_size: int = 1024) -> float:
-    """Share of rows whose whole answer and end are what greedy decoding writes after the ``=``.
+    """Share of rows for which greedy decoding after the ``=`` gives the whole answer and the end token.
 
     Args:
         model: a causal language model.

@@ -29,14 +29,15 @@ def write_chats(folder: Path, size: int, seed: int, rows: int) -> None:
     """Write the texts of the world, as files below a folder.
 
     - ``text.jsonl``: general text, to pretrain on;
-    - ``chats``: prompts and answers. ``train.jsonl``: questions about lasting facts in wordings of the general text;
-      ``test.jsonl``: the same facts in wordings that stand nowhere else; ``choices.jsonl``: those with four choices;
-    - ``circuits``: the new domain, tasks and code, ``train.jsonl`` and ``test.jsonl``.
+    - ``chats/train.jsonl``: questions about lasting facts, in wordings of the general text;
+    - ``chats/test.jsonl``: questions about the same facts, in wordings that no other file has;
+    - ``choices.jsonl``: the test questions, with four choices each;
+    - ``circuits/train.jsonl`` and ``circuits/test.jsonl``: the new domain, tasks and code.
 
     Args:
         size: of chronicle's world.
         seed: of the world and of the circuits.
-        rows: circuits to train on; a fifth as many to test on.
+        rows: circuits to train on; there are a fifth as many to test on.
     """
     held_out = chronicle(size=size, seed=seed).general[0].questions
     circuits = list(dict.fromkeys(_circuits(random.Random(seed), 4 * rows)))[: rows + rows // 5]
@@ -56,7 +57,7 @@ def write_chats(folder: Path, size: int, seed: int, rows: int) -> None:
 
 
 def chat_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer learned from what :func:`write_chats` wrote, with a chat template."""
+    """Train a tokenizer on what :func:`write_chats` wrote; it has a chat template."""
     texts = [row["text"] for row in read_rows(folder / "text.jsonl")]
     for task in ("chats", "circuits"):
         texts += [part for row in read_rows(folder / task / "train.jsonl") for part in (row["prompt"], row["answer"])]
@@ -66,7 +67,7 @@ def chat_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def measure_chats(folder: Path, chats: Path) -> dict[str, float]:
-    """``chat_loss``: of the answers to the held-out questions, in the model's chat template, in nats a token.
+    """Measure ``chat_loss``: the loss on answers to held-out questions, in the chat template, in nats per token.
 
     Args:
         folder: of the model and its tokenizer.
@@ -83,8 +84,8 @@ def measure_chats(folder: Path, chats: Path) -> dict[str, float]:
 
 
 def _circuits(draw: random.Random, count: int) -> list[tuple[str, str]]:
-    """(task, code): one or two gates on named wires."""
-    found = []
+    """Pairs (task, code), each of one or two gates on named wires."""
+    circuits = []
     for _ in range(count):
         a, b, c, out = draw.sample(WIRES, 4)
         first, second = draw.choices(list(GATES), k=2)
@@ -93,5 +94,5 @@ def _circuits(draw: random.Random, count: int) -> list[tuple[str, str]]:
             words, code, wires = f"the {second} of {c} and of {words}", f"{c} {GATES[second]} ({code})", [c, *wires]
         task = draw.choice(("Write a circuit that puts {0} on {1}.", "Make {1} {0}, as a circuit.")).format(words, out)
         inputs = ", ".join(f"input {wire}" for wire in wires)
-        found.append((task, f"module unit({inputs}, output {out}); assign {out} = {code}; endmodule"))
-    return found
+        circuits.append((task, f"module unit({inputs}, output {out}); assign {out} = {code}; endmodule"))
+    return circuits

@@ -18,14 +18,14 @@ class SizeConfig(Section):
 
     path: str | None = Field(None, description="folder or hub name of a model to go on from, instead of a size")
     family: Literal["llama", "qwen3"] = Field("llama", description="architecture; qwen3 normalises queries and keys")
-    width: int | None = Field(None, ge=8, description="of the residual stream")
+    width: int | None = Field(None, ge=8, description="width of the residual stream")
     depth: int | None = Field(None, ge=1, description="number of layers")
     head_size: int = Field(64, ge=2, description="width of an attention head; width must be a multiple of it")
     parameters: int | None = Field(
-        None, ge=1, description="instead of width and depth: weights to come near, the embeddings counted once"
+        None, ge=1, description="instead of width and depth: number of weights to come near, embeddings counted once"
     )
     mlp_width: int | None = Field(
-        None, ge=1, description="of the gated feed-forward layers; where absent, 8/3 of the width, rounded up to eights"
+        None, ge=1, description="width of the gated feed-forward layers; absent: 8/3 of the width, rounded up to eights"
     )
     tie_embeddings: bool = Field(False, description="one matrix for embeddings and head")
     attention: str | None = Field(None, description="attention implementation of transformers (eager, sdpa, ...)")
@@ -81,13 +81,15 @@ class StopConfig(Section):
 
     tokens: int | None = Field(None, ge=1, description="tokens trained on")
     tokens_per_parameter: float | None = Field(
-        None, gt=0, description="the same by the model's weights, the embeddings counted once"
+        None, gt=0, description="the same, divided by the number of weights, embeddings counted once"
     )
-    epochs: float | None = Field(None, gt=0, description="passes over the data, all files together")
+    epochs: float | None = Field(None, gt=0, description="passes over the data of all files")
     loss: float | None = Field(None, gt=0, description="next-token loss of `domain` at or below this, nats per token")
     patience: int | None = Field(None, ge=1, description="evaluations of `domain` in a row without a new lowest loss")
     seconds: float | None = Field(None, gt=0, description="time spent training; evaluations do not count")
-    domain: str | None = Field(None, description="which part of `valid` loss and patience look at; the first if absent")
+    domain: str | None = Field(
+        None, description="part of `valid` whose loss decides for loss and patience; absent: first"
+    )
 
     @model_validator(mode="after")
     def _some(self) -> StopConfig:
@@ -97,13 +99,13 @@ class StopConfig(Section):
 
 
 class MeasureConfig(Section):
-    """What is measured while the model trains."""
+    """What is measured before, during and after training."""
 
     every: int | None = Field(
-        None, ge=1, description="tokens between evaluations; where absent, only before training and at its end"
+        None, ge=1, description="tokens between evaluations; absent: only before training and at its end"
     )
-    rows: int = Field(256, ge=1, description="sequences of each held-out part that are measured, from its front")
-    batch_size: int = Field(64, ge=1, description="sequences measured together")
+    rows: int = Field(256, ge=1, description="sequences of each held-out part that are measured, from its start")
+    batch_size: int = Field(64, ge=1, description="sequences in one forward pass")
 
 
 def _parts(value: Any) -> Any:
@@ -140,11 +142,11 @@ class LabConfig(Section):
     def _watched(self) -> LabConfig:
         stop = self.stop
         if (stop.loss or stop.patience) and not self.valid:
-            raise ValueError("stop.loss and stop.patience look at a held-out part: give `valid`")
+            raise ValueError("stop.loss and stop.patience need a held-out part: give `valid`")
         if (stop.loss or stop.patience) and self.evaluation.every is None:
             raise ValueError("evaluation.every: stop.loss and stop.patience need evaluations during training")
         if stop.domain is not None and stop.domain not in self.valid:
-            raise ValueError(f"stop.domain: {stop.domain!r} is none of `valid`: {', '.join(self.valid) or 'nothing'}")
+            raise ValueError(f"stop.domain: {stop.domain!r} is not in `valid`: {', '.join(self.valid) or 'nothing is'}")
         bounded = stop.tokens or stop.tokens_per_parameter or stop.epochs
         if self.training.schedule != "constant" and not bounded:
             raise ValueError(

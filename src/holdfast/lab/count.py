@@ -27,8 +27,8 @@ def check_experiment(experiment: Experiment) -> list[Cost]:
     """Validate every run of the grid without any data, and count what it would take.
 
     Returns:
-        of each group: runs, least and most parameters (the embeddings counted once; 0 where the model comes from
-        elsewhere), tokens trained on at most, and 6 x parameters x tokens operations, rehearsal apart.
+        for each group: its runs, the least and the most parameters (embeddings counted once; 0 where the model is not
+        made here), the most tokens trained on, and the operations, 6 x parameters x tokens, without rehearsal.
 
     Raises:
         ConfigError: a key of a run is wrong, or its method does not go with its tuner.
@@ -86,8 +86,9 @@ def _parameters(size: str, vocab_size: int, context: int) -> int:
 
 def _cost(group: str, runs: list[tuple[int, float | None]]) -> Cost:
     sizes = [size for size, _ in runs]
-    known = [(size, tokens) for size, tokens in runs if tokens is not None]
-    bounded = len(known) == len(runs)
-    tokens = round(sum(tokens for _, tokens in known)) if bounded else None
-    flops = sum(6.0 * size * tokens for size, tokens in known) if bounded else None
+    bounded = [(size, tokens) for size, tokens in runs if tokens is not None]
+    if len(bounded) < len(runs):
+        return Cost(group, len(runs), (min(sizes), max(sizes)), None, None)
+    tokens = round(sum(tokens for _, tokens in bounded))
+    flops = sum(6.0 * size * tokens for size, tokens in bounded)
     return Cost(group, len(runs), (min(sizes), max(sizes)), tokens, flops)

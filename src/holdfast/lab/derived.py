@@ -18,7 +18,7 @@ def loss_at_matched(new: Sequence[float], old: Sequence[float], target: float) -
         target: loss on the new domain.
 
     Returns:
-        The old loss, between two evaluations by linear interpolation in the new loss; None if the run never gets there.
+        The old loss, linearly interpolated in the new loss between two evaluations; None if the run never reaches it.
     """
     place = _first_at_most(new, target)
     if place is None:
@@ -28,7 +28,7 @@ def loss_at_matched(new: Sequence[float], old: Sequence[float], target: float) -
 
 
 def compute_multiplier(tokens: Sequence[float], losses: Sequence[float], loss: float) -> float:
-    """Share of pretraining after which the model already had a loss: what forgetting left of the compute.
+    """Share of pretraining that sufficed for a loss: what forgetting left of the compute.
 
     Args:
         tokens: tokens seen at the evaluations of the pretraining run, rising.
@@ -47,7 +47,7 @@ def compute_multiplier(tokens: Sequence[float], losses: Sequence[float], loss: f
 
 
 def above_front(front: Sequence[tuple[float, float]], point: tuple[float, float]) -> float | None:
-    """Height of a point over the front that other points trace: below 0 it has crossed the front.
+    """Height of a point above the front that other points form; below 0, it has crossed the front.
 
     Args:
         front: (loss on the new domain, loss on the old one) of the points that make the front, in any order.
@@ -63,9 +63,9 @@ def above_front(front: Sequence[tuple[float, float]], point: tuple[float, float]
 
 
 def slope(xs: Sequence[float], ys: Sequence[float], held: Sequence[float] | None = None) -> float:
-    """Least-squares slope of y over x; where ``held`` is given, of y over x and it together, so at equal ``held``.
+    """Least-squares slope of y over x; with ``held``, of y over x and ``held``: the slope over x at equal ``held``.
 
-    At least as many points as there are coefficients, at different places.
+    There must be at least as many different points as coefficients.
     """
     columns = [[1.0] * len(xs), xs] + ([] if held is None else [held])
     coefficients, *_ = np.linalg.lstsq(np.array(columns).T, np.array(ys), rcond=None)

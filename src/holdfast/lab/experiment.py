@@ -23,7 +23,7 @@ from holdfast.sweep.grid import Grid, cells
 PACKAGED = Path(__file__).parent / "experiments"  # in an installed package
 CHECKOUT = Path(__file__).parents[3] / "experiments" / "lab"
 HERE = Path("experiments", "lab")
-DONE = "done.json"  # written last into a run's folder: what was measured of its model beside the losses
+DONE = "done.json"  # written last into a run's folder: what was measured of its model, beside the losses
 
 
 class Group(Section):
@@ -49,7 +49,7 @@ class Group(Section):
 class Experiment(Section):
     """What is run, at which seeds, and which claims it decides."""
 
-    title: str = Field(description="what is asked, in one line")
+    title: str = Field(description="the question, in one line")
     data: Annotated[Named, BeforeValidator(as_named)] = Field(
         Named(name="languages"),
         description="what the runs read: languages, texts, arithmetic, chats or verilog, with options",
@@ -62,7 +62,7 @@ class Experiment(Section):
     old: str | None = Field(None, description="the domain of pretraining, which may be forgotten")
     new: str | None = Field(None, description="the domain of fine-tuning")
     matched: float | None = Field(None, description="loss on the new domain at which forgetting is compared")
-    front: str | None = Field(None, description="group whose runs trace the front over which others are measured")
+    front: str | None = Field(None, description="group whose runs form the front above which others are measured")
     curves: bool = Field(False, description="write curves.csv, a row an evaluation, too")
     figure: str = Field(description="name of the figure")
     findings: list[Finding] = Field(default_factory=list, description="the claims")
@@ -86,15 +86,15 @@ class PlannedLabRun:
     """One run of the grid.
 
     Attributes:
-        own: the values by which it differs from others of its group.
+        varied: the values of its group's grid that it has.
         inherited: those of the runs that it goes on from, under ``GROUP_NAME``.
-        config: keys of the laboratory run, with ``$NAME`` where a token file's path will stand.
-        key: stands for all that its result depends on, so that experiments share the runs that they have in common.
+        config: keys of the run, with ``$NAME`` in place of a token file's path.
+        key: a hash of all that its result depends on, so that experiments share the runs that they have in common.
     """
 
     group: str
     command: str
-    own: TableRow
+    varied: TableRow
     inherited: TableRow
     seed: int
     config: dict[str, Any] = field(repr=False)
@@ -103,7 +103,7 @@ class PlannedLabRun:
 
     @property
     def columns(self) -> TableRow:
-        return self.inherited | self.own
+        return self.inherited | self.varied
 
     @property
     def name(self) -> str:
@@ -114,7 +114,7 @@ class PlannedLabRun:
         return cache / "runs" / f"{self.group}-{self.key}"
 
     def model(self, cache: Path) -> Path:
-        """Where its model is when it is done."""
+        """The folder of the model that it ends with."""
         if self.command == "pretrain":
             return self.folder(cache) / "model"
         [task] = self.config["stream"]["tasks"]
@@ -178,7 +178,7 @@ def expand(experiment: Experiment, data: Data, seeds: Sequence[int] | None = Non
     """Every run of the grid, each after the one that it goes on from.
 
     Raises:
-        ConfigError: a value stands for a token file that there is not, or no model is there to go on from.
+        ConfigError: a group goes on from models that no run makes.
     """
     basis = [experiment.data.name, data.identity()]
     done: dict[str, list[PlannedLabRun]] = {}
@@ -202,10 +202,10 @@ def expand(experiment: Experiment, data: Data, seeds: Sequence[int] | None = Non
 
 
 def resolve(run: PlannedLabRun, files: Files, cache: Path) -> dict[str, Any]:
-    """The run's configuration, with paths for names.
+    """The run's configuration, with paths in place of names.
 
     Raises:
-        ConfigError: nothing has a name that stands in it.
+        ConfigError: it names a file that the data do not have.
     """
 
     def filled(value: Any) -> Any:
@@ -226,7 +226,7 @@ def resolve(run: PlannedLabRun, files: Files, cache: Path) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``below`` with what ``above`` says; sections are merged key by key, anything else is replaced."""
+    """``below`` with the keys of ``above`` over its own; sections are merged key by key."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -235,7 +235,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cells(group: Group) -> Iterator[tuple[TableRow, dict[str, Any]]]:
-    """Columns of each cell of a grid, and what it changes."""
+    """The columns of each cell of a grid, and the keys that it changes."""
     for cell in cells(group.grid):
         patch: dict[str, Any] = {}
         for axis in cell:
@@ -255,5 +255,5 @@ def _fits(parent: PlannedLabRun, group: Group, columns: TableRow) -> bool:
 
 
 def _inherited(parent: PlannedLabRun, group: Group) -> TableRow:
-    own = {f"{parent.group}_{name}": value for name, value in parent.own.items() if name not in group.match}
-    return parent.inherited | own
+    varied = {f"{parent.group}_{name}": value for name, value in parent.varied.items() if name not in group.match}
+    return parent.inherited | varied

@@ -1,4 +1,4 @@
-"""The figures of the experiments, from their tables: PDF and PNG, for a paper's column."""
+"""The figures of the experiments, drawn from their tables: PDF and PNG, as wide as a paper's column."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Rows = Sequence[TableRow]
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
 )  # fmt: skip
@@ -58,7 +58,7 @@ METHODS = {
 }
 DOMAINS = {"eng": "English", "spa": "Spanish", "web": "web text", "math": "mathematics"}
 NATS = "nats per token"
-MOST_WRITTEN = 25  # cells of a grid whose values are written into them
+MOST_WRITTEN = 25  # a grid of more cells has no values written into them
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def draw(name: str, tables: Tables, path: Path) -> None:
 
 
 def method_comparison(tables: Tables) -> Figure:
-    """Loss on the old domain against loss on the new one, along each run; replay alone once more, nearer."""
+    """Loss on the old domain against loss on the new one, along each run; on the right, those with replay, enlarged."""
     figure, axes = _figure(6.8, 3.0, columns=2)
     methods = distinct(select(tables.curves, group="finetune"), "method")
     replayed = [method for method in methods if method not in ("none", "lora")]
@@ -150,7 +150,7 @@ def learning_rate(tables: Tables) -> Figure:
 
 
 def high_learning_rate_replay(tables: Tables) -> Figure:
-    """Two ways to forget less, against what they take: a lower learning rate, or more replay at a high one."""
+    """Forgetting against the tokens that two ways need: a lower learning rate, or more replay at a high one."""
     figure, ax = _figure(4.6, 3.0)
     lines = (
         ("rate", "learning_rate", BLUE, "o", "lower the learning rate"),
@@ -187,7 +187,7 @@ def model_size(tables: Tables) -> Figure:
 
 
 def model_capacity(tables: Tables) -> Figure:
-    """What mixtures reach in both languages, and where fine-tuning with replay comes to."""
+    """The losses in both languages that mixtures reach, and those that fine-tuning with replay reaches."""
     figure, ax = _figure(4.8, 3.3)
     mixtures = select(tables.results, group="mixture")
     points = []
@@ -427,14 +427,14 @@ def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tu
 
 def _means(ax: Axes, rows: Rows, x: str, y: str, **look: Any) -> None:
     """Means over seeds with their intervals, along x."""
-    known = [row for row in rows if row.get(y) is not None]
-    xs = sorted(distinct(known, x))
-    points = [interval(_of(matching(known, {x: value}), y)) for value in xs]
+    measured = [row for row in rows if row.get(y) is not None]
+    xs = sorted(distinct(measured, x))
+    points = [interval(_of(matching(measured, {x: value}), y)) for value in xs]
     ax.errorbar(xs, [mean for mean, _ in points], yerr=_halves(points), **look)
 
 
 def _look(method: str, number: int) -> tuple[str, str, str]:
-    """Label, colour and marker of a method; one of an experiment of one's own is called what it is called there."""
+    """Label, colour and marker of a method; one that ``METHODS`` lacks is labelled with its name."""
     return METHODS.get(method, (method, COLOURS[number % len(COLOURS)], "o"))
 
 
@@ -447,13 +447,13 @@ def _of(rows: Rows, column: str) -> list[Any]:
 
 
 def _ticks(ax: Axes, values: Sequence[float], name: Callable[[float], str]) -> None:
-    """Ticks where there are points, and no others."""
+    """Ticks at the points only."""
     ax.set_xticks(sorted(values), [name(value) for value in sorted(values)])
     ax.set_xticks([], minor=True)
 
 
 def _log_counts(ax: Axes) -> None:
-    """A logarithmic x axis of counts, in words, with a few ticks also over less than a decade."""
+    """A logarithmic x axis of counts; even less than a decade has a few ticks."""
     _log_x(ax, (1, 2, 5), _millions)
 
 

@@ -1,4 +1,4 @@
-"""What an experiment found: each claim of the paper as a figure with an interval over seeds, and whether it holds."""
+"""The findings of an experiment: each claim of the paper with an estimate, its interval over seeds, and a verdict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = Sequence[TableRow]
 
 
 class Share(Section):
-    """How far one set of runs comes on the way from a second to a third."""
+    """Where one set of runs lies between a second and a third."""
 
     worst: dict[str, Any] = Field(description="columns and values of the runs at share 0")
     best: dict[str, Any] | None = Field(
@@ -25,12 +25,12 @@ class Share(Section):
 
 
 class Finding(Section):
-    """A claim about the column ``value`` of the table of runs, worked out seed by seed.
+    """A claim about the column ``value`` of the table of runs, estimated for each seed.
 
-    Of ``where`` alone: its mean. With ``minus``: the difference of the means, where − minus. With ``share``:
-    (worst − where) / (worst − best), for example the share of the forgetting that a kind of replay prevents. With
-    ``over``: the slope over the binary logarithm of that column, so the change at each doubling, and with ``held`` that
-    at equal values of another column, over all runs.
+    With ``where`` alone, it is the mean of the column. With ``minus``, it is the difference of the means,
+    where − minus. With ``share``, it is (worst − where) / (worst − best), for example the share of the forgetting that
+    a kind of replay prevents. With ``over``, it is the slope over the binary logarithm of that column, the change at
+    each doubling; with ``held``, this slope at equal values of another column, over all runs.
     """
 
     claim: str = Field(description="what the paper says, in words")
@@ -72,9 +72,9 @@ def judge(finding: Finding, rows: Rows) -> dict[str, Any]:
     """
     of_seeds = [_of_seed(finding, matching(rows, {"seed": seed})) for seed in distinct(rows, "seed")]
     estimates = [estimate for estimate in of_seeds if estimate is not None]
-    found: dict[str, Any] = {"claim": finding.claim, "value": finding.value, "expected": finding.expected}
+    judged: dict[str, Any] = {"claim": finding.claim, "value": finding.value, "expected": finding.expected}
     if not estimates:
-        return found | {"estimate": None, "low": None, "high": None, "seeds": 0, "verdict": "not measured"}
+        return judged | {"estimate": None, "low": None, "high": None, "seeds": 0, "verdict": "not measured"}
     mean, half = interval(estimates)
     low, high = (mean - half, mean + half) if half is not None else (None, None)
     bound = finding.below if finding.below is not None else finding.above or 0.0
@@ -84,7 +84,7 @@ def judge(finding: Finding, rows: Rows) -> dict[str, Any]:
         verdict = "holds"
     else:
         verdict = "sign only" if sign * (mean - bound) > 0 else "does not hold"
-    return found | {"estimate": mean, "low": low, "high": high, "seeds": len(estimates), "verdict": verdict}
+    return judged | {"estimate": mean, "low": low, "high": high, "seeds": len(estimates), "verdict": verdict}
 
 
 def matching(rows: Rows, where: dict[str, Any]) -> list[TableRow]:
@@ -97,28 +97,28 @@ def matching(rows: Rows, where: dict[str, Any]) -> list[TableRow]:
 
 
 def markdown(findings: Sequence[dict[str, Any]]) -> str:
-    """Findings as a table."""
+    """Judged findings as a table."""
     lines = ["| claim | measured | expected | estimate [95 %] | seeds | verdict |", "|---|---|---|---|---|---|"]
-    for found in findings:
+    for judged in findings:
         cells = [
-            found["claim"],
-            found["value"],
-            found["expected"],
-            estimate(found),
-            str(found["seeds"]),
-            found["verdict"],
+            judged["claim"],
+            judged["value"],
+            judged["expected"],
+            estimate(judged),
+            str(judged["seeds"]),
+            judged["verdict"],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def estimate(found: dict[str, Any]) -> str:
-    """The estimate of a finding with its interval, for people."""
-    if found["estimate"] is None:
+def estimate(judged: dict[str, Any]) -> str:
+    """The estimate of a judged finding with its interval, for people."""
+    if judged["estimate"] is None:
         return "–"
-    shown = _number(found["estimate"])
-    if found["low"] is not None:
-        shown += f" [{_number(found['low'])}, {_number(found['high'])}]"
+    shown = _number(judged["estimate"])
+    if judged["low"] is not None:
+        shown += f" [{_number(judged['low'])}, {_number(judged['high'])}]"
     return shown.replace("-", "−")
 
 
@@ -138,18 +138,18 @@ def _of_seed(finding: Finding, rows: Rows) -> float | None:
     if finding.over is not None:
         column = finding.over
         points = [(math.log2(x), value({column: x})) for x in distinct(matching(rows, finding.where), column)]
-        known = [(x, y) for x, y in points if y is not None]
-        return slope(*zip(*known, strict=True)) if len(known) > 1 else None
-    own = value({})
+        measured = [(x, y) for x, y in points if y is not None]
+        return slope(*zip(*measured, strict=True)) if len(measured) > 1 else None
+    level = value({})
     if finding.minus is not None:
         other = value(finding.minus)
-        return None if own is None or other is None else own - other
+        return None if level is None or other is None else level - other
     if finding.share is not None:
         worst, best = value(finding.share.worst), 0.0 if finding.share.best is None else value(finding.share.best)
-        if own is None or worst is None or best is None or worst == best:
+        if level is None or worst is None or best is None or worst == best:
             return None
-        return (worst - own) / (worst - best)
-    return own
+        return (worst - level) / (worst - best)
+    return level
 
 
 def _level(finding: Finding, rows: Rows) -> float | None:

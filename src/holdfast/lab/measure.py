@@ -1,4 +1,4 @@
-"""What a laboratory run measures while it trains: losses on held-out text, and how far the weights have moved."""
+"""The measurements of a laboratory run: losses on held-out text, and how far the weights have moved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from holdfast.models.generation import inference
 from holdfast.models.head import base, hidden_only, whole_head
 
 Weights = dict[str, Tensor]
-"""A model's weights by name, float32 on the CPU, without what a tuner added."""
+"""A model's weights by name, float32 on the CPU, without those that a tuner added."""
 
 
 class Measures:
@@ -27,9 +27,9 @@ class Measures:
 
     Args:
         parts: held-out sequences by domain.
-        rows: sequences of each that are measured, from its front.
+        rows: number of sequences measured of each part, from its start.
         batch_size: sequences in one forward pass.
-        process: this one; all share the sequences.
+        process: this process; all processes divide the sequences among themselves.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class Measures:
         process: Process,
     ):
         self._process = process
-        self._batches: dict[str, list[tuple[Tensor, bool]]] = {}  # with whether it counts
+        self._batches: dict[str, list[tuple[Tensor, bool]]] = {}  # each with whether it counts
         for domain, part in parts.items():
             batches = range(0, min(rows, len(part)), batch_size)
-            # Processes go through the model together, so one that has no batch left takes the last one along.
-            own = range(process.rank, math.ceil(len(batches) / process.world) * process.world, process.world)
-            starts = [(batches[min(number, len(batches) - 1)], number < len(batches)) for number in own]
+            # All ranks must run the model at the same time: one without a batch of its own repeats the last batch.
+            numbers = range(process.rank, math.ceil(len(batches) / process.world) * process.world, process.world)
+            starts = [(batches[min(number, len(batches) - 1)], number < len(batches)) for number in numbers]
             self._batches[domain] = [
                 (part.batch(range(start, min(start + batch_size, rows, len(part)))), counts) for start, counts in starts
             ]
@@ -54,7 +54,7 @@ class Measures:
         self._teacher_head: Head | None = None
 
     def remember(self, model: Any) -> None:
-        """Take a model as it is now for the one that `kl` is measured from: its hidden states and its head."""
+        """Remember a model as it is now, by its hidden states and its head: ``kl`` is measured from it."""
         with inference(model):
             self._teacher = {
                 domain: [_hidden(model, ids).cpu() for ids, _ in batches] for domain, batches in self._batches.items()
@@ -63,11 +63,11 @@ class Measures:
             self._teacher_head = now._replace(weight=now.weight.clone())
 
     def losses(self, model: Any) -> dict[str, dict[str, float | None]]:
-        """Of each domain, in nats per predicted token, over T - 1 positions of sequences of T tokens:
+        """Measure each domain, in nats per predicted token, over T - 1 positions of sequences of T tokens:
 
-        - ``loss``: of the next token, computed in float32 whatever training computes in;
+        - ``loss``: of the next token, in float32 even if training uses another precision;
         - ``second_half``: the same over the tokens of the second half of the context;
-        - ``kl``: KL(remembered model ‖ this model), None where none is remembered.
+        - ``kl``: KL(remembered model ‖ this model), None if no model is remembered.
         """
         return {domain: self._losses(model, domain) for domain in self._batches}
 
@@ -75,15 +75,15 @@ class Measures:
         sums = torch.zeros(6, dtype=torch.float64)
         with inference(model):
             for number, (ids, counts) in enumerate(self._batches[domain]):
-                hidden, own = _hidden(model, ids)[:, :-1], whole_head(model)
-                nll = _token_nll(hidden, own, ids[:, 1:].to(hidden.device)).cpu().double()
+                hidden, head = _hidden(model, ids)[:, :-1], whole_head(model)
+                nll = _token_nll(hidden, head, ids[:, 1:].to(hidden.device)).cpu().double()
                 half = nll[:, ids.shape[1] // 2 - 1 :]
                 sums[:4] += counts * torch.stack(
                     [nll.sum(), torch.tensor(nll.numel()), half.sum(), torch.tensor(half.numel())]
                 )
                 if self._teacher_head is not None:
                     teacher = self._teacher[domain][number][:, :-1].to(hidden.device)
-                    total, count = chunked_kl(hidden, own, teacher, self._teacher_head, None)
+                    total, count = chunked_kl(hidden, head, teacher, self._teacher_head, None)
                     sums[4:] += counts * torch.stack([total.cpu(), count.cpu()])
         loss, tokens, second, second_tokens, kl, kl_tokens = self._process.all_reduce_sum(sums).tolist()
         return {
@@ -94,7 +94,7 @@ class Measures:
 
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:
-    """Last hidden states [rows, seq, width], after the final norm; a prompt's virtual tokens are left out."""
+    """Last hidden states [rows, seq, width], after the final norm, without those of a prompt's virtual tokens."""
     ids = ids.to(base(model).device)
     outputs = model(input_ids=ids, use_cache=False, output_hidden_states=True, **hidden_only(model))
     return outputs.hidden_states[-1][:, -ids.shape[1] :]
@@ -115,10 +115,10 @@ def weights_of(model: nn.Module) -> Weights:
 
 @torch.no_grad()
 def distances(model: nn.Module, start: Weights, init: Weights | None) -> dict[str, float | None]:
-    """Euclidean norms over all weights: ``norm`` of the weights, ``from_start`` and ``from_init`` of what changed.
+    """Euclidean norms over all weights: ``norm`` of the weights, ``from_start`` and ``from_init`` of their changes.
 
-    The update of LoRA and its kin counts as part of the weight that it changes. None where there are no initial
-    weights to compare with, or a tuner's own weights change the model in another way.
+    An update of LoRA and related tuners counts as part of the weight that it changes. A norm is None if the initial
+    weights are unknown; all are None if the tuner's weights change the model in another way.
     """
     reshard(model)
     effective = _effective(model)
@@ -134,7 +134,7 @@ def distances(model: nn.Module, start: Weights, init: Weights | None) -> dict[st
 
 
 def _effective(model: Any) -> Iterator[tuple[str, Tensor]] | None:
-    """The weights by the names that they have without a tuner, each with its update; None where there are others."""
+    """Pairs of a name without a tuner and the weight with its update; None if a tuner's weights are no such updates."""
     if not hasattr(model, "peft_config"):
         return ((name, full(p).float().cpu()) for name, p in model.named_parameters())
     layers = {name: m for name, m in base(model).named_modules() if hasattr(m, "get_delta_weight")}

@@ -11,14 +11,14 @@ import numpy as np
 from holdfast.data.tokens.file import TokenRows
 
 PATTERN = 1 << 16
-"""Sequences after which the turns of the files repeat: shares are exact to 1 / PATTERN."""
+"""Number of sequences after which the turns of the files repeat: shares are exact to 1 / PATTERN."""
 
 
 class Mixture(Sequence[dict[str, Any]]):
-    """``length`` sequences: each file has its turns evenly spread, and is gone through in a new order every time.
+    """``length`` sequences: the files take evenly spread turns, and each pass through a file has a new order.
 
-    Which sequence stands at a place is a pure function of (seed, place), so that a run continues anywhere, on any
-    number of processes.
+    The sequence at a place is a pure function of (seed, place), so that a run can continue anywhere, with any number
+    of processes.
 
     Args:
         parts: the files' sequences.
@@ -57,13 +57,13 @@ class Mixture(Sequence[dict[str, Any]]):
 
 
 def turns(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Who has which turn, evenly spread: the j-th turn of part k of n_k comes at (j + 1/2) / n_k.
+    """Spread the turns of the parts evenly: of the n_k turns of part k, the j-th comes at (j + 1/2) / n_k.
 
     Args:
         shares: [parts], of sum 1.
 
     Returns:
-        the part at each turn, [PATTERN]; how many turns each part had before it, int64 [PATTERN + 1, parts].
+        the part at each turn, [PATTERN]; the number of turns that each part had before it, int64 [PATTERN + 1, parts].
     """
     counts = np.floor(shares * PATTERN).astype(int)
     rest = shares * PATTERN - counts

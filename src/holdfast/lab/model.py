@@ -1,4 +1,4 @@
-"""The model of a laboratory run: made anew or loaded, and saved with a note of where its weights began."""
+"""The model of a laboratory run: new or loaded, and saved with a note that makes its first weights again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTE = "lab.json"
 
 
 def tokenizer_of(config: LabConfig, file: TokenFile) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model to go on from, or that of the text for a new model."""
+    """The tokenizer of the model to go on from; for a new model, that of the text."""
     if config.model.path is None:
         return file.tokenizer()
     return load_tokenizer(ModelConfig(name=config.model.path))
@@ -35,14 +35,14 @@ def tokenizer_of(config: LabConfig, file: TokenFile) -> PreTrainedTokenizerBase:
 def make_model(
     config: LabConfig, tokenizer: PreTrainedTokenizerBase, directory: RunDirectory
 ) -> tuple[Any, Weights, Weights | None]:
-    """A new model, or the one to go on from.
+    """Make a new model, or load the one to go on from.
 
     Args:
-        directory: of the run; a new model that is divided among processes passes through it.
+        directory: of the run; a new model that an engine divides among processes is written there for a moment.
 
     Returns:
-        the model; its weights; those that its training once began with, where they are known: a model of the
-        laboratory notes its size and seed, which make them again.
+        the model; its weights; and the weights that its first training began with, None where they are unknown (the
+        note of a laboratory model has the size and seed that make them again).
 
     Raises:
         ConfigError: the model cannot be loaded, or reads fewer tokens than a sequence has.
@@ -67,7 +67,7 @@ def make_model(
 
 
 def _divided(model: Any, options: dict[str, Any], directory: RunDirectory) -> Any:
-    """A new model as its engine divides it."""
+    """A new model, divided among the processes where its engine does that."""
     if "distributed_config" not in options:
         return model
     folder = directory.path / "begin.partial"
@@ -83,7 +83,7 @@ def _divided(model: Any, options: dict[str, Any], directory: RunDirectory) -> An
 
 
 def initial_weights(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Weights | None:
-    """The weights that a model of the laboratory began with; None for another one, or where they come out different."""
+    """The first weights of a laboratory model; None for another model, or where this machine makes different ones."""
     if not (folder / NOTE).exists():
         return None
     begin = read_json(folder / NOTE)["begin"]
@@ -94,7 +94,7 @@ def initial_weights(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Weights
 
 
 def write_note(folder: Path, config: LabConfig, init: Weights | None, tokens: int) -> None:
-    """Note in a saved model's folder how its weights began, and on how many tokens it was trained altogether."""
+    """Note in a saved model's folder how its first weights are made, and on how many tokens it was trained in all."""
     before = Path(config.model.path, NOTE) if config.model.path else None
     if before is None:
         assert init is not None

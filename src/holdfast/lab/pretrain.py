@@ -1,4 +1,4 @@
-"""A laboratory run: pretrain a small model, or go on from one on other text; measured all the way, resumed anywhere."""
+"""A laboratory run: pretrain a small model, or go on from one on other text, with measurements; exact resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from holdfast.training.trainer import continual
 from holdfast.training.watch import Watch, checkpoint_to_continue
 
 ENDLESS = 1 << 40
-"""Sequences of a run that only a loss or the clock ends."""
+"""Number of sequences of a run that only a loss or the clock ends."""
 
 SET_BY_KEYS = RESERVED | {
     "num_train_epochs": "stop.epochs",
@@ -62,14 +62,14 @@ LabTrainer: Any = continual(InOrder)
 
 
 def pretrain(config: LabConfig | dict[str, Any] | str | Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Train a model on token files until a stop condition holds; continue where an earlier start was cut off.
+    """Train a model on token files until a stop condition holds; continue a run that was cut off.
 
     Args:
         config: a configuration, or the mapping or YAML file that :func:`load_lab_config` reads.
         progress: where to show progress; standard error where absent.
 
     Returns:
-        what result.json holds: why and where training stopped, the model's size, and what was measured before
+        the content of result.json: why and where training stopped, the model's size, and the measurements before
         training, at its end, and where the loss of the watched domain was lowest.
 
     Raises:
@@ -88,7 +88,7 @@ def pretrain(config: LabConfig | dict[str, Any] | str | Path, progress: Progress
 
 
 class LabRun:
-    """One laboratory run at work. What must survive a restart is in its directory.
+    """One laboratory run at work. Whatever must survive a restart is in its directory.
 
     Attributes:
         steps: optimizer steps at most; None where only a loss or the clock ends the run.
@@ -109,7 +109,7 @@ class LabRun:
         self.finish(self.train())
 
     def prepare(self) -> None:
-        """Make the model, what measures it and its trainer.
+        """Make the model, its measures and its trainer.
 
         Raises:
             UserError: the configuration or data cannot be used, or are not those that the run began with.
@@ -128,7 +128,7 @@ class LabRun:
         model, self.start, self.init = make_model(config, self.tokenizer, self.directory)
         largest = max(range(len(parts)), key=lambda i: config.data[i].weight)
         if config.model.path is None and parts[largest].domain_id is not None:
-            model.config.bos_token_id = parts[largest].domain_id  # what its sequences begin with
+            model.config.bos_token_id = parts[largest].domain_id  # its sequences begin with it
         self.parameters = counted_parameters(model)
         self.steps, self.bound = last_step(config, self.parameters, sequences)
         self.tuner.plan(config.training, self.steps or ENDLESS)
@@ -160,7 +160,7 @@ class LabRun:
         )
 
     def train(self) -> int:
-        """Train from the newest checkpoint, or from the start, and measure before and after; the last step."""
+        """Train from the newest checkpoint, or from the start, measure before and after, and return the last step."""
         checkpoint, step = checkpoint_to_continue(self.path / "checkpoint")
         self.rewind(step if checkpoint else -1)
         if checkpoint is None:
@@ -176,11 +176,11 @@ class LabRun:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """What has been measured so far, oldest first."""
+        """The measurements so far, oldest first."""
         return read_appended(self.path / "evaluations.jsonl")
 
     def so_far(self, step: int) -> dict[str, Any]:
-        """The step, the tokens trained on until then, and the seconds of training, in all starts together."""
+        """The step, the tokens trained on until then, and the seconds of training, over all restarts."""
         tokens = step * self.config.training.batch_size * self.config.context
         return {"step": step, "tokens": tokens, "seconds": round(self.trainer.cost.seconds, 3)}
 
@@ -196,7 +196,7 @@ class LabRun:
         self.directory.begin(self.config, facts, data="files")
 
     def rewind(self, step: int) -> None:
-        """Drop the lines about later steps than the one that training goes on from; -1 drops all."""
+        """Drop the lines about steps after the one that training goes on from; -1 drops all."""
         if self.process.main:
             for path in (self.path / "events.jsonl", self.path / "evaluations.jsonl"):
                 write_jsonl(path, [line for line in read_appended(path) if line["step"] <= step])

@@ -53,12 +53,12 @@ def new_task(x: Tensor) -> Tensor:
 
 
 def experiment(config: RegressionConfig, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Learn the old task, then the new one with each weight of the KL.
+    """Learn the old task, then the new one, once with each weight of the KL.
 
-    The old posterior is an ensemble, each of whose networks has its own start and its own draw of the noise on y.
+    The old posterior is an ensemble; each network has its own first weights and its own draw of the noise on y.
     Fine-tuning minimises, as with language models, L = L_new + weight * KL(old ‖ new): the first term the mean of
     ((y - f(x)) / noise)² / 2 over new points and networks, the second the mean over the old x of the KL between the
-    Gaussians that the two ensembles predict there. No old y is seen again.
+    Gaussians that the two ensembles predict there. Fine-tuning sees no old y.
 
     Returns:
         Rows of results, one a weight: root mean squared errors of the mean prediction on old and new points, before
@@ -102,7 +102,7 @@ def _points(function: Any, low: float, high: float, count: int, noise: float, dr
 
 
 def _networks(config: RegressionConfig, draw: torch.Generator) -> Network:
-    """The first layer's kinks are spread over the line, so that both halves of it can be fitted."""
+    """New networks; the first layer's kinks are spread over the whole line, so that both halves can be fitted."""
     widths = [1, *config.hidden, 1]
     network = []
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):

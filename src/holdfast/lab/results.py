@@ -14,12 +14,13 @@ from holdfast.system.files import read_json, read_jsonl
 
 
 def tables(experiment: Experiment, runs: Sequence[PlannedLabRun], cache: Path) -> tuple[list[TableRow], list[TableRow]]:
-    """A row a run and, where the experiment asks for curves, a row an evaluation, of runs that are done.
+    """Make a row for each run that is done and, where the experiment asks for curves, one for each of its evaluations.
 
-    Of each domain ``DOMAIN_start``, ``DOMAIN_loss`` (at the end) and ``DOMAIN_kl``, in nats a token. Of a run that goes
-    on from another: ``forgetting``, the rise of the old domain's loss; ``learned``, the fall of the new one's;
-    ``forgetting_matched``, that rise where the new domain's loss came to ``matched``; ``compute_multiplier``, over the
-    evaluations of the run that it goes on from; ``above_front``, over the front of its seed.
+    Columns of each domain, in nats per token: ``DOMAIN_start``, ``DOMAIN_loss`` (at the end) and ``DOMAIN_kl``. Columns
+    of a run that goes on from another: ``forgetting``, the rise of the old domain's loss; ``learned``, the fall of the
+    new domain's; ``forgetting_matched``, that rise where the new domain's loss reaches ``matched``;
+    ``compute_multiplier``, over the evaluations of the run that it goes on from; ``above_front``, its height above the
+    front of its seed.
     """
     results: list[TableRow] = []
     curves: list[TableRow] = []
@@ -77,9 +78,9 @@ def _measure_over_front(results: list[TableRow], group: str, new: str, old: str)
 
 
 def score_columns(matrix: dict[str, Any]) -> TableRow:
-    """Of a run of one stage, before and after: losses as of a laboratory run, other scores ``NAME_start`` and ``NAME``.
+    """Columns of a run of one stage: scores before and after, ``NAME_start`` and ``NAME`` (``NAME_loss`` for losses).
 
-    ``choices_start``, ``choices`` and ``choices_lost``, the first less the second, are means over all multiple choice.
+    ``choices_start`` and ``choices`` are means over all multiple choice; ``choices_lost`` is their difference.
     """
     columns: TableRow = {}
     for name, start, end in zip(matrix["tasks"], *matrix["scores"], strict=True):

@@ -1,4 +1,4 @@
-"""What an experiment's runs read: texts become a tokenizer and token files, once for all that share them."""
+"""What an experiment's runs read: a tokenizer and token files from texts, made once for all runs that share them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Files = dict[str, Path]
-"""Token files, and what else runs read, by the names that configurations use, ``$NAME``."""
+"""Token files and whatever else runs read, by the ``$NAME`` that configurations use."""
 
 LANGUAGES = ("eng", "spa")
 
@@ -32,28 +32,28 @@ class Source(Section):
     subset: str | None = Field(None, description="configuration name of the dataset")
     split: str | None = Field(None, description="split of the dataset")
     column: str = Field("text", description="where a row has its text")
-    skip: int = Field(0, ge=0, description="documents left out at the front")
+    skip: int = Field(0, ge=0, description="documents left out at the start")
     documents: int | None = Field(None, ge=1, description="at most so many documents after those")
-    domain: str | None = Field(None, description="the domain whose token stands at the front of every sequence")
+    domain: str | None = Field(None, description="the domain whose token begins every sequence")
 
 
 class Data(Section):
-    """A kind of data: its keys are its options, and it makes token files by name."""
+    """A kind of data: its keys are options, and it makes token files that have names."""
 
     def names(self) -> tuple[str, ...]:
         """The names of its token files."""
         raise NotImplementedError
 
     def vocabulary(self) -> int:
-        """Tokens of its tokenizer, where it makes one."""
+        """Size of the vocabulary of the tokenizer that it makes."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """What its token files depend on, wherever they lie."""
+        """What its token files depend on, apart from where they are."""
         return self.model_dump(mode="json")
 
     def prepare(self, folder: Path) -> Files:
-        """Make the token files that are not there yet, below a folder.
+        """Make the token files that do not exist yet, below a folder.
 
         Raises:
             UserError: a source cannot be read.
@@ -61,12 +61,12 @@ class Data(Section):
         raise NotImplementedError
 
     def measures(self, model: Path, files: Files) -> dict[str, float]:
-        """What is measured of the model that a run ends with, beside its losses."""
+        """Measure the model that a run ends with, beside its losses."""
         return {}
 
 
 class Texts(Data):
-    """Any texts: a tokenizer learned from some of them, and a token file of each."""
+    """Any texts: a tokenizer trained on some of them, and a token file of each."""
 
     vocab_size: int = Field(4096, description="tokens")
     reserved: int = Field(0, ge=0, description="tokens for later use")
@@ -113,10 +113,10 @@ class Texts(Data):
 
 
 class Languages(Data):
-    """Two languages: novels in English and Spanish where they are, else two generated dialects."""
+    """Two languages: novels in English and Spanish; where they are absent, two generated dialects."""
 
     novels: str = Field(
-        "../shared/data/novels", description="folder of {eng,spa}_{train,valid}.jsonl; where absent, two dialects"
+        "../shared/data/novels", description="folder of {eng,spa}_{train,valid}.jsonl; absent: two dialects"
     )
     vocab_size: int = Field(1024, description="tokens")
 
@@ -221,14 +221,14 @@ class Chats(Data):
         }
 
     def measures(self, model: Path, files: Files) -> dict[str, float]:
-        """``chat_loss``: of the answers to held-out questions, nats a token."""
+        """``chat_loss``: the loss on answers to held-out questions, in nats per token."""
         from holdfast.lab.chats import measure_chats
 
         return measure_chats(model, files["chats"])
 
 
 class Verilog(Data):
-    """What the paper fine-tunes an instruction-tuned model on, and asks it before and after; fetched from the hub."""
+    """What the paper fine-tunes an instruction-tuned model on, and its questions before and after; from the hub."""
 
     rows: int = Field(100_000, ge=1, description="programs to train on")
     test_rows: int = Field(2000, ge=1, description="programs to test on")
@@ -270,7 +270,7 @@ def data_of(named: Named, where: str) -> Data:
 
 
 def digest(value: Any) -> str:
-    """Twelve letters that stand for a JSON value."""
+    """A hash of a JSON value, 12 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -289,15 +289,15 @@ def _parts() -> list[str]:
     return [f"{language}_{part}" for language in LANGUAGES for part in ("train", "valid")]
 
 
-DIALECTS = "dialects 1"  # changes with what is generated, so that no older token file is taken for it
+DIALECTS = "dialects 1"  # to be changed with the generated text, so that no token file of older text is used
 SYLLABLES = [onset + vowel for onset in "bdfgjklmnprstvxz" for vowel in ("a", "e", "i", "o", "u", "ay", "or", "un")]
 
 
 def write_dialects(folder: Path, size: int = 600) -> None:
-    """Write two generated languages in files named as those of the novels.
+    """Write two generated languages, in files that are named like those of the novels.
 
-    The first is chronicle's general text. The second is that of another world, each word of which became another by a
-    fixed rule: same grammar, other words and facts.
+    The first is chronicle's general text. The second is the text of another world, in which a fixed rule replaces each
+    word with another: the same grammar, other words and other facts.
     """
     from holdfast.data.streams.chronicle.stream import chronicle, general_text
 
@@ -311,7 +311,7 @@ def write_dialects(folder: Path, size: int = 600) -> None:
 
 
 def dialect(text: str) -> str:
-    """A text in the second dialect: each word of letters is replaced by an invented one, capital for capital."""
+    """A text in the second dialect: an invented word replaces each word of letters, and capitals stay."""
     return " ".join(_word(word) for word in text.split(" "))
 
 

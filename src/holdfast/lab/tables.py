@@ -1,4 +1,4 @@
-"""Tidy tables of an experiment as CSV: one row a run or an evaluation, numbers as numbers, empty where not measured."""
+"""An experiment's tables as CSV: one row per run or evaluation, numbers as numbers, empty cells where not measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TableRow = dict[str, Any]
 
 
 def write_table(path: Path, rows: Sequence[TableRow]) -> None:
-    """Write rows whole; the columns are those of all rows, in the order in which they first come."""
+    """Write a table whole; its columns are those of all rows, in the order in which they first occur."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -26,7 +26,7 @@ def write_table(path: Path, rows: Sequence[TableRow]) -> None:
 
 
 def read_table(path: Path) -> list[TableRow]:
-    """Read what :func:`write_table` wrote; an empty cell is None.
+    """Read what :func:`write_table` wrote; an empty cell becomes None.
 
     Raises:
         DataError: there is no such file.
@@ -43,7 +43,7 @@ def select(rows: Iterable[TableRow], **wanted: Any) -> list[TableRow]:
 
 
 def distinct(rows: Iterable[TableRow], column: str) -> list[Any]:
-    """The values of a column, in the order in which they first come; empty cells are passed over."""
+    """The values of a column, in the order in which they first occur; empty cells are skipped."""
     return list(dict.fromkeys(row[column] for row in rows if row.get(column) is not None))
 
 

@@ -17,7 +17,7 @@ SMALLEST = 256 + len((BOS, EOS, PAD))  # every byte, and the special tokens
 
 
 def require_replaceable(folder: Path) -> None:
-    """ConfigError if a folder holds anything but a tokenizer, which would be lost where one is written."""
+    """Raise a ConfigError if a folder holds anything but a tokenizer, which a new tokenizer would replace."""
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= WRITTEN):
         raise ConfigError(f"{folder}: exists and is no tokenizer; give a folder that does not exist yet")
 
@@ -32,16 +32,16 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: any text can be encoded, and decodes to itself.
 
-    The same texts in the same order give the same tokenizer. It puts ``<s>`` before every text; ``</s>`` ends a text,
-    but is never added by itself. Special tokens come first: 0 ``<s>``, 1 ``</s>``, 2 ``<pad>``, then those of the
-    domains, ``<|NAME|>``, then ``<|reserved_0|>`` and so on.
+    The same texts in the same order give the same tokenizer. It puts ``<s>`` before every text; ``</s>`` is the token
+    for the end of a text, which it never adds. Special tokens come first: 0 ``<s>``, 1 ``</s>``, 2 ``<pad>``, then
+    those of the domains, ``<|NAME|>``, then ``<|reserved_0|>`` and so on.
 
     Args:
-        texts: what the merges are learned from; read once, one at a time, and counted as words.
-        vocab_size: tokens at most; fewer where the texts do not hold as many pairs.
-        domains: names of kinds of text, of which each gets a token.
-        reserved: tokens for later use.
-        model_max_length: context in tokens of the models that it is for.
+        texts: what the merges are learned from; read once, one at a time.
+        vocab_size: tokens at most; there are fewer where the texts do not have enough pairs.
+        domains: names of kinds of text; each gets a token.
+        reserved: number of tokens for later use.
+        model_max_length: context of the models that it is for, in tokens.
 
     Raises:
         ConfigError: vocab_size is smaller than the bytes and special tokens; a domain's name is not made of letters,

@@ -20,13 +20,13 @@ QUESTIONS = {
 
 
 def write_verilog(folder: Path, rows: int, test_rows: int, documents: int, questions: int) -> None:
-    """Fetch and write what the experiment reads: ``verilog`` (a task), ``general.jsonl`` and ``choices/NAME.jsonl``.
+    """Download and write what the experiment reads: ``verilog`` (a task), ``general.jsonl``, ``choices/NAME.jsonl``.
 
     Args:
-        rows: programs to train on.
-        test_rows: programs to test on, those before them in the dataset.
-        documents: of general text.
-        questions: of each set of questions, evenly spread over it.
+        rows: number of programs to train on.
+        test_rows: number of programs to test on; they precede the others in the dataset.
+        documents: number of documents of general text.
+        questions: number of questions from each set, evenly spread over it.
 
     Raises:
         DataError: a dataset cannot be read.
@@ -37,18 +37,18 @@ def write_verilog(folder: Path, rows: int, test_rows: int, documents: int, quest
     with whole_folder(folder) as partial:
         for part in ("verilog", "choices"):
             (partial / part).mkdir()
-        found = [{"prompt": prompt, "answer": answer} for prompt, answer in programs]
-        write_jsonl(partial / "verilog" / "test.jsonl", found[:test_rows])
-        write_jsonl(partial / "verilog" / "train.jsonl", found[test_rows:])
+        task = [{"prompt": prompt, "answer": answer} for prompt, answer in programs]
+        write_jsonl(partial / "verilog" / "test.jsonl", task[:test_rows])
+        write_jsonl(partial / "verilog" / "train.jsonl", task[test_rows:])
         texts = itertools.islice(dataset_texts("allenai/dolmino-mix-1124", "dclm", "train", "text"), documents)
         write_jsonl(partial / "general.jsonl", [{"text": text} for text in texts])
         for name, source in QUESTIONS.items():
-            known = [question(row) for row in _rows(*source)]
-            write_jsonl(partial / "choices" / f"{name}.jsonl", known[:: max(1, len(known) // questions)][:questions])
+            every = [question(row) for row in _rows(*source)]
+            write_jsonl(partial / "choices" / f"{name}.jsonl", every[:: max(1, len(every) // questions)][:questions])
 
 
 def pairs(rows: Iterable[VerilogRow]) -> Iterator[tuple[str, str]]:
-    """(request, program) of PyraNet's rows that compile and hold a described, whole module; others are passed over."""
+    """Pairs (request, program) of PyraNet's rows that compile and have a whole module with a description."""
     for row in rows:
         try:
             about = json.loads(row["description"])
@@ -64,7 +64,7 @@ def pairs(rows: Iterable[VerilogRow]) -> Iterator[tuple[str, str]]:
 
 
 def question(row: VerilogRow) -> VerilogRow:
-    """A row of MMLU, ARC or CommonsenseQA as question, choices and answer (its index)."""
+    """A row of MMLU, ARC or CommonsenseQA as question, choices and answer (an index of choices)."""
     choices = row["choices"]
     if isinstance(choices, dict):
         return {

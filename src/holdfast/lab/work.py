@@ -1,4 +1,4 @@
-"""Doing an experiment: its runs, in an order and in processes, then its tables, figure and findings."""
+"""Carries out an experiment: its runs, in several processes, then its tables, figure and findings."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ def run_experiment(
     """Do the runs that are not done yet, and write tables, figure and findings.
 
     Args:
-        out: gets results.csv, curves.csv where asked for, figure.pdf, figure.png, findings.json and findings.md.
-        cache: keeps data and runs; experiments that share it share what they have in common.
-        seeds: instead of the experiment's own. The tables hold the runs of all of these that are done.
-        processes: runs at work at the same time, one thread each.
+        out: gets results.csv, curves.csv where the experiment says so, figure.pdf, figure.png, findings.json and
+            findings.md.
+        cache: folder of data and runs; experiments that use the same one share what they have in common.
+        seeds: replace the experiment's. The tables have all runs that are done, of these seeds and of the experiment's.
+        processes: number of runs at the same time, one thread each.
         progress: where to show progress; standard error where absent.
 
     Returns:
-        the findings, as :func:`holdfast.lab.findings.judge` gives them.
+        the findings, as :func:`holdfast.lab.findings.judge` returns them.
 
     Raises:
         UserError: a configuration or source cannot be used.
@@ -62,8 +63,8 @@ def run_experiment(
             files = data.prepare(folder)
         wanted = expand(experiment, data, seeds)
         _work_off(wanted, experiment, files, cache, processes, progress)
-        known = {run.key: run for run in (*expand(experiment, data), *wanted)}
-        results, curves = tables(experiment, [run for run in known.values() if run.is_done(cache)], cache)
+        planned = {run.key: run for run in (*expand(experiment, data), *wanted)}
+        results, curves = tables(experiment, [run for run in planned.values() if run.is_done(cache)], cache)
     write_table(out / RESULTS, results)
     if curves:
         write_table(out / CURVES, curves)
@@ -71,7 +72,7 @@ def run_experiment(
 
 
 def redraw(experiment: Experiment, out: Path) -> list[dict[str, Any]]:
-    """Make figure and findings from the tables that are in ``out``.
+    """Make figure and findings from the tables in ``out``.
 
     Raises:
         DataError: there is no table.
@@ -101,7 +102,7 @@ def _regressions(
         progress.line(f"regression, seed {seed}")
         rows, lines = experiment(config, seed)
         results += [{"seed": seed} | row for row in rows]
-        if not curves:  # one seed is enough to be drawn
+        if not curves:  # the figure shows one seed
             curves = [{"seed": seed} | line for line in lines]
     return results, curves
 
@@ -109,18 +110,18 @@ def _regressions(
 def _work_off(
     runs: list[PlannedLabRun], experiment: Experiment, files: Files, cache: Path, processes: int, progress: Progress
 ) -> None:
-    """Do the runs that are not done, each when the one that it goes on from is."""
+    """Do the runs that are not done, each after the one that it goes on from."""
     done = {run.key for run in runs if run.is_done(cache)}
     left = {run.key: run for run in runs if run.key not in done}
-    asked = set(left)
+    count, before = len(left), len(done)
 
     def job(run: PlannedLabRun) -> tuple[Any, ...]:
         paths = {name: str(path) for name, path in files.items()}
         return run.command, resolve(run, files, cache), run.model(cache), experiment.data.model_dump(), paths
 
-    def finished(run: PlannedLabRun, said: str) -> None:
+    def finished(run: PlannedLabRun, summary: str) -> None:
         done.add(run.key)
-        progress.line(f"{len(done & asked)}/{len(asked)} {run.name}: {said}")
+        progress.line(f"{len(done) - before}/{count} {run.name}: {summary}")
 
     ready = lambda run: run.parent is None or run.parent.key in done  # noqa: E731
     if processes == 1:
@@ -138,10 +139,10 @@ def _work_off(
 
 
 def _do(command: str, config: dict[str, Any], model: Path, data: dict[str, Any], files: dict[str, str]) -> str:
-    """One run in one thread, and what is measured of its model; another process may be at the same run.
+    """Do one run, in one thread, and measure its model. A lock keeps other processes from doing the same run.
 
     Returns:
-        what it came to, in words.
+        a summary of its results, for people.
     """
     import torch
 
@@ -156,13 +157,13 @@ def _do(command: str, config: dict[str, Any], model: Path, data: dict[str, Any],
     with FileLock(folder.with_suffix(".lock")):
         if command == "run":
             columns = score_columns(run(load_config(config), quiet))
-            said = ", ".join(f"{name} {value:.3f}" for name, value in columns.items())
+            summary = ", ".join(f"{name} {value:.3f}" for name, value in columns.items())
         else:
             result = pretrain(config, quiet)
             losses = ", ".join(f"{name} {at['loss']:.3f}" for name, at in result["end"]["domains"].items())
-            said = f"{losses} after {result['tokens']:,} tokens, {result['seconds']:.0f} s"
+            summary = f"{losses} after {result['tokens']:,} tokens, {result['seconds']:.0f} s"
         if not (folder / DONE).exists():
             kind = data_of(Named(**data), "experiment")
             measured = kind.measures(model, {name: Path(path) for name, path in files.items()})
             write_json(folder / DONE, measured)
-    return said
+    return summary

@@ -1,4 +1,4 @@
-"""One stage's training: TrainingArguments from the configuration, checkpoints, events, progress."""
+"""One stage's training: its trainer, its TrainingArguments, and what is watched while it trains."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def train_stage(
     """Train a stage from its newest whole checkpoint, or from its start.
 
     Args:
-        states: where the methods' states were loaded from, if that was since the last stage; they are read again once
-            an engine has divided the model.
+        states: the folder from which the methods' states were loaded since the last stage, if they were. They are
+            loaded again when an engine has divided the model.
 
     Returns:
-        for the stage's record: ``steps`` (optimizer steps), what they cost (:meth:`.Cost.state`),
-        and ``stopped_early``, where the general loss ended the stage.
+        for the stage's record: ``steps`` (optimizer steps), what they cost (:meth:`.Cost.state`), and
+        ``stopped_early``, if the general loss ended the stage.
 
     Raises:
         Interrupted: the run was asked to stop; a checkpoint is saved.

@@ -1,4 +1,4 @@
-"""The training of a run or a laboratory run, watched: progress, events.jsonl, and what ends it."""
+"""Watches the training of a run or a laboratory run: progress, events.jsonl, checkpoints, and when to stop."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ def checkpoint_to_continue(folder: Path) -> tuple[Path | None, int]:
 
 
 class Watch(TrainerCallback):
-    """Trains; after each step, it shows progress and stops where the run is done or a signal came.
+    """Runs a trainer. After each step it shows the progress, and stops training if the run is done or a signal came.
 
-    All ranks decide together: a rank that stopped alone would wait in a collective that the others never join.
-    A kind of run is a subclass, which says what is measured, when it is done, and what an event tells.
+    A signal to one rank stops all of them at the same step, with one complete checkpoint: a rank that stopped alone
+    would wait for ever in a collective that the others never join.
+
+    Each kind of run has a subclass, which measures, says when the run is done, and begins the lines of events.jsonl.
 
     Args:
         trainer: a continual trainer.
         title: of the training, for the progress and for messages.
-        events: the file that gets a line a logged step.
+        events: the file that gets a line for each logged step.
     """
 
     def __init__(self, trainer: Any, title: str, events: Path, progress: Progress, interrupt: Interrupt):
         self.trainer, self.title, self.events = trainer, title, events
         self.progress, self.interrupt = progress, interrupt
         self.process = Process.this()
-        self.note = ""  # the loss last logged
+        self.note = ""  # the last logged loss
         self._bar: Bar | None = None
         self._tokens, self._seconds = 0, 0.0  # at the last event
 
     def after_step(self, step: int, last: bool) -> bool:
-        """Measure what is due; whether training ends here, without a checkpoint. The same on every rank."""
+        """Measure what is due, and return whether training ends here, without a checkpoint; the same on every rank."""
         raise NotImplementedError
 
     def event(self, step: int) -> dict[str, Any]:
@@ -51,19 +53,19 @@ class Watch(TrainerCallback):
         raise NotImplementedError
 
     def tokens(self, step: int) -> int:
-        """Tokens trained on until a step, for tokens_per_second."""
+        """Tokens trained on until a step; tokens_per_second follows from them."""
         return self.trainer.cost.tokens
 
     def steps(self, most: int) -> int | None:
-        """Steps of the whole training, of which the trainer takes ``most``; None where nobody knows."""
+        """Steps of the whole training; None if nobody knows. ``most`` is the trainer's limit."""
         return most
 
     def shown(self) -> str:
-        """What the progress shows beside the step."""
+        """The text beside the progress bar."""
         return self.note
 
     def train(self, checkpoint: Path | None) -> int:
-        """Train from a checkpoint, or from the start; the step that training ended after.
+        """Train from a checkpoint, or from the start, and return the last step.
 
         Raises:
             Interrupted: a rank was asked to stop; a complete checkpoint is saved.
@@ -77,7 +79,7 @@ class Watch(TrainerCallback):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
         if trainer.interrupted:
-            self.process.wait()  # for rank 0, which writes the checkpoint: a launcher ends the others when one has left
+            self.process.wait()  # until rank 0 has written the checkpoint: launchers kill all ranks once one has left
             steps = self.steps(trainer.state.max_steps)
             raise Interrupted(f"stopped in {self.title} after step {step}" + (f" of {steps}" if steps else ""))
         return step
@@ -90,7 +92,7 @@ class Watch(TrainerCallback):
         done = self.after_step(step, last)
         assert self._bar is not None
         self._bar.update(step, self.shown(), total=self.steps(state.max_steps))
-        if done:  # a checkpoint beyond this step would hide it from a process that goes on
+        if done:  # no checkpoint here: a killed run goes on before this step, and is done here again
             control.should_training_stop, control.should_save = True, False
         elif self.process.any_of(self.interrupt.requested) and not last:
             self.trainer.interrupted = True
