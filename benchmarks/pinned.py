@@ -227,6 +227,18 @@ def run(name: str, inputs: Path, folder: Path, env: dict[str, str]) -> dict[str,
     return lab_result(folder) if name == LAB else result(folder / "run")
 
 
+FIGURES = (
+    "average",
+    "new_task",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "general_change",
+    "harmonic_mean",
+)
+"""Those of version 0.1.0."""
+
+
 def result(path: Path) -> dict[str, Any]:
     """The hashes of a run's directory, and figures that show how far two runs with different hashes lie apart."""
     *_, last = sorted((path / "stages").iterdir())
@@ -241,7 +253,9 @@ def result(path: Path) -> dict[str, Any]:
         "responses": of_json(responses),
         "terms": of_json(events),
     }
-    parts |= {key: of_json(matrix[key]) for key in ("scores", "general", "summary", "intervals")}
+    parts |= {key: of_json(matrix[key]) for key in ("scores", "general")}
+    for key in ("summary", "intervals"):  # figures that came later are left out
+        parts[key] = of_json({name: value for name, value in matrix[key].items() if name in FIGURES})
     figures = {"steps": len(events), "loss": events[-1]["loss"], "terms": sorted(events[-1]["terms"])}
     figures |= {
         "norm": norm(kept),

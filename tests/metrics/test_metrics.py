@@ -33,8 +33,9 @@ def brute_force(S: list[list[float]], lower: bool = False) -> dict[str, float | 
 
     average = sum(score(T, j) for j in range(1, T + 1)) / T
     new_task = sum(score(j, j) for j in range(1, T + 1)) / T
+    learned = sum((score(j, j) - score(j - 1, j)) * (-1 if lower else 1) for j in range(1, T + 1)) / T
     if T == 1:
-        return dict(zip(FIGURES, [average, new_task, None, None, None], strict=True))
+        return dict(zip(FIGURES, [average, new_task, learned, None, None, None], strict=True))
     forgetting = backward = forward = 0.0
     for j in range(1, T):
         earlier = [score(t, j) for t in range(j, T)]
@@ -42,7 +43,7 @@ def brute_force(S: list[list[float]], lower: bool = False) -> dict[str, float | 
         backward += (score(j, j) - score(T, j)) if lower else (score(T, j) - score(j, j))
     for j in range(2, T + 1):
         forward += (score(0, j) - score(j - 1, j)) if lower else (score(j - 1, j) - score(0, j))
-    values = [average, new_task, forgetting / (T - 1), backward / (T - 1), forward / (T - 1)]
+    values = [average, new_task, learned, forgetting / (T - 1), backward / (T - 1), forward / (T - 1)]
     return dict(zip(FIGURES, values, strict=True))
 
 
@@ -52,6 +53,7 @@ def needed(name: str, T: int) -> set[tuple[int, int]]:
     return {
         "average": {(T, j) for j in tasks},
         "new_task": {(j, j) for j in tasks},
+        "learned": {(t, j) for j in tasks for t in (j, j - 1)},
         "forgetting": {(t, j) for j in range(1, T) for t in range(j, T + 1)},
         "backward_transfer": {(t, j) for j in range(1, T) for t in (T, j)},
         "forward_transfer": {(t, j) for j in range(2, T + 1) for t in (0, j - 1)},
@@ -64,6 +66,7 @@ def test_hand_calculation():
         {
             "average": (0.7 + 0.6 + 0.9) / 3,
             "new_task": (0.9 + 0.8 + 0.9) / 3,
+            "learned": ((0.9 - 0.1) + (0.8 - 0.3) + (0.9 - 0.6)) / 3,
             "forgetting": ((0.9 - 0.7) + (0.8 - 0.6)) / 2,
             "backward_transfer": ((0.7 - 0.9) + (0.6 - 0.8)) / 2,
             "forward_transfer": ((0.3 - 0.2) + (0.6 - 0.3)) / 2,
@@ -138,6 +141,7 @@ def test_one_task_has_nothing_to_forget():
     assert summarize([[0.25], [0.75]]) == {
         "average": 0.75,
         "new_task": 0.75,
+        "learned": 0.5,
         "forgetting": None,
         "backward_transfer": None,
         "forward_transfer": None,
@@ -343,7 +347,7 @@ def test_intervals_are_null_where_the_figure_is():
     assert all(result[name] is not None for name in FIGURES if name != "forward_transfer")
     assert set(intervals(examples, metrics=["loss", "accuracy", "accuracy"]).values()) == {None}
     single = intervals(random_examples(1, 20))
-    assert {name for name, interval in single.items() if interval} == {"average", "new_task"}
+    assert {name for name, interval in single.items() if interval} == {"average", "new_task", "learned"}
     for row in examples:
         row[1] = None
     assert set(intervals(examples).values()) == {None}
@@ -367,11 +371,12 @@ def test_wrong_examples_are_explained(examples, arguments: dict, message: str):
 
 def test_terms_by_task_by_hand():
     assert by_task(HAND) == {
+        "learned": pytest.approx([0.8, 0.5, 0.3]),
         "forgetting": [pytest.approx(0.2), pytest.approx(0.2), None],
         "backward_transfer": [pytest.approx(-0.2), pytest.approx(-0.2), None],
         "forward_transfer": [None, pytest.approx(0.1), pytest.approx(0.3)],
     }
-    assert by_task([[0.25], [0.75]]) == {name: [None] for name in BY_TASK}
+    assert by_task([[0.25], [0.75]]) == {name: [None] for name in BY_TASK} | {"learned": [0.5]}
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
@@ -380,8 +385,8 @@ def test_figures_are_the_means_of_their_terms(metric: str):
     summary, terms = summarize(S, metrics=metric), by_task(S, metrics=metric)
     for name in BY_TASK:
         known = [value for value in terms[name] if value is not None]
-        assert len(known) == 4
-        assert summary[name] == pytest.approx(sum(known) / 4), name
+        assert len(known) == (5 if name == "learned" else 4)
+        assert summary[name] == pytest.approx(sum(known) / len(known)), name
 
 
 def test_each_task_keeps_its_own_scale_by_task():

@@ -130,6 +130,24 @@ def test_joint_training_has_nothing_to_forget_but_general_ability(tmp_path):
     assert len(judge(found, gate, STAGES)) == STAGES + 1
 
 
+def test_a_run_that_learned_nothing_fails_whatever_its_limits(tmp_path):
+    def judged(method: str) -> list[Check]:
+        return judge(read_run(make_run(tmp_path / method, method, rows=40)), GateConfig(max_forgetting=1.0), STAGES)
+
+    assert [check.figure for check in judged("sequential")] == ["forgetting"]
+    nothing, forgetting = judged("unlearned")
+    assert (nothing.figure, nothing.value, nothing.limit) == ("tasks learned", 0, 1) and not nothing.passed
+    assert forgetting.passed, "this limit alone would have let the run pass"
+
+
+def test_a_stages_own_task_must_rise_by_the_limit(made):
+    found = read_run(made)
+    for row in range(1, STAGES + 1):
+        (check,) = judge(found, GateConfig(min_learned=0.3), row)
+        assert check.value == pytest.approx(found.scores[row][row - 1] - found.scores[row - 1][row - 1])
+        assert check.passed == (check.value >= 0.3) and check.interval[0] <= check.value <= check.interval[1]
+
+
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
@@ -302,8 +320,11 @@ def test_methods_know_nothing_of_a_stage_that_was_rolled_back(rolled_back, folde
     assert one == two
 
 
-def test_an_adapter_that_grows_with_each_stage_is_rolled_back_with_it(folder):
+def test_an_adapter_that_grows_with_each_stage_is_rolled_back_with_it(folder, monkeypatch):
     """O-LoRA's adapter has the ranks of the stages that it learned, not of those that were tried."""
+    monkeypatch.setattr(
+        "holdfast.records.gate._nothing_learned", lambda run, tasks: []
+    )  # so short a run learns nothing
     gate = {"max_task_forgetting": -1.0, "on_fail": "rollback"}  # the first stage passes, later ones fail
     config = tiny_config(folder, method="o_lora", gate=gate, output=str(folder / "o_lora"))
     del config["tuner"]

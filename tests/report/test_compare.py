@@ -211,7 +211,7 @@ def test_markdown_has_a_row_a_group_and_marks_what_cannot_be_compared(seeds, tmp
     text = as_markdown(compare(read_runs(seeds)))
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 3 and len({line.count("|") for line in table}) == 1
-    assert table[0].startswith("| method | seeds | rank | average ↑ | new task ↑ | forgetting ↓ |")
+    assert table[0].startswith("| method | seeds | rank | average ↑ | new task ↑ | learned ↑ | forgetting ↓ |")
     assert table[3].startswith("| replay | 3 | 1 | **") and table[4].startswith("| (joint) | 3 | – |")
     assert re.search(r"\| \*\*0\.\d{3} ± 0\.\d{3}\*\* \|", table[3])
     assert "p is two-sided" in text
@@ -277,3 +277,10 @@ def test_the_command_line(seeds, tmp_path, monkeypatch, capsys):
     assert "budgets differ: length of a stage: " in capsys.readouterr().err
     assert command(monkeypatch, *seeds, other, "--allow-different", "--format", "markdown") == 0
     assert "NOT COMPARABLE" in capsys.readouterr().out
+
+
+def test_a_comparison_names_what_was_not_learned(tmp_path):
+    runs = read_runs([make_run(tmp_path / "a", "unlearned"), make_run(tmp_path / "b", "replay", rows=60)])
+    comparison = compare(runs)
+    assert comparison.rows[0]["not_learned"] == TASKS and comparison.rows[1]["not_learned"] == []
+    assert "NOT LEARNED by sequential" in as_markdown(comparison)

@@ -411,3 +411,11 @@ def test_shorten_keeps_both_ends() -> None:
     assert len(text) <= 90
     assert text.startswith("aaa")
     assert text.endswith("zzz")
+
+
+def test_a_page_says_first_that_nothing_was_learned(tmp_path):
+    """With every score at 0, "nothing was forgotten" would be true and misleading."""
+    page = write_report([make_run(tmp_path / "run", "unlearned")], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Nothing was learned" in page and "Nothing was forgotten" not in page
+    learned = write_report([make_run(tmp_path / "other", rows=60)], tmp_path / "b.html").read_text(encoding="utf-8")
+    assert "Nothing was learned" not in learned

@@ -27,7 +27,9 @@ STAGES = len(TASKS)
 
 
 def accuracy(method: str, t: int, j: int, T: int, rng: random.Random) -> float:
-    """An invented accuracy of task j (from 0) of T after stage t."""
+    """An invented accuracy of task j (from 0) of T after stage t; of the method "unlearned" always 0."""
+    if method == "unlearned":
+        return 0.0
     learned = T if method == "joint" else j + 1
     if t < learned:
         return 0.02 + 0.03 * rng.random()
@@ -55,7 +57,12 @@ def make_run(
         {
             "model": "models/tiny",
             "tuner": "lora",
-            "method": [{"name": method, **({"ratio": 0.25} if method == "replay" else {})}],
+            "method": [
+                {
+                    "name": "sequential" if method == "unlearned" else method,
+                    **({"ratio": 0.25} if method == "replay" else {}),
+                }
+            ],
             "stream": {"path": "data/<i>years</i>"},
             "seed": seed,
             "output": str(path),

@@ -48,6 +48,9 @@ class GateConfig(Section):
         None, description="average over the tasks learned so far at least", json_schema_extra=FREE
     )
     min_new_task: float | None = Field(None, description="score of a stage's own task at least", json_schema_extra=FREE)
+    min_learned: float | None = Field(
+        None, description="rise of a stage's own task's score in that stage at least", json_schema_extra=FREE
+    )
     on_fail: Literal["stop", "rollback", "continue"] = Field(
         "stop",
         description="after a stage that fails: stop the run, go back to the last stage that passed, or go on",

@@ -56,7 +56,7 @@ def intervals(
         seed: the same seed gives the same intervals.
 
     Returns:
-        {figure: [low, high]} for the five figures that come from the score matrix; None for a figure that
+        {figure: [low, high]} for the figures that come from the score matrix; None for a figure that
         :func:`summarize` would give as None.
 
     Raises:

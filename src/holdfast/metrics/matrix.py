@@ -15,8 +15,8 @@ LOWER_IS_BETTER = ("loss", "perplexity")
 NO_ACCURACY = (*LOWER_IS_BETTER, "refusals")
 """How measures of general ability that are no accuracies begin."""
 
-FIGURES = ("average", "new_task", "forgetting", "backward_transfer", "forward_transfer")
-BY_TASK = ("forgetting", "backward_transfer", "forward_transfer")
+FIGURES = ("average", "new_task", "learned", "forgetting", "backward_transfer", "forward_transfer")
+BY_TASK = ("learned", "forgetting", "backward_transfer", "forward_transfer")
 
 
 class Direction(Protocol):
@@ -47,6 +47,7 @@ def figures_of(matrices: NDArray[np.float64], better: int) -> dict[str, NDArray[
     if T == 1:
         return figures | {name: values[..., 0] for name, values in terms.items()}
     return figures | {
+        "learned": terms["learned"].mean(axis=-1),
         "forgetting": terms["forgetting"][..., :-1].mean(axis=-1),
         "backward_transfer": terms["backward_transfer"][..., :-1].mean(axis=-1),
         "forward_transfer": terms["forward_transfer"][..., 1:].mean(axis=-1),
@@ -67,6 +68,7 @@ def task_terms(matrices: NDArray[np.float64], signs: NDArray[np.int_]) -> dict[s
         best[..., j] = gains[..., j + 1 : T, j].max(axis=-1)
     with np.errstate(invalid="ignore"):  # the difference of two infinite losses is no number, hence missing
         terms = {
+            "learned": just_learned - just_before,
             "forgetting": best - last,
             "backward_transfer": last - just_learned,
             "forward_transfer": just_before - gains[..., 0, :],

@@ -35,6 +35,7 @@ def summarize(
 
     - average = mean_j S[T][j]
     - new_task = mean_j S[j][j]
+    - learned = mean_j ( S[j][j] - S[j-1][j] ); where it is not above its interval, forgetting says nothing
     - forgetting = mean_{j<T} ( max_{j<=t<T} S[t][j] - S[T][j] ); positive is worse
     - backward_transfer = mean_{j<T} ( S[T][j] - S[j][j] ); negative is worse
     - forward_transfer = mean_{j>1} ( S[j-1][j] - S[0][j] ); negative is worse
@@ -96,10 +97,11 @@ def harmonic_mean(general: float, average: float) -> float:
 
 
 def by_task(scores: Scores, *, metrics: Metrics = None) -> dict[str, list[float | None]]:
-    """What became of each task: the terms of which three figures of :func:`summarize` are the means.
+    """What became of each task: the terms of which four figures of :func:`summarize` are the means.
 
     With T tasks, numbered from 1:
 
+    - learned[j] = S[j][j] - S[j-1][j]
     - forgetting[j] = max_{j<=t<T} S[t][j] - S[T][j], for j < T; positive is worse
     - backward_transfer[j] = S[T][j] - S[j][j], for j < T; negative is worse
     - forward_transfer[j] = S[j-1][j] - S[0][j], for j > 1; negative is worse

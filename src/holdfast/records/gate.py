@@ -133,7 +133,8 @@ def judge(run: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
     """Check the model of a row of the score matrix against every limit.
 
     Figures over tasks are those of the tasks learned by then, as if the stream had ended there. Limits on forgetting
-    give no check while there is nothing to forget.
+    give no check while there is nothing to forget. A run that learned nothing fails,
+    whatever its limits.
 
     Args:
         run: read from its directory.
@@ -145,7 +146,14 @@ def judge(run: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
     """
     check_limits(gate, run.matrix["general"], run.scorers.values())
     figures = _Figures(run, row)
-    return [check for key, limit in gate.limits.items() for check in getattr(figures, key)(limit)]
+    checks = [check for key, limit in gate.limits.items() for check in getattr(figures, key)(limit)]
+    return [*_nothing_learned(run, figures.tasks), *checks]
+
+
+def _nothing_learned(run: FinishedRun, tasks: Sequence[str]) -> list[Check]:
+    """A check that fails, where no task was learned: then nothing could be forgotten, and no limit says anything."""
+    known = [run.learned[task] for task in tasks if task in run.learned]
+    return [Check("min_tasks_learned", "tasks learned", 0.0, 1.0)] if known and not any(known) else []
 
 
 class _Figures:
@@ -189,6 +197,13 @@ class _Figures:
                 interval = intervals(alone, totals=[self.totals[j]], resamples=self.resamples)["average"]
             score = self.scores[self.row][j]
             checks.append(Check("min_new_task", f"score of {self.tasks[j]}", score, limit, interval))
+        return checks
+
+    def min_learned(self, limit: float) -> list[Check]:
+        checks = []
+        for j in range(len(self.tasks)) if self.run.joint else [len(self.tasks) - 1]:
+            gain, interval = self.run.gain(j)
+            checks.append(Check("min_learned", f"rise of {self.tasks[j]} in its own stage", gain, limit, interval))
         return checks
 
     def max_general_loss_increase(self, limit: float | str) -> list[Check]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from holdfast.api.scorer import Scorer
 from holdfast.config.describe import flat
 from holdfast.errors import RunDirectoryError
+from holdfast.metrics.intervals import paired_difference
 from holdfast.metrics.matrix import Total
 from holdfast.records.directory import current_stage, slug
 from holdfast.scoring.score import scorer
@@ -127,6 +128,38 @@ class FinishedRun:
             scores = [score for score in seen if score is not None]
             means.append(sum(scores) / len(scores) if scores and len(scores) == len(seen) else None)
         return means
+
+    def gain(self, j: int) -> tuple[float | None, list[float] | None]:
+        """What task j gained in its own stage, positive is better, and its 95 % interval over test examples.
+
+        Either is None where the scores or the answers that it needs are missing.
+        """
+        before, after = 0 if self.joint else self.own_stage(j) - 1, self.own_stage(j)
+        first, second = self.scores[before][j], self.scores[after][j]
+        if first is None or second is None:
+            return None, None
+        sign = -1 if self.lower_is_better(j) else 1
+        earlier, later = self.statistics(before, j), self.statistics(after, j)
+        if earlier is None or later is None or earlier.shape != later.shape:
+            return sign * (second - first), None
+        totals = [self.totals[j]]
+        ends = paired_difference([earlier], [later], totals=totals, resamples=1000, permutations=1)["interval"]
+        return sign * (second - first), ends and sorted(sign * end for end in ends)
+
+    @cached_property
+    def learned(self) -> dict[str, bool]:
+        """By task, whether its own stage raised its score by more than the interval over test examples.
+
+        Tasks that were not measured before and after their stage are left out, and so are all of a run that trains
+        nothing. Where the answers were not kept, any rise counts.
+        """
+        gains = {} if self.untrained else {task: self.gain(j) for j, task in enumerate(self.tasks)}
+        return {task: (ends[0] if ends else gain) > 0 for task, (gain, ends) in gains.items() if gain is not None}
+
+    @property
+    def not_learned(self) -> list[str]:
+        """The tasks of which forgetting says nothing, since their own stage did not raise their score."""
+        return [task for task, learned in self.learned.items() if not learned]
 
     @cached_property
     def folders(self) -> dict[int, Path]:

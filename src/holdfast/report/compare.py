@@ -58,6 +58,11 @@ class Group:
         failed = sum(not decision["passed"] for decision in decisions)
         return f"{failed} of {len(decisions)} stages failed" if decisions else None
 
+    @property
+    def not_learned(self) -> list[str]:
+        """Tasks that at least one run of the group did not learn."""
+        return list(dict.fromkeys(task for run in self.runs for task in run.not_learned))
+
     def values(self, key: str) -> list[float | None]:
         """A figure or cost of each run."""
         return [run.figure(key) for run in self.runs]
@@ -117,7 +122,8 @@ class Comparison:
             average, from 1, or None), ``difference`` (to the baseline, of
             :func:`holdfast.metrics.seed_difference` at the end of the run, with ``paired``, whether by seed, and
             ``p_holm``, corrected for the number of comparisons; or None), ``general`` ({name: (before training, at the
-            end)}), ``gate`` (what it said, in words, or None) and ``split`` (what was measured on).
+            end)}), ``gate`` (what it said, in words, or None), ``not_learned`` (tasks
+            that a run of it did not learn) and ``split`` (what was measured on).
         baseline: label of the group with which the others are paired.
         different: why the runs cannot be compared; nobody is best or ranked then.
         lower: whether a lower score is better.
@@ -154,7 +160,12 @@ def compare(runs: list[FinishedRun], baseline: str | None = None) -> Comparison:
             | means
             | {"peak_memory_gib": max(most, default=None), "intervals": _intervals(group), "reference": group.reference}
             | {"best": [], "rank": None, "difference": None if group is base else _paired(base, group)}
-            | {"general": group.general, "gate": group.gate, "split": group.runs[0].split}
+            | {
+                "general": group.general,
+                "gate": group.gate,
+                "not_learned": group.not_learned,
+                "split": group.runs[0].split,
+            }
         )
     _correct(rows)
     comparison = Comparison(rows, base.label, differences(runs), runs[0].lower_is_better(0))

@@ -39,6 +39,14 @@ FIGURES = (
         "high",
     ),
     Figure(
+        "learned",
+        "learned",
+        "What each stage gained on its own task. Where that is not above its interval, forgetting says nothing.",
+        "mean over j of (S[j][j] − S[j−1][j])",
+        "high",
+        signed=True,
+    ),
+    Figure(
         "forgetting",
         "forgetting",
         "How far each earlier task fell from its best to the end. Positive is worse.",
@@ -85,7 +93,7 @@ CLIPPED = Figure(
     "high",
     signed=True,
 )
-COMPARED = (*FIGURES[:4], CLIPPED, *FIGURES[4:])
+COMPARED = (*FIGURES[:5], CLIPPED, *FIGURES[5:])
 """Those of a comparison."""
 COSTS = (
     Figure("minutes", "minutes", "Time to train and evaluate.", "", "low"),

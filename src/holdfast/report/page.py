@@ -18,7 +18,7 @@ from holdfast.report.figures import COSTS, FIGURES, Figure, direction
 from holdfast.report.packed import pack_text, packed_plotly
 from holdfast.report.rows import pack
 from holdfast.report.tables import cost, interval_notes, p_value
-from holdfast.report.text import NOT_MEASURED, interval, number, shorten
+from holdfast.report.text import NOT_MEASURED, interval, learning, number, shorten
 from holdfast.report.verdict import HEAD, decisions
 from holdfast.system.files import json_text, write_text
 
@@ -215,7 +215,10 @@ def _headline(run: FinishedRun) -> list[str]:
     if summary["average"] is not None:
         mean = f"mean {score} over {few} tasks" if few > 1 else score
         sentences.append(f"After the last stage the {mean} is {number(summary['average'])}.")
-    if summary["forgetting"] is not None:
+    note = learning(run.learned)
+    if note is not None:
+        sentences.insert(0, note)
+    if summary["forgetting"] is not None and (note is None or any(run.learned.values())):
         forgetting = round(summary["forgetting"], 3)
         if forgetting > 0:
             sentences.append(f"An earlier task has lost {number(forgetting)} since its best, on average.")

@@ -22,6 +22,12 @@ def notes(comparison: Comparison) -> list[str]:
     if "dev" in (row["split"] for row in rows):
         lines.append("Measured on dev splits, on which settings are chosen; not what a paper reports.")
     lines += interval_notes(comparison)
+    for row in rows:
+        if row["not_learned"] and row["reference"] is None:
+            lines.append(
+                f"NOT LEARNED by {row['run']}: {', '.join(row['not_learned'])}; of these forgetting says nothing, "
+                "since the score did not rise beyond its interval in the task's own stage."
+            )
     if any(row["reference"] for row in rows):
         lines.append("References, in brackets, compete with nobody.")
     return lines

@@ -20,8 +20,13 @@ def print_table(runs: list[Path], console: Console) -> None:
     """One row a run or a group of seeds: figures with 95 % intervals, and the minutes that it took."""
     from holdfast.records.read import read_runs
     from holdfast.report.compare import compare
+    from holdfast.report.text import learning
 
-    print_quality(compare(read_runs(runs)), console, minutes=True)
+    found = read_runs(runs)
+    print_quality(compare(found), console, minutes=True)
+    for run in found:
+        if (note := learning(run.learned)) is not None:
+            console.print(f"{run.label}: {note}" if len(found) > 1 else note, markup=False, style="bold")
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 NOT_MEASURED = "not measured"
 
 
@@ -26,3 +28,21 @@ def shorten(text: str, length: int) -> str:
         return text
     tail = length // 3
     return f"{text[: length - tail - 5].rstrip()} […] {text[-tail:].lstrip()}"
+
+
+def learning(learned: Mapping[str, bool]) -> str | None:
+    """What a reader must know of forgetting where tasks were not learned; None where all were.
+
+    Args:
+        learned: by task, whether its own stage raised its score by more than its interval.
+    """
+    missing = [task for task, rose in learned.items() if not rose]
+    if not missing:
+        return None
+    if len(missing) == len(learned):
+        return (
+            "Nothing was learned: no score rose beyond its interval in the task's own stage. Forgetting says nothing."
+        )
+    listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    why = "the score did not rise beyond its interval in the task's own stage, so forgetting says nothing of it"
+    return f"Not learned: {listed}; {why}."
