@@ -237,7 +237,7 @@ def test_the_card_says_what_matrix_json_says(scored, tmp_path):
     card, matrix = ModelCard.load(tmp_path / "out" / "README.md"), read_json(scored / "matrix.json")
     figures = {row[0].replace(" ", "_"): row[1] for row in table(card.text, "Scores")}
     assert figures == {
-        key: number(value, signed=key in ("backward_transfer", "forward_transfer", "general_change"))
+        key: number(value, signed=key in ("learned", "backward_transfer", "forward_transfer", "general_change"))
         for key, value in matrix["summary"].items()
     }
     assert [row[1:] for row in table(card.text, "Score matrix")] == [

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from holdfast import methods, tuners
 from holdfast.api.method import Method
+from holdfast.methods import METHODS
+from holdfast.tuners import TUNERS
 
 
 def refusal(method: Method | type[Method], tuner: str) -> str | None:
@@ -19,8 +20,11 @@ def refusal(method: Method | type[Method], tuner: str) -> str | None:
 
 def grid() -> dict[tuple[str, str], str | None]:
     """For each (method, tuner) of holdfast's own: why it is refused; None where they go together."""
-    own = {name: method for name, method in methods.known().items() if method.__module__.startswith("holdfast.")}
-    return {(name, tuner): refusal(method, tuner) for name, method in own.items() for tuner in tuners.known()}
+    return {
+        (name, tuner): refusal(METHODS.find(name), tuner)
+        for name in sorted(METHODS.own)
+        for tuner in sorted(TUNERS.own)
+    }
 
 
 def page() -> str:
@@ -34,7 +38,7 @@ def page() -> str:
         lines.append(f"| `{row}` | " + " | ".join(marks) + " |")
     lines.append(REASONS)
     for row in rows:
-        method = methods.find(row)
+        method = METHODS.find(row)
         if method.tuners:
             names = ", ".join(f"`{tuner}`" for tuner in method.tuners)
             lines.append(f"- `{row}` works with {names}: {method.tuners_reason}.")
@@ -46,9 +50,10 @@ HEAD = """\
 
 <!-- Written by `python -m holdfast.methods.compatibility > docs/grid.md`. -->
 
-*yes*: the pair trains, continues bit for bit after a kill, evaluates and saves. *–*: `holdfast check` and `holdfast run`
-refuse the pair, with the reason and what works instead. `tests/whole/test_grid.py` tests each cell on a tiny model: a
-refused pair is run there without this table, and must end with an error of the method that names what the model lacks.
+*yes*: the pair trains, continues bit for bit after a kill, evaluates and saves. *–*: `holdfast check` and
+`holdfast run` refuse the pair, with the reason and what works instead. `tests/whole/test_grid.py` tests each cell on a
+tiny model: a refused pair is run there without this table, and must end with an error of the method that names what the
+model lacks.
 [The tuners](tuners/README.md); each method has a page in `docs/methods/`.
 """
 
