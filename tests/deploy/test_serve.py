@@ -17,21 +17,21 @@ from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from holdfast.cli import app
 from holdfast.deploy import serve as serving
-from holdfast.deploy.serve import application
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.models.endpoint import Endpoint, only_model
 from holdfast.runner.evaluate import evaluate
 from holdfast.runner.loop import run
 from holdfast.runner.reload import find_stage
 from holdfast.system.files import read_jsonl
+from holdfast.system.machine import free_port
 from holdfast.system.progress import Progress
 from support.doubles import ChatServer
+from support.served import DIES, Server
 from support.tiny import tiny_config, tiny_model, tiny_tokenizer, write_tasks
 
 QUIET = Progress(quiet=True)
@@ -66,54 +66,6 @@ def again(finished: Path, tmp_path: Path) -> Any:
         assert not (output / "answers.jsonl").exists()
 
     return asked
-
-
-DIES = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-"""The inference thread of a server whose loop is closed under it ends with an exception."""
-
-
-class Server:
-    """The run's real server, in a thread of this process; it counts the answers that it gave to each prompt."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.answered: Counter[str] = Counter()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        self.start()
-
-    async def counted(self, scope: Any, receive: Any, send: Any) -> None:
-        body = b""
-
-        async def received() -> Any:
-            nonlocal body
-            message = await receive()
-            body += message.get("body", b"")
-            return message
-
-        async def sent(message: Any) -> None:
-            await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body") and body:
-                asked = json.loads(body)
-                self.answered[str(asked.get("prompt", asked.get("messages")))] += 1
-
-        await self.app(scope, received, sent)
-
-    def start(self) -> None:
-        self.app = application(find_stage(self.path))  # the last one's inference thread ended with its loop
-        config = uvicorn.Config(
-            self.counted, host="127.0.0.1", port=self.port, log_level="error", interface="asgi3", lifespan="off"
-        )
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.server.should_exit = self.server.force_exit = True
-        self.thread.join()
 
 
 @pytest.fixture
@@ -301,8 +253,7 @@ def test_vllm_is_given_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_the_command_goes_on_after_its_server_was_killed(finished: Path, tmp_path: Path):
     """`holdfast serve` dies by SIGKILL under 32 requests; it is started again, and so is `holdfast evaluate`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     output = tmp_path / "again"
     own = [sys.executable, "-m", "holdfast"]
 

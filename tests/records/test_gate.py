@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
-import holdfast.data.source
-import holdfast.runner.setup
-import holdfast.runner.stage
 from holdfast import load_config, run
-from holdfast.cli import main
 from holdfast.config.gate import GateConfig
+from holdfast.data import source
 from holdfast.data.encode import Encoder
 from holdfast.deploy.export import export
 from holdfast.errors import ConfigError, GateFailed
@@ -28,10 +23,14 @@ from holdfast.metrics.summary import summarize
 from holdfast.records.gate import Check, Increase, failed, judge
 from holdfast.records.read import read_run
 from holdfast.report.verdict import as_junit, as_markdown, as_text
+from holdfast.runner import setup
 from holdfast.runner.check import gate_lines
 from holdfast.runner.setup import Setup
+from holdfast.runner.stage import StageWatch
 from holdfast.system.files import read_json, read_jsonl, write_json
 from holdfast.system.progress import Progress
+from support.command import holdfast
+from support.resumed import tensors as weights
 from support.synthetic_runs import STAGES, TASKS, make_run
 from support.tiny import tiny_config
 
@@ -196,25 +195,17 @@ def test_junit_has_a_case_a_check():
     assert failure.attrib["message"] == "failed" and "limit: 0.100" in failure.text
 
 
-def command(monkeypatch, *arguments: object) -> int:
-    """The exit code of `holdfast gate ...`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["holdfast", "gate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code or 0
-
-
-def test_the_command_line(made, tmp_path, monkeypatch, capsys):
+def test_the_command_line(made, tmp_path, capsys):
     files = ("--junit", tmp_path / "gate.xml", "--markdown", tmp_path / "gate.md")
-    assert command(monkeypatch, made, "--max-forgetting", 0.05, "--max-general-loss-increase", "2%", *files) == 3
+    assert holdfast("gate", made, "--max-forgetting", 0.05, "--max-general-loss-increase", "2%", *files) == 3
     said = capsys.readouterr().out
     assert "gate failed" in said and "rise of the loss on held-out" in said and "95 % interval" in said
     assert ElementTree.parse(tmp_path / "gate.xml").getroot().get("failures") == "2"
     assert (tmp_path / "gate.md").read_text().count("| failed |") == 2
-    assert command(monkeypatch, made, "--max-general-loss-increase", "1.5") == 0
-    assert command(monkeypatch, made, "--max-forgetting", 0.99) == 0
+    assert holdfast("gate", made, "--max-general-loss-increase", "1.5") == 0
+    assert holdfast("gate", made, "--max-forgetting", 0.99) == 0
     assert "gate passed" in capsys.readouterr().out
-    assert command(monkeypatch, made, "--max-forgetting", 0.0, "--stage", 1) == 0
+    assert holdfast("gate", made, "--max-forgetting", 0.0, "--stage", 1) == 0
     assert "nothing to check yet" in capsys.readouterr().out
 
 
@@ -226,8 +217,8 @@ def test_the_command_line(made, tmp_path, monkeypatch, capsys):
         (("--max-general-loss-increase", "two"), "must be a number of nats a token"),
     ],
 )
-def test_the_command_line_refuses(made, monkeypatch, capsys, arguments, message):
-    assert command(monkeypatch, made, *arguments) == 2
+def test_the_command_line_refuses(made, capsys, arguments, message):
+    assert holdfast("gate", made, *arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -245,13 +236,6 @@ def test_what_the_limits_need_is_checked_before_anything_is_trained(tmp_path):
     with pytest.raises(ConfigError, match=r"gate\.stop_early: needs evaluation"):
         run(config | {"gate": {"max_general_loss_increase": 0.1, "stop_early": True}}, QUIET)
     assert not (tmp_path / "run" / "run.json").exists()
-
-
-def weights(directory: Path) -> dict[str, dict[str, bytes]]:
-    return {
-        str(path.relative_to(directory)): {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
-        for path in sorted(directory.glob("stages/*/*/*.safetensors"))
-    }
 
 
 def gated(folder: Path, on_fail: str, **gate: Any) -> dict[str, Any]:
@@ -375,10 +359,10 @@ def test_a_rollback_reads_and_tokenises_nothing_again(folder, monkeypatch):
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(holdfast.data.source, "read_rows")
+    count(source, "read_rows")
     count(Encoder, "encode_all")
-    count(holdfast.runner.setup, "load_tokenizer")
-    count(holdfast.runner.setup, "general_samples")
+    count(setup, "load_tokenizer")
+    count(setup, "general_samples")
     run(gated(folder, "rollback") | {"output": str(folder / "counted")}, QUIET)
     assert [d["action"] for d in read_json(folder / "counted" / "run.json")["gate"]].count("rollback") == 1
     splits, tasks = 2 * 3, 3
@@ -404,15 +388,12 @@ def test_stop_stops_and_the_same_run_may_go_on_under_other_limits(folder):
     assert read_json(directory / "run.json")["config"]["gate"]["on_fail"] == "continue"
 
 
-def test_the_command_exits_with_3_where_a_stage_failed(rolled_back, folder, tmp_path, monkeypatch, capsys):
+def test_the_command_exits_with_3_where_a_stage_failed(rolled_back, folder, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(gated(folder, "rollback")))
-    monkeypatch.setattr(sys, "argv", ["holdfast", "run", str(file)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 3
+    assert holdfast("run", file) == 3
     assert "the gate failed after stage 2 (green, rolled back)\n" in capsys.readouterr().err
-    assert command(monkeypatch, rolled_back) == 0, "the model that the run holds passed"
+    assert holdfast("gate", rolled_back) == 0, "the model that the run holds passed"
 
 
 @pytest.fixture(scope="module")
@@ -478,7 +459,7 @@ def test_a_stage_ends_early_when_the_general_loss_is_beyond_its_limit(watched, f
     assert not list(whole.glob("stages/*/checkpoint"))
 
     # Killed at that very step, and continued from the checkpoint before it.
-    end = holdfast.runner.stage.StageWatch.on_step_end
+    end = StageWatch.on_step_end
 
     def dying(self, args, state, control, **kwargs):
         end(self, args, state, control, **kwargs)
@@ -486,7 +467,7 @@ def test_a_stage_ends_early_when_the_general_loss_is_beyond_its_limit(watched, f
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
+        patch.setattr(StageWatch, "on_step_end", dying)
         with pytest.raises(KeyboardInterrupt):
             run(config | {"output": str(killed), "training": config["training"] | {"save_every": 3}}, QUIET)
     run(config | {"output": str(killed)}, QUIET)
@@ -497,7 +478,7 @@ def test_a_stage_ends_early_when_the_general_loss_is_beyond_its_limit(watched, f
 
 def test_a_run_records_its_cost_over_every_restart(watched, plain, folder, monkeypatch):
     directory = folder / "cost"
-    end = holdfast.runner.stage.StageWatch.on_step_end
+    end = StageWatch.on_step_end
 
     def dying(self, args, state, control, **kwargs):
         end(self, args, state, control, **kwargs)
@@ -505,7 +486,7 @@ def test_a_run_records_its_cost_over_every_restart(watched, plain, folder, monke
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
+        patch.setattr(StageWatch, "on_step_end", dying)
         with pytest.raises(KeyboardInterrupt):
             run(watched | {"output": str(directory)}, QUIET)
     (manifest,) = directory.glob("stages/01-red/checkpoint/*/complete.json")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from holdfast.system.machine import free_port
 
 LANGUAGES = {"north": "bcdfg", "south": "klmnp"}
 
@@ -44,10 +45,12 @@ def lab_config(languages, output, **changes):
 
 def start_together(config: Path, count: int) -> list[subprocess.Popen[str]]:
     """`holdfast lab pretrain` in processes that train together; no launcher ends the others when one has ended."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1",
+    }
     return [
         subprocess.Popen(
             [sys.executable, "-m", "holdfast", "lab", "pretrain", str(config)],

@@ -9,12 +9,12 @@ import sys
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 
 from holdfast.runner.loop import run
 from holdfast.system.progress import Progress
 from holdfast.tuners.lora_factors import factors
 from support.paths import TESTS
+from support.resumed import tensors
 from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows
 
 KILLED = TESTS / "support" / "killed.py"
@@ -46,14 +46,10 @@ def logits(model, seed=5):
 
 
 def results(directory):
-    weights = {
-        str(path.relative_to(directory)): {name: w.numpy().tobytes() for name, w in load_file(path).items()}
-        for path in sorted(directory.glob("stages/*/*/*.safetensors"))
-    }
     events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
     return (
         json.loads((directory / "matrix.json").read_text()),
-        weights,
+        tensors(directory),
         [(e["stage"], e["step"], e["terms"]) for e in events],
     )
 

@@ -24,17 +24,21 @@ def finish(process: subprocess.Popen) -> int:
     return process.returncode
 
 
-def results(directory: Path) -> dict:
-    """Everything that must not depend on an interruption: scores, weights, responses, and the logged losses."""
-    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
-    weights = {
+def tensors(directory: Path) -> dict[str, dict[str, bytes]]:
+    """The weights and the methods' states of all stages: {file: {tensor: bytes}}."""
+    return {
         str(path.relative_to(directory)): {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
         for path in sorted(directory.glob("stages/*/*/*.safetensors"))
     }
+
+
+def results(directory: Path) -> dict:
+    """Everything that must not depend on an interruption: scores, weights, responses, and the logged losses."""
+    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
     responses = {str(p.relative_to(directory)): p.read_text() for p in sorted(directory.glob("stages/*/responses/*"))}
     return {
         "matrix": json.loads((directory / "matrix.json").read_text()),
-        "weights": weights,
+        "weights": tensors(directory),
         "responses": responses,
         "steps": [(e["stage"], e["step"], e["terms"]) for e in events],
     }

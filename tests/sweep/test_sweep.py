@@ -11,7 +11,6 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from holdfast.cli import main
 from holdfast.config.run import load_config
 from holdfast.errors import ConfigError, DataError, GateFailed
 from holdfast.records.read import read_runs
@@ -23,6 +22,7 @@ from holdfast.sweep.work import InUseError, do_run, work_off
 from holdfast.system.files import read_json
 from holdfast.system.pool import JobOutcome, Pool, WorkerDiedError
 from holdfast.system.progress import Progress
+from support.command import holdfast
 from support.jobs import job
 from support.sweeps import tiny_sweep
 from support.tiny import tiny_config
@@ -36,13 +36,11 @@ def write(folder: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def sweep(capsys: Any, monkeypatch: Any, *arguments: object) -> tuple[int, str, str]:
+def sweep(capsys: Any, *arguments: object) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of ``holdfast sweep``."""
-    monkeypatch.setattr("sys.argv", ["holdfast", "sweep", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
+    code = holdfast("sweep", *arguments)
+    output = capsys.readouterr()
+    return code, output.out, output.err
 
 
 def scores(folder: Path) -> dict[str, Any]:
@@ -90,10 +88,10 @@ def test_wrong_sweeps_are_told(tmp_path):
         check(expand(load_sweep(values | {"grid": {"method": ["sequential", "replai"]}})))
 
 
-def test_nothing_starts_while_any_run_is_wrong(tmp_path, capsys, monkeypatch):
+def test_nothing_starts_while_any_run_is_wrong(tmp_path, capsys):
     values = tiny_sweep(tmp_path)
     values["grid"]["stream.order"] = [["red"], ["rot"]]
-    code, _, said = sweep(capsys, monkeypatch, write(tmp_path, values))
+    code, _, said = sweep(capsys, write(tmp_path, values))
     assert code == 2 and "holds no task 'rot'" in said
     assert not (tmp_path / "sweep").exists()
 
@@ -108,19 +106,17 @@ def test_a_run_with_another_configuration_is_not_overwritten(tmp_path):
         check(expand(load_sweep(changed)))
 
 
-def test_twelve_runs_are_done_once_and_compared(tmp_path, capsys, monkeypatch):
+def test_twelve_runs_are_done_once_and_compared(tmp_path, capsys):
     path = write(tmp_path, tiny_sweep(tmp_path))
-    code, said, _ = sweep(capsys, monkeypatch, path, "--dry-run")
+    code, said, _ = sweep(capsys, path, "--dry-run")
     assert code == 0 and "12 runs, 0 done" in said and not (tmp_path / "sweep").exists()
-    monkeypatch.setattr("sys.argv", ["holdfast", "check", str(path)])
-    with pytest.raises(SystemExit):
-        main()
+    assert holdfast("check", path) == 0
     assert "12 runs, 0 done" in capsys.readouterr().out
     first = expand(load_sweep(path))[0]
     run(first.config, QUIET)
     before = (first.path / "run.json").stat().st_mtime_ns
 
-    code, said, errors = sweep(capsys, monkeypatch, path, "--processes", "2")
+    code, said, errors = sweep(capsys, path, "--processes", "2")
     assert code == 0, errors
     states = read_json(tmp_path / "sweep" / "sweep.json")
     assert [row["state"] for row in states] == ["skipped"] + ["done"] * 11
@@ -130,7 +126,7 @@ def test_twelve_runs_are_done_once_and_compared(tmp_path, capsys, monkeypatch):
     assert "average" in said
 
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/run.json")}
-    code, _, said = sweep(capsys, monkeypatch, path)
+    code, _, said = sweep(capsys, path)
     assert code == 0 and "12 of 12 runs are done already" in said
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/run.json")}
 
@@ -140,10 +136,10 @@ def test_twelve_runs_are_done_once_and_compared(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_stops_no_other_and_is_told_of(tmp_path, capsys, monkeypatch):
+def test_a_run_that_fails_stops_no_other_and_is_told_of(tmp_path, capsys):
     values = tiny_sweep(tmp_path, grid={"training.learning_rate": [1e-2, 1e30], "seed": [0]})
     values["run"]["training"] |= {"max_steps": 6, "max_grad_norm": 0.0}
-    code, said, _ = sweep(capsys, monkeypatch, write(tmp_path, values), "--processes", "1")
+    code, said, _ = sweep(capsys, write(tmp_path, values), "--processes", "1")
     rows = read_json(tmp_path / "sweep" / "sweep.json")
     assert [row["state"] for row in rows] == ["done", "failed"]
     assert code == rows[1]["exit_code"] == 2
@@ -242,14 +238,14 @@ def test_the_best_trial_keeps_to_the_limit():
 
 
 @pytest.mark.slow
-def test_a_search_tries_on_dev_and_runs_the_best_on_test(tmp_path, capsys, monkeypatch):
+def test_a_search_tries_on_dev_and_runs_the_best_on_test(tmp_path, capsys):
     search = {"over": {"method.strength": {"low": 1, "high": 1e4}}, "max_forgetting": 1.0, "trials": 2}
     values = tiny_sweep(tmp_path, grid={"method": ["ewc"], "seed": [3, 4]}, search=search)
     values["run"]["stream"]["order"] = ["red", "blue"]
     values["run"]["training"]["max_steps"] = 4
     values["run"]["data"] = {"test_rows": 2}
     with_dev(tmp_path)
-    code, _, said = sweep(capsys, monkeypatch, write(tmp_path, values), "--processes", "1")
+    code, _, said = sweep(capsys, write(tmp_path, values), "--processes", "1")
     assert code == 0, said
     [found] = read_json(tmp_path / "sweep" / "search.json")
     strength = found["best"]["method.strength"]
@@ -263,5 +259,5 @@ def test_a_search_tries_on_dev_and_runs_the_best_on_test(tmp_path, capsys, monke
 
     shutil.rmtree(tmp_path / "sweep" / "search" / found["cell"] / found["trials"][1]["run"])
     (tmp_path / "sweep" / "search.json").unlink()
-    sweep(capsys, monkeypatch, tmp_path / "sweep.yaml", "--processes", "1")
+    sweep(capsys, tmp_path / "sweep.yaml", "--processes", "1")
     assert read_json(tmp_path / "sweep" / "search.json") == [found]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from holdfast.cli import main
+from support.command import holdfast
 from support.tiny import tiny_config, write_model, write_tasks
 
 
@@ -24,16 +24,14 @@ def place(tmp_path_factory):
     return folder
 
 
-def refused(capsys, monkeypatch, place, tmp_path, command="run", **changes) -> str:
+def refused(capsys, place, tmp_path, command="run", **changes) -> str:
     """Run the command in this process and return what it says; anything but exit code 2 fails."""
     config = tiny_config(place) | {"output": str(tmp_path / "out")} | changes
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(sys, "argv", ["holdfast", command, str(file)])
-    with pytest.raises(SystemExit) as stop:
-        main()
+    code = holdfast(command, file)
     said = capsys.readouterr().err
-    assert stop.value.code == 2, said
+    assert code == 2, said
     assert "Traceback" not in said
     return said
 
@@ -64,10 +62,10 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_configuration(case, capsys, monkeypatch, place, tmp_path):
+def test_configuration(case, capsys, place, tmp_path):
     changes, message = CONFIGS[case]
     changes = json.loads(json.dumps(changes).replace("TASKS", str(place / "tasks")))
-    assert message in refused(capsys, monkeypatch, place, tmp_path, **changes)
+    assert message in refused(capsys, place, tmp_path, **changes)
 
 
 def broken_task(tmp_path: Path, train: bytes, test: bytes = b'[{"prompt": "a", "answer": "b"}]') -> dict:
@@ -93,88 +91,76 @@ ROWS = {
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_rows(case, capsys, monkeypatch, place, tmp_path):
+def test_rows(case, capsys, place, tmp_path):
     train, parts = ROWS[case]
-    said = refused(capsys, monkeypatch, place, tmp_path, stream=broken_task(tmp_path, train))
+    said = refused(capsys, place, tmp_path, stream=broken_task(tmp_path, train))
     assert all(part in said for part in parts), said
 
 
-def test_missing_split(capsys, monkeypatch, place, tmp_path):
+def test_missing_split(capsys, place, tmp_path):
     stream = broken_task(tmp_path, b'[{"prompt": "a", "answer": "b"}]')
     (tmp_path / "tasks" / "broken" / "test.json").unlink()
-    said = refused(capsys, monkeypatch, place, tmp_path, stream=stream)
+    said = refused(capsys, place, tmp_path, stream=stream)
     assert "broken" in said and "test" in said
 
 
-def test_label_outside_labels_json(capsys, monkeypatch, place, tmp_path):
+def test_label_outside_labels_json(capsys, place, tmp_path):
     stream = broken_task(tmp_path, b'[{"sentence": "a", "label": "Sprots"}]', b'[{"sentence": "a", "label": "Sports"}]')
     (tmp_path / "tasks" / "broken" / "labels.json").write_text('["Sports", "World"]')
-    said = refused(capsys, monkeypatch, place, tmp_path, stream=stream)
+    said = refused(capsys, place, tmp_path, stream=stream)
     assert "row 1" in said and "'Sprots'" in said and "Sports" in said
 
 
-def test_model_without_tokenizer(capsys, monkeypatch, place, tmp_path):
+def test_model_without_tokenizer(capsys, place, tmp_path):
     model = write_model(tmp_path / "model")
     for path in model.glob("token*"):
         path.unlink()
-    assert "tokenizer" in refused(capsys, monkeypatch, place, tmp_path, model=str(model))
+    assert "tokenizer" in refused(capsys, place, tmp_path, model=str(model))
 
 
-def test_output_is_a_file(capsys, monkeypatch, place, tmp_path):
+def test_output_is_a_file(capsys, place, tmp_path):
     (tmp_path / "out").write_text("mine")
-    assert "is a file" in refused(capsys, monkeypatch, place, tmp_path)
+    assert "is a file" in refused(capsys, place, tmp_path)
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_output_holds_something_else(capsys, monkeypatch, place, tmp_path):
+def test_output_holds_something_else(capsys, place, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
-    assert "thesis.tex" in refused(capsys, monkeypatch, place, tmp_path)
+    assert "thesis.tex" in refused(capsys, place, tmp_path)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
-def test_output_cannot_be_written(capsys, monkeypatch, place, tmp_path):
+def test_output_cannot_be_written(capsys, place, tmp_path):
     (tmp_path / "file").touch()
-    assert "cannot be written" in refused(capsys, monkeypatch, place, tmp_path, output=str(tmp_path / "file" / "out"))
+    assert "cannot be written" in refused(capsys, place, tmp_path, output=str(tmp_path / "file" / "out"))
 
 
-def test_no_configuration(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["holdfast", "run", str(tmp_path / "absent.yaml")])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2 and "no such file" in capsys.readouterr().err
+def test_no_configuration(capsys, tmp_path):
+    assert holdfast("run", tmp_path / "absent.yaml") == 2
+    assert "no such file" in capsys.readouterr().err
 
 
-def test_another_configuration_in_the_directory(capsys, monkeypatch, place, tmp_path):
+def test_another_configuration_in_the_directory(capsys, place, tmp_path):
     file = tmp_path / "run.yaml"
     config = tiny_config(place) | {"output": str(tmp_path / "out"), "method": "frozen"}
     file.write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(sys, "argv", ["holdfast", "run", str(file)])
-    main_quietly()
+    assert holdfast("run", file) == 0
     matrix = (tmp_path / "out" / "matrix.json").read_text()
-    said = refused(capsys, monkeypatch, place, tmp_path, method="sequential", seed=3)
+    said = refused(capsys, place, tmp_path, method="sequential", seed=3)
     assert "seed: 0 -> 3" in said and "frozen" in said and "sequential" in said
     assert (tmp_path / "out" / "matrix.json").read_text() == matrix
 
 
-def test_changed_data_in_the_directory(capsys, monkeypatch, tmp_path):
+def test_changed_data_in_the_directory(capsys, tmp_path):
     config = tiny_config(tmp_path, method="frozen") | {"output": str(tmp_path / "out")}
     file = tmp_path / "first.yaml"
     file.write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(sys, "argv", ["holdfast", "run", str(file)])
-    main_quietly()
+    assert holdfast("run", file) == 0
     train = tmp_path / "tasks" / "green" / "train.json"
     train.write_text(json.dumps(json.loads(train.read_text())[:-1]))
-    said = refused(capsys, monkeypatch, tmp_path, tmp_path, method="frozen")
+    said = refused(capsys, tmp_path, tmp_path, method="frozen")
     assert "data of task 'green' changed" in said
-
-
-def main_quietly() -> None:
-    """Typer ends a command that went well with SystemExit(0)."""
-    try:
-        main()
-    except SystemExit as stop:
-        assert stop.code in (0, None)
 
 
 FULL_DISK = """

@@ -1,4 +1,4 @@
-"""`holdfast compare`: methods side by side over seeds, as a table, and as a page."""
+"""`holdfast compare`: compare methods over seeds, in a table and on a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast.cli.report import Output, Runs
 
 
 class Format(StrEnum):
-    """How the table is written."""
+    """Format of the table."""
 
     text = "text"
     markdown = "markdown"
@@ -42,7 +42,7 @@ def compare(
     allow_different: Different = False,
     published: Publication = None,
 ) -> None:
-    """Compare runs, those that differ in their seed alone together, and with --output also write a page.
+    """Compare runs, grouping those that differ only in their seed; with --output, also write a page.
 
     Runs whose streams, prompts, budgets or metrics differ are refused.
     """

@@ -1,4 +1,4 @@
-"""`holdfast evaluate`: a stage of a run measured again, in process or through an endpoint."""
+"""`holdfast evaluate`: measure a stage of a run again, in process or through an endpoint."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def evaluate(
     retries: Retries = 8,
     output: Output = None,
 ) -> None:
-    """Measure a stage again, beside what the run measured, in process or through an endpoint.
+    """Measure a stage again, in process or through an endpoint, and show the results beside the run's own.
 
-    The same command continues where one was stopped or killed, or where the endpoint failed, and asks nothing twice.
+    The same command continues an evaluation that was stopped or killed, or whose endpoint failed, and asks nothing
+    twice.
     """
     from rich.console import Console
 
@@ -58,9 +59,9 @@ def evaluate(
     from holdfast.models.endpoint import Endpoint
     from holdfast.runner.evaluate import evaluate as evaluate_stage
 
-    asked = None
+    server = None
     if endpoint is not None:
-        asked = Endpoint(
+        server = Endpoint(
             endpoint,
             model or "",
             key_variable=key_variable,
@@ -68,11 +69,11 @@ def evaluate(
             timeout=timeout,
             retries=retries,
         )
-    print_evaluated(evaluate_stage(run, stage=stage, endpoint=asked, output=output), Console())
+    print_remeasured(evaluate_stage(run, stage=stage, endpoint=server, output=output), Console())
 
 
-def print_evaluated(evaluated: Remeasured, console: Console) -> None:
-    """Scores of an evaluation beside those of the run, and how many responses differ."""
+def print_remeasured(results: Remeasured, console: Console) -> None:
+    """Print the scores beside those of the run, and how many responses differ."""
     from rich.markup import escape
 
     from holdfast.report.terminal import narrow_table
@@ -82,11 +83,11 @@ def print_evaluated(evaluated: Remeasured, console: Console) -> None:
     for name in ("score", "in the run", "responses\nthat differ"):
         table.add_column(name, justify="right")
     shown = lambda value: "–" if value is None else f"{value:.3f}"  # noqa: E731
-    for task, (now, then) in evaluated.scores.items():
-        changed = evaluated.changed[task]
+    for task, (now, before) in results.scores.items():
+        changed = results.changed[task]
         differ = "–" if changed is None else str(changed)
-        table.add_row(escape(task), evaluated.metrics[task], shown(now), shown(then), differ)
-    for name, (now, then) in evaluated.general.items():
-        table.add_row(escape(name), "general", shown(now), shown(then), "–")
+        table.add_row(escape(task), results.metrics[task], shown(now), shown(before), differ)
+    for name, (now, before) in results.general.items():
+        table.add_row(escape(name), "general", shown(now), shown(before), "–")
     console.print(table)
-    console.print(str(evaluated.output), markup=False, soft_wrap=True)
+    console.print(str(results.output), markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`holdfast gate`: whether a run kept to limits on what may be forgotten; exit code 3 where it did not."""
+"""`holdfast gate`: check a run against limits on what may be forgotten; exit code 3 if it failed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gate(
     junit: Junit = None,
     markdown: Markdown = None,
 ) -> None:
-    """Check a run against limits: those given here, and otherwise those of its configuration.
+    """Check a run against the limits given here; without any, against those of its configuration.
 
     Exit code 3: a limit was exceeded, or a score that it needs was not measured.
     """

@@ -1,4 +1,4 @@
-"""`holdfast report`: write the page of one run, or of several side by side."""
+"""`holdfast report`: write the page of one run, or of several runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to wr
 
 
 def report(runs: Runs, output: Output = None) -> None:
-    """Write report.html: into the run's directory, or for several runs where --output says."""
+    """Write report.html: for one run into its directory, for several runs into this folder, or to --output."""
     from holdfast.records.directory import require_runs
     from holdfast.report import write_report
 

@@ -1,17 +1,20 @@
-"""`holdfast run`: a whole continual run from one configuration file."""
+"""`holdfast run`: all stages of a run, from one configuration file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from holdfast.errors import ConfigError
 
+if TYPE_CHECKING:
+    from holdfast.config.section import Section
+
 WATCH_EVERY = 50
-"""Steps between the measurements of --watch-general, where evaluation.watch_general does not say."""
+"""Steps between the measurements of --watch-general, unless evaluation.watch_general is given."""
 
 Config = Annotated[Path, typer.Argument(help="The run's configuration, a YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -21,9 +24,9 @@ Overrides = Annotated[
 
 
 class HelpWithKeys(TyperCommand):
-    """Adds every key of the configuration to --help; they are only looked up when help is asked for."""
+    """Adds every key of the configuration to --help."""
 
-    def configuration(self) -> type[Any]:
+    def configuration(self) -> type[Section]:
         """The configuration's class."""
         from holdfast.config.run import RunConfig
 
@@ -57,7 +60,7 @@ def run(
     processes: Processes = 1,
     max_restarts: Restarts = 0,
 ) -> None:
-    """Learn every task of a stream in turn and measure all of them after each.
+    """Learn every task of a stream in turn, and measure all tasks after each.
 
     The same command continues a run that was stopped or killed, and ends with the same numbers. Exit code 3: a stage
     failed the configuration's gate.

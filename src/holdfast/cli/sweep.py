@@ -1,15 +1,18 @@
-"""`holdfast sweep`: many runs from one file, side by side, on this machine or on a cluster."""
+"""`holdfast sweep`: many runs from one file, on this machine or on a cluster, and their comparison."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from holdfast.cli.run import HelpWithKeys
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from holdfast.config.section import Section
     from holdfast.sweep.plan import PlannedRun
     from holdfast.sweep.work import RunOutcome
 
@@ -21,9 +24,9 @@ Overrides = Annotated[
 
 
 class HelpWithSweepKeys(HelpWithKeys):
-    """The keys of a sweep."""
+    """Adds every key of a sweep to --help."""
 
-    def configuration(self) -> type[Any]:
+    def configuration(self) -> type[Section]:
         from holdfast.sweep.plan import Sweep
 
         return Sweep
@@ -43,10 +46,10 @@ def sweep(
         str | None, typer.Option("--ray", help="Address of a Ray cluster to run on, or auto.", show_default="here")
     ] = None,
 ) -> None:
-    """Check every run of a grid, do those that are not done, and compare them all.
+    """Check every run of a grid, do those that are not done, and compare all of them.
 
-    The same command continues what was stopped or killed. A run that fails stops no other; the exit code is that of
-    the runs that failed.
+    The same command continues a sweep that was stopped or killed. A run that fails does not stop the others; the exit
+    code is that of the runs that failed.
     """
     from rich.console import Console
 
@@ -87,16 +90,16 @@ def sweep(
     raise typer.Exit(exit_code(ended))
 
 
-def print_runs(runs: list[PlannedRun], console: Any) -> None:
-    """What a sweep would do."""
+def print_runs(runs: list[PlannedRun], console: Console) -> None:
+    """List the runs of a sweep, and which are done."""
     states = [run.state for run in runs]
     for run, state in zip(runs, states, strict=True):
         console.print(f"{state:6}{run.name}", markup=False, soft_wrap=True)
     console.print(f"{len(runs)} runs, {states.count('done')} done, {states.count('begun')} begun")
 
 
-def print_failures(ended: list[RunOutcome], console: Any) -> None:
-    """Which runs are not done, and why."""
+def print_failures(ended: list[RunOutcome], console: Console) -> None:
+    """List the runs that are not done, each with the reason."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table

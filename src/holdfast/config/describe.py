@@ -5,26 +5,32 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from holdfast.config.section import Named, section_of
 
 
-def difference(old: BaseModel | dict[str, Any], new: BaseModel | dict[str, Any], cls: type[BaseModel]) -> list[str]:
-    """List where two configurations differ, as ``key: old -> new``; keys that change no result are passed over.
+def difference(recorded: dict[str, Any], config: BaseModel) -> list[str]:
+    """List where a configuration differs from a recorded one, as ``key: old -> new``.
+
+    Keys that change no result are left out. A key that an older version did not record has its default.
 
     Args:
-        cls: of both; it says which keys those are.
+        recorded: what an earlier call of ``model_dump`` gave for a configuration of the same class.
     """
-    old, new = (flat(c) for c in (old, new))
-    free = free_keys(cls)
+    cls = type(config)
+    try:
+        recorded = cls.model_validate(recorded).model_dump(mode="json")
+    except ValidationError:  # of a version that had other keys: compared as it is
+        pass
+    old, new, free = flat(recorded), flat(config), free_keys(cls)
     keys = [key for key in [*old, *(k for k in new if k not in old)] if key not in free]
     show = lambda side, key: json.dumps(side[key], ensure_ascii=False) if key in side else "(absent)"  # noqa: E731
     return [f"{key}: {show(old, key)} -> {show(new, key)}" for key in keys if old.get(key, ...) != new.get(key, ...)]
 
 
 def flat(config: BaseModel | dict[str, Any]) -> dict[str, Any]:
-    """Turn a configuration into ``{"training.epochs": 1.0, ...}``; lists stay whole."""
+    """A configuration as ``{"training.epochs": 1.0, ...}``; lists stay whole."""
     values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
     result: dict[str, Any] = {}
     for key, value in values.items():
@@ -36,7 +42,7 @@ def flat(config: BaseModel | dict[str, Any]) -> dict[str, Any]:
 
 
 def free_keys(cls: type[BaseModel], prefix: str = "") -> set[str]:
-    """Dotted names of the keys that may change between two starts of the same run."""
+    """The dotted keys that may change between two starts of the same run."""
     keys = set()
     for name, field in cls.model_fields.items():
         if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("free"):
@@ -48,7 +54,7 @@ def free_keys(cls: type[BaseModel], prefix: str = "") -> set[str]:
 
 
 def describe(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
-    """Every key as (dotted name, default, description), for `holdfast run --help`."""
+    """Every key as (dotted key, default, description), for `holdfast run --help`."""
     rows = []
     for name, field in cls.model_fields.items():
         section = section_of(field.annotation)

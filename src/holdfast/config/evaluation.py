@@ -1,4 +1,4 @@
-"""What is measured: tasks, general abilities, and a judge."""
+"""What is measured: the tasks, general abilities, and by whose judgement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from holdfast.config.section import FREE, Section
 
 HARNESS = ("tasks", "include_path", "num_fewshot", "limit", "apply_chat_template", "metric")
-"""Keys of a measure of general ability that are for lm-evaluation-harness."""
+"""Keys of a measure of general ability that only kind lm_eval has."""
 
 
 class GeneralConfig(Section):
@@ -43,7 +43,7 @@ class GeneralConfig(Section):
 
     @property
     def harness(self) -> dict[str, Any]:
-        """What lm-evaluation-harness is told."""
+        """The options of lm-evaluation-harness."""
         return self.model_dump(include=set(HARNESS))
 
     @model_validator(mode="after")
@@ -58,7 +58,7 @@ class GeneralConfig(Section):
                 if not getattr(self, key):
                     raise ValueError(f"{key}: is required but absent")
             others, wrong = set(HARNESS), f"is for kind lm_eval, not {self.kind}"
-        for key in sorted(others):  # run.json names their defaults, too
+        for key in sorted(others):  # they may be given with their defaults, as in run.json
             if getattr(self, key) != GeneralConfig.model_fields[key].get_default(call_default_factory=True):
                 raise ValueError(f"{key}: {wrong}")
         return self

@@ -11,7 +11,7 @@ from holdfast.config.section import FREE, Section
 
 
 def _increase(value: float | str | None) -> float | str | None:
-    """A number of nats, or a share with its sign of percent; on the command line both come as text."""
+    """A number of nats, or a share as text with a percent sign; the command line gives both as text."""
     if value is None:
         return None
     text = str(value)
@@ -65,7 +65,7 @@ class GateConfig(Section):
 
     @property
     def limits(self) -> dict[str, Any]:
-        """The limits that are given, by key."""
+        """The given limits, by key."""
         return self.model_dump(exclude={"on_fail", "stop_early"}, exclude_none=True)
 
     @model_validator(mode="after")

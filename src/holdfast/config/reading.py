@@ -1,20 +1,23 @@
-"""Read a configuration from YAML or a mapping, with overrides; every complaint names its key and a near one."""
+"""Read a configuration from YAML or a mapping, with overrides; each error names its key and, for a typo, a near key."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from holdfast.config.section import section_of
 from holdfast.errors import ConfigError, did_you_mean
 
+Model = TypeVar("Model", bound=BaseModel)
+
 
 class YamlLoader(yaml.SafeLoader):
-    """Safe YAML that also reads 3e-4 as a number, as everybody expects."""
+    """Safe YAML that also reads 3e-4 as a number."""
 
 
 YamlLoader.add_implicit_resolver(
@@ -25,12 +28,22 @@ YamlLoader.add_implicit_resolver(
 
 
 def load(
-    cls: type[Any],
+    cls: type[Model],
     source: str | Path | dict[str, Any],
     overrides: list[str] | None = None,
     where: str = "the configuration",
-) -> Any:
-    """Read a configuration of any class, as :func:`load_config` does; ``where`` says where a mapping came from."""
+) -> Model:
+    """Read a configuration of any class.
+
+    Args:
+        cls: the configuration's class.
+        source: a YAML file, or the mapping that such a file holds.
+        overrides: ``key.path=value`` strings; values are YAML.
+        where: the origin of a mapping, for messages.
+
+    Raises:
+        ConfigError: a key is unknown, missing or wrong; the message names it and a near name.
+    """
     if isinstance(source, dict):
         values = dict(source)
     else:
@@ -40,21 +53,25 @@ def load(
     return validate(cls, values, where)
 
 
-def validate(cls: type[Any], values: dict[str, Any], where: str) -> Any:
-    """Build a pydantic model from a user's mapping; every complaint names its key and, for a typo, the near name.
+def validate(cls: type[Model], values: dict[str, Any], where: str) -> Model:
+    """Build a pydantic model from a user's mapping.
 
     Raises:
-        ConfigError: with one line a complaint.
+        ConfigError: one line for each error, with its key and, for a typo, a near name.
     """
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        lines = [_complaint(cls, complaint) for complaint in error.errors()]
+        lines = [_in_words(cls, one) for one in error.errors()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; ConfigError if the file is absent, unreadable or no mapping."""
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: the file is absent, cannot be read, or holds no mapping.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)
     except FileNotFoundError:
@@ -85,7 +102,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value at a dotted key of a mapping, as ``key=value`` on the command line does.
+    """Set a dotted key of a mapping in place, as ``key=value`` on the command line does.
 
     Raises:
         ConfigError: a part of the key is not a section.
@@ -102,20 +119,20 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _complaint(cls: type[BaseModel], complaint: Any) -> str:
-    location = [part for part in complaint["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+def _in_words(cls: type[BaseModel], error: ErrorDetails) -> str:
+    location = [part for part in error["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     key = ".".join(str(part) for part in location)
     section: type[BaseModel] | None = cls
     for part in location[:-1]:
         if isinstance(part, str) and section is not None and part in section.model_fields:
             section = section_of(section.model_fields[part].annotation)
-    known = list(section.model_fields) if section is not None else []
-    match complaint["type"]:
+    keys = list(section.model_fields) if section is not None else []
+    match error["type"]:
         case "extra_forbidden":
-            return f"{key}: unknown key{did_you_mean(str(location[-1]), known)}"
+            return f"{key}: unknown key{did_you_mean(str(location[-1]), keys)}"
         case "missing":
             return f"{key}: is required but absent"
         case "value_error":
-            return f"{key + ': ' if key else ''}{complaint['ctx']['error']}"
-    message = complaint["msg"][0].lower() + complaint["msg"][1:]
-    return f"{key}: {message}, not {complaint['input']!r}"
+            return f"{key + ': ' if key else ''}{error['ctx']['error']}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key}: {message}, not {error['input']!r}"

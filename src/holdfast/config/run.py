@@ -1,4 +1,4 @@
-"""The run's configuration: one pydantic model, every field documented, unknown keys refused with a near name."""
+"""The configuration of a run."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ def _stream(value: Any) -> Any:
 
 
 def as_tuner(value: Any) -> Any:
+    """The section of a tuner; LoRA if it gives options without a name."""
     return {"name": "lora"} | value if isinstance(value, dict) else as_named(value)
 
 
 def as_methods(value: Any) -> Any:
+    """A list of methods from one method or several."""
     return value if isinstance(value, list) else [value]
 
 
 class RunConfig(Section):
-    """A run: model x tuner x method x stream x seed, in one directory."""
+    """The configuration of a run: model, tuner, method, stream and seed, in one directory."""
 
     model: Annotated[ModelConfig, BeforeValidator(as_named)] = Field(
         description="the model to teach: a name or a section"

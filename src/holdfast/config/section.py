@@ -1,15 +1,16 @@
-"""A section of a configuration: a pydantic model that refuses unknown keys, and things named with their options."""
+"""The base of all sections of a configuration, and methods or tuners that are named with their options."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from holdfast.system.files import is_finite
 
-# A key marked so may change between two starts of the same run: no number of what is done already depends on it.
-FREE: Any = {"free": True}
+FREE: JsonDict = {"free": True}
+"""Marks a key that may change between two starts of the same run, since no result depends on it."""
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -23,7 +24,7 @@ class Section(BaseModel):
 
 
 class Named(Section):
-    """A tuner or method by name, with its own options, which its own class checks."""
+    """A tuner or method by name, with its options, which its own class checks."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -31,6 +32,7 @@ class Named(Section):
 
     @property
     def options(self) -> dict[str, Any]:
+        """All keys but the name."""
         return dict(self.model_extra or {})
 
 
@@ -42,11 +44,11 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 FreeOptions = Annotated[dict[str, Any], AfterValidator(_finite)]
-"""Options by name whose values something else checks."""
+"""Options by name whose values are checked elsewhere."""
 
 
 def year_as_text(value: Any) -> Any:
-    """Names of tasks may be years, which YAML reads as numbers."""
+    """A task's name as text: YAML reads the name of a year as a number."""
     return str(value) if type(value) is int else value
 
 
@@ -54,6 +56,7 @@ TaskName = Annotated[str, BeforeValidator(year_as_text)]
 
 
 def as_named(value: Any) -> Any:
+    """A section from a name alone; anything else as it is."""
     return {"name": value} if isinstance(value, str) else value
 
 

@@ -119,7 +119,7 @@ class StreamConfig(Section):
         if (self.tasks is not None) == (self.name is not None or self.path is not None):
             raise ValueError("give name (a stream, with the path of its data), or path (a folder), or tasks (a list)")
         if self.name is None:
-            for key in ("paths", "scoring"):  # run.json names their defaults, too
+            for key in ("paths", "scoring"):  # they may be given with their defaults, as in run.json
                 if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                     raise ValueError(f"{key}: only a named stream (stream.name) has it")
         return self

@@ -129,7 +129,7 @@ def _work_off(
             run = left.pop(next(key for key, run in left.items() if ready(run)))
             finished(run, _do(*job(run)))
         return
-    with Pool(_do, [{}] * processes) as pool:
+    with Pool[PlannedLabRun](_do, [{}] * processes) as pool:
         while left or pool.working:
             for key in [key for key, run in left.items() if ready(run)][: pool.free]:
                 run = left.pop(key)

@@ -81,7 +81,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: one did; the message lists the differences.
         """
-        if self.record and (lines := difference(self.record["config"], config, type(config))):
+        if self.record and (lines := difference(self.record["config"], config)):
             listed = "".join(f"\n  {line}" for line in lines)
             raise RunDirectoryError(
                 f"{self.path}: holds a run with another configuration:{listed}\n"

@@ -1,1 +1,1 @@
-"""Many runs from one file."""
+"""A sweep: many runs from one file."""

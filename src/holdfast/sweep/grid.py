@@ -1,4 +1,4 @@
-"""A grid: columns with their values, and every cell of their product."""
+"""A grid: columns with their values, and the cells of their product."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 Grid = dict[str, list[Any] | dict[str, dict[str, Any]]]
-"""A dotted key with its values, or a name with what each of its named values changes."""
+"""A dotted key with its values, or a column with named values: {name: {dotted key: value}}."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One column of a cell.
+    """The value of a cell in one column.
 
     Attributes:
-        column: its name.
-        value: or the name of its value.
-        changes: what it changes, {dotted key: value}.
+        column: the column's name.
+        value: the value, or the name of a named value.
+        changes: to the configuration, {dotted key: value}.
     """
 
     column: str
@@ -27,7 +27,7 @@ class Axis:
 
 
 def cells(grid: Grid) -> Iterator[tuple[Axis, ...]]:
-    """Every cell, the last column fastest."""
+    """Every cell; the last column changes fastest."""
     axes = []
     for key, values in grid.items():
         if isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""A sweep: many runs that differ by a grid, described by one YAML file, each checked before the first one starts."""
+"""A sweep: runs that differ by a grid, described by one YAML file, each checked before the first one starts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from holdfast.sweep.grid import Axis, Grid, cells
 from holdfast.system.files import read_json
 
 LONGEST_VALUE = 48
-"""Letters of a value in a run's name; of a longer one the beginning and a digest stand in it."""
+"""Letters of a value in a run's name; a longer value is cut and gets a digest."""
 
 
 class Resources(Section):
-    """What one run needs."""
+    """The resources of one run."""
 
     processes: int = Field(1, ge=1, description="processes that train a run together, each with a GPU where there are")
     cores: float = Field(1, ge=0, description="of a machine of Ray's, for each process")
@@ -37,7 +37,7 @@ class Resources(Section):
 
 
 class Range(Section):
-    """Where a value is searched."""
+    """The range in which a value is searched."""
 
     low: float = Field(description="the least value")
     high: float = Field(description="the greatest value")
@@ -51,7 +51,7 @@ class Range(Section):
 
 
 class SearchConfig(Section):
-    """The values with the best average whose forgetting is at most so much, on the tasks' dev splits."""
+    """A search on the tasks' dev splits: the best average among values that keep forgetting within a limit."""
 
     over: dict[str, Range] = Field(min_length=1, description="dotted keys, for example method.strength")
     max_forgetting: float = Field(description="forgetting at most, a fraction")
@@ -94,9 +94,9 @@ class PlannedRun:
     """One run of a sweep.
 
     Attributes:
-        name: readable, its folder's; it depends on the run's own values alone.
-        columns: the values by which it differs from the others.
-        config: what ``holdfast run`` would read.
+        name: of its folder; it depends on the run's own values only.
+        columns: the values by which it differs from other runs.
+        config: as ``holdfast run`` would read it.
     """
 
     name: str
@@ -105,6 +105,7 @@ class PlannedRun:
 
     @property
     def path(self) -> Path:
+        """The run's directory."""
         return Path(self.config.output)
 
     @property
@@ -119,8 +120,8 @@ class PlannedRun:
 def load_sweep(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Sweep:
     """Read a sweep: a YAML file or the mapping that it holds, with ``key.path=value`` changes.
 
-    A file may name another one as its ``base``: then its ``run`` holds changes ({dotted key: value}) to that one's run,
-    its ``grid`` exchanges or adds columns, and its other keys take the place of that one's.
+    A file may name another file as its ``base``. Then its ``run`` holds changes to the base's run ({dotted key:
+    value}), its ``grid`` replaces or adds columns, and its other keys replace those of the base.
 
     Raises:
         ConfigError: a key is unknown, missing or wrong; the message names it and a near name.
@@ -151,10 +152,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def expand(sweep: Sweep, folder: Path | None = None) -> list[PlannedRun]:
-    """Every run, in the order of the grid; keys that are searched have the middle of their range.
+    """Every run, in the order of the grid; a key that is searched has the middle of its range.
 
     Args:
-        folder: instead of the sweep's output.
+        folder: of the runs; None: the sweep's output.
 
     Raises:
         ConfigError: a run's configuration is wrong, or two runs have one name.
@@ -174,8 +175,8 @@ def planned(sweep: Sweep, axes: Sequence[Axis], searched: dict[str, float], fold
     """The run of one cell.
 
     Args:
-        searched: what the search found, {dotted key: value}.
-        folder: instead of the sweep's output.
+        searched: the values that the search chose, {dotted key: value}.
+        folder: of the run's folder; None: the sweep's output.
 
     Raises:
         ConfigError: its configuration is wrong.
@@ -197,7 +198,7 @@ def planned(sweep: Sweep, axes: Sequence[Axis], searched: dict[str, float], fold
 
 
 def shown(value: Any) -> str:
-    """A value as a part of a file's name: of a section its name and options, of a path its last part."""
+    """A value as a part of a file's name: a section as its name and options, a path as its last part."""
     if isinstance(value, dict):
         options = [f"{key}-{shown(below)}" for key, below in value.items() if key != "name"]
         text = "-".join([*([str(value["name"])] if "name" in value else []), *options])
@@ -215,10 +216,10 @@ def shown(value: Any) -> str:
 
 
 def check(runs: Sequence[PlannedRun]) -> None:
-    """Make sure that each run can start or go on, as ``holdfast check`` does; runs that differ in seed, once.
+    """Check that each run can start or continue, as ``holdfast check`` does; runs that differ only in the seed, once.
 
     Raises:
-        UserError: one cannot; the message names the run.
+        UserError: a run cannot; the message names it.
     """
     from holdfast.records.directory import RunDirectory
     from holdfast.runner.setup import prepare, resolve

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster, as :class:`~holdfast.system.pool.Pool`; a run whose machine is lost restarts elsewhere."""
+"""Workers on a Ray cluster, like :class:`~holdfast.system.pool.Pool`; a run restarts if its machine is lost."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import socket
 from typing import Any
 
 from holdfast.errors import ConfigError, Interrupted
-from holdfast.sweep.plan import Resources
+from holdfast.sweep.plan import PlannedRun, Resources
 from holdfast.sweep.work import do_run
 from holdfast.system.pool import JobOutcome, WorkerDiedError
 
 
 class RayPool:
-    """Runs as tasks of Ray. Their folders must lie where every machine sees them."""
+    """Does runs as tasks of Ray. Every machine must see their folders."""
 
     def __init__(self, resources: Resources, address: str):
         """
         Args:
             resources: of one run.
-            address: of a cluster's head, or auto.
+            address: of the head of a cluster, or auto.
 
         Raises:
-            ConfigError: Ray is not installed, or no cluster answers there, or none of its machines is enough.
+            ConfigError: Ray is not installed, no cluster answers there, or no machine of it has the resources.
         """
         try:
             import ray
@@ -38,34 +38,34 @@ class RayPool:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(m.get("CPU", 0) >= cores and m.get("GPU", 0) >= gpus for m in machines):
             raise ConfigError(f"resources: a run needs {cores:g} cores and {gpus:g} GPUs, which no machine here has")
-        options: dict[str, Any] = {"num_cpus": cores, "num_gpus": gpus, "max_retries": resources.retries}
-        self._do, self._processes = ray.remote(**options)(do_run), resources.processes
-        self._jobs: dict[Any, Any] = {}
+        remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=resources.retries)
+        self._do, self._processes = remote(do_run), resources.processes
+        self._jobs: dict[Any, PlannedRun] = {}
         self._stopping = False
 
     @property
     def free(self) -> int:
-        """How many more runs can be submitted: any number, which Ray keeps until there is room."""
+        """How many more runs can be submitted: always one, since Ray queues what it has no room for."""
         return 0 if self._stopping else 1
 
     @property
     def working(self) -> int:
-        """How many runs are under way or waiting for room."""
+        """How many runs are under way or queued."""
         return len(self._jobs)
 
-    def submit(self, key: Any, *arguments: Any) -> None:
-        """Begin a run under a name of its own."""
-        self._jobs[self._do.remote(self._processes, *arguments)] = key
+    def submit(self, key: PlannedRun, config: dict[str, Any], /) -> None:
+        """Begin a run; ``key`` is a name that no other has."""
+        self._jobs[self._do.remote(self._processes, config)] = key
 
-    def wait(self, seconds: float | None = None) -> list[tuple[Any, JobOutcome]]:
-        """The runs that are done by now, once there is one or the time is over."""
+    def wait(self, seconds: float | None = None) -> list[tuple[PlannedRun, JobOutcome]]:
+        """Wait until a run is done or the time is over, and return the runs that are done, (key, outcome) of each."""
         if not self._jobs:
             return []
         ready, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=seconds)
         return [(self._jobs.pop(job), self._outcome(job)) for job in ready]
 
     def stop(self) -> None:
-        """Ask the runs under way to save and leave; nothing else begins."""
+        """Ask the runs under way to save and end; no other begins."""
         self._stopping = True
         for job in self._jobs:
             self._ray.cancel(job)
@@ -94,7 +94,7 @@ class RayPool:
 
 
 def _reach(address: str) -> None:
-    """OSError where nothing listens at a host:port; Ray itself would try for minutes."""
+    """Raise OSError if nothing listens at a host:port; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()

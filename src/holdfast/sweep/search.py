@@ -1,7 +1,7 @@
-"""Search of a strength: the best average whose forgetting is at most so much, on dev splits, by Optuna's TPE.
+"""Search for values, such as a method's strength, by Optuna's TPE on dev splits: the best average within a limit on
+forgetting.
 
-Trials are chosen and told in an order that depends on the sweep alone, so a search that was stopped goes on with the
-trials that it would have had.
+The order of the trials depends on the sweep only, so a search that was stopped continues with the same trials.
 """
 
 from __future__ import annotations
@@ -13,54 +13,56 @@ from typing import Any
 from holdfast.errors import ConfigError, GateFailed
 from holdfast.sweep.grid import Axis, cells
 from holdfast.sweep.plan import PlannedRun, Range, SearchConfig, Sweep, check, planned
-from holdfast.sweep.work import Workers, said, work_off
+from holdfast.sweep.work import Workers, in_a_line, work_off
 from holdfast.system.files import write_json
 from holdfast.system.progress import Progress
 
 
 def searched(sweep: Sweep, workers: Workers, progress: Progress) -> list[PlannedRun]:
-    """Search each cell of the grid, whatever its seeds, and give its runs what was found.
+    """Search once for each cell of the grid, over all its seeds, and plan its runs with the best values.
 
-    Writes search.json: of each cell its trials and the best one.
+    Writes search.json: for each cell its trials and the best values.
 
     Raises:
         ConfigError: Optuna is not installed.
-        UserError: a trial cannot be run: a task has no dev split, for example.
+        UserError: a trial cannot be run, for example because a task has no dev split.
         GateFailed: no trial of a cell kept to the limit.
     """
     assert sweep.search is not None
     grids = sweep.grid if isinstance(sweep.grid, list) else [sweep.grid]
-    runs, found, known = [], [], {}
+    runs: list[PlannedRun] = []
+    chosen: dict[str, dict[str, float]] = {}
+    searches: list[dict[str, Any]] = []
     for grid in grids:
         for axes in cells(grid):
-            rest = [axis for axis in axes if set(axis.changes) != {"seed"}]
-            name = planned(sweep, rest, {}).name
-            if name not in known:
-                trials = _search(sweep, sweep.search, rest, name, workers, progress)
-                known[name] = best(trials, sweep.search, name)
-                found.append({"cell": name, "best": known[name], "trials": trials})
-                write_json(Path(sweep.output) / "search.json", found)
-            runs.append(planned(sweep, axes, known[name]))
+            without_seed = [axis for axis in axes if set(axis.changes) != {"seed"}]
+            name = planned(sweep, without_seed, {}).name
+            if name not in chosen:
+                trials = _search(sweep, sweep.search, without_seed, name, workers, progress)
+                chosen[name] = best(trials, sweep.search, name)
+                searches.append({"cell": name, "best": chosen[name], "trials": trials})
+                write_json(Path(sweep.output) / "search.json", searches)
+            runs.append(planned(sweep, axes, chosen[name]))
     check(runs)
     return runs
 
 
 def best(trials: Sequence[dict[str, Any]], search: SearchConfig, name: str) -> dict[str, float]:
-    """The values of the trial with the best average among those that keep to the limit; the first of equal ones.
+    """The values of the trial with the best average among those within the limit; of equal ones, the first.
 
     Args:
-        trials: with ``values``, ``average``, ``forgetting`` and ``lower`` (whether a lower average is better); an
-            average of None failed.
+        trials: with ``values``, ``average``, ``forgetting`` and ``lower`` (whether a lower average is better); a trial
+            that failed has an average of None.
 
     Raises:
-        GateFailed: none keeps to it.
+        GateFailed: no trial is within the limit.
     """
     done = [trial for trial in trials if trial["average"] is not None]
-    kept = [trial for trial in done if trial["forgetting"] <= search.max_forgetting]
-    if not kept:
+    allowed = [trial for trial in done if trial["forgetting"] <= search.max_forgetting]
+    if not allowed:
         least = f"; the least was {min(t['forgetting'] for t in done):.3f}" if done else "; all trials failed"
         raise GateFailed(f"search: {name}: no trial kept forgetting at most {search.max_forgetting:g}{least}")
-    values: dict[str, float] = max(kept, key=lambda t: -t["average"] if t["lower"] else t["average"])["values"]
+    values: dict[str, float] = max(allowed, key=lambda t: -t["average"] if t["lower"] else t["average"])["values"]
     return values
 
 
@@ -80,11 +82,11 @@ def _search(
     sampler = optuna.samplers.TPESampler(seed=search.seed, n_startup_trials=min(10, max(1, search.trials // 3)))
     study = optuna.create_study(sampler=sampler)
     while len(trials) < search.trials:
-        asked = [study.ask() for _ in range(min(search.at_once, search.trials - len(trials)))]
-        chosen = [{key: _suggest(trial, key, range_) for key, range_ in search.over.items()} for trial in asked]
+        suggested = [study.ask() for _ in range(min(search.at_once, search.trials - len(trials)))]
+        chosen = [{key: _suggest(trial, key, range_) for key, range_ in search.over.items()} for trial in suggested]
         runs = [planned(sweep, [*axes, dev], values, Path(sweep.output) / "search" / name) for values in chosen]
         check(runs)
-        for trial, values, end in zip(asked, chosen, work_off(runs, workers, progress), strict=True):
+        for trial, values, end in zip(suggested, chosen, work_off(runs, workers, progress), strict=True):
             summary: dict[str, Any] = {"average": None, "forgetting": None}
             lower = False
             if end.state in ("done", "skipped"):
@@ -94,7 +96,7 @@ def _search(
             trials.append({"run": end.run.name, "values": values, "lower": lower} | summary)
             if None in summary.values():
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                progress.line(f"search {name}: {end.run.name}: {said(end)}")
+                progress.line(f"search {name}: {end.run.name}: {in_a_line(end)}")
                 continue
             trial.set_constraint("forgetting", summary["forgetting"] - search.max_forgetting)
             study.tell(trial, summary["average"] if lower else -summary["average"])
@@ -106,5 +108,5 @@ def _search(
 
 
 def _suggest(trial: Any, key: str, range_: Range) -> float:
-    """A value of a range, to four digits, so that a run's name says all of it."""
+    """A value of a range, rounded to four digits, which a run's name can hold."""
     return float(f"{trial.suggest_float(key, range_.low, range_.high, log=range_.log):.4g}")

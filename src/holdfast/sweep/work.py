@@ -1,4 +1,4 @@
-"""The runs of a sweep at work, on this machine or on a cluster; what became of each, and of all together."""
+"""Do the runs of a sweep, on this machine or on a cluster, and report how each ended."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from holdfast.errors import ConfigError, GateFailed, Interrupted, UserError
 from holdfast.sweep.plan import PlannedRun, Resources
 from holdfast.system.files import read_json, write_json, write_text
 from holdfast.system.interrupt import Interrupt
+from holdfast.system.machine import cores
 from holdfast.system.pool import JobOutcome, Pool
 from holdfast.system.progress import Progress
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Workers(Protocol):
-    """Where runs are done: :class:`holdfast.system.pool.Pool`, or :class:`holdfast.sweep.ray_pool.RayPool`."""
+    """Does runs: :class:`holdfast.system.pool.Pool`, or :class:`holdfast.sweep.ray_pool.RayPool`."""
 
     @property
     def free(self) -> int: ...
@@ -33,19 +34,19 @@ class Workers(Protocol):
     @property
     def working(self) -> int: ...
 
-    def submit(self, key: Any, *arguments: Any) -> None: ...
+    def submit(self, key: PlannedRun, config: dict[str, Any], /) -> None: ...
 
-    def wait(self, seconds: float | None = None) -> list[tuple[Any, JobOutcome]]: ...
+    def wait(self, seconds: float | None = None) -> list[tuple[PlannedRun, JobOutcome]]: ...
 
     def stop(self) -> None: ...
 
 
 class InUseError(RuntimeError):
-    """Another sweep is at a run; there may be others to do until that is done."""
+    """Another sweep is doing this run; other runs may be done first."""
 
 
 PATIENCE = 5.0
-"""Seconds to wait for a run that another sweep is at, before others are tried."""
+"""Seconds to wait for a run that another sweep is doing, before others are tried."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class RunOutcome:
 
     Attributes:
         state: done, skipped (it was done before), stopped or failed.
-        why: in words, where it is not done.
-        code: exit code of ``holdfast run``.
+        why: the reason, if it is not done.
+        code: the exit code of ``holdfast run``.
     """
 
     run: PlannedRun
@@ -65,45 +66,45 @@ class RunOutcome:
 
 
 def work_off(runs: Sequence[PlannedRun], workers: Workers, progress: Progress) -> list[RunOutcome]:
-    """Do the runs that are not done; one that fails stops no other.
+    """Do the runs that are not done; a run that fails does not stop the others.
 
     Args:
-        workers: that :func:`do_run`.
+        workers: call :func:`do_run`.
 
     Returns:
-        what became of each, in their order.
+        The outcome of each, in order.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM asked it to stop; the same call continues.
+        Interrupted: SIGINT or SIGTERM asked to stop; the same call continues.
     """
     ended = {run.name: RunOutcome(run, "skipped") for run in runs if run.state == "done"}
     left = [run for run in runs if run.name not in ended]
     if ended:
         progress.line(f"{len(ended)} of {len(runs)} runs are done already")
-    asked = False
+    stopping = False
     with Interrupt() as interrupt:
-        while (left and not asked) or workers.working:
-            while left and workers.free and not asked:
+        while (left and not stopping) or workers.working:
+            while left and workers.free and not stopping:
                 run = left.pop(0)
                 workers.submit(run, run.config.model_dump(mode="json"))
             for run, outcome in workers.wait(0.5):
                 if isinstance(outcome.error, InUseError):
                     left.append(run)
                     continue
-                ended[run.name] = how(run, outcome)
-                progress.line(f"{len(ended)}/{len(runs)} {run.name}: {said(ended[run.name])}")
-            if interrupt.requested and not asked:
-                asked = True
+                ended[run.name] = run_outcome(run, outcome)
+                progress.line(f"{len(ended)}/{len(runs)} {run.name}: {in_a_line(ended[run.name])}")
+            if interrupt.requested and not stopping:
+                stopping = True
                 progress.line(f"stopping {workers.working} runs at a checkpoint")
                 workers.stop()
-    if asked:
+    if stopping:
         done = sum(end.state in ("done", "skipped") for end in ended.values())
         raise Interrupted(f"stopped with {done} of {len(runs)} runs done")
     return [ended[run.name] for run in runs]
 
 
-def how(run: PlannedRun, outcome: JobOutcome) -> RunOutcome:
-    """What became of a run, from what its process told."""
+def run_outcome(run: PlannedRun, outcome: JobOutcome) -> RunOutcome:
+    """The outcome of a run, from that of its job."""
     match outcome.error:
         case None:
             return RunOutcome(run, "done")
@@ -115,28 +116,28 @@ def how(run: PlannedRun, outcome: JobOutcome) -> RunOutcome:
             return RunOutcome(run, "failed", f"{type(error).__name__}: {error}", 1)
 
 
-def said(end: RunOutcome) -> str:
-    """What became of a run, in a line."""
+def in_a_line(end: RunOutcome) -> str:
+    """The outcome of a run, in a line."""
     return f"{end.state}: {end.why.splitlines()[0]}" if end.why else end.state
 
 
 def exit_code(ended: Sequence[RunOutcome]) -> int:
-    """Of the whole sweep: that of the runs that failed, and 1 where these differ."""
+    """The exit code of a sweep: that of the runs that failed, or 1 if these differ."""
     codes = {end.code for end in ended if end.code}
     return codes.pop() if len(codes) == 1 else int(bool(codes))
 
 
 def do_run(processes: int, config: dict[str, Any]) -> None:
-    """One run, in this process or in several.
+    """Do one run, in this process or in several.
 
     Raises:
-        InUseError: another sweep is at it.
+        InUseError: another sweep is doing it.
     """
     output = Path(config["output"])
     output.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         try:
-            held.enter_context(FileLock(output.with_name(f".{output.name}.lock")).acquire(timeout=PATIENCE))
+            locks.enter_context(FileLock(output.with_name(f".{output.name}.lock")).acquire(timeout=PATIENCE))
         except Timeout:
             raise InUseError(f"{output}: another sweep is at it") from None
         record = output / "run.json"
@@ -160,38 +161,40 @@ def do_run(processes: int, config: dict[str, Any]) -> None:
         run(config, Progress(quiet=True))
 
 
-def local_workers(resources: Resources, count: int | None) -> Pool:
-    """Workers on this machine, each with GPUs of its own where there are any, and its share of the cores.
+def local_workers(resources: Resources, count: int | None) -> Pool[PlannedRun]:
+    """Workers on this machine, each with GPUs of its own if there are any, and a share of the cores.
 
     Args:
-        count: runs at work at the same time; where absent, as many as the GPUs, or else the cores, are enough for.
+        count: runs at work at the same time; None: as many as the GPUs, or without GPUs the cores, are enough for.
 
     Raises:
         ConfigError: there are GPUs, but too few for one run.
     """
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = visible_gpus(torch.cuda.device_count())
-    together = resources.processes
-    places = [gpus[i : i + together] for i in range(0, len(gpus) - together + 1, together)]
-    if gpus and not places:
-        raise ConfigError(f"resources.processes: {together} processes need as many GPUs, and there are {len(gpus)}")
-    count = count or len(places) or max(1, cores // together)
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (count * together))))
-    seen = [{"CUDA_VISIBLE_DEVICES": ",".join(places[i % len(places)])} if places else {} for i in range(count)]
-    return Pool(partial(do_run, together), [{"OMP_NUM_THREADS": threads} | own for own in seen])
+    processes = resources.processes
+    shares = [gpus[i : i + processes] for i in range(0, len(gpus) - processes + 1, processes)]
+    if gpus and not shares:
+        raise ConfigError(f"resources.processes: {processes} processes need as many GPUs, and there are {len(gpus)}")
+    count = count or len(shares) or max(1, cores() // processes)
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // (count * processes))))
+    environments = [{"OMP_NUM_THREADS": threads} for _ in range(count)]
+    for i, environment in enumerate(environments):
+        if shares:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(shares[i % len(shares)])
+    return Pool(partial(do_run, processes), environments)
 
 
 def visible_gpus(count: int) -> list[str]:
-    """Names of the GPUs of this process, as CUDA_VISIBLE_DEVICES has them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+    """The GPUs of this process, named as in CUDA_VISIBLE_DEVICES."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[:count] if names else [str(i) for i in range(count)]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What all runs that are done came to.
+    """The runs of a sweep that are done, and their comparison.
 
     Attributes:
         page: the HTML file.
@@ -203,8 +206,12 @@ class Report:
 
 
 def finish(ended: Sequence[RunOutcome], folder: Path) -> Report | None:
-    """Write what became of each run (sweep.json), and of those that are done the table (table.md, table.csv) and the
-    page; None where none is done."""
+    """Write the outcome of each run (sweep.json) and, for the runs that are done, the table (table.md, table.csv) and
+    the page.
+
+    Returns:
+        None if no run is done.
+    """
     from holdfast.records.read import read_runs
     from holdfast.report import write_report
     from holdfast.report.compare import compare

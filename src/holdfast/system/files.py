@@ -133,9 +133,9 @@ def read_appended(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success it is flushed and becomes ``path``, replacing what stood there.
+    """Give a temporary folder to fill, which on success is flushed to disk and replaces ``path``.
 
-    A kill at any point leaves either no ``path``, the old one, or the whole new one.
+    After a kill at any point, ``path`` is absent, the old folder, or the whole new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + PARTIAL)
@@ -154,8 +154,8 @@ def locked_folder(path: Path) -> Iterator[None]:
     """Make a folder if it is new, and hold its lock.
 
     Raises:
-        RunDirectoryError: it is a file, cannot be written, or another process uses it; or what was done under the lock
-            filled the disk.
+        RunDirectoryError: it is a file, cannot be written, or is in use by another process; or the disk became full
+            under the lock.
     """
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"output: {path} is a file; it must be a directory, or not exist yet")
@@ -183,7 +183,7 @@ def locked_folder(path: Path) -> Iterator[None]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Return when every file below a folder has reached the disk."""
+    """Flush every file below a folder to disk."""
     for root, _, names in os.walk(folder):
         for name in names:
             with (Path(root) / name).open("rb") as file:
@@ -192,9 +192,9 @@ def flush_folder(folder: Path) -> None:
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error, or one that led to it, means that no space is left where ``folder`` lies.
+    """Whether an error, or one of its causes, means that the disk of ``folder`` is full.
 
-    torch and safetensors report a full disk as errors of their own, so their text and the free space are looked at.
+    torch and safetensors report a full disk as errors of their own: these are told by their text and the free space.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -218,7 +218,7 @@ def _sync(folder: Path) -> None:
 
 
 def require_same(folder: Path, what: str, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """ConfigError if a folder was made with other values than those wanted; it names them."""
+    """Raise ConfigError, with the values that differ, if a folder was made with other values than those wanted."""
     changed = [f"{key} {there.get(key)!r}, not {value!r}" for key, value in wanted.items() if there.get(key) != value]
     if changed:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks the run to save and leave, a second one ends it at once."""
+"""SIGINT and SIGTERM: the first one asks the run to save and end, a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.system.progress import Progress
 
 
 class Interrupt:
-    """While it is entered, ``requested`` becomes true on the first SIGINT or SIGTERM."""
+    """A context in which the first SIGINT or SIGTERM sets ``requested``."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -32,10 +32,11 @@ class Interrupt:
 
     @contextmanager
     def bar(self, progress: Progress, title: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar that is moved by what it gives, with what is done and all; there, work that was asked to stop leaves.
+        """Show a bar for a piece of work that can be stopped.
 
-        Raises:
-            Interrupted: by that call.
+        Yields:
+            a function to call with the steps done and all steps. It moves the bar, and raises Interrupted if a signal
+            came.
         """
         with progress.bar(title) as bar:
 

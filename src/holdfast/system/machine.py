@@ -1,10 +1,11 @@
-"""What this machine is: versions, hardware, free disk space."""
+"""This machine: versions, hardware, cores, free disk space and ports."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
+import socket
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -26,14 +27,25 @@ def hardware() -> dict[str, Any]:
 
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_gib": _memory_gib(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def free_gib(path: Path) -> float:
-    """Free space in GiB where a path lies or would lie."""
+    """Free disk space in GiB at a path, which need not exist."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free / 2**30

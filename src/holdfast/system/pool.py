@@ -1,4 +1,4 @@
-"""A pool of worker processes that outlives any of them: a job that fails, or whose process dies, is told of as such."""
+"""A pool of worker processes that outlives each of them; it reports a job that failed or whose process died."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from holdfast.errors import Interrupted
+
+Key = TypeVar("Key")
+
+
+def exit_in_words(code: int) -> str:
+    """How a process ended, from its exit code."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 class WorkerDiedError(RuntimeError):
@@ -22,32 +29,32 @@ class WorkerDiedError(RuntimeError):
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What became of a job: its value, or the error that it raised."""
+    """The value of a job, or the error that it raised."""
 
     value: Any = None
     error: Exception | None = None
 
     def result(self) -> Any:
-        """The value; raises the error."""
+        """Return the value, or raise the error."""
         if self.error is not None:
             raise self.error
         return self.value
 
 
-class Pool:
-    """Jobs in processes of their own, as many at a time as there are workers.
+class Pool(Generic[Key]):
+    """Runs jobs in worker processes, as many at a time as there are workers.
 
-    A worker starts with the first job that needs it, does one after another, and is replaced where it died.
+    A worker starts with the first job that needs it, does one job after another, and is replaced if it died.
     """
 
     def __init__(self, do: Callable[..., Any], workers: Sequence[dict[str, str]]):
         """
         Args:
-            do: does a job; a function of a module, which is imported in the worker alone.
-            workers: of each, what its environment has beside this process's, CUDA_VISIBLE_DEVICES for example.
+            do: does a job; a function of a module, so that only the worker imports it.
+            workers: for each worker its further environment variables, such as CUDA_VISIBLE_DEVICES.
         """
         self._do, self._environments = do, workers
-        self._workers: list[_Worker | None] = [None] * len(workers)
+        self._workers: list[_Worker[Key] | None] = [None] * len(workers)
         self._stopping = False
 
     @property
@@ -60,8 +67,13 @@ class Pool:
         """How many jobs are under way."""
         return sum(worker is not None and worker.key is not None for worker in self._workers)
 
-    def submit(self, key: Any, *arguments: Any) -> None:
-        """Begin a job under a name of its own; there must be a free worker."""
+    def submit(self, key: Key, *arguments: Any) -> None:
+        """Begin a job.
+
+        Args:
+            key: a name that no other job has.
+            arguments: of the job; there must be a free worker.
+        """
         place = next(i for i, worker in enumerate(self._workers) if worker is None or worker.key is None)
         worker = self._workers[place]
         if worker is None or not worker.process.is_alive():
@@ -69,15 +81,15 @@ class Pool:
         worker.key = key
         worker.connection.send((self._do, arguments))
 
-    def wait(self, seconds: float | None = None) -> list[tuple[Any, JobOutcome]]:
-        """The jobs that are done by now, once there is one or the time is over."""
+    def wait(self, seconds: float | None = None) -> list[tuple[Key, JobOutcome]]:
+        """Wait until a job is done or the time is over, and return the jobs that are done, (key, outcome) of each."""
         busy: dict[Any, int] = {
             w.connection: place for place, w in enumerate(self._workers) if w is not None and w.key is not None
         }
         finished = []
         for connection in wait(list(busy), seconds):
             worker = self._workers[busy[connection]]
-            assert isinstance(worker, _Worker)
+            assert worker is not None and worker.key is not None
             key, worker.key = worker.key, None
             try:
                 outcome = JobOutcome(*worker.connection.recv())
@@ -89,13 +101,13 @@ class Pool:
         return finished
 
     def stop(self) -> None:
-        """Ask the jobs under way to save and leave; nothing else begins."""
+        """Ask the jobs under way to save and end; no other job begins."""
         self._stopping = True
         for worker in self._workers:
             if worker is not None and worker.key is not None:
                 worker.process.terminate()
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> Pool[Key]:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -111,12 +123,11 @@ class Pool:
     def _death(self, code: int) -> Exception:
         if self._stopping:
             return Interrupted("stopped before it had begun")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return WorkerDiedError(f"its process {how}")
+        return WorkerDiedError(f"its process {exit_in_words(code)}")
 
 
-class _Worker:
-    """A process and the way to it. ``key`` names its job."""
+class _Worker(Generic[Key]):
+    """A process and the connection to it. ``key`` names its job; None: it has none."""
 
     def __init__(self, environment: dict[str, str]):
         context = get_context("spawn")
@@ -124,11 +135,11 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(other, environment))
         self.process.start()
         other.close()
-        self.key: Any = None
+        self.key: Key | None = None
 
 
 def _serve(connection: Connection, environment: dict[str, str]) -> None:
-    """What a worker does: job after job, until there is nobody to ask. Ctrl-C is for the process that asks."""
+    """Do one job after another, until the pool closes the connection; Ctrl-C is left to the pool's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= environment  # before a job imports torch
     with contextlib.suppress(EOFError, ConnectionError):
@@ -141,7 +152,7 @@ def _serve(connection: Connection, environment: dict[str, str]) -> None:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or what it said where it cannot be sent."""
+    """The error with its traceback as a note, or its traceback alone if it cannot be pickled."""
     text = traceback.format_exc()
     try:
         copy = pickle.loads(pickle.dumps(error))

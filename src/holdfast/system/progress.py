@@ -1,4 +1,4 @@
-"""What a person sees while a run works: bars in a terminal, plain lines elsewhere."""
+"""The progress of a run: bars in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
 SECONDS_BETWEEN_LINES = 2.0
-SECONDS_BETWEEN_COUNTS = 30.0  # where it is not known how much there is to do
+SECONDS_BETWEEN_COUNTS = 30.0  # if the total is not known
 
 
 class Bar:
-    """One piece of work; its length is told with each update."""
+    """The progress of one piece of work."""
 
     def __init__(self, progress: Progress, title: str, bars: Bars | None):
         self._progress, self._title, self._bars = progress, title, bars
         self._task = bars.add_task(title, total=None, note="") if bars is not None else None
         self._started = self._printed = time.monotonic()
         self._tenth = 0
-        self._before: int | None = None  # steps that were done before this start, for a resumed stage
+        self._before: int | None = None  # steps that an earlier start did
 
     def update(self, done: int, note: str = "", *, total: int | None) -> None:
-        """Show that ``done`` of ``total`` steps (None: of nobody knows how many) are done, and a short note."""
+        """Show that ``done`` of ``total`` steps are done, and a short note; a total of None is not known."""
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=done, total=total, note=note)
             return
@@ -48,7 +48,7 @@ class Bar:
 
 
 class Progress:
-    """Prints to standard error, so that standard output stays free for results. ``quiet`` prints nothing."""
+    """Prints to standard error, since standard output is for results; with ``quiet``, nothing."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
         from rich.console import Console

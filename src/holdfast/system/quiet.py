@@ -1,4 +1,4 @@
-"""Keep other libraries from printing over the progress lines; their warnings that matter are still shown."""
+"""Keep other libraries from printing over the progress; warnings that matter are still shown."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def silence_libraries() -> None:
 
 @cache
 def deduplicate_warnings() -> None:
-    """Show each of holdfast's warnings once, where many runs have it."""
-    seen: set[str] = set()
+    """Show each of holdfast's warnings once, even if many runs of this process give it."""
+    shown: set[str] = set()
 
-    def new(record: logging.LogRecord) -> bool:
-        said = record.getMessage()
-        known = said in seen
-        seen.add(said)
-        return not known
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        repeated = message in shown
+        shown.add(message)
+        return not repeated
 
-    logging.getLogger("holdfast").addFilter(new)
+    logging.getLogger("holdfast").addFilter(is_new)

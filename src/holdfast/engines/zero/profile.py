@@ -11,7 +11,7 @@ import torch
 
 from holdfast.engines.profile import Profile
 from holdfast.errors import ConfigError
-from holdfast.system.launch import free_port
+from holdfast.system.machine import free_port
 
 _DEEPSPEED: dict[str, Any] = {
     # "auto": transformers fills it in from the run's own settings, or from the model's hidden size.

@@ -1,0 +1,133 @@
+"""Run directories of version 0.1.0 go on and are read; tests/golden/old_runs/README.md says what they hold."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from holdfast.records.read import read_run
+from holdfast.system.files import read_json, read_jsonl
+from holdfast.system.machine import hardware, versions
+from support.command import holdfast
+from support.json_files import json_below
+from support.paths import GOLDEN
+from support.served import DIES, Server
+
+pytest.importorskip("fastapi", reason="needs the extra [serve]")
+
+OLD_RUNS = GOLDEN / "old_runs"
+UNFINISHED, FINISHED = "lora-replay", "full-ewc"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, request) -> Path:
+    """A copy of the run that the test names, as the working directory."""
+    shutil.copytree(OLD_RUNS / request.param, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def same_numbers(run: Path) -> bool:
+    """Whether this machine and its libraries give the bits that the run's gave."""
+    record = read_json(run / "run.json")
+    libraries = {name: version for name, version in versions().items() if name != "holdfast"}
+    return libraries.items() <= record["versions"].items() and hardware()["cpu"] == record["hardware"]["cpu"]
+
+
+def assert_holds(found: Any, expected: Any, exact: bool, where: str = "") -> None:
+    """``found`` has everything that is expected, and may have further keys; numbers are the same, or nearly so."""
+    if isinstance(expected, dict):
+        assert isinstance(found, dict) and expected.keys() <= found.keys(), where
+        for key, value in expected.items():
+            assert_holds(found[key], value, exact, f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert isinstance(found, list) and len(found) == len(expected), where
+        for place, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_holds(one, other, exact, f"{where}[{place}]")
+    elif isinstance(expected, float) and not exact:
+        assert math.isclose(found, expected, rel_tol=0.02, abs_tol=0.05), f"{where}: {found}, not {expected}"
+    else:
+        assert found == expected, f"{where}: {found}, not {expected}"
+
+
+def timeless(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in event.items() if key != "tokens_per_second"} for event in events]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("place", [UNFINISHED], indirect=True)
+def test_an_unfinished_run_ends_as_it_would_have(place, capsys):
+    exact = same_numbers(place / "run")
+    assert holdfast("run", "config.yaml") == 0
+    assert "stage 3/3 blue: continues from step 8" in capsys.readouterr().err
+    expected, stage = place / "expected", place / "run" / "stages" / "03-blue"
+    assert_holds(read_json(place / "run" / "matrix.json"), read_json(expected / "matrix.json"), exact)
+    events = timeless(read_jsonl(place / "run" / "events.jsonl"))
+    assert_holds(events, timeless(read_jsonl(expected / "events.jsonl")), exact)
+    tensors, wanted = (load_file(f / "adapter_model.safetensors") for f in (stage / "adapter", expected))
+    assert tensors.keys() == wanted.keys()
+    tolerance = 0.0 if exact else 0.05
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=tolerance, atol=tolerance)
+    if exact:
+        weights = "3dae2485378b1a60e588ba7ce70242e8091c8f01b782dd33667f09a10e8c81c7"
+        assert read_json(stage / "stage.json")["weights"] == weights
+    assert not (stage / "checkpoint").exists()
+    assert read_json(place / "run" / "run.json")["finished"]
+    json_below(place / "run")
+
+
+@pytest.mark.parametrize("place", [FINISHED], indirect=True)
+def test_a_finished_run_trains_nothing(place):
+    stages, matrix = files(place / "run" / "stages"), read_json(place / "run" / "matrix.json")
+    assert holdfast("run", "config.yaml") == 0
+    assert files(place / "run" / "stages") == stages
+    assert_holds(read_json(place / "run" / "matrix.json"), matrix, exact=True)
+
+
+@pytest.mark.parametrize(("place", "stage"), [(UNFINISHED, 2), (FINISHED, 2)], indirect=["place"])
+def test_reports_exports_and_evaluations_read_it(place, stage, capsys):
+    assert holdfast("report", "run") == 0
+    assert (place / "run" / "report.html").stat().st_size > 100_000
+    assert holdfast("export", "run", "--to", "exported") == 0
+    assert (place / "exported" / "README.md").is_file()
+    assert holdfast("evaluate", "run", "--stage", stage) == 0
+    assert "responses" in capsys.readouterr().out
+    run, tasks = read_run(Path("run")), read_json(place / "run" / "matrix.json")["tasks"]
+    [folder] = (place / "run" / "evaluations").iterdir()
+    for j, task in enumerate(tasks):
+        scores = [row["score"] for row in read_jsonl(folder / "responses" / f"{task}.jsonl")]
+        assert sum(scores) / len(scores) == pytest.approx(run.scores[stage][j])
+        assert read_jsonl(folder / "responses" / f"{task}.jsonl") == run.responses(stage, task)
+
+
+@DIES
+@pytest.mark.parametrize(("place", "name"), [(UNFINISHED, "02-green"), (FINISHED, "02-green")], indirect=["place"])
+def test_it_is_served(place, name):
+    row = read_run(Path("run")).responses(2, "red")[0]
+    server = Server(Path("run"))
+    try:
+        served = httpx2.get(f"{server.url}/models").json()["data"]
+        assert [model["id"] for model in served] == [f"run/{name}"]
+        asked = {"model": f"run/{name}", "messages": [{"role": "user", "content": row["prompt"]}], "max_tokens": 3}
+        reply = httpx2.post(f"{server.url}/chat/completions", json=asked, timeout=60).json()
+        assert reply["choices"][0]["message"]["content"].strip() == row["response"].strip()
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("place", [FINISHED], indirect=True)
+def test_its_gate_is_checked_again(place, capsys):
+    assert holdfast("gate", "run", "--max-forgetting", "0.5") == 3
+    assert "0.750" in capsys.readouterr().out
+    assert holdfast("gate", "run", "--max-forgetting", "0.8") == 0
