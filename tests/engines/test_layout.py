@@ -1,4 +1,4 @@
-"""One place knows the engines' layouts; and an optimizer's state whose parameters share an entry is saved and loaded."""
+"""One place knows the layouts of engines; an optimizer whose parameters share some of its state goes on from disk."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import pytest
 import torch
 
 from holdfast.config.training import Engine
+from holdfast.engines.fsdp2 import Fsdp2
 from holdfast.engines.optimizer_state import load_optimizer, save_optimizer
-from holdfast.engines.profiles import PROFILES
+from holdfast.engines.profiles import PROFILES, check_engine
+from holdfast.errors import ConfigError
 from support.paths import ROOT
 from support.tiny import tiny_model
 
@@ -64,3 +67,18 @@ def test_a_state_whose_parameters_share_an_entry_is_saved_and_goes_on(tmp_path: 
     step(one, before)
     step(other, after)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_an_optimizer_that_cannot_step_pieces_is_refused():
+    """Adafactor, for one, looks at rows and columns, of which ZeRO's flat tensors have none."""
+    check_engine("ddp", "adafactor")
+    for engine in ("zero1", "zero2", "zero3", "zero3_offload"):
+        with pytest.raises(ConfigError, match=r"training.optimizer: adafactor cannot step .* adamw_torch, .* can"):
+            check_engine(engine, "adafactor")
+    with pytest.raises(ConfigError, match="adafactor cannot step weights that the engine divides"):
+        Fsdp2().check_optimizer("adafactor")
+
+
+def test_an_optimizer_whose_state_cannot_be_saved_is_refused():
+    with pytest.raises(ConfigError, match=r"training.optimizer: the state of adamw_torch_8bit cannot be saved"):
+        check_engine(None, "adamw_torch_8bit")

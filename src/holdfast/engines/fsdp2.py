@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from holdfast.engines.layout import Layout
+from holdfast.engines.layout import ENTRYWISE, Layout
 from holdfast.engines.process import Process
 from holdfast.engines.profile import Profile
 from holdfast.errors import ConfigError
@@ -50,6 +50,7 @@ class Fsdp2(Layout):
 
     divided = True
     averages_all = False
+    optimizers = ("adagrad", *ENTRYWISE)
 
     def has(self, p: Tensor) -> bool:
         return isinstance(p, DTensor)
@@ -127,7 +128,9 @@ def _join_tied(model: nn.Module) -> None:
 class Fsdp2Profile(Profile):
     """``training.engine: fsdp2``."""
 
-    def check(self) -> None:
+    def check(self, optimizer: str) -> None:
+        """A tuner's own weights, which are not divided, take any optimizer."""
+        super().check(optimizer)
         version, needed = importlib.metadata.version("transformers"), ".".join(map(str, SINCE))
         if tuple(map(int, version.split(".")[:2])) < SINCE:
             raise ConfigError(f"training.engine: fsdp2 needs transformers {needed} or newer, and this is {version}")

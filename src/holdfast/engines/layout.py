@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.engines.process import Process
+from holdfast.errors import ConfigError
+
+ENTRYWISE = ("adamw_torch", "adamw_torch_fused", "rmsprop", "sgd")
+"""Optimizers of transformers that step each weight by itself, whatever tensor it lies in."""
+
+UNSAVED = ("adamw_torch_4bit", "adamw_torch_8bit")
+"""Those that keep their state in tensors of a kind that no checkpoint of ours holds."""
 
 
 class Piece(Protocol):
@@ -40,6 +47,9 @@ class Layout:
 
     averages_all = True
     """Whether the engine averages the gradients of all parameters over processes, and not of its own kind alone."""
+
+    optimizers: tuple[str, ...] | None = None
+    """transformers' names of the optimizers that step pieces as they step the whole; None: all do."""
 
     def has(self, p: Tensor) -> bool:
         """Whether a parameter is of this kind."""
@@ -101,6 +111,16 @@ class Layout:
     def loading(self, model: nn.Module, tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
         """Within it whole values may be copied into these parameters of a model, alike in every process."""
         return nullcontext()
+
+    def check_optimizer(self, name: str) -> None:
+        """ConfigError if an optimizer of transformers cannot step such parameters, or not as on one process."""
+        if name in UNSAVED:
+            raise ConfigError(f"training.optimizer: the state of {name} cannot be saved; adamw_8bit's can")
+        if self.optimizers is not None and name not in self.optimizers:
+            raise ConfigError(
+                f"training.optimizer: {name} cannot step weights that the engine divides among processes; "
+                f"{', '.join(self.optimizers)} can, and training.engine: ddp takes any"
+            )
 
     def torch_optimizer(self, model: nn.Module, optimizer: Any) -> Any:
         """The torch optimizer of a trainer's optimizer, with ``param_groups`` and ``state`` by the model's parameters.

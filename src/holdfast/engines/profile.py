@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from holdfast.engines.layout import Layout
+
 
 class Profile:
     """``training.engine`` by name. An engine overrides what differs from DDP."""
 
-    def check(self) -> None:
-        """ConfigError if what the engine needs is not installed."""
+    def check(self, optimizer: str) -> None:
+        """Check what the engine needs.
+
+        Args:
+            optimizer: transformers' name.
+
+        Raises:
+            ConfigError: it is not installed, or the optimizer cannot train with it.
+        """
+        Layout().check_optimizer(optimizer)
 
     def loading_options(self) -> dict[str, Any]:
         """Options of ``from_pretrained``."""

@@ -17,9 +17,9 @@ def profile_of(engine: str | None) -> Profile:
     return PROFILES[engine or "ddp"]
 
 
-def check_engine(engine: str | None) -> None:
-    """ConfigError if what the engine needs is not installed."""
-    profile_of(engine).check()
+def check_engine(engine: str | None, optimizer: str = "adamw_torch") -> None:
+    """ConfigError if what the engine needs is not installed, or the optimizer cannot train with it."""
+    profile_of(engine).check(optimizer)
 
 
 def loading_options(engine: str | None) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
     """
     config, tuner = resolved.config, resolved.tuner
     check_quantization(config.model, tuner.name, tuner.quantized)
-    check_engine(config.training.engine)
+    check_engine(config.training.engine, config.training.optimizer)
     check_arguments(config.training.arguments, RESERVED)
     model_config = load_model_config(config.model)
     max_length = resolve_max_length(config.data.max_length, model_config, tuner.virtual_tokens)

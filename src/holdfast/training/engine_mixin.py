@@ -16,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from holdfast.engines import zero
 from holdfast.engines.optimizer_state import load_optimizer, save_optimizer
-from holdfast.engines.pieces import is_divided, layout_of_model, reshard, trainable
+from holdfast.engines.pieces import is_divided, layout_of, layout_of_model, reshard, trainable
 from holdfast.engines.vectors import weights
 from holdfast.engines.whole import saves_together, whole_state, whole_weights_to_load
 from holdfast.errors import ConfigError
@@ -37,6 +37,8 @@ class EngineMixin(_Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         engine = self._holdfast.engine
+        if not self._holdfast.optimizer_is_given:
+            layout_of(*trainable(self.model).values()).check_optimizer(self.args.optim.value)
         if engine is None:
             reshard(self.model)  # as the optimizer must find the parameters
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from holdfast.engines.layout import Layout
+from holdfast.engines.layout import ENTRYWISE, Layout
 from holdfast.engines.zero.gradients import gradient_of_sum
 from holdfast.engines.zero.optimizer import Unflattened
 from holdfast.engines.zero.parts import Part
@@ -30,6 +30,8 @@ ENGINE_ATTRIBUTE = "_zero_engine"
 class Flattened(Layout):
     """ZeRO-1 and 2: the model's weights are whole. The float32 weights that the optimizer steps, and the gradients that
     it steps with, lie in flat tensors, of which each process has a part."""
+
+    optimizers = (*ENTRYWISE, "lion_32bit", "paged_adamw_32bit", "paged_lion_32bit", "rmsprop_bnb_32bit")
 
     def has(self, p: Tensor) -> bool:
         return hasattr(p, "_hp_mapping")

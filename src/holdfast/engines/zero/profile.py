@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from holdfast.engines.layout import Layout
 from holdfast.engines.profile import Profile
+from holdfast.engines.zero.layout import Flattened
 from holdfast.errors import ConfigError
 from holdfast.system.machine import free_port
 
@@ -50,7 +52,9 @@ class ZeroProfile(Profile):
     def __init__(self, name: str):
         self.name = name
 
-    def check(self) -> None:
+    def check(self, optimizer: str) -> None:
+        layout = Layout() if self.name == "zero0" else Flattened()
+        layout.check_optimizer(optimizer)
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigError(
                 f"training.engine: {self.name} needs DeepSpeed (docs/launch.md: Which engine); or use fsdp2"
