@@ -100,6 +100,15 @@ def test_check_refuses_names_keys_files_and_tasks_without_torch(config: Path):
     assert len(commands) == len(expected)
 
 
+def test_of_a_sweep_check_refuses_names_without_torch(config: Path):
+    values = yaml.safe_load((config / "config.yaml").read_text())
+    run = {key: value for key, value in values.items() if key != "output"}
+    sweep = {"run": run, "grid": {"method": ["ewc", "ewcc"]}, "output": "sweep"}
+    (config / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    [(code, said, heavy)] = answered([["check", "sweep.yaml"]], config)
+    assert code == 2 and "ewcc: method: there is no method 'ewcc'; did you mean 'ewc'" in said and not heavy, said
+
+
 def test_check_goes_on_to_the_model_where_nothing_is_wrong_with_the_names(config: Path):
     [(code, said, heavy)] = answered([["check", "config.yaml", "method=o_lora", "tuner=lora"]], config)
     assert code == 2 and "model.name: 'no-model'" in said and "torch" in heavy

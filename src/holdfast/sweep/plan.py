@@ -7,7 +7,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -221,17 +222,30 @@ def check(runs: Sequence[PlannedRun]) -> None:
     Raises:
         UserError: a run cannot; the message names it.
     """
+    from holdfast.runner.names import check_names
+
+    for run in runs:
+        with _naming(run):
+            check_names(run.config)
+
     from holdfast.records.directory import RunDirectory
     from holdfast.runner.setup import prepare, resolve
 
     seen = set()
     for run in runs:
-        try:
+        with _naming(run):
             resolved = resolve(run.config)
             RunDirectory(run.path).check_config(resolved.config)
             key = run.config.model_copy(update={"seed": 0, "output": ""}).model_dump_json()
             if key not in seen:
                 prepare(resolved)
                 seen.add(key)
-        except UserError as error:
-            raise type(error)(f"{run.name}: {error}") from None
+
+
+@contextmanager
+def _naming(run: PlannedRun) -> Iterator[None]:
+    """Put the name of the run before an error's message."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{run.name}: {error}") from None
