@@ -4,11 +4,11 @@ usage: python experiments/general_rehearsal.py OUTPUT [--config RUN.yaml] [--see
        python experiments/general_rehearsal.py OUTPUT --table [--against NAME]
 
 Without --config the stream is chronicle, whose model is pretrained here and whose general text is that of pretraining.
-With it, the stream and model are those of a run's configuration; since the text of its pretraining is not at hand, the
-model itself writes the general text before training, and a part of it is kept apart as a measure.
+With it, the stream and model are those of a run's configuration. The text of its pretraining is not available, so the
+model itself writes the general text before training; a part of it is only measured.
 
-Every run is resumable and nothing is done twice, so several processes may share the work by --seeds. --table prints
-what is there: the mean over seeds with its 95 % interval (Student's t); --against, that of the differences from a
+Every run can be resumed and is done once, so several processes may share the work by --seeds. --table prints the runs
+that are done: the mean over seeds with its 95 % interval (Student's t). --against prints the mean difference from a
 method, seed by seed.
 """
 
@@ -36,7 +36,7 @@ TEXTS, HELD_OUT, TOKENS = 330, 60, 160  # texts that a model writes about itself
 
 
 def methods(texts: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Method and changed training settings by name."""
+    """The method and the changes of the training settings, by name."""
     general = {"path": str(texts), "ratio": 0.5, "samples": 1000, "max_tokens": 64}
     replay = {"name": "replay", "capacity": 600, "ratio": 1.0}
     return {
@@ -54,7 +54,7 @@ def methods(texts: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def main() -> None:
-    """Run what is missing, or print the table."""
+    """Do the runs that are missing, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--config", type=Path)
@@ -97,10 +97,10 @@ def on_chronicle(folder: Path, texts: Path, output: Path, seed: int, method: Any
 def on_config(
     config: dict[str, Any], folder: Path, texts: Path, output: Path, seed: int, method: Any
 ) -> dict[str, Any]:
-    """A run of a configuration, with text that its model wrote; the last texts are a measure and never rehearsed."""
+    """A run of a configuration, with text that its model wrote; the first texts are only measured, never rehearsed."""
     measure = folder / f"measure-{seed}.txt"
     if not measure.exists():
-        written = own_texts(config["model"], seed)
+        written = write_texts(config["model"], seed)
         folder.mkdir(parents=True, exist_ok=True)
         texts.write_text("\n".join(written[HELD_OUT:]), encoding="utf-8")
         measure.write_text("\n".join(written[:HELD_OUT]), encoding="utf-8")
@@ -109,8 +109,8 @@ def on_config(
     return config | {"method": method, "seed": seed, "output": str(output), "evaluation": evaluation}
 
 
-def own_texts(model: str, seed: int) -> list[str]:
-    """Texts that a model writes from nothing, drawn from its own distribution (temperature 1), one a line."""
+def write_texts(model: str, seed: int) -> list[str]:
+    """Let a model write texts without a prompt, at temperature 1; each becomes one line."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     writer, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
@@ -123,7 +123,7 @@ def own_texts(model: str, seed: int) -> list[str]:
 
 
 def directory(output: Path, name: str, seed: int) -> Path:
-    """Where a run goes."""
+    """The directory of a run."""
     return output / f"{name.replace(' ', '').replace('/', '-').replace(',', '-')}-{seed}"
 
 
@@ -132,39 +132,39 @@ def table(output: Path, seeds: list[int], against: str | None = None) -> str:
     base = {} if against is None else figures(output, against, seeds)
     lines: list[str] = []
     for name in methods(Path()):
-        found = figures(output, name, seeds)
-        if not found:
+        by_seed = figures(output, name, seeds)
+        if not by_seed:
             continue
-        keys = list(next(iter(found.values())))
+        keys = list(next(iter(by_seed.values())))
         if not lines:
             lines = [f"| method (seeds) | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
         cells = []
         for key in keys:
-            values = {seed: known[key] for seed, known in found.items() if known[key] is not None}
+            values = {seed: summary[key] for seed, summary in by_seed.items() if summary[key] is not None}
             if against is not None:
                 values = {s: v - base[s][key] for s, v in values.items() if s in base and base[s][key] is not None}
             cells.append(cell(list(values.values()), logarithmic=key.startswith("perplexity")))
-        lines.append(f"| {name} ({len(found)}) | {' | '.join(cells)} |")
+        lines.append(f"| {name} ({len(by_seed)}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def figures(output: Path, name: str, seeds: list[int]) -> dict[int, dict[str, Any]]:
-    """By seed, the summary of each run that is done, and the logarithm of the perplexities at the end."""
-    found = {}
+    """The summary of each run that is done, by seed, with the logarithms of the perplexities at its end."""
+    by_seed = {}
     for seed in seeds:
         path = directory(output, name, seed) / "matrix.json"
         if path.exists():
             matrix = json.loads(path.read_text(encoding="utf-8"))
-            if matrix["summary"]["average"] is None:  # it is still at work
+            if matrix["summary"]["average"] is None:  # the run is not done
                 continue
             last = {k: v[-1] for k, v in matrix["general"].items() if k.startswith("perplexity") and v[-1] is not None}
             summary = {key: matrix["summary"][key] for key in FIGURES}
-            found[seed] = summary | {key: math.log(value) for key, value in last.items()}
-    return found
+            by_seed[seed] = summary | {key: math.log(value) for key, value in last.items()}
+    return by_seed
 
 
 def cell(values: list[float], logarithmic: bool = False) -> str:
-    """Mean [low, high]; logarithms are shown as what they are logarithms of."""
+    """Mean [low, high]; of logarithms, their exponentials."""
     if not values:
         return "–"
     mean, half = interval(values)
