@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -105,14 +104,6 @@ TRAINED = [name for name, cls in METHODS.items() if cls.schedule == "sequence" a
 
 def case(name: str) -> Case:
     return CASES.get(name, Case())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("guards")
-    (path / "general.txt").write_text(GENERAL)
-    (path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in GENERAL.splitlines()))
-    return path
 
 
 def configuration(folder: Path, output: Path, name: str, options: Any, tuner: Any, seed: int, training: Any) -> Any:

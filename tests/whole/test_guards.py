@@ -23,6 +23,7 @@ from holdfast.methods import find
 from holdfast.system.progress import Progress
 from holdfast.training.terms import Terms
 from support.guards import (
+    GENERAL,
     METHODS,
     TRAINED,
     case,
@@ -33,6 +34,14 @@ from support.guards import (
     tuner_of,
     weights,
 )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("guards")
+    (path / "general.txt").write_text(GENERAL)
+    (path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in GENERAL.splitlines()))
+    return path
 
 
 @pytest.fixture(scope="module")
