@@ -82,7 +82,7 @@ def test_parts_of_two_methods_nest_and_every_row_comes_once():
     assert sorted(i for part in parts for i in part) == list(range(12))
     assert [len(part) for part in parts] == [1, 2, 1, 1, 1, 1, 1, 2, 1, 1]  # of 5, 2 and 5 rows
     assert sorted(asked(outer.log)) == sorted(asked(inner.log)) == sorted(tuple(row["input_ids"]) for row in rows)
-    # An outer part's rows, and no others, are what the inner method is asked of while it lasts.
+    # While an outer part lasts, the inner method sees its rows only.
     flat = [tuple(rows[i]["input_ids"]) for part in parts for i in part]
     for entry in (entry for entry in outer.log if isinstance(entry, list)):
         assert sorted(flat[: len(entry)]) == sorted(entry)
@@ -131,7 +131,7 @@ def test_each_row_is_answered_by_the_model_as_it_is_for_that_row_and_stands_in_i
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_an_error_closes_every_method_at_once(metric):
-    """The traceback is held, so nothing but closing can have put the weights back."""
+    """The test holds the traceback, so only closing can have restored the weights."""
     model = tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
     outer, inner = Moving("outer", [5], shift=0.1), Moving("inner", [2], shift=0.2)

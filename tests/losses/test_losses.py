@@ -33,7 +33,7 @@ DIRECTIONS = ["forward", "reverse"]
 
 
 def golden(name):
-    """The few cases that lie here, and all of them where the full set is."""
+    """The few cases of the repository, and all cases where the full set is present."""
     path = SHARED / "golden" / name if (SHARED / "golden" / name).exists() else GOLDEN / name
     return [
         {key: torch.tensor(value) if isinstance(value, list) else value for key, value in case.items()}
@@ -284,22 +284,22 @@ def test_gradients_go_only_where_they_are_wanted():
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that were made inside and still live; ``peak`` is the most there were."""
+    """Counts the bytes of all live storages that were allocated inside; ``peak`` is their maximum."""
 
     def __init__(self):
         super().__init__()
         self.live = self.peak = 0
-        self.known = weakref.WeakSet()
+        self.counted = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, torch.Tensor):
-                self.known.add(x.untyped_storage())
+                self.counted.add(x.untyped_storage())
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.known:
+            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.counted:
                 storage = x.untyped_storage()
-                self.known.add(storage)
+                self.counted.add(storage)
                 self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(storage, self.release, storage.nbytes())
@@ -443,7 +443,7 @@ def test_nonzero_reduction_does_not_shrink_with_rarer_violations_and_mean_does()
 
 
 def test_margin_loss_is_that_of_its_tokens_however_many_there_are():
-    """More tokens than are widened at a time, signed classes, and a sum that bfloat16 could not hold."""
+    """More tokens than a chunk, signed classes, and a sum beyond bfloat16's precision."""
     low, high = -torch.ones(3), torch.ones(3)
     hidden = torch.full((5, 700, 3), 3.0, dtype=torch.bfloat16).requires_grad_()
     classes = torch.ones(5, 700, 3, dtype=torch.int8)

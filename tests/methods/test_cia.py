@@ -29,7 +29,7 @@ from support.tiny import tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_to
 
 
 class Log:
-    """Weights and gradients of every step, taken outside the method, and what the equation makes of them."""
+    """Records weights and gradients of every step outside the method, and computes the equation from them."""
 
     def __init__(self, model):
         self.thetas = [copies(p.data for p in model.parameters())]
@@ -58,7 +58,7 @@ def copies(tensors):
 
 
 def trained(method, steps=30, lr=1e-2, model=None, seed=3):
-    """A stage by hand, with AdamW, logged."""
+    """Train a stage without a Trainer, with AdamW, every step logged."""
     model = model or tiny_model()
     rows = tiny_rows(8, seed=seed)
     stage = tiny_stage(model, rows)
@@ -146,7 +146,7 @@ def test_a_gradient_that_does_not_change_gives_the_constant():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run by name with nothing but defaults, over the full tuner; every step's weights are kept aside."""
+    """A run by name with nothing but defaults, over the full tuner; every step's weights are recorded."""
     folder = tmp_path_factory.mktemp("cia")
     config = tiny_config(folder, method="cia")
     logs: list[Log] = []
@@ -209,11 +209,11 @@ def test_nothing_is_kept_between_stages(finished):
 
 
 class Killed(BaseException):
-    """Nothing of the run goes on."""
+    """Ends a run at once: nothing in the run catches it."""
 
 
 def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    """Twice: after a checkpoint, and before the first one of a stage; dropout makes every step depend on the last."""
+    """Killed twice: after a checkpoint, and before a stage's first one. With dropout every step depends on the last."""
     tuner = {"name": "lora", "r": 4, "lora_dropout": 0.3}
     config = tiny_config(tmp_path, method={"name": "cia", "grouping": 0.9}, tuner=tuner)
     config["training"]["epochs"] = 2  # 6 steps a stage, saved every 4
@@ -271,7 +271,7 @@ def test_similarity_is_the_cosine_of_smoothed_tf_idf():
 
 
 def grouped_stages(instructions, grouping=0.9):
-    """Stages of four steps each on the tasks with these instructions; after each, the weights it ended with."""
+    """Train four steps on a task of each instruction; return the weights after each stage."""
     method, model = CIA(grouping=grouping, strength=0.5), tiny_model()
     first, ends, starts = snapshot(model), [], []
     for index, instruction in enumerate(instructions, start=1):

@@ -58,7 +58,7 @@ def shift(model, seed):
 
 
 def after_stages(count=3, model=None, **options):
-    """A method that has seen ``count`` tasks, each of which moved the adapter at random."""
+    """A method after ``count`` tasks, each of which changed the adapter at random."""
     model = lora_model() if model is None else model
     method = HiDeLoRA(**options)
     for index in range(1, count + 1):
@@ -83,7 +83,7 @@ def prefix_model():
 
 @pytest.mark.parametrize("make", [lora_model, tiny_model, soft_prompt_model, prefix_model])
 def test_a_feature_is_the_mean_hidden_state_of_the_prompt(make):
-    """Against one unpadded forward pass a row of the plain model; the answer plays no part."""
+    """Equal to one unpadded forward pass of the plain model for each row; the answer does not count."""
     model, plain = make().train(), tiny_model().eval()
     rows = [*task_rows(0, 5), {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]
     found = prompt_queries(model, rows, pad_rows, batch_size=4)
@@ -232,7 +232,7 @@ def test_state_round_trip(tmp_path):
         assert torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key], key
     rows = [row for task in range(3) for row in task_rows(task, 10, seed=1)]
     assert list(other.at_test(evaluation(model), rows)) == list(method.at_test(evaluation(model), rows))
-    # A fourth task is remembered the same by both, so the statistics go on where they were.
+    # Both store a fourth task equally, so the statistics continue from the saved ones.
     for this in (method, other):
         this.after_stage(tiny_stage(model, task_rows(3, 60), 4))
     assert torch.equal(method.scatter, other.scatter) and method.rows == other.rows == 240

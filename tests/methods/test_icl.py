@@ -180,7 +180,7 @@ def config(tmp_path):
 
 
 def measured(config, method, output, monkeypatch):
-    """What a run measures, and the prompts that the model was asked, as text."""
+    """The result of a run, and the prompts that the model was asked, as text."""
     prompts = []
     original = respond.generate
 

@@ -36,7 +36,7 @@ SIZE, LENGTH, TOP = 6, 3, 2
 
 
 def pool_model():
-    """Of weights so large that prompts matter."""
+    """A model with weights so large that prompts matter."""
     base = tiny_model(initializer_range=0.3, tie_word_embeddings=False)
     return PromptPool(size=SIZE, length=LENGTH, top_k=TOP, init="RANDOM").prepare(base).eval()
 
@@ -319,7 +319,7 @@ def test_test_prompts_find_the_prompts_that_their_task_was_trained_with(finished
 
 
 def test_evaluation_uses_the_chosen_prompts(finished):
-    """Other prompts give other responses; so does none."""
+    """Other prompts, or none, give other responses."""
     folder, _ = finished
     model, _ = trained_pool(folder)
     config = holdfast.runner.loop.load_config(hinted_config(folder, "l2p"))

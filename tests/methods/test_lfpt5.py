@@ -187,7 +187,7 @@ def test_a_later_stage_rehearses_what_the_model_wrote():
 
 
 def terms_of(method, stage, step, extra, parts):
-    """The terms of each micro-batch, from the rows that fell into it, as the trainer makes them."""
+    """The terms of each micro-batch, computed from its rows as the trainer does."""
     found = []
     for places in parts:
         batch = pad_rows([extra.rows[i] for i in places])
@@ -246,7 +246,7 @@ def test_the_terms_are_the_equation():
 
 
 def test_where_the_head_is_trained_kl_is_to_what_it_was():
-    """With ``full``: against the model itself before it moves, also after a restart."""
+    """With ``full``: p_before is the model before its first step, also after a restart."""
     options, model = {"samples": 8, "kl_weight": 0.2, "lm_weight": 0}, hinted_model()
     method, again = LFPT5(**options), LFPT5(**options)
     method.tasks, method.lengths = ["red"], [60]
@@ -369,7 +369,7 @@ def test_it_forgets_less_over_six_seeds(tmp_path):
 
 
 class Killed(BaseException):
-    """Takes a run down as a signal would."""
+    """Ends a run at once, like a signal."""
 
 
 def test_killed_with_pseudo_samples_in_hand_and_continued_it_is_the_unbroken_run(tmp_path, monkeypatch):

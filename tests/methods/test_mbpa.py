@@ -132,7 +132,7 @@ def test_the_penalty_holds_the_weights_near_the_trained_ones():
 
 
 def test_generation_uses_the_adapted_weights_and_gradients_come_again_after_it():
-    """Generation runs in inference mode; what comes after must still be differentiable."""
+    """Generation runs in inference mode; later computations must still be differentiable."""
     method, model = after_stages()
     rows, found = prompts(6), {}
     for part in evaluation(model, method).parts(rows):
@@ -147,7 +147,7 @@ def test_generation_uses_the_adapted_weights_and_gradients_come_again_after_it()
 
 
 def test_neighbours_are_the_nearest_keys_and_keys_those_of_the_model_before_the_first_stage():
-    """By brute force, with the pretrained model itself; what was learned since plays no part."""
+    """Equal to brute force with the pretrained model; later training has no influence."""
     method, model = after_stages()
     rows = prompts(8)
     pretrained = tiny_model().eval()

@@ -22,7 +22,7 @@ from support.trained import trained
 
 
 def after_stages(method, model, stages):
-    """Run stages without training; return the factors that each of them ended with."""
+    """Run stages without training; return the factors after each stage."""
     ends = []
     for t in range(1, stages + 1):
         method.before_stage(tiny_stage(model, [], index=t))
@@ -81,7 +81,7 @@ def overlaps(model):
 
 
 class Watched(OLoRA):
-    """Notes how large the overlap is when training of a stage begins and ends."""
+    """Records the overlap at the beginning and at the end of a stage's training."""
 
     name = "watched_o_lora"
     begin: torch.Tensor

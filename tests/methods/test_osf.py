@@ -30,7 +30,7 @@ def adapted(dtype=torch.float32, seed=0, **options):
 
 
 def dense(model):
-    """The adapted matrices as they act, float64, by the name of their layer; all else by its own name."""
+    """The effective adapted matrices, float64, by the name of their layer; all other weights by their names."""
     matrices = {}
     for name, layer, adapter in osf_layers(model):
         base = layer.get_base_layer().weight.detach().double()
@@ -39,7 +39,7 @@ def dense(model):
 
 
 def train(model, method, index=1, steps=12, optimizer="adamw", seed=None):
-    """A stage by hand; the matrices before it and after it."""
+    """Train a stage without a Trainer; return the matrices before and after it."""
     rows = tiny_rows(8, seed=index if seed is None else seed)
     stage = tiny_stage(model, rows, index=index)
     before = dense(model)
@@ -60,7 +60,7 @@ def train(model, method, index=1, steps=12, optimizer="adamw", seed=None):
 
 
 def leak(before, after, share):
-    """How much of a matrix's change touches its dominant directions, output and input; 1 where all does."""
+    """The share of a matrix's change in its dominant directions, of output and input; 1: all of it."""
     u, _, v = torch.linalg.svd(before, full_matrices=False)
     rank, change = round(share * min(before.shape)), after - before
     both = (u[:, :rank].T @ change).norm(), (change @ v[:rank].T).norm()
@@ -79,7 +79,7 @@ def test_dominant_directions_stay_through_optimizer_steps(optimizer):
 
 
 def test_projected_gradients_alone_do_not_keep_them_under_adam():
-    """Why weights are projected, too: without it PEFT's adapter drifts."""
+    """Weights are projected, too, since PEFT's adapter drifts without it."""
     model = adapted(effective_rank=0.5)
     method = OSF(minimum=0.0, target=0.0)
     method.after_step = lambda step, weights: None
@@ -217,7 +217,7 @@ def test_plain_peft_loads_every_stage_and_gives_the_same_logits(finished):
 
 
 class Killed(BaseException):
-    """Nothing of the run goes on."""
+    """Ends a run at once: nothing in the run catches it."""
 
 
 def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(finished, monkeypatch):
@@ -258,7 +258,7 @@ def test_another_tuner_is_refused(tmp_path):
 
 @pytest.mark.parametrize("other", ["cia", "ewc", "ogd"])
 def test_what_remembers_single_weights_is_refused(other):
-    """The factors of the same matrix are others after each stage."""
+    """The factors of a matrix change after each stage."""
     with pytest.raises(ConfigError, match="cannot be applied together"):
         build([("osf", {}), (other, {})])
     build([("osf", {}), ("replay", {})])

@@ -157,7 +157,7 @@ def test_answers_are_drawn_again_alike_and_differ_from_the_labels():
 
 
 def three_stages(method):
-    """What three stages add, and the weights that they ended with; the model ends somewhere else again."""
+    """The terms of three stages, and the weights after each; the model then moves on."""
     model, importances, anchors = tiny_model(), [], []
     for t in (1, 2, 3):
         rows = tiny_rows(4, seed=t)
@@ -350,7 +350,7 @@ def test_si_path_integral_sums_to_the_loss_decrease_to_first_order():
 
 
 def test_si_importance_equals_a_plain_loop_under_adam_clipping_and_its_own_penalty():
-    """omega takes the loss's own gradient: not the clipped one, not the penalty's."""
+    """omega uses the gradient of the loss, neither clipped nor with the penalty's."""
     model, si, xi = tiny_model(), SI(strength=5.0, xi=0.01), 0.01
     names = [name for name, _ in model.named_parameters()]
     omega = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
@@ -413,7 +413,7 @@ def logged(trainer, name):
 
 
 def two_stages(method, folder, **changes):
-    """The trainer after two stages, and the weights after the first; what the method then knew lies in a folder."""
+    """The trainer after two stages, and the weights after the first; a folder holds the method's state at that time."""
     model = tiny_model(attention_dropout=0.1)
     made = trainer(model, method, folder, tiny_rows(12, seed=1), **changes)
     made.train()
@@ -453,7 +453,7 @@ def test_penalty_is_logged_and_keeps_important_weights_near(kind, sequential, tm
 
 @methods
 def test_a_stage_that_is_continued_ends_as_the_unbroken_one(kind, tmp_path):
-    """Stage 2 goes on from its checkpoint with a model and a method that know nothing but what was saved."""
+    """Stage 2 continues from its checkpoint with a new model and a new method, which load what was saved."""
     unbroken, between = two_stages(made(kind), tmp_path, save_steps=3)
     model = tiny_model(attention_dropout=0.1)
     model.load_state_dict(between)

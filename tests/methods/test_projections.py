@@ -90,7 +90,7 @@ def shift_weights(model, scale, seed=1):
 
 
 def after_stages(method, model, tasks, rows=6):
-    """The method after some stages, between which the weights moved; the rows of each task."""
+    """The method after some stages, between which the weights changed, and the rows of each task."""
     streams = [tiny_rows(rows, seed=t) for t in range(1, tasks + 1)]
     for t, stream in enumerate(streams, start=1):
         method.after_stage(tiny_stage(model, stream, index=t))

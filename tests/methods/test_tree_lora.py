@@ -164,7 +164,7 @@ def test_lower_bounds_by_hand():
     for _ in range(2000):
         search.observe(0, [0.4])
         search.observe(1, [0.3])
-    # Now the children know more than the pool less the spread, about 0.35 - 0.1.
+    # Now the children's bound is higher than the pooled one less the spread, about 0.35 - 0.1.
     rounds = 4 + 301 + 4000 + 1
     best = 0.3 - 2 * math.sqrt(math.log(rounds) / 2000)
     assert best > 0.35 - 2 * math.sqrt(math.log(rounds) / 4003) - 0.1
@@ -272,7 +272,7 @@ def test_where_plain_l1_would_drive_a_negative_product_down_the_pull_does_not():
 
 
 def lora_gradients(model, seed):
-    """Random gradients as the trainer hands them over, live."""
+    """Random gradients as a live view, which is what the trainer passes."""
     torch.manual_seed(seed)
     for p in model.parameters():
         if p.requires_grad:
@@ -281,7 +281,7 @@ def lora_gradients(model, seed):
 
 
 def trained_once(model, past=1, **options):
-    """A method that has seen stages, each of two steps, and stands in the next."""
+    """A method after some stages of two steps each, in the middle of the next."""
     method = TreeLoRA(**options)
     for t in range(1, past + 1):
         stage = tiny_stage(model, [], t)
@@ -350,7 +350,7 @@ def test_the_gradient_is_changed_by_the_regularisers_gradient(kind):
 
 @pytest.mark.parametrize("kind", ["l1", "cosine"])
 def test_the_regularised_mean_gradient_comes_nearer_and_rises_less_against_the_past(kind):
-    """The gradients that the optimizer gets, over many noisy steps, on average: nearer to the past task's direction."""
+    """The optimizer's gradients are, on average over many noisy steps, nearer to the past task's direction."""
     model = lora_model()
     method, stage = trained_once(model, distance=kind)
     plain, applied = (weights(model).zeros_like() for _ in range(2))

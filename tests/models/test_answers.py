@@ -98,7 +98,7 @@ def test_a_killed_evaluation_asks_the_rest_and_ends_the_same(tmp_path, monkeypat
 
 
 def test_verdicts_of_a_judge_that_fails_are_kept(tmp_path: Path):
-    """It judges four responses, and is gone at the fifth."""
+    """The judge answers four times and fails at the fifth."""
     gone = [True]
 
     def replies(body: dict[str, Any], number: int) -> Any:

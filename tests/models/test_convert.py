@@ -104,7 +104,7 @@ def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def write_weights(folder: Path, weights: dict[str, Tensor], kind: str = "safetensors", files: int = 1) -> None:
-    """As one file, or as several with an index, over which the tensors are dealt out."""
+    """As one file, or as several with an index, with the tensors distributed over them."""
     suffix, single = ("safetensors", "model") if kind == "safetensors" else ("bin", "pytorch_model")
     save = save_file if kind == "safetensors" else torch.save
     if files == 1:
@@ -136,7 +136,7 @@ def plain_model() -> bytes:
 
 @pytest.fixture(scope="module")
 def chat_model() -> bytes:
-    """With the tokens of Baichuan 2 for user and assistant at their places, 195 and 196."""
+    """With Baichuan 2's tokens for user and assistant at their ids, 195 and 196."""
     fillers = [f"<reserved_x{n}>" for n in range(192)]
     return tokenizer_model(vocab_size=640, user_defined_symbols=[*fillers, "<reserved_106>", "<reserved_107>"])
 

@@ -34,14 +34,14 @@ HIDDEN = 6
 
 
 def hidden_of(row: Any, width: int = HIDDEN) -> Tensor:
-    """[tokens, width] that depends on the row alone; each dimension with a mean and spread of its own."""
+    """[tokens, width], which depends on the row alone; dimensions differ in mean and deviation."""
     ids = torch.tensor(row["input_ids"], dtype=torch.float32)[:, None]
     dimensions = torch.arange(1, width + 1)
     return torch.sin(ids * dimensions + torch.arange(len(ids))[:, None]) * dimensions + 10 * dimensions
 
 
 def hidden_states(rows: Sequence[Any]) -> list[Tensor]:
-    """As a model gives them: views of one padded batch."""
+    """Hidden states like a model's: views of one padded batch."""
     states = [hidden_of(row) for row in rows]
     padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True, padding_value=math.nan)
     return [batch[: len(h)] for batch, h in zip(padded, states, strict=True)]
@@ -326,7 +326,7 @@ def test_a_kill_between_writing_and_renaming_any_file(tmp_path: Path, monkeypatc
         patch.setattr(os, "fsync", dying)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path / "c", extras=extras)
-    finished = at == 6  # the manifest is in place, only its folder was not flushed any more
+    finished = at == 6  # the manifest is in place, but its folder was not flushed
     assert (tmp_path / "c" / "manifest.json").exists() == finished
     cache = build(tmp_path / "c", extras=extras, compute=never if at >= 4 else hidden_states)
     cache.verify()

@@ -68,7 +68,7 @@ def test_shards_hold_what_the_model_draws_and_the_manifest_says_so(model, tmp_pa
 
 
 def test_a_killed_corpus_goes_on_and_ends_with_the_same_bytes(model, tmp_path):
-    """Killed by SIGKILL before the third shard stands, with half a shard beside it."""
+    """Killed by SIGKILL before the third shard is in place, with half of it under a temporary name."""
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     replay(model, unbroken, **SIZE)
     script = f"""
@@ -254,7 +254,7 @@ def test_without_vllm_its_engine_is_refused_with_the_reason(model, tmp_path, mon
 
 
 def test_the_vllm_engine_asks_for_the_same_and_writes_the_same_corpus(model, tmp_path, monkeypatch):
-    """A stand-in for vLLM: it draws with our own sampler what it is asked for, and shows how it was asked."""
+    """A stand-in for vLLM draws with holdfast's sampler, and records the requests."""
     asked = []
 
     class LLM:

@@ -28,7 +28,7 @@ CHATS = [name for name, family in FAMILIES.items() if family.template]
 
 
 def wild_model(**changes):
-    """Its next tokens are not nearly uniform."""
+    """A model whose next tokens are far from uniform."""
     return tiny_model(initializer_range=0.25, **changes)
 
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_asked_is_refused(case):
 
 
 def test_what_a_step_gets_depends_on_seed_stage_and_step_alone():
-    """Whatever was drawn before, and whatever became of the model since the stage began."""
+    """Neither earlier draws nor later changes of the model have an influence."""
     model = wild_model()
     request = Request.of(tiny_tokenizer(), 128, options=SampleOptions(length=12))
     before = LiveStates(model, -1)
