@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -19,10 +20,8 @@ def difference(recorded: dict[str, Any], config: BaseModel) -> list[str]:
         recorded: what an earlier call of ``model_dump`` gave for a configuration of the same class.
     """
     cls = type(config)
-    try:
+    with contextlib.suppress(ValidationError):  # of a version with other keys: it is compared as it is
         recorded = cls.model_validate(recorded).model_dump(mode="json")
-    except ValidationError:  # of a version that had other keys: compared as it is
-        pass
     old, new, free = flat(recorded), flat(config), free_keys(cls)
     keys = [key for key in [*old, *(k for k in new if k not in old)] if key not in free]
     show = lambda side, key: json.dumps(side[key], ensure_ascii=False) if key in side else "(absent)"  # noqa: E731

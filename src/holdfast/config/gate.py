@@ -71,8 +71,8 @@ class GateConfig(Section):
     @model_validator(mode="after")
     def _has_limits(self) -> GateConfig:
         if not self.limits:
-            known = ", ".join(key for key in GateConfig.model_fields if key.startswith(("max_", "min_")))
-            raise ValueError(f"gives no limit; at least one of {known} is needed")
+            keys = ", ".join(key for key in GateConfig.model_fields if key.startswith(("max_", "min_")))
+            raise ValueError(f"gives no limit; at least one of {keys} is needed")
         if self.stop_early and self.max_general_loss_increase is None:
             raise ValueError("stop_early needs max_general_loss_increase, the limit at which it stops")
         return self

@@ -6,9 +6,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
 
 from holdfast.api.scorer import Scorer
 from holdfast.api.task import Counts, Example, Stream, Task, fingerprint
@@ -192,5 +191,5 @@ def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
         task.fingerprint = fingerprint(task.train, task.eval, task.test)
 
 
-def _prompt(example: Example) -> Any:
+def _prompt(example: Example) -> Hashable:
     return example.text or tuple((turn.role, turn.content) for turn in example.turns[:-1])

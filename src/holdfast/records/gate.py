@@ -133,8 +133,7 @@ def judge(run: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
     """Check the model of a row of the score matrix against every limit.
 
     Figures over tasks are those of the tasks learned by then, as if the stream had ended there. Limits on forgetting
-    give no check while there is nothing to forget. A run that learned nothing fails,
-    whatever its limits.
+    give no check while there is nothing to forget. A run that learned nothing fails, whatever its limits.
 
     Args:
         run: read from its directory.
@@ -151,9 +150,9 @@ def judge(run: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
 
 
 def _nothing_learned(run: FinishedRun, tasks: Sequence[str]) -> list[Check]:
-    """A check that fails, where no task was learned: then nothing could be forgotten, and no limit says anything."""
-    known = [run.learned[task] for task in tasks if task in run.learned]
-    return [Check("min_tasks_learned", "tasks learned", 0.0, 1.0)] if known and not any(known) else []
+    """A check that fails, if no task was learned: then nothing could be forgotten, and the limits say nothing."""
+    learned = [run.learned[task] for task in tasks if task in run.learned]
+    return [Check("min_tasks_learned", "tasks learned", 0.0, 1.0)] if learned and not any(learned) else []
 
 
 class _Figures:
@@ -178,8 +177,10 @@ class _Figures:
         values = by_task(self.scores, metrics=self.scorers)["forgetting"][:-1]
         ends: Sequence[list[float] | None] = [None] * len(values)
         if self.resamples:
-            found = task_intervals(self.examples, metrics=self.scorers, totals=self.totals, resamples=self.resamples)
-            ends = found["forgetting"][:-1]
+            by_figure = task_intervals(
+                self.examples, metrics=self.scorers, totals=self.totals, resamples=self.resamples
+            )
+            ends = by_figure["forgetting"][:-1]
         return [
             Check("max_task_forgetting", f"forgetting of {task}", value, limit, interval)
             for task, value, interval in zip(self.tasks[:-1], values, ends, strict=True)
@@ -256,8 +257,8 @@ class _Figures:
         if before is None or after is None or before.shape != after.shape:
             return None
         quotient = [lambda sums: sums[..., 0] / sums[..., 1]]
-        found = paired_difference([before], [after], totals=quotient, resamples=self.resamples, permutations=1)
-        return cast(list[float] | None, found["interval"])
+        rise = paired_difference([before], [after], totals=quotient, resamples=self.resamples, permutations=1)
+        return cast(list[float] | None, rise["interval"])
 
 
 def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tuple[str, list[Check]]:
@@ -285,8 +286,8 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tu
     measured = [t for t, row in enumerate(run.scores) if t and any(score is not None for score in row)]
     rows = {run.stage_of(t) if run.joint else t: t for t in measured}
     if not rows or (stage is not None and stage not in rows):
-        known = f"evaluated: {', '.join(map(str, rows))}" if rows else "none was evaluated yet"
-        raise ConfigError(f"{path}: stage {stage or 'last'} cannot be judged; {known}")
+        evaluated = f"evaluated: {', '.join(map(str, rows))}" if rows else "none was evaluated yet"
+        raise ConfigError(f"{path}: stage {stage or 'last'} cannot be judged; {evaluated}")
     stage = max(rows) if stage is None else stage
     return f"{path} ({run.method}), after stage {stage}", judge(run, gate, rows[stage])
 

@@ -1,4 +1,4 @@
-"""What a run would do: one decoded and masked example a task, the plan and its cost."""
+"""The dry run: one decoded and masked example of each task, the plan and its cost."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from holdfast.system.machine import free_gib
 
 
 def print_check(config: RunConfig, console: Console, data: RunData | None = None) -> None:
-    """Load everything but the weights and print the plan.
+    """Load everything but the weights, and print the plan.
 
     Args:
-        data: of the run, where it is loaded already.
+        data: of the run, if it is loaded already.
 
     Raises:
-        UserError: what `holdfast run` would refuse.
+        UserError: `holdfast run` would refuse the configuration or the data.
     """
     setup = prepare(resolve(config), data)
     console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)
@@ -42,9 +42,9 @@ def print_check(config: RunConfig, console: Console, data: RunData | None = None
 
 
 def noticed(task: Task) -> str:
-    """What is odd about a task's rows, in a line."""
+    """The suspicious rows of a task, counted, in a line."""
     counts = task.counts
-    said = [
+    parts = [
         f"{counts.duplicate_train_rows} duplicate train rows",
         f"{counts.test_rows_in_train} test rows stand in train",
     ]
@@ -54,12 +54,12 @@ def noticed(task: Task) -> str:
         (counts.test_rows_in_other_tasks, "test rows stand in the train rows of other tasks"),
         (counts.dropped_train_rows, "train rows dropped"),
     ):
-        said += [f"{count} {what}"] if count else []
-    return ", ".join(said)
+        parts += [f"{count} {what}"] if count else []
+    return ", ".join(parts)
 
 
 def masked(setup: Setup, row: dict[str, Any]) -> str:
-    """An example as the model sees it; the tokens that the loss counts stand in brackets."""
+    """An example as the model sees it, with the tokens that the loss counts in brackets."""
     pieces: list[tuple[bool, list[int]]] = []
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         supervised = label != -100
@@ -72,7 +72,7 @@ def masked(setup: Setup, row: dict[str, Any]) -> str:
 
 
 def plan_lines(setup: Setup) -> list[str]:
-    """Stages, steps, tokens and disk space, a line each."""
+    """The lines of the plan: stages, steps, tokens and disk space."""
     config, training = setup.config, setup.config.training
     lines = [
         f"model {config.model.name}, tuner {setup.tuner.name}, method {' + '.join(m.name for m in setup.methods)}, "
@@ -105,7 +105,7 @@ def plan_lines(setup: Setup) -> list[str]:
 
 
 def gate_lines(gate: GateConfig | None) -> list[str]:
-    """The limits that each stage is held to, and what follows where it fails."""
+    """The limits for every stage, and what a failure leads to."""
     if gate is None:
         return []
     limits = ", ".join(f"{key} {limit}" for key, limit in gate.limits.items())

@@ -1,4 +1,4 @@
-"""From a configuration to all that a run needs, checked before anything is trained or written."""
+"""Turn a configuration into all that a run needs, with checks before anything is trained or written."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from holdfast.training.arguments import RESERVED, check_arguments
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration in which nothing is left to be found out, with what it names.
+    """A complete configuration, and the methods and the tuner that it names.
 
     Attributes:
-        config: names the tuner, and of each method that rehearses general texts their path.
-        methods: those of the configuration; no stage has used them.
-        tuner: that of the configuration; it has prepared no model.
-        samples: the stream's own file of general samples, where it has one.
+        config: names the tuner, and the path of the texts for each method that rehearses general texts.
+        methods: new: no stage has used them.
+        tuner: new: it has prepared no model.
+        samples: the stream's own file of general samples, if it has one.
     """
 
     config: RunConfig
@@ -46,16 +46,16 @@ class Resolved:
 
 @dataclass
 class Setup:
-    """All that a run needs but the model's weights.
+    """All that a run needs, except the model's weights.
 
     Attributes:
         methods: those of the configuration.
-        companion: the method that the tuner brings along.
+        companion: a method that belongs to the tuner.
         scorers: of the tasks' metrics, by name.
         rows: each task's tokenised train rows.
         stages: in order, without the start.
         steps: optimizer steps of each stage.
-        samples: the stream's own file of general samples, where it has one.
+        samples: the stream's own file of general samples, if it has one.
     """
 
     config: RunConfig
@@ -74,11 +74,11 @@ class Setup:
 
     @property
     def applied(self) -> list[Method]:
-        """What the trainer applies: the methods, and then the tuner's companion."""
+        """The methods that the trainer applies: those of the configuration, and then the tuner's companion."""
         return self.methods if self.companion is None else [*self.methods, self.companion]
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says of the data."""
+        """The facts about the data, for run.json."""
         return {
             "stream": {"name": self.stream.name, "version": self.stream.version},
             "tasks": {
@@ -97,14 +97,14 @@ class Setup:
         }
 
     def renewed(self) -> Setup:
-        """The setup of a new process: methods and a tuner that have seen no stage, on the data that are loaded here."""
+        """The setup of a new process, with new methods and a new tuner; the data stay loaded and tokenised."""
         chosen, tuner = build_methods(self.config), build_tuner(self.config)
         tuner.plan(self.config.training, sum(self.steps))
         return dataclasses.replace(self, methods=chosen, tuner=tuner, companion=tuner.companion())
 
 
 def resolve(config: RunConfig) -> Resolved:
-    """Find out what a configuration leaves open: the tuner that its methods need, and its stream's general samples.
+    """Complete a configuration with the tuner that its methods need and its stream's general samples.
 
     Raises:
         ConfigError: a method, a tuner or an option is unknown or wrong, the tuner is not one that a method works with,
@@ -124,7 +124,7 @@ def resolve(config: RunConfig) -> Resolved:
 
 
 def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
-    """Check the rest of the configuration, and load and tokenise every task.
+    """Check the rest of a configuration, and load and tokenise every task.
 
     Args:
         data: what :func:`load_data` gave, if it is loaded already.
@@ -174,18 +174,18 @@ def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
 
 
 def build_methods(config: RunConfig) -> list[Method]:
-    """Make the methods of a configuration anew."""
+    """Make new methods from a configuration."""
     return methods.build([(method.name, method.options) for method in config.method])
 
 
 def build_tuner(config: RunConfig) -> Tuner:
-    """Make the tuner of a configuration that names one anew."""
+    """Make a new tuner from a configuration that names one."""
     assert config.tuner is not None
     return tuners.build(config.tuner)
 
 
 def check_watching(config: RunConfig, general: list[General], scorers: list[Scorer]) -> None:
-    """Check that the run measures what its gate, or watching it, needs.
+    """Check that the run measures what its gate and its watching need.
 
     Raises:
         ConfigError: it does not.
@@ -200,7 +200,7 @@ def check_watching(config: RunConfig, general: list[General], scorers: list[Scor
 
 
 def _with_samples(named: Named, samples: str) -> Named:
-    """A method, with the stream's general samples as its path if it rehearses general texts and names none."""
+    """The method; if it rehearses general texts and names none, the stream's general samples become its path."""
     fields = methods.find(named.name).Options.model_fields
     source = named.options.get("source", fields["source"].default if "source" in fields else None)
     if source != "general" or {"path", "dataset"} & set(named.options):
@@ -209,7 +209,7 @@ def _with_samples(named: Named, samples: str) -> Named:
 
 
 def _common_tuner(chosen: list[Method]) -> str:
-    """The tuner of methods for which the configuration names none: the first one that suits all.
+    """The first tuner that suits all methods.
 
     Raises:
         ConfigError: there is none.

@@ -17,8 +17,8 @@ from holdfast.version import __version__
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a run's numbers depend on."""
     names = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
-    own = {"python": platform.python_version(), "holdfast": __version__}
-    return own | {name: metadata.version(name) for name in names}
+    ours = {"python": platform.python_version(), "holdfast": __version__}
+    return ours | {name: metadata.version(name) for name in names}
 
 
 def hardware() -> dict[str, Any]:
