@@ -33,6 +33,19 @@ def test_stage_gradient_is_that_of_the_mean_over_all_tokens_and_leaves_grads_alo
         torch.testing.assert_close(found.tensors[name], p.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_stages_sample_is_random_repeats_itself_and_takes_no_row_twice():
+    stage = tiny_stage(tiny_model(), tiny_rows(12))
+    places = [stage.rows.index(row) for row in stage.sample(5, stage.random("a"))]
+    assert len(set(places)) == 5 and places != sorted(places)
+    assert stage.sample(5, stage.random("a")) == [stage.rows[place] for place in places]
+    assert stage.sample(5, stage.random("b")) != stage.sample(5, stage.random("a"))
+    assert sorted(map(stage.rows.index, stage.sample(99, stage.random("a")))) == list(range(12))
+
+
+def test_a_method_holds_no_rows_out_unless_it_says_so():
+    assert len(find("ewc")().held_out) == 0
+
+
 def test_quota_memory_holds_equal_shares():
     memory = Memory(10, "quota")
     for t in range(1, 4):
