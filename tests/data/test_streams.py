@@ -18,6 +18,7 @@ from holdfast.config.stream import DataConfig, StreamConfig
 from holdfast.data.load import load_stream
 from holdfast.data.streams.definition import find, known
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
+from holdfast.metrics import FIGURES
 from holdfast.runner.check import noticed
 from holdfast.runner.setup import resolve
 from holdfast.scoring import SCORERS
@@ -513,7 +514,7 @@ def test_metrics_that_are_no_means_and_choices_run(folder: Path, tmp_path: Path)
     tasks[1]["beside"] = ["choice_likelihood_mean"]
     config = tiny_config(tmp_path, stream={"tasks": tasks}, method="frozen")
     matrix = run(load_config(config), Progress(quiet=True))
-    assert set(matrix["intervals"]) == {"average", "new_task", "forgetting", "backward_transfer", "forward_transfer"}
+    assert set(matrix["intervals"]) == set(FIGURES)
     records = read_jsonl(tmp_path / "run" / "stages" / "00-start" / "responses" / "choice_likelihood.jsonl")
     for record in records:
         assert record["choices"] == ["yes", "no"]

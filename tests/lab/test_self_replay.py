@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from holdfast.data.tokens.file import TokenFile
-from holdfast.lab.pretrain import LabRun, pretrain
+from holdfast.lab.pretrain import pretrain
 from holdfast.rehearsal.samples import corpus_rows
-from holdfast.system.files import read_jsonl
+from holdfast.system.files import append_jsonl, read_jsonl
 from holdfast.system.progress import Progress
 from support.lab_runs import lab_config
 
@@ -63,15 +63,14 @@ def test_a_run_that_died_between_two_draws_goes_on_to_the_same_end(tuner, langua
     for config in configs:
         config["training"] |= {"save_every": 4}
     pretrain(configs[0], QUIET)
-    append = LabRun.append
 
-    def dying(run, name, line):
-        if line["step"] == 13:
+    def dying(file, event):
+        if event["step"] == 13:
             raise DiedError
-        append(run, name, line)
+        append_jsonl(file, event)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LabRun, "append", dying)
+        patch.setattr("holdfast.training.watch.append_jsonl", dying)
         with pytest.raises(DiedError):
             pretrain(configs[1], QUIET)
     pretrain(configs[1], QUIET)

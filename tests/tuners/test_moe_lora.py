@@ -361,6 +361,7 @@ def test_two_stages(tmp_path):
     assert torch.equal(logits(plain), logits(own.eval()))
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_stage_and_continued(tmp_path):
     tuner = {"name": "moe_lora", "r": 8, "lora_dropout": 0.3}
     config = tiny_config(tmp_path, tuner=tuner, method="replay")
