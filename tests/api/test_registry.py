@@ -11,6 +11,7 @@ import pytest
 from holdfast import methods, tuners
 from holdfast.api.declared import DeclaredClass, Page, Source, Unreadable
 from holdfast.api.method import Method
+from holdfast.api.registry import Registry
 from holdfast.api.tuner import Tuner
 from holdfast.config.section import Named
 from holdfast.errors import ConfigError
@@ -20,6 +21,7 @@ from support.installed import install
 
 OTHERS = '''
 from holdfast.api.method import Method
+from holdfast.api.registry import Registry
 from holdfast.config.section import Section
 from holdfast.tuners.full import Full
 
@@ -91,6 +93,26 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch:
         tuners.find("broken")
 
 
+def test_two_packages_cannot_register_the_same_name(others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = install(tmp_path / "more", "more", OTHERS, {"holdfast.tuners": {"halves": "more:Halves"}})
+    monkeypatch.syspath_prepend(folder)
+    with pytest.raises(ConfigError, match=r"(others|more):Halves and (others|more):Halves are both registered"):
+        tuners.find("halves")
+    assert tuners.find("lora").name == "lora"
+
+
+def test_without_sources_the_modules_are_imported(monkeypatch: pytest.MonkeyPatch):
+    def absent(module: str) -> Source:
+        raise Unreadable(module)
+
+    monkeypatch.setattr("holdfast.api.registry.read", absent)
+    compiled = Registry(Method, "holdfast.methods")
+    assert not compiled.own and compiled.find("ewc") is METHODS.find("ewc")
+    assert compiled.page("ewc") == METHODS.page("ewc")
+    with pytest.raises(ConfigError, match="there is no method 'ewcc'; did you mean 'ewc'"):
+        compiled.check("ewcc", {})
+
+
 def test_an_unknown_name_or_option_is_refused_with_the_near_one():
     with pytest.raises(ConfigError, match="tuner: there is no tuner 'lroa'; did you mean 'lora'"):
         TUNERS.check("lroa", {})
@@ -126,6 +148,7 @@ def test_constants_and_other_defaults_are_read():
         weight: float = Field(1.0, gt=0, description="of the term, "
                               "in all")
         path: str = Field(description="of texts")
+        counted: ClassVar[int] = 3
 
 class Heavier(Written):
     name = "heavier"
@@ -146,6 +169,7 @@ class Heavier(Written):
         "    class Options(Section):\n        weight: float = 1.0 + EPSILON",
         "    class Options(Elsewhere):\n        weight: float = 1.0",
         "    Options = [Section][0]",
+        "    class Options(Section):\n        words: set[str] = Field({'a'}, description='of it')",
     ],
 )
 def test_what_is_no_literal_is_left_to_an_import(options: str):

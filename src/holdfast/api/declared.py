@@ -62,11 +62,12 @@ class DeclaredClass:
     node: ast.ClassDef
 
     @property
-    def name(self) -> str | None:
-        """The name by which a configuration calls it; None where the class itself gives none."""
+    def name(self) -> str:
+        """The name by which a configuration calls it; empty where the class itself gives none, or is not registered."""
         value = _assigned(self.node, "name")
-        chosen = not any(keyword.arg == "registered" for keyword in self.node.keywords)
-        return self.source.literal(value) if chosen and isinstance(value, ast.expr) else None
+        if value is None or any(keyword.arg == "registered" for keyword in self.node.keywords):
+            return ""
+        return self.source.literal(value)
 
     def is_a(self, base: type) -> bool:
         """Whether it inherits from a class of holdfast's."""
@@ -85,7 +86,6 @@ class DeclaredClass:
         Raises:
             Unreadable: a part of it is no literal.
         """
-        assert self.name is not None
         doc = next((text for cls in self.lineage() if (text := ast.get_docstring(cls.node))), "")
         facts = {}
         for fact in FACTS:
@@ -131,12 +131,12 @@ class Source:
                 return {self.literal(key): self.literal(value) for key, value in zip(keys, values, strict=True)}
             case ast.Call(func=ast.Attribute(value=ast.Name(id="dict"), attr="fromkeys"), args=[keys, value]):
                 return dict.fromkeys(self.literal(keys), self.literal(value))
-            case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            case ast.BinOp(left=ast.Dict() | ast.Call() as left, op=ast.BitOr(), right=right):
                 return self.literal(left) | self.literal(right)
         try:
             return ast.literal_eval(node)
         except ValueError:
-            raise Unreadable(ast.unparse(node)) from None
+            raise Unreadable(ast.dump(node)) from None
 
     def constant(self, name: str) -> Any:
         """The value of a constant, defined here or imported.
@@ -162,18 +162,21 @@ class Source:
     def _home(self, name: str) -> tuple[Source, str] | None:
         """The module of holdfast that a name is imported from, and its name there."""
         module, original = self._imports.get(name, ("", ""))
-        source = read(module)
-        return None if source is None else (source, original)
+        return (read(module), original) if module.partition(".")[0] == "holdfast" else None
 
 
 @cache
-def read(module: str) -> Source | None:
-    """A module's source; None where it is not one of holdfast's."""
-    if module.partition(".")[0] != "holdfast":
-        return None
+def read(module: str) -> Source:
+    """The source of a module of holdfast.
+
+    Raises:
+        Unreadable: there is none, as in an installation of compiled files.
+    """
     path = SOURCE.joinpath(*module.split("."))
     files = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
-    return Source(module, ast.parse(files[0].read_text(encoding="utf-8"))) if files else None
+    if not files:
+        raise Unreadable(module)
+    return Source(module, ast.parse(files[0].read_text(encoding="utf-8")))
 
 
 def _assigned(body: ast.Module | ast.ClassDef, name: str) -> ast.expr | ast.ClassDef | None:
@@ -208,8 +211,8 @@ def _options(lineage: Sequence[DeclaredClass]) -> Fields:
                 fields = _options(lineage[place + 1 :])
                 for keyword in options.keywords:
                     value = cls.source.literal(keyword.value)
-                    for key, default in {keyword.arg: value}.items() if keyword.arg else value.items():
-                        fields[key] = (json.dumps(default), fields[key][1])
+                    defaults = {keyword.arg: value} if keyword.arg else value
+                    fields |= {key: (_shown(default), fields[key][1]) for key, default in defaults.items()}
                 return fields
             case ast.expr():
                 break
@@ -222,7 +225,9 @@ def _fields(section: DeclaredClass) -> Fields:
     for base in section.node.bases:
         fields |= _fields_named(section.source, base)
     for node in section.node.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        if not isinstance(node, ast.AnnAssign) or ast.unparse(node.annotation).startswith("ClassVar"):
+            continue
+        if isinstance(node.target, ast.Name):
             fields[node.target.id] = _field(section.source, node.value)
     config = _assigned(section.node, "model_config")
     for keyword in config.keywords if isinstance(config, ast.Call) else ():
@@ -248,10 +253,17 @@ def _fields_named(source: Source, name: ast.expr) -> Fields:
 def _field(source: Source, value: ast.expr | None) -> tuple[str, str]:
     """(default, description) of a field; its value is a default, or ``Field(default, description=...)``."""
     if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "Field"):
-        return (json.dumps(source.literal(value)) if value is not None else "required", "")
+        return (_shown(source.literal(value)) if value is not None else "required", "")
     given = {keyword.arg: keyword.value for keyword in value.keywords}
     if "default_factory" in given:
         raise Unreadable(ast.unparse(value))
     default = value.args[0] if value.args else given.get("default")
     description = source.literal(given["description"]) if "description" in given else ""
-    return (json.dumps(source.literal(default)) if default is not None else "required", description)
+    return (_shown(source.literal(default)) if default is not None else "required", description)
+
+
+def _shown(default: Any) -> str:
+    try:
+        return json.dumps(default)
+    except TypeError:
+        raise Unreadable(repr(default)) from None

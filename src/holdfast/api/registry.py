@@ -58,19 +58,13 @@ class Registry(Generic[T]):
     @cached_property
     def own(self) -> dict[str, DeclaredClass]:
         """Those of the package, by name, as their sources declare them."""
-        declared = {}
+        declared: dict[str, DeclaredClass] = {}
         for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
-            source = read(f"{self.package}.{module.name}")
-            for cls in source.classes() if source is not None else ():
-                if not cls.is_a(self.base):
-                    continue
-                try:
-                    name = cls.name
-                except Unreadable:
-                    importlib.import_module(cls.source.module)  # it makes itself known in `classes`
-                    continue
-                if name is not None:
-                    declared[name] = cls
+            name = f"{self.package}.{module.name}"
+            try:
+                declared |= {cls.name: cls for cls in read(name).classes() if cls.is_a(self.base) and cls.name}
+            except Unreadable:
+                importlib.import_module(name)  # what it defines is in `classes` then
         return declared
 
     def names(self) -> list[str]:
@@ -91,10 +85,11 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: there is none; a near name is offered.
         """
-        installed = entries(self.kind)
         if name in self.own:
             importlib.import_module(self.own[name].source.module)
-        elif name in installed:
+            return self.classes[name]
+        installed = entries(self.kind)
+        if name in installed:
             load(installed[name])
         elif name not in self.classes:  # a package may have registered it under another name
             for entry in installed.values():
@@ -136,8 +131,19 @@ class Registry(Generic[T]):
 
 
 def entries(kind: str) -> dict[str, EntryPoint]:
-    """The entry points of a kind, by name."""
-    return {entry.name: entry for entry in entry_points(group=f"holdfast.{kind}s")}
+    """The entry points of a kind, by name.
+
+    Raises:
+        ConfigError: two packages register the same name.
+    """
+    installed: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=f"holdfast.{kind}s"):
+        other = installed.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise ConfigError(
+                f"{entry.group}: {other.value} and {entry.value} are both registered as {entry.name!r}; uninstall one"
+            )
+    return installed
 
 
 def load(entry: EntryPoint) -> Any:
