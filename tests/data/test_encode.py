@@ -22,7 +22,7 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.models.pretrained import load_tokenizer
 from support.paths import SHARED, needs_shared
 
-WORDS = "what is the name of this town in the year and who was its mayor then river good bad".split()
+WORDS = "what is the name of this town in the year and who was its mayor then river good bad".split()  # noqa: SIM905
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>"]
 
 # Templates of the kinds that are in use; each writes a turn's content in its own way.
