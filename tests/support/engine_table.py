@@ -221,8 +221,9 @@ tiny model. The final weights of both stages, every logged loss term and the gra
 their size; the score matrix is equal. The same holds for one process that continues on this engine from a
 checkpoint in the last stage. The last step of an epoch is uneven: the processes share its rows, and none is dropped or
 repeated. (`moe_lora` has even steps only, since its load balance is that of a micro-batch.) The number in brackets is
-the largest difference. `tests/whole/test_engines.py` runs a selection of this table in `make test`, all of it in
-`make test-all`{seconds}. It also tests gradient accumulation, bfloat16, three processes, and a
+the largest difference. These runs train with plain SGD at a constant rate; AdamW's checkpoints have tests of their own
+(`tests/engines`). `tests/whole/test_engines.py` runs a selection of this table in `make test`, all of it in
+`make test-all` (about 50 minutes on two cores). It also tests gradient accumulation, bfloat16, three processes, and a
 run that loses a process and is continued by three.
 [The engines, and how to start them](launch.md).
 
