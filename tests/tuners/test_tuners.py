@@ -687,3 +687,40 @@ def test_the_page_s_trainer_runs(tmp_path):
     trainer.data_collator, trainer.args.max_steps = pad_rows, 3
     trainer.train()
     assert names["tuner"].options.total_step == 300 and trainer.methods[1].steps == 3
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens", "norm"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "lora"},
+        {"name": "lora", "use_dora": True},
+        {"name": "lora", "init_lora_weights": "pissa"},
+        {"name": "adalora", "total_step": 20},
+        {"name": "p_tuning"},
+        {"name": "prefix", "prefix_projection": True},
+        *({"name": name} for name in ("adapter", "ia3", "moe_lora", "osf", "prefix", "prompt")),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_modules_to_save_come_back(options, saved, tmp_path):
+    def prepared(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return tuner.prepare(tiny_model())
+
+    tuner = build(Named.model_validate(options | {"modules_to_save": [saved]}))
+    model = prepared(0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any(saved in name for name in trained)
+    with torch.no_grad():
+        for p in trained.values():
+            p.add_(0.1 * torch.randn_like(p))
+    tuner.save(model, tmp_path)
+    again = prepared(1)
+    tuner.load(again, tmp_path)
+    loaded = {name: p for name, p in again.named_parameters() if p.requires_grad}
+    assert loaded.keys() == trained.keys()
+    for name, p in loaded.items():
+        assert torch.equal(p, trained[name]), name
+    ids = {"input_ids": torch.arange(3, 20)[None]}
+    assert torch.equal(again.eval()(**ids).logits, model.eval()(**ids).logits)

@@ -14,6 +14,7 @@ from holdfast.api.stage import Stage
 from holdfast.config.section import Section
 from holdfast.errors import ConfigError
 from holdfast.tuners.lora_factors import (
+    SHAPE,
     TRAINED,
     Factors,
     exchange_adapters,
@@ -24,9 +25,6 @@ from holdfast.tuners.lora_factors import (
     scalings,
     seeded,
 )
-
-SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-"""The keys of an adapter's configuration that merging changes."""
 
 
 class SeqLoRAMerge(Method):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from holdfast.config.section import Section
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.tuners.lora_factors import TRAINED, Factors, exchange_adapters, factors, times_rank
+from holdfast.tuners.lora_factors import SHAPE, TRAINED, Factors, exchange_adapters, factors, times_rank
 from holdfast.tuners.peft import PeftTuner
 
 logger = logging.getLogger("holdfast")
@@ -103,10 +103,14 @@ class Lora(PeftTuner):
                 layer.lora_dropout[TRAINED] = nn.Dropout(dropout)
 
     def load(self, model: Any, folder: Path) -> None:
-        """Take over the saved configuration, too, since a method may have changed the rank."""
+        """Take over the saved rank and scaling, too, which a method may have changed.
+
+        Otherwise the adapter stays, since PEFT cannot delete one that has modules_to_save.
+        """
         if not isinstance(model, MovedBase):
-            config: Any = LoraConfig.from_pretrained(str(folder))
-            exchange_adapters(model, {TRAINED: (config, None)})
+            saved: Any = LoraConfig.from_pretrained(str(folder))
+            if any(getattr(saved, key) != getattr(model.peft_config[TRAINED], key) for key in SHAPE):
+                exchange_adapters(model, {TRAINED: (saved, None)})
         super().load(model, folder)
 
 

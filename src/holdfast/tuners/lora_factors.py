@@ -24,6 +24,9 @@ Factors = dict[str, Tensor]
 TRAINED = "default"
 """Name of the adapter that is trained and saved: PEFT's name for the first adapter of a model."""
 
+SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+"""The keys of an adapter's configuration that a method may change from stage to stage."""
+
 
 def plain_lora(model: nn.Module, method: str) -> LoraConfig:
     """The configuration of a model's one adapter.

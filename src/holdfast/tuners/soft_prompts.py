@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from peft import PeftModelForCausalLM, PromptTuningConfig
 from peft.config import PromptLearningConfig
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -91,9 +93,16 @@ class SoftPromptModel(PeftModelForCausalLM):
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         path = Path(model_id, ENCODER)
-        if path.exists():
-            return self.prompt_encoder[adapter_name].load_state_dict(load_file(path))
-        return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        if not path.exists():
+            return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        saved = load_peft_weights(str(model_id), device="cpu")
+        own: dict[str, Tensor] = {}
+        for name, module in self.named_modules():  # modules_to_save
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                names = module.adapter_state_dict_load_map(adapter_name)
+                own |= {f"{name}.{loaded}": saved[f"{name}.{key}"] for key, loaded in names.items()}
+        self.load_state_dict(own, strict=False)
+        return self.prompt_encoder[adapter_name].load_state_dict(load_file(path))
 
     def _put(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Insert the prompts before the base model's forward pass, unless the cache holds them already."""
