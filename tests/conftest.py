@@ -1,5 +1,6 @@
 """One thread a test process: the tensors are tiny, so threads only wait for each other. No test waits for the Hub."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,3 +12,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Keep all that was imported out of garbage collection, which Trainer asks for at each start of a training: with
+    torch, transformers and the rest in memory it takes as long as a tiny run's training."""
+    gc.collect()
+    gc.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,27 @@ def write_report(paths: list[Path], output: Path) -> Path:
         "not_measured": NOT_MEASURED,
         "gate_head": HEAD,
     }
+    html = (
+        _templates()
+        .get_template("template.html.j2")
+        .render(
+            **context,
+            data={
+                "plots": pack_text(json_text({"figures": page.plots, "templates": plots.templates()})),
+                "rows": packed,
+            },
+            css=(HERE / "page.css").read_text(encoding="utf-8"),
+            script="".join((HERE / name).read_text(encoding="utf-8") for name in ("unpack.js", "rows.js", "page.js")),
+            plotly=packed_plotly(),
+        )
+    )
+    write_text(output, html)
+    return output
+
+
+@cache
+def _templates() -> Environment:
+    """The templates, which are compiled once in a process."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -68,15 +90,7 @@ def write_report(paths: list[Path], output: Path) -> Path:
         "cost": cost,
         "p_value": p_value,
     }
-    html = environment.get_template("template.html.j2").render(
-        **context,
-        data={"plots": pack_text(json_text({"figures": page.plots, "templates": plots.templates()})), "rows": packed},
-        css=(HERE / "page.css").read_text(encoding="utf-8"),
-        script="".join((HERE / name).read_text(encoding="utf-8") for name in ("unpack.js", "rows.js", "page.js")),
-        plotly=packed_plotly(),
-    )
-    write_text(output, html)
-    return output
+    return environment
 
 
 class _Page:
