@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from holdfast.data.texts import read_texts
 from holdfast.errors import DataError
 from holdfast.rehearsal.corpus import MANIFEST, TOKENIZER, corpus_files
 from holdfast.rehearsal.statistics import LONG, Rows, Statistics, by_rank, histogram, shared
-from holdfast.report.packed import pack_text, packed_plotly
+from holdfast.report.html import render
+from holdfast.report.packed import pack_text
 from holdfast.report.plots import Plot, templates
 from holdfast.report.text import number
 from holdfast.system.files import json_text, read_json, write_text
 
-HERE = Path(__file__).parent
 MOST = 2**22  # tokens that are looked at
 TOP = 20  # of the most frequent tokens
 DASHES = ("solid", "dash")
@@ -82,17 +81,12 @@ def write_corpus_page(corpus: Path, output: Path, against: Path | None = None) -
         "losses": _bars([sample.loss for sample in samples], "nats per drawn token"),
         "ranks": _ranks(found),
     }
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "visible": _visible}
-    html = environment.get_template("corpus.html.j2").render(
-        **page,
+    html = render(
+        "corpus.html.j2",
+        scripts=("unpack.js", "page.js"),
         plots=plots,
         data={"plots": pack_text(json_text({"figures": plots, "templates": templates()}))},
-        css=(HERE / "page.css").read_text(encoding="utf-8"),
-        script="".join((HERE / name).read_text(encoding="utf-8") for name in ("unpack.js", "page.js")),
-        plotly=packed_plotly(),
+        **page,
     )
     write_text(output, html)
     return output
@@ -256,8 +250,3 @@ def _share(share: float | None) -> str:
 
 def _text(tokenizer: Any, ids: Any) -> str:
     return tokenizer.decode([int(token) for token in ids], clean_up_tokenization_spaces=False)
-
-
-def _visible(token: str) -> str:
-    """A token's text with its white space shown."""
-    return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from holdfast.config.describe import flat
 from holdfast.metrics.matrix import LOWER_IS_BETTER, scale_of
@@ -16,14 +13,14 @@ from holdfast.records.read import FinishedRun, changes, read_runs
 from holdfast.report import plots
 from holdfast.report.compare import compare
 from holdfast.report.figures import COSTS, FIGURES, Figure, direction
-from holdfast.report.packed import pack_text, packed_plotly
+from holdfast.report.html import render
+from holdfast.report.packed import pack_text
 from holdfast.report.rows import pack
-from holdfast.report.tables import cost, interval_notes, p_value
-from holdfast.report.text import NOT_MEASURED, interval, learning, number, shorten
+from holdfast.report.tables import interval_notes
+from holdfast.report.text import NOT_MEASURED, learning, number
 from holdfast.report.verdict import HEAD, decisions
 from holdfast.system.files import json_text, write_text
 
-HERE = Path(__file__).parent
 EXAMPLES = 3  # responses shown of a task, of those lost and of those gained
 
 
@@ -54,43 +51,14 @@ def write_report(paths: list[Path], output: Path) -> Path:
         "not_measured": NOT_MEASURED,
         "gate_head": HEAD,
     }
-    html = (
-        _templates()
-        .get_template("template.html.j2")
-        .render(
-            **context,
-            data={
-                "plots": pack_text(json_text({"figures": page.plots, "templates": plots.templates()})),
-                "rows": packed,
-            },
-            css=(HERE / "page.css").read_text(encoding="utf-8"),
-            script="".join((HERE / name).read_text(encoding="utf-8") for name in ("unpack.js", "rows.js", "page.js")),
-            plotly=packed_plotly(),
-        )
+    html = render(
+        "template.html.j2",
+        scripts=("unpack.js", "rows.js", "page.js"),
+        data={"plots": pack_text(json_text({"figures": page.plots, "templates": plots.templates()})), "rows": packed},
+        **context,
     )
     write_text(output, html)
     return output
-
-
-@cache
-def _templates() -> Environment:
-    """The templates, which are compiled once in a process."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": number,
-        "interval": interval,
-        "shorten": shorten,
-        "json": json_text,
-        "cost": cost,
-        "p_value": p_value,
-    }
-    return environment
 
 
 class _Page:

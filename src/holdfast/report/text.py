@@ -46,3 +46,8 @@ def learning(learned: Mapping[str, bool]) -> str | None:
     listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     why = "the score did not rise beyond its interval in the task's own stage, so forgetting says nothing of it"
     return f"Not learned: {listed}; {why}."
+
+
+def visible(token: str) -> str:
+    """A token's text with its white space shown."""
+    return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")

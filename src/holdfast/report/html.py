@@ -1,0 +1,55 @@
+"""A page as one HTML file that needs nothing else: template, style, scripts, data and the plotting library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from holdfast.report.packed import packed_plotly
+from holdfast.report.tables import cost, p_value
+from holdfast.report.text import interval, number, shorten, visible
+from holdfast.system.files import json_text
+
+HERE = Path(__file__).parent
+
+
+def render(template: str, *, scripts: Sequence[str], **context: Any) -> str:
+    """The page's HTML.
+
+    Args:
+        template: the name of a template in this folder.
+        scripts: the names of the page's scripts in this folder, in their order.
+        **context: what the template shows.
+    """
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **context,
+            css=(HERE / "page.css").read_text(encoding="utf-8"),
+            script="".join((HERE / name).read_text(encoding="utf-8") for name in scripts),
+            plotly=packed_plotly(),
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    """One for all pages: it compiles a template once, which takes longer than to fill it."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": number,
+        "interval": interval,
+        "shorten": shorten,
+        "visible": visible,
+        "json": json_text,
+        "cost": cost,
+        "p_value": p_value,
+    }
+    return environment
