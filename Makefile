@@ -16,10 +16,10 @@ demo: $(READY)
 	$(BIN)/holdfast demo
 
 test: lint
-	$(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(PYTEST)
 
 test-all: lint
-	$(BIN)/python -m pytest -n auto $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 
 # The lowest versions that pyproject.toml allows, in an environment of their own.
 test-lowest: $(LOWEST)/.ready
