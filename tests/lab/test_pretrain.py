@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -25,7 +22,8 @@ from holdfast.models.attention import FLOAT32
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from holdfast.training.checkpoint import newest_whole_checkpoint
-from support.lab_runs import lab_config, start_together
+from support import forked
+from support.lab_runs import lab_config
 
 QUIET = Progress(quiet=True)
 BATCH, CONTEXT = 8, 16
@@ -246,18 +244,22 @@ def test_a_signal_saves_and_the_command_goes_on(languages, tmp_path):
     config = lab_config(languages, tmp_path / "run", stop={"tokens": 200 * BATCH * CONTEXT})
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")
-    command = [sys.executable, "-m", "holdfast", "lab", "pretrain", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = "-m", "holdfast", "lab", "pretrain", path
+    process = forked.start(*command)
     events = tmp_path / "run" / "events.jsonl"
     while process.poll() is None and not (events.exists() and len(events.read_text().splitlines()) > 5):
         pass
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 1
-    assert "Continue with: holdfast lab pretrain" in process.stderr.read()
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Continue with: holdfast lab pretrain" in errors
     done = len(read_jsonl(events))
     assert 5 < done < 200
-    subprocess.run([*command, "stop.tokens=25600"], check=True, capture_output=True)
+    assert forked.run(*command, "stop.tokens=25600").returncode == 0
     assert [event["step"] for event in read_jsonl(events)] == list(range(1, 201))
+
+
+def together(config):
+    return forked.start_together(2, "-m", "holdfast", "lab", "pretrain", config)
 
 
 def ended(processes):
@@ -270,15 +272,15 @@ def ended(processes):
     return [process.returncode for process in processes], said[0]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_to_the_same_end(languages, tmp_path, rank):
     paths = {}
     for name in ("unbroken", "broken"):
         config = lab_config(languages, tmp_path / name, stop={"tokens": 100 * BATCH * CONTEXT})
         paths[name] = tmp_path / f"{name}.yaml"
         paths[name].write_text(json.dumps(config), encoding="utf-8")
-    assert ended(start_together(paths["unbroken"], 2))[0] == [0, 0]
-    processes = start_together(paths["broken"], 2)
+    assert ended(together(paths["unbroken"]))[0] == [0, 0]
+    processes = together(paths["broken"])
     events = tmp_path / "broken" / "events.jsonl"
     while all(process.poll() is None for process in processes) and not (events.exists() and events.read_text()):
         time.sleep(0.01)
@@ -288,7 +290,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_to_the_same_
     checkpoint = newest_whole_checkpoint(tmp_path / "broken" / "checkpoint")
     assert checkpoint.name == f"checkpoint-{len(read_jsonl(events))}"
     assert len(read_jsonl(events)) < 100
-    assert ended(start_together(paths["broken"], 2))[0] == [0, 0]
+    assert ended(together(paths["broken"]))[0] == [0, 0]
     one, other = (tmp_path / name / "model" / "model.safetensors" for name in paths)
     assert one.read_bytes() == other.read_bytes()
 
@@ -321,11 +323,8 @@ def test_two_processes_equal_one(engine, languages, pretrained, tmp_path):
     config["training"]["engine"] = engine
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += ["holdfast", "lab", "pretrain", str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    ended = subprocess.run(command, check=False, capture_output=True, env=environment, timeout=300, text=True)
-    assert ended.returncode == 0, ended.stderr
+    codes, said = ended(together(path))
+    assert codes == [0, 0], said
     one, two = pretrained.path, tmp_path / "two"
     for a, b in zip(*(read_jsonl(p / "evaluations.jsonl") for p in (one, two)), strict=True):
         assert a["domains"]["north"]["loss"] == pytest.approx(b["domains"]["north"]["loss"], rel=1e-4)

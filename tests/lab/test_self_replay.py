@@ -1,9 +1,6 @@
 """Replay in a laboratory run: what it keeps, with the model's own rows or real ones, and that a killed run goes on."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from holdfast.lab.pretrain import pretrain
 from holdfast.rehearsal.samples import corpus_rows
 from holdfast.system.files import append_jsonl, read_jsonl
 from holdfast.system.progress import Progress
+from support import forked
 from support.lab_runs import lab_config
 
 QUIET = Progress(quiet=True)
@@ -114,9 +112,8 @@ def test_two_processes_learn_what_one_does(languages, pretrained, tmp_path):
     pretrain(south(languages, pretrained, tmp_path / "one", method, **changes), QUIET)
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(south(languages, pretrained, tmp_path / "two", method, **changes)), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += ["holdfast", "lab", "pretrain", str(config)]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    for process in forked.start_together(2, "-m", "holdfast", "lab", "pretrain", config):
+        assert process.wait(timeout=300) == 0
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "two")]
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)

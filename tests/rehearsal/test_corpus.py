@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from holdfast.rehearsal.replay import replay
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.samples import corpus_rows
 from holdfast.system.files import read_json, read_jsonl
+from support import forked
 from support.families import write_family
 from support.rehearsed import two_stages
 from support.tiny import tiny_model, tiny_tokenizer, write_model
@@ -84,8 +84,7 @@ def dying(path, rows):
 corpus.write_jsonl = dying
 replay({model!r}, {str(killed)!r}, **{SIZE!r})
 """
-    ended = subprocess.run([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    assert ended.returncode == -signal.SIGKILL
+    assert forked.run("-c", script).returncode == -signal.SIGKILL
     assert not (killed / "manifest.json").exists() and len(list(killed.glob("shard-*.jsonl"))) == 2
     with pytest.raises(DataError, match="unfinished; the command that began it continues it"):
         corpus_rows(killed)

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
-
-from holdfast.system.machine import free_port
 
 LANGUAGES = {"north": "bcdfg", "south": "klmnp"}
 
@@ -41,23 +35,3 @@ def lab_config(languages, output, **changes):
         "output": str(output),
     }
     return config | changes
-
-
-def start_together(config: Path, count: int) -> list[subprocess.Popen[str]]:
-    """`holdfast lab pretrain` in processes that train together; no launcher ends the others when one has ended."""
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "holdfast", "lab", "pretrain", str(config)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from holdfast.runner.loop import run
 from holdfast.system.progress import Progress
 from holdfast.tuners.lora_factors import factors
+from support import forked
 from support.paths import TESTS
 from support.resumed import tensors
 from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows
@@ -61,10 +60,7 @@ def killed_in_stage_2_equals_unbroken(folder, method):
     config["training"] |= {"epochs": 2, "save_every": 2}
     whole, broken = (config | {"output": str(folder / name)} for name in ("whole", "broken"))
     (folder / "broken.json").write_text(json.dumps(broken))
-    killed = subprocess.run(
-        [sys.executable, str(KILLED), str(folder / "broken.json"), "step", "9"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    killed = forked.run(KILLED, folder / "broken.json", "step", 9)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     [checkpoint] = (folder / "broken" / "stages" / "02-green" / "checkpoint").iterdir()
     assert checkpoint.name == "checkpoint-2"

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
 
+from support import forked
+
 HERE = Path(__file__).parent
 
 
-def start(config: Path, *point: object) -> subprocess.Popen:
-    command = [sys.executable, str(HERE / "killed.py"), str(config), *map(str, point)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def start(config: Path, *point: object) -> forked.Process:
+    return forked.start(HERE / "killed.py", config, *point)
 
 
-def finish(process: subprocess.Popen) -> int:
+def finish(process: forked.Process) -> int:
     _, errors = process.communicate()
     assert process.returncode in (0, -signal.SIGKILL), errors
     return process.returncode

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from support import forked
 from support.command import holdfast
 from support.tiny import tiny_config, write_model, write_tasks
 
@@ -183,8 +182,7 @@ def test_no_space_left(writes, place, tmp_path):
     config = tiny_config(place) | {"output": str(tmp_path / "out"), "stream": {"path": str(place / "tasks")}}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-c", FULL_DISK, str(writes), "run", str(file)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = forked.run("-c", FULL_DISK, writes, "run", file)
     assert run.returncode == 2, run.stderr
     assert "no space is left" in run.stderr and "Traceback" not in run.stderr
 
@@ -200,7 +198,7 @@ def test_a_file_that_cannot_grow_is_never_half_written(tmp_path):
     )
     path = tmp_path / "matrix.json"
     path.write_text("old")
-    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    run = forked.run("-c", code, path)
     assert run.returncode == 1 and "File too large" in run.stderr
     assert path.read_text() == "old"
     assert resource.RLIMIT_FSIZE is not None and os.name == "posix"

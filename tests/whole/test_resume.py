@@ -6,12 +6,12 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 from filelock import FileLock
 
+from support import forked
 from support.resumed import finish, results, start
 from support.tiny import tiny_config
 
@@ -37,7 +37,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [pytest.param("full", marks=pytest.mark.slow), "lora", "gere"])
+@pytest.mark.parametrize("case", CASES)
 def test_killed_at_every_kind_of_point(case, tmp_path):
     changes, points = CASES[case]
     (tmp_path / "general.txt").write_text("red and green\nblue is not red\na tide comes\n")
@@ -88,8 +88,7 @@ def test_a_signal_saves_and_says_how_to_continue(number, tmp_path):
     config["training"] |= {"epochs": 400, "save_every": 1000}
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
-    command = [sys.executable, "-m", "holdfast", "run", str(file)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = forked.start("-m", "holdfast", "run", file)
     events = tmp_path / "run" / "events.jsonl"
     while not events.exists() and process.poll() is None:
         time.sleep(0.05)
@@ -109,7 +108,6 @@ def test_a_second_process_is_refused(tmp_path):
     file.write_text(json.dumps(config))
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"):
-        command = [sys.executable, "-m", "holdfast", "run", str(file)]
-        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        second = forked.run("-m", "holdfast", "run", file)
     assert second.returncode == 2
     assert "in use by another process" in second.stderr and "Traceback" not in second.stderr
