@@ -89,7 +89,7 @@ def test_every_definition_can_be_read_and_is_listed():
         assert definition.source
     assert set(known()) >= {"trace", "o_lora", "tree_lora", "continual_news", "realtimeqa", "super_ni", "chronicle"}
     metrics = CliRunner().invoke(app, ["streams", "--metrics"]).stdout
-    assert "trace_prefix_match" in metrics
+    assert "trace_exact_match" in metrics
     assert "\njudge " in metrics
 
 
@@ -106,7 +106,10 @@ def test_tree_lora_is_trace_and_o_lora_scored_by_prefix():
     assert [task.name for task in tree.tasks] == [task.name for task in (*trace.tasks, *o_lora.tasks)]
     assert len(tree.tasks) == 23
     assert len(tree.orders["fifteen"]) == 15
-    assert {task.source_metric for task in tree.tasks[8:]} == {"trace_prefix_match"}
+    assert {task.source_metric for task in tree.tasks[8:]} == {"tree_lora_prefix_match"}
+    theirs = [task.source_metric for task in tree.tasks[:8]]
+    assert theirs[:5] == ["tree_lora_prefix_match"] * 2 + ["tree_lora_rouge_l", None, "tree_lora_first_character"]
+    assert theirs[5:] == ["tree_lora_prefix_match"] * 2 + ["trace_sari"]
     assert set(o_lora.orders) < set(tree.orders)
 
 
@@ -220,13 +223,13 @@ def test_instructions_lie_above_the_tasks_or_in_a_folder_beside_them(folder: Pat
 def test_the_sources_scoring_changes_places_with_the_strict_one(folder: Path):
     strict, source = (load(name="trace", path=folder / "trace", scoring=s) for s in ("strict", "source"))
     assert [(task.metric, task.beside) for task in strict.tasks] == [
-        ("choice_letter", ["trace_prefix_match"]),
-        ("choice_letter", ["trace_prefix_match"]),
+        ("choice_letter", ["trace_exact_match"]),
+        ("choice_letter", ["trace_exact_match"]),
         ("rouge_l", ["trace_rouge_l"]),
         ("edit_similarity", []),
         ("choice_letter", ["trace_first_character"]),
-        ("accuracy", ["trace_prefix_match"]),
-        ("accuracy", ["trace_prefix_match"]),
+        ("accuracy", ["trace_exact_match"]),
+        ("accuracy", ["trace_exact_match"]),
         ("sari", ["trace_sari"]),
     ]
     for one, other in zip(strict.tasks, source.tasks, strict=True):
@@ -511,7 +514,7 @@ def test_metrics_that_are_no_means_and_choices_run(folder: Path, tmp_path: Path)
     write_model(tmp_path / "model")
     path = str(folder / "cl" / "SC" / "yelp")
     tasks = [{"name": m, "path": path, "metric": m} for m in ("macro_f1", "choice_likelihood")]
-    tasks[1]["beside"] = ["choice_likelihood_mean"]
+    tasks[1]["beside"] = ["choice_likelihood_mean", "choice_acc"]
     config = tiny_config(tmp_path, stream={"tasks": tasks}, method="frozen")
     matrix = run(load_config(config), Progress(quiet=True))
     assert set(matrix["intervals"]) == set(FIGURES)
@@ -520,6 +523,10 @@ def test_metrics_that_are_no_means_and_choices_run(folder: Path, tmp_path: Path)
         assert record["choices"] == ["yes", "no"]
         assert record["response"] == record["choices"][record["choice_nats"].index(min(record["choice_nats"]))]
         assert record["score"] == float(record["response"] == record["answer"])
+        bare = record["bare_choice_nats"]
+        assert all(less < more for less, more in zip(bare, record["choice_nats"], strict=True))
+        picked = record["choices"][bare.index(min(bare))]
+        assert record["beside"]["choice_acc"] == float(picked == record["answer"])
     right = sum(record["score"] for record in records) / len(records)
     assert matrix["scores"][0][1] == right
 
@@ -543,7 +550,7 @@ def real_run(tmp_path: Path, stream: dict[str, Any], **changes: dict[str, Any]) 
 def test_trace_runs_on_a_pretrained_model_with_a_handful_of_rows(tmp_path: Path):
     order = ["20Minuten", "ScienceQA", "FOMC"]
     matrix = real_run(tmp_path, {"name": "trace", "path": str(TRACE), "order": order, "scoring": "source"})
-    assert list(matrix["metrics"].values()) == ["trace_sari", "trace_first_character", "trace_prefix_match"]
+    assert list(matrix["metrics"].values()) == ["trace_sari", "trace_first_character", "trace_exact_match"]
     assert all(score is not None for row in matrix["scores"] for score in row)
     assert set(matrix["beside"]) == set(order)
     assert read_json(tmp_path / "run" / "run.json")["cut_answers"] > 0
@@ -572,7 +579,7 @@ def test_benchmarks_run_from_the_real_data(tmp_path: Path, stream: dict[str, Any
 @pytest.mark.slow
 @needs_shared
 def test_every_scorer_runs_on_real_rows(tmp_path: Path):
-    choices = {"choice_letter", "choice_likelihood", "choice_likelihood_mean"}
+    choices = {"choice_letter", "choice_acc", "choice_likelihood", "choice_likelihood_mean"}
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     server = ChatServer(lambda body, number: "correct" if number % 2 else "incorrect")
     judge = {"url": server.url, "model": "judge", "concurrency": 1}

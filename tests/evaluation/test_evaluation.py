@@ -52,6 +52,10 @@ class Letters:
     def prompt(self, example: Example, reserve: int) -> list[int]:
         return [BOS, *self.ids(example.question + " ")]
 
+    def choice(self, example: Example, end: bool) -> dict:
+        [row] = self.encode(example)
+        return row if end else {key: row[key][:-1] for key in ("input_ids", "labels")}
+
     def encode(self, example: Example) -> list[dict]:
         if example.text is not None:
             ids = self.ids(example.text)
@@ -325,7 +329,7 @@ def test_perplexity_and_choices_equal_plain_loops(model):
     asked = [(words(rng, 3, 20), [words(rng, 1, 9) for _ in range(2 + k % 3)]) for k in range(8)]
 
     def likeliest(ask: str, choices: list[str]) -> int:
-        return int(np.argmin([plain_losses(model, encoder.encode(question(0, ask, c))[0])[0] for c in choices]))
+        return int(np.argmin([plain_losses(model, encoder.choice(question(0, ask, c), end=False))[0] for c in choices]))
 
     best = [likeliest(ask, choices) for ask, choices in asked]
     assert len(set(best)) > 1

@@ -129,6 +129,7 @@ def test_too_few_demonstrations_and_questions_without_letters(tmp_path: Path) ->
     ("config", "said"),
     [
         ({"kind": "perplexity", "by": "letter"}, "by: letter is for kind choices"),
+        ({"kind": "refusals", "by": "acc_with_end"}, "by: acc_with_end is for kind choices"),
         ({"shots": 5, "demonstrations": "dev.jsonl"}, "shots: needs by: letter"),
         ({"shots": 5, "by": "letter"}, "shots: needs by: letter, and the questions to show"),
         ({"by": "letter", "demonstrations": "dev.jsonl"}, "demonstrations: needs shots"),
@@ -137,6 +138,15 @@ def test_too_few_demonstrations_and_questions_without_letters(tmp_path: Path) ->
 def test_settings_that_do_not_go_together(config: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         GeneralConfig.model_validate({"name": "g", "path": "a.jsonl", "kind": "choices"} | config)
+
+
+def test_what_version_0_1_called_answer_keeps_its_meaning():
+    """0.1.0 recorded by: answer for every kind; of choices it counts the end of the answer."""
+    old = {"name": "g", "path": "a.jsonl", "by": "answer"}
+    assert GeneralConfig.model_validate(old | {"kind": "choices"}).by == "acc_with_end"
+    assert GeneralConfig.model_validate(old | {"kind": "perplexity"}).by == "acc"
+    assert GeneralConfig.model_validate(old | {"kind": "lm_eval", "path": "", "tasks": ["arc"]}).by == "acc"
+    assert GeneralConfig(name="g", path="a.jsonl", kind="choices").by == "acc"
 
 
 def lettered(max_length: int) -> ModelEvaluation:

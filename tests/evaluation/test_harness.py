@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 import pytest
 import torch
 
-from holdfast.api.task import Stream
+from holdfast.api.task import General, Stream
 from holdfast.config.evaluation import EvaluationConfig, GeneralConfig
 from holdfast.config.run import load_config
 from holdfast.data.encode import Encoder
@@ -21,6 +22,7 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.abilities import load_general
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import evaluate_general, general_statistics
+from holdfast.evaluation.harness import _results
 from holdfast.models.answers import AnswerCache
 from holdfast.runner.loop import run
 from support.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -62,9 +64,10 @@ def include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(folder)
 
 
-def evaluation() -> ModelEvaluation:
-    model = tiny_model(initializer_range=0.5)
-    return ModelEvaluation(model.train(), Encoder(tiny_tokenizer(), max_length=64), 4)
+def evaluation(template: str = "") -> ModelEvaluation:
+    model, tokenizer = tiny_model(initializer_range=0.5), tiny_tokenizer()
+    tokenizer.chat_template = template or None
+    return ModelEvaluation(model.train(), Encoder(tokenizer, max_length=64), 4)
 
 
 def measures(include: str, *tasks: str, **options: Any) -> list[Any]:
@@ -93,6 +96,39 @@ def test_values_are_those_of_a_plain_loop(include: str):
     nats = -sum(log_likelihood(own.model, "", words) for words in WORDS)
     words = sum(len(text.split()) for text in WORDS)
     assert found["perplexity/prose"] == pytest.approx(math.exp(nats / words), rel=1e-4)
+
+
+CHAT = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}a: {% endif %}"
+
+
+@pytest.mark.parametrize(("trailing", "template"), [("", ""), (" ", ""), ("\n", ""), ("", CHAT)])
+def test_choices_by_acc_are_those_of_the_library(include: str, tmp_path: Path, trailing: str, template: str):
+    """Every pick is the library's own on the same questions; with the end of the answer, some are others."""
+    chance = random.Random(0)
+
+    def text(count: int) -> str:
+        return "".join(chance.choices("abcdefgh", k=count))
+
+    rows = [{"question": text(9) + trailing, "choices": [text(3) for _ in range(4)], "answer": 0} for _ in range(24)]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
+    files = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "choices.jsonl")}}, "doc_to_text": "question"}
+    Path(include, "pick.yaml").write_text(json.dumps({"task": "pick"} | SHARED | files | task))
+    own, [measure] = evaluation(template), measures(include, "pick", apply_chat_template=bool(template))
+    results = _results(own, measure.harness)
+    assert results is not None
+    theirs = [np.argmax([nats for nats, _ in sample["filtered_resps"]]) for sample in results["samples"]["pick"]]
+
+    def picks(by: Literal["acc", "acc_with_end"]) -> list[int]:
+        right = []
+        for k in range(4):
+            questions = [(row["question"], row["choices"], k) for row in rows]
+            right.append(general_statistics(own, [General("g", "choices", questions=questions, by=by)])["g"][:, 0])
+        return np.argmax(right, axis=0).tolist()
+
+    assert picks("acc") == theirs
+    assert picks("acc_with_end") != theirs
 
 
 def test_options_of_the_library(include: str):

@@ -23,12 +23,14 @@ from holdfast.metrics.summary import by_task, summarize
 from holdfast.models.endpoint import Endpoint
 from holdfast.scoring import SCORERS, Scorer, build, find
 from holdfast.scoring.choice import choice_letter, letter
-from holdfast.scoring.match import o_lora_exact_match, trace_first_character, trace_prefix_match
+from holdfast.scoring.match import o_lora_exact_match, trace_prefix_match
 from holdfast.scoring.overlap import edit_similarity, super_ni_rouge_l, trace_rouge_l
 from holdfast.scoring.sari import sari
 from holdfast.scoring.score import beside_score, response_records, score_records, task_score
+from holdfast.system.files import read_json
 from support.doubles import ChatServer, write_sentence_model
 from support.installed import install
+from support.paths import GOLDEN
 
 OF_RESPONSES = [scorer for scorer in SCORERS.values() if scorer.reads == "response" and not scorer.needs]
 LONG = "the answer is not known " * 420  # more than 10,000 characters
@@ -79,12 +81,23 @@ def test_whole_answers_and_the_variants_of_sources(response: str, answer: str, s
     assert o_lora_exact_match(response, answer) == bare
 
 
-def test_the_first_character_is_all_that_trace_reads_of_scienceqa():
-    assert trace_first_character("B\nIt is a poem.", "B\nAn allusion is") == 1
-    assert trace_first_character("Because", "B") == 1
-    assert trace_first_character(" B", "B") == 1
-    assert trace_first_character("b", "B") == 0
-    assert trace_first_character("", "B") == trace_first_character("B", "") == 0
+@pytest.mark.parametrize(
+    ("source", "theirs", "metric"),
+    [
+        ("TRACE", "accuracy", "trace_exact_match"),
+        ("TRACE", "first", "trace_first_character"),
+        ("TRACE", "rouge", "trace_rouge_l"),
+        ("TreeLoRA", "accuracy", "tree_lora_prefix_match"),
+        ("TreeLoRA", "first", "tree_lora_first_character"),
+        ("TreeLoRA", "rouge", "tree_lora_rouge_l"),
+    ],
+)
+def test_the_sources_own_code_gives_the_same_scores(source: str, theirs: str, metric: str):
+    rows = read_json(GOLDEN / "trace_scores.json")["rows"]
+    expected = [row[source][theirs] or 0.0 for row in rows]  # where their code fails, ours scores 0
+    assert [SCORERS[metric].row(record(row["response"], row["answer"])) for row in rows] == pytest.approx(expected)
+    other = "TreeLoRA" if source == "TRACE" else "TRACE"
+    assert expected != [row[other][theirs] for row in rows]
 
 
 def test_the_best_of_several_right_answers_counts():

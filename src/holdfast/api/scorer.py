@@ -40,6 +40,8 @@ class Scorer:
     """Whether it compares with what a prompt is about, so that records must have ``input``."""
     needs = ""
     """What must be installed or configured, beyond holdfast's own dependencies."""
+    counts_end = True
+    """Of choices, whether their likelihood includes the tokens that end an answer."""
     floor = False
     """Whether unrelated texts score well above 0, so that scores mean little without those before training."""
 
@@ -78,9 +80,11 @@ class Scorer:
 
         Args:
             record: its ``choice_nats`` and ``choice_tokens`` are the negative log-likelihood of each of its
-                ``choices``, in nats, and over how many tokens it was summed.
+                ``choices``, in nats, and over how many tokens it was summed; where the scorer does not count the end,
+                it has ``bare_choice_nats`` instead.
         """
-        return record["choice_nats"].index(min(record["choice_nats"]))
+        nats = record["choice_nats" if self.counts_end else "bare_choice_nats"]
+        return nats.index(min(nats))
 
     def statistics(self, records: Sequence[Record]) -> NDArray[np.float64]:
         """What :meth:`total` needs of each scored row, to be summed over rows: ``[rows, k]``."""

@@ -25,8 +25,10 @@ class GeneralConfig(Section):
         "tasks of lm-evaluation-harness",
     )
     rows: int | None = Field(None, ge=1, description="use only the first n rows")
-    by: Literal["answer", "letter"] = Field(
-        "answer", description="of choices, which likelihood is compared: that of the whole answer, or of its letter"
+    by: Literal["acc", "acc_with_end", "letter"] = Field(
+        "acc",
+        description="of choices, which likelihood is compared: that of the whole choice (acc of lm-eval), of "
+        "the choice and the end of the answer, or of its letter",
     )
     shots: int = Field(0, ge=0, description="of choices by letter, answered questions of the same subject shown before")
     demonstrations: str | None = Field(None, description="file of the questions that shots shows, such as MMLU's dev")
@@ -45,6 +47,14 @@ class GeneralConfig(Section):
     def harness(self) -> dict[str, Any]:
         """The options of lm-evaluation-harness."""
         return self.model_dump(include=set(HARNESS))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_its_name_in_0_1(cls, values: Any) -> Any:
+        """Version 0.1.0 called acc_with_end answer, and recorded it for every kind of measure."""
+        if isinstance(values, dict) and values.get("by") == "answer":
+            return values | {"by": "acc_with_end" if values.get("kind") == "choices" else "acc"}
+        return values
 
     @model_validator(mode="after")
     def _of_kind(self) -> GeneralConfig:
@@ -65,8 +75,8 @@ class GeneralConfig(Section):
 
     @model_validator(mode="after")
     def _of_choices(self) -> GeneralConfig:
-        if self.by == "letter" and self.kind != "choices":
-            raise ValueError(f"by: letter is for kind choices, not {self.kind}")
+        if self.by != "acc" and self.kind != "choices":
+            raise ValueError(f"by: {self.by} is for kind choices, not {self.kind}")
         if self.shots and (self.by != "letter" or self.demonstrations is None):
             raise ValueError("shots: needs by: letter, and the questions to show, such as demonstrations: dev.jsonl")
         if self.demonstrations is not None and not self.shots:

@@ -122,6 +122,34 @@ class Encoder:
                     rows.append(self._row(example, window, window if start == 0 else [IGNORED, *window[1:]]))
         return rows
 
+    def choice(self, example: Example, *, end: bool) -> dict[str, Any]:
+        """The sequence of an example in which only the last answer is supervised, to compare answers to one question.
+
+        Args:
+            end: whether the answer has its end. Without it, the tokens are those of which lm-evaluation-harness takes
+                the likelihood. For this, in the plain template, white space at the end of the question is the answer's,
+                a space follows it, and a sequence that is too long loses its beginning.
+
+        Returns:
+            as one of :meth:`encode`.
+
+        Raises:
+            DataError: as :meth:`encode`.
+        """
+        sequences = self._pieces(example)
+        pieces = sequences[-1] if end else self._without_end(sequences[-1], example.answer)
+        [tokens] = self._tokenise([pieces])
+        if end or self.chat:
+            parts = self._fit(example, len(sequences) - 1, pieces, tokens, reserve=0)
+        else:
+            parts = [piece.ids for piece in tokens]
+        ids, _ = self._joined(pieces, parts)
+        _, answer = self._joined(pieces[-1:], parts[-1:])
+        labels = [IGNORED] * (len(ids) - len(answer)) + answer
+        if len(ids) > self.max_length:
+            self._shortened.add((example.file, example.row))
+        return self._row(example, ids[-self.max_length :], labels[-self.max_length :])
+
     def prompt(self, example: Example, reserve: int) -> list[int]:
         """Tokens to generate the last answer from: all that stands before it, in ``max_length - reserve`` tokens.
 
@@ -171,6 +199,16 @@ class Encoder:
                 f"{where(example.file, example.row)}: the tokenizer's chat template cannot be used: {error}; "
                 "data.template=plain does without it"
             ) from None
+
+    def _without_end(self, pieces: list[_Piece], answer: str) -> list[_Piece]:
+        """The pieces of a sequence, in which nothing stands after the last answer."""
+        *before, question, last = pieces
+        if self.chat:
+            text = last.text[: last.text.index(answer.strip()) + len(answer.strip())]
+            return [*before, question, replace(last, text=text)]
+        text = question.text.rstrip()
+        space = question.text[len(text) :] + " "
+        return [*before, replace(question, text=text), _Piece(space + answer, answer=True)]
 
     def _chat_pieces(self, turns: Sequence[Turn]) -> list[list[_Piece]]:
         sequences: list[list[_Piece]] = []
@@ -289,7 +327,9 @@ class Encoder:
         marked = self._pieces(replace(example, turns=tuple(_marked(turn) for turn in example.turns)))[number]
         spans = []
         for index, (piece, with_marks, found) in enumerate(zip(pieces, marked, tokens, strict=False)):
-            if re.sub(_MARKS, "", with_marks.text) != piece.text:
+            if piece.answer:
+                continue
+            if re.sub(_MARKS, "", with_marks.text).rstrip() != piece.text.rstrip():
                 return []  # the template says something else where an input is marked
             text, *rest = re.split(_MARKS, with_marks.text)
             for inside, outside in zip(rest[::2], rest[1::2], strict=True):

@@ -63,8 +63,8 @@ def _from_file(config: GeneralConfig) -> General:
         prompts = [_prompt(row, where(path, i, row)) for i, row in enumerate(rows)]
         return General(config.name, "refusals", texts=prompts, max_new_tokens=config.max_new_tokens)
     questions = [read_choices(row, where(path, i, row)) for i, row in enumerate(rows)]
-    if config.by == "answer":
-        return General(config.name, "choices", questions=questions)
+    if config.by != "letter":
+        return General(config.name, "choices", questions=questions, by=config.by)
     dev = [] if config.demonstrations is None else read_rows(Path(config.demonstrations))
     lettered, shown = by_letter(rows, questions, dev, config.shots, path, config.demonstrations)
     return General(config.name, "choices", questions=lettered, shown=shown, by="letter")

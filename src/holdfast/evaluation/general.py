@@ -49,10 +49,10 @@ def general_statistics(
     - perplexity: exp of the mean negative log-likelihood per token over all texts. A text longer than the encoder's
       ``max_length`` is read in windows; each begins with the last token of the one before.
     - choices: share of questions whose right choice is the likeliest. Question and choice are in training's template,
-      and a choice's likelihood is the plain sum of its tokens' log-probabilities, including the end token, not divided
-      by its length (``acc`` of lm-evaluation-harness). By letter, it is the log-probability of the first token in which
-      the letters differ, and the text before a question loses its last pieces if it does not fit. Of equal choices
-      the first counts.
+      and a choice's likelihood is the plain sum of its tokens' log-probabilities, not divided by its length: by acc
+      without the tokens that end an answer, as ``acc`` of lm-evaluation-harness; by acc_with_end with them. By letter,
+      it is the log-probability of the first token in which the letters differ, and the text before a question loses
+      its last pieces if it does not fit. Of equal choices the first counts.
     - lm_eval: see :func:`~holdfast.evaluation.harness.harness_statistics`.
 
     Args:
@@ -135,10 +135,10 @@ def _choices(encoder: Encoder, measure: General) -> list[list[dict[str, Any]]]:
         while pieces and not all(encoder.fits(example, encoder.answer_length(example)) for example in examples):
             pieces.pop()
             examples = [_with_choice(measure, row, pieces, choice) for choice in choices]
-        sequences = [encoder.encode(example) for example in examples]
+        sequences = [encoder.choice(example, end=measure.by != "acc") for example in examples]
         if measure.by == "letter":
             _supervise_first_difference(measure.name, sequences)
-        encoded += sequences
+        encoded += [[sequence] for sequence in sequences]
     return encoded
 
 
@@ -149,10 +149,9 @@ def _with_choice(measure: General, row: int, pieces: list[str], choice: str) -> 
     return Example(measure.name, row, turns=(turn, Turn("assistant", choice)))
 
 
-def _supervise_first_difference(name: str, choices: list[list[dict[str, Any]]]) -> None:
+def _supervise_first_difference(name: str, rows: list[dict[str, Any]]) -> None:
     """Cut a question's choices after the first token in which they differ, and supervise only this token. So they share
     all tokens before it."""
-    rows = [sequences[-1] for sequences in choices]
     columns = zip(*(row["input_ids"] for row in rows), strict=False)
     at = next((i for i, tokens in enumerate(columns) if len(set(tokens)) > 1), None)
     if at is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -44,8 +44,9 @@ def evaluate_task(
 
     Returns:
         One scored record a test example, in order: row, prompt, answer, response and score. If choices are compared,
-        the response is the likeliest choice, and choices, choice_nats and choice_tokens say how likely each is. A
-        record of a loss has row, score, and nats and tokens (the negative log-likelihood, and of how many tokens).
+        the response is the likeliest choice, and choices, choice_nats and choice_tokens say how likely each is
+        (bare_choice_nats: without the end, where a scorer asks for that). A record of a loss has row, score, and nats
+        and tokens (the negative log-likelihood, and of how many tokens).
 
     Raises:
         DataError: a test example cannot be encoded in the encoder's ``max_length``, or has no token to predict.
@@ -56,7 +57,7 @@ def evaluate_task(
         case "loss":
             records = _losses(evaluation, task, on_batch)
         case "choices":
-            records = _choices(evaluation, task, scorers[task.metric], on_batch)
+            records = _choices(evaluation, task, scorers, on_batch)
         case "response":
             records = response_records(task, _responses(evaluation, task, max_new_tokens, on_batch), scorers)
     return score_records(task, records, scorers, evaluation.answers)
@@ -70,24 +71,29 @@ def _losses(evaluation: ModelEvaluation, task: Task, on_batch: OnBatch) -> list[
     ]
 
 
-def _choices(evaluation: ModelEvaluation, task: Task, scorer: Scorer, on_batch: OnBatch) -> list[dict[str, Any]]:
+def _choices(
+    evaluation: ModelEvaluation, task: Task, scorers: Mapping[str, Scorer], on_batch: OnBatch
+) -> list[dict[str, Any]]:
     """The records of test examples, with the negative log-likelihood of each choice as the answer."""
-    encoder = evaluation.encoder
+    encoder, ends = evaluation.encoder, sorted({scorer.counts_end for scorer in scorers.values()})
     offered = [example.choices or tuple(task.labels or ()) for example in task.test]
     examples = []
     for example, choices in zip(task.test, offered, strict=True):
         each = [replace(example, turns=(*example.turns[:-1], Turn("assistant", choice))) for choice in choices]
         question = evaluation.ask(task, example, max(encoder.answer_length(choice) for choice in each))
         examples += [replace(question, turns=(*question.turns[:-1], choice.turns[-1])) for choice in each]
-    losses, counts = example_losses(evaluation, examples, on_batch=on_batch)
-    ends = np.cumsum([len(choices) for choices in offered])[:-1]
+    sequences = [[encoder.choice(example, end=end)] for end in ends for example in examples]
+    losses, counts = (part.reshape(len(ends), -1) for part in sequence_losses(evaluation, sequences, on_batch=on_batch))
+    bounds = np.cumsum([0, *map(len, offered)])
     records: list[dict[str, Any]] = []
-    for example, choices, nats, tokens in zip(
-        task.test, offered, np.split(losses, ends), np.split(counts, ends), strict=True
-    ):
+    for number, (example, choices) in enumerate(zip(task.test, offered, strict=True)):
         record = named(example) | {"prompt": example.question, "answer": example.answer, "response": ""}
-        record |= {"choices": list(choices), "choice_nats": nats.tolist(), "choice_tokens": tokens.tolist()}
-        record["response"] = choices[scorer.choose(record)]
+        record |= {"choices": list(choices)}
+        of = slice(*bounds[number : number + 2])
+        for end, nats, tokens in zip(ends, losses, counts, strict=True):
+            named_nats = "choice_nats" if end else "bare_choice_nats"
+            record |= {named_nats: nats[of].tolist()} | ({"choice_tokens": tokens[of].tolist()} if end else {})
+        record["response"] = choices[scorers[task.metric].choose(record)]
         records.append(record)
     return records
 

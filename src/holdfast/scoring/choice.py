@@ -45,15 +45,16 @@ class ChoiceLetter(Scorer):
 class ChoiceLikelihood(Scorer):
     """1 if the right choice is the likeliest, otherwise 0; of equally likely ones the first counts.
 
-    The likelihood of a choice is the sum of the log-probabilities of its tokens, end token included, in the place of
-    the answer (lm-evaluation-harness's ``acc``), or their mean (as RealTime QA does it, and near ``acc_norm``).
+    The likelihood of a choice is the sum of the log-probabilities of its tokens in the place of the answer, without
+    the tokens that end an answer (``acc`` of lm-evaluation-harness) or with them, or their mean with them (as RealTime
+    QA does it).
     """
 
     reads = "choices"
 
-    def __init__(self, name: str, mean: bool, about: str):
+    def __init__(self, name: str, about: str, *, mean: bool = False, end: bool = True):
         super().__init__(name, about=about)
-        self._mean = mean
+        self._mean, self.counts_end = mean, end
 
     def row(self, record: Record) -> float:
         return float(record["choices"][self.choose(record)] == record["answer"])
@@ -76,6 +77,7 @@ class ChoiceLikelihood(Scorer):
 
 SCORERS = [
     ChoiceLetter("choice_letter", choice_letter, "the letter that stands first and alone, or after 'answer is'"),
-    ChoiceLikelihood("choice_likelihood", False, "the choice with the greatest log-likelihood"),
-    ChoiceLikelihood("choice_likelihood_mean", True, "the choice with the greatest log-likelihood per token"),
+    ChoiceLikelihood("choice_acc", "the choice with the greatest log-likelihood (lm-eval's acc)", end=False),
+    ChoiceLikelihood("choice_likelihood", "the choice that is likeliest with the end of the answer after it"),
+    ChoiceLikelihood("choice_likelihood_mean", "the same, by log-likelihood per token", mean=True),
 ]

@@ -44,21 +44,46 @@ def _around(character: str, signs: str, bracket: str) -> bool:
     return character.isspace() or character in signs or unicodedata.category(character) in ("Pi", "Pf", bracket)
 
 
+def trace_exact_match(response: str, answer: str) -> float:
+    """1 if response and answer are the same text, otherwise 0: TRACE's evaluation. An empty response scores 0."""
+    return float(bool(response) and response == answer)
+
+
+def tree_lora_prefix_match(response: str, answer: str) -> float:
+    """1 if the response, stripped, begins with the answer, letter case and all, otherwise 0; so "75" counts for "7".
+
+    TreeLoRA's evaluation of TRACE and of O-LoRA's tasks. An empty response or answer scores 0. The answer is not
+    stripped: one that begins with white space is never met.
+    """
+    return float(bool(answer) and response.strip()[: len(answer)] == answer)
+
+
 def trace_prefix_match(response: str, answer: str) -> float:
     """1 if the response begins with the answer, letter case and all, otherwise 0; so "75" counts for "7".
 
-    TreeLoRA's evaluation of TRACE and of O-LoRA's tasks. An empty response scores 0.
+    Of holdfast 0.1.0, which took it for TRACE's and TreeLoRA's; TRACE's own is :func:`trace_exact_match`, TreeLoRA's
+    :func:`tree_lora_prefix_match`. An empty response scores 0.
     """
     return float(bool(response and answer) and response.startswith(answer))
 
 
 def trace_first_character(response: str, answer: str) -> float:
-    """1 if response and answer, stripped, begin with the same character, case and all, otherwise 0.
+    """1 if response and answer begin with the same character, case and all, otherwise 0.
 
-    TreeLoRA's evaluation of TRACE's ScienceQA, whose answers are a letter and then reasons; "Because" counts for "B".
+    TRACE's evaluation of its ScienceQA, whose answers are a letter and then reasons; "Because" counts for "B". An empty
+    response or answer, at which TRACE's code fails, scores 0.
     """
-    response, answer = response.strip(), answer.strip()
     return float(bool(response and answer) and response[0] == answer[0])
+
+
+def tree_lora_first_character(response: str, answer: str) -> float:
+    """:func:`trace_first_character` of the stripped texts: TreeLoRA's evaluation of ScienceQA.
+
+    Its code puts N/A in the place of an empty text, so that an empty response counts where the answer begins with N,
+    or is empty, too.
+    """
+    first, right = (text.strip()[:1] or "N/A" for text in (response, answer))
+    return tree_lora_prefix_match(first, right)
 
 
 def o_lora_exact_match(response: str, answer: str) -> float:
@@ -76,7 +101,10 @@ def _bare(text: str) -> str:
 
 SCORERS = [
     Scorer("accuracy", accuracy, "the whole response equals the answer, but for case, space and signs around it"),
-    Scorer("trace_prefix_match", trace_prefix_match, "the response begins with the answer (TRACE; 75 counts for 7)"),
-    Scorer("trace_first_character", trace_first_character, "the first characters are equal (TRACE's ScienceQA)"),
+    Scorer("trace_exact_match", trace_exact_match, "the same text, to the last character (TRACE)"),
+    Scorer("trace_first_character", trace_first_character, "the first characters are equal (TRACE's ScienceQA)", 2),
+    Scorer("tree_lora_prefix_match", tree_lora_prefix_match, "it begins with the answer (TreeLoRA; 75 counts for 7)"),
+    Scorer("tree_lora_first_character", tree_lora_first_character, "the same, stripped (TreeLoRA's ScienceQA)"),
+    Scorer("trace_prefix_match", trace_prefix_match, "it begins with the answer (of holdfast 0.1.0, and no source's)"),
     Scorer("o_lora_exact_match", o_lora_exact_match, "equal in lower case without any punctuation (O-LoRA)"),
 ]

@@ -57,6 +57,17 @@ def trace_rouge_l(response: str, answer: str) -> float:
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
+def tree_lora_rouge_l(response: str, answer: str) -> float:
+    """:func:`trace_rouge_l` as TreeLoRA's code calls it: a response without a line break gets one at its end.
+
+    Where the response ends with a full stop, that is one more sentence, of one empty word, which lowers its score a
+    little. An empty response or answer scores 0.
+    """
+    if not response:
+        return 0.0
+    return trace_rouge_l(response if "\n" in response else response + "\n", answer)
+
+
 def edit_similarity(response: str, answer: str) -> float:
     """1 - (insertions + deletions) / (length of both), over characters: the similarity of code in TRACE's Py150.
 
@@ -156,6 +167,7 @@ SCORERS = [
     Scorer("rouge_l", rouge_l, "ROUGE-L F-measure over words, or characters where a script writes no spaces"),
     Scorer("super_ni_rouge_l", super_ni_rouge_l, "ROUGE-L over stemmed a-z words (Super-NaturalInstructions)"),
     Scorer("trace_rouge_l", trace_rouge_l, "ROUGE-L over sets of words, sentence by sentence (TRACE)"),
+    Scorer("tree_lora_rouge_l", tree_lora_rouge_l, "the same, the response with a line break at its end (TreeLoRA)"),
     Bleu("bleu", about="corpus BLEU of sacrebleu"),
     Scorer("edit_similarity", edit_similarity, "similarity of code by insertions and deletions (TRACE's Py150)"),
 ]

@@ -36,6 +36,9 @@ class Definition(Section):
     include: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="streams whose tasks and orders belong to it, and what is different in it"
     )
+    source_metrics: dict[str, str] = Field(
+        default_factory=dict, description="how this source scores what the included ones score by another metric"
+    )
     defaults: dict[str, Any] = Field(default_factory=dict, description="options of all its tasks")
     tasks: list[TaskDefinition] = Field(default_factory=list, description="in their first order")
     orders: dict[str, list[TaskName]] = Field(default_factory=dict, description="further orders by name")
@@ -87,8 +90,13 @@ def find(name: str) -> Definition:
         raise ConfigError(f"stream.name: unknown stream {name!r}{did_you_mean(name, names)}")
     values = read_yaml(path)
     included: dict[str, Any] = {"tasks": [], "orders": {}}
+    other_metrics = values.get("source_metrics", {})
     for other, changes in values.get("include", {}).items():
-        included["tasks"] += [task.model_dump(exclude_unset=True) | changes for task in find(other).tasks]
+        for task in find(other).tasks:
+            options = task.model_dump(exclude_unset=True) | changes
+            if (metric := options.get("source_metric")) in other_metrics:
+                options["source_metric"] = other_metrics[metric]
+            included["tasks"].append(options)
         included["orders"] |= find(other).orders
     own = [
         values.get("defaults", {}) | (task if isinstance(task, dict) else {"name": task})

@@ -132,7 +132,7 @@ def chronicle(size: int = SIZE, years: Sequence[int] = YEARS, seed: int = 0) -> 
         )
         tasks.append(Task(str(year), "accuracy", train, test, dev, fingerprint=fingerprint(train, dev, test)))
     general = [
-        General("chronicle", "choices", questions=_choices(world, seed)),
+        General("chronicle", "choices", questions=_choices(world, seed), by="acc_with_end"),
         General("perplexity/chronicle", "perplexity", texts=_texts(world, seed)[1]),
     ]
     return Stream("chronicle", tasks, general)
