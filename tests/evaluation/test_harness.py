@@ -22,7 +22,7 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.abilities import load_general
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import evaluate_general, general_statistics
-from holdfast.evaluation.harness import _results
+from holdfast.evaluation.harness import _definitions, _results
 from holdfast.models.answers import AnswerCache
 from holdfast.runner.loop import run
 from support.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -148,6 +148,16 @@ def test_a_measured_task_is_not_measured_again(include: str, tmp_path: Path, mon
     first = evaluate_general(own, measures(include, "colour"))
     own.answers = AnswerCache(tmp_path / "answers.jsonl")
     monkeypatch.setattr("lm_eval.simple_evaluate", None)
+    assert evaluate_general(own, measures(include, "colour")) == first
+
+
+def test_a_saved_value_is_not_that_of_a_changed_definition(include: str, tmp_path: Path):
+    own = evaluation()
+    own.answers = AnswerCache(tmp_path / "answers.jsonl")
+    first = evaluate_general(own, measures(include, "colour"))
+    own.answers.add(["lm_eval", measures(include, "colour")[0].harness, _definitions(include)], [[0.25, 1.0]])
+    assert evaluate_general(own, measures(include, "colour")) == {"colour": 0.25}  # it is that of the saved one
+    Path(include, "colour.yaml").write_text(Path(include, "colour.yaml").read_text() + " ")
     assert evaluate_general(own, measures(include, "colour")) == first
 
 

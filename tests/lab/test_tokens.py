@@ -178,6 +178,15 @@ def test_every_kind_of_source_gives_the_same_tokens(tokenizer, source, file, tmp
 # --- several processes, and builds that were killed ---
 
 
+def test_a_source_of_the_same_size_with_other_words_is_not_taken_for_the_old_one(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", TEXTS)
+    first = build_tokens([path], tmp_path / "out", tokenizer).manifest
+    assert build_tokens([path], tmp_path / "out", tokenizer).manifest == first
+    write_rows(tmp_path / "a.jsonl", list(reversed(TEXTS)))
+    with pytest.raises(ConfigError, match="sources_sha256"):
+        build_tokens([path], tmp_path / "out", tokenizer)
+
+
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tokenizer, source, tmp_path, small_parts):
     told: dict[int, list[tuple[int, int]]] = {1: [], 2: []}
     for processes, calls in told.items():

@@ -200,6 +200,22 @@ def test_it_is_rebuilt_for_another_number_of_samples(tmp_path: Path, caplog: pyt
     assert "with another samples" in caplog.text
 
 
+def test_it_is_rebuilt_for_as_many_other_rows_under_the_same_key(tmp_path: Path) -> None:
+    """The key may name the samples, as the methods' keys do; what counts is the rows themselves."""
+    others = tiny_rows(len(ROWS), seed=4)
+    TeacherCache.open_or_build(tmp_path / "c", KEY, others, hidden_states, plan=SMALL)
+    cache = build(tmp_path / "c")
+    assert all(torch.equal(cache.read(sample), hidden_of(row)) for sample, row in enumerate(ROWS))
+
+
+def test_shards_of_a_killed_build_of_other_rows_are_not_taken(tmp_path: Path) -> None:
+    others = tiny_rows(len(ROWS), seed=4)
+    TeacherCache.open_or_build(tmp_path / "c", KEY, others, hidden_states, plan=SMALL)
+    (tmp_path / "c" / "manifest.json").unlink()
+    cache = build(tmp_path / "c")
+    assert all(torch.equal(cache.read(sample), hidden_of(row)) for sample, row in enumerate(ROWS))
+
+
 # --- damage ---
 
 

@@ -277,9 +277,12 @@ def test_the_vllm_engine_asks_for_the_same_and_writes_the_same_corpus(model, tmp
     manifest = replay(model, tmp_path / "vllm", engine="vllm", **SIZE)
     replay(model, tmp_path / "ours", **SIZE)
     assert lines(tmp_path / "vllm") == lines(tmp_path / "ours")
-    assert manifest["settings"]["engine"] == "vllm" and manifest["settings"]["model"]["fingerprint"] is None
+    assert manifest["settings"]["engine"] == "vllm"
     assert len({one.seed for one in asked}) == len(asked) == 48 and all(0 <= one.seed < 2**63 for one in asked)
     assert {(one.temperature, one.max_tokens, one.ignore_eos, one.logprobs) for one in asked} == {(1.0, 11, True, 0)}
+    tiny_model(seed=1).save_pretrained(model)  # another model under the same name
+    with pytest.raises(ConfigError, match="holds a corpus of other arguments"):
+        replay(model, tmp_path / "vllm", engine="vllm", **SIZE)
 
 
 HELP = """

@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.api.stage import Rehearsed, Step
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, DataError
 from holdfast.losses import Divergence, kl_divergence
 from holdfast.methods import build
 from holdfast.methods.der import DER
 from holdfast.methods.lwf import LwF
 from holdfast.methods.rehearsal import Rehearsal
+from holdfast.rehearsal.cache import state_cache
+from holdfast.rehearsal.samples import rows_fingerprint
 from holdfast.rehearsal.teacher import predicting
+from holdfast.system.files import read_json, write_json
 from holdfast.training.extra_rows import ExtraRows
 from holdfast.training.method_state import load_states, save_states
 from support.rehearsed import two_stages
@@ -78,7 +81,8 @@ def test_presets(name, weight, tmp_path, texts, corpus):
     assert log[f"term/{name}"] > 0
     assert (f"term/{name}/ce" in log) == (name.startswith("gere") and name != "gere_ce")
     if weight == "dynamic":
-        assert log[f"term/{name}"] == pytest.approx(log[f"term/{name}/ce"], rel=1e-3)
+        ce = (log["term/task"] + log[f"term/{name}/ce"]) / 2  # as the published dy
+        assert log[f"term/{name}"] == pytest.approx(ce, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["replay", "kl", "margin"])
@@ -211,6 +215,59 @@ def test_the_start_teacher_stays_that_of_the_start(tmp_path, texts):
     trainer = two_stages(tmp_path, Rehearsal(source="general", path=texts, loss="l2", teacher="start"))
     first = next(log["term/rehearsal"] for log in trainer.state.log_history if "loss" in log)
     assert first > 1e-6
+
+
+TEXTS = [f"{a} {b}" for a in ("red", "green", "blue", "dark") for b in ("sea", "weed", "tide", "rock", "sand", "sun")]
+
+
+def asked_at_the_start(folder, loss="margin"):
+    """A method with the start teacher, and what it saves, after it prepared its first stage."""
+    (folder / "general.txt").write_text("\n".join(TEXTS))
+    method = Rehearsal(source="general", loss=loss, teacher="start", path=str(folder / "general.txt"))
+    stage = tiny_stage(tiny_model(), tiny_rows(4))
+    stage.folder, stage.tokenizer = folder, tiny_tokenizer()
+    method.before_stage(stage)
+    return method, stage, method.state()
+
+
+@pytest.mark.parametrize("loss", ["kl", "margin"])
+def test_a_start_teacher_is_not_used_for_texts_that_it_was_not_asked_about(loss, tmp_path):
+    """As many texts, as in a run that was killed after its first stage while somebody edited the file."""
+    _, stage, state = asked_at_the_start(tmp_path, loss)
+    again = Rehearsal(source="general", loss=loss, teacher="start", path=str(tmp_path / "general.txt"))
+    again.load_state(state, stage.model)
+    stage.index = 2
+    (tmp_path / "general.txt").write_text("\n".join(text.replace("sea", "sun") for text in TEXTS))
+    with pytest.raises(DataError, match=r"general\.txt: its samples are not those .*put the old file back"):
+        again.before_stage(stage)
+    (tmp_path / "general.txt").write_text("\n".join(TEXTS))
+    again.rows = []
+    again.before_stage(stage)
+    assert again.teacher is not None
+
+
+def test_thresholds_are_those_of_the_rehearsed_texts_without_the_held_out(tmp_path):
+    method, stage, _ = asked_at_the_start(tmp_path)
+    assert method.size == 22 and len(method.held_out) == 2
+    hidden = torch.cat(stage.hidden_states(method.rows[: method.size])).double()
+    mean, std = hidden.mean(0), hidden.std(0, correction=0)
+    torch.testing.assert_close(method.teacher.low.double(), mean - std, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(method.teacher.high.double(), mean + std, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_of_version_0_1_keeps_its_thresholds(tmp_path):
+    """Its cache is of all texts, the held-out ones among them, and its manifest names them in the key alone."""
+    method, stage, state = asked_at_the_start(tmp_path)
+    key = state["start"] | {"samples": rows_fingerprint(method.rows)}
+    folder = tmp_path / "rehearsal"
+    _, low, _ = state_cache(folder, key, method.rows, stage.hidden_states)
+    manifest = read_json(folder / "manifest.json")
+    del manifest["rows"]
+    write_json(folder / "manifest.json", manifest)
+    again = Rehearsal(source="general", loss="margin", teacher="start", path=str(tmp_path / "general.txt"))
+    again.load_state(state | {"start": key}, stage.model)
+    again.before_stage(stage)
+    assert torch.equal(again.teacher.low, low) and not torch.equal(low, method.teacher.low)
 
 
 REFUSED = {

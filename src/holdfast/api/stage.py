@@ -154,6 +154,7 @@ class Step:
         logged: whether this step's values are logged; otherwise they need not be computed.
         rehearsed: the rehearsal rows of the current micro-batch after the forward pass, by method name.
         rehearsal_tokens: the number of supervised rehearsal tokens in the whole step, by method name.
+        task_loss: the mean loss of the current micro-batch's task rows, a scalar without gradient; None before it.
     """
 
     stage: Stage
@@ -163,6 +164,7 @@ class Step:
     logged: bool
     rehearsed: dict[str, Rehearsed] = field(default_factory=dict)
     rehearsal_tokens: dict[str, int] = field(default_factory=dict)
+    task_loss: Tensor | None = None
 
     def random(self, purpose: str) -> Random:
         """A generator of random choices that depends on seed, stage, step and purpose alone."""

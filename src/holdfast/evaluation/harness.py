@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +72,7 @@ def harness_statistics(
         DataError: the task or its data cannot be loaded.
     """
     options = measure.harness
-    question = ["lm_eval", options]
+    question = ["lm_eval", options, _definitions(options["include_path"])]
     statistics = None if evaluation.answers is None else evaluation.answers.find(question)
     if statistics is None:
         results = _results(evaluation, options)
@@ -79,6 +82,15 @@ def harness_statistics(
     if on_batch is not None:
         on_batch(len(statistics), len(statistics))
     return np.array(statistics, dtype=np.float64)
+
+
+def _definitions(include_path: str | None) -> list[str]:
+    """The library's version, and a digest of the user's task definitions: saved values depend on both."""
+    files = sorted(path for path in Path(include_path).rglob("*") if path.is_file()) if include_path else []
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(repr((path.name, path.read_bytes())).encode())
+    return [version("lm_eval"), digest.hexdigest()]
 
 
 def _results(evaluation: ModelEvaluation, options: Mapping[str, Any]) -> dict[str, Any] | None:

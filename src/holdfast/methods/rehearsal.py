@@ -18,10 +18,11 @@ from holdfast.errors import ConfigError
 from holdfast.losses import dynamic_weight, next_token_nll
 from holdfast.models.head import begin_token, context
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
+from holdfast.rehearsal.cache import cached_rows
 from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.options import RehearsalOptions
 from holdfast.rehearsal.request import Request, SampleOptions
-from holdfast.rehearsal.samples import corpus_rows, general_rows
+from holdfast.rehearsal.samples import corpus_rows, general_rows, rows_fingerprint
 from holdfast.rehearsal.teacher import HiddenTeacher, LiveStates, StateTeacher, cached_teacher, live_teacher
 
 if TYPE_CHECKING:
@@ -64,8 +65,10 @@ class Rehearsal(Method):
         if options.source == "current" or options.drawn or isinstance(self.rows, TokenRows):
             self.teacher = live_teacher(options, stage)
             return
-        folder = Path(stage.folder, self.name)
-        self.teacher, key = cached_teacher(options, stage, self.rows, folder, self._start)
+        folder, rows = Path(stage.folder, self.name), self.rows[: self.size]
+        if len(rows) < len(self.rows) and cached_rows(folder) == rows_fingerprint(self.rows):
+            rows = self.rows  # a run of 0.1.0, whose teacher was asked about held-out texts, too
+        self.teacher, key = cached_teacher(options, stage, rows, folder, self._start)
         if options.teacher == "start":
             self._start = key
 
@@ -114,11 +117,17 @@ class Rehearsal(Method):
         if weight:
             assert self.teacher is not None
             term = self.teacher.term(rehearsed, batch, step.stage.model)
-            factor = dynamic_weight(_mean_nll(rehearsed), term) if isinstance(weight, str) else weight
+            factor = dynamic_weight(self._mean_ce(step, rehearsed), term) if isinstance(weight, str) else weight
             terms[self.name] = factor * rehearsed.share * term
         if self.options.ce_weight:
             terms[f"{self.name}/ce"] = self.options.ce_weight * rehearsed.share * _mean_nll(rehearsed)
         return terms
+
+    @staticmethod
+    def _mean_ce(step: Step, rehearsed: Rehearsed) -> Tensor:
+        """The mean of the task's loss and the samples' CE in this micro-batch; where the task has none, the latter."""
+        ce = _mean_nll(rehearsed).detach()
+        return ce if step.task_loss is None else (step.task_loss.to(ce) + ce) / 2
 
     def after_stage(self, stage: Stage) -> None:
         if self.options.source == "past":

@@ -20,6 +20,7 @@ from torch import Tensor
 from holdfast.api.rows import TokenRow
 from holdfast.errors import ConfigError, DataError
 from holdfast.losses.margin import classify
+from holdfast.rehearsal.samples import rows_fingerprint
 from holdfast.rehearsal.states import RunningMoments, pack
 from holdfast.system.files import PARTIAL, read_json, write_json
 
@@ -71,7 +72,8 @@ ALONE = BuildPlan()
 class TeacherCache:
     """One tensor a sample, in safetensors shards of ``shard_rows`` samples each, and a manifest.
 
-    The manifest holds the key that the tensors were computed for, and the size and SHA-256 of every file. Every file is
+    The manifest holds the key that the tensors were computed for, the fingerprint of the rows, and the size and SHA-256
+    of every file. Every file is
     written under a temporary name first, and the manifest last, so a killed build is never taken for a cache; the next
     build continues from its complete shards. Reading copies the bytes of one sample, never of a shard. A folder belongs
     to one run at a time.
@@ -93,13 +95,13 @@ class TeacherCache:
         extras: Mapping[str, Tensor] | None = None,
         plan: BuildPlan = ALONE,
     ) -> TeacherCache:
-        """Open the cache in ``folder`` if it was built for ``key`` and as many rows; otherwise build it anew.
+        """Open the cache in ``folder`` if it was built for ``key`` and these very rows; otherwise build it anew.
 
         The log says which of the two, and why. Every process calls this with the same arguments but its rank and
         computes its share of the shards. The files do not depend on the number of processes.
 
         Args:
-            key: JSON-able values that the tensors depend on: hashes of model, tokenizer and samples, layer, ...
+            key: JSON-able values that the tensors depend on beside the rows: hashes of model and tokenizer, layer, ...
             compute: called without gradient, for at most ``plan.batch_rows`` rows at a time.
             extras: further tensors to store, such as the teacher's head.
             plan: the layout in shards, and this process's share of the work.
@@ -108,7 +110,7 @@ class TeacherCache:
             ConfigError: the folder cannot be made.
             DataError: a file of the cache is damaged; the message names it.
         """
-        cache = cls._reuse(folder, key, len(rows), plan.rank)
+        cache = cls._reuse(folder, key, rows, plan.rank)
         if cache is None:
             cache = cls._build(folder, key, rows, compute, extras or {}, plan)
         return cache
@@ -155,29 +157,28 @@ class TeacherCache:
         return self._open[name]
 
     @classmethod
-    def _reuse(cls, folder: Path, key: dict[str, Any], samples: int, rank: int) -> TeacherCache | None:
-        """The cache in ``folder``, verified; None if there is none, or it has another key."""
+    def _reuse(cls, folder: Path, key: dict[str, Any], rows: Sequence[TokenRow], rank: int) -> TeacherCache | None:
+        """The cache in ``folder``, verified; None if there is none, or it has another key or is of other rows."""
         log = logger.info if rank == 0 else logger.debug
         path = folder / MANIFEST
         if not path.exists():
             log("teacher's cache %s: built, as there is none", folder)
             return None
-        try:
-            manifest = read_json(path)
-            stored = {name: manifest[name] for name in ("format", "samples")} | manifest["key"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(
-                f"{path}: is no manifest of a teacher's cache; delete the folder {folder} to build one there, or give "
-                "another folder"
-            ) from None
-        wanted = {"format": FORMAT, "samples": samples} | _plain(key)
-        changed = [name for name in wanted | stored if wanted.get(name, ...) != stored.get(name, ...)]
+        manifest = _manifest(folder)
+        stored, wanted = manifest["key"], _plain(key)
+        changed = [] if manifest["format"] == FORMAT else ["format"]
+        changed += [] if _rows_of(manifest) == rows_fingerprint(rows) else ["samples"]
+        changed += [name for name in wanted | stored if wanted.get(name, ...) != stored.get(name, ...)]
         if changed:
-            log("teacher's cache %s: rebuilt, as it was made with another %s", folder, " and ".join(changed))
+            log(
+                "teacher's cache %s: rebuilt, as it was made with another %s",
+                folder,
+                " and ".join(dict.fromkeys(changed)),
+            )
             return None
         cache = cls(folder, manifest)
         cache.verify()
-        log("teacher's cache %s: reused, %d samples in %d bytes", folder, samples, cache.nbytes)
+        log("teacher's cache %s: reused, %d samples in %d bytes", folder, len(rows), cache.nbytes)
         return cache
 
     @classmethod
@@ -191,6 +192,7 @@ class TeacherCache:
         plan: BuildPlan,
     ) -> TeacherCache:
         manifest = {"format": FORMAT, "key": _plain(key), "samples": len(rows), "shard_rows": plan.shard_rows}
+        manifest["rows"] = rows_fingerprint(rows)
         build = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         shards = plan.shards(len(rows))
         try:
@@ -251,7 +253,7 @@ def state_cache(
     """
     key = key | {"kind": "states", "multiple": multiple}
     first_pass = folder / "moments"
-    cache = TeacherCache._reuse(folder, key, len(rows), plan.rank)
+    cache = TeacherCache._reuse(folder, key, rows, plan.rank)
     if cache is None:
 
         def moments_of(batch: Sequence[TokenRow]) -> list[Tensor]:
@@ -272,6 +274,40 @@ def state_cache(
     if plan.rank == 0:
         shutil.rmtree(first_pass, ignore_errors=True)
     return cache, cache.extra("low"), cache.extra("high")
+
+
+def cached_rows(folder: Path) -> str | None:
+    """The fingerprint of the rows that the cache in ``folder`` is of; None where there is no finished cache.
+
+    Raises:
+        DataError: its manifest is none.
+    """
+    return _rows_of(_manifest(folder)) if (folder / MANIFEST).exists() else None
+
+
+def _rows_of(manifest: dict[str, Any]) -> str | None:
+    """The fingerprint of a cache's rows; caches of 0.1.0 have it in their key alone."""
+    return manifest["rows"] if "rows" in manifest else manifest["key"].get("samples")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache.
+
+    Raises:
+        DataError: it is none.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = read_json(path)
+        well_formed = isinstance(manifest["key"], dict) and manifest.keys() >= {"format", "samples", "files"}
+    except (ValueError, KeyError, TypeError):
+        well_formed = False
+    if not well_formed:
+        raise DataError(
+            f"{path}: is no manifest of a teacher's cache; delete the folder {folder} to build one there, or give "
+            "another folder"
+        )
+    return manifest
 
 
 def _shard(number: int) -> str:

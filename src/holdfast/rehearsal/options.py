@@ -35,7 +35,9 @@ class RehearsalOptions(Section):
         return self
 
     weight: float | Literal["dynamic"] = Field(
-        1.0, description="weight of the loss; dynamic: makes it as large as the samples' CE in each micro-batch"
+        1.0,
+        description="weight of the loss; dynamic: makes it as large as the mean of the task's and the "
+        "samples' CE in each micro-batch",
     )
     ce_weight: float = Field(0.0, ge=0, description="weight of next-token loss on the same samples, beside the loss")
 

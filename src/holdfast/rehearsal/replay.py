@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,7 @@ def replay(
         reads, begin = (getattr(config, key, None) for key in ("max_position_embeddings", "bos_token_id"))
         request = Request.of(tokenizer, reads, begin, options)
         draw = vllm_engine(model, request.length)
+        fingerprint = folder_fingerprint(Path(model))
     else:
         loaded = _load(model)
         request = Request.of(tokenizer, context(loaded), begin_token(loaded), options)
@@ -78,6 +80,17 @@ def replay(
         facts={"model": {"name": model, "fingerprint": fingerprint}, "engine": engine},
         on_progress=on_progress,
     )
+
+
+def folder_fingerprint(folder: Path) -> str | None:
+    """SHA-256 (hexadecimal) over a model's files, by name; None if it is no folder but a model of the hub."""
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _load(name: str) -> PreTrainedModel | PeftModel:

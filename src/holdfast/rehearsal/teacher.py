@@ -21,6 +21,7 @@ from holdfast.engines.pieces import full, is_divided, trainable
 from holdfast.engines.process import Process
 from holdfast.engines.vectors import weights
 from holdfast.engines.whole import model_fingerprint
+from holdfast.errors import DataError
 from holdfast.losses import chunked_kl, l1_loss, l2_loss, margin_loss
 from holdfast.losses.chunked import Head
 from holdfast.models.generation import evaluating
@@ -165,17 +166,23 @@ def cached_teacher(
         the teacher, and the key of its cache.
 
     Raises:
-        DataError: a file of the cache is damaged.
+        DataError: a file of the cache is damaged, or the earlier cache is of other samples or another tokenizer.
         RuntimeError: the earlier cache is gone and cannot be built again.
     """
     layer = options.compared_layer
     earlier = bool(key)
-    key = key or {
-        "model": model_fingerprint(stage.model),
+    asked = {
         "tokenizer": tokenizer_fingerprint(stage.tokenizer) if stage.tokenizer is not None else None,
         "samples": rows_fingerprint(rows),
         "layer": layer,
     }
+    if changed := [name for name, value in asked.items() if earlier and key.get(name) != value]:
+        raise DataError(
+            f"{options.path or options.dataset or folder}: its {' and '.join(changed)} are not those that the teacher, "
+            "the model before the first stage, was asked about when the run began, and that model cannot be asked "
+            f"again ({folder} holds its answers); put the old file back, or start the run again in another output"
+        )
+    key = key or {"model": model_fingerprint(stage.model)} | asked
 
     def compute(batch: Sequence[TokenRow]) -> list[Tensor]:
         if earlier:

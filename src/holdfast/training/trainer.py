@@ -17,10 +17,11 @@ from holdfast.api.stage import Stage
 from holdfast.data.collate import Collator
 from holdfast.engines.process import Process
 from holdfast.errors import ConfigError
+from holdfast.losses.next_token import supervised_tokens
 from holdfast.methods import build
 from holdfast.models.likelihood import token_losses
 from holdfast.system.files import read_json
-from holdfast.training.batches import count_rows, count_tokens, drop_repeated_rows
+from holdfast.training.batches import count_rows, count_tokens, drop_repeated_rows, is_token_batch
 from holdfast.training.checkpoint import COMPLETE
 from holdfast.training.collated_rows import CollatedRows
 from holdfast.training.cost import Cost
@@ -145,6 +146,7 @@ class ContinualMixin(EngineMixin):
         # The task's loss is this micro-batch's share of the step's mean if Trainer has scaled it so; otherwise a mean
         # that training_step divides by the number of micro-batches. The methods' terms must come out the same.
         scaled = _is_scaled(self, num_items_in_batch)
+        step.task_loss = _mean_loss(self, loss, inputs, num_items_in_batch) if scaled else loss.detach()
         terms = {"task": loss} | state.loss_terms(inputs, outputs, 1 / state.micro_batches if scaled else 1.0)
         total = reach_all(model, sum(terms.values()))
         state.check_finite(total, terms, numbers)
@@ -321,6 +323,14 @@ def _is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
     return (trainer.model_accepts_loss_kwargs and num_items_in_batch is not None) or (
         trainer.compute_loss_func is not None
     )
+
+
+def _mean_loss(trainer: Any, loss: Tensor, inputs: Any, num_items_in_batch: Any) -> Tensor:
+    """The mean over a micro-batch's own tokens of a loss that Trainer takes for a share of the step's mean."""
+    if num_items_in_batch is None or not is_token_batch(inputs):
+        return loss.detach() * trainer._holdfast.micro_batches
+    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+    return loss.detach() * num_items_in_batch / (processes * supervised_tokens(inputs["labels"]).clamp(min=1))
 
 
 def _general_loss(trainer: Any) -> float | None:

@@ -149,7 +149,8 @@ class Build:
                 f"({self.done.empty} without text, the first {self._plan['skip']} others skipped)"
             )
         counts = {key: value for key, value in asdict(self.done).items() if key != "read"}
-        manifest = self._plan | {"bytes": source_bytes(self._plan)} | counts
+        sources = {"bytes": source_bytes(self._plan), "sources_sha256": source_digest(self._plan)}
+        manifest = self._plan | sources | counts
         write_json(self._folder / MANIFEST, manifest)
         (self._folder / JOURNAL).unlink()
         return manifest
@@ -173,10 +174,27 @@ def _resume(folder: Path, plan: dict[str, Any]) -> Done | None:
 
 def source_bytes(plan: dict[str, Any]) -> int | None:
     """Size of all source files; None where a source is a dataset."""
+    files = _source_files(plan)
+    return None if files is None else sum(file.stat().st_size for file in files)
+
+
+def source_digest(plan: dict[str, Any]) -> str | None:
+    """SHA-256 (hexadecimal) over the content of all source files, in order; None where a source is a dataset."""
+    files = _source_files(plan)
+    if files is None:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _source_files(plan: dict[str, Any]) -> list[Path] | None:
     paths = [Path(source) for source in plan["sources"]]
     if plan["subset"] or plan["split"] or not all(path.exists() for path in paths):
         return None
-    return sum(file.stat().st_size for path in paths for file in text_files(path))
+    return [file for path in paths for file in text_files(path)]
 
 
 def unfinished(folder: Path) -> DataError:

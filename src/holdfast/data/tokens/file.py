@@ -14,7 +14,17 @@ from torch import Tensor
 
 from holdfast.api.rows import IGNORED
 from holdfast.data.texts import no_path, read_texts
-from holdfast.data.tokens.build import DTYPES, JOURNAL, MANIFEST, TOKENIZER, TOKENS, Build, source_bytes, unfinished
+from holdfast.data.tokens.build import (
+    DTYPES,
+    JOURNAL,
+    MANIFEST,
+    TOKENIZER,
+    TOKENS,
+    Build,
+    source_bytes,
+    source_digest,
+    unfinished,
+)
 from holdfast.data.tokens.domains import domain_ids, domain_token
 from holdfast.data.tokens.encode import Encoder, encode
 from holdfast.errors import ConfigError, DataError, Interrupted, did_you_mean
@@ -253,7 +263,10 @@ def _plan(tokenizer: PreTrainedTokenizerBase, domain: str | None) -> tuple[Encod
 def _finished(folder: Path, plan: dict[str, Any]) -> TokenFile:
     """The token file that is there already, if it is the one that the plan would make."""
     file = TokenFile.open(folder)
-    require_same(folder, "a token file", file.manifest, plan | {"bytes": source_bytes(plan)})
+    wanted = plan | {"bytes": source_bytes(plan)}
+    if "sources_sha256" in file.manifest:  # version 0.1.0 recorded the size alone
+        wanted["sources_sha256"] = source_digest(plan)
+    require_same(folder, "a token file", file.manifest, wanted)
     (folder / JOURNAL).unlink(missing_ok=True)
     return file
 
