@@ -637,7 +637,7 @@ def test_what_transformers_is_told_is_qlora_s(dtype, compute, tmp_path, monkeypa
 
     def from_pretrained(name: str, **options: Any) -> Any:
         told.update(options)
-        return tiny_model(dtype=torch.bfloat16)
+        return tiny_model(dtype=torch.bfloat16), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bitsandbytes", stand_in)

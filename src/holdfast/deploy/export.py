@@ -165,14 +165,12 @@ def _merged(config: ModelConfig, tuner: Tuner, adapter: Path) -> PreTrainedModel
         ConfigError: the base model cannot be loaded, or PEFT cannot merge the adapter.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype=config.dtype
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name: the weights of {config.name!r} cannot be loaded: {error}") from None
+    from holdfast.models.weights import load_causal_lm
+
+    model = load_causal_lm(
+        config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype=config.dtype
+    )
     try:
         peft: Any = PeftModel.from_pretrained(model, str(adapter))
         return peft.merge_and_unload(safe_merge=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
@@ -15,6 +15,7 @@ from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.respond import example_losses
 from holdfast.lab.tokenizer import train_tokenizer
 from holdfast.models.head import context
+from holdfast.models.weights import load_causal_lm
 from holdfast.system.files import whole_folder, write_jsonl
 
 TEMPLATE = (
@@ -73,7 +74,7 @@ def measure_chats(folder: Path, chats: Path) -> dict[str, float]:
         folder: of the model and its tokenizer.
         chats: the folder ``chats`` that :func:`write_chats` wrote.
     """
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_causal_lm(folder, key="model"), AutoTokenizer.from_pretrained(folder)
     evaluation = ModelEvaluation(
         model, Encoder(tokenizer, max_length=context(model) or 64, template="chat"), batch_size=128
     )

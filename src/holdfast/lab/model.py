@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from holdfast.config.model import ModelConfig
 from holdfast.data.tokens.file import TokenFile
@@ -19,6 +19,7 @@ from holdfast.lab.config import LabConfig, SizeConfig
 from holdfast.lab.measure import Weights, weights_of
 from holdfast.models.attention import fastest
 from holdfast.models.pretrained import load_tokenizer
+from holdfast.models.weights import load_causal_lm
 from holdfast.records.directory import RunDirectory
 from holdfast.system.files import read_json, write_json
 
@@ -55,10 +56,7 @@ def make_model(
         model = new_model(size, tokenizer, config.context, config.seed, attention)
         start = weights_of(model)
         return _divided(model, options, directory), start, start
-    try:
-        model = AutoModelForCausalLM.from_pretrained(size.path, dtype="float32", **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: the weights of {size.path!r} cannot be loaded: {error}") from None
+    model: Any = load_causal_lm(size.path, key="model.path", dtype="float32", **options)
     reads = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if reads is not None and reads < config.context:
         raise ConfigError(f"context: {config.context} is more than the {reads} tokens that {size.path!r} reads")
@@ -74,7 +72,7 @@ def _divided(model: Any, options: dict[str, Any], directory: RunDirectory) -> An
     if directory.process.main:
         model.save_pretrained(folder)
     directory.process.wait()
-    divided = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **options)
+    divided = load_causal_lm(folder, dtype="float32", **options)
     prepare_loaded(divided)
     directory.process.wait()
     if directory.process.main:

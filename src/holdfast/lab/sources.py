@@ -176,12 +176,11 @@ class Arithmetic(Data):
 
     def measures(self, model: Path, files: Files) -> dict[str, float]:
         """``accuracy_TASK``: share of test rows whose answer greedy decoding gets right."""
-        from transformers import AutoModelForCausalLM
-
         from holdfast.data.tokens.file import TokenFile
         from holdfast.lab import arithmetic
+        from holdfast.models.weights import load_causal_lm
 
-        network = AutoModelForCausalLM.from_pretrained(model)
+        network = load_causal_lm(model, key="model")
         right = {}
         for task in arithmetic.TASKS:
             rows = TokenFile.open(files[f"{task}_valid"]).rows(arithmetic.row_length(self.digits))

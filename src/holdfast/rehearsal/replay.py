@@ -17,6 +17,7 @@ from holdfast.models.head import begin_token, context
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import Sampler, sample
 from holdfast.models.vllm_engine import ADAPTER, vllm_engine
+from holdfast.models.weights import check_weights, load_causal_lm
 from holdfast.rehearsal.corpus import write_corpus
 from holdfast.rehearsal.request import PLAIN, Request, SampleOptions
 
@@ -62,6 +63,7 @@ def replay(
         config = load_model_config(ModelConfig(name=model)).get_text_config()
         reads, begin = (getattr(config, key, None) for key in ("max_position_embeddings", "bos_token_id"))
         request = Request.of(tokenizer, reads, begin, options)
+        check_weights(ModelConfig(name=model), key="MODEL")
         draw = vllm_engine(model, request.length)
         fingerprint = folder_fingerprint(Path(model))
     else:
@@ -99,12 +101,16 @@ def _load(name: str) -> PreTrainedModel | PeftModel:
     Raises:
         ConfigError: it cannot be loaded.
     """
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
+    from peft import AutoPeftModelForCausalLM, PeftConfig
 
-    loader = AutoPeftModelForCausalLM if Path(name, ADAPTER).exists() else AutoModelForCausalLM
-    try:
-        model = loader.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"MODEL: {name!r} cannot be loaded: {error}") from None
+    model: Any
+    if not Path(name, ADAPTER).exists():
+        model = load_causal_lm(name, key="MODEL")
+    else:
+        try:
+            config: Any = PeftConfig.from_pretrained(name)
+            check_weights(ModelConfig(name=config.base_model_name_or_path, revision=config.revision), key="MODEL")
+            model = AutoPeftModelForCausalLM.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"MODEL: {name!r} cannot be loaded: {error}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ from holdfast.api.task import Task
 from holdfast.config.gate import GateConfig
 from holdfast.config.run import RunConfig
 from holdfast.models.pretrained import load_model_config
+from holdfast.models.weights import check_weights
 from holdfast.runner.data import RunData
 from holdfast.runner.plan import stage_epochs
 from holdfast.runner.setup import Setup, prepare, resolve
@@ -27,6 +28,7 @@ def print_check(config: RunConfig, console: Console, data: RunData | None = None
         UserError: `holdfast run` would refuse the configuration or the data.
     """
     setup = prepare(resolve(config), data)
+    checked = check_weights(config.model)
     console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)
     for task in setup.stream.tasks:
         row = setup.rows[task.name][0]
@@ -39,6 +41,8 @@ def print_check(config: RunConfig, console: Console, data: RunData | None = None
     console.rule("plan", align="left")
     for line in plan_lines(setup):
         console.print(line, markup=False, soft_wrap=True)
+    if not checked:
+        console.print("whether the model's files hold all its weights is checked when they are loaded", markup=False)
 
 
 def noticed(task: Task) -> str:

@@ -12,9 +12,9 @@ from holdfast.config.run import RunConfig
 from holdfast.engines.pieces import is_divided, prepare_loaded, reshard, trainable
 from holdfast.engines.profiles import loading_options
 from holdfast.engines.whole import fingerprint
-from holdfast.errors import ConfigError
 from holdfast.models.attention import fastest
 from holdfast.models.quantization import ready_for_training, weight_options
+from holdfast.models.weights import load_causal_lm
 from holdfast.runner.setup import Setup
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftMo
     """Load the pretrained model with its tuner, on this machine's device; the seed decides the tuner's new weights.
 
     Raises:
-        ConfigError: the weights cannot be loaded.
+        ConfigError: the weights cannot be loaded, or some of the model's are missing.
     """
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
     model = config.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,15 +41,9 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftMo
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     options |= weight_options(model, device) | loading_options(config.training.engine)
     set_seed(config.seed)
-    try:
-        pretrained = AutoModelForCausalLM.from_pretrained(
-            model.name,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name: the weights of {model.name!r} cannot be loaded: {error}") from None
+    pretrained = load_causal_lm(
+        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+    )
     if model.quantization:
         pretrained = ready_for_training(pretrained)
     elif not is_divided(pretrained):

@@ -15,6 +15,7 @@ from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import evaluate_general
 from holdfast.evaluation.respond import evaluate_task, response_limit
 from holdfast.models.answers import AnswerCache
+from holdfast.models.weights import check_weights
 from holdfast.records.directory import RunDirectory, current_stage, open_directory
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
@@ -58,6 +59,8 @@ def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | No
         resolved = resolve(config)
         directory.check_config(resolved.config)
         setup = prepare(resolved)
+        if not directory.record:
+            check_weights(resolved.config.model)
         model_folder = directory.way_to(resolved.config.model.name)
         directory.begin(resolved.config, setup.facts() | {"model_folder": model_folder})
         return RunLoop(setup, directory, progress or Progress(quiet=not directory.process.main), interrupt).go()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from holdfast.api.tuner import Tuner
 from holdfast.engines.vectors import weights
+from holdfast.models.weights import load_causal_lm
 
 
 class Full(Tuner):
@@ -21,5 +22,5 @@ class Full(Tuner):
         return model.requires_grad_(True)
 
     def load(self, model: PreTrainedModel, folder: Path) -> None:
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+        saved = load_causal_lm(folder, key="model", dtype=model.dtype)
         weights(model).load_(dict(saved.named_parameters()))

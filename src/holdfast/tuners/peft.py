@@ -54,4 +54,13 @@ class PeftTuner(Tuner):
             raise ConfigError(f"tuner {self.name}: {error}") from None
 
     def load(self, model: Any, folder: Path) -> None:
-        model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+        """Raises ConfigError if the folder lacks weights of the adapter, which would stay as they began."""
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        try:
+            report = model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+        except KeyError as error:  # PEFT looks for a module to save, or a prompt, by its name
+            raise ConfigError(f"{folder}: the adapter lacks {error.args[0]}") from None
+        prompts = model.peft_config[model.active_adapter].is_prompt_learning  # PEFT loads them past its report
+        missing = [] if prompts else sorted(trained & set(report.missing_keys))
+        if missing:
+            raise ConfigError(f"{folder}: the adapter lacks {len(missing)} of its tensors: {', '.join(missing[:20])}")

@@ -1,0 +1,107 @@
+"""Load the weights of a pretrained model, and refuse one whose files lack some of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from holdfast.config.model import ModelConfig
+from holdfast.errors import ConfigError
+from holdfast.models.pretrained import load_model_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger("holdfast")
+
+NAMED = 20
+"""So many tensors are named in a message; of more, the number is told."""
+
+
+def load_causal_lm(name: str | Path, *, key: str = "model.name", **options: Any) -> PreTrainedModel:
+    """Load a causal language model with its weights.
+
+    transformers fills tensors that the files lack with random numbers. Tied weights, and those that the architecture
+    makes itself, are not lacking. Tensors of the files that the model does not use are told in a warning.
+
+    Args:
+        name: folder or hub name.
+        key: where the name comes from, for messages.
+        options: of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ConfigError: the weights cannot be loaded, or the files lack tensors of the model, or hold some of another
+            shape; the message names them.
+    """
+    try:
+        model, report = _load(name, options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{key}: the weights of {str(name)!r} cannot be loaded: {error}") from None
+    _check(f"{key}: {str(name)!r}", type(model).__name__, report)
+    return model
+
+
+def check_weights(model: ModelConfig, key: str = "model.name") -> bool:
+    """Check that a model's files have all its tensors, by their names and shapes; the weights are not read.
+
+    Returns:
+        whether that could be checked: the weights of a model of the hub may not be on this machine yet, and those in a
+        quantised format of their own are checked only when they are loaded.
+
+    Raises:
+        ConfigError: as :func:`load_causal_lm`.
+    """
+    is_folder = Path(model.name).is_dir()
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    config = load_model_config(model)
+    if getattr(config, "quantization_config", None) is not None:
+        return False
+    try:
+        loaded, report = _load(model.name, options | {"local_files_only": not is_folder, "device_map": "meta"})
+    except (OSError, ValueError, SafetensorError) as error:
+        if not is_folder:
+            return False
+        raise ConfigError(f"{key}: the weights of {model.name!r} cannot be loaded: {error}") from None
+    _check(f"{key}: {model.name!r}", type(loaded).__name__, report)
+    return True
+
+
+def _load(name: str | Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Collection[Any]]]:
+    """The model, and transformers' report of what it did not find in the files."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    return loaded
+
+
+def _check(place: str, architecture: str, report: Mapping[str, Collection[Any]]) -> None:
+    """Raise ConfigError if tensors are missing or have another shape, from transformers' report of a loading."""
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    other = [f"{name} {list(there)}, not {list(wanted)}" for name, there, wanted in sorted(report["mismatched_keys"])]
+    instead = f"; the files have instead: {_listed(unused)}" if unused else ""
+    right = "a whole model, or the config.json that belongs to these weights, is needed"
+    if missing:
+        raise ConfigError(
+            f"{place}: its files lack {len(missing)} tensors of {architecture}, which would be random: "
+            f"{_listed(missing)}{instead}; {right}"
+        )
+    if other:
+        raise ConfigError(
+            f"{place}: {len(other)} tensors are not of the shape of {architecture}: {_listed(other)}; {right}"
+        )
+    if unused:
+        logger.warning(
+            "%s: %s does not use %d tensors of its files: %s", place, architecture, len(unused), _listed(unused, 3)
+        )
+
+
+def _listed(names: Iterable[str], most: int = NAMED) -> str:
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
