@@ -25,11 +25,11 @@ from holdfast.system.progress import Progress
 POINTS = {
     "step": (TrainerCallback, "on_step_end"),
     "checkpoint": (torch, "save"),  # optimizer, scheduler and RNG of a checkpoint are being written
-    "manifest": (holdfast.training.engine_mixin, "flush_folder"),
+    "manifest": (holdfast.training.engine_mixin, "complete_checkpoint"),
     "after_stage": (Replay, "after_stage"),
     "weights": (holdfast.runner.loop, "save_states"),  # the stage's weights stand, its manifest does not
     "answers": (holdfast.models.answers.AnswerCache, "_add"),  # a batch of an evaluation is answered
-    "response": (holdfast.records.directory, "write_jsonl"),  # one task of an evaluation is done
+    "response": (holdfast.records.directory.RunDirectory, "write_jsonl"),  # one task of an evaluation is done
     "matrix": (holdfast.runner.matrix, "summarize"),
     "report": (holdfast.runner.loop.RunLoop, "_report"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import pickle
+import shutil
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from holdfast import ContinualTrainer, continual
 from holdfast.api.method import Method
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.methods import build
 from support.trained import vector
 from support.trl_cases import CASES, trainer_arguments, trainer_class
@@ -151,6 +152,50 @@ def test_a_checkpoint_that_is_not_there(tmp_path):
     Trainer(**trainer_arguments("Trainer", tmp_path, save_strategy="steps", save_steps=2)).train()
     with pytest.raises(ConfigError, match=r"checkpoint-3: .*complete\.json"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_stage(tmp_path):
+    def trainer(task: str, **changes: Any) -> Any:
+        arguments = trainer_arguments("Trainer", tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+        return ContinualTrainer(**arguments, task=task, **changes)
+
+    first = trainer("a", method="replay")
+    first.train()
+    for again in (trainer("b", stage_index=2), trainer("a", stage_index=2), trainer("b"), first):
+        with pytest.raises(
+            ConfigError, match=r"no checkpoint of stage . \('.'\) in .*checkpoint-2, is of stage 1 \('a'"
+        ):
+            if again is first:
+                again.task = "b"
+            again.train(resume_from_checkpoint=True)
+        with pytest.raises(ConfigError, match=r"checkpoint-2: it is of stage 1 \('a'\), .* about to train stage ."):
+            again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-1")
+    second = trainer("b", stage_index=2)
+    second.add_callback(StopAfter(1))
+    second.train()
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+    resumed = trainer("b", stage_index=2)
+    resumed.train(resume_from_checkpoint=True)  # the newest of its own stage, not the newest of all
+    assert resumed.state.global_step == 2 and len(resumed.state.log_history) > 1
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "method/replay.json", "scheduler.pt", "model.safetensors"])
+def test_a_damaged_checkpoint(name, tmp_path):
+    arguments = trainer_arguments("Trainer", tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    ContinualTrainer(**arguments, method="replay").train()
+    file = tmp_path / "out" / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(RunDirectoryError, match=rf"{Path(name).name}: is damaged: .*SHA.*delete .*checkpoint-2"):
+        ContinualTrainer(**arguments, method="replay").train(resume_from_checkpoint=True)
 
 
 def test_a_loss_scale_leaves_out_steps_and_is_refused_where_gradients_are_needed(tmp_path):

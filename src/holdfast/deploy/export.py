@@ -15,15 +15,16 @@ from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.runner.reload import find_base
-from holdfast.system.files import read_json, whole_folder, write_json
+from holdfast.system.files import whole_folder, write_json
 from holdfast.system.machine import versions
+from holdfast.system.manifest import EXPORT, check, folder_facts, read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from holdfast.api.tuner import Tuner
 
-MANIFEST = "holdfast.json"
+MANIFEST = EXPORT
 """The file that says what an exported folder holds. Another export may replace a folder or repository that has it."""
 
 
@@ -40,7 +41,7 @@ def export(
         push_to: the hub name to upload the folder to.
 
     Raises:
-        RunDirectoryError: there is no run, or it has no complete stage.
+        RunDirectoryError: there is no run, it has no complete stage, or a file of it is damaged.
         ConfigError: there is no such stage, the adapter cannot be merged, its base model is not found, ``to`` holds
             something else or cannot be written, or the hub refuses.
     """
@@ -52,6 +53,7 @@ def export(
     assert config.tuner is not None, "a run that has begun names its tuner"
     tuner = tuners.build(config.tuner)
     saved = folder / tuner.folder
+    check(saved)
     kind = "model" if tuner.folder == "model" else "merged" if merge else "adapter"
     if kind == "merged":
         _check_mergeable(tuner)
@@ -213,6 +215,7 @@ def _write(
                 "task": exported.task,
                 "lacks": exported.lacks,
                 "versions": versions(),
+                "files": folder_facts(partial),
             },
         )
 

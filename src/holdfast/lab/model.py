@@ -56,7 +56,7 @@ def make_model(
         model = new_model(size, tokenizer, config.context, config.seed, attention)
         start = weights_of(model)
         return _divided(model, options, directory), start, start
-    model: Any = load_causal_lm(size.path, key="model.path", dtype="float32", **options)
+    model = load_causal_lm(size.path, key="model.path", dtype="float32", **options)
     reads = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if reads is not None and reads < config.context:
         raise ConfigError(f"context: {config.context} is more than the {reads} tokens that {size.path!r} reads")

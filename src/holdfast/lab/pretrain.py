@@ -25,8 +25,9 @@ from holdfast.lab.mixture import Mixture
 from holdfast.lab.model import make_model, tokenizer_of, write_note
 from holdfast.methods.compatibility import refusal
 from holdfast.records.directory import RunDirectory, open_directory
-from holdfast.system.files import append_jsonl, read_appended, read_json, write_jsonl
+from holdfast.system.files import append_jsonl, read_appended, write_jsonl
 from holdfast.system.interrupt import Interrupt
+from holdfast.system.manifest import read_json
 from holdfast.system.progress import Progress
 from holdfast.training.arguments import RESERVED, check_arguments, training_arguments
 from holdfast.training.chunked_trainer import ChunkedLossTrainer

@@ -10,7 +10,8 @@ from typing import Any
 from holdfast.lab.derived import above_front, compute_multiplier, loss_at_matched
 from holdfast.lab.experiment import DONE, Experiment, PlannedLabRun
 from holdfast.lab.tables import TableRow
-from holdfast.system.files import read_json, read_jsonl
+from holdfast.system.files import read_appended
+from holdfast.system.manifest import read_json
 
 
 def tables(experiment: Experiment, runs: Sequence[PlannedLabRun], cache: Path) -> tuple[list[TableRow], list[TableRow]]:
@@ -30,14 +31,14 @@ def tables(experiment: Experiment, runs: Sequence[PlannedLabRun], cache: Path) -
         if run.command == "run":
             results.append(columns | score_columns(read_json(folder / "matrix.json")) | read_json(folder / DONE))
             continue
-        result, evaluations = read_json(folder / "result.json"), read_jsonl(folder / "evaluations.jsonl")
+        result, evaluations = read_json(folder / "result.json"), read_appended(folder / "evaluations.jsonl")
         losses = _losses(evaluations)
         row = columns | {key: result[key] for key in ("parameters", "tokens", "seconds", "stop")}
         for name, values in losses.items():
             kl = evaluations[-1]["domains"][name]["kl"]
             row |= {f"{name}_start": values[0], f"{name}_loss": values[-1], f"{name}_kl": kl}
         if run.parent is not None and experiment.old in losses and experiment.new in losses:
-            before = read_jsonl(run.parent.folder(cache) / "evaluations.jsonl")
+            before = read_appended(run.parent.folder(cache) / "evaluations.jsonl")
             row |= _changes(experiment, losses[experiment.old], losses[experiment.new], before)
         results.append(row | read_json(folder / DONE))
         for i, evaluation in enumerate(evaluations if experiment.curves else []):

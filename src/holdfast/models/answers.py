@@ -8,12 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from holdfast.errors import RunDirectoryError
 from holdfast.system.files import append_jsonl, cut_torn_line, is_finite, read_appended
 
 Question = Any
 """A question as plain JSON values: all that the answer depends on, except the model."""
 Answer = Any
 Add = Callable[[Sequence[int], Sequence[Answer]], None]
+
+
+CHECK = "check"
+"""In a line of the file, the digest of the answers beside it."""
 
 
 class AnswerCache:
@@ -32,7 +37,12 @@ class AnswerCache:
         self.path, self._writes = path, writes
         self._answers: dict[str, Answer] = {}
         if path is not None and path.exists():
-            for line in read_appended(path):
+            for number, line in enumerate(read_appended(path), start=1):
+                known = line.pop(CHECK, None)  # version 0.1.0 wrote none
+                if known is not None and known != _digest(line):
+                    raise RunDirectoryError(
+                        f"{path}: line {number} is damaged; delete the file, and the answers in it are asked again"
+                    )
                 self._answers |= line
             if writes:
                 cut_torn_line(path)
@@ -65,7 +75,7 @@ class AnswerCache:
             return
         if lasting := {digest: answer for digest, answer in new.items() if is_finite(answer)}:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            append_jsonl(self.path, lasting)
+            append_jsonl(self.path, lasting | {CHECK: _digest(lasting)})
 
     def remove(self) -> None:
         """Delete the file, once the results are written."""

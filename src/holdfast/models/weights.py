@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from holdfast.config.model import ModelConfig
 from holdfast.errors import ConfigError
 from holdfast.models.pretrained import load_model_config
+from holdfast.system.manifest import check_weights_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,9 @@ def load_causal_lm(name: str | Path, *, key: str = "model.name", **options: Any)
     Raises:
         ConfigError: the weights cannot be loaded, or the files lack tensors of the model, or hold some of another
             shape; the message names them.
+        RunDirectoryError: the folder is of a run or an export, and a file is damaged.
     """
+    check_weights_files(Path(name))
     try:
         model, report = _load(name, options)
     except (OSError, ValueError, SafetensorError) as error:

@@ -15,14 +15,24 @@ from holdfast.config.describe import difference
 from holdfast.config.section import Section
 from holdfast.engines.process import Process
 from holdfast.errors import RunDirectoryError
-from holdfast.system.files import LOCK, locked_folder, read_appended, read_json, whole_folder, write_json, write_jsonl
+from holdfast.system.files import (
+    LOCK,
+    json_file,
+    jsonl_file,
+    locked_folder,
+    read_appended,
+    whole_folder,
+    write_jsonl,
+)
 from holdfast.system.machine import hardware, versions
+from holdfast.system.manifest import MANIFEST, folder_facts, note, read_json, write_noted
 
 
 class RunDirectory:
     """The files of one run, as :func:`open_directory` opens them.
 
-    Every rank has one. Rank 0 writes, and the others wait until it has.
+    Every rank has one. Rank 0 writes, and the others wait until it has. All that it writes whole is noted in the
+    directory's manifest (:mod:`holdfast.system.manifest`).
 
     Attributes:
         record: the content of run.json; empty before the run begins.
@@ -109,13 +119,13 @@ class RunDirectory:
     def write_json(self, path: Path, value: Any) -> None:
         """Write a JSON file; all ranks call this."""
         if self.process.main:
-            write_json(path, value)
+            write_noted(self.path, path, json_file(value))
         self.process.wait()
 
     def write_jsonl(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a JSON-lines file; all ranks call this."""
         if self.process.main:
-            write_jsonl(path, rows)
+            write_noted(self.path, path, jsonl_file(rows))
         self.process.wait()
 
     @contextlib.contextmanager
@@ -124,6 +134,7 @@ class RunDirectory:
         if self.process.main:
             with whole_folder(path) as partial:
                 yield partial
+                note(self.path, path, folder_facts(partial))
         else:
             with tempfile.TemporaryDirectory() as scratch:  # some libraries make or list the folder on every rank
                 yield Path(scratch)
@@ -158,7 +169,9 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
         return
     with locked_folder(path):
         if not (path / "run.json").exists():
-            others = sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(".partial"))
+            others = sorted(
+                p.name for p in path.iterdir() if p.name not in (LOCK, MANIFEST) and not p.name.endswith(".partial")
+            )
             if others:
                 raise RunDirectoryError(
                     f"output: {path} is no run but holds other files ({', '.join(others[:3])}); choose another output"

@@ -20,7 +20,8 @@ from holdfast.metrics.intervals import paired_difference
 from holdfast.metrics.matrix import Total
 from holdfast.records.directory import current_stage, slug
 from holdfast.scoring.score import scorer
-from holdfast.system.files import read_appended, read_json, read_jsonl
+from holdfast.system.files import read_appended
+from holdfast.system.manifest import read_json, read_jsonl
 
 REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
 

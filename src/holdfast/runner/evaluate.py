@@ -20,8 +20,9 @@ from holdfast.runner.measure import measure, responses_file
 from holdfast.runner.reload import StoredStage, find_stage
 from holdfast.runner.setup import Setup, prepare, resolve
 from holdfast.scoring.score import task_score
-from holdfast.system.files import locked_folder, read_json, read_jsonl, write_json
+from holdfast.system.files import LOCK, json_file, locked_folder
 from holdfast.system.interrupt import Interrupt
+from holdfast.system.manifest import MANIFEST, read_json, read_jsonl, write_noted
 from holdfast.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -127,9 +128,9 @@ def _claim(output: Path, stored: StoredStage, endpoint: Endpoint | None) -> None
                 f"{output}: holds another evaluation ({'; '.join(differing)}); give another --output"
             )
         return
-    if others := sorted(p.name for p in output.iterdir() if p.name != ".lock"):
+    if others := sorted(p.name for p in output.iterdir() if p.name not in (LOCK, MANIFEST)):
         raise RunDirectoryError(f"{output}: holds other files ({', '.join(others[:3])}); give another --output")
-    write_json(path, wanted)
+    write_noted(output, path, json_file(wanted))
 
 
 class Remeasurement:

@@ -28,8 +28,8 @@ from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup, prepare, resolve
 from holdfast.runner.stage import train_stage
 from holdfast.scoring.score import scorer, task_score
-from holdfast.system.files import read_json
 from holdfast.system.interrupt import Interrupt
+from holdfast.system.manifest import check, read_json
 from holdfast.system.progress import Progress
 from holdfast.training.method_state import load_states, save_states
 
@@ -122,6 +122,7 @@ class RunLoop:
         current = self._current()
         if current.index:
             folder = self._folder(current)
+            check(folder / self.setup.tuner.folder)
             self.setup.tuner.load(model, folder / self.setup.tuner.folder)
             self._states = folder / "method"
             load_states(self.setup.applied, self._states, model)

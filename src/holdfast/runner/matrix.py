@@ -17,7 +17,8 @@ from holdfast.runner.measure import responses_file
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup
 from holdfast.scoring.score import beside_score, task_score
-from holdfast.system.files import finite, read_appended, read_json, read_jsonl
+from holdfast.system.files import finite, read_appended
+from holdfast.system.manifest import read_json, read_jsonl
 
 Records = list[dict[str, Any]]
 Column = list[float | None]

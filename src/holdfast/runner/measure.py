@@ -15,7 +15,7 @@ from holdfast.evaluation.general import general_statistics, general_value, matri
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.records.directory import RunDirectory, slug
-from holdfast.system.files import read_jsonl
+from holdfast.system.manifest import read_jsonl
 
 if TYPE_CHECKING:
     from holdfast.evaluation.at_test import ModelEvaluation

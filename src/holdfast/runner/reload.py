@@ -12,7 +12,7 @@ from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.runner.setup import Setup
-from holdfast.system.files import read_json
+from holdfast.system.manifest import check, read_json
 from holdfast.training.method_state import load_states
 
 if TYPE_CHECKING:
@@ -60,11 +60,16 @@ class StoredStage:
             raise RunDirectoryError(f"{self.run.path}: changed since this run began: {', '.join(changed)}")
 
     def model(self, config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftModel:
-        """The model with its tuner and the stage's weights, on this machine's device."""
+        """The model with its tuner and the stage's weights, on this machine's device.
+
+        Raises:
+            RunDirectoryError: a file of the weights is damaged.
+        """
         from holdfast.runner.load import load_pretrained
 
         model = load_pretrained(config, tuner)
         if self.number:
+            check(self.folder / tuner.folder)
             tuner.load(model, self.folder / tuner.folder)
         return model
 

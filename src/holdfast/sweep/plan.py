@@ -20,7 +20,7 @@ from holdfast.config.run import RunConfig, load_config
 from holdfast.config.section import Section, Seed
 from holdfast.errors import ConfigError, UserError
 from holdfast.sweep.grid import Axis, Grid, cells
-from holdfast.system.files import read_json
+from holdfast.system.manifest import read_json
 
 LONGEST_VALUE = 48
 """Letters of a value in a run's name; a longer value is cut and gets a digest."""

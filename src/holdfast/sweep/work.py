@@ -14,9 +14,10 @@ from filelock import FileLock, Timeout
 
 from holdfast.errors import ConfigError, GateFailed, Interrupted, UserError
 from holdfast.sweep.plan import PlannedRun, Resources
-from holdfast.system.files import read_json, write_json, write_text
+from holdfast.system.files import write_json, write_text
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.machine import cores
+from holdfast.system.manifest import read_json
 from holdfast.system.pool import JobOutcome, Pool
 from holdfast.system.progress import Progress
 

@@ -77,12 +77,22 @@ def write_json(path: Path, value: Any, *, exact: bool = False) -> None:
     """
     if exact and not is_finite(value):
         raise ValueError(f"{path.name}: a state cannot hold NaN or infinity: {value!r:.200}")
-    write_text(path, json_text(value, indent=1) + "\n")
+    write_text(path, json_file(value))
+
+
+def json_file(value: Any) -> str:
+    """The content of a JSON file."""
+    return json_text(value, indent=1) + "\n"
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a JSON-lines file whole."""
-    write_text(path, "".join(json_text(row) + "\n" for row in rows))
+    write_text(path, jsonl_file(rows))
+
+
+def jsonl_file(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The content of a JSON-lines file."""
+    return "".join(json_text(row) + "\n" for row in rows)
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> None:
@@ -126,9 +136,20 @@ def read_appended(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         the lines; none if there is no such file.
+
+    Raises:
+        RunDirectoryError: another line is damaged.
     """
     whole, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
-    return [json.loads(line) for line in whole.split(b"\n") if line]
+    lines = []
+    for number, line in enumerate(whole.split(b"\n"), start=1):
+        try:
+            lines += [json.loads(line)] if line else []
+        except ValueError:
+            raise RunDirectoryError(
+                f"{path}: line {number} is damaged: it is no JSON; restore the file from a copy, or delete the line"
+            ) from None
+    return lines
 
 
 @contextlib.contextmanager

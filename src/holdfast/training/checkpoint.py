@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+
+from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.system.files import finite, flush_folder, json_file, read_json, write_json
+from holdfast.system.manifest import compare, folder_facts, text_facts
 
 SCHEDULER_NAME = "scheduler.pt"
 COMPLETE = "complete.json"
@@ -18,6 +23,101 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
     return {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in load_file(path).items()}
 
 
+def complete_checkpoint(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the last file of a checkpoint: facts, and the checksums of all other files and of itself."""
+    flush_folder(folder)
+    files = {name: known for name, known in folder_facts(folder).items() if name != COMPLETE}
+    content = finite(facts | {"files": files})
+    write_json(folder / COMPLETE, content | {"checksum": text_facts(json_file(content))})
+
+
+def read_complete(folder: Path, files: bool = True) -> dict[str, Any]:
+    """The facts of a checkpoint that :func:`complete_checkpoint` completed.
+
+    Args:
+        files: compare its files with their checksums, which checkpoints of version 0.1.0 do not have.
+
+    Raises:
+        RunDirectoryError: a file is missing or damaged; the message names it.
+    """
+    path = folder / COMPLETE
+    try:
+        content = read_json(path)
+        checksum = content.pop("checksum", None)
+        intact = checksum is None or checksum == text_facts(json_file(content))
+    except (ValueError, AttributeError):
+        intact = False
+    if not intact:
+        raise RunDirectoryError(
+            f"{path}: is damaged; delete {folder}, and go on from an earlier checkpoint or the start"
+        )
+    if files:
+        compare(path, folder, content.get("files", {}))
+    return content
+
+
+def checkpoint_to_resume(chosen: str | bool | None, folder: Path, stage: int, task: str) -> str | None:
+    """The checkpoint that a stage resumes from: None, the one that is given, or for True the newest of this stage.
+
+    Args:
+        chosen: ``resume_from_checkpoint``.
+        folder: the trainer's ``output_dir``.
+        stage, task: the stage that the trainer is about to train. Checkpoints of version 0.1.0 do not know theirs.
+
+    Raises:
+        ConfigError: there is none, another trainer wrote it, or it is of another stage.
+        RunDirectoryError: a file of it is damaged.
+    """
+    if not chosen:
+        return None
+    if chosen is not True:
+        path = Path(str(chosen))
+        if not (path / COMPLETE).exists():
+            raise ConfigError(_foreign(path))
+        if other := _other_stage(path, stage, task):
+            raise ConfigError(
+                f"resume_from_checkpoint: {path}: it is of {other}, but this trainer is about to train stage {stage} "
+                f"({task!r}); give a checkpoint of this stage, or the trainer that stage (stage_index and task)"
+            )
+        read_complete(path)
+        return str(path)
+    there = sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
+    complete = [path for path in there if (path / COMPLETE).exists()]
+    others = {path: _other_stage(path, stage, task) for path in complete}
+    own = [path for path, other in others.items() if not other]
+    if own:
+        read_complete(own[0])
+        return str(own[0])
+    if complete:
+        raise ConfigError(
+            f"resume_from_checkpoint: there is no checkpoint of stage {stage} ({task!r}) in {folder}; the newest, "
+            f"{complete[0].name}, is of {others[complete[0]]}"
+        )
+    if there:
+        raise ConfigError(_foreign(there[0]))
+    raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
+
+
+def _foreign(path: Path) -> str:
+    return (
+        f"resume_from_checkpoint: {path}: it has no {COMPLETE}, so another trainer wrote it, or it was cut off; "
+        "one that a continual trainer has completed would do"
+    )
+
+
+def _other_stage(path: Path, stage: int, task: str) -> str:
+    """The stage that a checkpoint is of, in words; empty if it is this one, or not known."""
+    facts = read_complete(path, files=False)
+    if (facts.get("stage", stage), facts.get("task", task)) == (stage, task):
+        return ""
+    return f"stage {facts['stage']} ({facts['task']!r})"
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
 def newest_whole_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint below ``folder``, if there is one; remove those that were cut off."""
     complete = []
@@ -26,4 +126,4 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
             complete.append(path)
         else:
             shutil.rmtree(path)
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(complete, key=_step, default=None)

@@ -20,8 +20,7 @@ from holdfast.engines.pieces import is_divided, layout_of, layout_of_model, resh
 from holdfast.engines.vectors import weights
 from holdfast.engines.whole import saves_together, whole_state, whole_weights_to_load
 from holdfast.errors import ConfigError
-from holdfast.system.files import flush_folder, write_json
-from holdfast.training.checkpoint import COMPLETE, SCHEDULER_NAME, saved_weights
+from holdfast.training.checkpoint import SCHEDULER_NAME, complete_checkpoint, saved_weights
 from holdfast.training.method_state import save_states
 from holdfast.training.state import ContinualState
 
@@ -112,8 +111,8 @@ class EngineMixin(_Trainer):
         save_states(state.methods, folder / "method")
         cost = state.cost.of_all(state.process)
         if self.args.should_save:
-            flush_folder(folder)
-            write_json(folder / COMPLETE, {"step": self.state.global_step, "cost": cost})
+            facts = {"step": self.state.global_step, "stage": state.stage_index, "task": state.task_name, "cost": cost}
+            complete_checkpoint(folder, facts)
             rotate_checkpoints(
                 output_dir=self.args.output_dir,
                 save_total_limit=limit,

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from holdfast.api.method import Method
 from holdfast.engines.process import Process
+from holdfast.errors import RunDirectoryError
 from holdfast.system.files import read_json, write_json
+from holdfast.system.manifest import check
 
 
 def save_states(methods: Sequence[Method], folder: Path) -> None:
@@ -36,8 +39,16 @@ def load_states(methods: Sequence[Method], folder: Path, model: nn.Module) -> No
 
     The tensors are copied into memory of their own. Those that safetensors maps are not aligned, and a product with an
     unaligned tensor may round differently, so that a resumed run would differ in the last bit.
+
+    Raises:
+        RunDirectoryError: a file is damaged.
     """
+    check(folder)
     for method in methods:
-        tensors = load_file(folder / f"{method.name}.safetensors")
+        file = folder / f"{method.name}.safetensors"
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:  # of version 0.1.0, whose files have no checksums
+            raise RunDirectoryError(f"{file}: is damaged: {error}; restore it from a copy") from None
         state = read_json(folder / f"{method.name}.json") | {key: t.clone() for key, t in tensors.items()}
         method.load_state(state, model)

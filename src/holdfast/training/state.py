@@ -89,6 +89,11 @@ class ContinualState:
     row_numbers: list[int] = field(default_factory=list)
     gradient_norm: float | None = None
 
+    @property
+    def task_name(self) -> str:
+        """What the stage is called."""
+        return self.task or f"stage {self.stage_index}"
+
     def any_overrides(self, *verbs: str) -> bool:
         """Whether a method has one of these verbs of its own."""
         return any(

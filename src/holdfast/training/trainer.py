@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import has_length
 
 from holdfast.api.method import Method
 from holdfast.api.stage import Stage
@@ -20,9 +20,8 @@ from holdfast.errors import ConfigError
 from holdfast.losses.next_token import supervised_tokens
 from holdfast.methods import build
 from holdfast.models.likelihood import token_losses
-from holdfast.system.files import read_json
 from holdfast.training.batches import count_rows, count_tokens, drop_repeated_rows, is_token_batch
-from holdfast.training.checkpoint import COMPLETE
+from holdfast.training.checkpoint import checkpoint_to_resume, read_complete
 from holdfast.training.collated_rows import CollatedRows
 from holdfast.training.cost import Cost
 from holdfast.training.engine_mixin import (
@@ -95,7 +94,9 @@ class ContinualMixin(EngineMixin):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train one stage. The methods prepare it, set its final weights and update their memory."""
         state = self._holdfast
-        checkpoint = _checked(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = checkpoint_to_resume(
+            resume_from_checkpoint, Path(self.args.output_dir), state.stage_index, state.task_name
+        )
         state.cost, state.interrupted = Cost(), False
         state.cost.start()
         try:
@@ -220,7 +221,7 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
     if checkpoint is not None:
         load_states(state.methods, Path(checkpoint, "method"), trainer.model)
         if state.process.main:
-            state.cost.load(read_json(Path(checkpoint, COMPLETE))["cost"])
+            state.cost.load(read_complete(Path(checkpoint), files=False)["cost"])
 
 
 def _stage(trainer: Any) -> Stage:
@@ -228,7 +229,7 @@ def _stage(trainer: Any) -> Stage:
     collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
     return Stage(
         index=state.stage_index,
-        task=state.task or f"stage {state.stage_index}",
+        task=state.task_name,
         model=trainer.model,
         rows=run.rows if run.rows is not None else CollatedRows(trainer.train_dataset, collator),
         collate=lambda rows: trainer._prepare_input(collate_tokens(state.pad, rows)),
@@ -250,25 +251,6 @@ def _refuse_loss_scale(trainer: Any) -> None:
 
 def _loss_scaler(trainer: Any) -> Any:
     return getattr(trainer.accelerator, "scaler", None)
-
-
-def _checked(checkpoint: str | bool | None, folder: str) -> str | None:
-    """The checkpoint to resume from; True stands for the newest in a folder.
-
-    Raises:
-        ConfigError: there is none, or it lacks what methods need.
-    """
-    if not checkpoint:
-        return None
-    path = get_last_checkpoint(folder) if checkpoint is True else str(checkpoint)
-    if path is None:
-        raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
-    if not Path(path, COMPLETE).exists():
-        raise ConfigError(
-            f"resume_from_checkpoint: {path}: it has no {COMPLETE}, so another trainer wrote it, or it was cut off; "
-            "one that a continual trainer has completed would do"
-        )
-    return path
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import PeftConfig, get_peft_model
 from pydantic import ConfigDict
+from safetensors import SafetensorError
 
 from holdfast.api.tuner import Tuner
 from holdfast.config.section import Section
@@ -60,6 +61,8 @@ class PeftTuner(Tuner):
             report = model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
         except KeyError as error:  # PEFT looks for a module to save, or a prompt, by its name
             raise ConfigError(f"{folder}: the adapter lacks {error.args[0]}") from None
+        except SafetensorError as error:
+            raise ConfigError(f"{folder}: the adapter cannot be read: {error}") from None
         prompts = model.peft_config[model.active_adapter].is_prompt_learning  # PEFT loads them past its report
         missing = [] if prompts else sorted(trained & set(report.missing_keys))
         if missing:
