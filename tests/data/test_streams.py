@@ -607,5 +607,7 @@ def test_a_run_is_not_continued_by_another_definition(tmp_path: Path, monkeypatc
     run(config, Progress(quiet=True))
     run(config, Progress(quiet=True))
     monkeypatch.setattr(SCORERS["accuracy"], "version", 2)
-    with pytest.raises(RunDirectoryError, match="prompts or metrics of its stream changed since this run began"):
+    with pytest.raises(
+        RunDirectoryError, match="changed since this run began:\n  the prompts or metrics of its stream: version"
+    ):
         run(config, Progress(quiet=True))

@@ -273,6 +273,7 @@ def test_a_hub_model_and_hub_data_stand_in_the_cards_metadata(lora, tmp_path, mo
     info["model_folder"] = None
     info["config"]["stream"] = {"tasks": [{"name": n, "dataset": f"some/{n}"} for n in TASKS]}
     write_json(copy / "run.json", info)
+    (copy / "manifest.jsonl").unlink()
     monkeypatch.setattr("holdfast.models.pretrained.load_model_config", lambda model: tiny_model().config)
     monkeypatch.setattr(GenerationConfig, "from_pretrained", _absent)
     exported = export(copy, tmp_path / "out")
@@ -314,6 +315,7 @@ def test_what_a_method_does_at_test_time_is_said_to_be_missing(changes, acts, lo
     method = changes["method"]
     info["config"]["method"] = [{"name": method} if isinstance(method, str) else method]
     write_json(copy / "run.json", info)
+    (copy / "manifest.jsonl").unlink()
     command(monkeypatch, copy, "--to", tmp_path / "out", "--merge")
     name = info["config"]["method"][0]["name"]
     options = {"grouping": 0.5} if name == "cia" else {}  # with which it acts at test time
@@ -381,6 +383,7 @@ def test_what_is_not_there_is_said_in_one_message(full, tmp_path, monkeypatch, c
     info = read_json(begun / "run.json")
     info["config"]["method"] = [{"name": "frozen"}]
     write_json(begun / "run.json", info)
+    (begun / "manifest.jsonl").unlink()
     with pytest.raises(RunDirectoryError, match="'frozen' trains nothing"):
         export(begun, tmp_path / "out")
     assert not (tmp_path / "out").exists()

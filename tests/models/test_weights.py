@@ -171,6 +171,7 @@ def spoiled(taught, tmp_path) -> Path:
     without(place / "model", "model.norm.weight")
     adapter = place / "run" / "stages" / "01-red" / "adapter" / "adapter_config.json"
     adapter.write_text(adapter.read_text().replace(str(taught), str(place)))
+    (place / "run" / "manifest.jsonl").unlink()
     return place
 
 

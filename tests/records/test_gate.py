@@ -286,6 +286,7 @@ def test_after_a_rollback_a_stage_begins_with_weights_and_memory_of_the_stage_th
         shutil.rmtree(copy / "stages" / name)
     record = read_json(copy / "run.json")
     write_json(copy / "run.json", record | {"gate": record["gate"][:2]})
+    (copy / "manifest.jsonl").unlink()
     run(gated(rolled_back.parent, "rollback") | {"output": str(copy)}, QUIET)
     assert (
         weights(copy)["stages/03-blue/model/model.safetensors"]

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast import __version__, load_config, run
+from holdfast.errors import RunDirectoryError
 from holdfast.metrics.summary import summarize
 from holdfast.runner.load import trained_weights
 from holdfast.scoring.match import accuracy
@@ -120,6 +121,9 @@ def test_a_stage_does_not_start_from_other_weights(tmp_path):
     (stages / "02-green" / "evaluation.json").unlink()
     weights = "adapter/adapter_model.safetensors"
     (stages / "01-red" / weights).write_bytes((stages / "02-green" / weights).read_bytes())
+    with pytest.raises(RunDirectoryError, match=r"adapter_model\.safetensors: is damaged"):
+        run(config, QUIET)
+    (tmp_path / "run" / "manifest.jsonl").unlink()
     with pytest.raises(RuntimeError, match="would not start from the weights that stage 1 ended with"):
         run(config, QUIET)
 

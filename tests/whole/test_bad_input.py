@@ -159,7 +159,7 @@ def test_changed_data_in_the_directory(capsys, tmp_path):
     train = tmp_path / "tasks" / "green" / "train.json"
     train.write_text(json.dumps(json.loads(train.read_text())[:-1]))
     said = refused(capsys, tmp_path, tmp_path, method="frozen")
-    assert "data of task 'green' changed" in said
+    assert "changed since this run began:\n  the data of task 'green': " in said and "--accept-changes" in said
 
 
 FULL_DISK = """

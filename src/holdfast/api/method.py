@@ -51,6 +51,9 @@ class Method(Registered):
     reads_outputs: ClassVar[bool] = True
     """Whether :meth:`loss_terms` reads ``outputs``; some trainers compute them only on request."""
 
+    inputs: ClassVar[tuple[str, ...]] = ("path",)
+    """Options that name files or folders whose content the method reads: a run goes on only with the same content."""
+
     held_out: Sequence[TokenRow] = ()
     """Rows that the method never trains on, for example of general text; a trainer measures forgetting on them."""
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.cli.run import AcceptChanges
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -45,6 +47,7 @@ def evaluate(
     timeout: Timeout = 300.0,
     retries: Retries = 8,
     output: Output = None,
+    accept_changes: AcceptChanges = False,
 ) -> None:
     """Measure a stage again, in process or through an endpoint, and show the results beside the run's own.
 
@@ -69,7 +72,8 @@ def evaluate(
             timeout=timeout,
             retries=retries,
         )
-    print_remeasured(evaluate_stage(run, stage=stage, endpoint=server, output=output), Console())
+    results = evaluate_stage(run, stage=stage, endpoint=server, output=output, accept_changes=accept_changes)
+    print_remeasured(results, Console())
 
 
 def print_remeasured(results: Remeasured, console: Console) -> None:

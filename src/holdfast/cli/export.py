@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.run import AcceptChanges
+
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
 To = Annotated[Path, typer.Option("--to", help="Folder to write; an earlier export there is replaced.")]
 Stage = Annotated[int | None, typer.Option("--stage", help="Which stage, from 1; the one the run holds if absent.")]
@@ -15,14 +17,21 @@ Merge = Annotated[bool, typer.Option("--merge", help="Merge the adapter into its
 PushTo = Annotated[str | None, typer.Option("--push-to", help="Upload the folder to the hub under this name.")]
 
 
-def export(run: RunPath, to: To, stage: Stage = None, merge: Merge = False, push_to: PushTo = None) -> None:
+def export(
+    run: RunPath,
+    to: To,
+    stage: Stage = None,
+    merge: Merge = False,
+    push_to: PushTo = None,
+    accept_changes: AcceptChanges = False,
+) -> None:
     """Write a finished stage's model or adapter, with tokenizer and model card, for use without holdfast."""
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
     from holdfast.deploy.export import export as export_stage
 
-    exported = export_stage(run, to, stage=stage, merge=merge, push_to=push_to)
+    exported = export_stage(run, to, stage=stage, merge=merge, push_to=push_to, accept_changes=accept_changes)
     for line in exported.lacks:
         print(f"warning: {line}", file=sys.stderr)
     print(to)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from holdfast.cli.run import Config, HelpWithKeys, Overrides
+from holdfast.cli.run import AcceptChanges, Config, HelpWithKeys, Overrides
 
 app = typer.Typer(
     help="Pretrain a small model, and study what drives forgetting.",
@@ -127,7 +127,7 @@ class HelpWithLabKeys(HelpWithKeys):
 
 
 @app.command("pretrain", cls=HelpWithLabKeys)
-def pretrain(config: Config, overrides: Overrides = None) -> None:
+def pretrain(config: Config, overrides: Overrides = None, accept_changes: AcceptChanges = False) -> None:
     """Train a model from scratch on token files, or go on from one, and measure it before, during and after training.
 
     The same command continues a run that was stopped or killed, and ends with the same numbers.
@@ -140,7 +140,7 @@ def pretrain(config: Config, overrides: Overrides = None) -> None:
     from holdfast.lab.pretrain import pretrain as train
 
     loaded = load_lab_config(config, overrides)
-    result = train(loaded)
+    result = train(loaded, accept_changes=accept_changes)
     if not Process.this().main:
         return
     for name, at in (("before", result["start"]), ("after", result["end"])):

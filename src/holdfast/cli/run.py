@@ -53,12 +53,19 @@ Restarts = Annotated[
 ]
 
 
+AcceptChanges = Annotated[
+    bool,
+    typer.Option("--accept-changes", help="Go on although data, model, tokenizer, texts or code have changed."),
+]
+
+
 def run(
     config: Config,
     overrides: Overrides = None,
     watch_general: WatchGeneral = False,
     processes: Processes = 1,
     max_restarts: Restarts = 0,
+    accept_changes: AcceptChanges = False,
 ) -> None:
     """Learn every task of a stream in turn, and measure all tasks after each.
 
@@ -77,8 +84,8 @@ def run(
     if processes > 1 or max_restarts:
         if launched():
             raise ConfigError("--processes: a launcher (torchrun, accelerate, deepspeed) has started these processes")
-        watching = ["--watch-general"] if watch_general else []
-        launch(["run", str(config), *(overrides or []), *watching], processes, max_restarts)
+        flags = ["--watch-general"] * watch_general + ["--accept-changes"] * accept_changes
+        launch(["run", str(config), *(overrides or []), *flags], processes, max_restarts)
         return
     if watch_general and resolved.evaluation.watch_general is None:
         resolved.evaluation.watch_general = WATCH_EVERY
@@ -88,7 +95,7 @@ def run(
     from holdfast.report.terminal import print_table
     from holdfast.runner.loop import run as run_stages
 
-    run_stages(resolved)
+    run_stages(resolved, accept_changes=accept_changes)
     if Process.this().main:
         print_table([Path(resolved.output)], Console())
     raise_if_failed(Path(resolved.output))

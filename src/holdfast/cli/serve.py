@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from holdfast.cli.evaluate import RunPath, Stage
+from holdfast.cli.run import AcceptChanges
 
 
 class Engine(StrEnum):
@@ -28,6 +29,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     engine: EngineOption = Engine.transformers,
+    accept_changes: AcceptChanges = False,
 ) -> None:
     """Serve a stage's model at http://HOST:PORT/v1 until it is stopped: completions and chat completions."""
     from holdfast.system.quiet import silence_libraries
@@ -35,4 +37,4 @@ def serve(
     silence_libraries()
     from holdfast.deploy.serve import serve as serve_stage
 
-    serve_stage(run, stage=stage, host=host, port=port, engine=engine.value)
+    serve_stage(run, stage=stage, host=host, port=port, engine=engine.value, accept_changes=accept_changes)

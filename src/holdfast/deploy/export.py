@@ -14,7 +14,8 @@ from holdfast.deploy.exported import Exported
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
-from holdfast.runner.reload import find_base
+from holdfast.runner.inputs import model_inputs
+from holdfast.runner.reload import check_inputs, find_base
 from holdfast.system.files import whole_folder, write_json
 from holdfast.system.machine import versions
 from holdfast.system.manifest import EXPORT, check, folder_facts, read_json
@@ -29,7 +30,13 @@ MANIFEST = EXPORT
 
 
 def export(
-    run: Path, to: Path, *, stage: int | None = None, merge: bool = False, push_to: str | None = None
+    run: Path,
+    to: Path,
+    *,
+    stage: int | None = None,
+    merge: bool = False,
+    push_to: str | None = None,
+    accept_changes: bool = False,
 ) -> Exported:
     """Write a stage's model, or its adapter, with tokenizer, generation settings and a model card.
 
@@ -39,6 +46,7 @@ def export(
         stage: from 1; if None, the last complete one, or the one that the run's gate went back to.
         merge: merge an adapter into its model, so that the folder holds a whole model.
         push_to: the hub name to upload the folder to.
+        accept_changes: export an adapter although its base model is no longer that of the run.
 
     Raises:
         RunDirectoryError: there is no run, it has no complete stage, or a file of it is damaged.
@@ -59,6 +67,8 @@ def export(
         _check_mergeable(tuner)
     base = find_base(finished, config.model.name, needed=kind != "model")
     pretrained = config.model.model_copy(update={"name": base})
+    if kind != "model":
+        check_inputs(finished, {"model": model_inputs(pretrained)}, [], accept_changes)
     if kind == "adapter" and push_to is not None and Path(base).is_absolute():
         raise ConfigError(
             f"--push-to: the adapter's base model is a folder of this machine ({config.model.name}), which nobody else "

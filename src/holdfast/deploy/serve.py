@@ -14,7 +14,8 @@ from holdfast.data.encode import DATE, Encoder
 from holdfast.deploy.export import export, method_lacks
 from holdfast.errors import ConfigError
 from holdfast.models.pretrained import begin_tokens, load_tokenizer
-from holdfast.runner.reload import StoredStage, find_stage
+from holdfast.runner.inputs import model_inputs, tokenizer_inputs
+from holdfast.runner.reload import StoredStage, check_inputs, find_stage
 from holdfast.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def serve(
     port: int = 8000,
     engine: str = "transformers",
     progress: Progress | None = None,
+    accept_changes: bool = False,
 ) -> None:
     """Serve a stage until the process is stopped. Requests are answered greedily unless they name a temperature.
 
@@ -49,16 +51,20 @@ def serve(
         stage: from 1, or 0 for the model before training; if None, the one whose weights the run holds.
         engine: transformers, which answers one request after another; or vllm, which needs a whole model. So an adapter
             is merged, and the model written to ``served/`` in the run's directory.
+        accept_changes: serve although the base model or the tokenizer is no longer that of the run.
 
     Raises:
         UserError: there is no such stage, the port is taken, or the engine cannot be used here.
     """
     progress = progress or Progress()
     stored = find_stage(run, stage)
+    model = stored.config.model
+    inputs = {"model": model_inputs(model), "tokenizer": tokenizer_inputs(load_tokenizer(model))}
+    check_inputs(stored.run, inputs, [], accept_changes)
     for line in method_lacks(stored.config):
         progress.line(f"warning: {line}")
     if engine == "vllm":
-        _exec_vllm(stored, host, port)
+        _exec_vllm(stored, host, port, accept_changes)
     elif engine == "transformers":
         _serve_transformers(stored, host, port, progress)
     else:
@@ -173,7 +179,7 @@ def _application(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> A
     )
 
 
-def _exec_vllm(stored: StoredStage, host: str, port: int) -> None:
+def _exec_vllm(stored: StoredStage, host: str, port: int, accept_changes: bool) -> None:
     """Replace this process by vLLM's server."""
     program = shutil.which("vllm")
     if program is None:
@@ -181,7 +187,7 @@ def _exec_vllm(stored: StoredStage, host: str, port: int) -> None:
     if not stored.number:
         raise ConfigError("--stage: 0 is the base model itself, which vllm serves without holdfast")
     folder = stored.run.path / "served" / stored.folder.name
-    export(stored.run.path, folder, stage=stored.number, merge=True)
+    export(stored.run.path, folder, stage=stored.number, merge=True, accept_changes=accept_changes)
     tokenizer, encoder = _tokenizer(stored)
     tokenizer.save_pretrained(folder)
     _generation_config(encoder).save_pretrained(folder)

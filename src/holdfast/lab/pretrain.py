@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from holdfast import methods, tuners
 from holdfast.api.method import Method
+from holdfast.config.model import ModelConfig
 from holdfast.data.tokens.file import TokenFile
 from holdfast.engines.pieces import is_divided
 from holdfast.engines.profiles import check_engine
@@ -25,6 +26,8 @@ from holdfast.lab.mixture import Mixture
 from holdfast.lab.model import make_model, tokenizer_of, write_note
 from holdfast.methods.compatibility import refusal
 from holdfast.records.directory import RunDirectory, open_directory
+from holdfast.records.inputs import Inputs
+from holdfast.runner.inputs import code_inputs, method_inputs, model_inputs
 from holdfast.system.files import append_jsonl, read_appended, write_jsonl
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import read_json
@@ -62,12 +65,18 @@ class InOrder(ChunkedLossTrainer):
 LabTrainer: Any = continual(InOrder)
 
 
-def pretrain(config: LabConfig | dict[str, Any] | str | Path, progress: Progress | None = None) -> dict[str, Any]:
+def pretrain(
+    config: LabConfig | dict[str, Any] | str | Path,
+    progress: Progress | None = None,
+    *,
+    accept_changes: bool = False,
+) -> dict[str, Any]:
     """Train a model on token files until a stop condition holds; continue a run that was cut off.
 
     Args:
         config: a configuration, or the mapping or YAML file that :func:`load_lab_config` reads.
         progress: where to show progress; standard error where absent.
+        accept_changes: continue although data, model, texts or code are no longer those that the run began with.
 
     Returns:
         the content of result.json: why and where training stopped, the model's size, and the measurements before
@@ -84,7 +93,7 @@ def pretrain(config: LabConfig | dict[str, Any] | str | Path, progress: Progress
         path = directory.path / "result.json"
         if not path.exists():
             progress = progress or Progress(quiet=not directory.process.main)
-            LabRun(config, directory, progress, interrupt).go()
+            LabRun(config, directory, progress, interrupt, accept_changes).go()
         return read_json(path)
 
 
@@ -97,7 +106,15 @@ class LabRun:
         stopped_by: the stop condition that ended training; None as long as none has.
     """
 
-    def __init__(self, config: LabConfig, directory: RunDirectory, progress: Progress, interrupt: Interrupt):
+    def __init__(
+        self,
+        config: LabConfig,
+        directory: RunDirectory,
+        progress: Progress,
+        interrupt: Interrupt,
+        accept_changes: bool = False,
+    ):
+        self.accept_changes = accept_changes
         self.config, self.directory, self.process = config, directory, directory.process
         self.progress, self.interrupt = progress, interrupt
         self.path = directory.path
@@ -117,7 +134,7 @@ class LabRun:
         """
         config = self.config
         check_arguments(config.training.arguments, SET_BY_KEYS)
-        applied = build_methods(config)
+        self.methods = applied = build_methods(config)
         self.tuner = tuners.build(config.tuner)
         check_engine(config.training.engine)
         self.tokenizer = tokenizer_of(config, TokenFile.open(Path(config.data[0].path)))
@@ -194,7 +211,10 @@ class LabRun:
             },
             "parameters": {"counted": self.parameters, "trainable": trainable},
         }
-        self.directory.begin(self.config, facts, data="files")
+        inputs: Inputs = method_inputs(self.methods) | code_inputs([*self.methods, self.tuner])
+        if self.config.model.path is not None:
+            inputs["model"] = model_inputs(ModelConfig(name=self.config.model.path))
+        self.directory.begin(self.config, facts, data="files", inputs=inputs, accept_changes=self.accept_changes)
 
     def rewind(self, step: int) -> None:
         """Drop the lines about steps after the one that training goes on from; -1 drops all."""

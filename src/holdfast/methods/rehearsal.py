@@ -38,6 +38,7 @@ class Rehearsal(Method):
 
     name = "rehearsal"
     reads_outputs = False
+    inputs = ("path", "dataset")
     Options = RehearsalOptions
     options: RehearsalOptions
 

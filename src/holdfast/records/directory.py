@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from holdfast.config.describe import difference
 from holdfast.config.section import Section
 from holdfast.engines.process import Process
 from holdfast.errors import RunDirectoryError
+from holdfast.records.inputs import Inputs, data_changes, input_changes, listed, version_changes
 from holdfast.system.files import (
     LOCK,
     json_file,
@@ -26,6 +28,8 @@ from holdfast.system.files import (
 )
 from holdfast.system.machine import hardware, versions
 from holdfast.system.manifest import MANIFEST, folder_facts, note, read_json, write_noted
+
+logger = logging.getLogger("holdfast")
 
 
 class RunDirectory:
@@ -43,18 +47,29 @@ class RunDirectory:
         self.process = Process.this()
         self.record: dict[str, Any] = read_json(path / "run.json") if (path / "run.json").exists() else {}
 
-    def begin(self, config: Section, facts: dict[str, Any], data: str = "tasks") -> None:
+    def begin(
+        self,
+        config: Section,
+        facts: dict[str, Any],
+        *,
+        data: str = "tasks",
+        inputs: Inputs | None = None,
+        accept_changes: bool = False,
+    ) -> None:
         """Write run.json; if it is there, check that it belongs to the same run.
 
         Args:
             config: of a run or a laboratory run.
             facts: further content of run.json; ``facts[data]`` gives each piece of data by name, with its
                 ``fingerprint``.
+            inputs: what the numbers depend on beside the data.
+            accept_changes: go on with other data and inputs; run.json lists what changed, and when.
 
         Raises:
-            RunDirectoryError: the data, or the stream's prompts or metrics, are not those that the run began with.
+            RunDirectoryError: the data, the stream's prompts or metrics, or the inputs are not those that the run began
+                with.
         """
-        world, values = self.process.world, config.model_dump(mode="json")
+        world, values, inputs = self.process.world, config.model_dump(mode="json"), inputs or {}
         if not self.record:
             self.record = {
                 "config": values,
@@ -66,24 +81,40 @@ class RunDirectory:
                 "commit": _commit(),
                 "started": _now(),
                 "finished": None,
+                "inputs": inputs,
             } | facts
             self.write()
             return
-        if "stream" in self.record and self.record["stream"] != facts["stream"]:
-            old, new = self.record["stream"]["version"], facts["stream"]["version"]
+        before = dict(self.record)
+        lines = data_changes(self.record, facts, data) + input_changes(self.record.get("inputs", {}), inputs)
+        if lines and not accept_changes:
             raise RunDirectoryError(
-                f"{self.path}: the prompts or metrics of its stream changed since this run began (version {old} -> "
-                f"{new}); give another output"
+                f"{self.path}: its numbers depend on what changed since this run began:{listed(lines)}\n"
+                "put the old ones back, or give another output; --accept-changes goes on all the same, with numbers "
+                "that cannot be compared with those before"
             )
-        for name, piece in facts[data].items():
-            if self.record[data][name]["fingerprint"] != piece["fingerprint"]:
-                raise RunDirectoryError(
-                    f"{self.path}: the data of {data.removesuffix('s')} {name!r} changed since this run began; "
-                    "put the old data back, or give another output"
-                )
-        if self.record["config"] != values:  # they differ in keys that may change
-            self.record["config"] = values
+        if lines:
+            logger.warning("%s: goes on with what changed since this run began:%s", self.path, listed(lines))
+            self.record |= facts | {"changes": [*self.record.get("changes", []), {"at": _now(), "accepted": lines}]}
+        self.record["inputs"] = self.record.get("inputs", {}) | inputs
+        self._compare_versions()
+        self.record["config"] = values  # they differ in keys that may change
+        if self.record != before:
             self.write()
+
+    def _compare_versions(self) -> None:
+        """Warn of libraries that are not those that the run began with, and note them in run.json once."""
+        lines = version_changes(self.record.get("versions", {}), versions())
+        if not lines:
+            return
+        logger.warning(
+            "%s: began with other versions (%s); numbers may differ from those of a run that stayed with one version",
+            self.path,
+            ", ".join(lines),
+        )
+        changes = self.record.get("changes", [])
+        if not any(change.get("versions") == lines for change in changes):
+            self.record["changes"] = [*changes, {"at": _now(), "versions": lines}]
 
     def check_config(self, config: Section) -> None:
         """Check that no run with another configuration began here.

@@ -61,6 +61,7 @@ def evaluate(
     endpoint: Endpoint | None = None,
     output: Path | None = None,
     progress: Progress | None = None,
+    accept_changes: bool = False,
 ) -> Remeasured:
     """Measure a stage of a run again on the same test examples; the run's own results stay as they are.
 
@@ -76,15 +77,16 @@ def evaluate(
         output: folder for responses and scores; None: a folder below ``evaluations`` in the run's directory, named by
             the stage and the endpoint.
         progress: shows the progress; None: on standard error.
+        accept_changes: measure although data, model, tokenizer, texts or code are no longer those of the run.
 
     Raises:
-        UserError: there is no such stage, its data have changed, ``output`` holds another evaluation, or the endpoint
-            cannot be used or fails again and again.
+        UserError: there is no such stage, its data or other inputs have changed, ``output`` holds another evaluation,
+            or the endpoint cannot be used or fails again and again.
         Interrupted: SIGINT or SIGTERM asked to stop.
     """
     stored = find_stage(run, stage)
     setup = prepare(resolve(stored.config))
-    stored.check_data(setup)
+    stored.check_data(setup, through_endpoint=endpoint is not None, accept_changes=accept_changes)
     output = output or run / "evaluations" / _folder_name(stored, endpoint)
     with locked_folder(output), Interrupt() as interrupt:
         if endpoint is not None and not endpoint.model:

@@ -21,6 +21,7 @@ from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
 from holdfast.runner.curves import Curves
 from holdfast.runner.decisions import decide, must_judge, standing
+from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, trained_weights
 from holdfast.runner.matrix import read_matrix
 from holdfast.runner.measure import measure
@@ -38,12 +39,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig | dict[str, Any] | str | Path,
+    progress: Progress | None = None,
+    *,
+    accept_changes: bool = False,
+) -> dict[str, Any]:
     """Train on every task of the stream in turn and measure all tasks after each; continue a run that was stopped.
 
     Args:
         config: a configuration, or the mapping or YAML file that :func:`holdfast.load_config` reads.
         progress: shows the progress; None: on standard error.
+        accept_changes: continue although data, model, tokenizer, texts or code are no longer those that the run began
+            with; the numbers before and after cannot be compared.
 
     Returns:
         The content of matrix.json.
@@ -62,7 +70,12 @@ def run(config: RunConfig | dict[str, Any] | str | Path, progress: Progress | No
         if not directory.record:
             check_weights(resolved.config.model)
         model_folder = directory.way_to(resolved.config.model.name)
-        directory.begin(resolved.config, setup.facts() | {"model_folder": model_folder})
+        directory.begin(
+            resolved.config,
+            setup.facts() | {"model_folder": model_folder},
+            inputs=directory.process.broadcast(run_inputs(setup) if directory.process.main else None),
+            accept_changes=accept_changes,
+        )
         return RunLoop(setup, directory, progress or Progress(quiet=not directory.process.main), interrupt).go()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,9 @@ from holdfast.api.tuner import Tuner
 from holdfast.config.run import RunConfig, load_config
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import current_stage
+from holdfast.records.inputs import Inputs, data_changes, input_changes, listed
 from holdfast.records.read import FinishedRun, read_run
+from holdfast.runner.inputs import run_inputs
 from holdfast.runner.setup import Setup
 from holdfast.system.manifest import check, read_json
 from holdfast.training.method_state import load_states
@@ -18,6 +21,8 @@ from holdfast.training.method_state import load_states
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,20 @@ class StoredStage:
         """A digest of the trained weights."""
         return read_json(self.folder / "stage.json")["weights"] if self.number else "before training"
 
-    def check_data(self, setup: Setup) -> None:
-        """Check that the stream is the one that the run was measured on.
+    def check_data(self, setup: Setup, *, through_endpoint: bool = False, accept_changes: bool = False) -> None:
+        """Check that the stream and all else that the numbers depend on is what the run was measured with.
+
+        Args:
+            through_endpoint: the model is not the run's.
+            accept_changes: warn instead.
 
         Raises:
-            RunDirectoryError: it has changed.
+            RunDirectoryError: something has changed.
         """
-        facts, info = setup.facts(), self.run.info
-        recorded = {name: task.get("fingerprint") for name, task in info["tasks"].items()}
-        changed = [f"task {name!r}" for name, t in facts["tasks"].items() if t["fingerprint"] != recorded.get(name)]
-        if facts["stream"] != info["stream"]:
-            changed.append("the stream's prompts or metrics")
-        if changed:
-            raise RunDirectoryError(f"{self.run.path}: changed since this run began: {', '.join(changed)}")
+        inputs = run_inputs(setup)
+        if through_endpoint:
+            del inputs["model"]
+        check_inputs(self.run, inputs, data_changes(self.run.info, setup.facts(), "tasks"), accept_changes)
 
     def model(self, config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftModel:
         """The model with its tuner and the stage's weights, on this machine's device.
@@ -79,6 +85,27 @@ class StoredStage:
         if self.number:
             load_states(setup.applied, self.folder / "method", model)
         return model
+
+
+def check_inputs(run: FinishedRun, inputs: Inputs, lines: list[str], accept_changes: bool) -> None:
+    """Compare inputs with those that a run began with.
+
+    Args:
+        lines: what else has changed.
+        accept_changes: warn instead of raising.
+
+    Raises:
+        RunDirectoryError: something has changed.
+    """
+    lines = lines + input_changes(run.info.get("inputs", {}), inputs)
+    if not lines:
+        return
+    if not accept_changes:
+        raise RunDirectoryError(
+            f"{run.path}: changed since this run began:{listed(lines)}\n"
+            "put the old ones back, or go on all the same with --accept-changes"
+        )
+    logger.warning("%s: goes on with what changed since this run began:%s", run.path, listed(lines))
 
 
 def find_stage(path: Path, number: int | None = None) -> StoredStage:

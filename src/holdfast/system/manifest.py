@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,14 @@ def file_facts(path: Path) -> Facts:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def folder_facts(folder: Path) -> Entry:
-    """Size and SHA-256 of every file below a folder, by its path there; large files are read side by side."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+def folder_facts(folder: Path, paths: Sequence[Path] | None = None) -> Entry:
+    """Size and SHA-256 of files below a folder, by their path there; they are read side by side.
+
+    Args:
+        paths: the files; None: all that are there.
+    """
+    if paths is None:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(
             zip((path.relative_to(folder).as_posix() for path in paths), pool.map(file_facts, paths), strict=True)

@@ -1,0 +1,53 @@
+"""What a run's numbers depend on: fingerprints recorded when it begins and compared at every start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Inputs = dict[str, dict[str, str]]
+"""Fingerprints by what they are of (``model``, ``tokenizer``, ``general ability wiki``) and by part, such as a file."""
+
+LIBRARIES = ("holdfast", "torch", "transformers", "peft", "accelerate", "tokenizers")
+"""The libraries that a run's numbers depend on most."""
+
+
+def input_changes(recorded: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A line for each part that differs. What only one side knows, as a run of an older version does, is left out."""
+    lines = []
+    for what in recorded:
+        if what not in now:
+            continue
+        old, new = recorded[what], now[what]
+        for part in sorted(old.keys() | new.keys()):
+            if old.get(part) != new.get(part):
+                lines.append(f"{what}: {part}: {_short(old.get(part))} -> {_short(new.get(part))}")
+    return lines
+
+
+def data_changes(record: Mapping[str, Any], facts: Mapping[str, Any], data: str) -> list[str]:
+    """A line for each difference of the stream and of its data, such as ``facts["tasks"]``."""
+    lines = []
+    if "stream" in record and record["stream"] != facts["stream"]:
+        old, new = record["stream"]["version"], facts["stream"]["version"]
+        lines.append(f"the prompts or metrics of its stream: version {old} -> {new}")
+    for name, piece in facts[data].items():
+        old, new = record[data].get(name, {}).get("fingerprint"), piece["fingerprint"]
+        if old != new:
+            lines.append(f"the data of {data.removesuffix('s')} {name!r}: {_short(old)} -> {_short(new)}")
+    return lines
+
+
+def version_changes(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """``torch 2.9.0 -> 2.10.0`` for each library of another version."""
+    pairs = [(name, recorded.get(name), now.get(name)) for name in LIBRARIES]
+    return [f"{name} {old} -> {new}" for name, old, new in pairs if old is not None and old != new]
+
+
+def listed(lines: list[str]) -> str:
+    """Lines of a message, below its first."""
+    return "".join(f"\n  {line}" for line in lines)
+
+
+def _short(fingerprint: str | None) -> str:
+    return "(absent)" if fingerprint is None else fingerprint[:12]

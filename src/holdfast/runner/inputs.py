@@ -1,0 +1,115 @@
+"""Fingerprints of what a run's numbers depend on beside its tasks' rows: models, texts and code."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.api.method import Method
+from holdfast.config.model import ModelConfig
+from holdfast.data.tokens.build import MANIFEST as TOKENS_MANIFEST
+from holdfast.data.tokens.build import TOKENS
+from holdfast.models.pretrained import load_model_config, tokenizer_fingerprint
+from holdfast.records.inputs import Inputs
+from holdfast.system.manifest import file_facts, folder_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from holdfast.runner.setup import Setup
+
+
+def run_inputs(setup: Setup) -> Inputs:
+    """The fingerprints of a run."""
+    config = setup.config
+    general = {
+        f"general ability {one.name}": {
+            "its texts or questions": _digest(
+                [one.kind, one.texts, one.questions, one.shown, one.by, one.max_new_tokens, one.harness]
+            )
+        }
+        for one in setup.general
+    }
+    similarity = config.evaluation.similarity_model
+    if similarity is not None and Path(similarity).is_dir():
+        general["evaluation.similarity_model"] = path_inputs(Path(similarity))
+    return {
+        "model": model_inputs(config.model),
+        "tokenizer": tokenizer_inputs(setup.encoder.tokenizer),
+        **general,
+        **method_inputs(setup.methods),
+        **code_inputs([*setup.methods, setup.tuner, *(setup.scorers[task.metric] for task in setup.stream.tasks)]),
+    }
+
+
+def model_inputs(model: ModelConfig) -> dict[str, str]:
+    """The SHA-256 of each file of a model's folder that its outputs depend on; of a hub model, its commit."""
+    folder = Path(model.name)
+    if not folder.is_dir():
+        commit = getattr(load_model_config(model), "_commit_hash", None)
+        return {"commit on the hub": commit} if commit else {}
+    weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    configs = [folder / name for name in ("config.json", "generation_config.json", "adapter_config.json")]
+    code = [*folder.glob("*.py")] if model.trust_remote_code else []
+    facts = folder_facts(folder, sorted(path for path in [*weights, *configs, *code] if path.is_file()))
+    return {name: known["sha256"] for name, known in facts.items()}
+
+
+def tokenizer_inputs(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Fingerprints of how texts become tokens, of the chat template and of the special tokens."""
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    return {
+        "tokens": tokenizer_fingerprint(tokenizer),
+        "chat template": _digest(tokenizer.chat_template),
+        "special tokens": _digest(special),
+    }
+
+
+def method_inputs(methods: Iterable[Method]) -> Inputs:
+    """The files and folders that methods' options name; a dataset of the hub has no fingerprint here."""
+    inputs: Inputs = {}
+    for method in methods:
+        for option in method.inputs:
+            name = getattr(method.options, option, None)
+            if isinstance(name, str) and Path(name).exists():
+                inputs[f"method {method.name}: {option}"] = path_inputs(Path(name))
+    return inputs
+
+
+def path_inputs(path: Path) -> dict[str, str]:
+    """The SHA-256 of a file, or of each file in a folder; of a token file, that of its manifest, which has its own."""
+    if path.is_file():
+        return {str(path): file_facts(path)["sha256"]}
+    if (path / TOKENS).exists():
+        return {str(path / TOKENS_MANIFEST): file_facts(path / TOKENS_MANIFEST)["sha256"]}
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    return {str(path / name): known["sha256"] for name, known in folder_facts(path, files).items()}
+
+
+def code_inputs(extensions: Iterable[object]) -> Inputs:
+    """The file of each method, tuner and scorer that is not holdfast's own; of one in a notebook or script, its class.
+
+    The script itself may change from one start to the next, as it does where a stream grows.
+    """
+    inputs: Inputs = {}
+    for cls in {type(extension) for extension in extensions}:
+        if cls.__module__.partition(".")[0] == "holdfast":
+            continue
+        what = f"{getattr(cls, 'kind', 'code')} {getattr(cls, 'name', cls.__name__)}"
+        try:
+            if cls.__module__ == "__main__":
+                inputs[what] = {"its class": _digest(inspect.getsource(cls))}
+            else:
+                file = Path(inspect.getfile(cls))
+                inputs[what] = {file.name: file_facts(file)["sha256"]}
+        except (OSError, TypeError):  # it was typed in, and stands in no file
+            continue
+    return inputs
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
