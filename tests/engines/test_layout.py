@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from transformers import TrainingArguments
+from transformers.optimization import Adafactor
 
 from holdfast.config.training import Engine
+from holdfast.data.collate import Collator
 from holdfast.engines.fsdp2 import Fsdp2
 from holdfast.engines.optimizer_state import load_optimizer, save_optimizer
-from holdfast.engines.profiles import PROFILES, check_engine
+from holdfast.engines.pieces import DIVIDED, WHOLE
+from holdfast.engines.profiles import PROFILES, check_engine, loading_options
+from holdfast.engines.zero.profile import ZeroProfile
 from holdfast.errors import ConfigError
+from holdfast.training import engine_mixin
+from holdfast.training.trainer import ContinualTrainer
 from support.paths import ROOT
-from support.tiny import tiny_model
+from support.tiny import tiny_model, tiny_rows
 
 TAKES_OVER = "training/engine_mixin.py"
 """Where DeepSpeed takes a Trainer's optimizer step over."""
@@ -73,12 +81,45 @@ def test_an_optimizer_that_cannot_step_pieces_is_refused():
     """Adafactor, for one, looks at rows and columns, of which ZeRO's flat tensors have none."""
     check_engine("ddp", "adafactor")
     for engine in ("zero1", "zero2", "zero3", "zero3_offload"):
-        with pytest.raises(ConfigError, match=r"training.optimizer: adafactor cannot step .* adamw_torch, .* can"):
-            check_engine(engine, "adafactor")
+        for name in ("adafactor", "muon"):
+            with pytest.raises(ConfigError, match=rf"training.optimizer: {name} cannot step .* adamw_torch, .* can"):
+                check_engine(engine, name)
     with pytest.raises(ConfigError, match="adafactor cannot step weights that the engine divides"):
         Fsdp2().check_optimizer("adafactor")
+
+
+@pytest.mark.parametrize("layout", DIVIDED)
+@pytest.mark.parametrize("cls", [Adafactor, torch.optim.Muon, type("Mine", (Adafactor,), {})])
+def test_so_is_one_that_the_user_made(layout, cls):
+    with pytest.raises(ConfigError, match=r"optimizer: (Adafactor|Muon) needs whole matrices"):
+        layout.check_class(cls)
+    layout.check_class(torch.optim.AdamW)
+    WHOLE.check_class(cls)
+
+
+@pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_a_trainer_looks_at_the_optimizer_that_it_was_given(way, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_mixin, "layout_of", lambda *parameters: Fsdp2())
+    model = tiny_model()
+    given = {
+        "optimizers": (Adafactor(model.parameters(), lr=1e-3, relative_step=False), None),
+        "optimizer_cls_and_kwargs": (Adafactor, {"lr": 1e-3, "relative_step": False}),
+    }
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    trainer = ContinualTrainer(model, arguments, Collator(0), tiny_rows(8), method="sequential", **{way: given[way]})
+    with pytest.raises(ConfigError, match="Adafactor needs whole matrices"):
+        trainer.train()
 
 
 def test_an_optimizer_whose_state_cannot_be_saved_is_refused():
     with pytest.raises(ConfigError, match=r"training.optimizer: the state of adamw_torch_8bit cannot be saved"):
         check_engine(None, "adamw_torch_8bit")
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_the_next_run_of_a_process_is_not_deepspeeds_because_the_last_was(used, monkeypatch):
+    """accelerate leaves that word; where a launcher gave it, it stays."""
+    monkeypatch.setattr(ZeroProfile, "used", used)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert loading_options("ddp") == {}
+    assert ("ACCELERATE_USE_DEEPSPEED" in os.environ) is not used

@@ -15,6 +15,9 @@ from holdfast.errors import ConfigError
 ENTRYWISE = ("adamw_torch", "adamw_torch_fused", "rmsprop", "sgd")
 """Optimizers of transformers that step each weight by itself, whatever tensor it lies in."""
 
+MATRIXWISE = ("Adafactor", "AdaLomo", "Muon", "SOAP", "Shampoo")
+"""Classes of optimizers, wherever they come from, that look at rows and columns of a weight."""
+
 UNSAVED = ("adamw_torch_4bit", "adamw_torch_8bit")
 """Those that keep their state in tensors of a kind that no checkpoint of ours holds."""
 
@@ -120,6 +123,15 @@ class Layout:
             raise ConfigError(
                 f"training.optimizer: {name} cannot step weights that the engine divides among processes; "
                 f"{', '.join(self.optimizers)} can, and training.engine: ddp takes any"
+            )
+
+    def check_class(self, cls: type) -> None:
+        """ConfigError if an optimizer of the user's own is known to need the whole matrices of such parameters."""
+        known = [kind.__name__ for kind in cls.__mro__ if kind.__name__ in MATRIXWISE]
+        if self.optimizers is not None and known:
+            raise ConfigError(
+                f"optimizer: {known[0]} needs whole matrices, which the engine divides among processes; AdamW and SGD "
+                "do not, and under DDP any optimizer will do"
             )
 
     def torch_optimizer(self, model: nn.Module, optimizer: Any) -> Any:

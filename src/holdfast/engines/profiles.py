@@ -6,7 +6,7 @@ from typing import Any
 
 from holdfast.engines.fsdp2 import Fsdp2Profile
 from holdfast.engines.profile import Profile
-from holdfast.engines.zero.profile import DEEPSPEED, ZeroProfile, load_whole
+from holdfast.engines.zero.profile import DEEPSPEED, ZeroProfile, forget
 
 PROFILES: dict[str, Profile] = {"ddp": Profile(), "fsdp2": Fsdp2Profile()}
 PROFILES |= {name: ZeroProfile(name) for name in DEEPSPEED}
@@ -24,5 +24,5 @@ def check_engine(engine: str | None, optimizer: str = "adamw_torch") -> None:
 
 def loading_options(engine: str | None) -> dict[str, Any]:
     """Options of ``from_pretrained`` for the next model, whatever engine trained the last one in this process."""
-    load_whole()
+    forget()
     return profile_of(engine).loading_options()

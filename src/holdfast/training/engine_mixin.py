@@ -36,8 +36,7 @@ class EngineMixin(_Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         engine = self._holdfast.engine
-        if not self._holdfast.optimizer_is_given:
-            layout_of(*trainable(self.model).values()).check_optimizer(self.args.optim.value)
+        _check_optimizer(self)
         if engine is None:
             reshard(self.model)  # as the optimizer must find the parameters
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -119,6 +118,21 @@ class EngineMixin(_Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+
+def _check_optimizer(trainer: Any) -> None:
+    """ConfigError if the optimizer, by its name or its class, cannot step the trained parameters as they lie."""
+    layout = layout_of(*trainable(trainer.model).values())
+    if trainer._holdfast.optimizer_is_given:
+        optimizer = trainer.optimizer
+        while (inner := getattr(optimizer, "optimizer", None)) is not None:  # accelerate and DeepSpeed wrap it
+            optimizer = inner
+        layout.check_class(type(optimizer))
+    elif trainer.optimizer_cls_and_kwargs is not None:
+        made = trainer.optimizer_cls_and_kwargs[0]
+        layout.check_class(made if isinstance(made, type) else type(made))  # a class, or what makes the optimizer
+    else:
+        layout.check_optimizer(trainer.args.optim.value)
 
 
 def hand_to_engine(trainer: Any) -> None:

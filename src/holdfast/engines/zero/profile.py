@@ -49,6 +49,9 @@ not in use. Weights stay float32; ``precision: bfloat16`` is autocast, as on one
 class ZeroProfile(Profile):
     """``training.engine: zero0`` to ``zero3_offload``."""
 
+    used = False
+    """Whether one of them has begun to train in this process."""
+
     def __init__(self, name: str):
         self.name = name
 
@@ -62,6 +65,7 @@ class ZeroProfile(Profile):
 
     def arguments(self) -> dict[str, Any]:
         begin()
+        ZeroProfile.used = True
         values = {
             "deepspeed": DEEPSPEED[self.name],
             "use_cpu": False,
@@ -103,11 +107,17 @@ def begin() -> None:
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
 
 
-def load_whole() -> None:
-    """Let transformers load the next model whole: after ZeRO-3 it would divide it, without an engine to join it."""
+def forget() -> None:
+    """Let the next model be loaded whole, and trained without DeepSpeed unless its engine asks for it.
+
+    After ZeRO-3 transformers would divide a model that it loads, without an engine to join it; and accelerate leaves
+    word in the environment, for which every later trainer of this process would be one of DeepSpeed's.
+    """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+    if ZeroProfile.used:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
