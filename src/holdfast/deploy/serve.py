@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,6 @@ def _application(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> A
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.systemone import SystemOneHandler
     from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.cli.serving.utils import GenerationState
 
@@ -168,13 +168,18 @@ def _application(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> A
 
     manager, state = InMemory(force_model=name), GenerationState()
     template = {"enable_thinking": False, "date_string": DATE}
+    newer: dict[str, Any] = {}
+    if find_spec("transformers.cli.serving.systemone") is not None:  # transformers 5.23
+        from transformers.cli.serving.systemone import SystemOneHandler
+
+        newer["systemone_handler"] = SystemOneHandler(manager, state, template)
     return build_server(
         manager,
         Chat(manager, state, template),
         completion_handler=Completion(manager, state),
         response_handler=Response(manager, state, template),
         transcription_handler=TranscriptionHandler(manager, state),
-        systemone_handler=SystemOneHandler(manager, state, template),
+        **newer,
         generation_state=state,
     )
 
