@@ -394,8 +394,8 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_sequence_an_answer() -
     ("template", "reason"),
     [
         (CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}", "an answer changes what stands before it"),
-        (CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}"), "becomes 'THE GOOD RIVER"),
-        (CHATML.replace("{{ m['content'] }}", "<think></think>{{ m['content'] }}"), "becomes '<think></think>the"),
+        (CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}"), "it leaves out turn 1 (user)"),
+        (CHATML.replace("{{ m['content'] }}", "(sic) {{ m['content'] }}"), "becomes '(sic) the"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages | no_such_filter }}", "no_such_filter"),
     ],
@@ -504,7 +504,7 @@ def test_real_rows_survive_real_tokenizers(folder: str) -> None:
             assert encoder.decode(answer) == source.answer
             assert answer[-1] == tokenizer.eos_token_id
             text = source.question + ("" if source.question[-1].isspace() else " ") + source.answer
-            whole = tokenizer(text)["input_ids"]
+            whole = tokenizer(text, split_special_tokens=True)["input_ids"]
             if len(whole) < 512:
                 same += row["input_ids"][:-1] == whole
                 assert tokenizer.decode(row["input_ids"][:-1]) == tokenizer.decode(whole)

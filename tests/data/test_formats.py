@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from holdfast.api.task import Turn
-from holdfast.data.formats import detect, read_rows, to_examples
+from holdfast.data.files import read_rows
+from holdfast.data.formats import detect, to_examples
 from holdfast.errors import ConfigError, DataError
 
 ROWS = [{"prompt": "Wie heißt\ndas, bitte?", "answer": "Tür"}, {"prompt": '"two", please', "answer": "2"}]
@@ -73,7 +74,15 @@ def test_a_line_separator_inside_a_json_string_is_no_new_line(tmp_path: Path) ->
         ("a.csv", b'a,b\n"1\n",2\n\n3,4,5\n', ["row 2 (line 5)", "has 3 fields, not the 2"]),
         ("a.csv", b'a,b\n"1"x,2\n', ["row 1 (line 2)", "not valid CSV"]),
         ("a.parquet", b"PAR1 but not really", ["a.parquet", "parquet"]),
-        ("a.tsv", b"a\tb\n", ["'.tsv'", ".jsonl"]),
+        ("a.tsv", b"a\tb\n", ["a.tsv", "no rows"]),
+        ("a.csv", b"a,b,b\n1,2,3\n", ["line 1", "the column 'b' stands twice"]),
+        ("a.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', ["row 2 (line 2)", "the name 'a' stands twice"]),
+        ("a.json", b'[{"a": {"b": 1, "b": 2}}]', ["row 1 (line 1)", "the name 'b' stands twice"]),
+        ("a.jsonl", b'{"a": ' + b"[" * 100_000 + b"}", ["row 1 (line 1)", "nested too deeply"]),
+        ("a.json", b'[{"a": ' + b"9" * 5000 + b"}]", ["row 1 (line 1)", "too many digits"]),
+        ("a.xml", b"<a/>", ["'.xml'", ".jsonl", ".zst"]),
+        ("a.jsonl.gz", b'{"a": 1}', ["cannot be decompressed"]),
+        ("a.jsonl.zst", b'{"a": 1}', ["cannot be decompressed"]),
     ],
 )
 def test_bad_files_are_named_with_place_and_reason(tmp_path: Path, name: str, content: bytes, said: list[str]) -> None:
@@ -101,13 +110,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_the_keys_tell_the_format(row: dict[str, Any], format: str) -> None:
-    assert detect([row], "f") == format
+    assert detect([row], "f") == (format, {})
 
 
 def test_unknown_keys_are_listed_with_the_known_shapes() -> None:
     with pytest.raises(DataError) as error:
-        detect([{"question": "q", "answer": "a"}], "data/x.json")
-    for part in ("data/x.json", "'question', 'answer'", "prompt_answer {prompt, answer}", "sharegpt"):
+        detect([{"frage": "q", "antwort": "a"}], "data/x.json")
+    for part in ("data/x.json", "'frage', 'antwort'", "prompt_answer {prompt, answer}", "sharegpt"):
         assert part in str(error.value)
 
 
@@ -207,9 +216,9 @@ def messages(*said: tuple[Any, Any]) -> dict[str, Any]:
             ["conversations: must end with an answer (from gpt)"],
         ),
         (
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]},
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gtp", "value": "b"}]},
             "sharegpt",
-            ["turn 2: unknown from 'bot'", "gpt"],
+            ["turn 2: unknown from 'gtp'", "mean 'gpt'"],
         ),
     ],
 )

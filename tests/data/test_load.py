@@ -116,7 +116,7 @@ def test_eval_has_three_names(tmp_path: Path, stem: str) -> None:
 
 def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
     save(tmp_path, train=rows(("q", "a")), test=rows(("t", "a")), dev=rows(("e", "a")), eval=rows(("e", "a")))
-    with pytest.raises(DataError, match=r"eval\.json and dev\.json"):
+    with pytest.raises(DataError, match=r"dev\.json and eval\.json"):
         task(path=str(tmp_path))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
-from holdfast.data.formats import read_rows
+from holdfast.data.files import read_rows
 from holdfast.data.tokens.file import TokenFile
 from holdfast.lab.chats import measure_chats
 from holdfast.lab.results import score_columns

@@ -13,13 +13,27 @@ from typing import Any, Literal
 class Turn:
     """One message of a conversation.
 
-    ``cut`` is the span [start, end) of ``content`` that truncation may shorten from its middle: the input, never the
-    instruction or an answer. None: nothing may be cut.
+    Attributes:
+        cut: the span [start, end) of ``content`` that truncation may shorten from its middle: the input, never the
+            instruction or an answer. None: nothing may be cut.
+        trained: whether the loss counts this answer.
+        reasoning: what the assistant thought before this answer.
+        calls: the assistant's calls of tools, each as the JSON of an object with ``name`` and ``arguments``.
+        name: of the tool that says this.
     """
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
     cut: tuple[int, int] | None = None
+    trained: bool = True
+    reasoning: str | None = None
+    calls: tuple[str, ...] = ()
+    name: str | None = None
+
+    @property
+    def said(self) -> str:
+        """Its content and its calls, on lines of their own."""
+        return "\n".join(filter(None, (self.content, *self.calls)))
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,7 @@ class Example:
         number: which of a conversation's answers is asked for, from 0, if each of them is.
         choices: the answers that the question offers.
         also_right: answers that are as good as the one given.
+        tools: the tools that the assistant may call, as the JSON of a list in the form that chat templates read.
     """
 
     file: str
@@ -43,16 +58,17 @@ class Example:
     number: int | None = None
     choices: tuple[str, ...] = ()
     also_right: tuple[str, ...] = ()
+    tools: str | None = None
 
     @property
     def answer(self) -> str:
-        """The right response: the last assistant turn; empty for plain text."""
-        return self.turns[-1].content if self.turns else ""
+        """The right response: the last assistant turn, its calls of tools included; empty for plain text."""
+        return self.turns[-1].said if self.turns else ""
 
     @property
     def question(self) -> str:
         """Everything before the answer, for people to read."""
-        return "\n".join(turn.content for turn in self.turns[:-1])
+        return "\n".join(turn.said for turn in self.turns[:-1])
 
     @property
     def input(self) -> str:
@@ -90,6 +106,7 @@ class Task:
         asked: how a row becomes a prompt: the prompt with {sentence} in its place, or the name of the rows' format.
         max_new_tokens: longest response that the task allows, in tokens.
         fingerprint: SHA-256 over all its examples, in order.
+        notes: what `holdfast check` and a run say about how its rows were read.
     """
 
     name: str
@@ -103,6 +120,7 @@ class Task:
     max_new_tokens: int | None = None
     fingerprint: str = ""
     counts: Counts = field(default_factory=Counts)
+    notes: list[str] = field(default_factory=list)
 
 
 def fingerprint(train: Sequence[Example], eval_: Sequence[Example], test: Sequence[Example]) -> str:
@@ -114,8 +132,16 @@ def fingerprint(train: Sequence[Example], eval_: Sequence[Example], test: Sequen
 def _content(row: Example) -> object:
     if row.text is not None:
         return row.text
-    turns = [(turn.role, turn.content) for turn in row.turns]
+    turns = [_said(turn) for turn in row.turns]
+    if row.tools is not None:
+        return [turns, row.choices, row.also_right, row.tools]
     return [turns, row.choices, row.also_right] if row.choices or row.also_right else turns
+
+
+def _said(turn: Turn) -> tuple[object, ...]:
+    """What a turn means; of one without reasoning, calls and marks role and content, as it has always been."""
+    more = (turn.trained, turn.reasoning, turn.calls, turn.name)
+    return (turn.role, turn.content) if more == (True, None, (), None) else (turn.role, turn.content, *more)
 
 
 @dataclass

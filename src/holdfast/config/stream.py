@@ -9,14 +9,14 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config.section import FreeOptions, Section, TaskName, year_as_text
 
+Columns = dict[str, str | None]
+COLUMNS = "renames columns of the source to those of a format, for example {text: sentence}; null leaves one out"
+
 
 class TaskOptions(Section):
     """How a task's rows are read and scored."""
 
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="renames columns of the source to those of a format, for example {text: sentence}",
-    )
+    columns: Columns = Field(default_factory=dict, description=COLUMNS)
     format: str | None = Field(
         None, description="prompt_answer, sentence_label, messages, sharegpt, alpaca or text; detected where absent"
     )
@@ -63,14 +63,14 @@ class TaskConfig(TaskOptions):
     """One task of a stream that is composed by hand."""
 
     name: TaskName = Field(description="what the task is called in the matrix and the report")
-    path: str | None = Field(None, description="folder with train, eval (or dev) and test files")
+    path: str | None = Field(None, description="folder with train, eval (or dev) and test files, or one data file")
     dataset: str | None = Field(None, description="a Hugging Face dataset: hub name or local folder")
     subset: str | None = Field(None, description="configuration name of the Hugging Face dataset")
 
     @model_validator(mode="after")
     def _one_source(self) -> TaskConfig:
         if (self.path is None) == (self.dataset is None):
-            raise ValueError("give either path (a folder) or dataset (a Hugging Face dataset)")
+            raise ValueError("give either path (a folder or a file) or dataset (a Hugging Face dataset)")
         return self
 
 
@@ -93,8 +93,10 @@ class StreamConfig(Section):
 
     name: str | None = Field(None, description="a benchmark or the built-in stream (`holdfast streams` lists them)")
     path: str | None = Field(
-        None, description="folder of the named stream's data; alone, one in which every task is a folder"
+        None,
+        description="folder of the named stream's data; alone, one in which every task is a folder, or one data file",
     )
+    columns: Columns = Field(default_factory=dict, description=f"of all tasks of a path alone: {COLUMNS}")
     paths: dict[TaskName, str] = Field(
         default_factory=dict, description="folders of single tasks of a named stream whose data lie elsewhere"
     )
@@ -118,6 +120,8 @@ class StreamConfig(Section):
     def _one_source(self) -> StreamConfig:
         if (self.tasks is not None) == (self.name is not None or self.path is not None):
             raise ValueError("give name (a stream, with the path of its data), or path (a folder), or tasks (a list)")
+        if self.columns and (self.path is None or self.name is not None):
+            raise ValueError("columns: belongs to a path alone; tasks that are listed have columns of their own")
         if self.name is None:
             for key in ("paths", "scoring"):  # they may be given with their defaults, as in run.json
                 if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
@@ -142,6 +146,15 @@ class DataConfig(Section):
     )
     on_overlap: Literal["error", "warn", "drop"] = Field(
         "warn", description="what to do with test rows that stand in the train split; drop removes them from train"
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop", description="rows that cannot be used: stop and list them all, or leave them out and say how many"
+    )
+    reasoning: Literal["template", "drop"] = Field(
+        "template", description="reasoning before answers: as the chat template shows it, or left out of every row"
+    )
+    test_share: float = Field(
+        0.1, gt=0, lt=1, description="share of the rows of a task in one file that become its test split"
     )
     train_rows: int | None = Field(None, ge=1, description="use only the first n train rows of each task")
     test_rows: int | None = Field(None, ge=1, description="use only the first n test rows of each task")

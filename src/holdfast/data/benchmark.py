@@ -10,9 +10,10 @@ from typing import Any
 from holdfast.api.task import Example, Stream
 from holdfast.config.reading import validate
 from holdfast.config.stream import StreamConfig, TaskOptions
-from holdfast.data.formats import SUFFIXES
+from holdfast.data.files import SUFFIXES, read_json_file
+from holdfast.data.layout import SPLITS, split_files
 from holdfast.data.order import check_names, ordered
-from holdfast.data.source import SPLITS, Source, StreamSource, read_json_file, split_files
+from holdfast.data.source import Source, StreamSource
 from holdfast.data.streams.definition import Definition, TaskDefinition, find, maker
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import find as find_scorer
@@ -171,14 +172,14 @@ def _folder(root: Path, task: str, folders: list[Path], obtained: str) -> Path:
     return folders[0]
 
 
-def _files(root: Path, task: str, definition: Definition, obtained: str) -> dict[str, Path]:
+def _files(root: Path, task: str, definition: Definition, obtained: str) -> dict[str, list[Path]]:
     """The file of each split, at the first of its places that holds one."""
     found = {}
     for split in SPLITS:
         places = [root / place.format(task=task) for place in definition.files.get(split, [])]
         files = [file for place in places for end in SUFFIXES if (file := place.with_name(place.name + end)).is_file()]
         if files:
-            found[split] = files[0]
+            found[split] = files[:1]
         elif split != "eval":
             looked = " or ".join(f"{place.relative_to(root)}{{{','.join(SUFFIXES)}}}" for place in places)
             raise DataError(

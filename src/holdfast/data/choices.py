@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.formats import where
+from holdfast.data.files import where
 from holdfast.errors import DataError
 
 Question = tuple[str, list[str], int]

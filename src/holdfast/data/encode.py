@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.api.rows import IGNORED
 from holdfast.api.task import Example, Turn
-from holdfast.data.formats import where
+from holdfast.data.chat import REASONED, ChatTemplate
+from holdfast.data.files import where
+from holdfast.data.pieces import Piece, last_answer, plain_pieces
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.pretrained import begin_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-DATE = "26 Jul 2024"  # what Llama's templates say where no date is given; today's would make a run depend on its day
-
 # Unicode noncharacters, which text does not hold: they mark a cut span while a template is rendered.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKS = f"[{_OPEN}{_CLOSE}]"
@@ -58,6 +58,7 @@ class Encoder:
         self.max_length = max_length
         self.supervise = supervise
         self.chat = template != "plain" and bool(tokenizer.chat_template)
+        self._template = ChatTemplate(tokenizer)
         self._cuts_answers = long_answers == "cut"
         self._shortened: set[tuple[str, int]] = set()
         self._cut: set[tuple[str, int]] = set()
@@ -84,7 +85,8 @@ class Encoder:
         ids = set(self._end)
         if self.chat:
             probe = Example("the chat template", 0, (Turn("user", "question"), Turn("assistant", "answer")))
-            end = self._pieces(probe)[-1][-1].text.partition("answer")[2]
+            pieces = self._pieces(probe)[-1]
+            end = "".join(piece.text for piece in pieces[last_answer(pieces) :]).partition("answer")[2]
             known = self.tokenizer.added_tokens_decoder
             tokens = self.tokenizer(end, add_special_tokens=False)["input_ids"]
             ids |= {token for token in tokens if token in known and known[token].special}
@@ -114,7 +116,7 @@ class Encoder:
         for (example, number, pieces), tokens in zip(sequences, tokenised, strict=True):
             if example.text is None:
                 ids, labels = self._joined(pieces, self._fit(example, number, pieces, tokens, reserve=0))
-                rows.append(self._row(example, ids, labels if self.supervise == "answer" else ids))
+                rows.append(self._row(example, ids, labels))
             else:
                 ids, _ = self._joined(pieces, [tokens[0].ids])
                 for start in range(0, max(1, len(ids) - 1), self.max_length - 1):
@@ -157,91 +159,55 @@ class Encoder:
             DataError: it does not fit even without its input, or the chat template cannot render it.
         """
         sequences = self._pieces(example)
-        pieces = sequences[-1][:-1]
+        pieces = sequences[-1][: last_answer(sequences[-1])]
         [tokens] = self._tokenise([pieces])
         return self._joined(pieces, self._fit(example, len(sequences) - 1, pieces, tokens, reserve))[0]
 
     def fits(self, example: Example, reserve: int) -> bool:
         """Whether nothing of what stands before the last answer has to be cut to leave ``reserve`` tokens free."""
-        pieces = self._pieces(example)[-1][:-1]
+        pieces = self._pieces(example)[-1]
+        pieces = pieces[: last_answer(pieces)]
         [tokens] = self._tokenise([pieces])
         return len(self._joined(pieces, [part.ids for part in tokens])[0]) <= self.max_length - reserve
 
     def answer_length(self, example: Example) -> int:
         """Tokens of the last answer with its end."""
         pieces = self._pieces(example)[-1]
+        first = last_answer(pieces)
         [tokens] = self._tokenise([pieces])
-        return len(self._joined(pieces[-1:], [tokens[-1].ids])[0])
+        return len(self._joined(pieces[first:], [part.ids for part in tokens[first:]])[0])
 
     def decode(self, ids: list[int]) -> str:
-        """The text of a response, without special tokens and without white space around it."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        """The text of a response, without special tokens, without the reasoning before it and white space around it."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return (text.rpartition(REASONED)[2] if self.chat else text).strip()
 
     # --- text ---
 
-    def _pieces(self, example: Example) -> list[list[_Piece]]:
+    def _pieces(self, example: Example) -> list[list[Piece]]:
         """The text of an example's sequences, in pieces: in turn what stands before an answer, and the answer."""
         if example.text is not None:
-            return [[_Piece(example.text, begins=True)]]
+            return [[Piece(example.text, begins=True, supervised=True)]]
         if not self.chat:
-            return [_plain(example.turns)]
-        from jinja2 import TemplateError
+            return [plain_pieces(example)]
+        return self._template.pieces(example)
 
-        try:
-            try:
-                return self._chat_pieces(example.turns)
-            except TemplateError:
-                if all(turn.role != "system" for turn in example.turns):
-                    raise
-                return self._chat_pieces(_without_system(example.turns))
-        except (TemplateError, _TemplateBrokenError) as error:
-            raise DataError(
-                f"{where(example.file, example.row)}: the tokenizer's chat template cannot be used: {error}; "
-                "data.template=plain does without it"
-            ) from None
-
-    def _without_end(self, pieces: list[_Piece], answer: str) -> list[_Piece]:
+    def _without_end(self, pieces: list[Piece], answer: str) -> list[Piece]:
         """The pieces of a sequence, in which nothing stands after the last answer."""
-        *before, question, last = pieces
+        first = last_answer(pieces)
         if self.chat:
-            text = last.text[: last.text.index(answer.strip()) + len(answer.strip())]
-            return [*before, question, replace(last, text=text)]
+            text = "".join(piece.text for piece in pieces[first:])
+            text = text[: text.index(answer.strip()) + len(answer.strip())]
+            return [*pieces[:first], Piece(text, answer=True, supervised=True)]
+        question = pieces[first - 1]
         text = question.text.rstrip()
         space = question.text[len(text) :] + " "
-        return [*before, replace(question, text=text), _Piece(space + answer, answer=True)]
-
-    def _chat_pieces(self, turns: Sequence[Turn]) -> list[list[_Piece]]:
-        sequences: list[list[_Piece]] = []
-        done = None
-        for end, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            before = self._rendered(turns[:end], add_generation_prompt=True)
-            after = self._rendered(turns[: end + 1], add_generation_prompt=False)
-            answer = after.removeprefix(before)
-            if not after.startswith(before):
-                raise _TemplateBrokenError(f"an answer changes what stands before it: {_difference(before, after)}")
-            if not answer.lstrip().startswith(turn.content.strip()):
-                raise _TemplateBrokenError(f"the answer {turn.content[:40]!r} becomes {answer[:80]!r}")
-            if done is not None and before.startswith(done):
-                sequences[-1] += [_Piece(before[len(done) :]), _Piece(answer, answer=True)]
-            else:
-                sequences.append([_Piece(before), _Piece(answer, answer=True)])
-            done = after
-        return sequences
-
-    def _rendered(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in turns],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=False,
-            date_string=DATE,
-        )
+        shortened = replace(question, text=text)
+        return [*pieces[: first - 1], shortened, Piece(space + answer, answer=True, supervised=True)]
 
     # --- tokens ---
 
-    def _tokenise(self, sequences: list[list[_Piece]]) -> list[list[_Tokens]]:
+    def _tokenise(self, sequences: list[list[Piece]]) -> list[list[_Tokens]]:
         """Tokenise each different text once; all pieces but the first of a sequence as the middle of a text."""
         keys = [[(piece.text, i > 0 and self._prepends) for i, piece in enumerate(pieces)] for pieces in sequences]
         unique = list(dict.fromkeys(key for sequence in keys for key in sequence))
@@ -260,17 +226,23 @@ class Encoder:
         if not texts:
             return []
         return self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=not self.chat,  # what a text says is text; a chat template's text has control tokens
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         ).encodings
 
-    def _joined(self, pieces: Sequence[_Piece], parts: Sequence[list[int]]) -> tuple[list[int], list[int]]:
+    def _joined(self, pieces: Sequence[Piece], parts: Sequence[list[int]]) -> tuple[list[int], list[int]]:
         """One sequence of the pieces' tokens, and its labels."""
         ids: list[int] = []
         labels: list[int] = []
         for piece, part in zip(pieces, parts, strict=True):
             whole = (self._begin if piece.begins else []) + part + (self._end if piece.ends else [])
+            counted = not piece.untrained if self.supervise == "all" else piece.supervised
             ids += whole
-            labels += whole if piece.answer else [IGNORED] * len(whole)
+            labels += whole if counted else [IGNORED] * len(whole)
         return ids, labels
 
     def _row(self, example: Example, ids: list[int], labels: list[int]) -> dict[str, Any]:
@@ -281,7 +253,7 @@ class Encoder:
         return {"input_ids": ids, "labels": labels, "row": example.row}
 
     def _fit(
-        self, example: Example, number: int, pieces: list[_Piece], tokens: list[_Tokens], reserve: int
+        self, example: Example, number: int, pieces: list[Piece], tokens: list[_Tokens], reserve: int
     ) -> list[list[int]]:
         """The tokens of each piece; where they are too many, without the middle of the longest cut spans.
 
@@ -296,7 +268,7 @@ class Encoder:
             return parts
         spans = self._cut_spans(example, number, pieces, tokens)
         sizes = [last - first for _, first, last in spans]
-        if sum(sizes) < excess and self._cuts_answers and pieces[-1].answer:
+        if sum(sizes) < excess and self._cuts_answers and pieces[-1].supervised:
             if pieces[-1].ends:
                 pieces[-1] = replace(pieces[-1], ends=False)
                 excess -= len(self._end)
@@ -321,7 +293,7 @@ class Encoder:
         return parts
 
     def _cut_spans(
-        self, example: Example, number: int, pieces: list[_Piece], tokens: list[_Tokens]
+        self, example: Example, number: int, pieces: list[Piece], tokens: list[_Tokens]
     ) -> list[tuple[int, int, int]]:
         """Which tokens may be cut, as (piece, first token, last token + 1) in order, found by rendering with marks."""
         marked = self._pieces(replace(example, turns=tuple(_marked(turn) for turn in example.turns)))[number]
@@ -342,16 +314,6 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A stretch of a sequence's text. ``begins``, ``ends``: it takes the tokenizer's own begin or end token."""
-
-    text: str
-    answer: bool = False
-    begins: bool = False
-    ends: bool = False
-
-
-@dataclass(frozen=True)
 class _Tokens:
     """The tokens of a text, that is, of ``encoding`` without the first ``skip``, which are of ``shift`` characters."""
 
@@ -368,35 +330,6 @@ class _Tokens:
         return [(start - self.shift, end - self.shift) for start, end in self.encoding.offsets[self.skip :]]
 
 
-class _TemplateBrokenError(Exception):
-    """The reason why a chat template cannot tell an answer from what stands before it."""
-
-
-def _plain(turns: Sequence[Turn]) -> list[_Piece]:
-    """Turns joined by newlines; one space before an answer, unless white space stands there already."""
-    pieces: list[_Piece] = []
-    before = ""
-    for turn in turns:
-        if turn.role == "assistant":
-            pieces.append(_Piece(before, begins=not pieces))
-            gap = "" if before[-1:].isspace() else " "
-            pieces.append(_Piece(gap + turn.content, answer=True, ends=True))
-            before = "\n"
-        else:
-            joint = "\n" if before.strip() else ""
-            before += joint + turn.content
-    return pieces
-
-
-def _without_system(turns: Sequence[Turn]) -> list[Turn]:
-    """Put the system's text before the first user turn's, for templates that know no system."""
-    system = "\n".join(turn.content for turn in turns if turn.role == "system")
-    first, *rest = (turn for turn in turns if turn.role != "system")
-    shift = len(system) + 2
-    cut = None if first.cut is None else (first.cut[0] + shift, first.cut[1] + shift)
-    return [Turn(first.role, f"{system}\n\n{first.content}", cut), *rest]
-
-
 def _marked(turn: Turn) -> Turn:
     """Mark the cut span, inside its white space, which a template may strip."""
     start, end = turn.cut or (0, 0)
@@ -411,11 +344,6 @@ def _marked(turn: Turn) -> Turn:
 def _anchor(text: str) -> str:
     """A character to put before a text so that it is tokenised as the middle of one."""
     return "a" if text[:1].isspace() else "\n"
-
-
-def _difference(before: str, after: str) -> str:
-    at = next((i for i, (x, y) in enumerate(zip(before, after, strict=False)) if x != y), len(after))
-    return f"{before[at : at + 40]!r} becomes {after[at : at + 40]!r}"
 
 
 def _levelled(sizes: list[int], excess: int) -> list[int]:

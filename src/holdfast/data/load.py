@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -14,13 +15,15 @@ from holdfast.api.task import Counts, Example, Stream, Task, fingerprint
 from holdfast.config.evaluation import EvaluationConfig
 from holdfast.config.stream import DataConfig, StreamConfig, TaskConfig
 from holdfast.data.benchmark import benchmark_source, group_instructions
-from holdfast.data.formats import SUFFIXES, where
+from holdfast.data.files import SUFFIXES, stem, suffix, where
+from holdfast.data.layout import INNER, is_task
 from holdfast.data.order import check_names, ordered
-from holdfast.data.source import Source, StreamSource, check_scorable, load_task, split_files
+from holdfast.data.source import Source, StreamSource, check_scorable, load_task
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import build
 
 logger = logging.getLogger("holdfast")
+BAD_ROWS_TOLD = 20
 
 
 def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationConfig | None = None) -> Stream:
@@ -36,10 +39,12 @@ def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationCo
     """
     evaluation = evaluation or EvaluationConfig()
     source = find_source(config)
-    stream = Stream(source.name, [load_task(task, data) for task in source.tasks], source.general, source.version)
+    bad: list[str] = []
+    stream = Stream(source.name, [load_task(task, data, bad) for task in source.tasks], source.general, source.version)
     if evaluation.split == "dev":
         for task in stream.tasks:
-            _measure_on_dev(task, data)
+            _measure_on_dev(task, data, bad)
+    _judge_bad_rows(bad, stream, data)
     _check_overlap(stream.tasks, data)
     stream.version = f"{stream.version}-{_digest(stream, load_scorers(stream, evaluation))}".removeprefix("-")
     return stream
@@ -85,7 +90,7 @@ def find_source(config: StreamConfig) -> StreamSource:
     if config.options:
         raise ConfigError("stream.options: only a stream that is made (stream.name) has options")
     if config.path is not None:
-        source = StreamSource(Path(config.path).resolve().name, _folders(Path(config.path), config.order))
+        source = StreamSource(Path(config.path).resolve().name, _folders(Path(config.path), config))
     else:
         source = StreamSource("tasks", _composed(config))
     check_names([task.name for task in source.tasks])
@@ -107,15 +112,22 @@ def _composed(config: StreamConfig) -> list[Source]:
     ]
 
 
-def _folders(path: Path, order: list[str] | str | None) -> list[Source]:
-    """Every folder below ``path`` that holds a train or test file, or those that ``order`` names."""
+def _folders(path: Path, config: StreamConfig) -> list[Source]:
+    """Every folder below ``path`` that holds a train or test file, or those that ``order`` names; or ``path`` alone."""
+    order = config.order
+    if path.is_file() and suffix(path) in SUFFIXES:
+        name = stem(path)
+        ordered([name], order)
+        return [Source(name, TaskConfig(name=name, path=str(path), columns=config.columns), folder=path)]
     if not path.is_dir():
-        raise ConfigError(f"stream.path: there is no folder {str(path)!r} (looked from {Path.cwd()})")
+        raise ConfigError(f"stream.path: there is no folder or data file {str(path)!r} (looked from {Path.cwd()})")
     found = {
         f"./{folder.relative_to(path).as_posix()}": folder
         for folder in sorted(path.rglob("*"), key=lambda folder: (folder.name, folder))
-        if folder.is_dir() and (split_files(folder, "train") or split_files(folder, "test"))
+        if folder.is_dir() and is_task(folder) and not (folder.name == INNER and is_task(folder.parent))
     }
+    if not found and is_task(path):
+        found = {f"./{path.resolve().name}": path}
     if not found:
         raise DataError(f"{path}: no folder below it holds a train or test file ({', '.join(SUFFIXES)})")
     if not isinstance(order, list):
@@ -135,15 +147,36 @@ def _folders(path: Path, order: list[str] | str | None) -> list[Source]:
     return [
         Source(
             name := folder_name if names.count(folder_name) == 1 else key[2:].replace("/", "-"),
-            TaskConfig(name=name, path=str(found[key])),
+            TaskConfig(name=name, path=str(found[key]), columns=config.columns),
             folder=found[key],
+            instructions=path / "instruction_config.json",
             instruction=instructions.get(found[key].parent.resolve().name),
         )
         for key, folder_name in zip(picked, names, strict=True)
     ]
 
 
-def _measure_on_dev(task: Task, data: DataConfig) -> None:
+def _judge_bad_rows(bad: list[str], stream: Stream, data: DataConfig) -> None:
+    """Stop for rows that cannot be used, all named at once, or say that they are left out."""
+    if not bad:
+        return
+    told = "\n  ".join(bad[:BAD_ROWS_TOLD])
+    count = f"{len(bad)} row{'s' * (len(bad) > 1)}"
+    if len(bad) > BAD_ROWS_TOLD:
+        with tempfile.NamedTemporaryFile("w", prefix="holdfast-bad-rows-", suffix=".txt", delete=False) as file:
+            file.write("\n".join(bad) + "\n")
+        told += f"\n  and {len(bad) - BAD_ROWS_TOLD} more; all of them are in {file.name}"
+    if data.on_bad_row == "stop":
+        if len(bad) == 1:
+            raise DataError(bad[0])
+        raise DataError(f"{count} cannot be used (data.on_bad_row: skip leaves them out):\n  {told}")
+    for task in stream.tasks:
+        if not task.train or not task.test:
+            raise DataError(f"task {task.name!r}: no row of a split can be used:\n  {told}")
+    logger.warning("%s cannot be used and are left out (data.on_bad_row: skip):\n  %s", count, told)
+
+
+def _measure_on_dev(task: Task, data: DataConfig, bad: list[str]) -> None:
     """Put the eval split in the test split's place."""
     if not task.eval:
         raise DataError(
@@ -151,7 +184,7 @@ def _measure_on_dev(task: Task, data: DataConfig) -> None:
             "on; hold some train rows back in one"
         )
     task.test = task.eval[: data.test_rows]
-    check_scorable(task)
+    check_scorable(task, bad)
 
 
 # --- duplicates and overlap ---
@@ -192,4 +225,4 @@ def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
 
 
 def _prompt(example: Example) -> Hashable:
-    return example.text or tuple((turn.role, turn.content) for turn in example.turns[:-1])
+    return example.text or (example.tools, tuple((turn.role, turn.content, turn.calls) for turn in example.turns[:-1]))

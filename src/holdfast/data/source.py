@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.api.task import General, Task
+from holdfast.api.task import Example, General, Task
 from holdfast.config.stream import DataConfig, TaskConfig, TaskOptions
-from holdfast.data.formats import SUFFIXES, RawRow, asked, detect, read_rows, read_text, to_examples, where
+from holdfast.data.files import SUFFIXES, RawRow, read_json_file, read_rows, read_text, where
+from holdfast.data.formats import asked, detect, to_examples
+from holdfast.data.layout import SPLITS, alone, split_files
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import find
 
-SPLITS = {"train": ("train",), "eval": ("eval", "dev", "validation"), "test": ("test",)}
+
+@dataclass
+class _Part:
+    """The rows of one file of a split."""
+
+    file: str
+    rows: list[dict[str, Any]]
 
 
 @dataclass
@@ -21,21 +31,23 @@ class Source:
     """A task to load, from exactly one of folder, files, dataset and made.
 
     Attributes:
-        folder: holds a file for each split, and labels.json or instruction.txt where the rows need them.
-        files: the file of each split.
+        folder: holds the files of each split, and labels.json or instruction.txt where the rows need them; or a file.
+        files: the files of each split.
         dataset: hub name or local folder of a dataset of Hugging Face, and its configuration.
         made: the task as a function made it, with all its rows and without a metric.
         instruction: of the task's group, where the task brings none of its own.
+        instructions: the file in which the instructions of groups are looked for.
         obtained: where its data come from, for a message about what is missing.
     """
 
     name: str
     options: TaskOptions
     folder: Path | None = None
-    files: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, list[Path]] = field(default_factory=dict)
     dataset: tuple[str, str | None] | None = None
     made: Task | None = None
     instruction: str | None = None
+    instructions: Path | None = None
     obtained: str = ""
 
 
@@ -54,33 +66,77 @@ class StreamSource:
     general: list[General] = field(default_factory=list)
 
 
-def load_task(source: Source, data: DataConfig) -> Task:
+def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) -> Task:
     """Read and check the rows of a task.
+
+    Args:
+        bad: what is wrong with rows that cannot be used is added to it, and they are left out. None: the first raises.
 
     Raises:
         ConfigError: a path, a column, a metric or another option cannot be used.
         DataError: a split is missing or empty, or a row cannot be used.
     """
-    options, own = source.options, isinstance(source.options, TaskConfig)
+    options = source.options
     if source.made is not None:
         task = source.made
         task.train, task.test = task.train[: data.train_rows], task.test[: data.test_rows]
-        return scored(task, options)
-    limits = {"train": data.train_rows, "test": data.test_rows}
-    labels: list[str] | None = None
-    if source.dataset is not None:
-        splits, labels = _from_dataset(source, limits)
-    else:
-        files = source.files if source.folder is None else _folder_files(source)
-        splits = {name: _Split(str(file), read_rows(file)) for name, file in files.items()}
-        if source.folder is not None and (source.folder / "labels.json").exists():
-            labels = _labels(source.folder / "labels.json")
-    for name, split in splits.items():
-        split.rows = split.rows[: limits.get(name)]
-        if options.columns:
-            split.rows = [_renamed(row, options.columns, where(split.file, i, row)) for i, row in enumerate(split.rows)]
+        return scored(task, options, bad=bad)
+    splits, labels = _read(source, data, bad)
+    first = (splits.get("train") or splits["all"])[0]
+    format, names = (options.format, {}) if options.format else detect(first.rows, first.file)
+    way = _way(source, format, labels, first)
+    unused: set[str] = set()
+    examples = {
+        name: [
+            example
+            for part in parts
+            for example in to_examples(
+                [_renamed(row, names, "") for row in part.rows] if names else part.rows,
+                format,
+                file=part.file,
+                labels=way.labels,
+                instruction=way.instruction,
+                prompt=options.prompt if format == "sentence_label" else None,
+                input=options.input,
+                each=options.turns == "each" and name == "test",
+                bad=bad,
+                unused=unused,
+            )
+        ]
+        for name, parts in splits.items()
+    }
+    notes = [f"columns that are not used: {', '.join(sorted(unused))}"] if unused else []
+    if names:
+        notes.append("columns are read as " + ", ".join(f"{name}: {meant}" for name, meant in names.items()))
+    if way.unasked:
+        notes.append(way.unasked)
+    if "all" in examples:
+        notes.append(_draw_test(examples, data.test_share))
+    if data.reasoning == "drop":
+        examples = {name: [_without_reasoning(example) for example in split] for name, split in examples.items()}
+    train, test = examples["train"], examples["test"]
+    task = Task(source.name, "", train, test, examples.get("eval", []), way.labels, notes=notes)
+    task.asked = asked(way.instruction, way.labels, options.prompt) if format == "sentence_label" else format
+    return scored(task, options, default="loss" if format == "text" else "accuracy", bad=bad)
 
-    format = options.format or detect(splits["train"].rows, splits["train"].file)
+
+@dataclass
+class _Way:
+    """How the rows of a task are asked; ``unasked`` says that nothing tells the model what is asked."""
+
+    instruction: str | None = None
+    labels: list[str] | None = None
+    unasked: str = ""
+
+
+def _way(source: Source, format: str, labels: list[str] | None, first: _Part) -> _Way:
+    """What is asked beside a row's own words.
+
+    Raises:
+        ConfigError: an option belongs to rows of another format.
+        DataError: an instruction or labels are needed, and there are none.
+    """
+    options, own = source.options, isinstance(source.options, TaskConfig)
     instruction = options.instruction or _own_instruction(source)
     for key, value in (("instruction", instruction), ("prompt", options.prompt if own else None)):
         if value is not None and format != "sentence_label":
@@ -90,34 +146,88 @@ def load_task(source: Source, data: DataConfig) -> Task:
             )
     if options.input is not None and format != "prompt_answer":
         raise ConfigError(f"task {source.name!r}: input: belongs to prompt_answer tasks; the rows of this are {format}")
-    if format == "sentence_label":
-        instruction = instruction or source.instruction
-        labels = options.labels or labels or _stated_labels(source, splits["train"])
-        if instruction is None and "{instruction}" in (options.prompt or ""):
-            raise DataError(f"task {source.name!r}: there is no instruction to ask its sentences with{source.obtained}")
+    if format != "sentence_label":
+        return _Way(labels=options.labels)
+    instruction = instruction or source.instruction
+    labels = options.labels or labels or _stated_labels(source, first)
+    if instruction is None and "{instruction}" in (options.prompt or ""):
+        raise DataError(f"task {source.name!r}: there is no instruction to ask its sentences with{source.obtained}")
+    if instruction is not None or options.prompt is not None:
+        return _Way(instruction, labels)
+    looked = ["the key instruction"]
+    if source.folder is not None:
+        looked.append(str(source.folder / "instruction.txt"))
+        if source.instructions is not None:
+            looked.append(f"group {source.folder.resolve().parent.name!r} of {source.instructions}")
+    unasked = (
+        "nothing tells the model what is asked of a sentence: there is no instruction and no prompt "
+        f"(looked for {', '.join(looked)})"
+    )
+    return _Way(None, labels, unasked)
+
+
+def _read(source: Source, data: DataConfig, bad: list[str] | None) -> tuple[dict[str, list[_Part]], list[str] | None]:
+    """The rows of each split, file by file, and the labels that stand beside them."""
+    options, labels = source.options, None
+    limits = {"train": data.train_rows, "test": data.test_rows}
+    if source.dataset is not None:
+        splits, labels = _from_dataset(source, limits)
     else:
-        labels = options.labels
+        files = source.files if source.folder is None else _folder_files(source)
+        splits = {name: [_Part(str(file), read_rows(file, bad)) for file in paths] for name, paths in files.items()}
+        if source.folder is not None and (source.folder / "labels.json").exists():
+            labels = _labels(source.folder / "labels.json")
+    for name, parts in splits.items():
+        left = limits.get(name)
+        for part in parts:
+            part.rows = part.rows[:left]
+            left = None if left is None else left - len(part.rows)
+            if options.columns:
+                part.rows = [
+                    _renamed(row, options.columns, where(part.file, i, row)) for i, row in enumerate(part.rows)
+                ]
+        splits[name] = [part for part in parts if part.rows]
+        if not splits[name]:
+            raise DataError(
+                f"{parts[0].file}: no row can be used" + "".join(f"\n  {reason}" for reason in (bad or [])[:1])
+            )
+    return splits, labels
 
-    examples = {
-        name: to_examples(
-            split.rows,
-            format,
-            file=split.file,
-            labels=labels,
-            instruction=instruction,
-            prompt=options.prompt if format == "sentence_label" else None,
-            input=options.input,
-            each=options.turns == "each" and name == "test",
-        )
-        for name, split in splits.items()
-    }
-    task = Task(source.name, "", examples["train"], examples["test"], examples.get("eval", []), labels)
-    task.asked = asked(instruction, labels, options.prompt) if format == "sentence_label" else format
-    return scored(task, options, default="loss" if format == "text" else "accuracy")
+
+def _draw_test(examples: dict[str, list[Example]], share: float) -> str:
+    """Draw the test split of a task in one file by what its rows ask: as the file grows, a row stays in its split.
+
+    Returns:
+        What is said about it.
+    """
+    rows = examples.pop("all")
+    drawn = [_drawn_number(row) for row in rows]
+    limit = max(share, min(drawn))  # at least one
+    examples["test"] = [row for row, number in zip(rows, drawn, strict=True) if number <= limit]
+    examples["train"] = [row for row, number in zip(rows, drawn, strict=True) if number > limit]
+    if not examples["train"]:
+        raise DataError(f"{rows[0].file}: {len(rows)} rows are too few to draw a test split from; add a test file")
+    return (
+        f"one file: {len(examples['test'])} of its {len(rows)} rows, drawn by what they ask, are the test split "
+        f"(data.test_share={share:g})"
+    )
 
 
-def scored(task: Task, options: TaskOptions, default: str = "accuracy") -> Task:
+def _drawn_number(row: Example) -> float:
+    """A number between 0 and 1 from what a row asks."""
+    asked = row.text if row.text is not None else [[turn.role, turn.said] for turn in row.turns[:-1]]
+    return int(hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12], 16) / 16**12
+
+
+def _without_reasoning(example: Example) -> Example:
+    return replace(example, turns=tuple(replace(turn, reasoning=None) for turn in example.turns))
+
+
+def scored(task: Task, options: TaskOptions, default: str = "accuracy", bad: list[str] | None = None) -> Task:
     """Give a task its metrics, and make sure that its test examples can be scored so.
+
+    Args:
+        bad: as of :func:`load_task`.
 
     Raises:
         ConfigError: a metric is unknown, needs something else of the model than the one before it, or needs answers
@@ -136,12 +246,16 @@ def scored(task: Task, options: TaskOptions, default: str = "accuracy") -> Task:
                 f"task {task.name!r}: beside: {name} scores another thing ({reads}) than {task.metric} ({first}), so "
                 "one evaluation does not give both"
             )
-    check_scorable(task)
+    check_scorable(task, bad)
     return task
 
 
-def check_scorable(task: Task) -> None:
+def check_scorable(task: Task, bad: list[str] | None = None) -> None:
     """Make sure that a task's metrics can score its test examples.
+
+    Args:
+        bad: what is wrong with examples that cannot be scored is added to it, and they are left out. None: the first
+            raises.
 
     Raises:
         ConfigError: a metric needs answers where there are none.
@@ -149,33 +263,34 @@ def check_scorable(task: Task) -> None:
     """
     for key, name in [("metric", task.metric), *(("beside", name) for name in task.beside)]:
         scorer = find(name)
-        for example in task.test:
+        for example in list(task.test):
             if scorer.reads != "loss" and not example.turns:
                 raise ConfigError(f"task {task.name!r}: {key}: {name} needs answers, and text has none; loss would do")
             if reason := scorer.refusal(example, task.labels):
-                raise DataError(f"{where(example.file, example.row)}: metric {name}: {reason}")
+                message = f"{where(example.file, example.row)}: metric {name}: {reason}"
+                if bad is None:
+                    raise DataError(message)
+                bad.append(message)
+                task.test.remove(example)
 
 
-@dataclass
-class _Split:
-    file: str
-    rows: list[dict[str, Any]]
-
-
-def _folder_files(source: Source) -> dict[str, Path]:
+def _folder_files(source: Source) -> dict[str, list[Path]]:
+    """The files of a task's splits in its folder; of a single file, or of the only one in it, as the split "all"."""
     folder = source.folder
     assert folder is not None
+    if folder.is_file():
+        return {"all": [folder]}
     if not folder.is_dir():
-        raise ConfigError(f"task {source.name!r}: path: there is no folder {str(folder)!r} (looked from {Path.cwd()})")
-    found = {}
-    for split, stems in SPLITS.items():
-        files = split_files(folder, split)
-        if len(files) > 1:
-            raise DataError(f"{folder}: has {' and '.join(file.name for file in files)}; only one may be there")
-        if files:
-            found[split] = files[0]
-        elif split != "eval":
-            looked = ", ".join(stem + suffix for stem in stems for suffix in SUFFIXES)
+        raise ConfigError(
+            f"task {source.name!r}: path: there is no folder or file {str(folder)!r} (looked from {Path.cwd()})"
+        )
+    found = {split: files for split in SPLITS if (files := split_files(folder, split))}
+    single = alone(folder)
+    if not found and single is not None:
+        return {"all": [single]}
+    for split in ("train", "test"):
+        if split not in found:
+            looked = ", ".join(stem + suffix for stem in SPLITS[split] for suffix in SUFFIXES)
             raise DataError(
                 f"{folder}: task {source.name!r} has no {split} split; looked for {looked}; "
                 f"add one of these, or leave the task out (stream.order){source.obtained}"
@@ -183,12 +298,7 @@ def _folder_files(source: Source) -> dict[str, Path]:
     return found
 
 
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that are named as a split is."""
-    return [file for stem in SPLITS[split] for suffix in SUFFIXES if (file := folder / (stem + suffix)).is_file()]
-
-
-def _from_dataset(source: Source, limits: dict[str, int | None]) -> tuple[dict[str, _Split], list[str] | None]:
+def _from_dataset(source: Source, limits: dict[str, int | None]) -> tuple[dict[str, list[_Part]], list[str] | None]:
     """Load a Hugging Face dataset; class labels become their names."""
     from datasets import ClassLabel, DatasetDict, load_dataset
 
@@ -218,11 +328,11 @@ def _from_dataset(source: Source, limits: dict[str, int | None]) -> tuple[dict[s
                     row[column] = feature.names[index] if index is not None and index >= 0 else None
                 if source.options.columns.get(column, column) == "label":
                     labels = [name.strip() for name in feature.names]
-        splits[split] = _Split(f"{shown}[{stem}]", rows)
+        splits[split] = [_Part(f"{shown}[{stem}]", rows)]
     return splits, labels
 
 
-def _stated_labels(source: Source, train: _Split) -> list[str] | None:
+def _stated_labels(source: Source, train: _Part) -> list[str] | None:
     """Labels where none are declared: a folder must declare them; a dataset's are those of its train split."""
     if source.dataset is None:
         file = Path(train.file).parent / "labels.json"
@@ -232,15 +342,18 @@ def _stated_labels(source: Source, train: _Split) -> list[str] | None:
     return sorted({row["label"].strip() for row in train.rows if isinstance(row.get("label"), str)}) or None
 
 
-def _renamed(row: dict[str, Any], columns: dict[str, str], place: str) -> dict[str, Any]:
+def _renamed(row: dict[str, Any], columns: Mapping[str, str | None], place: str) -> dict[str, Any]:
     if not columns:
         return row
     for column in columns:
-        if column not in row:
+        if column not in row and place and columns[column] is not None:
             raise DataError(f"{place}: columns: there is no column {column!r}{did_you_mean(column, row)}")
-    renamed = RawRow({columns.get(key, key): value for key, value in row.items()})
+    kept = [key for key in row if columns.get(key, key) is not None]
+    renamed = RawRow({columns.get(key) or key: row[key] for key in kept})
     renamed.line = getattr(row, "line", None)
-    if len(renamed) < len(row):
+    if hasattr(row, "index"):
+        renamed.index = row.index
+    if len(renamed) < len(kept):
         taken = next(new for old, new in columns.items() if new in row and new not in columns and new != old)
         raise DataError(f"{place}: columns: there is a column {taken!r} already; rename that one too")
     return renamed
@@ -260,11 +373,3 @@ def _labels(file: Path) -> list[str]:
         if labels.count(label) > 1:
             raise DataError(f"{file}: the label {label!r} stands in it twice")
     return labels
-
-
-def read_json_file(file: Path) -> Any:
-    """Read a JSON file; DataError, with the line, if it is not UTF-8 or not JSON."""
-    try:
-        return json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {error.lineno}: is not valid JSON: {error.msg}") from None

@@ -7,7 +7,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.formats import SUFFIXES, all_said, iterate_rows, open_text, where
+from holdfast.data.files import SUFFIXES, iterate_rows, open_text, suffix, where
+from holdfast.data.formats import all_said
 from holdfast.errors import ConfigError, DataError, did_you_mean
 
 TEXT_SUFFIXES = (".txt", *SUFFIXES)
@@ -42,7 +43,7 @@ def is_hub_name(source: str | Path) -> bool:
     """Whether what is no file or folder may be a dataset's name: NAME, or OWNER/NAME if there is no folder OWNER."""
     name = str(source)
     owner, slash, rest = name.partition("/")
-    is_path = name.startswith((".", "/", "~")) or "/" in rest or Path(name).suffix in TEXT_SUFFIXES
+    is_path = name.startswith((".", "/", "~")) or "/" in rest or suffix(Path(name)) in TEXT_SUFFIXES
     return not is_path and not (slash and Path(owner).is_dir())
 
 
@@ -64,13 +65,13 @@ def text_files(path: Path) -> list[Path]:
         DataError: the file is of another kind, or the folder holds none.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if suffix(file) in TEXT_SUFFIXES and file.is_file())
         if not files:
             raise DataError(f"{path}: no file in this folder is one of texts ({', '.join(TEXT_SUFFIXES)})")
         return files
     if not path.is_file():
         raise no_path(path)
-    if path.suffix not in TEXT_SUFFIXES:
+    if suffix(path) not in TEXT_SUFFIXES:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(TEXT_SUFFIXES)}")
     return [path]
 
@@ -83,7 +84,7 @@ def file_texts(file: Path, column: str) -> Iterator[str]:
     Raises:
         DataError: the file cannot be read, or a row lacks the column or has no text in it.
     """
-    if file.suffix == ".txt":
+    if suffix(file) == ".txt":
         with open_text(file) as lines:
             for line in lines:
                 yield line.removesuffix("\n").removesuffix("\r")

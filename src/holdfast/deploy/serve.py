@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast import tuners
-from holdfast.data.encode import DATE, Encoder
+from holdfast.data.chat import DATE
+from holdfast.data.encode import Encoder
 from holdfast.deploy.export import export, method_lacks
 from holdfast.errors import ConfigError
 from holdfast.models.pretrained import begin_tokens, load_tokenizer

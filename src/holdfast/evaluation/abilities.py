@@ -8,7 +8,8 @@ from typing import Any
 from holdfast.api.task import General, Stream
 from holdfast.config.evaluation import GeneralConfig
 from holdfast.data.choices import by_letter, read_choices
-from holdfast.data.formats import read_rows, read_text, to_examples, where
+from holdfast.data.files import read_rows, read_text, where
+from holdfast.data.formats import to_examples
 from holdfast.errors import ConfigError, DataError
 
 

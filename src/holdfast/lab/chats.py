@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
-from holdfast.data.formats import read_rows
+from holdfast.data.files import read_rows
 from holdfast.data.streams.chronicle.stream import chronicle, general_text, lasting_questions
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.respond import example_losses

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from holdfast.api.rows import IGNORED, TokenRow
-from holdfast.data.encode import DATE, Encoder
+from holdfast.data.chat import DATE
+from holdfast.data.encode import Encoder
 from holdfast.data.tokens.domains import domain_ids, domain_token
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.models.sampling import Sampler, Samples

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from holdfast.api.rows import IGNORED, TokenRow
-from holdfast.data.formats import read_rows, where
+from holdfast.data.files import read_rows, where
 from holdfast.data.texts import dataset_texts, file_texts, row_text, text_files
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.pretrained import begin_tokens

@@ -36,6 +36,8 @@ def print_check(config: RunConfig, console: Console, data: RunData | None = None
         beside = f", beside it {', '.join(task.beside)}" if task.beside else ""
         console.print(f"{len(task.train)} train and {len(task.test)} test examples, metric {task.metric}{beside}")
         console.print(noticed(task), soft_wrap=True)
+        for note in task.notes:
+            console.print(note, markup=False, soft_wrap=True)
         console.print(f"first train example, {len(row['input_ids'])} tokens, [supervised] in brackets:", markup=False)
         console.print(masked(setup, row), markup=False, soft_wrap=True)
     console.rule("plan", align="left")

@@ -94,6 +94,9 @@ class RunLoop:
 
     def go(self) -> dict[str, Any]:
         """Do what is left to do, and return the content of matrix.json."""
+        for task in self.setup.stream.tasks:
+            for note in task.notes:
+                self.progress.line(f"task {task.name}: {note}")
         done = self._done()
         self._measure(done[-1])
         self._judge(done[-1])

@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.api.task import Example, Stream, Task, Turn
 from holdfast.data.choices import read_choices
-from holdfast.data.formats import read_rows, where
+from holdfast.data.files import read_rows, where
 from holdfast.data.streams.definition import find
 from holdfast.errors import DataError
 

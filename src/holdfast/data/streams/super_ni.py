@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.api.task import Example, Stream, Task, Turn
-from holdfast.data.formats import where
-from holdfast.data.source import SPLITS, read_json_file
+from holdfast.data.files import read_json_file, where
+from holdfast.data.layout import SPLITS
 from holdfast.data.streams.definition import find
 from holdfast.errors import DataError
 

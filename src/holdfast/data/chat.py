@@ -1,0 +1,234 @@
+"""A tokenizer's chat template: a conversation to pieces of text, with proof that nothing of it is lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from holdfast.api.task import Example, Turn
+from holdfast.data.conversation import tool_names
+from holdfast.data.files import where
+from holdfast.data.pieces import Piece, answer_piece
+from holdfast.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATE = "26 Jul 2024"  # what Llama's templates say where no date is given; today's would make a run depend on its day
+
+REASONED = "</think>"
+"""What ends the reasoning in a response."""
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_EMPTY_REASONING = re.compile(r"\s*(<(\w+)>\s*</\2>\s*)?")
+
+logger = logging.getLogger("holdfast")
+
+
+class TemplateBrokenError(Exception):
+    """The reason why a chat template cannot be used for a row."""
+
+
+class ChatTemplate:
+    """Renders conversations by a tokenizer's chat template.
+
+    What a template marks by ``{% generation %}`` is what is supervised of an answer; without marks it is all that the
+    template writes for an answer, its reasoning and its end included.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._moved = False
+
+    def pieces(self, example: Example) -> list[list[Piece]]:
+        """The pieces of an example's sequences; each begins with what stands before an answer.
+
+        Where the template rewrites earlier turns as the conversation goes on (it removes earlier reasoning, say), each
+        answer gets a sequence of its own. Where it knows no system turn, or not in its place, the text stands in the
+        question that follows.
+
+        Raises:
+            DataError: the template cannot render the row, leaves out something of it, or rewrites an answer.
+        """
+        from jinja2 import TemplateError
+
+        first: Exception | None = None
+        for turns in _attempts(example.turns):
+            try:
+                found = self._sequences(example, turns)
+            except (TemplateError, TemplateBrokenError) as error:
+                first = first or error
+                continue
+            if first is not None and turns[0].role != "system" and not self._moved:
+                self._moved = True
+                logger.warning(
+                    "%s: the chat template has no place for a system turn here; its text stands in the question that "
+                    "follows, here and wherever else that is so",
+                    where(example.file, example.row),
+                )
+            return found
+        raise DataError(
+            f"{where(example.file, example.row)}: the tokenizer's chat template cannot be used: {first}; "
+            "data.template=plain does without it"
+        )
+
+    def _sequences(self, example: Example, turns: Sequence[Turn]) -> list[list[Piece]]:
+        thinks = any(turn.reasoning for turn in turns)
+        sequences: list[list[Piece]] = []
+        done = None
+        for end, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            before, _ = self._rendered(example, turns[:end], thinks, add_generation_prompt=True)
+            after, marks = self._rendered(example, turns[: end + 1], thinks, add_generation_prompt=False)
+            if not after.startswith(before):
+                raise TemplateBrokenError(f"an answer changes what stands before it: {_difference(before, after)}")
+            _check_before(before, turns[:end], example.tools)
+            answer = after.removeprefix(before)
+            _check_answer(answer, turn)
+            parts = list(_answer_pieces(after, len(before), marks, turn))
+            if done is not None and before.startswith(done):
+                sequences[-1] += [Piece(before[len(done) :]), *parts]
+            else:
+                sequences.append([Piece(before), *parts])
+            done = after
+        return sequences
+
+    def _rendered(
+        self, example: Example, turns: Sequence[Turn], thinks: bool, add_generation_prompt: bool
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text of some turns, and the spans that the template marks as generated, if it marks any."""
+        options: dict[str, Any] = {
+            "tools": None if example.tools is None else json.loads(example.tools),
+            "add_generation_prompt": add_generation_prompt,
+            "enable_thinking": thinks,
+            "date_string": DATE,
+        }
+        messages = [_message(turn) for turn in turns]
+        template = self.tokenizer.get_chat_template(None, options["tools"])
+        if add_generation_prompt or not _MARKED.search(template):
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options), None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        [text], [marks] = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **options,
+            **self.tokenizer.special_tokens_map,
+        )
+        return text, [tuple(mark) for mark in marks]
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.reasoning:
+        message |= {"reasoning_content": turn.reasoning, "thinking": turn.reasoning}
+    if turn.calls:
+        message["tool_calls"] = [{"type": "function", "function": json.loads(call)} for call in turn.calls]
+    if turn.name:
+        message["name"] = turn.name
+    return message
+
+
+def _attempts(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
+    """The turns as they are; with one system turn of all that stand first; and with none."""
+    yield turns
+    if all(turn.role != "system" for turn in turns):
+        return
+    leading = next(n for n, turn in enumerate(turns) if turn.role != "system")
+    if leading > 1:
+        yield [Turn("system", _joined(turns[:leading])), *turns[leading:]]
+    if any(turn.role == "system" for turn in turns[leading:]) and leading:
+        yield [Turn("system", _joined(turns[:leading])), *_without_system(turns[leading:])]
+    yield _without_system(turns)
+
+
+def _joined(turns: Sequence[Turn]) -> str:
+    return "\n".join(turn.content for turn in turns)
+
+
+def _without_system(turns: Sequence[Turn]) -> list[Turn]:
+    """Put a system's text before the question that follows it, or behind the turn before it where none follows."""
+    found: list[Turn] = []
+    waiting = ""
+    for number, turn in enumerate(turns):
+        if turn.role != "system":
+            if waiting:
+                shift = len(waiting)
+                cut = None if turn.cut is None else (turn.cut[0] + shift, turn.cut[1] + shift)
+                found.append(replace(turn, content=waiting + turn.content, cut=cut))
+                waiting = ""
+            else:
+                found.append(turn)
+        elif next((later.role for later in turns[number:] if later.role != "system"), None) == "user":
+            follows = turns[number + 1].role == "system"
+            waiting += turn.content + ("\n" if follows else "\n\n")
+        elif found and found[-1].role != "assistant":
+            found[-1] = replace(found[-1], content=f"{found[-1].content}\n\n{turn.content}")
+        else:
+            raise TemplateBrokenError(f"there is no question near the system turn {turn.content[:40]!r}")
+    return found
+
+
+def _check_before(before: str, turns: Sequence[Turn], tools: str | None) -> None:
+    """What is asked stands in the text, whatever the template does with earlier answers."""
+    for number, turn in enumerate(turns, 1):
+        said = turn.content.strip()
+        if turn.role == "assistant" or said in before or json.dumps(said, ensure_ascii=False)[1:-1] in before:
+            continue
+        if json.dumps(said)[1:-1] not in before and not _equal_json(said, before):
+            raise TemplateBrokenError(f"it leaves out turn {number} ({turn.role}): {said[:60]!r}")
+    for name in tool_names(tools) if tools else ():
+        if name not in before:
+            raise TemplateBrokenError(f"it does not show the tools of the row, such as {name!r}")
+
+
+def _equal_json(said: str, before: str) -> bool:
+    """Whether a tool's answer stands in the text as JSON in other words: with its names and values."""
+    try:
+        value = json.loads(said)
+    except ValueError:
+        return False
+    return all(word in before for word in re.findall(r"\w+", json.dumps(value, ensure_ascii=False)))
+
+
+def _check_answer(answer: str, turn: Turn) -> None:
+    """An answer begins with its content, after its reasoning, and names the tools that it calls."""
+    if turn.reasoning and turn.reasoning.strip() not in answer:
+        raise TemplateBrokenError(
+            f"it does not show the reasoning of an answer ({turn.reasoning.strip()[:40]!r}); data.reasoning=drop "
+            "leaves it out of every row"
+        )
+    for call in turn.calls:
+        if json.loads(call)["name"] not in answer:
+            raise TemplateBrokenError(f"it does not show the call {call[:60]!r} of an answer")
+    said = turn.content.strip()
+    start = answer.rfind(said) if turn.reasoning else answer.find(said)
+    if start < 0 or not (turn.reasoning or turn.calls or _EMPTY_REASONING.fullmatch(answer[:start])):
+        raise TemplateBrokenError(f"the answer {turn.content[:40]!r} becomes {answer[:80]!r}")
+
+
+def _answer_pieces(text: str, start: int, marks: list[tuple[int, int]] | None, turn: Turn) -> Iterator[Piece]:
+    """The pieces of what stands from ``start`` on: all of it supervised, or what is marked."""
+    if marks is None:
+        yield answer_piece(text[start:], turn)
+        return
+    for first, last in marks:
+        if last <= start:
+            continue
+        if first > start:
+            yield answer_piece(text[start:first], turn, supervised=False)
+        yield answer_piece(text[max(start, first) : last], turn)
+        start = last
+    if start < len(text):
+        yield answer_piece(text[start:], turn, supervised=False)
+
+
+def _difference(before: str, after: str) -> str:
+    at = next((i for i, (x, y) in enumerate(zip(before, after, strict=False)) if x != y), len(after))
+    return f"{before[at : at + 40]!r} becomes {after[at : at + 40]!r}"
