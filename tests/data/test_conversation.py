@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from holdfast.api.task import Turn
-from holdfast.data.conversation import BadRowError, conversation, tools_of
+from holdfast.data.conversation import BadRowError, Noticed, conversation, tools_of
 
 ASKED = {"role": "user", "content": "How warm is it?"}
 CALL = {"name": "weather", "arguments": {"place": "Kiel"}}
@@ -115,11 +115,16 @@ def test_only_answers_reason_call_and_are_trained() -> None:
 
 
 def test_keys_that_are_not_used_are_named() -> None:
-    unused: set[str] = set()
-    conversation(
-        [ASKED | {"id": 3}, {"role": "assistant", "content": "a", "score": 2, "note": None}], "messages", unused
-    )
-    assert unused == {"messages: id", "messages: score"}
+    noticed = Noticed()
+    answer = {"role": "assistant", "content": "a", "score": 2, "note": None}
+    conversation([ASKED | {"id": 3}, answer], "messages", noticed)
+    assert noticed.unused == {"messages: id", "messages: score"}
+
+
+def test_a_conversation_ends_with_its_last_answer() -> None:
+    noticed = Noticed()
+    found = conversation([ASKED, {"role": "assistant", "content": "a"}, ASKED], "messages", noticed)
+    assert [turn.role for turn in found] == ["user", "assistant"] and noticed.trailing == 1
 
 
 def test_tools_are_given_as_chat_templates_read_them() -> None:

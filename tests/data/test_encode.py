@@ -395,7 +395,12 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_sequence_an_answer() -
     [
         (CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}", "an answer changes what stands before it"),
         (CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}"), "it leaves out turn 1 (user)"),
-        (CHATML.replace("{{ m['content'] }}", "(sic) {{ m['content'] }}"), "becomes '(sic) the"),
+        (
+            CHATML.replace(
+                "{{ m['content'] }}", "{{ m['content'] | upper if m['role'] == 'assistant' else m['content'] }}"
+            ),
+            "becomes 'THE GOOD",
+        ),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages | no_such_filter }}", "no_such_filter"),
     ],

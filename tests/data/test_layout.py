@@ -124,8 +124,8 @@ def test_prompts_and_completions_of_turns(tmp_path: Path) -> None:
 def test_columns_of_a_path_are_renamed_or_left_out(tmp_path: Path) -> None:
     folder = task(tmp_path / "t", [{"frage": "Who?", "antwort": "me", "label": True}])
     columns = {"frage": "prompt", "antwort": "answer"}
-    with pytest.raises(DataError, match=r"label: True says whether the answer is good.*columns: \{label: null\}"):
-        load(folder, columns=columns)
+    with pytest.raises(DataError, match=r"there is no column 'fragen'; did you mean 'frage'"):
+        load(folder, columns={"fragen": "prompt"})
     assert load(folder, columns=columns | {"label": None}).tasks[0].train[0].answer == "me"
 
 
@@ -153,8 +153,8 @@ TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": TALK, "label": False}, "label: False says whether the answer is good"),
-        ({"messages": TALK, "kto_tag": True}, "kto_tag: True says whether"),
+        ({"messages": TALK, "label": 0}, "label: 0 may say how good the answer is"),
+        ({"messages": TALK, "kto_tag": 1.0}, "kto_tag: 1.0 may say how good"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen and rejected are preference pairs"),
         ({"prompt": "a", "answer": "b", "rejected": "c"}, "rejected: belongs to preference pairs"),
         ({"text": "dull film", "label": "neg"}, "looks like classification; columns: {text: sentence}"),
@@ -168,6 +168,16 @@ def test_columns_that_change_what_a_row_means_are_refused(tmp_path: Path, row: d
     with pytest.raises(DataError) as error:
         load(task(tmp_path / "t", [row]))
     assert reason in str(error.value) and "row 1" in str(error.value)
+
+
+def test_answers_that_are_labelled_bad_are_left_out(tmp_path: Path) -> None:
+    rows = [{"messages": TALK, "label": False}, {"prompt": "a", "messages": TALK, "label": True}]
+    stream = load(task(tmp_path / "t", rows))
+    assert [example.row for example in stream.tasks[0].train] == [1]
+    assert stream.tasks[0].notes == [
+        "columns that are not used: prompt",
+        "2 rows are left out, as their label says that the answer is bad",
+    ]
 
 
 def test_texts_with_labels_can_be_trained_as_texts(tmp_path: Path) -> None:

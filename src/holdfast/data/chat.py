@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from holdfast.api.task import Example, Turn
@@ -20,11 +22,7 @@ if TYPE_CHECKING:
 
 DATE = "26 Jul 2024"  # what Llama's templates say where no date is given; today's would make a run depend on its day
 
-REASONED = "</think>"
-"""What ends the reasoning in a response."""
-
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_EMPTY_REASONING = re.compile(r"\s*(<(\w+)>\s*</\2>\s*)?")
 
 logger = logging.getLogger("holdfast")
 
@@ -57,13 +55,13 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         first: Exception | None = None
-        for turns in _attempts(example.turns):
+        for as_parts, number, turns in _attempts(example.turns):
             try:
-                found = self._sequences(example, turns)
-            except (TemplateError, TemplateBrokenError) as error:
+                found = self._sequences(example, turns, as_parts)
+            except (TemplateError, TemplateBrokenError, TypeError) as error:
                 first = first or error
                 continue
-            if first is not None and turns[0].role != "system" and not self._moved:
+            if number and turns[0].role != "system" and not self._moved:
                 self._moved = True
                 logger.warning(
                     "%s: the chat template has no place for a system turn here; its text stands in the question that "
@@ -76,20 +74,67 @@ class ChatTemplate:
             "data.template=plain does without it"
         )
 
-    def _sequences(self, example: Example, turns: Sequence[Turn]) -> list[list[Piece]]:
+    def answer(self, response: str) -> str:
+        """What a response says: without the reasoning before it, special tokens, and white space around it."""
+        before, end, after = response.partition(self._reasoning_end)
+        said = after if end else before
+        for token in self._special:
+            said = said.replace(token, "")
+        return said.strip()
+
+    @cached_property
+    def _special(self) -> list[str]:
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
+    @cached_property
+    def _reasoning_end(self) -> str:
+        """What the template writes between reasoning and the answer after it, or before any answer, as gpt-oss's."""
+        from jinja2 import TemplateError
+
+        before = {}
+        for reasoning in (None, "reasoning"):
+            turns = (Turn("user", "question"), Turn("assistant", "saying", reasoning=reasoning))
+            for as_parts in (False, True):
+                messages = [_message(turn, as_parts) for turn in turns]
+                with contextlib.suppress(TemplateError, TypeError):
+                    asked, _ = self._rendered(Example("", 0, turns), messages[:1], True, add_generation_prompt=True)
+                    text, _ = self._rendered(Example("", 0, turns), messages, True, add_generation_prompt=False)
+                    if "question" in text:
+                        before[reasoning] = text.removeprefix(asked).rpartition("saying")[0]
+                        break
+        plain, between = before.get(None, "").strip(), before.get("reasoning", "").rpartition("reasoning")[2].strip()
+        if plain and between.endswith(plain):
+            return plain
+        return between if between and "question" not in between else "</think>"
+
+    def _check_answer(self, answer: str, turn: Turn) -> None:
+        """An answer, as it will be read in a response, begins with its content, and names the tools that it calls."""
+        if turn.reasoning and turn.reasoning.strip() not in answer:
+            raise TemplateBrokenError(
+                f"it does not show the reasoning of an answer ({turn.reasoning.strip()[:40]!r}); data.reasoning=drop "
+                "leaves it out of every row"
+            )
+        for call in turn.calls:
+            if json.loads(call)["name"] not in answer:
+                raise TemplateBrokenError(f"it does not show the call {call[:60]!r} of an answer")
+        if not turn.calls and not self.answer(answer).startswith(turn.content.strip()):
+            raise TemplateBrokenError(f"the answer {turn.content[:40]!r} becomes {answer[:80]!r}")
+
+    def _sequences(self, example: Example, turns: Sequence[Turn], as_parts: bool) -> list[list[Piece]]:
         thinks = any(turn.reasoning for turn in turns)
         sequences: list[list[Piece]] = []
         done = None
         for end, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            before, _ = self._rendered(example, turns[:end], thinks, add_generation_prompt=True)
-            after, marks = self._rendered(example, turns[: end + 1], thinks, add_generation_prompt=False)
+            messages = [_message(turn, as_parts) for turn in turns[: end + 1]]
+            before, _ = self._rendered(example, messages[:end], thinks, add_generation_prompt=True)
+            after, marks = self._rendered(example, messages, thinks, add_generation_prompt=False)
             if not after.startswith(before):
                 raise TemplateBrokenError(f"an answer changes what stands before it: {_difference(before, after)}")
             _check_before(before, turns[:end], example.tools)
             answer = after.removeprefix(before)
-            _check_answer(answer, turn)
+            self._check_answer(answer, turn)
             parts = list(_answer_pieces(after, len(before), marks, turn))
             if done is not None and before.startswith(done):
                 sequences[-1] += [Piece(before[len(done) :]), *parts]
@@ -99,7 +144,7 @@ class ChatTemplate:
         return sequences
 
     def _rendered(
-        self, example: Example, turns: Sequence[Turn], thinks: bool, add_generation_prompt: bool
+        self, example: Example, messages: list[dict[str, Any]], thinks: bool, add_generation_prompt: bool
     ) -> tuple[str, list[tuple[int, int]] | None]:
         """The text of some turns, and the spans that the template marks as generated, if it marks any."""
         options: dict[str, Any] = {
@@ -108,7 +153,6 @@ class ChatTemplate:
             "enable_thinking": thinks,
             "date_string": DATE,
         }
-        messages = [_message(turn) for turn in turns]
         template = self.tokenizer.get_chat_template(None, options["tools"])
         if add_generation_prompt or not _MARKED.search(template):
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options), None
@@ -124,18 +168,30 @@ class ChatTemplate:
         return text, [tuple(mark) for mark in marks]
 
 
-def _message(turn: Turn) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+def _message(turn: Turn, as_parts: bool) -> dict[str, Any]:
+    """A turn as templates of text models read it; as parts: as those of models that see, and old ones that call, do."""
+    content = [{"type": "text", "text": turn.content}] if as_parts and not turn.calls else turn.content
+    message: dict[str, Any] = {"role": turn.role, "content": content}
     if turn.reasoning:
         message |= {"reasoning_content": turn.reasoning, "thinking": turn.reasoning}
     if turn.calls:
-        message["tool_calls"] = [{"type": "function", "function": json.loads(call)} for call in turn.calls]
+        functions = [json.loads(call) for call in turn.calls]
+        if as_parts:
+            functions = [function | {"arguments": json.dumps(function["arguments"])} for function in functions]
+        message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
     if turn.name:
         message["name"] = turn.name
     return message
 
 
-def _attempts(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
+def _attempts(turns: Sequence[Turn]) -> Iterator[tuple[bool, int, Sequence[Turn]]]:
+    """Ways to write the turns, the plainest first: whether as parts, which way of system turns, and the turns."""
+    for as_parts in (False, True):
+        for number, written in enumerate(_system_turns(turns)):
+            yield as_parts, number, written
+
+
+def _system_turns(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
     """The turns as they are; with one system turn of all that stand first; and with none."""
     yield turns
     if all(turn.role != "system" for turn in turns):
@@ -195,22 +251,6 @@ def _equal_json(said: str, before: str) -> bool:
     except ValueError:
         return False
     return all(word in before for word in re.findall(r"\w+", json.dumps(value, ensure_ascii=False)))
-
-
-def _check_answer(answer: str, turn: Turn) -> None:
-    """An answer begins with its content, after its reasoning, and names the tools that it calls."""
-    if turn.reasoning and turn.reasoning.strip() not in answer:
-        raise TemplateBrokenError(
-            f"it does not show the reasoning of an answer ({turn.reasoning.strip()[:40]!r}); data.reasoning=drop "
-            "leaves it out of every row"
-        )
-    for call in turn.calls:
-        if json.loads(call)["name"] not in answer:
-            raise TemplateBrokenError(f"it does not show the call {call[:60]!r} of an answer")
-    said = turn.content.strip()
-    start = answer.rfind(said) if turn.reasoning else answer.find(said)
-    if start < 0 or not (turn.reasoning or turn.calls or _EMPTY_REASONING.fullmatch(answer[:start])):
-        raise TemplateBrokenError(f"the answer {turn.content[:40]!r} becomes {answer[:80]!r}")
 
 
 def _answer_pieces(text: str, start: int, marks: list[tuple[int, int]] | None, turn: Turn) -> Iterator[Piece]:

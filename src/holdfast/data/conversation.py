@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.api.task import Turn
@@ -68,14 +69,40 @@ def text_field(row: dict[str, Any], key: str, within: str = "", may_be_empty: bo
     return value
 
 
-def conversation(messages: Any, key: str, unused: set[str] | None = None) -> tuple[Turn, ...]:
-    """The turns of a conversation; it begins with a question, after what the system says, and ends with an answer.
+@dataclass
+class Noticed:
+    """What was noticed of rows while they were read.
+
+    Attributes:
+        unused: columns, and keys of turns, that are not used.
+        bad_answers: rows that are left out, as their label says that their answer is bad.
+        trailing: conversations that go on after their last answer, and are cut there.
+    """
+
+    unused: set[str] = field(default_factory=set)
+    bad_answers: int = 0
+    trailing: int = 0
+
+    def notes(self) -> list[str]:
+        """What is said about it."""
+        notes = []
+        if self.unused:
+            notes.append(f"columns that are not used: {', '.join(sorted(self.unused))}")
+        if self.bad_answers:
+            notes.append(f"{self.bad_answers} rows are left out, as their label says that the answer is bad")
+        if self.trailing:
+            notes.append(f"{self.trailing} conversations go on after their last answer, and end there now")
+        return notes
+
+
+def conversation(messages: Any, key: str, noticed: Noticed | None = None) -> tuple[Turn, ...]:
+    """The turns of a conversation, to its last answer; it begins with a question, after what the system says.
 
     Args:
         messages: objects of a role (``role`` or ``from``) and a content (``content`` or ``value``: text, or parts of
             text), or pairs of what ``human`` and ``assistant`` say.
         key: the column that they stand in, for messages about it.
-        unused: keys of turns that are not used are added to it.
+        noticed: keys of turns that are not used, and turns after the last answer, are noted in it.
 
     Raises:
         BadRowError: a turn cannot be used.
@@ -88,12 +115,16 @@ def conversation(messages: Any, key: str, unused: set[str] | None = None) -> tup
         if not isinstance(message, dict):
             raise BadRowError(f"{within}: must be an object with role and content, not {type_name(message)}")
         for one in _single(message):
-            if unused is not None:
-                unused |= {f"{key}: {name}" for name in one if name not in USED_KEYS and one[name] is not None}
+            if noticed is not None:
+                noticed.unused |= {f"{key}: {name}" for name in one if name not in USED_KEYS and one[name] is not None}
             turn = _turn(one, within)
             if turn.role != "system" or turn.content.strip():
                 turns.append(turn)
-    if not turns or turns[-1].role != "assistant":
+    end = max((number for number, turn in enumerate(turns, 1) if turn.role == "assistant"), default=0)
+    if noticed is not None and end < len(turns):
+        noticed.trailing += 1
+    turns = turns[:end]
+    if not turns:
         raise BadRowError(f"{key}: must end with an answer ({'from gpt' if key in SHAREGPT else 'role assistant'})")
     if next(turn.role for turn in turns if turn.role != "system") != "user":
         raise BadRowError(f"{key}: must begin with a question ({'from human' if key in SHAREGPT else 'role user'})")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.api.rows import IGNORED
 from holdfast.api.task import Example, Turn
-from holdfast.data.chat import REASONED, ChatTemplate
+from holdfast.data.chat import ChatTemplate
 from holdfast.data.files import where
 from holdfast.data.pieces import Piece, last_answer, plain_pieces
 from holdfast.errors import ConfigError, DataError
@@ -179,8 +179,8 @@ class Encoder:
 
     def decode(self, ids: list[int]) -> str:
         """The text of a response, without special tokens, without the reasoning before it and white space around it."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return (text.rpartition(REASONED)[2] if self.chat else text).strip()
+        text = self.tokenizer.decode(ids, skip_special_tokens=not self.chat, clean_up_tokenization_spaces=False)
+        return self._template.answer(text) if self.chat else text.strip()
 
     # --- text ---
 

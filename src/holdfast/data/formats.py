@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from holdfast.api.task import Example, Turn
-from holdfast.data.conversation import BadRowError, conversation, text_field, tools_of
+from holdfast.data.conversation import BadRowError, Noticed, conversation, text_field, tools_of
 from holdfast.data.files import type_name, where
 from holdfast.errors import ConfigError, DataError, did_you_mean
 
@@ -33,6 +33,8 @@ OTHER_NAMES: tuple[tuple[Format, dict[str, str]], ...] = (
     ("prompt_answer", {"question": "prompt", "response": "answer"}),
     ("prompt_answer", {"query": "prompt", "response": "answer"}),
     ("prompt_answer", {"input": "prompt", "output": "answer"}),
+    ("text", {"response": "text"}),
+    ("text", {"content": "text"}),
 )
 """What other tools call the columns of a format; Dolly's context may be absent."""
 OPTIONAL = {"context", "input"}
@@ -47,6 +49,8 @@ USED: dict[str, set[str]] = {
     "text": {"text"},
 }
 """The columns that a format reads."""
+VERDICTS = ("label", "kto_tag")
+"""Columns of preference data that say by true or false whether the answer is good."""
 LEFT_OUT = "leave it out with columns: {{{column}: null}}"
 
 
@@ -66,7 +70,11 @@ def detect(rows: list[dict[str, Any]], file: str | Path) -> tuple[Format, dict[s
                 _offer_classification(rows[0], file)
             return format, {}
     for format, names in OTHER_NAMES:
-        if found >= names.keys() - OPTIONAL and len(names.keys() & found) > 1 - (format == "sharegpt"):
+        if format == "text":
+            fits = found == names.keys()
+        else:
+            fits = found >= names.keys() - OPTIONAL and len(found & names.keys()) >= min(2, len(names))
+        if fits:
             return format, {name: meant for name, meant in names.items() if name in found and name != meant}
     if {"chosen", "rejected"} <= found:
         raise DataError(
@@ -101,7 +109,7 @@ def to_examples(
     input: str | None = None,
     each: bool = False,
     bad: list[str] | None = None,
-    unused: set[str] | None = None,
+    noticed: Noticed | None = None,
 ) -> list[Example]:
     """Turn the rows of one split into examples.
 
@@ -115,7 +123,7 @@ def to_examples(
         input: regular expression whose group 1 is what the prompt of a prompt_answer row is about; None: all of it.
         each: a conversation gives an example for each of its answers, after the true ones before, not for its last.
         bad: what is wrong with rows that cannot be used is added to it, and they are left out. None: the first raises.
-        unused: the names of columns that are not used are added to it.
+        noticed: what is noticed of the rows is noted in it.
 
     Raises:
         ConfigError: the format is unknown.
@@ -129,8 +137,12 @@ def to_examples(
         index = getattr(row, "index", position)
         try:
             _refuse_meaning(row, format)
+            if format != "text" and any(row.get(column) is False for column in VERDICTS):
+                if noticed is not None:
+                    noticed.bad_answers += 1
+                continue
             tools = tools_of(row) if "tools" in USED[format] else None
-            turns = () if format == "text" else _turns(row, format, template, input, unused)
+            turns = () if format == "text" else _turns(row, format, template, input, noticed)
             if format == "text":
                 examples.append(Example(file=str(file), row=index, text=text_field(row, "text")))
             ends = [end for end, turn in enumerate(turns, 1) if turn.role == "assistant"]
@@ -146,8 +158,12 @@ def to_examples(
             if bad is None:
                 raise DataError(message) from None
             bad.append(message)
-        if unused is not None:
-            unused |= {name for name in row if name not in USED[format] and row[name] is not None}
+        if noticed is not None:
+            noticed.unused |= {
+                name
+                for name, value in row.items()
+                if name not in USED[format] and value is not None and not (name in VERDICTS and value is True)
+            }
     return examples
 
 
@@ -181,11 +197,11 @@ def asked(instruction: str | None, labels: list[str] | None, prompt: str | None 
 
 
 def _turns(
-    row: dict[str, Any], format: str, template: str, input: str | None, unused: set[str] | None = None
+    row: dict[str, Any], format: str, template: str, input: str | None, noticed: Noticed | None = None
 ) -> tuple[Turn, ...]:
     match format:
         case "prompt_answer" if _has_turns(row.get("prompt")):
-            return _earlier(row, conversation(_messages(row), "prompt and answer", unused))
+            return _earlier(row, conversation(_messages(row), "prompt and answer", noticed))
         case "prompt_answer":
             prompt = text_field(row, "prompt")
             answer = Turn("assistant", text_field(row, "answer").strip())
@@ -204,9 +220,9 @@ def _turns(
                 question = Turn("user", f"{instruction}\n{text}", (start, start + len(text)))
             return _earlier(row, (question, Turn("assistant", text_field(row, "output").strip())))
         case "messages":
-            return _earlier(row, conversation(row.get("messages"), "messages", unused))
+            return _earlier(row, conversation(row.get("messages"), "messages", noticed))
         case "sharegpt":
-            return _earlier(row, conversation(row.get("conversations"), "conversations", unused))
+            return _earlier(row, conversation(row.get("conversations"), "conversations", noticed))
     raise AssertionError(format)
 
 
@@ -242,11 +258,12 @@ def _earlier(row: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 def _refuse_meaning(row: Mapping[str, Any], format: str) -> None:
     """Columns that change what a row means, and that cannot be used, are refused."""
     left_out = LEFT_OUT.format
-    for column in ("label", "kto_tag"):
-        if format not in ("sentence_label", "text") and row.get(column) in (True, False) and row[column] is not None:
+    for column in VERDICTS:
+        value = row.get(column)
+        if format not in ("sentence_label", "text") and isinstance(value, int | float) and not isinstance(value, bool):
             raise BadRowError(
-                f"{column}: {row[column]!r} says whether the answer is good (preference data), and every answer would "
-                f"be trained; take the bad rows out, and {left_out(column=column)}"
+                f"{column}: {value!r} may say how good the answer is (preference data), and every answer would be "
+                f"trained; make it true or false, which trains the good answers, or {left_out(column=column)}"
             )
     for column in ("chosen", "rejected"):
         if row.get(column) is not None:

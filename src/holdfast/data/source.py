@@ -11,6 +11,7 @@ from typing import Any
 
 from holdfast.api.task import Example, General, Task
 from holdfast.config.stream import DataConfig, TaskConfig, TaskOptions
+from holdfast.data.conversation import Noticed
 from holdfast.data.files import SUFFIXES, RawRow, read_json_file, read_rows, read_text, where
 from holdfast.data.formats import asked, detect, to_examples
 from holdfast.data.layout import SPLITS, alone, split_files
@@ -85,7 +86,7 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
     first = (splits.get("train") or splits["all"])[0]
     format, names = (options.format, {}) if options.format else detect(first.rows, first.file)
     way = _way(source, format, labels, first)
-    unused: set[str] = set()
+    noticed = Noticed()
     examples = {
         name: [
             example
@@ -100,12 +101,12 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
                 input=options.input,
                 each=options.turns == "each" and name == "test",
                 bad=bad,
-                unused=unused,
+                noticed=noticed,
             )
         ]
         for name, parts in splits.items()
     }
-    notes = [f"columns that are not used: {', '.join(sorted(unused))}"] if unused else []
+    notes = noticed.notes()
     if names:
         notes.append("columns are read as " + ", ".join(f"{name}: {meant}" for name, meant in names.items()))
     if way.unasked:
@@ -201,6 +202,9 @@ def _draw_test(examples: dict[str, list[Example]], share: float) -> str:
         What is said about it.
     """
     rows = examples.pop("all")
+    if not rows:  # all of them are bad, which is said
+        examples["train"] = examples["test"] = []
+        return ""
     drawn = [_drawn_number(row) for row in rows]
     limit = max(share, min(drawn))  # at least one
     examples["test"] = [row for row, number in zip(rows, drawn, strict=True) if number <= limit]
