@@ -15,6 +15,7 @@ from holdfast.models.weights import check_weights
 from holdfast.runner.data import RunData
 from holdfast.runner.plan import stage_epochs
 from holdfast.runner.setup import Setup, prepare, resolve
+from holdfast.runner.stage import check_training
 from holdfast.system.machine import free_gib
 
 
@@ -28,6 +29,7 @@ def print_check(config: RunConfig, console: Console, data: RunData | None = None
         UserError: `holdfast run` would refuse the configuration or the data.
     """
     setup = prepare(resolve(config), data)
+    check_training(setup)
     checked = check_weights(config.model)
     console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)
     for task in setup.stream.tasks:

@@ -27,7 +27,7 @@ from holdfast.runner.matrix import read_matrix
 from holdfast.runner.measure import measure
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup, prepare, resolve
-from holdfast.runner.stage import train_stage
+from holdfast.runner.stage import check_training, train_stage
 from holdfast.scoring.score import scorer, task_score
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import check, read_json
@@ -67,6 +67,7 @@ def run(
         resolved = resolve(config)
         directory.check_config(resolved.config)
         setup = prepare(resolved)
+        check_training(setup)
         if not directory.record:
             check_weights(resolved.config.model)
         model_folder = directory.way_to(resolved.config.model.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from holdfast.data.collate import Collator, pack
 from holdfast.records.directory import learned_stages
 from holdfast.runner.plan import PlannedStage
 from holdfast.training.arguments import training_arguments
+from holdfast.training.settings import check_settings
 from holdfast.training.state import RunContext
 from holdfast.training.trainer import ContinualTrainer
 from holdfast.training.watch import Watch, checkpoint_to_continue
@@ -112,6 +114,18 @@ def arguments(setup: Setup, stage: PlannedStage, checkpoints: Path) -> TrainingA
         "seed": stage_seed(config.seed, stage.index),
     }
     return training_arguments(training, checkpoints, fields)
+
+
+def check_training(setup: Setup) -> None:
+    """Find what would stop the training of a stage, before anything is measured.
+
+    Raises:
+        ConfigError: the arguments, the optimizer, the schedule or the data loader cannot be made.
+    """
+    one = setup.config.training.model_copy(update={"engine": None})  # an engine is checked by itself, where it is
+    alone = replace(setup, config=setup.config.model_copy(update={"training": one}))
+    for stage, steps in zip(setup.stages, setup.steps, strict=True):
+        check_settings(arguments(alone, stage, Path("checkpoint")), steps)
 
 
 def stage_seed(seed: int, stage: int) -> int:

@@ -1,0 +1,40 @@
+"""`holdfast check` finds what a run would die of, and a run finds it before anything is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from support.command import holdfast
+from support.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("check")
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(tiny_config(folder)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("schedule=cosin", "cosin is not a valid SchedulerType"),
+        ("schedule=cosine_with_min_lr", "training.schedule: 'cosine_with_min_lr' cannot be used: One of min_lr"),
+        ("schedule=reduce_lr_on_plateau", "reduce_lr_on_plateau"),
+        ("arguments={lr_scheduler_kwargs: {x: 1}}", "training.schedule: 'cosine' cannot be used"),
+        ("optimizer=galore_adamw", "training.optimizer: 'galore_adamw' cannot be used: You need to install"),
+        ("arguments={adam_beta1: 2}", "training.optimizer: 'adamw_torch' cannot be used: Invalid beta"),
+        ("arguments={dataloader_num_workers: -1}", "training.arguments: cannot be used: num_workers"),
+        ("arguments={dataloader_prefetch_factor: 2}", "dataloader_prefetch_factor"),
+    ],
+)
+def test_what_a_run_would_die_of(config: Path, capsys: pytest.CaptureFixture[str], key: str, said: str) -> None:
+    for command in ("check", "run"):
+        assert holdfast(command, config, f"training.{key}") == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith("holdfast: training") and said in message
+    assert not list((config.parent / "run").rglob("*.jsonl"))
