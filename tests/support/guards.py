@@ -56,7 +56,6 @@ CASES: dict[str, Case] = {
     "dual_prompt": Case(off={"strength": 0}, flops=1.6, margin=None),
     "ewc": Case({"strength": 2e4, "samples": 8}, {"strength": 0}, flops=1.2, vectors=2, training=GENTLE),
     "gem": Case(off={"capacity": 0}, flops=2.1, training=GENTLER),
-    # the other reduction divides by the violations of a micro-batch, however many there are
     "gere": Case(TEXTS | {"weight": 10.0, "reduction": "mean"}, TEXTS | SILENT, flops=2.5, margin=None),
     "gere_ce": Case(TEXTS, TEXTS | {"weight": 0}, flops=2.5, margin=None),
     "gere_kl": Case(TEXTS, TEXTS | SILENT, flops=2.5, margin=None),

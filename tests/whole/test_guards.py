@@ -192,18 +192,6 @@ def test_its_arithmetic_and_memory_are_what_its_page_says(name, folder, monkeypa
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_gradient_accumulation_changes_nothing(name, trained):
-    """A step of one micro-batch of eight rows, and of four of two; plain SGD, since Adam blows rounding up."""
-    options, tuner = case(name).options, tuner_of(name)
-    plain = {"optimizer": "sgd", "learning_rate": 0.3}
-    one, four = (trained(name, options, tuner, micro_batch_size=size, **plain) for size in (8, 2))
-    for stage in ("01-red", "02-green"):
-        ours = weights(four, stage)
-        for key, tensor in weights(one, stage).items():
-            torch.testing.assert_close(ours[key], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
-
-
-@pytest.mark.parametrize("name", TRAINED)
 def test_it_forgets_less(name, trained):
     """Less forgetting of the first task than `sequential`, by the margin, as a mean over three seeds."""
     margin = case(name).margin

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORED = -100
 """The label of a token that is not supervised."""
@@ -25,3 +28,12 @@ def prompt(row: Mapping[str, Any]) -> list[int]:
 def learned(batch: Batch) -> int:
     """The number of the task's own rows in a batch, which come first: 0 if no token in it is supervised."""
     return len(batch["input_ids"]) if bool((batch["labels"] != IGNORED).any()) else 0
+
+
+def token_mask(batch: Batch) -> Tensor:
+    """Which tokens of a batch are not padding: [batch, seq], not zero where a token counts.
+
+    All count where the batch has no mask, or one of four dimensions, which keeps packed rows apart.
+    """
+    mask, ids = batch.get("attention_mask"), batch["input_ids"]
+    return mask if mask is not None and mask.dim() == 2 else ids.new_ones(ids.shape)

@@ -129,6 +129,7 @@ class Rehearsed:
         task_logits: [rows, seq, vocab], with gradient: the logits that the task's own loss computed of these rows,
             whether or not the method asked for logits; None if there are none.
         batch: the rows themselves.
+        token_share: the same as ``share`` for a mean over all tokens, supervised or not.
         counts: False, with share 0, in a process that goes along only because others need its part of the weights.
     """
 
@@ -139,6 +140,7 @@ class Rehearsed:
     share: float
     task_logits: Tensor | None = None
     batch: Batch = field(default_factory=dict)
+    token_share: float = 1.0
     counts: bool = True
 
 
@@ -153,7 +155,7 @@ class Step:
         micro_batches: micro-batches in this step, over all processes.
         logged: whether this step's values are logged; otherwise they need not be computed.
         rehearsed: the rehearsal rows of the current micro-batch after the forward pass, by method name.
-        rehearsal_tokens: the number of supervised rehearsal tokens in the whole step, by method name.
+        rehearsal_tokens: the numbers of supervised and of all rehearsal tokens in the whole step, by method name.
         task_loss: the mean loss of the current micro-batch's task rows, a scalar without gradient; None before it.
     """
 
@@ -163,7 +165,7 @@ class Step:
     micro_batches: int
     logged: bool
     rehearsed: dict[str, Rehearsed] = field(default_factory=dict)
-    rehearsal_tokens: dict[str, int] = field(default_factory=dict)
+    rehearsal_tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     task_loss: Tensor | None = None
 
     def random(self, purpose: str) -> Random:

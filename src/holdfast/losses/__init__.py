@@ -3,7 +3,7 @@
 from holdfast.losses.chunked import Head
 from holdfast.losses.hidden import l1_loss, l2_loss
 from holdfast.losses.kl import Divergence, chunked_kl, kl_divergence, logit_mse
-from holdfast.losses.margin import classify, dynamic_weight, margin_loss
+from holdfast.losses.margin import classify, dynamic_weight, margin_loss, margin_sums
 from holdfast.losses.next_token import chunked_next_token_nll, next_token_nll, supervised_tokens
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "l2_loss",
     "logit_mse",
     "margin_loss",
+    "margin_sums",
     "next_token_nll",
     "supervised_tokens",
 ]

@@ -66,6 +66,27 @@ def margin_loss(
     Raises:
         ConfigError: the reduction is unknown.
     """
+    total, entries = margin_sums(hidden, classes, low, high, mask, reduction)
+    return total / (entries + _EPSILON if reduction == "nonzero" else entries)
+
+
+def margin_sums(
+    hidden: Tensor,
+    classes: Tensor,
+    low: Tensor,
+    high: Tensor,
+    mask: Tensor | None = None,
+    reduction: Reduction = "nonzero",
+) -> tuple[Tensor, Tensor]:
+    """The sum of the margins, and the number of entries that :func:`margin_loss` divides it by.
+
+    Returns:
+        (a scalar with gradient to hidden, float32 or wider; a scalar: with reduction nonzero the number of entries that
+        are not zero, otherwise that of all unmasked entries, at least those of one position).
+
+    Raises:
+        ConfigError: the reduction is unknown.
+    """
     if reduction not in get_args(Reduction):
         raise ConfigError(f"reduction: {reduction!r} is unknown{did_you_mean(reduction, get_args(Reduction))}")
     assert hidden.shape == classes.shape, (hidden.shape, classes.shape)
@@ -77,9 +98,9 @@ def margin_loss(
         None if mask is None else mask.flatten().bool(),
     )
     if reduction == "nonzero":
-        return total / (violations + _EPSILON)
-    positions = hidden[..., 0].numel() if mask is None else torch.count_nonzero(mask).clamp(min=1)
-    return total / (positions * hidden.shape[-1])
+        return total, violations
+    positions = torch.tensor(hidden[..., 0].numel()) if mask is None else torch.count_nonzero(mask)
+    return total, positions.to(hidden.device).clamp(min=1) * hidden.shape[-1]
 
 
 def dynamic_weight(ce: Tensor, term: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from holdfast.rehearsal.options import RehearsalOptions
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.samples import corpus_rows, general_rows, rows_fingerprint
 from holdfast.rehearsal.teacher import HiddenTeacher, LiveStates, StateTeacher, cached_teacher, live_teacher
+from holdfast.rehearsal.violations import violations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ class Rehearsal(Method):
         self.size = 0  # of these, the number that are rehearsed in this stage, counted from the first
         self.buffer: SampleBuffer | None = None  # draws samples while training runs
         self.teacher: HiddenTeacher | StateTeacher | None = None
+        self.violations: int | None = None  # of the margin loss in the step at work, where it has several micro-batches
         self._start: dict[str, Any] = {}  # the key of the start teacher's cache
 
     def before_stage(self, stage: Stage) -> None:
@@ -101,7 +103,11 @@ class Rehearsal(Method):
             return Extra(rows, options.way, samples, layers, logits, per_process=not self.buffer.together)
         rounds, rest = divmod(count, self.size)
         samples = [*range(self.size)] * rounds + step.random(self.name).sample(range(self.size), rest)
-        return Extra([self.rows[i] for i in samples], options.way, samples, layers, logits)
+        extra = Extra([self.rows[i] for i in samples], options.way, samples, layers, logits)
+        several = step.micro_batches > 1 and options.violations_only and not isinstance(options.weight, str)
+        counts = several and isinstance(self.teacher, StateTeacher)
+        self.violations = violations(step.stage, extra, self.teacher) if counts else None
+        return extra
 
     def _count(self, task_rows: int) -> int:
         """Number of samples that go with so many rows of the task."""
@@ -116,13 +122,24 @@ class Rehearsal(Method):
             assert not isinstance(weight, str)
             return {self.name: weight * rehearsed.share * _mean_nll(rehearsed)}
         if weight:
-            assert self.teacher is not None
-            term = self.teacher.term(rehearsed, batch, step.stage.model)
-            factor = dynamic_weight(self._mean_ce(step, rehearsed), term) if isinstance(weight, str) else weight
-            terms[self.name] = factor * rehearsed.share * term
+            terms[self.name] = self._against_teacher(rehearsed, step, batch)
         if self.options.ce_weight:
             terms[f"{self.name}/ce"] = self.options.ce_weight * rehearsed.share * _mean_nll(rehearsed)
         return terms
+
+    def _against_teacher(self, rehearsed: Rehearsed, step: Step, batch: Batch) -> Tensor:
+        """The weighted loss: this micro-batch's part of the mean over the step's entries."""
+        assert self.teacher is not None
+        options = self.options
+        total, entries = self.teacher.sums(rehearsed, batch, step.stage.model)
+        if self.violations is not None:
+            assert not isinstance(options.weight, str)
+            return options.weight * rehearsed.counts * step.micro_batches * total / max(self.violations, 1)
+        mean = total / entries.clamp(min=1)  # a process without rows of its own has no entry
+        factor = (
+            dynamic_weight(self._mean_ce(step, rehearsed), mean) if isinstance(options.weight, str) else options.weight
+        )
+        return factor * (rehearsed.share if options.loss == "kl" else rehearsed.token_share) * mean
 
     @staticmethod
     def _mean_ce(step: Step, rehearsed: Rehearsed) -> Tensor:

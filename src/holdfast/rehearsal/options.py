@@ -183,6 +183,11 @@ class RehearsalOptions(Section):
         return self.source == "self" and self.path is None
 
     @property
+    def violations_only(self) -> bool:
+        """Whether the loss is a mean over those entries alone that violate."""
+        return self.loss == "margin" and self.reduction == "nonzero"
+
+    @property
     def compared_layer(self) -> int:
         """The hidden state in which student and teacher are compared; for kl the one that the head is applied to."""
         return -1 if self.loss == "kl" else self.layer

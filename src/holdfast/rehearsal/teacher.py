@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.api.rows import Batch, TokenRow
+from holdfast.api.rows import Batch, TokenRow, token_mask
 from holdfast.api.stage import Rehearsed, Stage
 from holdfast.engines.pieces import full, is_divided, trainable
 from holdfast.engines.process import Process
 from holdfast.engines.vectors import weights
 from holdfast.engines.whole import model_fingerprint
 from holdfast.errors import DataError
-from holdfast.losses import chunked_kl, l1_loss, l2_loss, margin_loss
+from holdfast.losses import chunked_kl, l1_loss, l2_loss, margin_sums
 from holdfast.losses.chunked import Head
 from holdfast.models.generation import evaluating
 from holdfast.models.head import head, hidden_only
@@ -69,15 +69,18 @@ class HiddenTeacher:
     def __init__(self, options: RehearsalOptions, states: States, teacher_head: Head | None):
         self.options, self.states, self.teacher_head = options, states, teacher_head
 
-    def term(self, rehearsed: Rehearsed, batch: Batch, model: nn.Module) -> Tensor:
-        """The loss, a mean over positions: for KL those that predict a supervised token, for L1 and L2 all."""
+    def sums(self, rehearsed: Rehearsed, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """The loss's sum, with gradient, and the number of its entries: of KL the positions that predict a supervised
+        token, of L1 and L2 all entries of the hidden states of all tokens."""
         student = rehearsed.hidden[0]
         target, mask = self.states(rehearsed, batch)
         target = target.to(student.dtype)
         if self.options.loss != "kl":
-            return (l1_loss if self.options.loss == "l1" else l2_loss)(student, target, mask)
+            loss = l1_loss if self.options.loss == "l1" else l2_loss
+            entries = torch.count_nonzero(mask) * student.shape[-1]
+            return loss(student, target, mask) * entries, entries
         student_head = head(model)
-        total, count = chunked_kl(
+        return chunked_kl(
             student,
             student_head,
             target,
@@ -86,7 +89,6 @@ class HiddenTeacher:
             self.options.divergence,
             student_logits=rehearsed.task_logits,
         )
-        return total / count.clamp(min=1)  # a process without rows of its own has no position
 
 
 class StateTeacher:
@@ -95,13 +97,13 @@ class StateTeacher:
     def __init__(self, options: RehearsalOptions, cache: TeacherCache, low: Tensor, high: Tensor):
         self.options, self.cache, self.low, self.high = options, cache, low, high
 
-    def term(self, rehearsed: Rehearsed, batch: Batch, model: nn.Module) -> Tensor:
-        """The margin loss over all tokens of the samples."""
+    def sums(self, rehearsed: Rehearsed, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """:func:`.margin_sums` over all tokens of the samples."""
         student = rehearsed.hidden[0]
         low, high = self.low.to(student.device), self.high.to(student.device)
         classes = [unpack(packed, len(low)) for packed in self.cache.read_many(rehearsed.samples)]
         target, mask = padded(classes, student)
-        return margin_loss(student, target, low, high, mask, self.options.reduction)
+        return margin_sums(student, target, low, high, mask, self.options.reduction)
 
 
 class LiveStates:
@@ -129,7 +131,7 @@ class LiveStates:
         with self.in_place(), evaluating(self.model), torch.no_grad():
             outputs = self.model(**inputs, output_hidden_states=True, use_cache=False, **hidden_only(self.model))
         hidden = outputs.hidden_states[self.layer]
-        return hidden, batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        return hidden, token_mask(batch)
 
     def head(self) -> Head:
         """The head at that time, in one piece; tensors that are not trained are the model's own."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.api.method import Method
-from holdfast.api.rows import Batch, TokenRow
+from holdfast.api.rows import IGNORED, Batch, TokenRow, token_mask
 from holdfast.api.stage import Extra, Rehearsed, Step
 from holdfast.data.collate import Collator, concat
 from holdfast.engines.pieces import is_divided
@@ -76,31 +76,36 @@ class ExtraRows:
                 batches = self._replace(batches, sizes, extra, step.random(f"{name}/places"))
         for name, extra in self.by_method.items():
             if extra.way == "task":
-                tokens = sum(int(supervised_tokens(batch["labels"])) for batch in batches)
-                step.rehearsal_tokens[name] = self._sum(tokens)
+                step.rehearsal_tokens[name] = self._sum([_tokens(batch) for batch in batches])
             elif extra.way == "beside":
                 step.rehearsal_tokens[name] = self._put_beside(batches, extra, name)
         return batches
 
-    def _sum(self, count: int) -> int:
-        return int(self.process.all_reduce_sum(torch.tensor(count, dtype=torch.float64)))
+    def _sum(self, counts: list[tuple[int, int]]) -> tuple[int, int]:
+        """Sum over batches and processes."""
+        summed = self.process.all_reduce_sum(torch.tensor([*counts, (0, 0)], dtype=torch.float64).sum(0))
+        supervised, tokens = summed.long().tolist()
+        return supervised, tokens
 
-    def _put_beside(self, batches: list[Any], extra: Extra, name: str) -> int:
-        """Divide the rows among all micro-batches; return how many supervised tokens all processes have of them."""
+    def _put_beside(self, batches: list[Any], extra: Extra, name: str) -> tuple[int, int]:
+        """Divide the rows among all micro-batches; return how many supervised tokens, and how many tokens, all
+        processes have of them."""
         samples = list(extra.samples) if extra.samples is not None else list(range(len(extra.rows)))
         rank, world = (0, 1) if extra.per_process else (self.process.rank, self.process.world)
         # Where all processes have the same rows, each counts them all by itself, without waiting for the others.
-        tokens = 0 if extra.per_process else sum(label != -100 for row in extra.rows for label in row["labels"][1:])
+        counts = [] if extra.per_process else [_tokens_of_row(row) for row in extra.rows]
         for number, batch in enumerate(batches):
             part = slice(number * world + rank, None, len(batches) * world)
             rows = extra.rows[part]
             if rows or self.in_step:
                 collated = collate_tokens(self.pad, rows or extra.rows[:1])
-                tokens += int(supervised_tokens(collated["labels"])) if extra.per_process and rows else 0
+                counts += [_tokens(collated)] if extra.per_process and rows else []
                 collated["sample"] = torch.tensor(samples[part] if rows else samples[:1])
                 collated["counts"] = bool(rows)  # False: the row only keeps the number of forward passes equal
                 batch.setdefault(KEY, {})[name] = collated
-        return self._sum(tokens) if extra.per_process else tokens
+        if extra.per_process:
+            return self._sum(counts)
+        return sum(supervised for supervised, _ in counts), sum(tokens for _, tokens in counts)
 
     def _replace(self, batches: list[Any], sizes: Sequence[int], extra: Extra, chance: random.Random) -> list[Any]:
         """Put the rows in random places of the step, instead of the task rows that stood there."""
@@ -202,15 +207,20 @@ class ExtraRows:
         request, labels, counts = self.by_method[name], batch["labels"], batch.get("counts", True)
         rows, seq = labels.shape
         part = slice(start, start + rows)
+        share, token_share = (
+            counts * step.micro_batches * here / max(in_step, 1)
+            for here, in_step in zip(_tokens(batch), step.rehearsal_tokens[name], strict=True)
+        )
         return Rehearsed(
             samples=batch["sample"].tolist() if "sample" in batch else [],
             labels=labels,
             logits=outputs.logits[part, :seq] if request.logits else None,
             hidden=tuple(outputs.hidden_states[layer][part, :seq] for layer in request.layers),
-            share=counts * step.micro_batches * int(supervised_tokens(labels)) / step.rehearsal_tokens[name],
+            share=share,
             counts=counts,
             task_logits=outputs.logits if request.way == "task" and _has_all_logits(outputs, labels) else None,
             batch=batch,
+            token_share=token_share,
         )
 
 
@@ -231,6 +241,15 @@ def _check_kind(batch: Any, name: str, extra: Extra) -> None:
         raise ConfigError(
             "way replace: rows that share a sequence cannot be replaced one by one; use way beside, or turn packing off"
         )
+
+
+def _tokens(batch: Batch) -> tuple[int, int]:
+    """How many supervised tokens a batch has, and how many tokens."""
+    return int(supervised_tokens(batch["labels"])), int(torch.count_nonzero(token_mask(batch)))
+
+
+def _tokens_of_row(row: TokenRow) -> tuple[int, int]:
+    return sum(label != IGNORED for label in row["labels"][1:]), len(row["input_ids"])
 
 
 def _has_all(outputs: Any, request: Extra) -> bool:
