@@ -5,17 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     BatchEncoding,
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
     DataCollatorWithPadding,
     LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     default_data_collator,
 )
 
 from holdfast import continual
 from holdfast.errors import ConfigError
+from holdfast.methods import build
 from support.tiny import tiny_model, tiny_rows, tiny_tokenizer
 from support.trained import vector
 from support.trl_cases import trainer_arguments, trainer_class
@@ -114,8 +121,8 @@ def test_general_text_goes_beside_preferences(tmp_path):
 @pytest.mark.parametrize(
     ("case", "method", "reason"),
     [
-        ("DPOTrainer", "lwf", "method lwf: .* do not have input_ids and a label for each"),
-        ("DPOTrainer", "replay", "collator does not make input_ids and a label"),
+        ("DPOTrainer", "lwf", "method lwf: .* does not make input_ids and a label for each"),
+        ("RewardTrainer", "lwf", "method lwf: .* the loss of LlamaForSequenceClassification is not one"),
         ("GRPOTrainer", {"name": "gere", "path": "general.txt"}, "method gere: .* of type list"),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else value,
@@ -126,3 +133,56 @@ def test_what_cannot_be_is_refused(case, method, reason, tmp_path, monkeypatch):
     trainer = continual(trainer_class(case))(**trainer_arguments(case, tmp_path), method=method)
     with pytest.raises(ConfigError, match=reason):
         trainer.train()
+    assert trainer.state.global_step == 0
+
+
+NEED_ROWS = ("replay", "ewc", "mas", "a_gem", "gem", "ogd", "lwf", "der", "mbpa", "osf")
+
+
+@pytest.mark.parametrize("case", ["DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer"])
+def test_methods_that_need_rows_of_tokens_are_refused_before_training(case, tmp_path):
+    """Also those that would look at the rows only after the stage."""
+    trainer = continual(trainer_class(case))(**trainer_arguments(case, tmp_path))
+    before = vector(trainer.model)
+    for method in NEED_ROWS:
+        trainer.methods = build([(method, {})])
+        with pytest.raises(ConfigError, match=f"method {method}: "):
+            trainer.train()
+    assert trainer.state.global_step == 0 and torch.equal(vector(trainer.model), before)
+
+
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("make_model", "reason"),
+    [
+        (lambda: BertForMaskedLM(BertConfig(**BERT)), r"the loss of BertForMaskedLM is not one \(ForMaskedLM\)"),
+        (lambda: BertForTokenClassification(BertConfig(**BERT, num_labels=64)), "ForTokenClassification"),
+        (classifier, "ForSequenceClassification"),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_ff=8, num_layers=1)),
+            "decoder's tokens",
+        ),
+    ],
+    ids=["masked", "tokens", "classifier", "encoder-decoder"],
+)
+def test_a_model_of_another_loss_is_refused_before_training(make_model, reason, tmp_path):
+    """Labels of a masked model lie at their tokens, so a next-token loss of its rows would be another one."""
+    (tmp_path / "general.txt").write_text("the sea moves the weed and holds it fast\n" * 24)
+    given = trainer_arguments("Trainer", tmp_path) | {"model": make_model(), "data_collator": encoded}
+    trainer = continual(Trainer)(**given)
+    for method, options in (*((name, {}) for name in NEED_ROWS), ("gere_ce", {"path": str(tmp_path / "general.txt")})):
+        trainer.methods = build([(method, options)])
+        with pytest.raises(ConfigError, match=f"method {method}: .*{reason}"):
+            trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_model_of_which_nothing_is_trained(tmp_path):
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    given = trainer_arguments("Trainer", tmp_path) | {"model": model}
+    with pytest.raises(ConfigError, match=r"no parameter of it is trainable.*is_trainable=True"):
+        continual(Trainer)(**given, method="replay").train()

@@ -67,6 +67,14 @@ class Method(Registered):
         """Raises ConfigError if an option is unknown or wrong."""
         self.options: Any = validate(self.Options, options, f"method {self.name}")
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether it reads the task's rows (:attr:`Stage.rows`): tokens, with a label for each, of the next-token loss.
+
+        A trainer whose rows are of another kind then refuses it before training.
+        """
+        return False
+
     def before_stage(self, stage: Stage) -> None:
         """Prepare the stage: teacher, caches, constraints. The weights are those that the last stage ended with."""
 

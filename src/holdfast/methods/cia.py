@@ -101,6 +101,10 @@ class CIA(Method):
         usable = (beta > 0) & (beta < 1)  # False for a quotient by zero
         return self.options.strength * torch.where(usable, beta, self.options.constant)
 
+    @property
+    def needs_rows(self) -> bool:
+        return self.options.grouping is not None
+
     def final_weights(self, stage: Stage) -> None:
         if self.average is not None:
             weights(stage.model).copy_(self.average)

@@ -47,6 +47,10 @@ class DER(Method):
         self.memory = Memory(self.options.capacity, self.options.policy)
         self.logits: list[Tensor] = []  # of each memory row, [answer tokens, vocab], on the CPU
 
+    @property
+    def needs_rows(self) -> bool:
+        return True
+
     def declares(self, stage: Stage) -> tuple[str, ...]:
         return (self.name,) if len(self.memory) and self.options.weight else ()
 

@@ -53,6 +53,10 @@ class DualPrompt(Method):
         chooses = "chooses, for each prompt, a task's prefixes by their keys: a plain library has no such choice"
         return chooses if self.options.strength else ""
 
+    @property
+    def needs_rows(self) -> bool:
+        return self.options.strength > 0
+
     def before_stage(self, stage: Stage) -> None:
         prefixes = _prefixes(stage.model)
         prefixes.asks = self.options.strength > 0

@@ -65,6 +65,10 @@ class HiDeLoRA(Method):
         self.scatter = torch.zeros(0)  # sum of d d^T, d = h - mu, over the rows of all tasks; float64 [hidden, hidden]
         self.rows = 0  # the number of these rows
 
+    @property
+    def needs_rows(self) -> bool:
+        return True
+
     def before_stage(self, stage: Stage) -> None:
         if self.start is None:
             self.start = snapshot(stage.model)

@@ -55,6 +55,10 @@ class L2P(Method):
         self.now = torch.zeros(0, dtype=torch.int64)  # [size], the same for this stage so far
         self.answers: dict[int, int] = {}  # the first place of each row's answer; see PromptPoolModel.remember
 
+    @property
+    def needs_rows(self) -> bool:
+        return True
+
     def before_stage(self, stage: Stage) -> None:
         pool = _pool(stage.model)
         if not len(self.past):

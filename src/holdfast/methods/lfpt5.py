@@ -60,6 +60,10 @@ class LFPT5(Method):
         self.head: Head | None = None  # of p_before, if the tuner trains the head
         self.tokens = {"pseudo": 0, "written": 0}  # the supervised tokens of the current step
 
+    @property
+    def needs_rows(self) -> bool:
+        return True
+
     def before_stage(self, stage: Stage) -> None:
         if stage.tokenizer is None:
             raise ConfigError("method 'lfpt5': writes samples, so the trainer needs processing_class, the tokenizer")

@@ -35,6 +35,10 @@ class MAS(QuadraticPenalty):
 
     options: Options
 
+    @property
+    def needs_rows(self) -> bool:
+        return self.options.strength > 0
+
     def after_stage(self, stage: Stage) -> None:
         if self.options.strength == 0:
             return

@@ -68,6 +68,10 @@ class MbPA(Method):
         self.start: Shards | None = None  # the trained weights before the first stage
         self.steps = 0  # of the optimizer, over all stages
 
+    @property
+    def needs_rows(self) -> bool:
+        return True
+
     def before_stage(self, stage: Stage) -> None:
         if self.start is None:
             self.start = snapshot(stage.model)

@@ -66,6 +66,10 @@ class OGD(Method):
         gradients.add_combined_(self.basis, -products)
         return {"ogd/removed": float(products @ products) / size} if size else {}
 
+    @property
+    def needs_rows(self) -> bool:
+        return self.options.capacity > 0
+
     def after_stage(self, stage: Stage) -> None:
         if not self.options.capacity:
             return

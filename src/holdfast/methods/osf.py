@@ -149,6 +149,10 @@ class OSF(Method):
         if trained.pieces:
             trained.load_(whole.tensors)
 
+    @property
+    def needs_rows(self) -> bool:
+        return True
+
     def after_stage(self, stage: Stage) -> None:
         rows = stage.sample(self.options.samples, stage.random(self.name))
         similarity = layer_similarity(stage, rows).clamp(min=0)

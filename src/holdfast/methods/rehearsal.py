@@ -53,6 +53,10 @@ class Rehearsal(Method):
         self.violations: int | None = None  # of the margin loss in the step at work, where it has several micro-batches
         self._start: dict[str, Any] = {}  # the key of the start teacher's cache
 
+    @property
+    def needs_rows(self) -> bool:
+        return self.options.source in ("past", "current") or self.options.way == "replace"
+
     def before_stage(self, stage: Stage) -> None:
         options = self.options
         if options.source == "past":

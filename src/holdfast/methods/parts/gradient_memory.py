@@ -35,6 +35,10 @@ class GradientMemory(Method):
         """The memory's policy."""
         return "quota"
 
+    @property
+    def needs_rows(self) -> bool:
+        return self.options.capacity > 0
+
     def reference_size(self, step: Step, stored: int) -> int:
         """Rows in a reference gradient, where so many are stored."""
         return min(self.options.batch_size or step.rows, stored)

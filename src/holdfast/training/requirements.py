@@ -1,0 +1,69 @@
+"""What methods need of a trainer's model and rows, checked before a stage is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from holdfast.api.method import Method
+from holdfast.api.rows import TokenRow
+from holdfast.errors import ConfigError
+from holdfast.models.head import base
+
+
+def check_trainable(model: nn.Module) -> None:
+    """ConfigError if no parameter of the model is trained."""
+    if any(p.requires_grad for p in model.parameters()):
+        return
+    adapters = getattr(model, "peft_config", None)
+    advice = (
+        "load the adapter with PeftModel.from_pretrained(..., is_trainable=True)"
+        if adapters
+        else "set requires_grad of what is to be trained"
+    )
+    raise ConfigError(f"model: no parameter of it is trainable, so nothing could be learned; {advice}")
+
+
+def check_methods(methods: Sequence[Method], model: nn.Module, rows: Sequence[TokenRow]) -> None:
+    """Check that the model and the task's rows are of the kind that the methods work with.
+
+    Args:
+        rows: the task's; the first one is looked at if a method needs rows.
+
+    Raises:
+        ConfigError: a method goes through the model with rows of the next-token loss, and the model has another loss;
+            or it needs the task's rows, and they are not tokens with a label for each, or cannot be chosen from.
+    """
+    for method in methods:
+        takes_rows = method.needs_rows or type(method).extra_rows is not Method.extra_rows
+        if takes_rows and (reason := _other_loss(model)):
+            raise ConfigError(
+                f"method {method.name}: computes next-token losses, but {reason}; a causal language model would do, or "
+                "a method that needs no rows, such as si"
+            )
+    needing = [method for method in methods if method.needs_rows]
+    if not needing:
+        return
+    try:
+        with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
+            assert not len(rows) or rows[0]
+    except ConfigError as error:
+        raise ConfigError(f"method {needing[0].name}: {error}") from None
+
+
+def _other_loss(model: nn.Module) -> str:
+    """How the loss of a model differs from the next-token loss; empty if it does not, or if nobody knows."""
+    inner: Any = base(model)
+    if not isinstance(inner, PreTrainedModel):
+        return ""
+    name = type(inner).__name__
+    if getattr(inner.config, "is_encoder_decoder", False):
+        return f"the labels of {name} are a decoder's tokens, beside input_ids of their own"
+    kind = getattr(inner, "loss_type", None)
+    other = kind in LOSS_MAPPING and LOSS_MAPPING[kind] is not ForCausalLMLoss
+    return f"the loss of {name} is not one ({kind})" if other else ""
