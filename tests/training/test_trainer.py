@@ -20,6 +20,29 @@ def test_without_a_method_it_is_the_plain_trainer_bit_for_bit(tmp_path):
     assert torch.equal(vector(plain.model), vector(ours.model))
 
 
+def test_each_stage_begins_with_a_new_optimizer(tmp_path):
+    """AdamW's averages of the last stage's gradients are gone, as in a trainer of its own for each stage."""
+
+    def learn(trainer, seed):
+        torch.manual_seed(seed)
+        trainer.train_dataset = tiny_rows(8, seed=seed)
+        trainer.train()
+        return trainer
+
+    one = learn(learn(trained(tmp_path, stages=0), 1), 2)
+    model = tiny_model()
+    each = [learn(trained(tmp_path, model=model, stages=0), seed) for seed in (1, 2)]
+    assert torch.equal(vector(one.model), vector(each[-1].model))
+    assert {int(entry["step"]) for entry in one.optimizer.state.values()} == {2}
+
+
+def test_an_optimizer_that_the_user_gave_keeps_its_state(tmp_path):
+    model = tiny_model()
+    mine = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    trained(tmp_path, model=model, rows=tiny_rows(8), stages=2, optimizers=(mine, None))
+    assert {int(entry["step"]) for entry in mine.state.values()} == {4}
+
+
 class Recorder(Replay):
     """Replay that notes what it was asked for and what came."""
 

@@ -139,7 +139,8 @@ def hand_to_engine(trainer: Any) -> None:
     """Let DeepSpeed divide the weights before methods look at them, and again where a method exchanged them.
 
     Raises:
-        ConfigError: the DeepSpeed configuration has an optimizer or a scheduler of its own.
+        ConfigError: the DeepSpeed configuration has an optimizer or a scheduler of its own; or it is in fp16, and a
+            method needs gradients, which it keeps in float16, multiplied by the loss scale.
     """
     state = trainer._holdfast
     trained = {id(p) for p in trainer.model.parameters() if p.requires_grad}
@@ -148,6 +149,11 @@ def hand_to_engine(trainer: Any) -> None:
     config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
     if given := {"optimizer", "scheduler"} & config.config.keys():
         raise ConfigError(f"deepspeed: leave out {' and '.join(sorted(given))}; the trainer's own are used")
+    if scales_loss(trainer) and (needs := state.names_of("after_backward")):
+        raise ConfigError(
+            f"fp16: method {needs} needs the gradients, which DeepSpeed keeps in float16, multiplied by its loss "
+            "scale: without it the small ones would be lost; use bf16"
+        )
     if trainer.args.bf16 and not config.is_true("bf16.enabled"):
         zero.autocast(trainer.model)
     zero.release(trainer.model)
@@ -155,27 +161,39 @@ def hand_to_engine(trainer: Any) -> None:
     trainer.deepspeed, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model_wrapped = trainer.deepspeed
     state.engine = zero.Engine(trainer.accelerator, trained)
-    zero.attach(trainer.deepspeed, lambda: state.after_backward(trainer.model))
+    engine = trainer.deepspeed
+    scale = (lambda: float(engine.optimizer.loss_scale)) if scales_loss(trainer) else lambda: 1.0
+    zero.attach(engine, lambda: state.after_backward(trainer.model, scale()))
 
 
 def renew_optimizer(trainer: Any) -> None:
-    """Let Trainer make its optimizer anew where a method exchanged the trained parameters before the stage.
+    """Let Trainer make its optimizer anew for each stage.
+
+    Averages of an earlier stage's gradients say nothing of this stage's loss, and a method may have exchanged the
+    trained parameters. An optimizer that the user gave is the user's: it keeps its state.
 
     Raises:
-        ConfigError: the user gave the optimizer, so that Trainer cannot make it.
+        ConfigError: the user gave the optimizer, and a method exchanged the parameters that it holds.
     """
     state, model = trainer._holdfast, trainer.model
     if trainer.optimizer is None or state.engine is not None:
         return
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     if not state.optimizer_is_given:
-        if held != {id(p) for p in model.parameters() if p.requires_grad}:
+        if state.has_trained or held != {id(p) for p in model.parameters() if p.requires_grad}:
             trainer.optimizer = None
     elif not held <= {id(p) for p in model.parameters()}:
         raise ConfigError(
             "optimizers: a method trains other parameters in this stage than the given optimizer holds; leave "
             "it out, so that the trainer makes one itself"
         )
+
+
+def scales_loss(trainer: Any) -> bool:
+    """Whether DeepSpeed trains in fp16, where it scales the loss and skips steps whose gradients overflow."""
+    return trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.hf_ds_config.is_true(
+        "fp16.enabled"
+    )
 
 
 def _torch_optimizer(trainer: Any) -> Any:

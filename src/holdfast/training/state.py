@@ -57,6 +57,8 @@ class ContinualState:
         process: this one.
         pad: makes a batch of token rows.
         optimizer_is_given: whether the user has given the optimizer.
+        has_trained: whether ``train()`` was called before.
+        overflow_is_skipped: whether fp16 leaves out a step whose gradients are not finite, and training goes on.
         interrupted: set while training runs, to say that it stops before the stage is done.
         cost: of the stage.
         terms: of the loss, since the last line of the log.
@@ -67,6 +69,7 @@ class ContinualState:
         step: the optimizer step at work; None before the first of the stage.
         micro_batches: of the step, in this process.
         row_numbers: of the step's train rows, in this process, where they are known.
+        skipped: whether the step is left out, since fp16's gradients overflow.
         gradient_norm: of the step, where DeepSpeed trains.
     """
 
@@ -77,6 +80,8 @@ class ContinualState:
     process: Process
     pad: Collator
     optimizer_is_given: bool
+    has_trained: bool = False
+    overflow_is_skipped: Callable[[], bool] = bool
     interrupted: bool = False
     cost: Cost = field(default_factory=Cost)
     terms: Terms = field(default_factory=Terms)
@@ -87,6 +92,7 @@ class ContinualState:
     step: Step | None = None
     micro_batches: int = 1
     row_numbers: list[int] = field(default_factory=list)
+    skipped: bool = False
     gradient_norm: float | None = None
 
     @property
@@ -99,6 +105,11 @@ class ContinualState:
         return any(
             getattr(type(method), verb) is not getattr(Method, verb) for method in self.methods for verb in verbs
         )
+
+    def names_of(self, verb: str) -> str:
+        """The names of the methods that have this verb of their own."""
+        own = (m for m in self.methods if getattr(type(m), verb) is not getattr(Method, verb))
+        return " and ".join(method.name for method in own)
 
     @property
     def adds_to_loss(self) -> bool:
@@ -123,7 +134,7 @@ class ContinualState:
         assert self.stage is not None
         counts = self.process.all_reduce_sum(torch.tensor([sum(sizes), len(sizes)], dtype=torch.float64))
         rows, micro_batches = counts.long().tolist()
-        self.micro_batches, self.row_numbers = len(sizes), []
+        self.micro_batches, self.row_numbers, self.skipped = len(sizes), [], False
         self.step = Step(stage=self.stage, index=index, rows=rows, micro_batches=micro_batches, logged=logged)
         return self.step
 
@@ -141,26 +152,40 @@ class ContinualState:
                 terms[name] = scale * term
         return terms
 
-    def after_backward(self, model: nn.Module) -> None:
-        """Give the accumulated gradient to the methods; DeepSpeed, which steps in its backward pass, calls this."""
+    def after_backward(self, model: nn.Module, loss_scale: float = 1.0) -> None:
+        """Give the accumulated gradient to the methods; DeepSpeed, which steps in its backward pass, calls this.
+
+        Args:
+            loss_scale: what fp16 has multiplied the gradient by. Methods see it without this factor, and it has the
+                factor again afterwards. If it is not finite, they do not see it, since the step will be skipped.
+        """
         if self.step is None:
             return
         average_replicated(model)
-        if self.engine is None and not (self.adds_to_loss or self.any_overrides("after_backward")):
+        scaled = self.engine is None and loss_scale != 1 and self.any_overrides("after_backward", "after_step")
+        if self.engine is None and not (scaled or self.adds_to_loss or self.any_overrides("after_backward")):
             return  # a parameter without gradient stays without
         gradient = gradients(model)
+        if scaled:
+            finite = all(bool(t.isfinite().all()) for t in gradient.tensors.values())
+            self.skipped = self.process.any_of(not finite)
+            if self.skipped:
+                return
+            gradient.scale_(1 / loss_scale)
         for method in self.methods:
             values = method.after_backward(self.step, gradient)
             self.terms.add(values)
             self.terms.as_gradients |= values.keys() & set(self.terms.declared)
+        if scaled:
+            gradient.scale_(loss_scale)
         if self.engine is not None:  # it steps before Trainer asks for the norm
-            self.gradient_norm = math.sqrt(gradient.dot(gradient))
+            self.gradient_norm = math.sqrt(gradient.dot(gradient)) / loss_scale
             self.check_finite(self.gradient_norm, {"gradient norm": self.gradient_norm}, self.row_numbers)
 
     def after_step(self, model: nn.Module) -> None:
-        """Give the weights to the methods, after the optimizer's step."""
+        """Give the weights to the methods, after the optimizer's step, if it was not skipped."""
         self.terms.step()
-        if self.step is not None:
+        if self.step is not None and not self.skipped:
             for method in self.methods:
                 if type(method).after_step is not Method.after_step:
                     method.after_step(self.step, weights(model))
@@ -176,7 +201,7 @@ class ContinualState:
         self.stage_index += 1
 
     def check_finite(self, total: Any, values: dict[str, Any], rows: list[int]) -> None:
-        """Stop before the weights change if a scalar is not finite.
+        """Stop before the weights change if a scalar is not finite, unless such a step is skipped.
 
         Args:
             total: the scalar, a number or a tensor.
@@ -186,7 +211,7 @@ class ContinualState:
         Raises:
             NonFiniteLossError: it is not.
         """
-        if self.step is None or math.isfinite(torch.as_tensor(total).detach()):
+        if self.step is None or math.isfinite(torch.as_tensor(total).detach()) or self.overflow_is_skipped():
             return
         stage = self.step.stage
         named = ", ".join(f"{name} {float(torch.as_tensor(value).detach()):.4g}" for name, value in values.items())

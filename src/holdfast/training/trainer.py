@@ -31,9 +31,11 @@ from holdfast.training.engine_mixin import (
     optimizer_not_saved,
     reach_all,
     renew_optimizer,
+    scales_loss,
 )
 from holdfast.training.extra_rows import ExtraRows, collate_tokens
 from holdfast.training.method_state import load_states
+from holdfast.training.requirements import check_methods, check_trainable
 from holdfast.training.state import ContinualState, RunContext
 from holdfast.training.terms import Terms
 
@@ -108,6 +110,7 @@ class ContinualMixin(EngineMixin):
         finally:
             state.cost.stop()
             state.stage = state.step = None
+            state.has_trained = True
         return result
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> tuple[list[Any], Any]:
@@ -159,7 +162,7 @@ class ContinualMixin(EngineMixin):
         """Run a micro-batch forward and backward; after the last one of a step, give the gradient to the methods."""
         loss = super().training_step(*args, **kwargs)
         if not self.is_deepspeed_enabled and self.accelerator.gradient_state.sync_gradients:
-            self._holdfast.after_backward(self.model)
+            self._holdfast.after_backward(self.model, loss_scale=_loss_scale(self))
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -167,7 +170,7 @@ class ContinualMixin(EngineMixin):
         if state.engine is not None:
             return state.gradient_norm
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and _loss_scaler(self) is None:  # a loss scaler skips a step whose gradients overflow
+        if norm is not None:
             state.check_finite(norm, {"gradient norm": norm}, state.row_numbers)
         return norm
 
@@ -203,8 +206,10 @@ class ContinualMixin(EngineMixin):
 def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
     """Make the stage, let an engine divide the model, let the methods prepare, and load what a checkpoint holds."""
     state = trainer._holdfast
-    _refuse_loss_scale(trainer)
+    state.overflow_is_skipped = lambda: _overflow_is_skipped(trainer)
     stage = state.stage = _stage(trainer)
+    check_trainable(trainer.model)
+    check_methods(state.methods, trainer.model, stage.rows)
     state.engine = None
     hand_to_engine(trainer)
     if state.engine is not None and state.run.states is not None:
@@ -241,16 +246,20 @@ def _stage(trainer: Any) -> Stage:
     )
 
 
-def _refuse_loss_scale(trainer: Any) -> None:
-    """ConfigError where methods would see gradients that fp16 has multiplied by its loss scale."""
-    state = trainer._holdfast
-    if _loss_scaler(trainer) is not None and state.any_overrides("after_backward"):
-        names = " and ".join(m.name for m in state.methods if type(m).after_backward is not Method.after_backward)
-        raise ConfigError(f"fp16: method {names} needs the gradients, which fp16 multiplies by a loss scale; use bf16")
+def _loss_scale(trainer: Any) -> float:
+    """What fp16 multiplies the loss, and so the gradients, by until the optimizer steps."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
 
 
-def _loss_scaler(trainer: Any) -> Any:
-    return getattr(trainer.accelerator, "scaler", None)
+def _overflow_is_skipped(trainer: Any) -> bool:
+    """Whether fp16's loss scale makes the optimizer skip a step whose gradients are not finite, and falls.
+
+    It does not where it has fallen below 1: then the gradients themselves are not finite.
+    """
+    if trainer.is_deepspeed_enabled:
+        return scales_loss(trainer)  # DeepSpeed itself ends where its scale cannot fall any more
+    return getattr(trainer.accelerator, "scaler", None) is not None and _loss_scale(trainer) >= 1
 
 
 @contextlib.contextmanager
@@ -269,7 +278,10 @@ class _AfterStep(TrainerCallback):
         self.trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._holdfast.after_step(self.trainer.model)
+        holdfast = self.trainer._holdfast
+        # A fused optimizer leaves the step out by itself, so that accelerate does not know; DeepSpeed does.
+        holdfast.skipped |= getattr(self.trainer.optimizer, "step_was_skipped", False)
+        holdfast.after_step(self.trainer.model)
 
 
 def _drop_repeated_rows(trainer: Any, batches: list[Any]) -> list[int]:
