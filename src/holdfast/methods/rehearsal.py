@@ -108,9 +108,10 @@ class Rehearsal(Method):
         rounds, rest = divmod(count, self.size)
         samples = [*range(self.size)] * rounds + step.random(self.name).sample(range(self.size), rest)
         extra = Extra([self.rows[i] for i in samples], options.way, samples, layers, logits)
+        self.violations = None
         several = step.micro_batches > 1 and options.violations_only and not isinstance(options.weight, str)
-        counts = several and isinstance(self.teacher, StateTeacher)
-        self.violations = violations(step.stage, extra, self.teacher) if counts else None
+        if several and isinstance(self.teacher, StateTeacher):
+            self.violations = violations(step.stage, extra, self.teacher)
         return extra
 
     def _count(self, task_rows: int) -> int:
