@@ -17,13 +17,14 @@ from holdfast.deploy.export import export
 from holdfast.deploy.serve import serve
 from holdfast.errors import RunDirectoryError
 from holdfast.lab.pretrain import pretrain
+from holdfast.models.weights import check_weights
 from holdfast.runner.evaluate import evaluate
 from holdfast.runner.inputs import model_inputs, path_inputs
 from holdfast.runner.loop import run
 from holdfast.system.files import read_json
 from holdfast.system.progress import Progress
 from support.command import holdfast
-from support.tiny import tiny_config, tiny_model, tiny_tokenizer
+from support.tiny import tiny_config, tiny_model, tiny_tokenizer, write_model
 
 QUIET = Progress(quiet=True)
 OWN = '''
@@ -182,11 +183,19 @@ def test_a_run_of_an_older_version_is_compared_from_now_on(place):
         run(configuration(place), QUIET)
 
 
-def test_a_hub_model_is_known_by_its_commit(monkeypatch):
-    config = tiny_model().config
-    config._commit_hash = "c0ffee"
-    monkeypatch.setattr("holdfast.runner.inputs.load_model_config", lambda model: config)
-    assert model_inputs(ModelConfig(name="some/model")) == {"commit on the hub": "c0ffee"}
+def test_a_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
+    """In the layout of huggingface_hub's cache, which tests read without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for commit in ("0123456789" * 4, "f" * 40):
+        folder = tmp_path / "models--some--model"
+        write_model(folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+        assert model_inputs(ModelConfig(name="some/model")) == {"commit on the hub": commit}
+        assert check_weights(ModelConfig(name="some/model"))
+    pinned = ModelConfig(name="some/model", revision="0123456789" * 4)
+    assert model_inputs(pinned) == {"commit on the hub": pinned.revision}
+    assert model_inputs(ModelConfig(name="some/other")) == {}
 
 
 def test_weights_of_every_kind_are_looked_at(tmp_path):

@@ -36,6 +36,32 @@ def test_a_kill_between_the_note_and_the_file_is_no_damage(tmp_path):
     assert read_json(tmp_path / "a.json") == {"a": 2}
 
 
+def test_several_kills_in_a_row_at_that_point_are_no_damage(tmp_path):
+    put(tmp_path, {"a": 0})
+    put(tmp_path, {"a": 1})
+    for value in (2, 3, 4):
+        note(tmp_path, tmp_path / "a.json", {"": text_facts(json_file({"a": value}))})
+        assert read_json(tmp_path / "a.json") == {"a": 1}
+    write_text(tmp_path / "a.json", json_file({"a": 0}))
+    with pytest.raises(RunDirectoryError, match="is damaged"):
+        read_json(tmp_path / "a.json")
+
+
+def test_another_s_file_of_that_name_is_left_alone(tmp_path):
+    (tmp_path / MANIFEST).write_text('{"audio_filepath": "a.wav"}\nno JSON\n')
+    (tmp_path / "a.json").write_text("[1]")
+    assert read_json(tmp_path / "a.json") == [1]
+
+
+def test_a_manifest_that_is_damaged_itself_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    put(tmp_path, [1])
+    content = (tmp_path / MANIFEST).read_bytes()
+    (tmp_path / MANIFEST).write_bytes(b"[" + content[1:])
+    with pytest.raises(RunDirectoryError, match=r"manifest\.jsonl: line 1 is damaged"):
+        read_json(tmp_path / "a.json")
+
+
 def test_a_kill_within_the_note_is_no_damage(tmp_path):
     put(tmp_path, {"a": 1})
     with (tmp_path / MANIFEST).open("ab") as file:

@@ -85,3 +85,15 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {model.name!r} cannot be used as a model: {error}") from None
+
+
+def hub_commit(model: ModelConfig) -> str | None:
+    """The commit of the hub that a model's name and revision lead to; None where that is not known."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(model.name, "config.json", revision=model.revision)
+    except OSError:
+        return None
+    folder = None if file is None else Path(file).parent  # huggingface_hub keeps files in snapshots/COMMIT
+    return folder.name if folder is not None and folder.parent.name == "snapshots" else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from holdfast.config.model import ModelConfig
+from holdfast.engines.profiles import loading_options
 from holdfast.errors import ConfigError
 from holdfast.models.pretrained import load_model_config
 from holdfast.system.manifest import check_weights_files
@@ -58,6 +59,7 @@ def check_weights(model: ModelConfig, key: str = "model.name") -> bool:
     Raises:
         ConfigError: as :func:`load_causal_lm`.
     """
+    loading_options(None)  # ZeRO-3 may have trained the last model in this process, and would divide the next
     is_folder = Path(model.name).is_dir()
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config = load_model_config(model)

@@ -20,6 +20,7 @@ from holdfast.models.vllm_engine import ADAPTER, vllm_engine
 from holdfast.models.weights import check_weights, load_causal_lm
 from holdfast.rehearsal.corpus import write_corpus
 from holdfast.rehearsal.request import PLAIN, Request, SampleOptions
+from holdfast.system.manifest import check_weights_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,11 +53,13 @@ def replay(
 
     Raises:
         ConfigError: the model cannot be loaded or cannot write such samples; the engine is unknown or not installed.
+        RunDirectoryError: the model is of a run or an export, and a file is damaged.
         UserError: as write_corpus.
     """
     if engine not in ENGINES:
         raise ConfigError(f"engine: there is no engine {engine!r}{did_you_mean(engine, ENGINES)}")
     tokenizer = load_tokenizer(ModelConfig(name=model), key="MODEL")
+    check_weights_files(Path(model))
     draw: Sampler
     fingerprint = None
     if engine == "vllm":

@@ -13,7 +13,7 @@ from holdfast.api.method import Method
 from holdfast.config.model import ModelConfig
 from holdfast.data.tokens.build import MANIFEST as TOKENS_MANIFEST
 from holdfast.data.tokens.build import TOKENS
-from holdfast.models.pretrained import load_model_config, tokenizer_fingerprint
+from holdfast.models.pretrained import hub_commit, tokenizer_fingerprint
 from holdfast.records.inputs import Inputs
 from holdfast.system.manifest import file_facts, folder_facts
 
@@ -50,7 +50,7 @@ def model_inputs(model: ModelConfig) -> dict[str, str]:
     """The SHA-256 of each file of a model's folder that its outputs depend on; of a hub model, its commit."""
     folder = Path(model.name)
     if not folder.is_dir():
-        commit = getattr(load_model_config(model), "_commit_hash", None)
+        commit = hub_commit(model)
         return {"commit on the hub": commit} if commit else {}
     weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
     configs = [folder / name for name in ("config.json", "generation_config.json", "adapter_config.json")]

@@ -1,7 +1,8 @@
 """Checksums of the files of a directory: noted when they are written, compared when they are read.
 
-``manifest.jsonl`` gets a line for each file or folder before it takes its name, so that a kill at any point leaves
-either what the last line about it says, or what the line before says. Logs, which grow line by line, are not noted.
+``manifest.jsonl`` gets a line for each file or folder before it takes its name. The line says what it will hold, and
+what a file holds until then, so that a kill at any point leaves one of the two. Logs, which grow line by line, are not
+noted.
 Where there is no manifest, as in directories of version 0.1.0, nothing is compared.
 """
 
@@ -60,10 +61,14 @@ def text_facts(text: str) -> Facts:
 
 def note(root: Path, path: Path, entry: Entry) -> None:
     """Note in the manifest of ``root`` what ``path``, below it, will hold from now on."""
-    manifest = root / MANIFEST
+    manifest, name = root / MANIFEST, path.relative_to(root).as_posix()
     if manifest.exists():
         cut_torn_line(manifest)
-    append_jsonl(manifest, {"path": path.relative_to(root).as_posix(), "files": entry}, sync=True)
+    line: dict[str, Any] = {"path": name, "files": entry}
+    if path.is_file():
+        now = {"": file_facts(path)}
+        line |= {"before": now} if now in _entries(manifest).get(name, []) else {}
+    append_jsonl(manifest, line, sync=True)
 
 
 def write_noted(root: Path, path: Path, text: str) -> None:
@@ -132,7 +137,11 @@ _read: dict[Path, tuple[tuple[int, int], dict[str, list[Entry]]]] = {}
 
 
 def _entries(manifest: Path) -> dict[str, list[Entry]]:
-    """By path, what a file or folder may hold: what the last line about it says, and the line before."""
+    """By path, what a file or folder may hold: what the last line about it says, or what it held until then.
+
+    Raises:
+        RunDirectoryError: the manifest itself is damaged.
+    """
     try:
         found = manifest.stat()
     except OSError:
@@ -140,10 +149,17 @@ def _entries(manifest: Path) -> dict[str, list[Entry]]:
     state = found.st_mtime_ns, found.st_size
     if manifest not in _read or _read[manifest][0] != state:
         entries: dict[str, list[Entry]] = {}
-        for line in read_appended(manifest):
-            entries[line["path"]] = [*entries.get(line["path"], [])[-1:], line["files"]]
+        for line in read_appended(manifest) if _is_ours(manifest) else []:
+            before = [line["before"]] if "before" in line else entries.get(line["path"], [])[-1:]
+            entries[line["path"]] = [*before, line["files"]]
         _read[manifest] = state, entries
     return _read[manifest][1]
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether a file of this name is a manifest of holdfast's, as it is at least in a run's directory."""
+    with manifest.open("rb") as file:
+        return file.read(9) == b'{"path": ' or (manifest.parent / "run.json").exists()
 
 
 def _compare(manifest: Path, path: Path, known: list[Entry]) -> None:
