@@ -248,6 +248,19 @@ def test_the_gate_and_what_it_decided(tmp_path: Path) -> None:
     assert "gate: 1 of 2 stages failed" in (tmp_path / "compare.html").read_text(encoding="utf-8")
 
 
+def test_changed_inputs_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    changes = [
+        {"at": "2026-11-30T00:00:00+00:00", "accepted": ["model: model.safetensors: 0123 -> 4567"]},
+        {"at": "2026-12-01T00:00:00+00:00", "versions": ["torch 2.9 -> 2.10"]},
+    ]
+    write_json(run / "run.json", read_json(run / "run.json") | {"changes": changes})
+    report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "it went on with changed inputs, so scores do not compare: model: model.safetensors: 0123 -&gt; 4567" in page
+    assert "other versions at 2026-12-01" in page and "torch 2.9 -&gt; 2.10" in page
+
+
 def test_forgetting_by_task_and_learning_curves(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     matrix = read_json(run / "matrix.json")

@@ -210,6 +210,10 @@ def _headline(run: FinishedRun) -> list[str]:
             sentences.append("Nothing was forgotten.")
     if summary["general_change"] is not None:
         sentences.append(f"General ability has changed by {number(summary['general_change'], signed=True)}.")
+    for change in run.info.get("changes", []):
+        if "accepted" in change:
+            what = "; ".join(change["accepted"])
+            sentences.append(f"At {change['at']} it went on with changed inputs, so scores do not compare: {what}.")
     return sentences
 
 
@@ -248,5 +252,10 @@ def _environment(run: FinishedRun) -> dict[str, str]:
         "tokens trained on": f"{info['tokens']:,}" if info.get("tokens") else None,
         "peak memory of training": f"{info['peak_memory_gib']:.2f} GiB" if info.get("peak_memory_gib") else None,
         **{f"{library} version": version for library, version in (info.get("versions") or {}).items()},
+        **{
+            f"other versions at {change['at']}": ", ".join(change["versions"])
+            for change in info.get("changes", [])
+            if "versions" in change
+        },
     }
     return {name: fact for name, fact in facts.items() if fact is not None}
