@@ -124,6 +124,14 @@ def test_whatever_reads_a_damaged_file_names_it(file, made, place):
     assert not (place.parent / "out").exists()
 
 
+def test_an_evaluation_s_own_files_are_compared(made, place):
+    evaluated = commands(place, made[1])["evaluate"]
+    evaluated()
+    flip(place.parent / "again" / "responses" / "red.jsonl")
+    with pytest.raises(RunDirectoryError, match=r"again/responses/red\.jsonl: is damaged"):
+        evaluated()
+
+
 def test_an_adapter_of_zeros_is_not_used(made, place):
     zeros(place / ADAPTER)
     for name in READ[ADAPTER]:

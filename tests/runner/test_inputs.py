@@ -103,12 +103,12 @@ CHANGES = {
         lambda f: change_json(f / "model" / "config.json", rms_norm_eps=1e-3),
         r"model: config\.json: \w+ -> \w+",
     ),
-    "tokens": (merge_letters, r"tokenizer: tokens: \w+ -> \w+"),
+    "tokens": (merge_letters, r"tokenizer: tokenizer\.json: \w+ -> \w+"),
     "chat template": (
         lambda f: (f / "model" / "chat_template.jinja").write_text(
             "{% for message in messages %}{{ message.content + '</s>' }}{% endfor %}"
         ),
-        r"tokenizer: chat template: \w+ -> \w+",
+        r"tokenizer: chat_template\.jinja: \(absent\) -> \w+",
     ),
     "method": (lambda f: (f / "own.py").write_text(OWN + "\n# other\n"), r"method own: own\.py: \w+ -> \w+"),
 }
@@ -235,6 +235,10 @@ def test_a_laboratory_run_does_not_go_on_from_another_model(tmp_path, monkeypatc
     with pytest.raises(RunDirectoryError, match=r"model: model\.safetensors"):
         pretrain(config, QUIET)
     assert pretrain(config, QUIET, accept_changes=True)["step"] == 2
+    result = tmp_path / "out" / "result.json"
+    result.write_text(result.read_text().replace('"step": 2', '"step": 3'))
+    with pytest.raises(RunDirectoryError, match=r"result\.json: is damaged"):
+        pretrain(config, QUIET)
 
 
 def _exit(lab: Any) -> None:

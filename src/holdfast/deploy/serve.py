@@ -61,7 +61,7 @@ def serve(
     progress = progress or Progress()
     stored = find_stage(run, stage)
     model = stored.config.model
-    inputs = {"model": model_inputs(model), "tokenizer": tokenizer_inputs(load_tokenizer(model))}
+    inputs = {"model": model_inputs(model), "tokenizer": tokenizer_inputs(model)}
     check_inputs(stored.run, inputs, [], accept_changes)
     for line in method_lacks(stored.config):
         progress.line(f"warning: {line}")

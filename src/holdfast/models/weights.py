@@ -53,8 +53,8 @@ def check_weights(model: ModelConfig, key: str = "model.name") -> bool:
     """Check that a model's files have all its tensors, by their names and shapes; the weights are not read.
 
     Returns:
-        whether that could be checked: the weights of a model of the hub may not be on this machine yet, and those in a
-        quantised format of their own are checked only when they are loaded.
+        whether that could be checked: a model of the hub may not be on this machine yet, and weights in a quantised
+        format of their own, or of a model with code of its own, may be checked only when they are loaded.
 
     Raises:
         ConfigError: as :func:`load_causal_lm`.
@@ -71,6 +71,8 @@ def check_weights(model: ModelConfig, key: str = "model.name") -> bool:
         if not is_folder:
             return False
         raise ConfigError(f"{key}: the weights of {model.name!r} cannot be loaded: {error}") from None
+    except Exception:  # code that comes with a model may not know a device without memory
+        return False
     _check(f"{key}: {model.name!r}", type(loaded).__name__, report)
     return True
 

@@ -13,14 +13,21 @@ from holdfast.api.method import Method
 from holdfast.config.model import ModelConfig
 from holdfast.data.tokens.build import MANIFEST as TOKENS_MANIFEST
 from holdfast.data.tokens.build import TOKENS
-from holdfast.models.pretrained import hub_commit, tokenizer_fingerprint
+from holdfast.models.pretrained import TOKENIZER_FILES, hub_commit
 from holdfast.records.inputs import Inputs
 from holdfast.system.manifest import file_facts, folder_facts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from holdfast.runner.setup import Setup
+
+TOKENIZER_SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def run_inputs(setup: Setup) -> Inputs:
@@ -39,7 +46,7 @@ def run_inputs(setup: Setup) -> Inputs:
         general["evaluation.similarity_model"] = path_inputs(Path(similarity))
     return {
         "model": model_inputs(config.model),
-        "tokenizer": tokenizer_inputs(setup.encoder.tokenizer),
+        "tokenizer": tokenizer_inputs(config.model),
         **general,
         **method_inputs(setup.methods),
         **code_inputs([*setup.methods, setup.tuner, *(setup.scorers[task.metric] for task in setup.stream.tasks)]),
@@ -59,14 +66,15 @@ def model_inputs(model: ModelConfig) -> dict[str, str]:
     return {name: known["sha256"] for name, known in facts.items()}
 
 
-def tokenizer_inputs(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Fingerprints of how texts become tokens, of the chat template and of the special tokens."""
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    return {
-        "tokens": tokenizer_fingerprint(tokenizer),
-        "chat template": _digest(tokenizer.chat_template),
-        "special tokens": _digest(special),
-    }
+def tokenizer_inputs(model: ModelConfig) -> dict[str, str]:
+    """The SHA-256 of each file of a model's folder that makes its tokenizer; a hub model's commit covers them.
+
+    What a tokenizer gives also depends on the libraries' versions, which are compared by themselves.
+    """
+    folder = Path(model.name)
+    files = [folder / name for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS)]
+    facts = folder_facts(folder, sorted(file for file in files if file.is_file()))
+    return {name: known["sha256"] for name, known in facts.items()}
 
 
 def method_inputs(methods: Iterable[Method]) -> Inputs:

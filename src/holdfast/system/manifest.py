@@ -87,7 +87,11 @@ def check(path: Path) -> None:
     for root in path.parents[:DEPTH]:
         known = _entries(root / MANIFEST).get(path.relative_to(root).as_posix())
         if known:
-            _compare(root / MANIFEST, path, known)
+            try:
+                _compare(root / MANIFEST, path, known)
+            except RunDirectoryError:
+                _read.pop(root / MANIFEST)  # another process may have written both since, on a shared disk
+                _compare(root / MANIFEST, path, _entries(root / MANIFEST)[path.relative_to(root).as_posix()])
             return
 
 
