@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,19 @@ def test_what_a_run_would_die_of(config: Path, capsys: pytest.CaptureFixture[str
         message = capsys.readouterr().err.splitlines()[-1]
         assert message.startswith("holdfast: training") and said in message
     assert not list((config.parent / "run").rglob("*.jsonl"))
+
+
+def test_an_adapter_is_no_model(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    assert holdfast("check", config, f"model.name={tmp_path}") == 2
+    said = capsys.readouterr().err
+    assert "is an adapter and not a whole model" in said and "(some/base)" in said and "--merge" in said
+
+
+def test_float16_weights_are_not_trained(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(json.loads(config.read_text())["model"], tmp_path / "model")
+    described = json.loads((model / "config.json").read_text()) | {"dtype": "float16"}
+    (model / "config.json").write_text(json.dumps(described))
+    assert holdfast("check", config, f"model={{name: {model}, dtype: auto}}") == 2
+    assert "float32 or bfloat16 would do" in capsys.readouterr().err
+    assert holdfast("check", config, f"model={{name: {model}}}") == 0

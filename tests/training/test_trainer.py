@@ -150,6 +150,21 @@ def test_a_term_that_does_nothing_is_an_error(form, reason, tmp_path):
         trained(tmp_path, method=method)
 
 
+def test_a_term_that_may_rest_is_a_warning(tmp_path, caplog):
+    class Resting(Penalty):
+        form = "zero"
+
+        def may_rest(self, stage):
+            return self.declares(stage)
+
+    trained(tmp_path, method=Resting())
+    assert "the loss term 'penalty' was exactly zero in all" in caplog.text
+    resting = Resting()
+    resting.form = "absent"
+    with pytest.raises(MethodError, match="never returned"):
+        trained(tmp_path, method=resting)
+
+
 def test_a_term_is_a_mean_over_micro_batches_and_is_logged(tmp_path):
     whole = trained(tmp_path, args={"per_device_train_batch_size": 8, "max_grad_norm": 0}, method=Penalty())
     parts = trained(

@@ -82,6 +82,13 @@ class Method(Registered):
         """Names of the loss terms of this stage. Each must contribute, or the run stops with an error."""
         return ()
 
+    def may_rest(self, stage: Stage) -> tuple[str, ...]:
+        """Names of declared terms that may be exactly zero in a whole stage, as a margin that no activation leaves.
+
+        The run warns and goes on.
+        """
+        return ()
+
     def extra_rows(self, step: Step) -> Extra | None:
         """Rows that go with this optimizer step."""
         return None

@@ -93,6 +93,10 @@ class Rehearsal(Method):
         weights = {self.name: self.options.weight, f"{self.name}/ce": self.options.ce_weight}
         return tuple(name for name, weight in weights.items() if weight)
 
+    def may_rest(self, stage: Stage) -> tuple[str, ...]:
+        """The distance from the teacher's activations or distribution, which a stage may hardly leave."""
+        return () if self.options.loss == "ce" else (self.name,)
+
     def extra_rows(self, step: Step) -> Extra | None:
         options = self.options
         if self._is_off or not self._has_samples:

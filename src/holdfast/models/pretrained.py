@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from holdfast.config.model import ModelConfig
 from holdfast.errors import ConfigError
+from holdfast.system.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -75,10 +76,17 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """The model's transformers configuration.
 
     Raises:
-        ConfigError: there is no such model, or it is not one that transformers knows.
+        ConfigError: there is no such model, it is an adapter, or it is not one that transformers knows.
     """
     from transformers import AutoConfig
 
+    folder = Path(model.name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ConfigError(
+            f"model.name: {model.name!r} is an adapter and not a whole model; merge it into its base ({base}) and give "
+            "the merged model: holdfast export RUN --merge, or PEFT's merge_and_unload"
+        )
     try:
         return AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code

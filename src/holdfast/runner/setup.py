@@ -11,6 +11,7 @@ from holdfast.api.method import Method
 from holdfast.api.scorer import Scorer
 from holdfast.api.task import General, Stream
 from holdfast.api.tuner import Tuner
+from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig
 from holdfast.config.section import Named
 from holdfast.data.benchmark import general_samples
@@ -137,6 +138,7 @@ def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
     check_engine(config.training.engine, config.training.optimizer)
     check_arguments(config.training.arguments, RESERVED)
     model_config = load_model_config(config.model)
+    check_dtype(config.model, model_config)
     max_length = resolve_max_length(config.data.max_length, model_config, tuner.virtual_tokens)
     tokenizer = load_tokenizer(config.model)
     encoder = Encoder(
@@ -171,6 +173,20 @@ def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
         steps=steps,
         samples=resolved.samples,
     )
+
+
+def check_dtype(model: ModelConfig, model_config: Any) -> None:
+    """Refuse to train weights in float16, as ``dtype: auto`` would take them from some files.
+
+    Raises:
+        ConfigError: they would be.
+    """
+    stored = str(getattr(model_config, "dtype", None)).removeprefix("torch.")
+    if model.dtype == "auto" and stored == "float16":
+        raise ConfigError(
+            f"model.dtype: auto takes the float16 of {model.name!r}, in which optimizers overflow; float32 or bfloat16 "
+            "would do"
+        )
 
 
 def build_methods(config: RunConfig) -> list[Method]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -11,20 +13,25 @@ from holdfast.api.stage import Stage
 from holdfast.engines.process import Process
 from holdfast.errors import MethodError
 
+logger = logging.getLogger("holdfast")
+
 
 class Terms:
     """Sums of the loss's terms since the last line of the log, and which terms were ever different from zero.
 
     Attributes:
         declared: names of the terms that must contribute.
+        may_rest: those of them that may be zero in a whole stage.
+        returned: names of the terms that methods returned.
         contributed: names of the terms whose mean was not zero in some line of the log.
         as_gradients: names of the declared terms that methods added to the gradient instead of the loss.
         steps: optimizer steps of the stage.
     """
 
-    def __init__(self, declared: Any = ()) -> None:
-        self.declared = tuple(declared)
+    def __init__(self, declared: Iterable[str] = (), may_rest: Iterable[str] = ()) -> None:
+        self.declared, self.may_rest = tuple(declared), frozenset(may_rest)
         self.contributed: set[str] = set()
+        self.returned: set[str] = set()
         self.as_gradients: set[str] = set()
         self.steps = 0
         self._window = 0
@@ -49,6 +56,7 @@ class Terms:
         ranks = process.gather(local)
         names = dict.fromkeys(name for rank in ranks for name in rank)
         means = {f"term/{name}": sum(rank.get(name, 0.0) for rank in ranks) / process.world for name in names}
+        self.returned |= names.keys()
         self.contributed |= {name for name in names if means[f"term/{name}"] != 0}
         self._sums, self._counts, self._window = {}, {}, 0
         return means
@@ -79,7 +87,15 @@ class Terms:
             MethodError: a declared term was exactly zero, or absent, in all steps.
         """
         self.flush(process)
-        missing = [name for name in self.declared if name not in self.contributed]
+        zero = [name for name in self.declared if name not in self.contributed]
+        resting = [name for name in zero if name in self.may_rest and name in self.returned]
+        missing = [name for name in zero if name not in resting]
+        for name in resting:
+            logger.warning(
+                "stage %d (%s): the loss term %r was exactly zero in all %d steps: the weights moved so little that "
+                "the method did nothing; a smaller margin or a higher learning rate would let it act",
+                *(stage.index, stage.task, name, self.steps),
+            )
         if missing and self.steps > 1:
             raise MethodError(
                 f"stage {stage.index} ({stage.task}): the declared loss term {missing[0]!r} was exactly zero, or never "

@@ -222,7 +222,10 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
     renew_optimizer(trainer)
     if state.general_loss_before is None:
         state.general_loss_before = _general_loss(trainer)
-    state.terms = Terms(name for method in state.methods for name in method.declares(stage))
+    state.terms = Terms(
+        (name for method in state.methods for name in method.declares(stage)),
+        may_rest=(name for method in state.methods for name in method.may_rest(stage)),
+    )
     if checkpoint is not None:
         load_states(state.methods, Path(checkpoint, "method"), trainer.model)
         if state.process.main:
