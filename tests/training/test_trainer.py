@@ -182,6 +182,12 @@ def test_a_term_is_a_mean_over_micro_batches_and_is_logged(tmp_path):
     assert one["term/penalty"] == pytest.approx(two["term/penalty"], rel=1e-4)
 
 
+def test_rows_without_a_supervised_token_are_told(tmp_path):
+    rows = [row | {"labels": [-100] * len(row["labels"])} for row in tiny_rows(8)]
+    with pytest.raises(NonFiniteLossError, match="No token of these rows is supervised: all their labels are -100"):
+        trained(tmp_path, rows=rows)
+
+
 def test_a_nan_stops_before_the_weights_are_touched_and_names_the_rows(tmp_path):
     class Poison(Method):
         name = "poison"

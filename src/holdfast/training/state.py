@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.api.method import Method
-from holdfast.api.rows import TokenRow
+from holdfast.api.rows import IGNORED, TokenRow
 from holdfast.api.stage import Stage, Step
 from holdfast.data.collate import Collator
 from holdfast.engines import zero
@@ -200,13 +200,14 @@ class ContinualState:
             method.after_stage(self.stage)
         self.stage_index += 1
 
-    def check_finite(self, total: Any, values: dict[str, Any], rows: list[int]) -> None:
+    def check_finite(self, total: Any, values: dict[str, Any], rows: list[int], labels: Tensor | None = None) -> None:
         """Stop before the weights change if a scalar is not finite, unless such a step is skipped.
 
         Args:
             total: the scalar, a number or a tensor.
             values: what it consists of, by name, for the message.
             rows: numbers of the train rows that it comes from, where known.
+            labels: of these rows, where known.
 
         Raises:
             NonFiniteLossError: it is not.
@@ -216,8 +217,14 @@ class ContinualState:
         stage = self.step.stage
         named = ", ".join(f"{name} {float(torch.as_tensor(value).detach()):.4g}" for name, value in values.items())
         where = f", {self.run.describe_rows(rows)}" if rows else ""
+        advice = "A lower training.learning_rate or a look at these rows would be next"
+        if labels is not None and not bool((labels != IGNORED).any()):
+            advice = (
+                f"No token of these rows is supervised: all their labels are {IGNORED}, so their mean loss is 0/0; look "
+                "at what masks them (the data collator, completion_only_loss, assistant_only_loss, a prompt as long as "
+                "the row), or leave them out"
+            )
         raise NonFiniteLossError(
             f"stage {stage.index} ({stage.task}), step {self.step.index + 1}{where}: the loss is not finite "
-            f"({named}); the weights were not touched. A lower training.learning_rate or a look at these rows "
-            "would be next"
+            f"({named}); the weights were not touched. {advice}"
         )

@@ -153,7 +153,7 @@ class ContinualMixin(EngineMixin):
         step.task_loss = _mean_loss(self, loss, inputs, num_items_in_batch) if scaled else loss.detach()
         terms = {"task": loss} | state.loss_terms(inputs, outputs, 1 / state.micro_batches if scaled else 1.0)
         total = reach_all(model, sum(terms.values()))
-        state.check_finite(total, terms, numbers)
+        state.check_finite(total, terms, numbers, inputs.get("labels") if isinstance(inputs, Mapping) else None)
         share = 1.0 if scaled else 1 / state.micro_batches
         state.terms.add({name: share * term.detach() for name, term in terms.items()}, mean=False)
         return (total, outputs) if return_outputs else total
