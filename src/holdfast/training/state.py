@@ -221,8 +221,8 @@ class ContinualState:
         if labels is not None and not bool((labels != IGNORED).any()):
             advice = (
                 f"No token of these rows is supervised: all their labels are {IGNORED}, so their mean loss is 0/0; "
-                "look at what masks them (the data collator, completion_only_loss, assistant_only_loss, a prompt as long "
-                "as the row), or leave them out"
+                "look at what masks them (the data collator, completion_only_loss, assistant_only_loss, a prompt that "
+                "fills the row), or leave them out"
             )
         raise NonFiniteLossError(
             f"stage {stage.index} ({stage.task}), step {self.step.index + 1}{where}: the loss is not finite "
