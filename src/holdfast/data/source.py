@@ -113,6 +113,9 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
         notes.append(way.unasked)
     if "all" in examples:
         notes.append(_draw_test(examples, data.test_share))
+    for name in ("train", "test"):
+        if not examples[name] and not bad:
+            raise DataError(f"task {source.name!r}: no row of the {name} split is left: {'; '.join(notes)}")
     if data.reasoning == "drop":
         examples = {name: [_without_reasoning(example) for example in split] for name, split in examples.items()}
     train, test = examples["train"], examples["test"]
