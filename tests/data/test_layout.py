@@ -179,7 +179,7 @@ def test_answers_that_are_labelled_bad_are_left_out(tmp_path: Path) -> None:
         "2 rows are left out, as their label says that the answer is bad",
     ]
 
-    with pytest.raises(DataError, match="no row of the train split is left: 1 rows are left out, as their label"):
+    with pytest.raises(DataError, match="no row of the train split is left: 2 rows are left out, as their label"):
         load(task(tmp_path / "u", rows[:1]))
 
 
