@@ -83,7 +83,7 @@ def test_one_file_is_a_task_whose_test_split_is_drawn(tmp_path: Path) -> None:
     grown = load(path).tasks[0]
     assert asked <= {example.question for example in grown.test}
     assert not {example.question for example in grown.test} & {example.question for example in grown.train}
-    assert len(load(path, test_share=0.5).tasks[0].test) > len(grown.test)
+    assert len(load(path, hold_out=0.5).tasks[0].test) > len(grown.test)
     (tmp_path / "tasks" / "one").mkdir(parents=True)
     (tmp_path / "tasks" / "one" / "rows.jsonl").write_text(lines(ROWS))
     assert [found.name for found in load(tmp_path / "tasks").tasks] == ["one"]

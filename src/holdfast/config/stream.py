@@ -153,8 +153,8 @@ class DataConfig(Section):
     reasoning: Literal["template", "drop"] = Field(
         "template", description="reasoning before answers: as the chat template shows it, or left out of every row"
     )
-    test_share: float = Field(
-        0.1, gt=0, lt=1, description="share of the rows of a task in one file that become its test split"
+    hold_out: float = Field(
+        0.1, gt=0, lt=1, description="share of the rows of a task in one file that are held out as its test split"
     )
     train_rows: int | None = Field(None, ge=1, description="use only the first n train rows of each task")
     test_rows: int | None = Field(None, ge=1, description="use only the first n test rows of each task")

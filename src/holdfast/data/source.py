@@ -112,7 +112,7 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
     if way.unasked:
         notes.append(way.unasked)
     if "all" in examples:
-        notes.append(_draw_test(examples, data.test_share))
+        notes.append(_draw_test(examples, data.hold_out))
     for name in ("train", "test"):
         if not examples[name] and not bad:
             raise DataError(f"task {source.name!r}: no row of the {name} split is left: {'; '.join(notes)}")
@@ -216,7 +216,7 @@ def _draw_test(examples: dict[str, list[Example]], share: float) -> str:
         raise DataError(f"{rows[0].file}: {len(rows)} rows are too few to draw a test split from; add a test file")
     return (
         f"one file: {len(examples['test'])} of its {len(rows)} rows, drawn by what they ask, are the test split "
-        f"(data.test_share={share:g})"
+        f"(data.hold_out={share:g})"
     )
 
 
