@@ -15,6 +15,7 @@ from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.section import Section
 from holdfast.losses import logit_mse
 from holdfast.models.head import whole_head
+from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.teacher import predicting, predicting_states
 
@@ -50,6 +51,10 @@ class DER(Method):
     @property
     def needs_rows(self) -> bool:
         return True
+
+    def before_stage(self, stage: Stage) -> None:
+        if self.options.weight:
+            check_head(stage, stage.rows[0], self.name)
 
     def declares(self, stage: Stage) -> tuple[str, ...]:
         return (self.name,) if len(self.memory) and self.options.weight else ()

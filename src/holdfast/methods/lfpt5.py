@@ -17,6 +17,7 @@ from holdfast.errors import ConfigError
 from holdfast.losses import kl_divergence, next_token_nll
 from holdfast.losses.chunked import Head
 from holdfast.models.head import context, head, trained_head
+from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.pseudo import Writing, write_samples
 from holdfast.rehearsal.teacher import predicting, predicting_states
@@ -71,6 +72,8 @@ class LFPT5(Method):
         self.room = longest - getattr(stage.model, "virtual_tokens", 0) if longest else None
         self.writings = [Writing.of(stage.tokenizer, task) for task in [*self.tasks, stage.task]]
         options = self.options
+        if options.kl_weight:
+            check_head(stage, stage.rows[0], self.name)
         self.memory, self.before, self.head = Memory(options.samples * max(1, len(self.tasks)), "quota"), [], None
         if options.weight or options.kl_weight:
             for number, (task, length) in enumerate(zip(self.tasks, self.lengths, strict=True)):

@@ -19,6 +19,7 @@ from holdfast.losses import dynamic_weight, next_token_nll
 from holdfast.models.head import begin_token, context
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
 from holdfast.rehearsal.cache import cached_rows
+from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.options import RehearsalOptions
 from holdfast.rehearsal.request import Request, SampleOptions
@@ -67,6 +68,8 @@ class Rehearsal(Method):
             return
         if options.drawn:
             self._draw(stage)
+        if options.loss == "kl" and options.weight:
+            check_head(stage, (self.rows or self.held_out or stage.rows)[0], self.name)
         if options.loss == "ce" or not options.weight or self.teacher is not None:
             return
         if options.source == "current" or options.drawn or isinstance(self.rows, TokenRows):

@@ -5,12 +5,21 @@ from __future__ import annotations
 import inspect
 from dataclasses import make_dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
+from peft.tuners.ia3.layer import IA3Layer
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.osf.layer import OSFLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
+from torch.func import functional_call
 
 from holdfast.engines.pieces import for_compute, full
+from holdfast.errors import ConfigError
 from holdfast.losses.chunked import Head
+from holdfast.losses.common import wide
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,15 +32,77 @@ def base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def head(model: PreTrainedModel | PeftModel) -> Head:
-    """The output head of a causal language model."""
-    inner = base(model)
-    layer = inner.get_output_embeddings()
-    config = inner.config.get_text_config()
-    # Cohere multiplies the logits, Granite divides them.
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    """The output head of a causal language model.
+
+    An adapter on it counts: the weight is then that of the whole layer, computed anew, with gradient to the adapter's
+    parameters; its dropout does not act. Every process must ask for it.
+
+    Raises:
+        ConfigError: the head has an adapter of a kind that is no matrix.
+    """
+    layer = _active(base(model).get_output_embeddings())
+    if isinstance(layer, BaseTunerLayer):
+        return _with_adapter(layer)._replace(**_bounds(model))
     bias = getattr(layer, "bias", None)
-    bias = None if bias is None else for_compute(bias)
-    return Head(for_compute(layer.weight), bias, scale, getattr(config, "final_logit_softcapping", None))
+    return Head(for_compute(layer.weight), None if bias is None else for_compute(bias), **_bounds(model))
+
+
+def bounded(model: PreTrainedModel | PeftModel, logits: Tensor) -> Tensor:
+    """What the head's layer gives -> the model's logits, float32 or wider."""
+    return Head(logits, **_bounds(model)).bounded(wide(logits))
+
+
+class _Bounds(TypedDict):
+    logit_scale: float
+    softcap: float | None
+
+
+def _bounds(model: PreTrainedModel | PeftModel) -> _Bounds:
+    """What comes after the head's layer, as the model's configuration says it."""
+    config: Any = base(model).config.get_text_config()
+    scaling = getattr(config, "logits_scaling", None)
+    scales = [
+        getattr(config, "logit_scale", None),  # Cohere
+        getattr(config, "lm_head_multiplier", None),  # Falcon H1
+        scaling if config.model_type.startswith("hyperclovax") else 1 / scaling if scaling else None,  # Granite divides
+    ]
+    scale = next((scale for scale in scales if scale is not None), 1.0)
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))  # Gemma, its kin
+    return {"logit_scale": scale, "softcap": next((cap for cap in caps if cap is not None), None)}
+
+
+def _active(layer: Any) -> Any:
+    """The layer that acts: of modules_to_save, the trained copy."""
+    if isinstance(layer, ModulesToSaveWrapper) and not layer.disable_adapters and layer.active_adapters:
+        return layer.modules_to_save[layer.active_adapters[0]]
+    return layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer
+
+
+def _with_adapter(layer: Any) -> Head:
+    """The weight and bias of a linear layer with an adapter that multiplies by a matrix."""
+    if not isinstance(layer, LoraLayer | IA3Layer | OSFLayer) or _depends_on_tokens(layer):
+        raise ConfigError(
+            f"the model's head has an adapter ({type(layer).__name__}) that is no matrix, so that no loss can be built "
+            "from the head; LoRA, AdaLoRA, IA3 and OSF can be on the head, or leave lm_head out of target_modules"
+        )
+    parameters = {name: for_compute(p) for name, p in layer.named_parameters()}
+    weight = layer.get_base_layer().weight
+    units = torch.eye(layer.in_features, device=weight.device, dtype=weight.dtype)
+    origin = torch.zeros_like(units[:1])
+    training = [module for module in layer.modules() if module.training]
+    layer.eval()
+    with torch.autocast(weight.device.type, enabled=False):
+        rows = functional_call(layer, parameters, (torch.cat([units, origin]),))
+    for module in training:
+        module.training = True
+    bias = rows[-1] if any(name.rpartition(".")[2] == "bias" for name in parameters) else None
+    return Head((rows[:-1] if bias is None else rows[:-1] - bias).T, bias)
+
+
+def _depends_on_tokens(layer: Any) -> bool:
+    """Whether a LoRA layer acts on the tokens after an invocation alone (aLoRA)."""
+    variants = getattr(layer, "lora_variant", {}).values()
+    return any("ALora" in (kind if isinstance(kind, type) else type(kind)).__name__ for kind in variants)
 
 
 def whole_head(model: PreTrainedModel | PeftModel) -> Head:

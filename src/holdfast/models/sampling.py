@@ -16,9 +16,8 @@ from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from holdfast.errors import ConfigError, DataError
-from holdfast.losses.common import wide
 from holdfast.models.generation import generation_config, inference
-from holdfast.models.head import base, head
+from holdfast.models.head import base, bounded, hidden_only
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -112,7 +111,7 @@ def sample(
     draw = Draw(_uniform(seed, chosen, max(limits)).to(device), temperature)
     stops = sorted(stop_token_ids)
     with inference(model):
-        if use_cache and _has_plain_decoder(model):
+        if use_cache and _has_plain_decoder(model) and _has_known_head(model, ids[:1], mask[:1]):
             tokens, states = _steps(model, ids, mask, draw, limits, stops, hidden)
         else:
             tokens, states = _generate(model, ids, mask, draw, stops, hidden, pad_token_id, use_cache)
@@ -192,7 +191,7 @@ def _steps(
     Returns:
         tokens [rows, width + new ones], and the hidden states of all but the last, if asked for.
     """
-    inner, final = base(model), head(model)
+    inner = base(model)
     decoder, layer = inner.base_model, inner.get_output_embeddings()
     rows, width = ids.shape
     length = width + draw.steps
@@ -217,7 +216,7 @@ def _steps(
             if states is None:
                 states = part.new_empty(rows, length - 1, part.shape[-1])
             states[:, first:last] = part
-        tokens[:, last : last + 1] = draw(final.bounded(wide(layer(part[:, -1]))))
+        tokens[:, last : last + 1] = draw(bounded(model, layer(part[:, -1])))
         first = last
         if stops:
             ended |= torch.isin(tokens[:, last], ending) | (most <= last + 1 - width)
@@ -275,6 +274,16 @@ def _has_plain_decoder(model: PreTrainedModel | PeftModel) -> bool:
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=inner.config).layers
     )
+
+
+def _has_known_head(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor) -> bool:
+    """Whether the model's logits are what its head's layer gives, scaled and soft-capped as its configuration says."""
+    outputs = model(
+        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **hidden_only(model)
+    )
+    logits = outputs.logits[:, -1].float()
+    found = bounded(model, base(model).get_output_embeddings()(outputs.hidden_states[-1][:, -1]))
+    return found.shape == logits.shape and bool((found - logits).norm() <= 0.05 * logits.norm())
 
 
 def _generate(
