@@ -166,27 +166,38 @@ def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained,
         assert same(one, two), path.name
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_its_arithmetic_and_memory_are_what_its_page_says(name, folder, monkeypatch):
+@pytest.fixture(scope="module")
+def counted(folder) -> Callable[..., tuple[Path, int]]:
+    """Runs a method once for each tuner, and gives the run's directory and the operations of its second stage."""
     train = holdfast.runner.loop.train_stage
-    counted: dict[tuple[str, int], int] = {}
+    found: dict[Path, int] = {}
 
-    def count(setup: Any, stage: Any, *args: Any) -> int:
-        with FlopCounterMode(display=False) as counter:
-            steps = train(setup, stage, *args)
-        counted[method, stage.index] = counter.get_total_flops()
-        return steps
+    def run(name: str, options: dict[str, Any], tuner: Any) -> tuple[Path, int]:
+        output = folder / f"cost-{name}-{abs(hash(json.dumps(tuner)))}"
 
-    monkeypatch.setattr(holdfast.runner.loop, "train_stage", count)
-    parameters = 0
-    for method, options in ((name, case(name).options), ("sequential", {})):
-        output = folder / f"cost-{name}-{method}"
-        holdfast.runner.loop.run(
-            configuration(folder, output, method, options, tuner_of(name), 0, {}), Progress(quiet=True)
-        )
-        parameters = json.loads((output / "run.json").read_text())["parameters"]["trainable"]
-    assert counted[name, 2] <= case(name).flops * counted["sequential", 2], counted[name, 2] / counted["sequential", 2]
-    states = [load_file(path) for path in (folder / f"cost-{name}-{name}").glob("stages/02-green/method/*.safetensors")]
+        def count(setup: Any, stage: Any, *args: Any) -> dict[str, Any]:
+            with FlopCounterMode(display=False) as counter:
+                result = train(setup, stage, *args)
+            found[output] = counter.get_total_flops()
+            return result
+
+        if output not in found:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(holdfast.runner.loop, "train_stage", count)
+                config = configuration(folder, output, name, options, tuner, 0, {})
+                holdfast.runner.loop.run(config, Progress(quiet=True))
+        return output, found[output]
+
+    return run
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_its_arithmetic_and_memory_are_what_its_page_says(name, counted):
+    output, operations = counted(name, case(name).options, tuner_of(name))
+    plain, expected = counted("sequential", {}, tuner_of(name))
+    parameters = json.loads((plain / "run.json").read_text())["parameters"]["trainable"]
+    assert operations <= case(name).flops * expected, operations / expected
+    states = [load_file(path) for path in output.glob("stages/02-green/method/*.safetensors")]
     floats = sum(t.numel() for state in states for t in state.values() if t.is_floating_point())
     assert floats <= case(name).vectors * parameters, floats / parameters
 
