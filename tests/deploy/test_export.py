@@ -274,10 +274,9 @@ def test_a_hub_model_and_hub_data_stand_in_the_cards_metadata(lora, tmp_path, mo
     info["config"]["stream"] = {"tasks": [{"name": n, "dataset": f"some/{n}"} for n in TASKS]}
     write_json(copy / "run.json", info)
     (copy / "manifest.jsonl").unlink()
-    for place in ("models.pretrained", "runner.inputs"):
-        monkeypatch.setattr(f"holdfast.{place}.load_model_config", lambda model: tiny_model().config)
+    monkeypatch.setattr("holdfast.models.pretrained.load_model_config", lambda model: tiny_model().config)
     monkeypatch.setattr(GenerationConfig, "from_pretrained", _absent)
-    exported = export(copy, tmp_path / "out", accept_changes=True)
+    exported = export(copy, tmp_path / "out")
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert data.base_model == "some/model" and data.datasets == [f"some/{n}" for n in TASKS]
     assert data.library_name == "peft" and data.base_model_relation == "adapter"

@@ -179,9 +179,9 @@ def test_no_command_takes_such_a_model(spoiled, tmp_path, capsys):
     lacks = r"lack 1 tensors of LlamaForCausalLM, .*: model\.norm\.weight"
     stored = find_stage(spoiled / "run")
     for refused in (
-        lambda: evaluate(spoiled / "run", progress=QUIET),
+        lambda: evaluate(spoiled / "run", progress=QUIET, accept_changes=True),
         lambda: application(stored),
-        lambda: export(spoiled / "run", tmp_path / "merged", merge=True),
+        lambda: export(spoiled / "run", tmp_path / "merged", merge=True, accept_changes=True),
         lambda: replay(str(spoiled / "model"), tmp_path / "corpus", tokens=10),
         lambda: replay(str(spoiled / "run" / "stages" / "01-red" / "adapter"), tmp_path / "corpus", tokens=10),
     ):
@@ -231,3 +231,20 @@ def test_a_tuner_does_not_load_a_part_of_its_weights(options, name, tmp_path):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ConfigError, match=f"{tmp_path}.*lack.* {name.replace('.weight', '')}"):
         tuner.load(model, tmp_path)
+
+
+def test_plain_peft_s_warning_of_missing_tensors_is_an_error(taught, tmp_path):
+    place = tmp_path / "place"
+    shutil.copytree(taught, place)
+    (place / "run" / "manifest.jsonl").unlink()
+    adapter = place / "run" / "stages" / "01-red" / "adapter"
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    del tensors[name]
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    for load in (
+        lambda: export(place / "run", tmp_path / "merged", merge=True),
+        lambda: replay(str(adapter), tmp_path / "corpus", tokens=10),
+    ):
+        with pytest.raises(ConfigError, match=r"missing adapter keys .*layers\.0\.self_attn\.q_proj\.lora_A"):
+            load()

@@ -178,14 +178,17 @@ def _merged(config: ModelConfig, tuner: Tuner, adapter: Path) -> PreTrainedModel
     """
     from peft import PeftModel
 
-    from holdfast.models.weights import load_causal_lm
+    from holdfast.models.weights import load_causal_lm, whole_adapter
 
     model = load_causal_lm(
         config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype=config.dtype
     )
     try:
-        peft: Any = PeftModel.from_pretrained(model, str(adapter))
+        with whole_adapter(str(adapter)):
+            peft: Any = PeftModel.from_pretrained(model, str(adapter))
         return peft.merge_and_unload(safe_merge=True)
+    except ConfigError:
+        raise
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise ConfigError(f"--merge: tuner {tuner.name!r} cannot be merged into the model: {error}") from None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Collection, Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,24 @@ def check_weights(model: ModelConfig, key: str = "model.name") -> bool:
         return False
     _check(f"{key}: {model.name!r}", type(loaded).__name__, report)
     return True
+
+
+@contextlib.contextmanager
+def whole_adapter(place: str) -> Iterator[None]:
+    """Within it, PEFT's warning of tensors that an adapter's file lacks is an error.
+
+    Args:
+        place: where the adapter comes from, for the message.
+
+    Raises:
+        ConfigError: the file lacks tensors of the adapter; the message names them.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            yield
+        except UserWarning as error:
+            raise ConfigError(f"{place}: {error}") from None
 
 
 def _load(name: str | Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Collection[Any]]]:

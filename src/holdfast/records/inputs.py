@@ -13,12 +13,15 @@ LIBRARIES = ("holdfast", "torch", "transformers", "peft", "accelerate", "tokeniz
 
 
 def input_changes(recorded: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """A line for each part that differs. What only one side knows, as a run of an older version does, is left out."""
+    """A line for each part that differs.
+
+    What only one side knows is left out: a run of an older version, or the commit of a model when the hub is far away.
+    """
     lines = []
     for what in recorded:
-        if what not in now:
+        old, new = recorded[what], now.get(what)
+        if not old or not new:
             continue
-        old, new = recorded[what], now[what]
         for part in sorted(old.keys() | new.keys()):
             if old.get(part) != new.get(part):
                 lines.append(f"{what}: {part}: {_short(old.get(part))} -> {_short(new.get(part))}")

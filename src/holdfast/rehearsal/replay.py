@@ -17,7 +17,7 @@ from holdfast.models.head import begin_token, context
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import Sampler, sample
 from holdfast.models.vllm_engine import ADAPTER, vllm_engine
-from holdfast.models.weights import check_weights, load_causal_lm
+from holdfast.models.weights import check_weights, load_causal_lm, whole_adapter
 from holdfast.rehearsal.corpus import write_corpus
 from holdfast.rehearsal.request import PLAIN, Request, SampleOptions
 from holdfast.system.manifest import check_weights_files
@@ -113,7 +113,8 @@ def _load(name: str) -> PreTrainedModel | PeftModel:
         try:
             config: Any = PeftConfig.from_pretrained(name)
             check_weights(ModelConfig(name=config.base_model_name_or_path, revision=config.revision), key="MODEL")
-            model = AutoPeftModelForCausalLM.from_pretrained(name)
+            with whole_adapter(f"MODEL: {name!r}"):
+                model = AutoPeftModelForCausalLM.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ConfigError(f"MODEL: {name!r} cannot be loaded: {error}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
