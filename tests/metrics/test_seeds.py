@@ -77,6 +77,25 @@ def test_intervals_cover_and_tests_keep_their_size(seeds: int, examples: int, se
     assert abs(apart_unpaired / TRIALS - 0.05) <= slack
 
 
+@pytest.mark.parametrize(
+    ("fewer", "more"), [(2, 3), (2, 10), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((2, 5), (3, 5), (3, 10)))]
+)
+def test_other_numbers_of_seeds_keep_the_size_of_a_test(fewer: int, more: int):
+    """Of two equal methods 2 to 7 % differ at p <= 0.05; where one's seeds move it three times as far, 10 % at most."""
+    rng = np.random.default_rng([fewer, more])
+    apart = {}
+    for noise in ((1.0, 1.0), (1.0, 3.0), (3.0, 1.0)):
+        found = []
+        for _ in range(TRIALS):
+            runs = [rng.normal(size=n) * by for n, by in zip((fewer, more), noise, strict=True)]
+            a, b = ((values, np.repeat(values[:, None], 2, axis=1)) for values in runs)
+            found.append(Spread.of_difference(a, b).p(float(runs[1].mean() - runs[0].mean())) <= 0.05)
+        apart[noise] = np.mean(found)
+    error = 2 * np.sqrt(0.05 * 0.95 / TRIALS)
+    assert 0.02 - error <= apart[1.0, 1.0] <= 0.07 + error, apart
+    assert max(apart.values()) <= 0.09 + error, apart
+
+
 @pytest.mark.parametrize("seeds", [2, 3, 10])
 def test_the_minimum_detectable_difference_is_found_as_often_as_it_says(seeds: int):
     rng = np.random.default_rng(seeds)
