@@ -100,15 +100,15 @@ def plain_llama(model, ids, task=None):
 
     x = llama.model.embed_tokens.weight[torch.tensor(ids)]
     for layer, prefix in zip(llama.model.layers, model.base_model.prefixes, strict=True):
-        h, attention = norm(x, layer.input_layernorm), layer.self_attn
+        h, attention = norm(x, layer.input_layernorm), layer.self_attn.base_layer
         q, k, v = (
             p(h).view(n, -1, dim).transpose(0, 1) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q, k = turned(q), turned(k)
         out = torch.zeros(n, heads * dim)
         for head in range(heads):
-            keys = torch.cat([prefix.key(task)[head // groups], k[head // groups]])
-            values = torch.cat([prefix.value(task)[head // groups], v[head // groups]])
+            keys = torch.cat([prefix.dual_prefix_keys["default"](task)[head // groups], k[head // groups]])
+            values = torch.cat([prefix.dual_prefix_values["default"](task)[head // groups], v[head // groups]])
             for token in range(n):
                 seen = len(keys) - n + token + 1  # the whole prefix and the tokens up to this one
                 weights = (q[head, token] @ keys[:seen].T / math.sqrt(dim)).softmax(-1)
@@ -237,7 +237,7 @@ def test_recomputed_activations_give_the_same_gradients():
 
     plain, recomputed = gradients(False), gradients(True)
     for name, gradient in plain.items():
-        if "prefixes" in name:
+        if "task_key" not in name:
             torch.testing.assert_close(recomputed[name], gradient)
             assert gradient.abs().max() > 0
 
@@ -245,14 +245,15 @@ def test_recomputed_activations_give_the_same_gradients():
 def test_prefixes_and_key_alone_are_trained_and_have_the_shapes_of_the_options():
     model = DualPrefix(general_length=4, expert_length=7).prepare(tiny_model(num_hidden_layers=6))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    expected = {"base_model.key.now": (16,)}
+    place = "base_model.model.model.layers.{}.self_attn.dual_prefix_{}.default.now"
+    expected = {place.format(5, "task_key"): (16,)}
     for i in range(6):
-        expected |= {f"base_model.prefixes.{i}.{part}.now": (1, 7 if i else 4, 8) for part in ("key", "value")}
+        expected |= {place.format(i, part): (1, 7 if i else 4, 8) for part in ("keys", "values")}
     assert shapes == expected
 
     def general(layers, **options):
         model = DualPrefix(**options).prepare(tiny_model(num_hidden_layers=layers))
-        return sum(prefix.key.shared for prefix in model.base_model.prefixes)
+        return sum(layer.dual_prefix_keys["default"].shared for layer in model.base_model.prefixes)
 
     assert [general(layers) for layers in (1, 2, 12)] == [0, 1, 2]  # the paper: 2 of 12
     assert general(4, general_layers=3) == 3 and general(4, general_layers=0) == 0
@@ -277,7 +278,7 @@ def test_saved_prefixes_load_with_all_finished_tasks(finished, tmp_path):
     tuner.save(model, tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json", ".md"}
     assert all(
-        "base_model." in name and "layers" not in name for name in load_file(tmp_path / "adapter_model.safetensors")
+        ".dual_prefix_" in name and "default" not in name for name in load_file(tmp_path / "adapter_model.safetensors")
     )
     other = tuner.prepare(tiny_model(initializer_range=0.3))
     tuner.load(other, tmp_path)
@@ -342,12 +343,12 @@ def test_prefixes_and_keys_of_finished_tasks_never_change_while_general_ones_do(
                 assert torch.equal(last[name][:t], held[name])
                 assert torch.equal(held[name][-1], held[name.removesuffix("past") + "now"])
             assert not torch.equal(last[name][0], last[name][1])
-        elif "prefixes.0" in name:
+        elif "layers.0.self_attn.dual_prefix_" in name:
             assert not torch.equal(after[0][name], after[1][name])
         elif not name.endswith(".now"):
             assert torch.equal(after[0][name], last[name])  # the model itself
-    assert {name.rpartition(".")[2] for name in last if "prefixes.1" in name} == {"now", "past"}
-    assert {name.rpartition(".")[2] for name in last if "prefixes.0" in name} == {"now"}
+    assert {name.rpartition(".")[2] for name in last if "1.self_attn.dual_prefix_" in name} == {"now", "past"}
+    assert {name.rpartition(".")[2] for name in last if "0.self_attn.dual_prefix_" in name} == {"now"}
 
 
 def test_the_key_finds_the_task_of_a_row(tmp_path):
@@ -402,7 +403,7 @@ def test_at_test_leaves_the_model_as_it_was_and_begins_with_the_model_alone():
         assert not torch.equal(model(input_ids=ids).logits, now)
         parts.close()
         assert torch.equal(model(input_ids=ids).logits, now)
-    assert all(p.requires_grad == ("base_model.model" not in name) for name, p in model.named_parameters())
+    assert all(p.requires_grad == (".dual_prefix_" in name) for name, p in model.named_parameters())
 
 
 def step_of(model, rows, micro_batches=1):
@@ -449,16 +450,16 @@ def test_the_task_trains_the_prefixes_and_no_key():
     model = prefixed(finished=1).train()
     model(**pad_rows(tiny_rows(4))).loss.backward()
     for name, p in model.named_parameters():
-        if "prefixes" in name:
+        if "dual_prefix_" in name and "task_key" not in name:
             assert p.grad.abs().max() > 0
         else:
-            assert p.grad is None
+            assert p.grad is None or ("task_key" in name and not p.grad.any())
 
 
 def test_a_stage_begins_at_the_last_ones_prefixes_and_at_a_key_of_its_own_rows():
     model, method = prefixed(), DualPrompt()
     one, again = tiny_stage(model, task_rows(0, 50), 1), tiny_stage(model, task_rows(0, 50), 1, micro_batch_size=7)
-    before = {name: p.clone() for name, p in model.named_parameters() if "prefixes" in name}
+    before = {name: p.clone() for name, p in model.named_parameters() if "dual_prefix_keys" in name}
     method.before_stage(one)
     first = model.base_model.key.now.detach().clone()
     method.before_stage(again)

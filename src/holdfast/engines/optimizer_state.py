@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.engines.pieces import layout_of, trainable
 from holdfast.engines.process import Process
+from holdfast.engines.whole import former_names
 from holdfast.system.files import read_json, write_json
 
 TENSORS, VALUES = "optimizer.safetensors", "optimizer.json"
@@ -48,7 +49,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     """Read back what :func:`save_optimizer` wrote; each process takes its pieces."""
     saved, values = load_file(folder / TENSORS), read_json(folder / VALUES)
     settings_of = {name: group for group in values["groups"] for name in group["params"]}
-    names = {id(p): name for name, p in trainable(model).items()}
+    former = former_names(model)
+    names = {id(p): name if name in settings_of else former.get(name, name) for name, p in trainable(model).items()}
     states: dict[str, dict[str, Any]] = {name: dict(state) for name, state in values["states"].items()}
     for entry, value in saved.items():
         name, _, key = entry.rpartition("/")

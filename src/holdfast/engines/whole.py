@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,12 @@ def saves_together(model: nn.Module) -> bool:
 def whole_weights_to_load(model: nn.Module) -> AbstractContextManager[None]:
     """Within it ``load_state_dict`` finds whole weights, and each process has the same to load."""
     return layout_of_model(model).loading(model, [t for _, t in _saved(model)])
+
+
+def former_names(model: nn.Module) -> dict[str, str]:
+    """The names that version 0.1.0 gave to a model's trained tensors, by their names now, where these differ."""
+    tuner: Any = getattr(model, "base_model", None)
+    return tuner.former_names() if hasattr(type(tuner), "former_names") else {}
 
 
 def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

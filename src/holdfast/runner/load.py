@@ -11,7 +11,7 @@ from holdfast.api.tuner import Tuner
 from holdfast.config.run import RunConfig
 from holdfast.engines.pieces import is_divided, prepare_loaded, reshard, trainable
 from holdfast.engines.profiles import loading_options
-from holdfast.engines.whole import fingerprint
+from holdfast.engines.whole import fingerprint, former_names
 from holdfast.models.attention import fastest
 from holdfast.models.quantization import ready_for_training, weight_options
 from holdfast.models.weights import load_causal_lm
@@ -57,6 +57,7 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftMo
     return prepared
 
 
-def trained_weights(model: nn.Module) -> str:
-    """SHA-256 over the trainable weights, by name."""
-    return fingerprint(trainable(model).items())
+def trained_weights(model: nn.Module, former: bool = False) -> str:
+    """SHA-256 over the trainable weights, by name; ``former``: by the names that version 0.1.0 gave them."""
+    names = former_names(model) if former else {}
+    return fingerprint((names.get(name, name), p) for name, p in trainable(model).items())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.api.method import Method
 from holdfast.engines.process import Process
+from holdfast.engines.whole import former_names
 from holdfast.errors import RunDirectoryError
 from holdfast.system.files import read_json, write_json
 from holdfast.system.manifest import check
@@ -44,11 +45,18 @@ def load_states(methods: Sequence[Method], folder: Path, model: nn.Module) -> No
         RunDirectoryError: a file is damaged.
     """
     check(folder)
+    now = {former: name for name, former in former_names(model).items()}
     for method in methods:
         file = folder / f"{method.name}.safetensors"
         try:
-            tensors = load_file(file)
+            tensors = {_named(key, now): t for key, t in load_file(file).items()}
         except SafetensorError as error:  # of version 0.1.0, whose files have no checksums
             raise RunDirectoryError(f"{file}: is damaged: {error}; restore it from a copy") from None
         state = read_json(folder / f"{method.name}.json") | {key: t.clone() for key, t in tensors.items()}
         method.load_state(state, model)
+
+
+def _named(key: str, now: dict[str, str]) -> str:
+    """A key of a state, such as "fisher/NAME", with the name that the model's tensor has now."""
+    vector, slash, name = key.rpartition("/")
+    return vector + slash + now.get(name, name)

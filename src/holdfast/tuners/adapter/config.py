@@ -27,6 +27,8 @@ class AdapterConfig(PeftConfig):
             alone or first in a tuple. If None, the placement's modules are looked up in the model.
         exclude_modules: names, or a regular expression, of modules that get none.
         modules_to_save: names of modules that are trained in full and saved with the adapter.
+        init_weights: if False, ``up`` begins random, so that an untrained adapter changes the model; for tests, as in
+            PEFT's own types.
 
     Raises:
         ConfigError: a value cannot be used.
@@ -40,6 +42,7 @@ class AdapterConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,7 +42,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         dtype = base.dtype if base.is_floating_point() else None  # quantized weights are integers
         down = nn.Linear(self.size, config.bottleneck, device=base.device, dtype=dtype)
         up = nn.Linear(config.bottleneck, self.size, device=base.device, dtype=dtype)
-        for tensor in (down.bias, up.weight, up.bias):
+        for tensor in (down.bias, *((up.weight, up.bias) if config.init_weights else ())):
             nn.init.zeros_(tensor)
         assert config.scale is not None
         self.adapter_down[adapter_name], self.adapter_up[adapter_name] = down, up

@@ -23,6 +23,8 @@ class MoeLoraConfig(PeftConfig):
         target_modules: names, or a regular expression, of the linear layers to adapt; ``all-linear``: all but the head.
         exclude_modules: names, or a regular expression, of layers that are left as they are.
         modules_to_save: names of modules that are trained in full and saved with the adapter.
+        init_weights: if False, B begins random, so that an untrained mixture changes the model; for tests, as in PEFT's
+            own types.
 
     Raises:
         ConfigError: a value cannot be used.
@@ -36,6 +38,7 @@ class MoeLoraConfig(PeftConfig):
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,7 +53,8 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         self.moe_lora_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False)
         self.moe_lora_router[adapter_name] = Router(self.in_features, config.experts, bias=False)
         self.moe_lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
-        nn.init.zeros_(self.moe_lora_B[adapter_name].weight)  # type: ignore[arg-type]
+        if config.init_weights:
+            nn.init.zeros_(self.moe_lora_B[adapter_name].weight)  # type: ignore[arg-type]
         self.experts[adapter_name], self.top_k[adapter_name] = config.experts, config.top_k
         self.scaling[adapter_name] = config.lora_alpha / config.r
         self._move_adapter_to_device_of_base_layer(adapter_name)  # type: ignore[operator]
