@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from holdfast.config.section import section_of
+from holdfast.config.yaml_values import MOST_BYTES, YamlError, parse_yaml, refuse_unusable
 from holdfast.errors import ConfigError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class YamlLoader(yaml.SafeLoader):
-    """Safe YAML that also reads 3e-4 as a number."""
-
-
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 def load(
@@ -70,18 +58,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        ConfigError: the file is absent, cannot be read, or holds no mapping.
+        ConfigError: the file is absent, cannot be read, or holds no mapping of names to plain values.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"{path}: has more than {MOST_BYTES:,} bytes, so it is no configuration")
+        values = parse_yaml(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, not a YAML file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 (byte {error.start})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+    except YamlError as error:
+        raise ConfigError(f"{path}: {'is not valid YAML: ' if error.syntax else ''}{error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r}: is no path of a file: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(values).__name__}")
     return values
@@ -92,13 +88,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{override!r}: an override is key.path=value, for example training.epochs=3")
     try:
-        value = yaml.load(text, Loader=YamlLoader)
-    except yaml.YAMLError:
+        refuse_unusable(key)
+        value = parse_yaml(text)
+    except YamlError as error:
+        if not error.syntax:
+            raise ConfigError(f"{override!r:.200}: {error}") from None
         value = text
     try:
         set_key(values, key, value)
     except ConfigError as error:
-        raise ConfigError(f"{override!r}: {error}") from None
+        raise ConfigError(f"{override!r:.200}: {error}") from None
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
@@ -135,4 +134,4 @@ def _in_words(cls: type[BaseModel], error: ErrorDetails) -> str:
         case "value_error":
             return f"{key + ': ' if key else ''}{error['ctx']['error']}"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key}: {message}, not {error['input']!r}"
+    return f"{key}: {message}, not {error['input']!r:.200}"

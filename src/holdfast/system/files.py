@@ -113,14 +113,98 @@ def append_bytes(path: Path, content: bytes, *, sync: bool = False) -> None:
             os.fsync(file.fileno())
 
 
+class JsonError(ValueError):
+    """The text is not JSON, or holds what no file of holdfast's does."""
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text of holdfast's; NaN and infinity, which version 0.1.0 could write, are None.
+
+    Raises:
+        JsonError: it is not JSON, is nested too deeply, or holds a number of too many digits, half a surrogate or a
+            name that stands twice in an object.
+    """
+    try:
+        value = _DECODER.decode(text)
+        if "\\ud" in text.lower():  # only an escape can be half a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise JsonError(f"it is no JSON (line {error.lineno}: {error.msg})") from None
+    except RecursionError:
+        raise JsonError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise JsonError("it holds half a surrogate, which is no character") from None
+    except JsonError:
+        raise
+    except ValueError:
+        raise JsonError("it holds a number of too many digits") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise JsonError(f"the name {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
+
+
+def _number(text: str) -> float | None:
+    return value if math.isfinite(value := float(text)) else None
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=lambda _: None)
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file that holdfast wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file that holdfast wrote; RunDirectoryError if it is damaged."""
+    try:
+        return parse_json(read_utf8(path))
+    except JsonError as error:
+        raise RunDirectoryError(f"{path}: is damaged: {error}; restore it from a copy") from None
+
+
+def read_utf8(path: Path) -> str:
+    """Read a text file that holdfast wrote.
+
+    Raises:
+        RunDirectoryError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunDirectoryError(f"{path}: is damaged: byte {error.start} is not UTF-8; restore it from a copy") from None
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file that holdfast wrote: only a line feed ends a line, no other separator of Unicode."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """Read a JSON-lines file that holdfast wrote: only a line feed ends a line, no other separator of Unicode.
+
+    Raises:
+        RunDirectoryError: a line is damaged.
+    """
+    return list(_objects(path, read_utf8(path).split("\n")))
+
+
+def _objects(path: Path, lines: Sequence[str | bytes]) -> Iterator[dict[str, Any]]:
+    """The objects of lines; empty lines are passed over."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = parse_json(line.decode() if isinstance(line, bytes) else line) if line else {}
+            if not isinstance(value, dict):
+                raise JsonError("it is no object")
+        except UnicodeDecodeError:
+            reason = "it is not UTF-8"
+        except JsonError as error:
+            reason = str(error)
+        else:
+            if line:
+                yield value
+            continue
+        raise RunDirectoryError(
+            f"{path}: line {number} is damaged: {reason}; restore the file from a copy, or delete the line"
+        )
 
 
 def cut_torn_line(path: Path) -> None:
@@ -140,16 +224,14 @@ def read_appended(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunDirectoryError: another line is damaged.
     """
-    whole, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
-    lines = []
-    for number, line in enumerate(whole.split(b"\n"), start=1):
-        try:
-            lines += [json.loads(line)] if line else []
-        except ValueError:
-            raise RunDirectoryError(
-                f"{path}: line {number} is damaged: it is no JSON; restore the file from a copy, or delete the line"
-            ) from None
-    return lines
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: cannot be read: {error.strerror}") from None
+    whole, _, _ = content.rpartition(b"\n")
+    return list(_objects(path, whole.split(b"\n")))
 
 
 @contextlib.contextmanager

@@ -8,16 +8,25 @@ Where there is no manifest, as in directories of version 0.1.0, nothing is compa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import RunDirectoryError
-from holdfast.system.files import append_jsonl, cut_torn_line, read_appended, write_text
+from holdfast.system.files import (
+    JsonError,
+    append_jsonl,
+    cut_torn_line,
+    parse_json,
+    read_appended,
+    read_utf8,
+    write_text,
+)
+from holdfast.system.files import read_json as read_plain_json
 
 MANIFEST = "manifest.jsonl"
 EXPORT = "holdfast.json"
@@ -105,7 +114,10 @@ def check_weights_files(folder: Path) -> None:
     """
     check(folder)
     if (folder / EXPORT).is_file():
-        files = json.loads((folder / EXPORT).read_text(encoding="utf-8")).get("files", {})
+        exported = read_plain_json(folder / EXPORT)
+        files = exported.get("files", {}) if isinstance(exported, dict) else None
+        if not _is_entry(files):
+            raise RunDirectoryError(f"{folder / EXPORT}: is damaged: files has no checksums; export the stage again")
         compare(folder / EXPORT, folder, {name: f for name, f in files.items() if name.endswith(".safetensors")})
 
 
@@ -116,24 +128,31 @@ def compare(manifest: Path, path: Path, expected: Entry) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file that holdfast wrote, compared with its manifest."""
-    return json.loads(_text(path))
+    check(path)
+    with _remedied(path):
+        return parse_json(read_utf8(path))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file that holdfast wrote whole, compared with its manifest."""
-    return [json.loads(line) for line in _text(path).split("\n") if line]
-
-
-def _text(path: Path) -> str:
     check(path)
+    rows = []
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if line:
+            with _remedied(path, f"line {number}: "):
+                rows.append(parse_json(line))
+                if not isinstance(rows[-1], dict):
+                    raise JsonError("it is no object")
+    return rows
+
+
+@contextlib.contextmanager
+def _remedied(path: Path, place: str = "") -> Iterator[None]:
+    """Tell what is wrong with JSON, and what can be done about its file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        for part in text.split("\n") if path.suffix == ".jsonl" else [text]:
-            if part:
-                json.loads(part)
-    except ValueError as error:
-        raise RunDirectoryError(f"{path}: is damaged: {error}; {_remedy(path)}") from None
-    return text
+        yield
+    except JsonError as error:
+        raise RunDirectoryError(f"{path}: is damaged: {place}{error}; {_remedy(path)}") from None
 
 
 _read: dict[Path, tuple[tuple[int, int], dict[str, list[Entry]]]] = {}
@@ -154,6 +173,12 @@ def _entries(manifest: Path) -> dict[str, list[Entry]]:
     if manifest not in _read or _read[manifest][0] != state:
         entries: dict[str, list[Entry]] = {}
         for line in read_appended(manifest) if _is_ours(manifest) else []:
+            entry, known = [line.get("files"), line.get("before", {})], isinstance(line.get("path"), str)
+            if not known or not all(map(_is_entry, entry)):
+                raise RunDirectoryError(
+                    f"{manifest}: is damaged: a line has no path or no checksums; restore it from a copy, or delete "
+                    "it, so that nothing is compared"
+                )
             before = [line["before"]] if "before" in line else entries.get(line["path"], [])[-1:]
             entries[line["path"]] = [*before, line["files"]]
         _read[manifest] = state, entries
@@ -164,6 +189,14 @@ def _is_ours(manifest: Path) -> bool:
     """Whether a file of this name is a manifest of holdfast's, as it is at least in a run's directory."""
     with manifest.open("rb") as file:
         return file.read(9) == b'{"path": ' or (manifest.parent / "run.json").exists()
+
+
+def _is_entry(files: Any) -> bool:
+    """Whether a JSON value can be an :data:`Entry`."""
+    return isinstance(files, dict) and all(
+        isinstance(facts, dict) and isinstance(facts.get("bytes"), int) and isinstance(facts.get("sha256"), str)
+        for facts in files.values()
+    )
 
 
 def _compare(manifest: Path, path: Path, known: list[Entry]) -> None:
