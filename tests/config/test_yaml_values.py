@@ -19,7 +19,10 @@ BOMB = "a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
 REFUSED = {
     "aliases": (BOMB, "line 5: holds more than 100,000 values, with its aliases expanded"),
     "aliases of mappings": (BOMB.replace("[", "{k: [").replace("]", "]}"), "more than 100,000 values"),
-    "merged aliases": ("x: &x {a: 1}\n" + "".join(f"k{n}: {{<<: [{'*x, ' * 20000}]}}\n" for n in range(9)), "more than"),
+    "merged aliases": (
+        "x: &x {a: 1}\n" + "".join(f"k{n}: {{<<: [{'*x, ' * 20000}]}}\n" for n in range(9)),
+        "more than",
+    ),
     "an alias of itself": ("a: &a [1, *a]", "*a stands for a value that it is a part of"),
     "a key twice": ("seed: 1\nmodel: m\nseed: 2\n", "line 3: the key 'seed' stands in line 1 already"),
     "a key twice below": ("t:\n  a: 1\n  b: {c: 1, c: 2}\n", "line 3: the key 'c' stands in line 3 already"),
@@ -78,7 +81,8 @@ def test_an_override_is_refused(override, reason):
 
 
 def test_what_stays_as_it_was():
-    text = "a: 3e-4\nb: &b [1, 2]\nc: *b\nd: {<<: {x: 1, y: 2}, x: 3}\ne: 2024-01-02\nf: 2024-13-45\ng: [*b, *b]\nh: 0x10\n"
+    text = "a: 3e-4\nb: &b [1, 2]\nc: *b\nd: {<<: {x: 1, y: 2}, x: 3}\n"
+    text += "e: 2024-01-02\nf: 2024-13-45\ng: [*b, *b]\nh: 0x10\n"
     values = parse_yaml(text)
     assert values == {
         "a": 3e-4, "b": [1, 2], "c": [1, 2], "d": {"x": 3, "y": 2}, "e": "2024-01-02", "f": "2024-13-45",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from holdfast.cli.run import AcceptChanges
+from holdfast.cli.run import AcceptChanges, Trust
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +48,7 @@ def evaluate(
     retries: Retries = 8,
     output: Output = None,
     accept_changes: AcceptChanges = False,
+    trust: Trust = False,
 ) -> None:
     """Measure a stage again, in process or through an endpoint, and show the results beside the run's own.
 
@@ -72,7 +73,9 @@ def evaluate(
             timeout=timeout,
             retries=retries,
         )
-    results = evaluate_stage(run, stage=stage, endpoint=server, output=output, accept_changes=accept_changes)
+    results = evaluate_stage(
+        run, stage=stage, endpoint=server, output=output, accept_changes=accept_changes, trust=trust
+    )
     print_remeasured(results, Console())
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from holdfast.cli.run import AcceptChanges
+from holdfast.cli.run import AcceptChanges, Trust
 
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
 To = Annotated[Path, typer.Option("--to", help="Folder to write; an earlier export there is replaced.")]
@@ -24,6 +24,7 @@ def export(
     merge: Merge = False,
     push_to: PushTo = None,
     accept_changes: AcceptChanges = False,
+    trust: Trust = False,
 ) -> None:
     """Write a finished stage's model or adapter, with tokenizer and model card, for use without holdfast."""
     from holdfast.system.quiet import silence_libraries
@@ -31,7 +32,9 @@ def export(
     silence_libraries()
     from holdfast.deploy.export import export as export_stage
 
-    exported = export_stage(run, to, stage=stage, merge=merge, push_to=push_to, accept_changes=accept_changes)
+    exported = export_stage(
+        run, to, stage=stage, merge=merge, push_to=push_to, accept_changes=accept_changes, trust=trust
+    )
     for line in exported.lacks:
         print(f"warning: {line}", file=sys.stderr)
     print(to)

@@ -59,6 +59,12 @@ AcceptChanges = Annotated[
 ]
 
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run the code that the run's own configuration names, by whomever it is."),
+]
+
+
 def run(
     config: Config,
     overrides: Overrides = None,

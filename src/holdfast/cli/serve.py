@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from holdfast.cli.evaluate import RunPath, Stage
-from holdfast.cli.run import AcceptChanges
+from holdfast.cli.run import AcceptChanges, Trust
 
 
 class Engine(StrEnum):
@@ -30,6 +30,7 @@ def serve(
     port: Port = 8000,
     engine: EngineOption = Engine.transformers,
     accept_changes: AcceptChanges = False,
+    trust: Trust = False,
 ) -> None:
     """Serve a stage's model at http://HOST:PORT/v1 until it is stopped: completions and chat completions."""
     from holdfast.system.quiet import silence_libraries
@@ -37,4 +38,4 @@ def serve(
     silence_libraries()
     from holdfast.deploy.serve import serve as serve_stage
 
-    serve_stage(run, stage=stage, host=host, port=port, engine=engine.value, accept_changes=accept_changes)
+    serve_stage(run, stage=stage, host=host, port=port, engine=engine.value, accept_changes=accept_changes, trust=trust)

@@ -27,7 +27,7 @@ class YamlError(ValueError):
         syntax: whether it is no YAML at all.
     """
 
-    def __init__(self, message: str, mark: yaml.Mark | None = None, *, syntax: bool = False):
+    def __init__(self, message: str, mark: Any = None, *, syntax: bool = False):
         super().__init__(f"line {mark.line + 1}: {message}" if mark is not None else message)
         self.syntax = syntax
 
@@ -47,9 +47,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) and self.anchors.get(event.anchor, parent) not in self._sizes:
-            if event.anchor in self.anchors:
-                raise YamlError(f"*{event.anchor} stands for a value that it is a part of", event.start_mark)
+        named = self.anchors.get(event.anchor) if isinstance(event, yaml.AliasEvent) else None
+        if named is not None and named not in self._sizes:
+            raise YamlError(f"*{event.anchor} stands for a value that it is a part of", event.start_mark)
         self._depth += 1
         if self._depth > DEEPEST:
             raise YamlError(f"is nested too deeply: {DEEPEST} levels at most", event.start_mark)

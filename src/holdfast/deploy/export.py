@@ -14,6 +14,7 @@ from holdfast.deploy.exported import Exported
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
+from holdfast.records.trust import require_trust
 from holdfast.runner.inputs import model_inputs
 from holdfast.runner.reload import check_inputs, find_base
 from holdfast.system.files import whole_folder, write_json
@@ -37,6 +38,7 @@ def export(
     merge: bool = False,
     push_to: str | None = None,
     accept_changes: bool = False,
+    trust: bool = False,
 ) -> Exported:
     """Write a stage's model, or its adapter, with tokenizer, generation settings and a model card.
 
@@ -47,6 +49,7 @@ def export(
         merge: merge an adapter into its model, so that the folder holds a whole model.
         push_to: the hub name to upload the folder to.
         accept_changes: export an adapter although its base model is no longer that of the run.
+        trust: run the code that the run's record names.
 
     Raises:
         RunDirectoryError: there is no run, it has no complete stage, or a file of it is damaged.
@@ -58,6 +61,7 @@ def export(
     number, folder = _find_stage(finished, stage)
     _check_target(to)
     config = load_config(finished.config)
+    require_trust(run, config, trust)
     assert config.tuner is not None, "a run that has begun names its tuner"
     tuner = tuners.build(config.tuner)
     saved = folder / tuner.folder

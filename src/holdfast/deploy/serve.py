@@ -41,6 +41,7 @@ def serve(
     engine: str = "transformers",
     progress: Progress | None = None,
     accept_changes: bool = False,
+    trust: bool = False,
 ) -> None:
     """Serve a stage until the process is stopped. Requests are answered greedily unless they name a temperature.
 
@@ -54,12 +55,13 @@ def serve(
         engine: transformers, which answers one request after another; or vllm, which needs a whole model. So an adapter
             is merged, and the model written to ``served/`` in the run's directory.
         accept_changes: serve although the base model or the tokenizer is no longer that of the run.
+        trust: run the code that the run's record names.
 
     Raises:
         UserError: there is no such stage, the port is taken, or the engine cannot be used here.
     """
     progress = progress or Progress()
-    stored = find_stage(run, stage)
+    stored = find_stage(run, stage, trust=trust)
     model = stored.config.model
     inputs = {"model": model_inputs(model), "tokenizer": tokenizer_inputs(model)}
     check_inputs(stored.run, inputs, [], accept_changes)
@@ -193,7 +195,7 @@ def _exec_vllm(stored: StoredStage, host: str, port: int, accept_changes: bool) 
     if not stored.number:
         raise ConfigError("--stage: 0 is the base model itself, which vllm serves without holdfast")
     folder = stored.run.path / "served" / stored.folder.name
-    export(stored.run.path, folder, stage=stored.number, merge=True, accept_changes=accept_changes)
+    export(stored.run.path, folder, stage=stored.number, merge=True, accept_changes=accept_changes, trust=True)
     tokenizer, encoder = _tokenizer(stored)
     tokenizer.save_pretrained(folder)
     _generation_config(encoder).save_pretrained(folder)

@@ -62,6 +62,7 @@ def evaluate(
     output: Path | None = None,
     progress: Progress | None = None,
     accept_changes: bool = False,
+    trust: bool = False,
 ) -> Remeasured:
     """Measure a stage of a run again on the same test examples; the run's own results stay as they are.
 
@@ -78,13 +79,14 @@ def evaluate(
             the stage and the endpoint.
         progress: shows the progress; None: on standard error.
         accept_changes: measure although data, model, tokenizer, texts or code are no longer those of the run.
+        trust: run the code that the run's record names, and send its judge the key that it names.
 
     Raises:
         UserError: there is no such stage, its data or other inputs have changed, ``output`` holds another evaluation,
             or the endpoint cannot be used or fails again and again.
         Interrupted: SIGINT or SIGTERM asked to stop.
     """
-    stored = find_stage(run, stage)
+    stored = find_stage(run, stage, trust=trust, measures=True)
     setup = prepare(resolve(stored.config))
     stored.check_data(setup, through_endpoint=endpoint is not None, accept_changes=accept_changes)
     output = output or run / "evaluations" / _folder_name(stored, endpoint)

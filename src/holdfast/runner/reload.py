@@ -13,6 +13,7 @@ from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import current_stage
 from holdfast.records.inputs import Inputs, data_changes, input_changes, listed
 from holdfast.records.read import FinishedRun, read_run
+from holdfast.records.trust import require_trust
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.setup import Setup
 from holdfast.system.manifest import check, read_json
@@ -108,16 +109,18 @@ def check_inputs(run: FinishedRun, inputs: Inputs, lines: list[str], accept_chan
     logger.warning("%s: goes on with what changed since this run began:%s", run.path, listed(lines))
 
 
-def find_stage(path: Path, number: int | None = None) -> StoredStage:
+def find_stage(path: Path, number: int | None = None, *, trust: bool = False, measures: bool = False) -> StoredStage:
     """Find a complete stage of a run.
 
     Args:
         path: a run's directory.
         number: from 1, or 0 for the model before training; None: the stage whose weights the run holds.
+        trust: run the code that its record names; see :func:`require_trust`.
+        measures: it is to be measured.
 
     Raises:
         RunDirectoryError: there is no run, or none that was measured.
-        ConfigError: there is no such stage, or the run's base model is not found.
+        ConfigError: there is no such stage, the run's base model is not found, or its code is not trusted.
     """
     run = read_run(path)
     complete = [n for n, folder in run.folders.items() if n == 0 or (folder / "stage.json").exists()]
@@ -129,6 +132,7 @@ def find_stage(path: Path, number: int | None = None) -> StoredStage:
             + ", ".join(map(str, complete))
         )
     config = load_config(run.config)
+    require_trust(path, config, trust, measures=measures)
     base = find_base(run, config.model.name, needed=True)
     model = config.model.model_copy(update={"name": base})
     return StoredStage(run, number, run.folders[number], config.model_copy(update={"model": model}))

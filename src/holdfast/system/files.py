@@ -173,7 +173,9 @@ def read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RunDirectoryError(f"{path}: is damaged: byte {error.start} is not UTF-8; restore it from a copy") from None
+        raise RunDirectoryError(
+            f"{path}: is damaged: byte {error.start} is not UTF-8; restore it from a copy"
+        ) from None
     except OSError as error:
         raise RunDirectoryError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -115,7 +115,7 @@ def check_weights_files(folder: Path) -> None:
     check(folder)
     if (folder / EXPORT).is_file():
         exported = read_plain_json(folder / EXPORT)
-        files = exported.get("files", {}) if isinstance(exported, dict) else None
+        files: Any = exported.get("files", {}) if isinstance(exported, dict) else None
         if not _is_entry(files):
             raise RunDirectoryError(f"{folder / EXPORT}: is damaged: files has no checksums; export the stage again")
         compare(folder / EXPORT, folder, {name: f for name, f in files.items() if name.endswith(".safetensors")})
