@@ -17,7 +17,9 @@ from holdfast.config.section import Named
 from holdfast.data.collate import Collator, pack
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
+from holdfast.models.cache import cache_name, cache_of
 from holdfast.models.generation import generate
+from holdfast.models.head import base
 from holdfast.runner.setup import prepare, resolve
 from holdfast.system.progress import Progress
 from holdfast.tuners import build
@@ -140,7 +142,8 @@ def test_sampling_beams_and_a_loop_with_a_cache_of_ones_own_work(model):
     assert torch.equal(beams, uncached)
     row = tiny_rows(1, seed=5)[0]["input_ids"]
     first = model(input_ids=torch.tensor([row[:-1]]), use_cache=True)
-    last = model(input_ids=torch.tensor([row[-1:]]), past_key_values=first.past_key_values)
+    cache = {cache_name(base(model)): cache_of(first)}
+    last = model(input_ids=torch.tensor([row[-1:]]), **cache)
     torch.testing.assert_close(last.logits[0, -1], explicitly(model, row).logits[0, -1], rtol=1e-4, atol=1e-5)
 
 

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from holdfast.errors import ConfigError, DataError
+from holdfast.models.cache import cache_name
 from holdfast.models.generation import generation_config, inference
 from holdfast.models.head import base, bounded, hidden_only
 
@@ -196,6 +197,8 @@ def _steps(
     rows, width = ids.shape
     length = width + draw.steps
     cache = Cache(layers=[_Preallocated(length - 1) for _ in DynamicCache(config=inner.config).layers])
+    cache_argument = cache_name(decoder)
+    assert cache_argument is not None, "_has_plain_decoder has looked"
     padded = not bool(mask.all())
     mask = F.pad(mask, (0, draw.steps), value=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0) if padded else torch.arange(length, device=ids.device)[None]
@@ -209,8 +212,8 @@ def _steps(
             input_ids=tokens[:, first:last],
             position_ids=positions[:, first:last],
             attention_mask=mask[:, :last] if padded else None,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument: cache},
         ).last_hidden_state
         if hidden:
             if states is None:
@@ -269,7 +272,7 @@ def _has_plain_decoder(model: PreTrainedModel | PeftModel) -> bool:
     prompts = hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
     hooks = inner._forward_pre_hooks or inner._forward_hooks
     parameters = inspect.signature(decoder.forward).parameters
-    if prompts or hooks or decoder is inner or not {"position_ids", "past_key_values"} <= set(parameters):
+    if prompts or hooks or decoder is inner or "position_ids" not in parameters or cache_name(decoder) is None:
         return False
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=inner.config).layers

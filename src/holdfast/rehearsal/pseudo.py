@@ -10,7 +10,9 @@ import torch
 
 from holdfast.api.rows import IGNORED, TokenRow
 from holdfast.errors import ConfigError
+from holdfast.models.cache import NAMES, cache_name, cache_of
 from holdfast.models.generation import inference
+from holdfast.models.head import base
 from holdfast.models.pretrained import begin_tokens
 
 if TYPE_CHECKING:
@@ -121,11 +123,11 @@ def _sample(
     texts: list[list[int]] = [[] for _ in range(count)]
     done = [False] * count
     tokens = torch.tensor([writing.start] * count, device=model.device)
-    cache = None
+    cache, cache_argument = None, cache_name(base(model)) or NAMES[0]
     with inference(model):
         for _ in range(length - len(writing.start)):
-            outputs = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = model(input_ids=tokens, use_cache=True, **{cache_argument: cache})
+            cache = cache_of(outputs)
             logits, ids = outputs.logits[:, -1].float().topk(min(top_k, outputs.logits.shape[-1]))
             drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=chance).to(ids.device)
             tokens = ids.gather(1, drawn)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from holdfast.config.section import Section
 from holdfast.config.training import BaseTrainingConfig
 from holdfast.errors import ConfigError
+from holdfast.models.cache import NAMES, cache_name
 from holdfast.tuners.peft import PeftTuner
 from holdfast.tuners.soft_prompts import NOT_MERGED, PADDED, SoftPromptModel
 
@@ -69,7 +70,7 @@ class PrefixModel(SoftPromptModel):
         if self.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
             raise ConfigError(NO_CHECKPOINTING)
         rows = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        inputs["past_key_values"] = self.get_prompt(batch_size=len(rows))
+        inputs[cache_name(module) or NAMES[0]] = self.get_prompt(batch_size=len(rows))
         if inputs.get("attention_mask") is not None:
             inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (self.virtual_tokens, 0), value=1)
         if positions is not None:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from holdfast.api.rows import IGNORED, prompt
 from holdfast.engines.pieces import full
 from holdfast.errors import ConfigError
+from holdfast.models.cache import cache_of
 from holdfast.models.generation import evaluating
 from holdfast.models.head import with_tensors
 from holdfast.system.files import read_json, write_json
@@ -117,7 +118,7 @@ class SoftPromptModel(PeftModelForCausalLM):
                 "data.packing: a soft prompt stands before a row, so several rows cannot share a sequence; turn "
                 "packing off"
             )
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         if cache is not None and cache.get_seq_length():
             if mask is not None:
                 inputs["attention_mask"] = nn.functional.pad(mask, (self.virtual_tokens, 0), value=1)

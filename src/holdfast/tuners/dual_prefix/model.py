@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from holdfast.errors import ConfigError
+from holdfast.models.cache import cache_name
 from holdfast.models.generation import inference
 from holdfast.models.head import with_tensors
 from holdfast.tuners.dual_prefix.layer import PerTask, PrefixAttention
 from holdfast.tuners.prompt_keys import batch_queries, prompt_mask, similarity
 
-CACHES = ("past_key_values", "layer_past")
 """Names of the parameter by which transformers' attention layers take the cache of their keys and values."""
 
 
@@ -218,7 +218,7 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
             taking[name], wrapped = AttentionLayer(module, module.cache, module.shapes), (*wrapped, f"{name}.")
         elif not name.startswith(wrapped):
             parameters = inspect.signature(module.forward).parameters
-            cache = next((cache for cache in CACHES if cache in parameters), None)
+            cache = cache_name(module)
             if cache and "attention_mask" in parameters:
                 taking[name] = AttentionLayer(module, cache)
     layers = {
@@ -229,7 +229,8 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
         with ExitStack() as hooks, inference(model):
             for layer in unseen:
                 hooks.callback(layer.module.register_forward_pre_hook(layer.observe, with_kwargs=True).remove)
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+            with suppress(AttributeError):  # a layer that asks its cache for another state than keys and values
+                model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     if not layers or not all(layer.shapes for layer in layers.values()):
         raise ConfigError(
             f"tuner: prefixes need a model of which every layer has attention that hands its keys and values to a "
