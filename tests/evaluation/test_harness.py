@@ -131,6 +131,13 @@ def test_choices_by_acc_are_those_of_the_library(include: str, tmp_path: Path, t
     assert picks("acc_with_end") != theirs
 
 
+def test_a_split_that_the_data_lack_is_named(include: str):
+    path = Path(include, "colour.yaml")
+    path.write_text(path.read_text().replace('"test_split": "test"', '"test_split": "tset"'))
+    with pytest.raises(DataError, match=r"'colour' cannot be measured: .*'tset'.*look at test_split"):
+        general_statistics(evaluation(), measures(include, "colour"))
+
+
 def test_options_of_the_library(include: str):
     own = evaluation()
     [few] = measures(include, "colour", limit=4, num_fewshot=2, metric="acc_norm", name="sea")

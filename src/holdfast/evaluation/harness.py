@@ -123,7 +123,12 @@ def _results(evaluation: ModelEvaluation, options: Mapping[str, Any]) -> dict[st
                 torch_random_seed=None,
             )
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"evaluation.general: lm_eval task {task!r} cannot be measured: {error}") from None
+            missing = (
+                f"its data have no split or column {error}; look at test_split, validation_split, fewshot_split and "
+                "the columns that its definition names"
+            )
+            reason = missing if isinstance(error, KeyError) else error
+            raise DataError(f"evaluation.general: lm_eval task {task!r} cannot be measured: {reason}") from None
 
 
 def _statistics(results: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[float, float]]:
