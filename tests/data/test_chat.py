@@ -170,9 +170,12 @@ def test_content_as_parts_for_templates_that_read_parts() -> None:
     assert supervised(encoder, said(("user", "a"), ("assistant", "b"))) == ["b<|im_end|>\n"]
 
 
-def test_special_tokens_in_plain_text_stay_text() -> None:
-    encoder = Encoder(tokenizer(None), max_length=500)
+def test_special_tokens_in_plain_text_stay_text(caplog: pytest.LogCaptureFixture) -> None:
     example = said(("user", "What ends a text?"), ("assistant", "the token </s> does"))
+    with caplog.at_level(logging.WARNING, "holdfast"):
+        Encoder(tokenizer(NO_REASONING), max_length=500).encode_all([example, example])
+    assert caplog.text.count("'</s>' in a text becomes a control token") == 1
+    encoder = Encoder(tokenizer(None), max_length=500)
     ids = encoder.encode(example)[0]["input_ids"]
     assert ids.count(encoder.tokenizer.eos_token_id) == 1 and ids[-1] == encoder.tokenizer.eos_token_id
     assert encoder.decode(ids[len(encoder.prompt(example, reserve=0)) :]) == example.answer

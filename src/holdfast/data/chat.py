@@ -41,6 +41,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self._moved = False
+        self._told_of_special = False
 
     def pieces(self, example: Example) -> list[list[Piece]]:
         """The pieces of an example's sequences; each begins with what stands before an answer.
@@ -54,6 +55,7 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError
 
+        self._tell_of_special(example)
         first: Exception | None = None
         for as_parts, number, turns in _attempts(example.turns):
             try:
@@ -73,6 +75,24 @@ class ChatTemplate:
             f"{where(example.file, example.row)}: the tokenizer's chat template cannot be used: {first}; "
             "data.template=plain does without it"
         )
+
+    def _tell_of_special(self, example: Example) -> None:
+        """Warn once of a text that holds a special token, which becomes a control token among the template's own."""
+        if self._told_of_special:
+            return
+        found = next((found for turn in example.turns if (found := self._special_pattern.search(turn.content))), None)
+        if found is not None:
+            self._told_of_special = True
+            logger.warning(
+                "%s: %r in a text becomes a control token, as the chat template's own do; data.template=plain keeps "
+                "it text",
+                where(example.file, example.row),
+                found[0],
+            )
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._special)) or "(?!)")
 
     def answer(self, response: str) -> str:
         """What a response says: without the reasoning before it, special tokens, and white space around it."""
