@@ -97,10 +97,7 @@ class ChatTemplate:
     def answer(self, response: str) -> str:
         """What a response says: without the reasoning before it, special tokens, and white space around it."""
         before, end, after = response.partition(self._reasoning_end)
-        said = after if end else before
-        for token in self._special:
-            said = said.replace(token, "")
-        return said.strip()
+        return self._special_pattern.sub("", after if end else before).strip()
 
     @cached_property
     def _special(self) -> list[str]:
@@ -137,7 +134,7 @@ class ChatTemplate:
         for call in turn.calls:
             if json.loads(call)["name"] not in answer:
                 raise TemplateBrokenError(f"it does not show the call {call[:60]!r} of an answer")
-        if not turn.calls and not self.answer(answer).startswith(turn.content.strip()):
+        if not turn.calls and not self.answer(answer).startswith(self._special_pattern.sub("", turn.content).strip()):
             raise TemplateBrokenError(f"the answer {turn.content[:40]!r} becomes {answer[:80]!r}")
 
     def _sequences(self, example: Example, turns: Sequence[Turn], as_parts: bool) -> list[list[Piece]]:
