@@ -87,7 +87,7 @@ def merge_letters(folder: Path) -> None:
 
 CHANGES = {
     "general": (
-        lambda f: (f / "general.txt").write_text("other words\n"),
+        lambda f: (f / "general.txt").write_text("other words\n" * 16),
         r"general ability colours: its texts or questions: \w+ -> \w+",
     ),
     "rehearsal": (
@@ -143,6 +143,37 @@ def test_changes_that_are_accepted_are_written_down_and_not_asked_again(place, c
     assert [line.partition(": ")[0] for line in change["accepted"]] == ["the data of task 'red'", "model"]
     assert record["inputs"]["model"] == model_inputs(ModelConfig(name=str(place / "model")))
     assert holdfast("run", file) == 0
+
+
+def cut_rows(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text())[:-2]))
+
+
+BARS = {
+    "test rows": (lambda f: cut_rows(f / "tasks" / "red" / "test.json"), "task 'red' has 6 test rows, not 8"),
+    "general texts": (
+        lambda f: (f / "general.txt").write_text("one\n"),
+        "general ability colours has 1 rows, not 16",
+    ),
+    "a task": (lambda f: shutil.copytree(f / "tasks" / "red", f / "tasks" / "pink"), "task 'pink' is new"),
+}
+
+
+@pytest.mark.parametrize("case", BARS)
+def test_results_that_would_not_fit_together_are_refused_all_the_same(case, place):
+    change, line = BARS[case]
+    config = configuration(place)
+    if case == "a task":
+        del config["stream"]["order"]
+        shutil.rmtree(place / "tasks" / "blue")
+        record = json.loads((place / "run" / "run.json").read_text())
+        record["config"]["stream"]["order"] = None
+        (place / "run" / "run.json").write_text(json.dumps(record))
+    change(place)
+    with pytest.raises(RunDirectoryError, match="changed since this run began"):
+        run(config, QUIET)
+    with pytest.raises(RunDirectoryError, match=rf"not fit together:\n  {line}\n.*--accept-changes cannot"):
+        run(config, QUIET, accept_changes=True)
 
 
 def test_other_versions_are_a_warning_that_run_json_keeps(place, caplog, monkeypatch):

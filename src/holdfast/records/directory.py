@@ -16,7 +16,7 @@ from holdfast.config.describe import difference
 from holdfast.config.section import Section
 from holdfast.engines.process import Process
 from holdfast.errors import RunDirectoryError
-from holdfast.records.inputs import Inputs, data_changes, input_changes, listed, version_changes
+from holdfast.records.inputs import Inputs, data_changes, input_changes, listed, other_measures, version_changes
 from holdfast.system.files import (
     LOCK,
     json_file,
@@ -92,6 +92,11 @@ class RunDirectory:
                 f"{self.path}: its numbers depend on what changed since this run began:{listed(lines)}\n"
                 "put the old ones back, or give another output; --accept-changes goes on all the same, with numbers "
                 "that cannot be compared with those before"
+            )
+        if lines and (bars := other_measures(self.record, facts, inputs, data)):
+            raise RunDirectoryError(
+                f"{self.path}: its results before and after would not fit together:{listed(bars)}\n"
+                "put the old ones back, or give another output; --accept-changes cannot bridge this"
             )
         if lines:
             logger.warning("%s: goes on with what changed since this run began:%s", self.path, listed(lines))

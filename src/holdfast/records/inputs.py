@@ -8,6 +8,9 @@ from typing import Any
 Inputs = dict[str, dict[str, str]]
 """Fingerprints by what they are of (``model``, ``tokenizer``, ``general ability wiki``) and by part, such as a file."""
 
+ROWS = "number of rows"
+"""The part that says how many texts or questions a measure of general ability has."""
+
 LIBRARIES = ("holdfast", "torch", "transformers", "peft", "accelerate", "tokenizers")
 """The libraries that a run's numbers depend on most."""
 
@@ -34,11 +37,30 @@ def data_changes(record: Mapping[str, Any], facts: Mapping[str, Any], data: str)
     if "stream" in record and record["stream"] != facts["stream"]:
         old, new = record["stream"]["version"], facts["stream"]["version"]
         lines.append(f"the prompts or metrics of its stream: version {old} -> {new}")
-    for name, piece in facts[data].items():
-        old, new = record[data].get(name, {}).get("fingerprint"), piece["fingerprint"]
+    for name in [*facts[data], *(name for name in record[data] if name not in facts[data])]:
+        old, new = (side[data].get(name, {}).get("fingerprint") for side in (record, facts))
         if old != new:
             lines.append(f"the data of {data.removesuffix('s')} {name!r}: {_short(old)} -> {_short(new)}")
     return lines
+
+
+def other_measures(
+    record: Mapping[str, Any], facts: Mapping[str, Any], inputs: Mapping[str, Mapping[str, str]], data: str
+) -> list[str]:
+    """A line for each change after which one run's results do not fit together: other tasks, other numbers of rows."""
+    old, new = record[data], facts[data]
+    lines = [
+        f"{data.removesuffix('s')} {name!r} is {'new' if name in new else 'gone'}" for name in old.keys() ^ new.keys()
+    ]
+    for name in old.keys() & new.keys():
+        before, now = old[name].get("test"), new[name].get("test")
+        if before != now:
+            lines.append(f"task {name!r} has {now} test rows, not {before}")
+    for what, parts in inputs.items():
+        before, now = record.get("inputs", {}).get(what, {}).get(ROWS), parts.get(ROWS)
+        if before != now and before is not None:
+            lines.append(f"{what} has {now} rows, not {before}")
+    return sorted(lines)
 
 
 def version_changes(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -14,7 +14,7 @@ from holdfast.config.model import ModelConfig
 from holdfast.data.tokens.build import MANIFEST as TOKENS_MANIFEST
 from holdfast.data.tokens.build import TOKENS
 from holdfast.models.pretrained import TOKENIZER_FILES, hub_commit
-from holdfast.records.inputs import Inputs
+from holdfast.records.inputs import ROWS, Inputs
 from holdfast.system.manifest import file_facts, folder_facts
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def run_inputs(setup: Setup) -> Inputs:
         f"general ability {one.name}": {
             "its texts or questions": _digest(
                 [one.kind, one.texts, one.questions, one.shown, one.by, one.max_new_tokens, one.harness]
-            )
+            ),
+            ROWS: str(len(one.texts) + len(one.questions)),
         }
         for one in setup.general
     }
