@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from holdfast.cli import main
 from holdfast.errors import ConfigError
@@ -18,6 +19,7 @@ from holdfast.records.read import read_run, read_runs
 from holdfast.report import FIGURES, write_report
 from holdfast.report.compare import compare, differences, grouped, refuse_different
 from holdfast.report.tables import as_csv, as_latex, as_markdown, notes, p_value
+from holdfast.report.terminal import print_comparison, print_table
 from holdfast.system.files import read_json, write_json
 from support.synthetic_runs import STAGES, TASKS, make_run
 
@@ -284,3 +286,16 @@ def test_a_comparison_names_what_was_not_learned(tmp_path):
     comparison = compare(runs)
     assert comparison.rows[0]["not_learned"] == TASKS and comparison.rows[1]["not_learned"] == []
     assert "NOT LEARNED by sequential" in as_markdown(comparison)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_terminals_table_loses_no_column(tmp_path, width):
+    paths = [make_run(tmp_path / name, name) for name in ("sequential", "replay", "ewc")]
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_table(paths, console)
+    print_comparison(compare(read_runs(paths)), console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for name in (*("sequential", "replay", "ewc", "average", "forgetting", "change", "min"), "memory,", "minutes"):
+        assert re.search(rf"(?<!\S){re.escape(name)}(?!\S)", text), name
+    assert text.count("3.2") == 2 * len(paths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +46,22 @@ def print_quality(comparison: Comparison, console: Console, minutes: bool = Fals
     from holdfast.report.tables import arrow, cost, label
 
     figures = [figure for figure in FIGURES if figure.key in SHOWN]
-    table = narrow_table()
-    for figure in figures:
-        name = "\n".join([*figure.label.split(), arrow(figure, comparison)])
-        table.add_column(name, justify="right", min_width=12 if figure.signed else 10)
-    if minutes:
-        table.add_column("min", justify="right", min_width=4)
-    for row in comparison.rows:
-        cells = [_cell(row[figure.key], row["intervals"].get(figure.key), figure.signed) for figure in figures]
-        table.add_row(escape(label(row)), *cells, *([cost(row["minutes"], "minutes")] if minutes else []))
-    console.print(table)
+
+    def written(tall: bool) -> Table:
+        table = narrow_table()
+        for figure in figures:
+            name = "\n".join([*figure.label.split(), arrow(figure, comparison)])
+            table.add_column(name, justify="right", no_wrap=True)
+        if minutes:
+            table.add_column("min", justify="right", no_wrap=True)
+        for row in comparison.rows:
+            cells = [
+                _cell(row[figure.key], row["intervals"].get(figure.key), figure.signed, tall) for figure in figures
+            ]
+            table.add_row(escape(label(row)), *cells, *([cost(row["minutes"], "minutes")] if minutes else []))
+        return table
+
+    _print_fitting(console, written)
 
 
 def print_costs(comparison: Comparison, console: Console) -> None:
@@ -62,18 +69,22 @@ def print_costs(comparison: Comparison, console: Console) -> None:
     from holdfast.report.figures import COSTS
     from holdfast.report.tables import cost, label, p_value
 
-    table = narrow_table()
-    head = f"average less\n{escape(comparison.baseline)}"
-    for name in ("rank", "seeds", *(figure.label for figure in COSTS), head, "p\n(Holm)"):
-        table.add_column(name, justify="right")
-    for row in comparison.rows:
-        paired = row["difference"]
-        cells = [str(row["rank"] or "–"), str(len(row["seeds"])), *(cost(row[f.key], f.key) for f in COSTS)]
-        found = (
-            [_cell(paired["difference"], paired["interval"], True), p_value(paired["p_holm"])] if paired else ["–", "–"]
-        )
-        table.add_row(escape(label(row)), *cells, *found)
-    console.print(table)
+    def written(tall: bool) -> Table:
+        table = narrow_table()
+        for name in ("rank", "seeds", *("\n".join(figure.label.split()) for figure in COSTS)):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(f"average less\n{escape(comparison.baseline)}", justify="right")
+        table.add_column("p\n(Holm)", justify="right", no_wrap=True)
+        for row in comparison.rows:
+            paired = row["difference"]
+            cells = [str(row["rank"] or "–"), str(len(row["seeds"])), *(cost(row[f.key], f.key) for f in COSTS)]
+            found = ["–", "–"]
+            if paired:
+                found = [_cell(paired["difference"], paired["interval"], True, tall), p_value(paired["p_holm"])]
+            table.add_row(escape(label(row)), *cells, *found)
+        return table
+
+    _print_fitting(console, written)
 
 
 def print_published(rows: list[dict[str, Any]], console: Console) -> None:
@@ -95,14 +106,23 @@ def print_published(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def _print_fitting(console: Console, written: Callable[[bool], Table]) -> None:
+    """Print a table with intervals in one line, or, where that is too wide, in two; runs' names take what is left."""
+    table = written(False)
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width:
+        table = written(True)
+    console.print(table)
+
+
 def narrow_table(first: str = "run") -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column(first, overflow="fold")
     return table
 
 
-def _cell(value: float | None, interval: Any, signed: bool) -> str:
+def _cell(value: float | None, interval: Any, signed: bool, tall: bool) -> str:
     if value is None:
         return "–"
     shown = f"{value:+.3f}" if signed else f"{value:.3f}"
-    return f"{shown}\n{interval[0]:.2f}..{interval[1]:.2f}" if interval else shown
+    between = "\n.." if tall else ".."
+    return f"{shown}\n{interval[0]:.2f}{between}{interval[1]:.2f}" if interval else shown
