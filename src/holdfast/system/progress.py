@@ -21,18 +21,17 @@ class Bar:
     def __init__(self, progress: Progress, title: str, bars: Bars | None):
         self._progress, self._title, self._bars = progress, title, bars
         self._task = bars.add_task(title, total=None, note="") if bars is not None else None
-        self._started = self._printed = time.monotonic()
+        self._printed = time.monotonic()
         self._tenth = 0
-        self._before: int | None = None  # steps that an earlier start did
+        self._first: tuple[float, int] | None = None  # when the first update came, and how many steps were done by then
 
     def update(self, done: int, note: str = "", *, total: int | None) -> None:
         """Show that ``done`` of ``total`` steps are done, and a short note; a total of None is not known."""
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=done, total=total, note=note)
             return
-        if self._before is None:
-            self._before = done - 1
         now = time.monotonic()
+        self._first = self._first or (now, done)
         if total is None:
             if now - self._printed >= SECONDS_BETWEEN_COUNTS:
                 self._printed = now
@@ -41,10 +40,16 @@ class Bar:
         tenth = 10 * done // total
         if tenth > self._tenth and now - self._printed >= SECONDS_BETWEEN_LINES:
             self._tenth, self._printed = tenth, now
-            rate = (now - self._started) / max(1, done - self._before)
-            left = f"{_clock(rate * (total - done))} left" if done < total else "done"
-            parts = (self._title, f"{done}/{total}", note, left)
+            parts = (self._title, f"{done}/{total}", note, self._left(now, done, total))
             self._progress.line("  ".join(part for part in parts if part))
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        """The time left at the speed since the first update, of which nobody knows how many steps it stands for."""
+        assert self._first is not None
+        start, before = self._first
+        if done >= total:
+            return "done"
+        return f"{_clock((now - start) / (done - before) * (total - done))} left" if done > before else ""
 
 
 class Progress:

@@ -1,0 +1,35 @@
+"""Plain lines of progress, where there is no terminal: what they say, and how much time they say is left."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from holdfast.system import progress
+from holdfast.system.progress import Progress
+
+
+@pytest.mark.parametrize(("before", "batch"), [(0, 1), (0, 32), (320, 32)])
+def test_the_time_left_is_right_from_the_first_line_on(
+    monkeypatch: pytest.MonkeyPatch, before: int, batch: int
+) -> None:
+    """Batches of 4 seconds each, of work of which an earlier start did a part."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    output = io.StringIO()
+    shown = Progress(Console(file=output, width=80))
+    total = before + 30 * batch
+    with shown.bar("red") as bar:
+        for number in range(1, 31):
+            clock[0] += 4
+            bar.update(before + number * batch, total=total)
+    said = [line.split("  ") for line in output.getvalue().splitlines()]
+    assert said[-1] == ["red", f"{total}/{total}", "done"]
+    told = 0
+    for _, steps, *left in said[:-1]:
+        batches_left = (total - int(steps.partition("/")[0])) // batch
+        assert left in ([], [f"{4 * batches_left // 60}:{4 * batches_left % 60:02d} left"])
+        told += bool(left)
+    assert told >= 5
