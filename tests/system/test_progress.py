@@ -12,9 +12,7 @@ from holdfast.system.progress import Progress
 
 
 @pytest.mark.parametrize(("before", "batch"), [(0, 1), (0, 32), (320, 32)])
-def test_the_time_left_is_right_from_the_first_line_on(
-    monkeypatch: pytest.MonkeyPatch, before: int, batch: int
-) -> None:
+def test_the_time_left_is_right_at_once(monkeypatch: pytest.MonkeyPatch, before: int, batch: int) -> None:
     """Batches of 4 seconds each, of work of which an earlier start did a part."""
     clock = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
