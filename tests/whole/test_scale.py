@@ -33,6 +33,26 @@ def test_the_page_holds_what_the_formulas_give():
 
 
 @pytest.mark.slow
+def test_what_the_page_recommends_fits():
+    """GiB of one GPU; 80 GB are 74.5 GiB, 24 GB are 22.4."""
+    small, large = SIZES
+    vectors = {cost.name: cost.vectors(8) for cost in METHODS}
+
+    def gib(size, tuner, gpus, method="sequential", split=True):
+        return training(size, tuner).memory(gpus, split, vectors[method]) / 2**30
+
+    on_adapters = [cost.name for cost in METHODS]
+    assert 0.9 * 22.4 < gib(small, "lora", 1, split=False) < 22.4
+    assert all(gib(small, "lora", 1, method, split=False) < 38 for method in on_adapters)
+    assert gib(small, "full", 2) < 74.5 < min(gib(small, "full", 8, method) for method in ("gem", "ogd"))
+    assert all(gib(small, "full", 8, method) < 74.5 for method in ("ewc, mas", "si", "cia"))
+    assert gib(large, "lora", 4) < 74.5 and all(gib(large, "lora", 8, method) < 74.5 for method in on_adapters)
+    assert gib(large, "full", 16) > 74.5 > gib(large, "full", 24)
+    whole = {cost.name for cost in METHODS if not cost.lora and gib(large, "full", 64, cost.name) < 74.5}
+    assert whole == {cost.name for cost in METHODS if not cost.lora} - {"gem", "ogd"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), [(name, method) for name, methods in KEPT.items() for method in methods])
 def test_a_stage_leaves_the_vectors_that_the_formula_says(tmp_path, name, method):
     values = tiny_config(tmp_path, method=method, tuner={"name": "lora", "r": 4, "lora_dropout": 0.0})
