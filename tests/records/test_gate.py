@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from holdfast import load_config, run
+from holdfast.cli.gate import gate as gate_command
 from holdfast.config.gate import GateConfig
 from holdfast.data import source
 from holdfast.data.encode import Encoder
@@ -195,6 +197,11 @@ def test_junit_has_a_case_a_check():
     assert failure.attrib["message"] == "failed" and "limit: 0.100" in failure.text
 
 
+def test_the_command_line_has_every_limit():
+    limits = {key for key in GateConfig.model_fields if key.startswith(("max_", "min_"))}
+    assert limits <= inspect.signature(gate_command).parameters.keys()
+
+
 def test_the_command_line(made, tmp_path, capsys):
     files = ("--junit", tmp_path / "gate.xml", "--markdown", tmp_path / "gate.md")
     assert holdfast("gate", made, "--max-forgetting", 0.05, "--max-general-loss-increase", "2%", *files) == 3
@@ -204,6 +211,7 @@ def test_the_command_line(made, tmp_path, capsys):
     assert (tmp_path / "gate.md").read_text().count("| failed |") == 2
     assert holdfast("gate", made, "--max-general-loss-increase", "1.5") == 0
     assert holdfast("gate", made, "--max-forgetting", 0.99) == 0
+    assert holdfast("gate", made, "--min-learned", 1.5) == 3
     assert "gate passed" in capsys.readouterr().out
     assert holdfast("gate", made, "--max-forgetting", 0.0, "--stage", 1) == 0
     assert "nothing to check yet" in capsys.readouterr().out

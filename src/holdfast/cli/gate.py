@@ -16,6 +16,7 @@ LossIncrease = Annotated[
 GeneralDrop = Annotated[float | None, typer.Option(help="Fall of each accuracy-like general ability.")]
 Average = Annotated[float | None, typer.Option(help="Average over the tasks learned so far.")]
 NewTask = Annotated[float | None, typer.Option(help="Score of the stage's own task.")]
+Learned = Annotated[float | None, typer.Option(help="Rise of the stage's own task's score in that stage.")]
 Stage = Annotated[int | None, typer.Option(help="After which stage, from 1; the last one if absent.")]
 Junit = Annotated[Path | None, typer.Option(help="Write JUnit XML here.")]
 Markdown = Annotated[Path | None, typer.Option(help="Write a summary in Markdown here.")]
@@ -29,6 +30,7 @@ def gate(
     max_general_drop: GeneralDrop = None,
     min_average: Average = None,
     min_new_task: NewTask = None,
+    min_learned: Learned = None,
     stage: Stage = None,
     junit: Junit = None,
     markdown: Markdown = None,
@@ -48,6 +50,7 @@ def gate(
         "max_general_drop": max_general_drop,
         "min_average": min_average,
         "min_new_task": min_new_task,
+        "min_learned": min_learned,
     }
     title, checks = judge_directory(run, {key: value for key, value in limits.items() if value is not None}, stage)
     if markdown is not None:
