@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -68,6 +69,25 @@ def test_the_class_has_few_new_names():
     assert new == {"forgetting_report", "methods", "task", "stage_index", "interrupted", "cost"}
     assert ContinualTrainer.__name__ == ContinualTrainer.__qualname__ == "ContinualTrainer"
     assert pickle.loads(pickle.dumps(ContinualTrainer)) is ContinualTrainer
+
+
+def test_a_class_that_is_continual_already():
+    class Mine(ContinualTrainer):
+        pass
+
+    assert continual(Mine) is Mine
+
+
+def test_with_sequential_a_loss_that_is_not_finite_is_left_to_trainer(tmp_path):
+    """Trainer goes on, and filters such losses out of its log where its arguments say so."""
+    logs = []
+    for cls in (Trainer, ContinualTrainer):
+        trainer = cls(**trainer_arguments("Trainer", tmp_path, learning_rate=1e9, logging_nan_inf_filter=False))
+        with torch.no_grad():
+            next(trainer.model.parameters()).fill_(torch.nan)
+        trainer.train()
+        logs.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert len(logs[0]) == len(logs[1]) == 3 and all(math.isnan(loss) for log in logs for loss in log)
 
 
 class Full(Trainer):
@@ -147,7 +167,7 @@ def test_a_parameter_without_gradient_stays_as_it_is(tmp_path):
 
 def test_a_checkpoint_that_is_not_there(tmp_path):
     trainer = ContinualTrainer(**trainer_arguments("Trainer", tmp_path))
-    with pytest.raises(ConfigError, match="there is no checkpoint in"):
+    with pytest.raises(ConfigError, match="No valid checkpoint found in output directory"):
         trainer.train(resume_from_checkpoint=True)
     Trainer(**trainer_arguments("Trainer", tmp_path, save_strategy="steps", save_steps=2)).train()
     with pytest.raises(ConfigError, match=r"checkpoint-3: .*complete\.json"):

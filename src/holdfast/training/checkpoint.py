@@ -95,12 +95,17 @@ def checkpoint_to_resume(chosen: str | bool | None, folder: Path, stage: int, ta
         )
     if there:
         raise ConfigError(_foreign(there[0]))
-    raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
+    raise ConfigError(
+        f"resume_from_checkpoint: No valid checkpoint found in output directory ({folder}); leave it out to train from "
+        "the start"
+    )
 
 
 def _foreign(path: Path) -> str:
+    """It begins with Trainer's own words, as programs may look for them."""
     return (
-        f"resume_from_checkpoint: {path}: it has no {COMPLETE}, so another trainer wrote it, or it was cut off; "
+        f"resume_from_checkpoint: Can't find a valid checkpoint at {path}: it has no {COMPLETE}, so another trainer "
+        "wrote it, or it was cut off; "
         "one that a continual trainer has completed would do"
     )
 

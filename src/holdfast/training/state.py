@@ -56,6 +56,7 @@ class ContinualState:
         run: what a run adds.
         process: this one.
         pad: makes a batch of token rows.
+        is_run: whether a run or a laboratory run trains, and not a user's own program.
         optimizer_is_given: whether the user has given the optimizer.
         has_trained: whether ``train()`` was called before.
         overflow_is_skipped: whether fp16 leaves out a step whose gradients are not finite, and training goes on.
@@ -79,6 +80,7 @@ class ContinualState:
     run: RunContext
     process: Process
     pad: Collator
+    is_run: bool
     optimizer_is_given: bool
     has_trained: bool = False
     overflow_is_skipped: Callable[[], bool] = bool
@@ -110,6 +112,14 @@ class ContinualState:
         """The names of the methods that have this verb of their own."""
         own = (m for m in self.methods if getattr(type(m), verb) is not getattr(Method, verb))
         return " and ".join(method.name for method in own)
+
+    @property
+    def checks_finite(self) -> bool:
+        """Whether a loss that is not finite ends the training: in a run, and where a method takes part in the steps.
+
+        Otherwise training is Trainer's own, which goes on.
+        """
+        return self.is_run or self.any_overrides("extra_rows", "loss_terms", "after_backward", "after_step")
 
     @property
     def adds_to_loss(self) -> bool:
@@ -212,7 +222,9 @@ class ContinualState:
         Raises:
             NonFiniteLossError: it is not.
         """
-        if self.step is None or math.isfinite(torch.as_tensor(total).detach()) or self.overflow_is_skipped():
+        if self.step is None or not self.checks_finite or math.isfinite(torch.as_tensor(total).detach()):
+            return
+        if self.overflow_is_skipped():
             return
         stage = self.step.stage
         named = ", ".join(f"{name} {float(torch.as_tensor(value).detach()):.4g}" for name, value in values.items())

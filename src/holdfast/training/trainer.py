@@ -56,8 +56,10 @@ def continual(trainer_class: type) -> type:
     It takes two more arguments. ``method``: a name, a mapping ``{"name": ..., option: value}``, a :class:`Method`, or
     a list of these. ``task``: what the stage is called. Each call of ``train()`` is one stage: the methods build what
     they need before it and update their memory after it; set ``train_dataset`` and call it again for the next task.
-    Everything that the class does otherwise stays as it is.
+    Everything that the class does otherwise stays as it is. A class that is continual already is returned itself.
     """
+    if issubclass(trainer_class, ContinualMixin):
+        return trainer_class
     public = {name: _StateField() for name in PUBLIC if not hasattr(trainer_class, name)}
     doc = f"{trainer_class.__name__} with methods against forgetting; see :func:`continual`."
     members = {"__doc__": doc, "__module__": __name__, **public}
@@ -90,6 +92,7 @@ class ContinualMixin(EngineMixin):
             run=run_context or RunContext(),
             process=Process.this(),
             pad=Collator(_pad_token_id(self.processing_class, self.data_collator)),
+            is_run=run_context is not None,
             optimizer_is_given=self.optimizer is not None,
         )
 
