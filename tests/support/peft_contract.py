@@ -62,6 +62,13 @@ def begins_at_the_base_model(make: Make) -> None:
     torch.testing.assert_close(logits(get_peft_model(base(), make()).eval()), logits(base()), rtol=0, atol=1e-5)
 
 
+def begins_elsewhere_where_asked_to(make: Make) -> None:
+    """``init_weights=False``, by which PEFT's shared tests see that an untrained adapter takes part."""
+    model = get_peft_model(base(), make(init_weights=False)).eval()
+    assert not torch.allclose(logits(model), logits(base()), atol=1e-3)
+    assert torch.equal(logits(model.unload()), logits(base()))
+
+
 def trains_its_own_parameters_and_all_of_them(make: Make, prefix: str) -> None:
     before = base()
     model = get_peft_model(base(), make())

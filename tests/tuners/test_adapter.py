@@ -55,6 +55,10 @@ def test_before_training_it_is_the_base_model(placed):
     contract.begins_at_the_base_model(placed)
 
 
+def test_it_can_begin_random_as_peft_s_own_tests_need_it(placed):
+    contract.begins_elsewhere_where_asked_to(placed)
+
+
 def test_it_alone_is_trained(placed):
     contract.trains_its_own_parameters_and_all_of_them(placed, "adapter_")
 

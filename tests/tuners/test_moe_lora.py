@@ -50,6 +50,10 @@ def test_before_training_it_is_the_base_model(routed):
     contract.begins_at_the_base_model(routed)
 
 
+def test_it_can_begin_random_as_peft_s_own_tests_need_it(routed):
+    contract.begins_elsewhere_where_asked_to(routed)
+
+
 def test_it_alone_is_trained(routed):
     contract.trains_its_own_parameters_and_all_of_them(routed, "moe_lora_")
 
