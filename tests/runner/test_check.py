@@ -55,3 +55,23 @@ def test_float16_weights_are_not_trained(config: Path, tmp_path: Path, capsys: p
     assert holdfast("check", config, f"model={{name: {model}, dtype: auto}}") == 2
     assert "float32 or bfloat16 would do" in capsys.readouterr().err
     assert holdfast("check", config, f"model={{name: {model}}}") == 0
+
+
+def test_rows_that_are_too_long_are_listed_at_once(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """In the test split, too, whose prompts need room for the response."""
+    long = [{"instruction": "red " * 60, "output": f"red {n}"} for n in range(3)]
+    short = [{"instruction": f"blue {n}", "output": "blue"} for n in range(9)]
+    folder = tmp_path / "task"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.json").write_text(json.dumps(short + long))
+    stream = f"stream={{path: {folder}}}"
+    assert holdfast("check", config, stream, "data.max_length=48") == 2
+    said = capsys.readouterr().err
+    assert "6 rows cannot be used" in said and "train.json: row 10: has" in said and "test.json: row 12: has" in said
+    out = f"output={tmp_path / 'out'}"
+    assert (
+        holdfast("run", config, stream, "data.max_length=48", "data.on_bad_row=skip", "training.max_steps=1", out) == 0
+    )
+    counts = json.loads((tmp_path / "out" / "run.json").read_text())["tasks"]["task"]
+    assert (counts["train"], counts["test"]) == (9, 9)

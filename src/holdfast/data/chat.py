@@ -31,6 +31,10 @@ class TemplateBrokenError(Exception):
     """The reason why a chat template cannot be used for a row."""
 
 
+class _NotShownError(TemplateBrokenError):
+    """Of something that the plain template cannot show either."""
+
+
 class ChatTemplate:
     """Renders conversations by a tokenizer's chat template.
 
@@ -71,9 +75,9 @@ class ChatTemplate:
                     where(example.file, example.row),
                 )
             return found
+        advice = "" if isinstance(first, _NotShownError) else "; data.template=plain does without it"
         raise DataError(
-            f"{where(example.file, example.row)}: the tokenizer's chat template cannot be used: {first}; "
-            "data.template=plain does without it"
+            f"{where(example.file, example.row)}: the tokenizer's chat template cannot be used: {first}{advice}"
         )
 
     def _tell_of_special(self, example: Example) -> None:
@@ -127,13 +131,13 @@ class ChatTemplate:
     def _check_answer(self, answer: str, turn: Turn) -> None:
         """An answer, as it will be read in a response, begins with its content, and names the tools that it calls."""
         if turn.reasoning and turn.reasoning.strip() not in answer:
-            raise TemplateBrokenError(
+            raise _NotShownError(
                 f"it does not show the reasoning of an answer ({turn.reasoning.strip()[:40]!r}); data.reasoning=drop "
                 "leaves it out of every row"
             )
         for call in turn.calls:
             if json.loads(call)["name"] not in answer:
-                raise TemplateBrokenError(f"it does not show the call {call[:60]!r} of an answer")
+                raise _NotShownError(f"it does not show the call {call[:60]!r} of an answer")
         if not turn.calls and not self.answer(answer).startswith(self._special_pattern.sub("", turn.content).strip()):
             raise TemplateBrokenError(f"the answer {turn.content[:40]!r} becomes {answer[:80]!r}")
 
@@ -258,7 +262,9 @@ def _check_before(before: str, turns: Sequence[Turn], tools: str | None) -> None
             raise TemplateBrokenError(f"it leaves out turn {number} ({turn.role}): {said[:60]!r}")
     for name in tool_names(tools) if tools else ():
         if name not in before:
-            raise TemplateBrokenError(f"it does not show the tools of the row, such as {name!r}")
+            raise _NotShownError(
+                f"it does not show the tools of the row, such as {name!r}; columns: {{tools: null}} leaves them out"
+            )
 
 
 def _equal_json(said: str, before: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +69,12 @@ class Encoder:
         # SentencePiece-like tokenizers put a space before whatever they are given.
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         self._prepends = tokenizer.decode(bare + bare) != "aa"
+
+    def apart(self) -> Encoder:
+        """The same encoder with counts of its own."""
+        other = copy.copy(self)
+        other._shortened, other._cut = set(), set()
+        return other
 
     @property
     def truncated(self) -> int:

@@ -44,7 +44,7 @@ def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationCo
     if evaluation.split == "dev":
         for task in stream.tasks:
             _measure_on_dev(task, data, bad)
-    _judge_bad_rows(bad, stream, data)
+    judge_bad_rows(bad, stream, data)
     _check_overlap(stream.tasks, data)
     stream.version = f"{stream.version}-{_digest(stream, load_scorers(stream, evaluation))}".removeprefix("-")
     return stream
@@ -156,7 +156,7 @@ def _folders(path: Path, config: StreamConfig) -> list[Source]:
     ]
 
 
-def _judge_bad_rows(bad: list[str], stream: Stream, data: DataConfig) -> None:
+def judge_bad_rows(bad: list[str], stream: Stream, data: DataConfig) -> None:
     """Stop for rows that cannot be used, all named at once, or say that they are left out."""
     if not bad:
         return

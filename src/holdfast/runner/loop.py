@@ -13,7 +13,7 @@ from holdfast.config.run import RunConfig, load_config
 from holdfast.errors import GateFailed
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import evaluate_general
-from holdfast.evaluation.respond import evaluate_task, response_limit
+from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.models.weights import check_weights
 from holdfast.records.directory import RunDirectory, current_stage, open_directory
@@ -28,7 +28,7 @@ from holdfast.runner.measure import measure
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup, prepare, resolve
 from holdfast.runner.stage import check_training, train_stage
-from holdfast.scoring.score import scorer, task_score
+from holdfast.scoring.score import task_score
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import check, read_json
 from holdfast.system.progress import Progress
@@ -91,7 +91,6 @@ class RunLoop:
         self.interrupt = interrupt
         self._model: PreTrainedModel | PeftModel | None = None
         self._states: Path | None = None  # where the methods' states were loaded from, before an engine has the model
-        self._limits: dict[str, int] = {}
 
     def go(self) -> dict[str, Any]:
         """Do what is left to do, and return the content of matrix.json."""
@@ -248,11 +247,7 @@ class RunLoop:
 
     def _longest(self, task: Task) -> int | None:
         """The longest response to a task's examples, in tokens; None where nothing is generated."""
-        if self.config.evaluation.max_new_tokens is not None:
-            return self.config.evaluation.max_new_tokens
-        if scorer(task.metric).reads == "response" and task.name not in self._limits:
-            self._limits[task.name] = response_limit(self.setup.encoder, task)
-        return self._limits.get(task.name)
+        return self.setup.limits.get(task.name)
 
     def _bar(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
         return self.interrupt.bar(self.progress, title)

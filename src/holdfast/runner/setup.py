@@ -25,6 +25,7 @@ from holdfast.models.quantization import check_quantization
 from holdfast.records.gate import check_limits, is_general_loss
 from holdfast.runner.data import RunData, load_data
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan
+from holdfast.runner.rows import encode_tasks
 from holdfast.training.arguments import RESERVED, check_arguments
 
 
@@ -54,6 +55,7 @@ class Setup:
         companion: a method that belongs to the tuner.
         scorers: of the tasks' metrics, by name.
         rows: each task's tokenised train rows.
+        limits: tokens of the longest response to each task that is answered.
         stages: in order, without the start.
         steps: optimizer steps of each stage.
         samples: the stream's own file of general samples, if it has one.
@@ -69,6 +71,7 @@ class Setup:
     encoder: Encoder
     max_length: int
     rows: Rows
+    limits: dict[str, int]
     stages: list[PlannedStage]
     steps: list[int]
     samples: str | None = None
@@ -155,7 +158,7 @@ def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
     epochs = config.training.epochs
     if isinstance(epochs, list) and len(epochs) != len(stages):
         raise ConfigError(f"training.epochs: has {len(epochs)} entries, but the run has {len(stages)} stages")
-    rows = {task.name: encoder.encode_all(task.train) for task in stream.tasks}
+    rows, limits = encode_tasks(stream, encoder, config)
     steps = [optimizer_steps(config, stage, rows, max_length) for stage in stages]
     tuner.plan(config.training, sum(steps))
     return Setup(
@@ -169,6 +172,7 @@ def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
         encoder=encoder,
         max_length=max_length,
         rows=rows,
+        limits=limits,
         stages=stages,
         steps=steps,
         samples=resolved.samples,

@@ -52,8 +52,10 @@ def train_stage(
     rows: list[dict[str, Any]] = []
     origins: list[tuple[str, int]] = []
     for task in stage.tasks:
+        files = {example.file for example in task.train}
+        file = files.pop() if len(files) == 1 else f"the files of task {task.name}"
         for row in setup.rows[task.name]:
-            origins.append((task.train[0].file, row["row"] + 1))
+            origins.append((file, row["row"] + 1))
             rows.append(row | {"row": len(rows)})
     checkpoints = directory.stage(stage.index, stage.name) / "checkpoint"
     checkpoint, step = checkpoint_to_continue(checkpoints)

@@ -1,0 +1,66 @@
+"""The rows of a run's tasks as tokens; all that cannot become tokens is found before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from holdfast.api.task import Example, Stream
+from holdfast.config.run import RunConfig
+from holdfast.data.encode import Encoder
+from holdfast.data.load import judge_bad_rows
+from holdfast.errors import DataError
+from holdfast.evaluation.respond import response_limit
+from holdfast.runner.plan import Rows
+from holdfast.scoring import find
+
+
+def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[Rows, dict[str, int]]:
+    """Tokenise the train rows of every task, and try the prompts of its test rows.
+
+    Rows that cannot be encoded are treated as ``data.on_bad_row`` says: too long even without their input, say, or with
+    tools that the chat template does not show.
+
+    Returns:
+        Each task's train rows, and for each task that is answered the tokens of its longest response.
+
+    Raises:
+        DataError: rows cannot be encoded, or none of a split is left.
+    """
+    bad: list[str] = []
+    rows: Rows = {}
+    limits: dict[str, int] = {}
+    apart = encoder.apart()  # the counts of rows that were cut are about train rows
+    for task in stream.tasks:
+        task.train, rows[task.name] = _usable(task.train, encoder.encode_all, bad)
+        match find(task.metric).reads:
+            case "loss":
+                task.test, _ = _usable(task.test, apart.encode_all, bad)
+            case "response" if task.train:
+                limit = config.evaluation.max_new_tokens or response_limit(apart, task)
+                limits[task.name] = limit
+
+                def prompts(examples: Sequence[Example], limit: int = limit) -> list[list[int]]:
+                    return [apart.prompt(example, limit) for example in examples]
+
+                task.test, _ = _usable(task.test, prompts, bad)
+    judge_bad_rows(bad, stream, config.data)
+    return rows, limits
+
+
+def _usable(
+    examples: list[Example], encode: Callable[[Sequence[Example]], list[Any]], bad: list[str]
+) -> tuple[list[Example], list[Any]]:
+    """The examples that can be encoded, and their codes; one by one only where not all of them can."""
+    try:
+        return examples, encode(examples)
+    except DataError:
+        kept, codes = [], []
+    for example in examples:
+        try:
+            codes += encode([example])
+        except DataError as error:
+            bad.append(str(error))
+        else:
+            kept.append(example)
+    return kept, codes
