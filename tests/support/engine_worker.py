@@ -1,30 +1,34 @@
-"""Runs configurations one after another in processes that train together; the tests of engines start it by torchrun.
+"""Does jobs one after another in processes that train together; the tests of engines start it (see engine_jobs.py).
 
-usage: torchrun --nproc-per-node N engine_worker.py CONFIGS.json [kill STAGE STEP | copy STEP | count]
+usage: engine_worker.py JOBS.json
 
-CONFIGS.json is a list of configurations. One that fails leaves error.txt in its output and ends all processes. kill:
-the last process dies by SIGKILL after that step. copy: leave what lies on the disk after that step of the last stage
-in OUTPUT-broken. count: leave counts.json beside the results: the last stage's steps,
-how many sums over processes it asked for, how many divided tensors were made whole between its first and its last step,
-and how many entries of vectors its methods held in this process at most.
+JOBS.json is a list of jobs: {"config": a configuration, and beside it, if wanted:
+"of": the folder of another run, a copy of which goes on; "copy": after that step of the last stage leave in
+OUTPUT-copy what lies on the disk; "kill": [stage, step], the last process dies by SIGKILL after it;
+"break": what the engine does wrong, a name in BREAK; "count": leave counts.json beside the results}.
+counts.json has the last stage's steps, how many sums over processes it asked for, how many divided tensors were made
+whole between its first and its last step, and how many entries of vectors its methods held in this process at most.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import signal
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.engines.process import Process
 from holdfast.engines.shards import Shards
@@ -33,72 +37,78 @@ from holdfast.engines.zero.parts import Part
 from holdfast.runner.loop import run
 from holdfast.runner.stage import StageWatch
 from holdfast.system.files import write_json
+from holdfast.system.launch import tell_launcher
 from holdfast.system.progress import Progress
+from holdfast.training import engine_mixin
+
+Look = Callable[[StageWatch, Any], None]
+"""Called with the watching callback and the trainer's state after each step."""
 
 
-def after_each_step(look: Callable[[Any, Any], None]) -> None:
-    """Call ``look`` with the watching callback and the trainer's state."""
+@contextmanager
+def looking(look: Look) -> Iterator[None]:
     original = StageWatch.on_step_end
 
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self: StageWatch, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
         look(self, state)
 
-    StageWatch.on_step_end = on_step_end  # type: ignore[method-assign]
+    with patch.object(StageWatch, "on_step_end", on_step_end):
+        yield
 
 
-def kill(stage: int, step: int) -> None:
-    def look(watch: Any, state: Any) -> None:
+def killing(stage: int, step: int) -> Look:
+    def look(watch: StageWatch, state: Any) -> None:
         process = Process.this()
         if (watch.stage.index, state.global_step) == (stage, step) and process.rank == process.world - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    after_each_step(look)
+    return look
 
 
-def copy(step: int) -> None:
-    def look(watch: Any, state: Any) -> None:
+def copying(step: int) -> Look:
+    def look(watch: StageWatch, state: Any) -> None:
         output = Path(watch.trainer.args.output_dir).parents[2]
         if state.global_step == step and Process.this().main:
-            broken = output.with_name(f"{output.name}-broken")
-            shutil.rmtree(broken, ignore_errors=True)
-            shutil.copytree(output, broken)
+            copy = output.with_name(f"{output.name}-copy")
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(output, copy)
 
-    after_each_step(look)
+    return look
 
 
 class Count:
     """Sums over processes and vectors held, of the stage that trains."""
 
-    def __init__(self) -> None:
+    def __init__(self, stack: ExitStack) -> None:
         self.found = {"steps": 0, "sums": 0, "gathers": 0, "entries": 0}
         self.now = {"sums": 0, "gathers": 0}
         self.at_first = dict(self.now)
         self.stack = 0
-        after_each_step(self.look)
+        stack.enter_context(looking(self.look))
         for owner, name in ((Process, "all_reduce_sum"), (Shards, "all_reduce_")):
-            self.counted("sums", owner, name)
+            stack.enter_context(self.counted("sums", owner, name))
         for owner, name in ((Partitioned, "full"), (Part, "join"), (DTensor, "full_tensor")):
-            self.counted("gathers", owner, name)
+            stack.enter_context(self.counted("gathers", owner, name))
         stacked = Shards.stack.__func__  # type: ignore[attr-defined]
 
-        def stack(cls: Any, vectors: Any) -> Shards:
+        def stack_of(cls: Any, vectors: Any) -> Shards:
             result = stacked(cls, vectors)
             self.stack = sum(t.numel() for t in result)
             return result
 
-        Shards.stack = classmethod(stack)  # type: ignore[assignment]
+        stack.enter_context(patch.object(Shards, "stack", classmethod(stack_of)))
 
-    def counted(self, kind: str, owner: Any, name: str) -> None:
+    def counted(self, kind: str, owner: Any, name: str) -> Any:
         original = getattr(owner, name)
 
         def counting(*args: Any, **kwargs: Any) -> Any:
             self.now[kind] += 1
             return original(*args, **kwargs)
 
-        setattr(owner, name, counting)
+        return patch.object(owner, name, counting)
 
-    def look(self, watch: Any, state: Any) -> None:
+    def look(self, watch: StageWatch, state: Any) -> None:
         if state.global_step == 1:
             self.at_first = dict(self.now)
             self.found["entries"] = 0
@@ -109,22 +119,59 @@ class Count:
         self.found["entries"] = max(self.found["entries"], held)
 
 
+@contextmanager
+def reducing(reduce: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """DDP does this with its gradients, instead of taking their mean over the processes."""
+    original = DistributedDataParallel.__init__
+
+    def hook(state, bucket):  # DDP does not know annotations that are strings
+        reduce(bucket.buffer())
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def init(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.register_comm_hook(None, hook)
+
+    with patch.object(DistributedDataParallel, "__init__", init):
+        yield
+
+
+BREAK: dict[str, Callable[[], Any]] = {
+    "gradients are not averaged": lambda: reducing(lambda gradient: None),
+    "gradients are summed": lambda: reducing(torch.distributed.all_reduce),
+    "moments are lost": lambda: patch.object(engine_mixin, "load_optimizer", lambda *args: None),
+}
+"""Faults of an engine that the comparison of the table must see."""
+
+
+def work(job: dict[str, Any]) -> None:
+    output, process = Path(job["config"]["output"]), Process.this()
+    if "of" in job and process.main:
+        shutil.copytree(job["of"], output)
+    process.wait()
+    with ExitStack() as stack:
+        counts = Count(stack) if "count" in job else None
+        if "copy" in job:
+            stack.enter_context(looking(copying(job["copy"])))
+        if "kill" in job:
+            stack.enter_context(looking(killing(*job["kill"])))
+        if "break" in job:
+            stack.enter_context(BREAK[job["break"]]())
+        run(job["config"], Progress(quiet=True))
+    if counts is not None and process.main:
+        write_json(output / "counts.json", counts.found)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    counts = Count() if sys.argv[2:] == ["count"] else None
-    if sys.argv[2:3] == ["kill"]:
-        kill(*map(int, sys.argv[3:]))
-    if sys.argv[2:3] == ["copy"]:
-        copy(int(sys.argv[3]))
-    for config in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        output = Path(config["output"])
-        if (output / "report.html").exists():
-            continue
+    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         try:
-            run(config, Progress(quiet=True))
-        except Exception:
-            if sys.argv[2:3] != ["kill"]:  # what the others say of a peer that was killed is no error of theirs
-                (output / "error.txt").write_text(traceback.format_exc())
+            work(job)
+        except Exception as error:
+            tell_launcher(error)
             os._exit(1)  # others may wait for this process: the launcher ends them
-        if counts is not None and Process.this().main:
-            write_json(output / "counts.json", counts.found)
+        gc.collect()
+        gc.freeze()  # what was imported is never collected again, which would take longer than a run
+    os._exit(0)  # DeepSpeed's engines have nothing to say at exit
