@@ -25,6 +25,7 @@ from holdfast.cli import (
     serve,
     sweep,
 )
+from holdfast.system.terminal import say, show_printable_errors
 from holdfast.version import __version__
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        print(f"holdfast {__version__}")
+        say(f"holdfast {__version__}")
         raise typer.Exit
 
 
@@ -76,18 +77,19 @@ def main() -> None:
     """Exit codes: 0 done; 2 the user's configuration or data is wrong; 3 a gate failed; 1 anything else."""
     from holdfast.errors import GateFailed, Interrupted, ProcessFailed, UserError
 
+    show_printable_errors()
     if sys.argv[1:2] and sys.argv[1].startswith("--local_rank="):
         del sys.argv[1]  # DeepSpeed's launcher puts it there, and into LOCAL_RANK
     try:
         app()
     except (UserError, GateFailed, ProcessFailed) as error:
         if not _tell_launcher(error):
-            print(f"holdfast: {error}", file=sys.stderr)
+            say(f"holdfast: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Interrupted as stopped:
         if not _tell_launcher(stopped):
             command = shlex.join(["holdfast", *sys.argv[1:]])
-            print(f"holdfast: {stopped}; all of it is saved. Continue with: {command}", file=sys.stderr)
+            say(f"holdfast: {stopped}; all of it is saved. Continue with: {command}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if not _tell_launcher(error):

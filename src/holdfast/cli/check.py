@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from holdfast.cli.run import Config, Overrides
+from holdfast.system.terminal import open_console
 
 
 def check(config: Config, overrides: Overrides = None) -> None:
@@ -26,8 +27,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from holdfast.runner.data import load_data
 
     data = load_data(resolved)
-    from rich.console import Console
 
     from holdfast.runner.check import print_check  # torch comes with it; names, files and rows have been checked by now
 
-    print_check(resolved, Console(highlight=False), data)
+    print_check(resolved, open_console(highlight=False), data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from holdfast.cli.report import Output, Runs
+from holdfast.system.terminal import open_console, say
 
 
 class Format(StrEnum):
@@ -46,7 +48,6 @@ def compare(
 
     Runs whose streams, prompts, budgets or metrics differ are refused.
     """
-    from rich.console import Console
 
     from holdfast.records.directory import require_runs
     from holdfast.records.read import read_runs
@@ -63,11 +64,13 @@ def compare(
         refuse_different(read)
     comparison = compare_runs(read, baseline)
     if format is Format.text:
-        print_comparison(comparison, Console())
+        print_comparison(comparison, open_console())
     else:
         write = {Format.markdown: as_markdown, Format.latex: as_latex, Format.csv: as_csv}[format]
-        print(write(comparison), end="")
+        say(write(comparison), end="")
     if published is not None:
-        print_published(beside_published(read, read_published(published)), Console(stderr=format is not Format.text))
+        print_published(
+            beside_published(read, read_published(published)), open_console(stderr=format is not Format.text)
+        )
     if output is not None:
-        typer.echo(write_report(runs, output), err=format is not Format.text)
+        say(write_report(runs, output), file=sys.stderr if format is not Format.text else None)

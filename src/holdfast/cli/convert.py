@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.system.terminal import say
+
 Source = Annotated[Path, typer.Argument(help="Folder of an InternLM2, InternLM2.5, Baichuan2-7B or Baichuan-7B.")]
 Target = Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")]
 
@@ -18,4 +20,4 @@ def convert(source: Source, target: Target) -> None:
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
-    print(convert_checkpoint(source, target, Progress()))
+    say(convert_checkpoint(source, target, Progress()))

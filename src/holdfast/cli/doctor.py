@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.system.terminal import open_console, say
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -51,21 +53,20 @@ def _show_machine() -> None:
     from holdfast.system.machine import free_gib, hardware, versions
 
     machine = hardware()
-    print(f"processor     {machine['cpu']}, {machine['cores']} cores")
-    print(f"memory        {machine['memory_gib']} GiB")
-    print(f"disk          {free_gib(Path.cwd()):.0f} GiB free here")
-    print(f"GPUs          {', '.join(machine['gpus']) or 'none: training runs on the processor'}")
+    say(f"processor     {machine['cpu']}, {machine['cores']} cores")
+    say(f"memory        {machine['memory_gib']} GiB")
+    say(f"disk          {free_gib(Path.cwd()):.0f} GiB free here")
+    say(f"GPUs          {', '.join(machine['gpus']) or 'none: training runs on the processor'}")
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    print(f"bfloat16      {'yes' if bfloat16 else 'on the processor only, where it is slow'}")
+    say(f"bfloat16      {'yes' if bfloat16 else 'on the processor only, where it is slow'}")
     for name, version in versions().items():
-        print(f"{name:14}{version}")
+        say(f"{name:14}{version}")
     for module, use in EXTRAS.items():
         installed = importlib.util.find_spec(module) is not None
-        print(f"{module:14}{'installed' if installed else 'not installed'}: {use}")
+        say(f"{module:14}{'installed' if installed else 'not installed'}: {use}")
 
 
 def _show_memory(model: str, rows: int, length: int, precision: Precision, only: str | None) -> None:
-    from rich.console import Console
 
     from holdfast.config.model import ModelConfig
     from holdfast.config.section import Named
@@ -97,15 +98,13 @@ def _show_memory(model: str, rows: int, length: int, precision: Precision, only:
             notes.append(f"{tuner.name} would fit with {change}" if change else f"{tuner.name}: {LARGER}")
     unit, name = (2**30, "GiB") if any(m.peak() >= 2**30 for m in memories.values()) else (2**20, "MiB")
     where = torch.cuda.get_device_name(0) if device == "cuda" else "main memory"
-    print(
-        f"{model}: {rows} rows of {length} tokens, {precision}, sizes in {name}; {free / 2**30:.2f} GiB free ({where})"
-    )
-    Console(highlight=False).print(_memory_table(memories, unit, free))
-    print("peak = weights + optimizer + holes + the larger of: activations + logits; gradients + the optimizer's step")
+    say(f"{model}: {rows} rows of {length} tokens, {precision}, sizes in {name}; {free / 2**30:.2f} GiB free ({where})")
+    open_console(highlight=False).print(_memory_table(memories, unit, free))
+    say("peak = weights + optimizer + holes + the larger of: activations + logits; gradients + the optimizer's step")
     if device == "cpu" and heap_keeps_holes():
-        print(HEAP)
+        say(HEAP)
     for note in notes:
-        print(note)
+        say(note)
 
 
 HEADINGS = (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from holdfast.cli.run import AcceptChanges, Trust
+from holdfast.system.terminal import open_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,6 @@ def evaluate(
     The same command continues an evaluation that was stopped or killed, or whose endpoint failed, and asks nothing
     twice.
     """
-    from rich.console import Console
 
     from holdfast.system.quiet import silence_libraries
 
@@ -76,12 +76,11 @@ def evaluate(
     results = evaluate_stage(
         run, stage=stage, endpoint=server, output=output, accept_changes=accept_changes, trust=trust
     )
-    print_remeasured(results, Console())
+    print_remeasured(results, open_console())
 
 
 def print_remeasured(results: Remeasured, console: Console) -> None:
     """Print the scores beside those of the run, and how many responses differ."""
-    from rich.markup import escape
 
     from holdfast.report.terminal import narrow_table
 
@@ -93,8 +92,8 @@ def print_remeasured(results: Remeasured, console: Console) -> None:
     for task, (now, before) in results.scores.items():
         changed = results.changed[task]
         differ = "–" if changed is None else str(changed)
-        table.add_row(escape(task), results.metrics[task], shown(now), shown(before), differ)
+        table.add_row(task, results.metrics[task], shown(now), shown(before), differ)
     for name, (now, before) in results.general.items():
-        table.add_row(escape(name), "general", shown(now), shown(before), "–")
+        table.add_row(name, "general", shown(now), shown(before), "–")
     console.print(table)
     console.print(str(results.output), markup=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from holdfast.cli.run import AcceptChanges, Trust
+from holdfast.system.terminal import say
 
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
 To = Annotated[Path, typer.Option("--to", help="Folder to write; an earlier export there is replaced.")]
@@ -36,5 +37,5 @@ def export(
         run, to, stage=stage, merge=merge, push_to=push_to, accept_changes=accept_changes, trust=trust
     )
     for line in exported.lacks:
-        print(f"warning: {line}", file=sys.stderr)
-    print(to)
+        say(f"warning: {line}", file=sys.stderr)
+    say(to)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.system.terminal import say
+
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
 Forgetting = Annotated[float | None, typer.Option(help="Forgetting, of the tasks learned so far.")]
 TaskForgetting = Annotated[float | None, typer.Option(help="Forgetting of any single task.")]
@@ -57,7 +59,7 @@ def gate(
         write_text(markdown, as_markdown(checks, title))
     if junit is not None:
         write_text(junit, as_junit(checks, title))
-    print(f"{title}: gate {'failed' if failed(checks) else 'passed'}")
-    print(as_text(checks) if checks else "  there is nothing to check yet")
+    say(f"{title}: gate {'failed' if failed(checks) else 'passed'}")
+    say(as_text(checks) if checks else "  there is nothing to check yet")
     if failed(checks):
         raise typer.Exit(3)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from holdfast.cli.run import AcceptChanges, Config, HelpWithKeys, Overrides
+from holdfast.system.terminal import open_console, say
 
 app = typer.Typer(
     help="Pretrain a small model, and study what drives forgetting.",
@@ -72,8 +73,8 @@ def tokenizer(
     with whole_folder(out) as folder:
         trained.save_pretrained(folder)
     if len(trained) < vocab_size:
-        print(f"warning: the texts hold no more than {len(trained)} tokens", file=sys.stderr)
-    print(f"{out}: {len(trained)} tokens")
+        say(f"warning: the texts hold no more than {len(trained)} tokens", file=sys.stderr)
+    say(f"{out}: {len(trained)} tokens")
 
 
 @app.command("tokens")
@@ -114,7 +115,7 @@ def tokens(
         )
     made = file.manifest
     empty = f", {made['empty']} without text passed over" if made["empty"] else ""
-    print(f"{out}: {len(file)} tokens ({made['dtype']}) of {made['documents']} documents{empty}")
+    say(f"{out}: {len(file)} tokens ({made['dtype']}) of {made['documents']} documents{empty}")
 
 
 class HelpWithLabKeys(HelpWithKeys):
@@ -145,8 +146,8 @@ def pretrain(config: Config, overrides: Overrides = None, accept_changes: Accept
         return
     for name, at in (("before", result["start"]), ("after", result["end"])):
         losses = "  ".join(f"{domain} {measured['loss']:.3f}" for domain, measured in at["domains"].items())
-        print(f"{name:6}  {at['tokens']:,} tokens  {losses}".rstrip())
-    print(f"stopped by {result['stop']} after {result['step']:,} steps, {result['seconds']:.0f} s: {loaded.output}")
+        say(f"{name:6}  {at['tokens']:,} tokens  {losses}".rstrip())
+    say(f"stopped by {result['stop']} after {result['step']:,} steps, {result['seconds']:.0f} s: {loaded.output}")
 
 
 CACHE = Path("runs/lab")
@@ -185,20 +186,19 @@ def experiment(
 
     The same command does only the runs that are left, and continues those that were stopped or killed.
     """
-    from rich.console import Console
 
     from holdfast.lab import experiment as lab
     from holdfast.lab import work
     from holdfast.lab.count import check_experiment
 
     if name is None:
-        print_experiments(scale, Console())
+        print_experiments(scale, open_console())
         return
     path = lab.find(name, scale)
     loaded = lab.load_experiment(path, overrides)
     folder = out or lab.results_folder(path, cache)
     if dry_run:
-        print_plan(loaded.title, check_experiment(loaded), Console())
+        print_plan(loaded.title, check_experiment(loaded), open_console())
         return
     from holdfast.system.quiet import silence_libraries
 
@@ -207,8 +207,8 @@ def experiment(
         findings = work.redraw(loaded, folder)
     else:
         findings = work.run_experiment(loaded, folder, cache=cache, seeds=seeds, processes=processes)
-    print_findings(findings, Console())
-    print(folder)
+    print_findings(findings, open_console())
+    say(folder)
 
 
 def print_experiments(scale: str, console: Any) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from holdfast.system.terminal import say
+
 if TYPE_CHECKING:
     from holdfast.api.declared import Page
     from holdfast.data.streams.definition import Definition
@@ -44,12 +46,12 @@ def streams(
 
     if metrics:
         for metric, scorer in known_scorers().items():
-            print(f"{metric:23} {scorer.about}")
+            say(f"{metric:23} {scorer.about}")
     elif name is None:
         for stream, definition in known().items():
-            print(f"{stream:15} {definition.about}")
-        print("\nholdfast streams NAME shows one in full: tasks, metrics, orders, and where its data are obtained.")
-        print("Any folder of task folders is a stream too: stream: {path: FOLDER, order: [TASK, ...]}")
+            say(f"{stream:15} {definition.about}")
+        say("\nholdfast streams NAME shows one in full: tasks, metrics, orders, and where its data are obtained.")
+        say("Any folder of task folders is a stream too: stream: {path: FOLDER, order: [TASK, ...]}")
     else:
         _show_stream(name, find(name))
 
@@ -59,39 +61,39 @@ def _show_stream(name: str, definition: Definition) -> None:
 
     from holdfast.data.streams.definition import maker
 
-    print(f"{name}, version {definition.version}\n\n{definition.about}\n\nobtained from: {definition.source}\n")
+    say(f"{name}, version {definition.version}\n\n{definition.about}\n\nobtained from: {definition.source}\n")
     keys = {"name": name} | ({"path": "FOLDER"} if definition.needs_path else {})
     if definition.make is None:
-        print("tasks, their metrics and the source's own where it differs (scoring: source):")
+        say("tasks, their metrics and the source's own where it differs (scoring: source):")
         for task in definition.tasks:
-            print(f"  {task.name:12} {task.metric}" + (f" ({task.source_metric})" if task.source_metric else ""))
+            say(f"  {task.name:12} {task.metric}" + (f" ({task.source_metric})" if task.source_metric else ""))
     else:
         make = maker(definition)
-        print(getdoc(make) or "")
+        say(getdoc(make) or "")
         options = [key for key in signature(make).parameters if key != "path"]
         if options:
             keys |= {"options": "{" + ", ".join(f"{key}: ..." for key in options) + "}"}
         source = definition.defaults.get("source_metric")
-        print(f"\nmetric: {definition.defaults['metric']}" + (f" ({source})" if source else ""))
-    print("\norders, beside that of the list, reverse and random:SEED:" if definition.orders else "", end="")
+        say(f"\nmetric: {definition.defaults['metric']}" + (f" ({source})" if source else ""))
+    say("\norders, beside that of the list, reverse and random:SEED:" if definition.orders else "", end="")
     for order, tasks in definition.orders.items():
-        print(f"\n  {order}: {', '.join(tasks)}", end="")
-    print(f"\n\nstream: {{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}")
+        say(f"\n  {order}: {', '.join(tasks)}", end="")
+    say(f"\n\nstream: {{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}")
 
 
 def _show_names(pages: Sequence[Page]) -> None:
     width = max(len(page.name) for page in pages)
     for page in pages:
-        print(f"{page.name:{width}}  {page.doc.splitlines()[0] if page.doc else ''}")
+        say(f"{page.name:{width}}  {page.doc.splitlines()[0] if page.doc else ''}")
 
 
 def _show_page(page: Page) -> None:
-    print(f"{page.name}\n\n{page.doc}\n")
+    say(f"{page.name}\n\n{page.doc}\n")
     for line in _company(page.facts):
-        print(line)
-    print("options (default):")
+        say(line)
+    say("options (default):")
     for key, default, description in page.options:
-        print(f"  {key} ({default})\n      {description}")
+        say(f"  {key} ({default})\n      {description}")
 
 
 def _company(facts: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.system.terminal import say
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -95,7 +97,7 @@ def replay(
                 engine=engine,
                 on_progress=lambda done, total: bar.update(done, total=total),
             )
-        print(
+        say(
             f"{out}: {manifest['samples']:,} samples, {manifest['tokens']:,} tokens, {manifest['duplicates']:,} "
             f"duplicates left out, {-manifest['log_prob'] / manifest['supervised']:.3f} nats per token"
         )
@@ -103,4 +105,4 @@ def replay(
     silence_libraries()
     from holdfast.report.corpus import write_corpus_page
 
-    print(write_corpus_page(Path(model), output or Path(model, "corpus.html"), against))
+    say(write_corpus_page(Path(model), output or Path(model, "corpus.html"), against))

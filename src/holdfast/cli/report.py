@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from holdfast.system.terminal import say
+
 Runs = Annotated[list[Path], typer.Argument(help="Directories of runs.", show_default=False)]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the page.")]
 
@@ -19,4 +21,4 @@ def report(runs: Runs, output: Output = None) -> None:
     require_runs(runs)
     if output is None:
         output = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
-    print(write_report(runs, output))
+    say(write_report(runs, output))

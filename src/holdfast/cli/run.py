@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from holdfast.errors import ConfigError
+from holdfast.system.terminal import open_console
 
 if TYPE_CHECKING:
     from holdfast.config.section import Section
@@ -78,7 +79,6 @@ def run(
     The same command continues a run that was stopped or killed, and ends with the same numbers. Exit code 3: a stage
     failed the configuration's gate.
     """
-    from rich.console import Console
 
     from holdfast.config.run import load_config
     from holdfast.runner.names import check_names
@@ -103,5 +103,5 @@ def run(
 
     run_stages(resolved, accept_changes=accept_changes)
     if Process.this().main:
-        print_table([Path(resolved.output)], Console())
+        print_table([Path(resolved.output)], open_console())
     raise_if_failed(Path(resolved.output))

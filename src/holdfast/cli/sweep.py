@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from holdfast.cli.run import HelpWithKeys
+from holdfast.system.terminal import open_console, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +52,6 @@ def sweep(
     The same command continues a sweep that was stopped or killed. A run that fails does not stop the others; the exit
     code is that of the runs that failed.
     """
-    from rich.console import Console
 
     from holdfast.report.published import read_published
     from holdfast.sweep.plan import check, expand, load_sweep
@@ -64,7 +64,7 @@ def sweep(
     runs = expand(loaded)
     check(runs)
     published = read_published(Path(loaded.published)) if loaded.published else []
-    console = Console(highlight=False)
+    console = open_console(highlight=False)
     if dry_run:
         print_runs(runs, console)
         return
@@ -84,7 +84,7 @@ def sweep(
         print_comparison(report.comparison, console)
         if published:
             print_published(beside_published(report.runs, published), console)
-        print(report.page)
+        say(report.page)
     if any(end.why for end in ended):
         print_failures(ended, console)
     raise typer.Exit(exit_code(ended))
@@ -101,11 +101,10 @@ def print_runs(runs: list[PlannedRun], console: Console) -> None:
 def print_failures(ended: list[RunOutcome], console: Console) -> None:
     """List the runs that are not done, each with the reason."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table("run", "state", "exit", "why", box=box.SIMPLE_HEAD, pad_edge=False)
     for end in ended:
         if end.why:
-            table.add_row(escape(end.run.name), end.state, str(end.code), escape(end.why))
+            table.add_row(end.run.name, end.state, str(end.code), end.why)
     console.print(table)

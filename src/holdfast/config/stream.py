@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from holdfast.config.pattern import check_pattern
 from holdfast.config.section import FreeOptions, Section, TaskName, year_as_text
 
 Columns = dict[str, str | None]
@@ -51,11 +52,9 @@ class TaskOptions(Section):
                 raise ValueError("prompt: must hold {sentence} once, and of {...} else only {instruction} and {labels}")
         if self.input is not None:
             try:
-                groups = re.compile(self.input).groups
-            except re.error as error:
-                raise ValueError(f"input: {self.input!r} is no regular expression: {error}") from None
-            if groups != 1:
-                raise ValueError(f"input: {self.input!r} must have exactly one group, around what the prompt is about")
+                check_pattern(self.input)
+            except ValueError as error:
+                raise ValueError(f"input: {error}") from None
         return self
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from holdfast.api.task import Example, Turn
+from holdfast.config.pattern import group_span
 from holdfast.data.conversation import BadRowError, Noticed, conversation, text_field, tools_of
 from holdfast.data.files import type_name, where
 from holdfast.errors import ConfigError, DataError, did_you_mean
@@ -284,10 +284,10 @@ def _about(prompt: str, input: str | None) -> tuple[int, int]:
     """The span of a prompt that says what it is about."""
     if input is None:
         return 0, len(prompt)
-    found = re.search(input, prompt)
-    if found is None:
+    span = group_span(input, prompt)
+    if span is None:
         raise BadRowError(f"prompt: does not match {input!r}, the task's input")
-    return found.span(1)
+    return span
 
 
 def _check_label(answer: str, labels: list[str] | None) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def print_quality(comparison: Comparison, console: Console, minutes: bool = Fals
             cells = [
                 _cell(row[figure.key], row["intervals"].get(figure.key), figure.signed, tall) for figure in figures
             ]
-            table.add_row(escape(label(row)), *cells, *([cost(row["minutes"], "minutes")] if minutes else []))
+            table.add_row(label(row), *cells, *([cost(row["minutes"], "minutes")] if minutes else []))
         return table
 
     _print_fitting(console, written)
@@ -73,7 +72,7 @@ def print_costs(comparison: Comparison, console: Console) -> None:
         table = narrow_table()
         for name in ("rank", "seeds", *("\n".join(figure.label.split()) for figure in COSTS)):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column(f"average less\n{escape(comparison.baseline)}", justify="right")
+        table.add_column(f"average less\n{comparison.baseline}", justify="right")
         table.add_column("p\n(Holm)", justify="right", no_wrap=True)
         for row in comparison.rows:
             paired = row["difference"]
@@ -81,7 +80,7 @@ def print_costs(comparison: Comparison, console: Console) -> None:
             found = ["–", "–"]
             if paired:
                 found = [_cell(paired["difference"], paired["interval"], True, tall), p_value(paired["p_holm"])]
-            table.add_row(escape(label(row)), *cells, *found)
+            table.add_row(label(row), *cells, *found)
         return table
 
     _print_fitting(console, written)
@@ -102,7 +101,7 @@ def print_published(rows: list[dict[str, Any]], console: Console) -> None:
         less = "–" if row["difference"] is None else f"{row['difference']:+.2f}"
         figure = f"{row['figure']} {row['unit']}".rstrip()
         published = f"{row['published']:.2f}"
-        table.add_row(escape(row["run"]), escape(figure), ours, published, less, escape(row["source"]))
+        table.add_row(row["run"], figure, ours, published, less, row["source"])
     console.print(table)
 
 

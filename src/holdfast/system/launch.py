@@ -23,6 +23,7 @@ from holdfast.system.files import read_json, write_json
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.machine import cores, free_port
 from holdfast.system.pool import exit_in_words
+from holdfast.system.terminal import say
 
 ERRORS = "HOLDFAST_ERROR_FILE"
 """Environment variable: the file in which a process leaves its error for this module."""
@@ -71,7 +72,7 @@ def launch(arguments: Sequence[str], processes: int, max_restarts: int = 0, quie
             error = group.error(failed)
         if not isinstance(error, ProcessFailed) or interrupt.requested or restart == max_restarts:
             raise error
-        print(f"holdfast: {error}\nholdfast: starting again ({restart + 1} of {max_restarts})", file=sys.stderr)
+        say(f"holdfast: {error}\nholdfast: starting again ({restart + 1} of {max_restarts})", file=sys.stderr)
 
 
 def launched() -> bool:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from holdfast.system.terminal import open_console
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
@@ -56,9 +58,7 @@ class Progress:
     """Prints to standard error, since standard output is for results; with ``quiet``, nothing."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
-        from rich.console import Console
-
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = console or open_console(stderr=True, quiet=quiet, highlight=False)
 
     def line(self, text: str) -> None:
         """Print one line."""
@@ -73,8 +73,10 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Bars(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=self.console) as bars:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        with Bars(
+            *columns, TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn(), console=self.console
+        ) as bars:
             yield Bar(self, title, bars)
 
 
