@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from holdfast.methods.lwf import LwF
 from holdfast.models.head import bounded, head, trained_head, whole_head
 from holdfast.models.sampling import sample
 from holdfast.rehearsal.head_check import check_head
+from holdfast.system.files import read_jsonl
 from holdfast.tuners.moe_lora.config import MoeLoraConfig
-from support.tiny import VOCABULARY, pad_rows, tiny_model, tiny_rows, tiny_stage
+from support.engine_table import error, launch
+from support.tiny import VOCABULARY, pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage
 
 IDS = torch.arange(3, 11)[None]
 SIZES = {
@@ -180,3 +183,23 @@ def test_sampling_of_another_formula_goes_through_the_model(monkeypatch: pytest.
     model.__class__ = Shifted
     drawn = sample(model, [[1, 4]], max_new_tokens=6, seed=0)
     assert drawn.tokens[0].count(7) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_an_adapter_on_the_head_on_engines_that_divide_it(engine: str, tmp_path: Path) -> None:
+    """Two processes compute the terms of one, and so the adapter gets the same gradient."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    base = tiny_config(tmp_path, method={"name": "lwf", "weight": 5.0})
+    base["tuner"] = {"name": "lora", "r": 2, "target_modules": ["lm_head", "q_proj"], "lora_dropout": 0.0}
+    base["stream"] |= {"order": ["red", "green"]}
+    training = {"epochs": 1, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 0.3, "optimizer": "sgd"}
+    terms = {}
+    for name, processes in ((None, 1), (engine, 2)):
+        output = tmp_path / str(name)
+        config = base | {"training": training | {"engine": name, "log_every": 1}, "output": str(output)}
+        launch([config], processes, tmp_path)
+        assert not error(config)
+        terms[name] = [line["terms"]["lwf"] for line in read_jsonl(output / "events.jsonl")]
+    assert max(terms[None]) > 0.1
+    assert terms[engine] == pytest.approx(terms[None], rel=1e-3, abs=1e-5)

@@ -45,6 +45,9 @@ class Layout:
     divided = False
     """Whether a process lacks a part of the parameter itself, so that processes go through a model together."""
 
+    gathers_for_calls = False
+    """Whether the engine makes a module's parameters whole by itself wherever the module is called."""
+
     saved_by_transformers = True
     """Whether ``save_pretrained`` of transformers makes such parameters whole."""
 

@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 from torch.func import functional_call
 
-from holdfast.engines.pieces import for_compute, full
+from holdfast.engines.pieces import for_compute, full, layout_of
 from holdfast.errors import ConfigError
 from holdfast.losses.chunked import Head
 from holdfast.losses.common import wide
@@ -85,14 +85,17 @@ def _with_adapter(layer: Any) -> Head:
             f"the model's head has an adapter ({type(layer).__name__}) that is no matrix, so that no loss can be built "
             "from the head; LoRA, AdaLoRA, IA3 and OSF can be on the head, or leave lm_head out of target_modules"
         )
-    parameters = {name: for_compute(p) for name, p in layer.named_parameters()}
+    parameters = dict(layer.named_parameters())
     weight = layer.get_base_layer().weight
     units = torch.eye(layer.in_features, device=weight.device, dtype=weight.dtype)
-    origin = torch.zeros_like(units[:1])
+    inputs = torch.cat([units, torch.zeros_like(units[:1])])
     training = [module for module in layer.modules() if module.training]
     layer.eval()
     with torch.autocast(weight.device.type, enabled=False):
-        rows = functional_call(layer, parameters, (torch.cat([units, origin]),))
+        if layout_of(*parameters.values()).gathers_for_calls:
+            rows = layer(inputs)
+        else:
+            rows = functional_call(layer, {name: full(for_compute(p)) for name, p in parameters.items()}, (inputs,))
     for module in training:
         module.training = True
     bias = rows[-1] if any(name.rpartition(".")[2] == "bias" for name in parameters) else None

@@ -85,6 +85,7 @@ class Partitioned(Flattened):
     them."""
 
     divided = True
+    gathers_for_calls = True
     saved_by_transformers = False
 
     def has(self, p: Tensor) -> bool:
