@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from holdfast.cli import app
 from holdfast.deploy import serve as serving
+from holdfast.deploy.openai.limits import Limits
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.models.endpoint import Endpoint, only_model
 from holdfast.runner.evaluate import evaluate
@@ -31,7 +32,7 @@ from holdfast.system.files import read_jsonl
 from holdfast.system.machine import free_port
 from holdfast.system.progress import Progress
 from support.doubles import ChatServer
-from support.served import DIES, Server
+from support.served import Server
 from support.tiny import tiny_config, tiny_model, tiny_tokenizer, write_tasks
 
 QUIET = Progress(quiet=True)
@@ -99,7 +100,6 @@ def die_after(server: Server, answers: int) -> threading.Thread:
     return thread
 
 
-@DIES
 def test_an_evaluation_waits_for_a_server_that_is_restarted(again: Any, server: Server):
     """32 requests are under way when it dies."""
 
@@ -114,7 +114,6 @@ def test_an_evaluation_waits_for_a_server_that_is_restarted(again: Any, server: 
     assert sum(server.answered.values()) - len(server.answered) <= 32, "more was asked again than was under way"
 
 
-@DIES
 def test_the_same_call_goes_on_where_a_server_died(again: Any, server: Server, tmp_path: Path):
     dying = die_after(server, 40)
     endpoint = Endpoint(server.url, "run/00-start", concurrency=32, retries=0)
@@ -213,7 +212,7 @@ def test_chat_with_a_plain_run_is_what_it_was_trained_on(finished: Path, server:
     reply = httpx2.post(f"{server.url}/chat/completions", json={"messages": chat, "max_tokens": 9}).json()
     text = "red: ab? r</s>\nred: cd?"
     same = httpx2.post(f"{server.url}/completions", json={"prompt": text, "max_tokens": 9}).json()
-    assert reply["choices"][0]["message"]["content"] == same["choices"][0]["text"] != ""
+    assert reply["choices"][0]["message"]["content"] == same["choices"][0]["text"].removeprefix(" ") != ""
 
 
 def test_a_taken_port_and_an_unknown_engine_are_refused(finished: Path):
@@ -224,6 +223,14 @@ def test_a_taken_port_and_an_unknown_engine_are_refused(finished: Path):
         serving.serve(finished, port=taken.getsockname()[1], progress=QUIET)
     with pytest.raises(ConfigError, match=r"--engine: 'sglang' must be transformers or vllm"):
         serving.serve(finished, engine="sglang", progress=QUIET)
+    for host in ("", " "):
+        with pytest.raises(ConfigError, match=r"--host: is empty, which would be every address"):
+            serving.serve(finished, host=host, progress=QUIET)
+    for host in ("no such host", "a" * 300, "127.0.0.1\0", "::bad"):
+        with pytest.raises(ConfigError, match=r"--host, --port: .* cannot be used"):
+            serving.serve(finished, host=host, progress=QUIET)
+    with pytest.raises(ConfigError, match=r"--engine: vllm has limits of its own"):
+        serving.serve(finished, engine="vllm", limits=Limits(), progress=QUIET)
 
 
 @pytest.mark.slow

@@ -196,7 +196,7 @@ def test_an_adapter_is_not_measured_served_or_exported_on_another_base(place, tm
         "merge": lambda **accept: export(place / "run", tmp_path / "merged", merge=True, **accept),
         "serve": lambda **accept: serve(place / "run", progress=QUIET, **accept),
     }
-    monkeypatch.setattr("holdfast.deploy.serve._serve_transformers", lambda *_: None)
+    monkeypatch.setattr("holdfast.deploy.serve._serve", lambda *_: None)
     for command in commands.values():
         with pytest.raises(RunDirectoryError, match=r"model: model\.safetensors: .*\n.*--accept-changes"):
             command()

@@ -9,15 +9,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
 import uvicorn
 
 from holdfast.deploy.serve import application
 from holdfast.runner.reload import find_stage
 from holdfast.system.machine import free_port
-
-DIES = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-"""The inference thread of a server whose loop is closed under it ends with an exception."""
 
 
 class Server:
@@ -48,7 +44,7 @@ class Server:
         await self.app(scope, received, sent)
 
     def start(self) -> None:
-        self.app = application(find_stage(self.path))  # the last one's inference thread ended with its loop
+        self.app = application(find_stage(self.path))
         config = uvicorn.Config(
             self.counted, host="127.0.0.1", port=self.port, log_level="error", interface="asgi3", lifespan="off"
         )

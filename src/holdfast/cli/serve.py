@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,25 @@ Host = Annotated[str, typer.Option(help="Address to listen at.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any free one.")]
 EngineOption = Annotated[Engine, typer.Option("--engine", help="transformers, or vllm where it is installed.")]
 
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", min=1, help="Most tokens of an answer.", show_default="what the context holds"),
+]
+MaxRequests = Annotated[
+    int | None,
+    typer.Option(
+        "--max-requests", min=1, help="Requests at once; more are refused with status 429.", show_default="256"
+    ),
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option("--concurrency", min=1, help="Answers under way at once; further ones wait.", show_default="64"),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", min=0.001, help="Seconds that a request may take.", show_default="600"),
+]
+
 
 def serve(
     run: RunPath,
@@ -29,6 +48,10 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     engine: EngineOption = Engine.transformers,
+    max_tokens: MaxTokens = None,
+    max_requests: MaxRequests = None,
+    concurrency: Concurrency = None,
+    timeout: Timeout = None,
     accept_changes: AcceptChanges = False,
     trust: Trust = False,
 ) -> None:
@@ -36,6 +59,23 @@ def serve(
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
+    from holdfast.deploy.openai.limits import Limits
     from holdfast.deploy.serve import serve as serve_stage
 
-    serve_stage(run, stage=stage, host=host, port=port, engine=engine.value, accept_changes=accept_changes, trust=trust)
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "requests": max_requests,
+        "concurrency": concurrency,
+        "seconds": timeout,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    serve_stage(
+        run,
+        stage=stage,
+        host=host,
+        port=port,
+        engine=engine.value,
+        limits=Limits(**given) if given else None,
+        accept_changes=accept_changes,
+        trust=trust,
+    )

@@ -1,4 +1,4 @@
-"""Serve a stage of a run on this machine, through the OpenAI-compatible server of transformers or of vLLM."""
+"""Serve a stage of a run on this machine, by OpenAI's interface: in this process, or through vLLM."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import json
 import os
 import shutil
 import socket
-from importlib.util import find_spec
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast import tuners
-from holdfast.data.chat import DATE
-from holdfast.data.encode import Encoder
+from holdfast.data.encode import Encoder, resolve_max_length
 from holdfast.deploy.export import export, method_lacks
+from holdfast.deploy.openai.limits import Limits
 from holdfast.errors import ConfigError
+from holdfast.models.batcher import Batcher
 from holdfast.models.pretrained import begin_tokens, load_tokenizer
 from holdfast.runner.inputs import model_inputs, tokenizer_inputs
 from holdfast.runner.reload import StoredStage, check_inputs, find_stage
@@ -23,13 +24,18 @@ from holdfast.system.progress import Progress
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+    from holdfast.deploy.openai.exchange import Backend
+
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + END }}"
     "{% else %}{{ ('' if loop.first else '\\n') + message.content }}{% endif %}{% endfor %}"
 )
-"""``data.template: plain`` as a chat template, so that a model without one can be asked by chat, too."""
+"""``data.template: plain`` as a chat template, for vLLM."""
 
-INSTALL = "--engine transformers: needs FastAPI, Uvicorn and OpenAI's types; pip install 'holdfast[serve]'"
+INSTALL = "--engine transformers: needs Starlette and Uvicorn; pip install 'holdfast[serve]'"
+MOST_CONNECTIONS = 512
+SHUTDOWN_SECONDS = 5
+SCORING_THREADS = 4  # each waits for its turn most of the time
 
 
 def serve(
@@ -39,6 +45,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     engine: str = "transformers",
+    limits: Limits | None = None,
     progress: Progress | None = None,
     accept_changes: bool = False,
     trust: bool = False,
@@ -46,14 +53,16 @@ def serve(
     """Serve a stage until the process is stopped. Requests are answered greedily unless they name a temperature.
 
     The model is the one that the run measured, with any tuner, in the same data type. ``/v1/completions`` takes prompts
-    as text, ``/v1/chat/completions`` in the template that the run was trained with. What the run's methods do at test
-    time is not done.
+    as text or tokens, ``/v1/chat/completions`` conversations in the template that the run was trained with. What the
+    run's methods do at test time is not done.
 
     Args:
         run: a run's directory.
         stage: from 1, or 0 for the model before training; if None, the one whose weights the run holds.
-        engine: transformers, which answers one request after another; or vllm, which needs a whole model. So an adapter
-            is merged, and the model written to ``served/`` in the run's directory.
+        host: an address of this machine; 0.0.0.0 or :: for all of them.
+        engine: transformers; or vllm, which needs a whole model. So an adapter is merged, and the model written to
+            ``served/`` in the run's directory.
+        limits: of requests, for the engine transformers; None: :class:`Limits`'s own.
         accept_changes: serve although the base model or the tokenizer is no longer that of the run.
         trust: run the code that the run's record names.
 
@@ -61,6 +70,8 @@ def serve(
         UserError: there is no such stage, the port is taken, or the engine cannot be used here.
     """
     progress = progress or Progress()
+    if not host.strip():
+        raise ConfigError("--host: is empty, which would be every address of this machine; say 0.0.0.0 for that")
     stored = find_stage(run, stage, trust=trust)
     model = stored.config.model
     inputs = {"model": model_inputs(model), "tokenizer": tokenizer_inputs(model)}
@@ -68,9 +79,11 @@ def serve(
     for line in method_lacks(stored.config):
         progress.line(f"warning: {line}")
     if engine == "vllm":
+        if limits is not None:
+            raise ConfigError("--engine: vllm has limits of its own; those of holdfast are for transformers")
         _exec_vllm(stored, host, port, accept_changes)
     elif engine == "transformers":
-        _serve_transformers(stored, host, port, progress)
+        _serve(stored, host, port, limits, progress)
     else:
         raise ConfigError(f"--engine: {engine!r} must be transformers or vllm")
 
@@ -104,87 +117,69 @@ def _generation_config(encoder: Encoder) -> GenerationConfig:
     )
 
 
-def _serve_transformers(stored: StoredStage, host: str, port: int, progress: Progress) -> None:
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
-        raise ConfigError(INSTALL)
-    import uvicorn
-
+def _serve(stored: StoredStage, host: str, port: int, limits: Limits | None, progress: Progress) -> None:
     try:
-        listening = socket.create_server((host, port))
-    except OSError as error:
-        raise ConfigError(f"--host, --port: {host}:{port} cannot be used ({error.strerror}); choose another") from None
-    server = uvicorn.Server(uvicorn.Config(application(stored), log_level="warning"))
-    progress.line(f"{served_name(stored)} at http://{host}:{listening.getsockname()[1]}/v1")
+        import uvicorn
+
+        from holdfast.deploy.openai import application as _  # noqa: F401
+    except ImportError:
+        raise ConfigError(INSTALL) from None
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family)
+    except (OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--host, --port: {host}:{port} cannot be used ({reason}); choose another") from None
+    config = uvicorn.Config(
+        application(stored, limits),
+        log_level="warning",
+        lifespan="off",
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    server = uvicorn.Server(config)
+    shown = f"[{host}]" if ":" in host else host
+    progress.line(f"{served_name(stored)} at http://{shown}:{listening.getsockname()[1]}/v1")
     server.run(sockets=[listening])
 
 
-def application(stored: StoredStage) -> Any:
-    """transformers' server, an ASGI application, with a stage's model from memory."""
-    assert stored.config.tuner is not None, "a run that has begun names its tuner"
-    tuner = tuners.build(stored.config.tuner)
-    tuner.plan(stored.config.training, 0)
-    tokenizer, encoder = _tokenizer(stored)
-    model, settings = stored.model(stored.config, tuner).eval(), _generation_config(encoder)
-    for module in model.modules():
-        if "generation_config" in vars(module):
-            module.generation_config = settings
-    return _application(served_name(stored), model, tokenizer)
+def application(stored: StoredStage, limits: Limits | None = None) -> Any:
+    """OpenAI's interface to a stage, an ASGI application, with its model in memory."""
+    from holdfast.deploy.openai.application import Service
+
+    return Service(backend(stored, limits or Limits()), limits or Limits()).application()
 
 
-def _application(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.response import ResponseHandler
-    from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.transcription import TranscriptionHandler
-    from transformers.cli.serving.utils import GenerationState
+def backend(stored: StoredStage, limits: Limits) -> Backend:
+    """What answers requests: the stage's model, as the run measured it, and its prompts."""
+    from holdfast.deploy.openai.exchange import Backend
+    from holdfast.deploy.openai.prompts import Prompts
 
-    class InMemory(ModelManager):
-        def _load_processor(self, *_: Any, **__: Any) -> Any:
-            return tokenizer
-
-        def _load_model(self, *_: Any, **__: Any) -> Any:
-            return model
-
-        def get_gen_models(self, *_: Any) -> list[dict[str, Any]]:
-            return [{"id": name, "object": "model", "created": 0, "owned_by": "holdfast"}]
-
-    class Greedy:
-        """Samples only if a request names a temperature."""
-
-        def _build_generation_config(self, body: dict[str, Any], *args: Any, **options: Any) -> Any:
-            config = super()._build_generation_config(body, *args, **options)  # type: ignore[misc]
-            config.do_sample = bool(body.get("temperature"))
-            return config
-
-    class Chat(Greedy, ChatCompletionHandler):
-        pass
-
-    class Completion(Greedy, CompletionHandler):
-        pass
-
-    class Response(Greedy, ResponseHandler):
-        pass
-
-    manager, state = InMemory(force_model=name), GenerationState()
-    template = {"enable_thinking": False, "date_string": DATE}
-    newer: dict[str, Any] = {}
-    if find_spec("transformers.cli.serving.systemone") is not None:  # transformers 5.23
-        from transformers.cli.serving.systemone import SystemOneHandler
-
-        newer["systemone_handler"] = SystemOneHandler(manager, state, template)
-    return build_server(
-        manager,
-        Chat(manager, state, template),
-        completion_handler=Completion(manager, state),
-        response_handler=Response(manager, state, template),
-        transcription_handler=TranscriptionHandler(manager, state),
-        **newer,
-        generation_state=state,
+    config = stored.config
+    assert config.tuner is not None, "a run that has begun names its tuner"
+    tuner = tuners.build(config.tuner)
+    tuner.plan(config.training, 0)
+    tokenizer = load_tokenizer(config.model)
+    model = stored.model(config, tuner).eval()
+    text_config = model.config.get_text_config()
+    measured = stored.run.info["max_length"]
+    known = getattr(text_config, "max_position_embeddings", None)
+    prompts = Prompts(
+        tokenizer,
+        config.data.template,
+        context=resolve_max_length(None if known else measured, model.config, tuner.virtual_tokens),
+        vocabulary=text_config.vocab_size,
+        max_tokens=limits.max_tokens,
     )
+    batcher = Batcher(
+        model,
+        batch_size=config.evaluation.batch_size,
+        batch_tokens=config.evaluation.batch_size * measured,
+        concurrency=limits.concurrency,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    threads = ThreadPoolExecutor(SCORING_THREADS, thread_name_prefix="holdfast likelihoods")
+    return Backend(served_name(stored), prompts, batcher, threads)
 
 
 def _exec_vllm(stored: StoredStage, host: str, port: int, accept_changes: bool) -> None:

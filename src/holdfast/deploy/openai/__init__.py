@@ -1,0 +1,1 @@
+"""A stage behind OpenAI's HTTP interface: completions and chat completions."""

@@ -1,0 +1,217 @@
+"""The HTTP interface: routes, limits, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from holdfast.deploy.openai.errors import RequestError
+from holdfast.deploy.openai.exchange import Backend, Exchange
+from holdfast.deploy.openai.limits import Limits
+from holdfast.deploy.openai.prompts import Prompt
+from holdfast.deploy.openai.request import MOST_ANSWERS, Body, read_chat, read_completion, read_json
+
+BODY_SECONDS = 60.0  # in which a request's body must be here
+READ_SECONDS = 10.0  # beyond the time of a request, in which a client must have read the rest of a stream
+
+
+class Service:
+    """The routes of a server.
+
+    Attributes:
+        inside: requests that are answered now or wait.
+    """
+
+    def __init__(self, backend: Backend, limits: Limits):
+        self.backend, self.limits = backend, limits
+        self.inside = 0
+
+    def application(self) -> Starlette:
+        """As an ASGI application."""
+        return Starlette(
+            routes=[
+                Route("/health", self.health, methods=["GET"]),
+                Route("/v1/models", self.models, methods=["GET"]),
+                Route("/v1/models/{name:path}", self.model, methods=["GET"]),
+                Route("/v1/completions", self.completions, methods=["POST"]),
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            ],
+            exception_handlers={
+                RequestError: _refused,
+                HTTPException: _no_route,
+                ClientDisconnect: _left,
+                Exception: _failed,
+            },
+        )
+
+    async def health(self, _: Request) -> Response:
+        """That the server answers, and what it does."""
+        return JSONResponse({"status": "ok", "requests": self.inside, "sequences": self.backend.batcher.busy})
+
+    async def models(self, _: Request) -> Response:
+        """The only model."""
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def model(self, request: Request) -> Response:
+        """The model of a name."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._described())
+
+    async def completions(self, request: Request) -> Response:
+        """Continuations of prompts."""
+        return await self._answer(request, read_completion)
+
+    async def chat(self, request: Request) -> Response:
+        """Answers in a conversation."""
+        return await self._answer(request, read_chat)
+
+    async def _answer(self, request: Request, read: Callable[[dict[str, Any]], Body]) -> Response:
+        raw = await self._body(request)
+        if self.inside >= self.limits.requests:
+            raise RequestError(
+                f"{self.inside} requests are being answered or wait; try again in a moment",
+                status=429,
+                code="rate_limit_exceeded",
+                kind="rate_limit_error",
+            )
+        self.inside += 1
+        try:
+            deadline = asyncio.get_running_loop().time() + self.limits.seconds
+            body, prompts = await asyncio.to_thread(self._read, raw, read)
+            return _Reply(self, Exchange(self.backend, body, prompts), deadline)
+        except BaseException:
+            self.inside -= 1
+            raise
+
+    def _read(self, raw: bytes, read: Callable[[dict[str, Any]], Body]) -> tuple[Body, list[Prompt]]:
+        body = read(read_json(raw))
+        if body.model is not None:
+            self._check_model(body.model)
+        prompts = self.backend.prompts.of(body)
+        if (answers := len(prompts) * body.candidates) > MOST_ANSWERS:
+            key = "n" if body.candidates == body.n else "best_of"
+            raise RequestError(f"{key}: makes {answers} answers; at most {MOST_ANSWERS} at once", key)
+        return body, prompts
+
+    async def _body(self, request: Request) -> bytes:
+        large = RequestError(f"the body has more than {self.limits.body} bytes", status=413)
+        if int(request.headers.get("content-length", 0)) > self.limits.body:
+            raise large
+        raw = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    raw += chunk
+                    if len(raw) > self.limits.body:
+                        raise large
+        except TimeoutError:
+            raise RequestError(f"the body was not here within {BODY_SECONDS:g} seconds", status=408) from None
+        return bytes(raw)
+
+    def _check_model(self, name: str) -> None:
+        if name != self.backend.name:
+            raise RequestError(
+                f"The model `{name[:200]}` does not exist here; {self.backend.name} does",
+                "model",
+                code="model_not_found",
+                status=404,
+            )
+
+    def _described(self) -> dict[str, Any]:
+        context = self.backend.prompts.context
+        return {
+            "id": self.backend.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "holdfast",
+            "max_model_len": context,
+        }
+
+
+class _Reply(Response):
+    """A response that is generated while its client is there, and its time lasts."""
+
+    def __init__(self, service: Service, exchange: Exchange, deadline: float):
+        self._service, self._exchange, self._deadline = service, exchange, deadline
+        super().__init__()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._exchange.start()
+        send_all = self._stream if self._exchange.request.stream else self._whole
+        work = asyncio.ensure_future(send_all(scope, receive, send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            left = self._deadline + READ_SECONDS - asyncio.get_running_loop().time()
+            await asyncio.wait({work, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                await work
+        finally:
+            self._exchange.cancel()
+            self._service.inside -= 1
+            for task in (work, gone):
+                task.cancel()
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                answer = await self._exchange.whole()
+        except TimeoutError:
+            raise self._late() from None
+        await JSONResponse(answer)(scope, receive, send)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                async for data in self._exchange.events():
+                    await _event(send, data)
+        except TimeoutError:
+            await _event(send, json.dumps(self._late().body))
+        except RequestError as error:
+            await _event(send, json.dumps(error.body))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _late(self) -> RequestError:
+        seconds = self._service.limits.seconds
+        return RequestError(
+            f"the request took longer than {seconds:g} seconds", status=504, code="timeout", kind="timeout_error"
+        )
+
+
+async def _event(send: Send, data: str) -> None:
+    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    headers = {"retry-after": "1"} if error.status == 429 else {}
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(RequestError(said).body, error.status_code, error.headers)
+
+
+async def _left(*_: object) -> Response:
+    return Response(status_code=499)
+
+
+async def _failed(*_: object) -> Response:
+    return JSONResponse(RequestError("the server failed", kind="server_error").body, 500)

@@ -1,0 +1,22 @@
+"""What a server takes upon itself."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server.
+
+    Attributes:
+        requests: answered or waiting at once; further ones are refused with status 429.
+        concurrency: sequences under way at once; further ones wait.
+        seconds: that a request may take, with its waiting.
+        max_tokens: of an answer; None: what the context holds.
+        body: bytes of a request.
+    """
+
+    requests: int = 256
+    concurrency: int = 64
+    seconds: float = 600.0
+    max_tokens: int | None = None
+    body: int = 4 << 20

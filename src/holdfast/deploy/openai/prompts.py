@@ -1,0 +1,141 @@
+"""What a request asks about, as tokens."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from holdfast.api.task import Example
+from holdfast.data.conversation import BadRowError, Noticed, conversation
+from holdfast.data.encode import Encoder
+from holdfast.data.files import where
+from holdfast.deploy.openai.errors import RequestError, too_long
+from holdfast.deploy.openai.request import MOST_ANSWERS, Body, ChatBody, CompletionBody
+from holdfast.deploy.openai.text import Decoder
+from holdfast.errors import DataError
+from holdfast.models.pretrained import begin_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHORT = 16  # tokens of a completion where a request does not say how many, as with OpenAI
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt.
+
+    Attributes:
+        ids: its tokens.
+        text: what is echoed.
+        begin: how many of the tokens, at the beginning, are not of the text.
+        max_tokens: of an answer to it.
+    """
+
+    ids: list[int]
+    text: str
+    begin: int
+    max_tokens: int
+
+
+class Prompts:
+    """Reads the prompts of requests; threads may share it.
+
+    Args:
+        tokenizer: the run's.
+        template: data.template of the run.
+        context: tokens of a prompt with its answer, at most.
+        vocabulary: the model's; token ids are below it.
+        max_tokens: the most tokens of an answer that a request may ask for; None: what the context holds.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Any,
+        *,
+        context: int,
+        vocabulary: int,
+        max_tokens: int | None = None,
+    ):
+        self.context, self.vocabulary, self._most = context, vocabulary, max_tokens
+        self._lock = threading.Lock()
+        # The tokenizer's library allows no change of a setting, which encoding makes, while something is decoded.
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._encoder = Encoder(self._tokenizer, max_length=2**40, template=template)  # its own refusals are about rows
+        self.decoder = Decoder(tokenizer)
+        self.chat = self._encoder.chat
+        self.ends = frozenset(self._encoder.stop_ids)
+        self._begin = begin_tokens(self._tokenizer)
+
+    def of(self, request: Body) -> list[Prompt]:
+        """The prompts of a request.
+
+        Raises:
+            RequestError: a prompt cannot be used, or does not fit into the context with its answer.
+        """
+        with self._lock:
+            if isinstance(request, ChatBody):
+                return [self._prompt(request, self._conversation(request), "", 0)]
+            assert isinstance(request, CompletionBody)
+            return [self._prompt(request, *read) for read in self._completions(request.prompt)]
+
+    def _prompt(self, request: Body, ids: list[int], text: str, begin: int) -> Prompt:
+        chat = isinstance(request, ChatBody)
+        param, key = ("messages" if chat else "prompt"), "max_tokens"
+        if chat and request.max_tokens is None:
+            key = "max_completion_tokens"
+        room, asked = self.context - len(ids), request.limit
+        if self._most is not None and (asked or 0) > self._most:
+            raise RequestError(f"{key}: {asked} is more than the {self._most} that this server allows", key)
+        if asked is None:
+            asked = room if chat else min(room, SHORT)
+            asked = max(1, asked if self._most is None else min(asked, self._most))
+        if asked > room:
+            raise too_long(self.context, len(ids), asked, key if len(ids) < self.context else param)
+        return Prompt(ids, text, begin, asked)
+
+    def _conversation(self, request: ChatBody) -> list[int]:
+        noticed = Noticed()
+        messages = [
+            {key: value for key, value in message.items() if value is not None and (key, value) != ("annotations", [])}
+            for message in request.messages
+        ]
+        try:
+            turns = conversation([*messages, {"role": "assistant", "content": "answer"}], "messages", noticed)
+            if noticed.unused:
+                raise BadRowError(f"{', '.join(sorted(noticed.unused))}: not used by this model; leave it out")
+            return self._encoder.prompt(Example("messages", 0, turns), reserve=0)
+        except (BadRowError, DataError) as error:
+            said = str(error).removeprefix(f"{where('messages', 0)}: ")
+            raise RequestError(said, "messages") from None
+
+    def _completions(self, prompt: Any) -> list[tuple[list[int], str, int]]:
+        """The tokens, the text and the number of begin tokens of each prompt."""
+        match prompt:
+            case str():
+                return [self._of_text(prompt)]
+            case [int(), *_]:
+                return [self._of_ids(prompt)]
+            case [str() | list(), *_]:
+                if len(prompt) > MOST_ANSWERS:
+                    raise RequestError(f"prompt: has {len(prompt)} prompts; at most {MOST_ANSWERS} at once", "prompt")
+                return [self._of_text(one) if isinstance(one, str) else self._of_ids(one) for one in prompt]
+        raise RequestError("prompt: must be a text, a list of texts, a list of token ids or a list of such", "prompt")
+
+    def _of_text(self, text: str) -> tuple[list[int], str, int]:
+        ids = self._tokenizer(text, verbose=False)["input_ids"]
+        if not ids:
+            raise RequestError("prompt: has no tokens; a model needs one to begin with", "prompt")
+        return ids, text, len(self._begin) if ids[: len(self._begin)] == self._begin else 0
+
+    def _of_ids(self, ids: Any) -> tuple[list[int], str, int]:
+        if not isinstance(ids, list) or not ids:
+            raise RequestError("prompt: has no tokens; a model needs one to begin with", "prompt")
+        for token in ids:
+            if type(token) is not int or not 0 <= token < self.vocabulary:
+                shown = f"{token!r:.40}" if not isinstance(token, int) or abs(token) < 2**63 else "a huge number"
+                raise RequestError(f"prompt: {shown} is no token; tokens are 0 to {self.vocabulary - 1}", "prompt")
+        return ids, self.decoder.text(ids), 0
