@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from holdfast.engines.optimizer_state import load_optimizer, save_optimizer
@@ -152,7 +152,8 @@ def test_files_of_version_0_1_0_are_read(tmp_path):
     write_json(tmp_path / "adapter_config.json", {k: v for k, v in settings.items() if not k.endswith("_modules")})
     here = tuner.prepare(base())
     tuner.load(here, tmp_path)
-    for loaded in (here, PeftModel.from_pretrained(base(), str(tmp_path))):
+    by_peft = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")  # since PEFT 0.21
+    for loaded in (here, PeftModel.from_pretrained(base(), str(tmp_path))) if by_peft else (here,):
         assert torch.equal(logits(loaded), logits(model)) and loaded.base_model.tasks == 1
 
     class Unnamed(torch.nn.Module):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from holdfast.api.tuner import Tuner
 from holdfast.config.section import Section
+from holdfast.engines.whole import former_names
 from holdfast.tuners.dual_prefix.config import DualPrefixConfig
 from holdfast.tuners.dual_prefix.layer import PerTask, PrefixAttention
 from holdfast.tuners.dual_prefix.model import DualPrefixModel
@@ -48,7 +49,11 @@ class DualPrefix(Tuner):
         return get_peft_model(model, DualPrefixConfig(task_type="CAUSAL_LM", **self.options.model_dump()))
 
     def load(self, model: Any, folder: Path) -> None:
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        """Files of version 0.1.0, too, whatever PEFT's version."""
+        names = former_names(model).items()
+        now = {former: name.replace(f".{model.active_adapter}.", ".") for name, former in names}
+        saved = load_peft_weights(str(folder), device="cpu")
+        set_peft_model_state_dict(model, {now.get(name, name): t for name, t in saved.items()})
 
 
 register("dual_prefix", DualPrefixConfig, DualPrefixModel)
