@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -162,7 +163,8 @@ def test_a_saved_value_is_not_that_of_a_changed_definition(include: str, tmp_pat
     own = evaluation()
     own.answers = AnswerCache(tmp_path / "answers.jsonl")
     first = evaluate_general(own, measures(include, "colour"))
-    own.answers.add(["lm_eval", measures(include, "colour")[0].harness, _definitions(include)], [[0.25, 1.0]])
+    task = asdict(measures(include, "colour")[0].harness)
+    own.answers.add(["lm_eval", task, _definitions(include)], [[0.25, 1.0]])
     assert evaluate_general(own, measures(include, "colour")) == {"colour": 0.25}  # it is that of the saved one
     Path(include, "colour.yaml").write_text(Path(include, "colour.yaml").read_text() + " ")
     assert evaluate_general(own, measures(include, "colour")) == first

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,26 @@ def _said(turn: Turn) -> tuple[object, ...]:
     return (turn.role, turn.content) if more == (True, None, (), None) else (turn.role, turn.content, *more)
 
 
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task of lm-evaluation-harness, and how the library is to measure it; None: as the task says itself.
+
+    Attributes:
+        task: its name, or that of a group or tag.
+        tasks: the names that the configuration asks for together.
+        include_path: folder of the user's task definitions.
+        metric: one of the task's metrics; None: its first.
+    """
+
+    task: str
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: float | None = None
+    apply_chat_template: bool = False
+    metric: str | None = None
+
+
 @dataclass
 class General:
     """A measure of general ability: texts (perplexity), questions with choices (accuracy), prompts (refusals), or a
@@ -157,7 +177,7 @@ class General:
         by: what is compared: the whole choices without (acc) or with (acc_with_end) the tokens that end an answer, or,
             where the choices are letters, only the token in which they differ.
         max_new_tokens: longest response to a prompt, in tokens.
-        harness: the configuration's options for the library, and ``task``, the name of a task of the library.
+        harness: the task of the library.
     """
 
     name: str
@@ -167,7 +187,7 @@ class General:
     shown: list[list[str]] = field(default_factory=list)
     by: Literal["acc", "acc_with_end", "letter"] = "acc"
     max_new_tokens: int = 64
-    harness: dict[str, Any] = field(default_factory=dict)
+    harness: HarnessTask | None = None
 
 
 @dataclass

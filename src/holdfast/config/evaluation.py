@@ -43,11 +43,6 @@ class GeneralConfig(Section):
         None, description="of lm_eval, such as acc_norm or exact_match,strict-match; where absent, each task's first"
     )
 
-    @property
-    def harness(self) -> dict[str, Any]:
-        """The options of lm-evaluation-harness."""
-        return self.model_dump(include=set(HARNESS))
-
     @model_validator(mode="before")
     @classmethod
     def _by_its_name_in_0_1(cls, values: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from holdfast.api.task import General, Stream
+from holdfast.api.task import General, HarnessTask, Stream
 from holdfast.config.evaluation import GeneralConfig
 from holdfast.data.choices import by_letter, read_choices
 from holdfast.data.files import read_rows, read_text, where
@@ -43,9 +43,21 @@ def _general(config: GeneralConfig) -> list[General]:
 
     check_tasks(config.tasks, config.include_path)
     return [
-        General(f"{config.name}/{task}".lstrip("/"), "lm_eval", harness=config.harness | {"task": task})
+        General(f"{config.name}/{task}".lstrip("/"), "lm_eval", harness=_harness_task(config, task))
         for task in config.tasks
     ]
+
+
+def _harness_task(config: GeneralConfig, task: str) -> HarnessTask:
+    return HarnessTask(
+        task,
+        tuple(config.tasks),
+        include_path=config.include_path,
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        apply_chat_template=config.apply_chat_template,
+        metric=config.metric,
+    )
 
 
 def _from_file(config: GeneralConfig) -> General:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.api.rows import IGNORED
+from holdfast.api.rows import IGNORED, TokenRow
 from holdfast.api.task import Example, General, Turn
 from holdfast.errors import DataError
 from holdfast.evaluation.respond import respond, sequence_losses
@@ -115,18 +115,19 @@ def matrix_name(measure: General) -> str:
     """The name of a measure in ``matrix.json``: perplexities are named ``perplexity/...`` and shares of refusals
     ``refusals/...``, so that none is averaged with accuracies."""
     if measure.kind == "lm_eval":
-        return f"perplexity/{measure.name}" if "perplexity" in (measure.harness["metric"] or "") else measure.name
+        metric = measure.harness.metric if measure.harness else None
+        return f"perplexity/{measure.name}" if "perplexity" in (metric or "") else measure.name
     if measure.kind == "choices" or measure.name.startswith(measure.kind):
         return measure.name
     return f"{measure.kind}/{measure.name}"
 
 
-def _texts(encoder: Encoder, measure: General) -> list[list[dict[str, Any]]]:
+def _texts(encoder: Encoder, measure: General) -> Sequence[Sequence[TokenRow]]:
     """The sequences of each text."""
     return [encoder.encode(Example(measure.name, row, text=text)) for row, text in enumerate(measure.texts)]
 
 
-def _choices(encoder: Encoder, measure: General) -> list[list[dict[str, Any]]]:
+def _choices(encoder: Encoder, measure: General) -> Sequence[Sequence[TokenRow]]:
     """The sequences of each choice of each question."""
     encoded = []
     for row, (_, choices, _) in enumerate(measure.questions):
@@ -149,7 +150,7 @@ def _with_choice(measure: General, row: int, pieces: list[str], choice: str) -> 
     return Example(measure.name, row, turns=(turn, Turn("assistant", choice)))
 
 
-def _supervise_first_difference(name: str, rows: list[dict[str, Any]]) -> None:
+def _supervise_first_difference(name: str, rows: Sequence[dict[str, list[int]]]) -> None:
     """Cut a question's choices after the first token in which they differ, and supervise only this token. So they share
     all tokens before it."""
     columns = zip(*(row["input_ids"] for row in rows), strict=False)

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.api.method import Method
-from holdfast.api.task import General
+from holdfast.api.task import General, HarnessTask
 from holdfast.engines.process import Process
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.models.generation import evaluating
@@ -71,12 +72,13 @@ def harness_statistics(
             not the mean over its examples.
         DataError: the task or its data cannot be loaded.
     """
-    options = measure.harness
-    question = ["lm_eval", options, _definitions(options["include_path"])]
+    task = measure.harness
+    assert task is not None
+    question = ["lm_eval", asdict(task), _definitions(task.include_path)]
     statistics = None if evaluation.answers is None else evaluation.answers.find(question)
     if statistics is None:
-        results = _results(evaluation, options)
-        statistics = Process.this().broadcast(None if results is None else _statistics(results, options))
+        results = _results(evaluation, task)
+        statistics = Process.this().broadcast(None if results is None else _statistics(results, task))
         if evaluation.answers is not None:
             evaluation.answers.add(question, statistics)
     if on_batch is not None:
@@ -93,7 +95,7 @@ def _definitions(include_path: str | None) -> list[str]:
     return [version("lm_eval"), digest.hexdigest()]
 
 
-def _results(evaluation: ModelEvaluation, options: Mapping[str, Any]) -> dict[str, Any] | None:
+def _results(evaluation: ModelEvaluation, task: HarnessTask) -> dict[str, Any] | None:
     """The library's results in the main process; None in the others."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -101,7 +103,7 @@ def _results(evaluation: ModelEvaluation, options: Mapping[str, Any]) -> dict[st
     for method in evaluation.methods:
         if type(method).at_test is not Method.at_test:
             logger.warning("lm_eval: method %r acts on the model at test time, which is not done there", method.name)
-    task, encoder = options["task"], evaluation.encoder
+    encoder = evaluation.encoder
     with _quiet(), evaluating(evaluation.model):
         model = HFLM(
             pretrained=evaluation.model,
@@ -112,11 +114,11 @@ def _results(evaluation: ModelEvaluation, options: Mapping[str, Any]) -> dict[st
         try:
             return lm_eval.simple_evaluate(
                 model,
-                tasks=[task],
-                task_manager=task_manager(options["include_path"], tuple(options["tasks"])),
-                num_fewshot=options["num_fewshot"],
-                limit=options["limit"],
-                apply_chat_template=options["apply_chat_template"],
+                tasks=[task.task],
+                task_manager=task_manager(task.include_path, task.tasks),
+                num_fewshot=task.num_fewshot,
+                limit=task.limit,
+                apply_chat_template=task.apply_chat_template,
                 bootstrap_iters=0,
                 random_seed=None,
                 numpy_random_seed=None,
@@ -128,12 +130,12 @@ def _results(evaluation: ModelEvaluation, options: Mapping[str, Any]) -> dict[st
                 "the columns that its definition names"
             )
             reason = missing if isinstance(error, KeyError) else error
-            raise DataError(f"evaluation.general: lm_eval task {task!r} cannot be measured: {reason}") from None
+            raise DataError(f"evaluation.general: lm_eval task {task.task!r} cannot be measured: {reason}") from None
 
 
-def _statistics(results: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[float, float]]:
+def _statistics(results: Mapping[str, Any], task: HarnessTask) -> list[tuple[float, float]]:
     """The statistics of every example of a task, or of a group's tasks."""
-    return [pair for leaf in _leaves(results, options["task"]) for pair in _of_task(results, leaf, options["metric"])]
+    return [pair for leaf in _leaves(results, task.task) for pair in _of_task(results, leaf, task.metric)]
 
 
 def _leaves(results: Mapping[str, Any], name: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from holdfast.api.rows import TokenRow
 from holdfast.api.task import Example, Task, Turn
 from holdfast.models.answers import Add, AnswerCache
 from holdfast.models.generation import generate
@@ -156,7 +157,7 @@ def example_losses(
 
 def sequence_losses(
     evaluation: ModelEvaluation,
-    encoded: Sequence[Sequence[dict[str, Any]]],
+    encoded: Sequence[Sequence[TokenRow]],
     *,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -184,7 +185,7 @@ def sequence_losses(
 
 def _in_parts(
     evaluation: ModelEvaluation,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[TokenRow],
     on_batch: OnBatch,
     work: Callable[[list[int], OnBatch, Save], None],
 ) -> Callable[[list[int], Add], None]:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,15 @@ def run_inputs(setup: Setup) -> Inputs:
     general = {
         f"general ability {one.name}": {
             "its texts or questions": _digest(
-                [one.kind, one.texts, one.questions, one.shown, one.by, one.max_new_tokens, one.harness]
+                [
+                    one.kind,
+                    one.texts,
+                    one.questions,
+                    one.shown,
+                    one.by,
+                    one.max_new_tokens,
+                    one.harness and asdict(one.harness),
+                ]
             ),
             ROWS: str(len(one.texts) + len(one.questions)),
         }

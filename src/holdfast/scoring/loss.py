@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +31,13 @@ class Perplexity(Loss):
     """exp of :class:`Loss`; lower is better."""
 
     def row(self, record: Record) -> float:
-        return float(_exp(super().row(record)))
+        return float(_exp(np.array(super().row(record))))
 
     def total(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
         return _exp(super().total(sums))
 
 
-def _exp(loss: Any) -> Any:
+def _exp(loss: NDArray[np.float64]) -> NDArray[np.float64]:
     with np.errstate(over="ignore"):  # a perplexity may be infinite
         return np.exp(loss)
 
