@@ -6,15 +6,18 @@ make a difference; scaler, unscaling and skipped steps are torch's and accelerat
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, HfDeepSpeedConfig
 from transformers import Trainer, TrainerCallback
 
 from holdfast.api.method import Method
 from holdfast.config.section import Named
-from holdfast.errors import NonFiniteLossError
+from holdfast.errors import ConfigError, NonFiniteLossError
 from holdfast.methods import build
+from holdfast.training.engine_mixin import check_loss_scale
 from holdfast.training.trainer import ContinualTrainer
 from holdfast.tuners import build as build_tuner
 from support.guards import case, tuner_of
@@ -125,6 +128,23 @@ def test_a_step_that_overflows_is_skipped_and_training_goes_on(cls, tmp_path, sc
     if cls is ContinualTrainer:
         assert method.gradients == method.steps == trainer.state.global_step - 1
         assert all(bool(t.isfinite().all()) for t in trainer.methods[0].state().values() if isinstance(t, torch.Tensor))
+
+
+@pytest.mark.parametrize("method", ["si", "ewc", "o_lora"])
+def test_methods_that_need_gradients_are_refused_with_deepspeeds_fp16(method, tmp_path):
+    """It keeps gradients in float16, multiplied by the scale."""
+
+    def trainer(fp16, *names):
+        config = HfDeepSpeedConfig({"zero_optimization": {"stage": 2}, "fp16": {"enabled": fp16}})
+        state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=config))
+        holdfast = trained(tmp_path, stages=0, method=list(names))._holdfast
+        accelerator = SimpleNamespace(state=state)
+        return SimpleNamespace(_holdfast=holdfast, is_deepspeed_enabled=True, accelerator=accelerator)
+
+    with pytest.raises(ConfigError, match=f"fp16: method {method} needs the gradients, which DeepSpeed keeps"):
+        check_loss_scale(trainer(True, "replay", method))
+    check_loss_scale(trainer(True, "replay"))
+    check_loss_scale(trainer(False, method))
 
 
 def test_gradients_that_no_scale_makes_finite_end_the_training(tmp_path, scaled):

@@ -149,11 +149,7 @@ def hand_to_engine(trainer: Any) -> None:
     config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
     if given := {"optimizer", "scheduler"} & config.config.keys():
         raise ConfigError(f"deepspeed: leave out {' and '.join(sorted(given))}; the trainer's own are used")
-    if scales_loss(trainer) and (needs := state.names_of("after_backward")):
-        raise ConfigError(
-            f"fp16: method {needs} needs the gradients, which DeepSpeed keeps in float16, multiplied by its loss "
-            "scale: without it the small ones would be lost; use bf16"
-        )
+    check_loss_scale(trainer)
     if trainer.args.bf16 and not config.is_true("bf16.enabled"):
         zero.autocast(trainer.model)
     zero.release(trainer.model)
@@ -164,6 +160,15 @@ def hand_to_engine(trainer: Any) -> None:
     engine = trainer.deepspeed
     scale = (lambda: float(engine.optimizer.loss_scale)) if scales_loss(trainer) else lambda: 1.0
     zero.attach(engine, lambda: state.after_backward(trainer.model, scale()))
+
+
+def check_loss_scale(trainer: Any) -> None:
+    """ConfigError if DeepSpeed trains in fp16, and a method needs gradients."""
+    if scales_loss(trainer) and (needs := trainer._holdfast.names_of("after_backward")):
+        raise ConfigError(
+            f"fp16: method {needs} needs the gradients, which DeepSpeed keeps in float16, multiplied by its loss "
+            "scale: without it the small ones would be lost; use bf16"
+        )
 
 
 def renew_optimizer(trainer: Any) -> None:
