@@ -100,6 +100,13 @@ def test_the_sources_own_code_gives_the_same_scores(source: str, theirs: str, me
     assert expected != [row[other][theirs] for row in rows]
 
 
+def test_records_without_a_metric_beside_are_scored_from_their_responses():
+    """So runs of 0.1.0 go on, whose streams had trace_prefix_match in the place of TRACE's own rule."""
+    old = [record("75") | {"score": 0.0, "beside": {"trace_prefix_match": 1.0}}, record("7") | {"score": 1.0}]
+    assert beside_score(old, "trace_exact_match") == 0.5
+    assert beside_score(old, "trace_prefix_match") == 1.0
+
+
 def test_the_best_of_several_right_answers_counts():
     several = record("Mumbai", "Bombay") | {"answers": ["Bombay", "mumbai"]}
     assert SCORERS["accuracy"].row(several) == 1

@@ -68,8 +68,14 @@ def task_score(records: Sequence[Record], metric: str) -> float:
 
 
 def beside_score(records: Sequence[Record], metric: str) -> float:
-    """The score of a task by one of the metrics beside its own."""
-    return task_score([{**record, "score": record["beside"][metric]} for record in records], metric)
+    """The score of a task by one of the metrics beside its own.
+
+    Records of an older run, whose stream had other metrics beside its own, are scored now, from their responses.
+    """
+    own = scorer(metric)
+    scores = [record.get("beside", {}).get(metric) for record in records]
+    pairs = zip(records, scores, strict=True)
+    return task_score([{**r, "score": own.row(r) if score is None else score} for r, score in pairs], metric)
 
 
 def scorer(metric: str) -> Scorer:
