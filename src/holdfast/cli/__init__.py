@@ -26,6 +26,7 @@ from holdfast.cli import (
     sweep,
 )
 from holdfast.system.terminal import say, show_printable_errors
+from holdfast.system.url import hide_logins
 from holdfast.version import __version__
 
 app = typer.Typer(
@@ -88,7 +89,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except Interrupted as stopped:
         if not _tell_launcher(stopped):
-            command = shlex.join(["holdfast", *sys.argv[1:]])
+            command = hide_logins(shlex.join(["holdfast", *sys.argv[1:]]))
             say(f"holdfast: {stopped}; all of it is saved. Continue with: {command}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from holdfast.config.section import FREE, Section
+from holdfast.system.url import split_login
 
 HARNESS = ("tasks", "include_path", "num_fewshot", "limit", "apply_chat_template", "metric")
 """Keys of a measure of general ability that only kind lm_eval has."""
@@ -96,6 +97,17 @@ class JudgeConfig(Section):
     concurrency: int = Field(8, ge=1, description="requests under way at once", json_schema_extra=FREE)
     timeout: float = Field(60.0, gt=0, description="seconds that a request may take", json_schema_extra=FREE)
     retries: int = Field(5, ge=0, description="how often a request that failed is repeated", json_schema_extra=FREE)
+
+    @field_validator("url")
+    @classmethod
+    def _has_no_login(cls, url: str) -> str:
+        _, login = split_login(url)
+        if login is not None:
+            raise ValueError(
+                "holds a user name or a password, which run.json would keep; give the URL without them, and a key in "
+                "the environment variable that key_variable names"
+            )
+        return url
 
     @model_validator(mode="after")
     def _asks_about_the_response(self) -> JudgeConfig:

@@ -187,6 +187,10 @@ class Encoder:
     def decode(self, ids: list[int]) -> str:
         """The text of a response, without special tokens, without the reasoning before it and white space around it."""
         text = self.tokenizer.decode(ids, skip_special_tokens=not self.chat, clean_up_tokenization_spaces=False)
+        return self.answer(text)
+
+    def answer(self, text: str) -> str:
+        """What a response's text says: without the reasoning before it and white space around it."""
         return self._template.answer(text) if self.chat else text.strip()
 
     # --- text ---

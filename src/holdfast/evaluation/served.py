@@ -68,7 +68,7 @@ class EndpointModel:
         tokenised = encoder.tokenizer(texts)["input_ids"] if texts else []
         if other := sum(a != b for a, b in zip(prompts, tokenised, strict=True)):
             logger.warning("%d of %d prompts reach the endpoint as other tokens than in process", other, len(prompts))
-        return self._all(self.endpoint.complete, texts, max_new_tokens, on_batch, answers)
+        return self._all(self.endpoint.complete, encoder, texts, max_new_tokens, on_batch, answers)
 
     def _chat(
         self,
@@ -79,11 +79,12 @@ class EndpointModel:
         answers: AnswerCache,
     ) -> list[str]:
         turns = [[{"role": t.role, "content": t.content} for t in question.turns[:-1]] for question in questions]
-        return self._all(self.endpoint.chat, turns, max_new_tokens, on_batch, answers)
+        return self._all(self.endpoint.chat, encoder, turns, max_new_tokens, on_batch, answers)
 
     def _all(
         self,
         request: Callable[..., list[str]],
+        encoder: Encoder,
         questions: Sequence[Any],
         max_new_tokens: int,
         on_batch: OnBatch,
@@ -102,7 +103,7 @@ class EndpointModel:
             request([questions[i] for i in left], on_answer, temperature=0, max_tokens=max_new_tokens)
 
         texts = answers.complete([[request.__name__, question, max_new_tokens] for question in questions], ask)
-        return [text.strip() for text in texts]
+        return [encoder.answer(text) for text in texts]
 
 
 def prompt_text(encoder: Encoder, ids: list[int]) -> str:

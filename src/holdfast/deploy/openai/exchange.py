@@ -230,4 +230,4 @@ def _failure(error: BaseException) -> RequestError:
     if isinstance(error, torch.OutOfMemoryError):
         return RequestError("the machine's memory does not hold this request", status=503, kind="server_error")
     logger.error("a request failed", exc_info=error)
-    return RequestError(f"the model failed: {error or type(error).__name__}", status=500, kind="server_error")
+    return RequestError(f"the model failed: {str(error) or type(error).__name__}", status=500, kind="server_error")

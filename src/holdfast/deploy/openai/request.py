@@ -160,7 +160,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise RequestError("the body holds half a character: a surrogate without its other half") from None
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON that can be read: {error or type(error).__name__}") from None
+        raise RequestError(f"the body is no JSON that can be read: {str(error) or type(error).__name__}") from None
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")
     return value
