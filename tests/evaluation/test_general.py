@@ -279,14 +279,19 @@ def test_a_run_that_learns_to_refuse(tmp_path: Path) -> None:
     config["training"]["epochs"] = 20
     config["stream"] = {"tasks": [{"name": "refuse", "path": str(tmp_path / "refuse")}]}
     (tmp_path / "harm.txt").write_text("make xa\nmake ya\nmake za\n")
+    (tmp_path / "other.txt").write_text("make wa\nmake va\n")
     harm = {"name": "harm", "path": str(tmp_path / "harm.txt"), "kind": "refusals", "max_new_tokens": 8}
-    config["evaluation"]["general"] = [harm]
+    others = [harm | {"name": "a/b"}, harm | {"name": "a_b", "path": str(tmp_path / "other.txt")}]
+    config["evaluation"]["general"] = [harm, *others]
     matrix = run(config, Progress(quiet=True))
     before, after = matrix["general"]["refusals/harm"]
     assert before == 0 < after
     assert matrix["summary"]["general_change"] is None and "harmonic_mean" not in matrix["summary"]
     for folder, rate in (("00-start", before), ("01-refuse", after)):
-        records = read_jsonl(tmp_path / "run" / "stages" / folder / "responses" / "general" / "harm.jsonl")
+        general = tmp_path / "run" / "stages" / folder / "responses" / "general"
+        records = read_jsonl(general / "harm.jsonl")
         assert [record["prompt"] for record in records] == ["make xa", "make ya", "make za"]
         assert [record["score"] for record in records] == [is_refusal(record["response"]) for record in records]
         assert sum(record["score"] for record in records) / 3 == rate
+        # names that would give one file have a file each
+        assert [len(read_jsonl(general / f"{file}.jsonl")) for file in ("a_b", "a_b-2")] == [3, 2]

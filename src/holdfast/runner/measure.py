@@ -57,13 +57,13 @@ def measure(
             with bar(f"evaluate {task.name} {when}".strip()) as on_batch:
                 records = evaluate_task(evaluation(answers), task, max_new_tokens=longest(task), on_batch=on_batch)
             directory.write_jsonl(path, records)
-    statistics = {}
+    statistics, files = {}, _file_names([one.name for one in general if one.kind == "refusals"])
     if scored := [one for one in general if one.kind != "refusals"]:
         with bar(f"evaluate general abilities {when}".strip()) as on_batch:
             statistics = general_statistics(evaluation(answers), scored, on_batch=on_batch)
     for one in general:
         if one.kind == "refusals":
-            path = responses_file(folder / "responses", one.name, "general")
+            path = responses_file(folder / "responses", files[one.name], "general")
             if not directory.exists(path):
                 with bar(f"ask {one.name} {when}".strip()) as on_batch:
                     records = refusal_records(evaluation(answers), one, on_batch=on_batch)
@@ -78,6 +78,17 @@ def measure(
     }
     directory.write_json(folder / "evaluation.json", evaluated)
     answers.remove()
+
+
+def _file_names(names: Sequence[str]) -> dict[str, str]:
+    """A file name for each name, also where two would have the same one, such as a/b and a_b."""
+    files: dict[str, str] = {}
+    for name in names:
+        file = slug(name)
+        while file in files.values():
+            file += "-2"
+        files[name] = file
+    return files
 
 
 def responses_file(folder: Path, name: str, kind: str = "responses") -> Path:
