@@ -1,6 +1,6 @@
 """Cost of each method beside plain Trainer: time a step, interleaved in one run, and peak memory, one process each.
 
-usage: python benchmarks/methods.py [--rounds 5] [--steps 4] [--methods replay gere ...] [--lora]
+usage: python benchmarks/methods.py [--rounds 5] [--steps 4] [--methods replay gere ...] [--lora] [--busy]
 
 Bounds are those of arithmetic alone, with rho rehearsal rows per task row of the same length: next-token rehearsal
 1 + rho; a cached teacher costs nothing while training but the head once more for KL; LwF's teacher is one more forward
@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -57,6 +58,8 @@ def specs(corpus: str, lora: bool) -> dict[str, tuple[Any, float]]:
 class Clock(TrainerCallback):
     """Seconds of every optimizer step but the first, which warms up."""
 
+    now: ClassVar[Callable[[], float]] = time.perf_counter
+
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._last: float | None = None
@@ -64,7 +67,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = type(self).now()
         if self._last is not None:
             self.seconds.append(now - self._last)
         self._last = now
@@ -124,8 +127,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="counted steps in a turn")
     parser.add_argument("--methods", nargs="*", help="only these, and plain Trainer")
     parser.add_argument("--lora", action="store_true", help="train a LoRA of rank 16 instead of every weight")
+    parser.add_argument("--busy", action="store_true", help="CPU seconds of one thread, for a machine with other work")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.busy:
+        Clock.now = time.process_time
+        torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = folder / "corpus.jsonl"
