@@ -165,8 +165,8 @@ def logged(run: Path, stage: int) -> list[dict[str, float]]:
 
 def moved(run: Path) -> dict[str, float]:
     """How far each tensor moved in the last stage, L2; of one that did not move or was not there before, its size."""
-    before, after = (weights(run, stage) for stage in stages(run)[-2:])
-    found = {}
+    *earlier, last = stages(run)
+    before, after, found = weights(run, earlier[-1]) if earlier else {}, weights(run, last), {}
     for name, w in after.items():
         known = name in before and before[name].shape == w.shape
         found[name] = float((w.double() - before[name].double()).norm()) if known else 0.0
