@@ -72,9 +72,9 @@ REFUSED = {
     "tuner=lroa": "did you mean 'lora'",
     "tuner={name: freeze, block: 1}": "did you mean 'blocks'",
     "stream=[{name: a, path: data/a, metric: acuracy}]": "did you mean 'accuracy'",
-    "stream=[{name: a, path: data/b}]": "there is no folder 'data/b'",
+    "stream=[{name: a, path: data/b}]": "there is no folder or file 'data/b'",
     "stream={name: trcae}": "did you mean 'trace'",
-    "stream.path=nowhere": "there is no folder 'nowhere'",
+    "stream.path=nowhere": "there is no folder or data file 'nowhere'",
     "stream.order=[b]": "holds no task 'b'",
     "evaluation.general=[{name: texts, path: texts.txt}]": "texts.txt",
 }

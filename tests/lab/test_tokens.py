@@ -391,7 +391,7 @@ def test_a_folder_of_other_arguments_or_texts_is_not_touched(tokenizer, source, 
     with pytest.raises(DataError, match="documents of the sources are not those"):
         build_tokens([source], tmp_path / "killed", tokenizer)
     source.write_text("one more\n")
-    with pytest.raises(ConfigError, match=r"other arguments \(bytes \d+, not 9\)"):
+    with pytest.raises(ConfigError, match=r"other arguments \(bytes \d+, not 9; sources_sha256 '"):
         build_tokens([source], tmp_path / "done", tokenizer)
 
 

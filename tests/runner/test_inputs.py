@@ -190,11 +190,12 @@ def test_other_versions_are_a_warning_that_run_json_keeps(place, caplog, monkeyp
 
 def test_an_adapter_is_not_measured_served_or_exported_on_another_base(place, tmp_path, monkeypatch, caplog):
     change_weights(place)
+    trusted = {"trust": True}  # of the run's own method, which a file defines
     commands = {
-        "evaluate": lambda **accept: evaluate(place / "run", progress=QUIET, **accept),
-        "export": lambda **accept: export(place / "run", tmp_path / "out", **accept),
-        "merge": lambda **accept: export(place / "run", tmp_path / "merged", merge=True, **accept),
-        "serve": lambda **accept: serve(place / "run", progress=QUIET, **accept),
+        "evaluate": lambda **accept: evaluate(place / "run", progress=QUIET, **trusted, **accept),
+        "export": lambda **accept: export(place / "run", tmp_path / "out", **trusted, **accept),
+        "merge": lambda **accept: export(place / "run", tmp_path / "merged", merge=True, **trusted, **accept),
+        "serve": lambda **accept: serve(place / "run", progress=QUIET, **trusted, **accept),
     }
     monkeypatch.setattr("holdfast.deploy.serve._serve", lambda *_: None)
     for command in commands.values():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import DataError
-from holdfast.system.files import read_json
+from holdfast.system.files import JsonError, parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -124,10 +124,12 @@ def read_settings(path: Path, required: bool = False) -> dict[str, Any]:
     if not path.exists() and not required:
         return {}
     try:
-        value = read_json(path)
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: there is no such file; name a folder that holds a checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (JsonError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: must be a JSON object, not {type(value).__name__}")
