@@ -76,6 +76,15 @@ def test_the_head_gives_the_models_logits(kind: str) -> None:
     check_head(tiny_stage(model, tiny_rows(2)), tiny_rows(1)[0], "lwf")
 
 
+@pytest.mark.parametrize("kind", ["cohere", "gemma2", "mamba"])  # mamba makes float32 of rounded logits
+def test_a_rounded_model_is_no_other_formula(kind: str) -> None:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**(sizes if kind == "mamba" else SIZES | KINDS[kind]))
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    check_head(tiny_stage(model, tiny_rows(2)), tiny_rows(1)[0], "lwf")
+
+
 ADAPTERS: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=2, lora_alpha=7, target_modules=["lm_head", "q_proj"], lora_dropout=0.5),
     "lora with a bias": LoraConfig(r=2, lora_bias=True, target_modules=["lm_head"]),

@@ -37,10 +37,12 @@ def check_head(stage: Stage, row: TokenRow | Mapping[str, Any], method: str) -> 
     logits = outputs.logits[0, -TOKENS:]
     hidden = outputs.hidden_states[-1][0, -len(logits) :]
     try:
-        found = whole_head(model).logits(hidden)
+        head = whole_head(model)
     except ConfigError as error:
         raise ConfigError(f"method {method}: {error}") from None
-    tolerance = EXACT if logits.dtype in (torch.float32, torch.float64) else ROUNDED
+    found = head.logits(hidden)
+    types = {logits.dtype, hidden.dtype, head.weight.dtype}
+    tolerance = EXACT if types <= {torch.float32, torch.float64} else ROUNDED
     if found.shape == logits.shape:
         distance = float((found - logits).norm() / logits.float().norm())
         if distance <= tolerance:
