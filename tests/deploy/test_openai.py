@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import random
 import socket
 import threading
@@ -232,6 +231,13 @@ def test_the_context_is_a_limit_of_prompt_and_answer(app: Any):
     assert "maximum context length is 128 tokens" in long["message"] and "129 tokens" in long["message"]
     assert len(ask(app, "completions", {"prompt": "a" * 127}).json()["choices"]) == 1
     assert ask(app, "completions", {"prompt": "a" * 128}).json()["error"]["param"] == "prompt"
+    for route, body in (
+        ("completions", {"prompt": "a" * 3_000_000}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * 3_000_000}]}]}),
+    ):
+        assert ask(app, route, body).json()["error"]["code"] == "context_length_exceeded"
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")] * 150
+    assert "300 turns; at most 256" in ask(app, "chat/completions", {"messages": turns}).text
     chat = {"messages": [{"role": "user", "content": "red"}]}
     used = ask(app, "chat/completions", chat).json()
     assert used["choices"][0]["finish_reason"] == "stop" or used["usage"]["total_tokens"] == 128
@@ -449,6 +455,43 @@ def test_lm_eval_and_the_openai_client_get_right_answers(app: Any, model: Any, t
             client.models.retrieve("other")
 
 
+VALUES = [
+    None, True, False, 0, 1, -1, 2, 5, 63, 64, 1.5, -0.5, 1e308, 1e-320, 10**18, -(10**30), 10**400, "", "a", "0",
+    "\ud800", "\0", "\x1b[2J", "é", "a" * 300, [], {}, [[]], [{}], ["a"], ["a", "b"], [3, 4], [[3, 4], [5]],
+    [1.5], [None], {"a": 1}, {"3": 1}, {"3": "x"}, {"3": -100}, {"type": "text"}, {"include_usage": True}, [3] * 127, [3] * 128,
+    [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "a"}], [{"role": "tool", "content": "a"}],
+    [{"role": "user", "content": [{"type": "text", "text": "a"}]}], [{"role": "assistant", "tool_calls": [{}]}],
+    [{"role": "assistant", "tool_calls": "x"}], [{"role": "user", "content": "a", "tool_calls": [{"function": 5}]}],
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_random_bodies_are_answered_or_refused(app: Any):
+    """Never with a status of the server's own fault; damaged JSON, too."""
+    chance = random.Random(7)
+    keys = sorted({name for name, _ in BAD + BAD_COMPLETIONS + BAD_CHATS} | {"user", "store", "metadata"})
+    requests = []
+    for _ in range(3000):
+        route = chance.choice(["completions", "chat/completions"])
+        body: dict[str, Any] = {"max_tokens": chance.choice([1, 3])}
+        body |= {"prompt": "red"} if route == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
+        body |= {chance.choice(keys): chance.choice(VALUES) for _ in range(chance.choice([0, 1, 1, 1, 2]))}
+        raw = bytearray(json.dumps(body).encode())
+        if chance.random() < 0.1:
+            raw[chance.randrange(len(raw))] = chance.randrange(256)
+        if chance.random() < 0.03:
+            raw = raw[: chance.randrange(len(raw))]
+        requests.append((route, bytes(raw)))
+    counts = {200: 0, 400: 0, 404: 0}
+    for start in range(0, len(requests), 50):
+        part = requests[start : start + 50]
+        for (_, body), reply in zip(part, ask_all(app, part), strict=True):
+            assert reply.status_code in counts, (reply.status_code, body[:300], reply.text[:300])
+            assert reply.status_code != 200 or '"error"' not in reply.text, (body, reply.text)
+            counts[reply.status_code] += 1
+    assert counts[200] > 300 and app.inside == app.backend.batcher.busy == 0
+
+
 @pytest.mark.slow
 def test_64_clients_among_slow_rude_and_huge_ones():
     """Everybody who asks properly gets the right answer, whatever the others do."""
@@ -505,4 +548,3 @@ def test_64_clients_among_slow_rude_and_huge_ones():
         while app.inside:
             time.sleep(0.01)
     assert answers == expected
-    assert math.isfinite(app.inside)

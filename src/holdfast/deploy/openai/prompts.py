@@ -20,6 +20,7 @@ from holdfast.models.pretrained import begin_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_TURNS = 256  # of a conversation; a chat template is rendered once for each answer in it
 SHORT = 16  # tokens of a completion where a request does not say how many, as with OpenAI
 
 
@@ -69,6 +70,7 @@ class Prompts:
         self.chat = self._encoder.chat
         self.ends = frozenset(self._encoder.stop_ids)
         self._begin = begin_tokens(self._tokenizer)
+        self._longest = max(map(len, self._tokenizer.get_vocab()))  # characters of a token
 
     def of(self, request: Body) -> list[Prompt]:
         """The prompts of a request.
@@ -98,6 +100,9 @@ class Prompts:
         return Prompt(ids, text, begin, asked)
 
     def _conversation(self, request: ChatBody) -> list[int]:
+        if len(request.messages) > MOST_TURNS:
+            raise RequestError(f"messages: has {len(request.messages)} turns; at most {MOST_TURNS}", "messages")
+        self._check_size(sum(_characters(message.get("content")) for message in request.messages), "messages")
         noticed = Noticed()
         messages = [
             {key: value for key, value in message.items() if value is not None and (key, value) != ("annotations", [])}
@@ -126,10 +131,20 @@ class Prompts:
         raise RequestError("prompt: must be a text, a list of texts, a list of token ids or a list of such", "prompt")
 
     def _of_text(self, text: str) -> tuple[list[int], str, int]:
+        self._check_size(len(text), "prompt")
         ids = self._tokenizer(text, verbose=False)["input_ids"]
         if not ids:
             raise RequestError("prompt: has no tokens; a model needs one to begin with", "prompt")
         return ids, text, len(self._begin) if ids[: len(self._begin)] == self._begin else 0
+
+    def _check_size(self, characters: int, param: str) -> None:
+        """Refuse what is too long whatever its tokens are, before time is spent on them."""
+        if characters > self.context * self._longest:
+            raise RequestError(
+                f"This model's maximum context length is {self.context} tokens, which {characters} characters exceed.",
+                param,
+                code="context_length_exceeded",
+            )
 
     def _of_ids(self, ids: Any) -> tuple[list[int], str, int]:
         if not isinstance(ids, list) or not ids:
@@ -139,3 +154,10 @@ class Prompts:
                 shown = f"{token!r:.40}" if not isinstance(token, int) or abs(token) < 2**63 else "a huge number"
                 raise RequestError(f"prompt: {shown} is no token; tokens are 0 to {self.vocabulary - 1}", "prompt")
         return ids, self.decoder.text(ids), 0
+
+
+def _characters(content: Any) -> int:
+    """The length of a message's content."""
+    if isinstance(content, list):
+        return sum(_characters(part.get("text")) for part in content if isinstance(part, dict))
+    return len(content) if isinstance(content, str) else 0
