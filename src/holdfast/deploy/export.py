@@ -12,14 +12,16 @@ from holdfast.config.run import RunConfig, load_config
 from holdfast.data.encode import Encoder
 from holdfast.deploy.exported import Exported
 from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.models.pretrained import readable
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
+from holdfast.records.shapes import read_json
 from holdfast.records.trust import require_trust
 from holdfast.runner.inputs import model_inputs
 from holdfast.runner.reload import check_inputs, find_base
 from holdfast.system.files import whole_folder, write_json
 from holdfast.system.machine import versions
-from holdfast.system.manifest import EXPORT, check, folder_facts, read_json
+from holdfast.system.manifest import EXPORT, check, folder_facts
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -134,7 +136,8 @@ def _check_target(to: Path) -> None:
 def _tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    with readable(f"{folder}: its tokenizer cannot be read", RunDirectoryError):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
 
 
 def _generation_settings(model: ModelConfig, folder: Path | None, encoder: Encoder) -> GenerationConfig:
@@ -153,11 +156,15 @@ def _generation_settings(model: ModelConfig, folder: Path | None, encoder: Encod
     if folder is None:
         name, revision, config = model.name, model.revision, load_model_config(model)
     else:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        with readable(f"{folder}: its config.json cannot be used", RunDirectoryError):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         name, revision = str(folder), None
     try:
-        settings = GenerationConfig.from_pretrained(name, revision=revision)
-    except OSError:
+        with readable(f"{name}: its generation_config.json cannot be used", RunDirectoryError):
+            settings = GenerationConfig.from_pretrained(name, revision=revision)
+    except RunDirectoryError as error:
+        if not isinstance(error.__cause__, OSError) or (Path(name) / "generation_config.json").exists():
+            raise
         settings = GenerationConfig.from_model_config(config)
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     settings.eos_token_id = sorted({*encoder.stop_ids, *(end for end in ends if end is not None)}) or None
@@ -218,6 +225,8 @@ def _write(
             tokenizer.save_pretrained(partial)
         if exported.kind == "adapter":
             adapter = read_json(partial / "adapter_config.json")
+            if not isinstance(adapter, dict):
+                raise RunDirectoryError(f"{saved / 'adapter_config.json'}: is damaged: it is no object")
             write_json(
                 partial / "adapter_config.json",
                 adapter | {"base_model_name_or_path": exported.base, "revision": exported.config.model.revision},

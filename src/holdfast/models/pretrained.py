@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.config.model import ModelConfig
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, UserError
 from holdfast.system.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+
+
+@contextlib.contextmanager
+def readable(what: str, kind: type[UserError] = ConfigError) -> Iterator[None]:
+    """Tell of a damaged file in one message, whatever the parser that meets it may raise.
+
+    Args:
+        what: the beginning of the message.
+        kind: of the error.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for it
+            raise
+        said = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        raise kind(f"{what}: {said}") from error
 
 
 def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -87,12 +108,10 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
             f"model.name: {model.name!r} is an adapter and not a whole model; merge it into its base ({base}) and give "
             "the merged model: holdfast export RUN --merge, or PEFT's merge_and_unload"
         )
-    try:
+    with readable(f"model.name: {model.name!r} cannot be used as a model"):
         return AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name: {model.name!r} cannot be used as a model: {error}") from None
 
 
 def hub_commit(model: ModelConfig) -> str | None:

@@ -9,12 +9,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from holdfast.config.model import ModelConfig
 from holdfast.engines.profiles import loading_options
 from holdfast.errors import ConfigError
-from holdfast.models.pretrained import load_model_config
+from holdfast.models.pretrained import load_model_config, readable
 from holdfast.system.manifest import check_weights_files
 
 if TYPE_CHECKING:
@@ -43,10 +41,8 @@ def load_causal_lm(name: str | Path, *, key: str = "model.name", **options: Any)
         RunDirectoryError: the folder is of a run or an export, and a file is damaged.
     """
     check_weights_files(Path(name))
-    try:
+    with readable(f"{key}: the weights of {str(name)!r} cannot be loaded"):
         model, report = _load(name, options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{key}: the weights of {str(name)!r} cannot be loaded: {error}") from None
     _check(f"{key}: {str(name)!r}", type(model).__name__, report)
     return model
 
@@ -68,11 +64,12 @@ def check_weights(model: ModelConfig, key: str = "model.name") -> bool:
     if getattr(config, "quantization_config", None) is not None:
         return False
     try:
-        loaded, report = _load(model.name, options | {"local_files_only": not is_folder, "device_map": "meta"})
-    except (OSError, ValueError, SafetensorError) as error:
+        with readable(f"{key}: the weights of {model.name!r} cannot be loaded"):
+            loaded, report = _load(model.name, options | {"local_files_only": not is_folder, "device_map": "meta"})
+    except ConfigError:
         if not is_folder:
             return False
-        raise ConfigError(f"{key}: the weights of {model.name!r} cannot be loaded: {error}") from None
+        raise
     except Exception:  # code that comes with a model may not know a device without memory
         return False
     _check(f"{key}: {model.name!r}", type(loaded).__name__, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import logging
 import os
 import subprocess
@@ -17,19 +18,15 @@ from holdfast.config.section import Section
 from holdfast.engines.process import Process
 from holdfast.errors import RunDirectoryError
 from holdfast.records.inputs import Inputs, data_changes, input_changes, listed, other_measures, version_changes
-from holdfast.system.files import (
-    LOCK,
-    json_file,
-    jsonl_file,
-    locked_folder,
-    read_appended,
-    whole_folder,
-    write_jsonl,
-)
+from holdfast.records.shapes import read_appended, read_json
+from holdfast.system.files import LOCK, json_file, jsonl_file, locked_folder, whole_folder, write_jsonl
 from holdfast.system.machine import hardware, versions
-from holdfast.system.manifest import MANIFEST, folder_facts, note, read_json, write_noted
+from holdfast.system.manifest import MANIFEST, folder_facts, note, write_noted
 
 logger = logging.getLogger("holdfast")
+
+LONGEST_NAME = 230
+"""Bytes of a file's name, beside its endings."""
 
 
 class RunDirectory:
@@ -246,8 +243,27 @@ def require_runs(paths: list[Path]) -> None:
 
 
 def slug(task: str) -> str:
-    """A task's name as a file name."""
-    return task.replace("/", "_").replace(os.sep, "_")
+    """A task's name as a file name, which a longer one is cut to; two names may have the same."""
+    name = task.replace("/", "_").replace(os.sep, "_")
+    content = name.encode()
+    return name if len(content) <= LONGEST_NAME else f"{content[:200].decode(errors='ignore')}-{_digest(task)}"
+
+
+def file_name(name: str, names: Sequence[str]) -> str:
+    """The name of a file about one of several names, which no other of them has: of a/b and a_b, a_b and a_b-2."""
+    taken: dict[str, str] = {}
+    for one in [*names, name]:
+        file = slug(one)
+        while file in taken and taken[file] != one:
+            file += "-2"
+        taken[file] = one
+        if one == name:
+            return file
+    raise AssertionError(name)
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def _commit() -> str | None:

@@ -19,7 +19,7 @@ from holdfast.errors import ConfigError, GateFailed
 from holdfast.metrics.intervals import Examples, intervals, paired_difference, task_intervals
 from holdfast.metrics.matrix import LOWER_IS_BETTER, NO_ACCURACY
 from holdfast.metrics.summary import by_task, summarize
-from holdfast.system.manifest import read_json
+from holdfast.records.shapes import read_json
 
 if TYPE_CHECKING:
     from holdfast.records.read import FinishedRun

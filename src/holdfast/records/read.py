@@ -18,10 +18,9 @@ from holdfast.config.describe import flat
 from holdfast.errors import RunDirectoryError
 from holdfast.metrics.intervals import paired_difference
 from holdfast.metrics.matrix import Total
-from holdfast.records.directory import current_stage, slug
+from holdfast.records.directory import current_stage, file_name
+from holdfast.records.shapes import check_matrix, read_appended, read_json, read_jsonl
 from holdfast.scoring.score import scorer
-from holdfast.system.files import read_appended
-from holdfast.system.manifest import read_json, read_jsonl
 
 REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
 
@@ -165,7 +164,9 @@ class FinishedRun:
     @cached_property
     def folders(self) -> dict[int, Path]:
         """The stages' folders by number; 0 is before training."""
-        return {int(folder.name.partition("-")[0]): folder for folder in sorted(self.path.glob("stages/[0-9]*-*"))}
+        folders = sorted(self.path.glob("stages/[0-9]*-*"))
+        numbers = [folder.name.partition("-")[0] for folder in folders]
+        return {int(n): folder for n, folder in zip(numbers, folders, strict=True) if n.isdecimal() and len(n) < 10}
 
     def stage_of(self, row: int) -> int:
         """The stage whose weights a row of the score matrix belongs to; 0 is the model before training."""
@@ -176,7 +177,7 @@ class FinishedRun:
         """The scored test rows of a task at a row of the score matrix; empty if their file is not there."""
         if self.stage_of(row) not in self.folders:
             return []
-        file = self.folders[self.stage_of(row)] / "responses" / f"{slug(task)}.jsonl"
+        file = self.folders[self.stage_of(row)] / "responses" / f"{file_name(task, self.tasks)}.jsonl"
         return read_jsonl(file) if file.exists() else []
 
     def statistics(self, row: int, j: int) -> NDArray[np.float64] | None:
@@ -234,7 +235,9 @@ def read_run(path: Path) -> FinishedRun:
         if not (path / name).is_file():
             raise RunDirectoryError(f"{path}: {lacks}: there is no {name}; give a directory that `holdfast run` wrote")
     events = path / "events.jsonl"
-    return FinishedRun(path, read_json(path / "run.json"), read_json(path / "matrix.json"), _read_events(events))
+    record, matrix = read_json(path / "run.json"), read_json(path / "matrix.json")
+    check_matrix(path, record, matrix)
+    return FinishedRun(path, record, matrix, _read_events(events))
 
 
 def read_runs(paths: list[Path]) -> list[FinishedRun]:

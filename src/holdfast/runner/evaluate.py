@@ -16,13 +16,14 @@ from holdfast.evaluation.served import EndpointModel
 from holdfast.models.answers import AnswerCache
 from holdfast.models.endpoint import Endpoint, only_model
 from holdfast.records.directory import RunDirectory, slug
+from holdfast.records.shapes import read_json, read_jsonl
 from holdfast.runner.measure import measure, responses_file
 from holdfast.runner.reload import StoredStage, find_stage
 from holdfast.runner.setup import Setup, prepare, resolve
 from holdfast.scoring.score import task_score
 from holdfast.system.files import LOCK, json_file, locked_folder
 from holdfast.system.interrupt import Interrupt
-from holdfast.system.manifest import MANIFEST, read_json, read_jsonl, write_noted
+from holdfast.system.manifest import MANIFEST, write_noted
 from holdfast.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class Remeasurement:
         )
 
     def _responses(self, task: str) -> list[dict[str, Any]]:
-        path = responses_file(self.output, task)
+        path = responses_file(self.output, task, [one.name for one in self.tasks])
         return read_jsonl(path) if path.exists() else []
 
     def _warn(self) -> None:

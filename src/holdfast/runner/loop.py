@@ -19,6 +19,7 @@ from holdfast.models.weights import check_weights
 from holdfast.records.directory import RunDirectory, current_stage, open_directory
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
+from holdfast.records.shapes import read_json
 from holdfast.runner.curves import Curves
 from holdfast.runner.decisions import decide, must_judge, standing
 from holdfast.runner.inputs import run_inputs
@@ -30,7 +31,7 @@ from holdfast.runner.setup import Setup, prepare, resolve
 from holdfast.runner.stage import check_training, train_stage
 from holdfast.scoring.score import task_score
 from holdfast.system.interrupt import Interrupt
-from holdfast.system.manifest import check, read_json
+from holdfast.system.manifest import check
 from holdfast.system.progress import Progress
 from holdfast.training.method_state import load_states, save_states
 

@@ -13,12 +13,12 @@ from holdfast.evaluation.general import matrix_name
 from holdfast.metrics.intervals import intervals
 from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward_transfer, summarize
 from holdfast.records.directory import RunDirectory, current_stage
+from holdfast.records.shapes import read_appended, read_json, read_jsonl
 from holdfast.runner.measure import responses_file
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup
 from holdfast.scoring.score import beside_score, task_score
-from holdfast.system.files import finite, read_appended
-from holdfast.system.manifest import read_json, read_jsonl
+from holdfast.system.files import finite
 
 Records = list[dict[str, Any]]
 Column = list[float | None]
@@ -123,17 +123,20 @@ class Results:
         """Steps, scores and the area under them, from the model that the stage began with to the one that it made."""
         last = read_json(folder / "stage.json")["steps"]
         before = self.scores[stage.index - 1][[other.name for other in self._tasks].index(task.name)]
-        after = task_score(read_jsonl(responses_file(folder, task.name)), task.metric)
+        after = task_score(read_jsonl(self._responses(folder, task)), task.metric)
         between = [(line["step"], line["scores"][task.name]) for line in measured if line["step"] < last]
         steps, scores = [list(column) for column in zip((0, before), *between, (last, after), strict=True)]
         return {"steps": steps, "scores": scores, "area": area_under_curve(steps, scores)}
+
+    def _responses(self, folder: Path, task: Task) -> Path:
+        return responses_file(folder, task.name, [other.name for other in self._tasks])
 
     def _read(self, stage: PlannedStage) -> None:
         """Read the row of a stage, as far as it is measured."""
         current = [START, *self.setup.stages][current_stage(self.directory.record, stage.index)]
         folder = self.directory.stage(current.index, current.name)
         for j, task in enumerate(self._tasks):
-            if (path := responses_file(folder, task.name)).exists():
+            if (path := self._responses(folder, task)).exists():
                 self._records[stage.row][j] = read_jsonl(path)
         if (path := folder / "evaluation.json").exists():
             for name, value in read_json(path)["general"].items():

@@ -14,8 +14,8 @@ from holdfast.api.task import General, Task
 from holdfast.evaluation.general import general_statistics, general_value, matrix_name, refusal_records
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
-from holdfast.records.directory import RunDirectory, slug
-from holdfast.system.manifest import read_jsonl
+from holdfast.records.directory import RunDirectory, file_name
+from holdfast.records.shapes import read_jsonl
 
 if TYPE_CHECKING:
     from holdfast.evaluation.at_test import ModelEvaluation
@@ -51,19 +51,20 @@ def measure(
     started = time.monotonic()
     answers = AnswerCache(folder / "answers.jsonl", writes=directory.process.main)
     directory.process.wait()
+    names = [task.name for task in tasks]
     for task in tasks:
-        path = responses_file(folder, task.name)
+        path = responses_file(folder, task.name, names)
         if not directory.exists(path):
             with bar(f"evaluate {task.name} {when}".strip()) as on_batch:
                 records = evaluate_task(evaluation(answers), task, max_new_tokens=longest(task), on_batch=on_batch)
             directory.write_jsonl(path, records)
-    statistics, files = {}, _file_names([one.name for one in general if one.kind == "refusals"])
+    statistics, refusals = {}, [one.name for one in general if one.kind == "refusals"]
     if scored := [one for one in general if one.kind != "refusals"]:
         with bar(f"evaluate general abilities {when}".strip()) as on_batch:
             statistics = general_statistics(evaluation(answers), scored, on_batch=on_batch)
     for one in general:
         if one.kind == "refusals":
-            path = responses_file(folder / "responses", files[one.name], "general")
+            path = responses_file(folder / "responses", one.name, refusals, "general")
             if not directory.exists(path):
                 with bar(f"ask {one.name} {when}".strip()) as on_batch:
                     records = refusal_records(evaluation(answers), one, on_batch=on_batch)
@@ -80,17 +81,6 @@ def measure(
     answers.remove()
 
 
-def _file_names(names: Sequence[str]) -> dict[str, str]:
-    """A file name for each name, also where two would have the same one, such as a/b and a_b."""
-    files: dict[str, str] = {}
-    for name in names:
-        file = slug(name)
-        while file in files.values():
-            file += "-2"
-        files[name] = file
-    return files
-
-
-def responses_file(folder: Path, name: str, kind: str = "responses") -> Path:
-    """The file of the responses to a task or a measure of general ability."""
-    return folder / kind / f"{slug(name)}.jsonl"
+def responses_file(folder: Path, name: str, names: Sequence[str], kind: str = "responses") -> Path:
+    """The file of the responses to a task or a measure of general ability, which is one of ``names``."""
+    return folder / kind / f"{file_name(name, names)}.jsonl"

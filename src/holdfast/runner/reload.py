@@ -13,10 +13,11 @@ from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import current_stage
 from holdfast.records.inputs import Inputs, data_changes, input_changes, listed
 from holdfast.records.read import FinishedRun, read_run
+from holdfast.records.shapes import read_json
 from holdfast.records.trust import require_trust
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.setup import Setup
-from holdfast.system.manifest import check, read_json
+from holdfast.system.manifest import check
 from holdfast.training.method_state import load_states
 
 if TYPE_CHECKING:

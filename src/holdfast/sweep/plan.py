@@ -19,8 +19,8 @@ from holdfast.config.reading import load, read_yaml, set_key
 from holdfast.config.run import RunConfig, load_config
 from holdfast.config.section import Section, Seed
 from holdfast.errors import ConfigError, UserError
+from holdfast.records.shapes import read_json
 from holdfast.sweep.grid import Axis, Grid, cells
-from holdfast.system.manifest import read_json
 
 LONGEST_VALUE = 48
 """Letters of a value in a run's name; a longer value is cut and gets a digest."""

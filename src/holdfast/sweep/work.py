@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from filelock import FileLock, Timeout
 
 from holdfast.errors import ConfigError, GateFailed, Interrupted, UserError
+from holdfast.records.shapes import read_json
 from holdfast.sweep.plan import PlannedRun, Resources
 from holdfast.system.files import write_json, write_text
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.machine import cores
-from holdfast.system.manifest import read_json
 from holdfast.system.pool import JobOutcome, Pool
 from holdfast.system.progress import Progress
 

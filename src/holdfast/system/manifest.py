@@ -152,7 +152,7 @@ def _remedied(path: Path, place: str = "") -> Iterator[None]:
     try:
         yield
     except JsonError as error:
-        raise RunDirectoryError(f"{path}: is damaged: {place}{error}; {_remedy(path)}") from None
+        raise RunDirectoryError(f"{path}: is damaged: {place}{error}; {remedy(path)}") from None
 
 
 _read: dict[Path, tuple[tuple[int, int], dict[str, list[Entry]]]] = {}
@@ -206,7 +206,7 @@ def _compare(manifest: Path, path: Path, known: list[Entry]) -> None:
     ]
     if all(reasons):
         file, why = reasons[-1]  # type: ignore[misc]
-        raise RunDirectoryError(f"{file}: is damaged: {why} ({manifest} says what it was); {_remedy(file)}")
+        raise RunDirectoryError(f"{file}: is damaged: {why} ({manifest} says what it was); {remedy(file)}")
 
 
 def _differs(path: Path, name: str, expected: Facts) -> tuple[Path, str] | None:
@@ -221,7 +221,7 @@ def _differs(path: Path, name: str, expected: Facts) -> tuple[Path, str] | None:
     return None
 
 
-def _remedy(file: Path) -> str:
+def remedy(file: Path) -> str:
     """What can be done about a damaged file."""
     again = "and the command that wrote it makes it again"
     stage = next((p for p in file.parents if p.parent.name == "stages"), None)

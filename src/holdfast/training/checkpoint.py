@@ -53,6 +53,8 @@ def read_complete(folder: Path, files: bool = True) -> dict[str, Any]:
         )
     if files:
         compare(path, folder, content.get("files", {}))
+        for file in folder.glob("*.json") if "files" not in content else ():  # of version 0.1.0
+            read_json(file)
     return content
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from holdfast.engines.optimizer_state import load_optimizer, save_optimizer
 from holdfast.engines.pieces import is_divided, layout_of, layout_of_model, reshard, trainable
 from holdfast.engines.vectors import weights
 from holdfast.engines.whole import saves_together, whole_state, whole_weights_to_load
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.models.pretrained import readable
 from holdfast.training.checkpoint import SCHEDULER_NAME, complete_checkpoint, saved_weights
 from holdfast.training.method_state import save_states
 from holdfast.training.state import ContinualState
@@ -60,20 +62,21 @@ class EngineMixin(_Trainer):
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Trainer loads all adapters of a model, but would leave only the first of several active ones active."""
-        active: Any = getattr(self.model, "active_adapters", None)
-        if is_divided(self.model) and not hasattr(self.model, "peft_config"):
-            weights(self.model).load_(saved_weights(Path(str(args[0]))))
-            return
-        several = isinstance(active, list) and len(active) > 1
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        if several:
-            self.model.base_model.set_adapter(active[:1])
-        with whole_weights_to_load(self.model):
-            super()._load_from_checkpoint(*args, **kwargs)
-        if several:
-            self.model.base_model.set_adapter(active)
-            for name, p in self.model.named_parameters():
-                p.requires_grad_(name in trained)
+        with _readable(args[0]):
+            active: Any = getattr(self.model, "active_adapters", None)
+            if is_divided(self.model) and not hasattr(self.model, "peft_config"):
+                weights(self.model).load_(saved_weights(Path(str(args[0]))))
+                return
+            several = isinstance(active, list) and len(active) > 1
+            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+            if several:
+                self.model.base_model.set_adapter(active[:1])
+            with whole_weights_to_load(self.model):
+                super()._load_from_checkpoint(*args, **kwargs)
+            if several:
+                self.model.base_model.set_adapter(active)
+                for name, p in self.model.named_parameters():
+                    p.requires_grad_(name in trained)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_deepspeed_enabled:
@@ -94,9 +97,14 @@ class EngineMixin(_Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not Path(checkpoint, SCHEDULER_NAME).exists():
             return
-        load_optimizer(_torch_optimizer(self), self.model, Path(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        with _readable(checkpoint):
+            load_optimizer(_torch_optimizer(self), self.model, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
         super()._load_optimizer_and_scheduler(checkpoint)  # finds no optimizer, but a subclass may load more
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save what the methods keep, too, and a note that the checkpoint is complete; only then remove older ones."""
@@ -263,3 +271,8 @@ class _Reach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return (*gradients, *[None] * ctx.count)
+
+
+def _readable(checkpoint: Any) -> AbstractContextManager[None]:
+    what = f"{checkpoint}: is damaged; delete it, and go on from an earlier checkpoint or the start"
+    return readable(what, RunDirectoryError)

@@ -13,6 +13,7 @@ from holdfast.api.method import Method
 from holdfast.engines.process import Process
 from holdfast.engines.whole import former_names
 from holdfast.errors import RunDirectoryError
+from holdfast.models.pretrained import readable
 from holdfast.system.files import read_json, write_json
 from holdfast.system.manifest import check
 
@@ -50,10 +51,11 @@ def load_states(methods: Sequence[Method], folder: Path, model: nn.Module) -> No
         file = folder / f"{method.name}.safetensors"
         try:
             tensors = {_named(key, now): t for key, t in load_file(file).items()}
-        except SafetensorError as error:  # of version 0.1.0, whose files have no checksums
+        except (SafetensorError, OSError) as error:  # of version 0.1.0, whose files have no checksums
             raise RunDirectoryError(f"{file}: is damaged: {error}; restore it from a copy") from None
-        state = read_json(folder / f"{method.name}.json") | {key: t.clone() for key, t in tensors.items()}
-        method.load_state(state, model)
+        values = read_json(folder / f"{method.name}.json")
+        with readable(f"{folder / method.name}: is not a state of method {method.name!r}", RunDirectoryError):
+            method.load_state(values | {key: t.clone() for key, t in tensors.items()}, model)
 
 
 def _named(key: str, now: dict[str, str]) -> str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import PeftConfig, get_peft_model
 from pydantic import ConfigDict
-from safetensors import SafetensorError
 
 from holdfast.api.tuner import Tuner
 from holdfast.config.section import Section
 from holdfast.errors import ConfigError, UserError, did_you_mean
+from holdfast.models.pretrained import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,11 +58,12 @@ class PeftTuner(Tuner):
         """Raises ConfigError if the folder lacks weights of the adapter, which would stay as they began."""
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
-            report = model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
-        except KeyError as error:  # PEFT looks for a module to save, or a prompt, by its name
-            raise ConfigError(f"{folder}: the adapter lacks {error.args[0]}") from None
-        except SafetensorError as error:
-            raise ConfigError(f"{folder}: the adapter cannot be read: {error}") from None
+            with readable(f"{folder}: the adapter cannot be read"):
+                report = model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+        except ConfigError as error:
+            if isinstance(error.__cause__, KeyError):  # PEFT looks for a module to save, or a prompt, by its name
+                raise ConfigError(f"{folder}: the adapter lacks {error.__cause__.args[0]}") from None
+            raise
         prompts = model.peft_config[model.active_adapter].is_prompt_learning  # PEFT loads them past its report
         missing = [] if prompts else sorted(trained & set(report.missing_keys))
         if missing:

@@ -1,0 +1,327 @@
+"""What the JSON files of a run hold: whoever reads them gets these shapes, or a message that names file and key.
+
+Checksums tell a damaged file from a whole one where there are any. Directories of version 0.1.0 have none, and a file
+that was edited by hand and is no longer what it was is told apart here. All files may have further keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, NotRequired
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from holdfast.errors import RunDirectoryError
+from holdfast.system import files, manifest
+
+Number = float | None
+Facts = dict[str, Any]
+
+AS_WRITTEN = ConfigDict(strict=True, extra="allow")
+
+
+@with_config(AS_WRITTEN)
+class _Named(TypedDict):
+    name: str
+
+
+@with_config(AS_WRITTEN)
+class _Config(TypedDict):
+    """Of a run; the laboratory's have other sections."""
+
+    method: NotRequired[list[_Named]]
+    model: NotRequired[_Named]
+    training: NotRequired[Facts]
+    evaluation: NotRequired[Facts]
+    stream: NotRequired[Facts]
+    data: NotRequired[Facts]
+    tuner: NotRequired[_Named | None]
+
+
+@with_config(AS_WRITTEN)
+class _Task(TypedDict):
+    train: int
+    test: int
+    metric: str
+    fingerprint: str
+
+
+@with_config(AS_WRITTEN)
+class _Check(TypedDict):
+    key: str
+    value: NotRequired[Number]
+    limit: NotRequired[float | str | None]
+    interval: NotRequired[list[Number] | None]
+    passed: bool
+
+
+@with_config(AS_WRITTEN)
+class _Decision(TypedDict):
+    stage: int
+    task: str
+    passed: bool
+    action: str
+    current: int
+    checks: list[_Check]
+
+
+@with_config(AS_WRITTEN)
+class _Stream(TypedDict):
+    name: str
+    version: str
+
+
+@with_config(AS_WRITTEN)
+class _Hardware(TypedDict):
+    cpu: str
+    cores: int
+    memory_gib: float
+    gpus: list[str]
+
+
+@with_config(AS_WRITTEN)
+class _Parameters(TypedDict):
+    total: int
+    trainable: int
+
+
+@with_config(AS_WRITTEN)
+class _Change(TypedDict):
+    at: str
+    versions: NotRequired[list[str]]
+    accepted: NotRequired[list[str]]
+
+
+@with_config(AS_WRITTEN)
+class Record(TypedDict):
+    """run.json."""
+
+    config: _Config
+    seed: int
+    versions: NotRequired[dict[str, str]]
+    hardware: NotRequired[_Hardware | None]
+    engine: str
+    processes: int
+    commit: NotRequired[str | None]
+    started: str
+    finished: str | None
+    stream: NotRequired[_Stream]
+    tasks: NotRequired[dict[str, _Task]]
+    max_length: NotRequired[int]
+    model_folder: NotRequired[str | None]
+    parameters: NotRequired[_Parameters | None]
+    seconds: NotRequired[dict[str, float]]
+    tokens: NotRequired[int | None]
+    peak_memory_gib: NotRequired[Number]
+    inputs: NotRequired[dict[str, Any]]
+    changes: NotRequired[list[_Change]]
+    gate: NotRequired[list[_Decision]]
+
+
+@with_config(AS_WRITTEN)
+class _Curve(TypedDict):
+    steps: list[int]
+    scores: list[Number]
+    area: Number
+
+
+@with_config(AS_WRITTEN)
+class _Summary(TypedDict):
+    average: Number
+    new_task: Number
+    forgetting: Number
+    backward_transfer: Number
+    forward_transfer: Number
+    general_change: Number
+
+
+@with_config(AS_WRITTEN)
+class Matrix(TypedDict):
+    """matrix.json."""
+
+    tasks: list[str]
+    metrics: dict[str, str]
+    scores: list[list[Number]]
+    beside: NotRequired[dict[str, dict[str, list[Number]]]]
+    floors: NotRequired[dict[str, Number]]
+    general: dict[str, list[Number]]
+    joint: list[Number] | None
+    summary: _Summary
+    by_task: NotRequired[dict[str, list[Number]]]
+    curves: NotRequired[dict[str, _Curve]]
+    intervals: dict[str, list[float] | None]
+
+
+@with_config(AS_WRITTEN)
+class StageRecord(TypedDict):
+    """stage.json."""
+
+    stage: int
+    task: str
+    steps: int
+    tokens: int
+    seconds: float
+    weights: str
+
+
+@with_config(AS_WRITTEN)
+class Evaluation(TypedDict):
+    """evaluation.json."""
+
+    general: dict[str, Number]
+    general_examples: NotRequired[dict[str, list[list[float]]]]
+    seconds: float
+
+
+@with_config(AS_WRITTEN)
+class Event(TypedDict):
+    """A line of events.jsonl."""
+
+    stage: int
+    step: int
+    task: str
+    loss: Number
+    terms: dict[str, Number]
+
+
+@with_config(AS_WRITTEN)
+class CurvePoint(TypedDict):
+    """A line of curves.jsonl."""
+
+    stage: int
+    step: int
+    scores: NotRequired[dict[str, Number]]
+
+
+@with_config(AS_WRITTEN)
+class Row(TypedDict):
+    """A line of a file of responses."""
+
+    row: int
+    number: NotRequired[int]
+    prompt: NotRequired[str]
+    answer: NotRequired[str]
+    answers: NotRequired[list[str]]
+    response: NotRequired[str]
+    score: Number
+    beside: NotRequired[dict[str, Number]]
+
+
+@with_config(AS_WRITTEN)
+class Asked(TypedDict):
+    """asked.json."""
+
+    stage: int
+    weights: str
+    stream: Facts
+    endpoint: dict[str, str] | None
+
+
+SHAPES: dict[str, Any] = {
+    "run.json": Record,
+    "matrix.json": Matrix,
+    "stage.json": StageRecord,
+    "evaluation.json": Evaluation,
+    "events.jsonl": list[Event],
+    "curves.jsonl": list[CurvePoint],
+    "responses": list[Row],
+    "asked.json": Asked,
+}
+"""By a file's name, or by that of its folder."""
+
+SOME_ROWS = {"number", "answers", "input", "beside"}
+"""Keys that some rows of a file have and others do not."""
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run, compared with its manifest and of its shape; RunDirectoryError if it is damaged."""
+    return _checked(path, path.name, manifest.read_json(path))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file of a run that was written whole, as :func:`read_json`."""
+    rows: list[dict[str, Any]] = manifest.read_jsonl(path)
+    if "responses" not in (path.parent.name, path.parent.parent.name):
+        return rows
+    _checked(path, "responses", rows)
+    everywhere = {key for row in rows for key in row} - SOME_ROWS
+    for number, row in enumerate(rows, start=1):
+        if lacking := sorted(everywhere - row.keys()):
+            raise _damaged(path, f"line {number} lacks {', '.join(lacking)}, which other lines have")
+    return rows
+
+
+def read_appended(path: Path) -> list[dict[str, Any]]:
+    """Read a file of a run that grows by lines, each of its shape; see :func:`holdfast.system.files.read_appended`."""
+    lines: list[dict[str, Any]] = _checked(path, path.name, files.read_appended(path))
+    return lines
+
+
+def check_matrix(path: Path, record: dict[str, Any], matrix: dict[str, Any]) -> None:
+    """Check that run.json and matrix.json in a directory belong together.
+
+    Raises:
+        RunDirectoryError: tasks, rows or columns are missing.
+    """
+    tasks, file = matrix["tasks"], path / "matrix.json"
+    rows = len(tasks) + 1
+    if "tasks" not in record or not record["config"].get("method"):
+        raise _damaged(path / "run.json", "it is of no run of tasks")
+    for section in ("model", "training", "evaluation", "stream", "data"):
+        if section not in record["config"]:
+            raise _damaged(path / "run.json", f"config.{section} is missing")
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise _damaged(file, "tasks must be names, each once")
+    for name, where in ((name, where) for where in (matrix["metrics"], record["tasks"]) for name in tasks):
+        if name not in where:
+            raise _damaged(file, f"task {name!r} is not in metrics, or not in run.json")
+    for decision in record.get("gate", []):
+        if not 0 <= decision["current"] <= decision["stage"] < rows:
+            raise _damaged(
+                path / "run.json", f"gate: stage {decision['stage']} cannot go on from {decision['current']}"
+            )
+    columns = {"joint": [matrix["joint"]] if matrix["joint"] else []} | {
+        f"by_task.{key}": [values] for key, values in matrix.get("by_task", {}).items()
+    }
+    columns["scores"] = matrix["scores"]
+    if len(matrix["scores"]) != rows or any(len(row) != len(tasks) for all_ in columns.values() for row in all_):
+        raise _damaged(file, f"scores must have {rows} rows of {len(tasks)} tasks, and joint and by_task as many tasks")
+    lists: Iterable[tuple[str, list[Any]]] = [
+        *matrix["general"].items(),
+        *((task, values) for task, found in matrix.get("beside", {}).items() for values in found.values()),
+    ]
+    for name, values in lists:
+        if len(values) != rows:
+            raise _damaged(file, f"{name!r} has {len(values)} values, not {rows}")
+    for name, ends in matrix["intervals"].items():
+        if ends is not None and len(ends) != 2:
+            raise _damaged(file, f"intervals.{name} must be two numbers")
+    for name, curve in matrix.get("curves", {}).items():
+        if name not in tasks or len(curve["steps"]) != len(curve["scores"]):
+            raise _damaged(file, f"curves.{name} must have a score a step, and be of a task")
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(SHAPES[name])
+
+
+def _checked(path: Path, name: str, value: Any) -> Any:
+    if name in SHAPES:
+        try:
+            _adapter(name).validate_python(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            line = "".join(f"line {n + 1}: " for n in first["loc"][:1] if isinstance(n, int))
+            key = ".".join(str(part) for part in (first["loc"][1:] if line else first["loc"]))
+            message = first["msg"][0].lower() + first["msg"][1:]
+            found = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
+            raise _damaged(path, f"{line}{key or 'it'}: {message}{found}") from None
+    return value
+
+
+def _damaged(path: Path, why: str) -> RunDirectoryError:
+    return RunDirectoryError(f"{path}: is damaged: {why}; {manifest.remedy(path)}")
