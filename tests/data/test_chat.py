@@ -125,6 +125,7 @@ def test_tools_that_are_not_shown_are_refused() -> None:
     asked = ("user", "Warm?")
     for example, reason in (
         (said(asked, ("assistant", "No"), tools=TOOLS), "does not show the tools"),
+        (said(("user", "What says the weather?"), ("assistant", "No"), tools=TOOLS), "does not show the tools"),
         (said(asked, CALLS), "does not show the call"),
     ):
         with pytest.raises(DataError, match=reason):

@@ -57,6 +57,21 @@ def test_float16_weights_are_not_trained(config: Path, tmp_path: Path, capsys: p
     assert holdfast("check", config, f"model={{name: {model}}}") == 0
 
 
+@pytest.mark.parametrize("method", ["gere", "kl_replay"])
+def test_a_text_that_is_not_there_is_found_first(config: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    for command in ("check", "run"):
+        assert holdfast(command, config, f"method={{name: {method}, path: nowhere.txt}}") == 2
+        said = capsys.readouterr().err
+        assert f"method {method}: path: there is no file or folder 'nowhere.txt'" in said
+        assert "before training" not in said
+
+
+def test_a_penalty_may_be_zero_in_two_steps_and_no_more(config: Path, tmp_path: Path) -> None:
+    """Warm-up begins with a learning rate of 0, so the second step too starts from the anchor."""
+    output = f"output={tmp_path / 'out'}"
+    assert holdfast("run", config, "method=ewc", "training.max_steps=2", output) == 0
+
+
 def test_rows_that_are_too_long_are_listed_at_once(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """In the test split, too, whose prompts need room for the response."""
     long = [{"instruction": "red " * 60, "output": f"red {n}"} for n in range(3)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import Trainer
 
 from holdfast.api.method import Method
 from holdfast.api.stage import Extra
+from holdfast.engines.process import Process
 from holdfast.errors import MethodError, NonFiniteLossError
 from holdfast.methods.replay import Replay
+from holdfast.training.terms import Terms
 from holdfast.training.trainer import continual
 from support.tiny import tiny_model, tiny_rows
 from support.trained import trained, vector
@@ -150,6 +154,18 @@ def test_a_term_that_does_nothing_is_an_error(form, reason, tmp_path):
         trained(tmp_path, method=method)
 
 
+def test_a_stage_that_was_continued_is_checked_over_all_its_steps():
+    stage, process = SimpleNamespace(index=2, task="red"), Process.this()
+    for values, contributes in (([0.0, 0.0], False), ([0.0, 0.5], True)):
+        terms = Terms(["penalty"])
+        terms.remember([{"loss": 1.0, "term/penalty": value} for value in values], steps=4)
+        if contributes:
+            terms.check(stage, process)
+        else:
+            with pytest.raises(MethodError, match="in all 4 steps"):
+                terms.check(stage, process)
+
+
 def test_a_term_that_may_rest_is_a_warning(tmp_path, caplog):
     class Resting(Penalty):
         form = "zero"
@@ -185,7 +201,7 @@ def test_a_term_is_a_mean_over_micro_batches_and_is_logged(tmp_path):
 def test_rows_without_a_supervised_token_are_told(tmp_path):
     rows = [row | {"labels": [-100] * len(row["labels"])} for row in tiny_rows(8)]
     with pytest.raises(NonFiniteLossError, match="No token of these rows is supervised: all their labels are -100"):
-        trained(tmp_path, rows=rows)
+        trained(tmp_path, rows=rows, method=Penalty())
 
 
 def test_a_nan_stops_before_the_weights_are_touched_and_names_the_rows(tmp_path):

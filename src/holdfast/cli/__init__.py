@@ -76,7 +76,7 @@ app.add_typer(lab.app, name="lab")
 
 def main() -> None:
     """Exit codes: 0 done; 2 the user's configuration or data is wrong; 3 a gate failed; 1 anything else."""
-    from holdfast.errors import GateFailed, Interrupted, ProcessFailed, UserError
+    from holdfast.errors import GateFailed, Interrupted, MethodError, ProcessFailed, UserError
 
     show_printable_errors()
     if sys.argv[1:2] and sys.argv[1].startswith("--local_rank="):
@@ -87,6 +87,10 @@ def main() -> None:
         if not _tell_launcher(error):
             say(f"holdfast: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except MethodError as error:
+        if not _tell_launcher(error):
+            say(f"holdfast: {error}", file=sys.stderr)
+        sys.exit(1)
     except Interrupted as stopped:
         if not _tell_launcher(stopped):
             command = hide_logins(shlex.join(["holdfast", *sys.argv[1:]]))

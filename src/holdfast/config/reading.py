@@ -86,7 +86,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r}: an override is key.path=value, for example training.epochs=3")
+        raise ConfigError(
+            f"{override!r}: an override is key.path=value, for example training.epochs=3; in a shell, a value with "
+            "spaces or braces stands in quotes: 'method={name: replay, ratio: 0.3}'"
+        )
     try:
         refuse_unusable(key)
         value = parse_yaml(text)

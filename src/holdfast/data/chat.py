@@ -153,7 +153,12 @@ class ChatTemplate:
             after, marks = self._rendered(example, messages, thinks, add_generation_prompt=False)
             if not after.startswith(before):
                 raise TemplateBrokenError(f"an answer changes what stands before it: {_difference(before, after)}")
-            _check_before(before, turns[:end], example.tools)
+            _check_before(before, turns[:end])
+            if example.tools is not None and not sequences:
+                alone, _ = self._rendered(
+                    replace(example, tools=None), messages[:end], thinks, add_generation_prompt=True
+                )
+                _check_tools(before, alone, example.tools)
             answer = after.removeprefix(before)
             self._check_answer(answer, turn)
             parts = list(_answer_pieces(after, len(before), marks, turn))
@@ -252,7 +257,7 @@ def _without_system(turns: Sequence[Turn]) -> list[Turn]:
     return found
 
 
-def _check_before(before: str, turns: Sequence[Turn], tools: str | None) -> None:
+def _check_before(before: str, turns: Sequence[Turn]) -> None:
     """What is asked stands in the text, whatever the template does with earlier answers."""
     for number, turn in enumerate(turns, 1):
         said = turn.content.strip()
@@ -260,8 +265,12 @@ def _check_before(before: str, turns: Sequence[Turn], tools: str | None) -> None
             continue
         if json.dumps(said)[1:-1] not in before and not _equal_json(said, before):
             raise TemplateBrokenError(f"it leaves out turn {number} ({turn.role}): {said[:60]!r}")
-    for name in tool_names(tools) if tools else ():
-        if name not in before:
+
+
+def _check_tools(before: str, alone: str, tools: str) -> None:
+    """The tools stand in the text, and are what makes it another than it is without them."""
+    for name in tool_names(tools):
+        if name not in before or before == alone:
             raise _NotShownError(
                 f"it does not show the tools of the row, such as {name!r}; columns: {{tools: null}} leaves them out"
             )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from holdfast import methods, tuners
@@ -16,6 +18,7 @@ from holdfast.config.run import RunConfig
 from holdfast.config.section import Named
 from holdfast.data.benchmark import general_samples
 from holdfast.data.encode import Encoder, resolve_max_length
+from holdfast.data.texts import is_hub_name, no_path
 from holdfast.engines.profiles import check_engine
 from holdfast.errors import ConfigError
 from holdfast.evaluation.general import matrix_name
@@ -140,6 +143,7 @@ def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
     check_quantization(config.model, tuner.name, tuner.quantized)
     check_engine(config.training.engine, config.training.optimizer)
     check_arguments(config.training.arguments, RESERVED)
+    check_texts(resolved.methods)
     model_config = load_model_config(config.model)
     check_dtype(config.model, model_config)
     max_length = resolve_max_length(config.data.max_length, model_config, tuner.virtual_tokens)
@@ -177,6 +181,19 @@ def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
         steps=steps,
         samples=resolved.samples,
     )
+
+
+def check_texts(methods: Sequence[Method]) -> None:
+    """Check that the files and folders that methods' options name are there.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for method in methods:
+        for option in method.inputs:
+            name = getattr(method.options, option, None)
+            if isinstance(name, str) and not Path(name).exists() and not is_hub_name(name):
+                raise ConfigError(f"method {method.name}: {option}: {no_path(Path(name))}")
 
 
 def check_dtype(model: ModelConfig, model_config: Any) -> None:

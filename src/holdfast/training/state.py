@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,9 +200,15 @@ class ContinualState:
                 if type(method).after_step is not Method.after_step:
                     method.after_step(self.step, weights(model))
 
-    def end_stage(self) -> None:
-        """Let the methods set the weights that the stage ends with, and then update their memory."""
+    def end_stage(self, log: Sequence[Mapping[str, Any]], steps: int) -> None:
+        """Let the methods set the weights that the stage ends with, and then update their memory.
+
+        Args:
+            log: the lines of the stage's log, those before a restart too.
+            steps: optimizer steps of the stage.
+        """
         assert self.stage is not None
+        self.terms.remember(log, steps)
         self.terms.check(self.stage, self.process)
         for method in self.methods:
             method.final_weights(self.stage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -78,10 +78,23 @@ class Terms:
                 "computed from detached tensors or under no_grad?"
             )
 
+    def remember(self, lines: Iterable[Mapping[str, Any]], steps: int) -> None:
+        """Take over what the lines of the log say of steps before this process: it continues a stage.
+
+        Args:
+            steps: of the stage by now.
+        """
+        for line in lines:
+            terms = {key.removeprefix("term/"): value for key, value in line.items() if key.startswith("term/")}
+            self.returned |= terms.keys()
+            self.contributed |= {name for name, value in terms.items() if value}
+        self.steps = steps
+
     def check(self, stage: Stage, process: Process) -> None:
         """Check at the end of a stage that every declared term contributed.
 
-        A stage of one step is not checked: a penalty on the distance from the start is zero in the first step.
+        A stage of two steps is not checked: a penalty on the distance from the start is zero in the first, and in the
+        second, too, where warm-up begins with a learning rate of 0.
 
         Raises:
             MethodError: a declared term was exactly zero, or absent, in all steps.
@@ -96,7 +109,7 @@ class Terms:
                 "the method did nothing; a smaller margin or a higher learning rate would let it act",
                 *(stage.index, stage.task, name, self.steps),
             )
-        if missing and self.steps > 1:
+        if missing and self.steps > 2:
             raise MethodError(
                 f"stage {stage.index} ({stage.task}): the declared loss term {missing[0]!r} was exactly zero, or never "
                 f"returned, in all {self.steps} steps: the method did nothing"

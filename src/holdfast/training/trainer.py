@@ -109,7 +109,7 @@ class ContinualMixin(EngineMixin):
             with _methods_after_step(self), ddp_expects_all(self):
                 result = super().train(checkpoint, *args, **kwargs)
             if not state.interrupted:
-                state.end_stage()
+                state.end_stage(self.state.log_history, self.state.global_step)
         finally:
             state.cost.stop()
             state.stage = state.step = None
