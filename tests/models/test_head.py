@@ -21,7 +21,7 @@ from holdfast.models.sampling import sample
 from holdfast.rehearsal.head_check import check_head
 from holdfast.system.files import read_jsonl
 from holdfast.tuners.moe_lora.config import MoeLoraConfig
-from support.engine_table import error, launch
+from support.engine_jobs import alone, error, job, launch
 from support.tiny import VOCABULARY, pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage
 
 IDS = torch.arange(3, 11)[None]
@@ -197,20 +197,24 @@ def test_sampling_of_another_formula_goes_through_the_model(monkeypatch: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_an_adapter_on_the_head_on_engines_that_divide_it(engine: str, tmp_path: Path) -> None:
+def test_an_adapter_on_the_head_on_engines_that_divide_it(tmp_path: Path) -> None:
     """Two processes compute the terms of one, and so the adapter gets the same gradient."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     base = tiny_config(tmp_path, method={"name": "lwf", "weight": 5.0})
     base["tuner"] = {"name": "lora", "r": 2, "target_modules": ["lm_head", "q_proj"], "lora_dropout": 0.0}
     base["stream"] |= {"order": ["red", "green"]}
     training = {"epochs": 1, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 0.3, "optimizer": "sgd"}
-    terms = {}
-    for name, processes in ((None, 1), (engine, 2)):
-        output = tmp_path / str(name)
-        config = base | {"training": training | {"engine": name, "log_every": 1}, "output": str(output)}
-        launch([config], processes, tmp_path)
-        assert not error(config)
-        terms[name] = [line["terms"]["lwf"] for line in read_jsonl(output / "events.jsonl")]
-    assert max(terms[None]) > 0.1
-    assert terms[engine] == pytest.approx(terms[None], rel=1e-3, abs=1e-5)
+    one, *divided = [
+        base | {"training": training | {"engine": engine, "log_every": 1}, "output": str(tmp_path / str(engine))}
+        for engine in (None, "fsdp2", "zero3")
+    ]
+    alone([one])
+    launch([job(config) for config in divided], 2, tmp_path)
+    assert [error(config) for config in divided] == ["", ""]
+
+    def terms(config: dict[str, Any]) -> list[float]:
+        return [line["terms"]["lwf"] for line in read_jsonl(Path(config["output"], "events.jsonl"))]
+
+    assert max(terms(one)) > 0.1
+    for config in divided:
+        assert terms(config) == pytest.approx(terms(one), rel=1e-3, abs=1e-5)
