@@ -19,6 +19,7 @@ pytest.importorskip("starlette", reason="needs the extra [serve]")
 
 from holdfast.deploy.openai.limits import Limits
 from holdfast.deploy.openai.text import Decoder, Increments
+from holdfast.errors import ConfigError
 from holdfast.models.batcher import Job, Sampling
 from holdfast.models.generation import generate
 from holdfast.models.likelihood import token_losses
@@ -328,6 +329,8 @@ def test_too_many_requests_and_such_as_take_too_long_are_refused():
     assert sorted(reply.status_code for reply in replies) == [429, 504, 504]
     assert {reply.json()["error"]["code"] for reply in replies} == {"rate_limit_exceeded", "timeout"}
     assert app.inside == 0
+    with pytest.raises(ConfigError, match="--timeout: must be more than 0"):
+        Limits(seconds=float("nan"))
     streamed = ask(app, "completions", long | {"stream": True}).text
     assert json.loads(streamed.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["code"] == "timeout"
     while app.backend.batcher.busy:
@@ -458,10 +461,11 @@ def test_lm_eval_and_the_openai_client_get_right_answers(app: Any, model: Any, t
 VALUES = [
     None, True, False, 0, 1, -1, 2, 5, 63, 64, 1.5, -0.5, 1e308, 1e-320, 10**18, -(10**30), 10**400, "", "a", "0",
     "\ud800", "\0", "\x1b[2J", "é", "a" * 300, [], {}, [[]], [{}], ["a"], ["a", "b"], [3, 4], [[3, 4], [5]],
-    [1.5], [None], {"a": 1}, {"3": 1}, {"3": "x"}, {"3": -100}, {"type": "text"}, {"include_usage": True}, [3] * 127, [3] * 128,
-    [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "a"}], [{"role": "tool", "content": "a"}],
-    [{"role": "user", "content": [{"type": "text", "text": "a"}]}], [{"role": "assistant", "tool_calls": [{}]}],
-    [{"role": "assistant", "tool_calls": "x"}], [{"role": "user", "content": "a", "tool_calls": [{"function": 5}]}],
+    [1.5], [None], {"a": 1}, {"3": 1}, {"3": "x"}, {"3": -100}, {"type": "text"}, {"include_usage": True},
+    [3] * 127, [3] * 128, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "a"}],
+    [{"role": "tool", "content": "a"}], [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    [{"role": "assistant", "tool_calls": [{}]}], [{"role": "assistant", "tool_calls": "x"}],
+    [{"role": "user", "content": "a", "tool_calls": [{"function": 5}]}],
 ]  # fmt: skip
 
 

@@ -190,6 +190,8 @@ def test_urls_that_cannot_be_asked_are_refused_without_their_secrets(url: str):
     with pytest.raises(ConfigError, match=r"^endpoint") as error:
         Endpoint(url, "m").chat(QUESTION)
     assert "sec" not in str(error.value)
+    with pytest.raises(ConfigError, match="timeout: must be more than 0"):
+        Endpoint("http://h/v1", "m", timeout=float("nan"))
 
 
 def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch: pytest.MonkeyPatch):

@@ -60,6 +60,8 @@ class Endpoint:
         timeout: float = 60.0,
         retries: int = 5,
     ):
+        if not timeout > 0:  # which nan is not, either
+            raise ConfigError(f"timeout: must be more than 0 seconds, not {timeout}")
         self.model = model
         self.url, login = split_login(url)
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from holdfast.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -20,3 +22,7 @@ class Limits:
     seconds: float = 600.0
     max_tokens: int | None = None
     body: int = 4 << 20
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:  # which nan is not, either
+            raise ConfigError(f"--timeout: must be more than 0 seconds, not {self.seconds}")
