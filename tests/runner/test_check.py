@@ -66,6 +66,18 @@ def test_a_text_that_is_not_there_is_found_first(config: Path, capsys: pytest.Ca
         assert "before training" not in said
 
 
+def test_an_output_that_cannot_be_used(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    assert holdfast("run", config, "method=frozen", f"output={tmp_path / 'run'}") == 0
+    assert holdfast("check", config, "method=frozen", f"output={tmp_path / 'run'}") == 0
+    capsys.readouterr()
+    for name, said in (("file", "is a file"), ("other", "holds other files"), ("run", "another configuration")):
+        assert holdfast("check", config, f"output={tmp_path / name}") == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_penalty_may_be_zero_in_two_steps_and_no_more(config: Path, tmp_path: Path) -> None:
     """Warm-up begins with a learning rate of 0, so the second step too starts from the anchor."""
     output = f"output={tmp_path / 'out'}"

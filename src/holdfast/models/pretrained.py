@@ -108,7 +108,8 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
             f"model.name: {model.name!r} is an adapter and not a whole model; merge it into its base ({base}) and give "
             "the merged model: holdfast export RUN --merge, or PEFT's merge_and_unload"
         )
-    with readable(f"model.name: {model.name!r} cannot be used as a model"):
+    absent = "" if folder.exists() else f" (there is no such folder, looked from {Path.cwd()})"
+    with readable(f"model.name: {model.name!r} cannot be used as a model{absent}"):
         return AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )

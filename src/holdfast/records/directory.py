@@ -201,16 +201,34 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
         yield RunDirectory(path)
         return
     with locked_folder(path):
-        if not (path / "run.json").exists():
-            others = sorted(
-                p.name for p in path.iterdir() if p.name not in (LOCK, MANIFEST) and not p.name.endswith(".partial")
-            )
-            if others:
-                raise RunDirectoryError(
-                    f"output: {path} is no run but holds other files ({', '.join(others[:3])}); choose another output"
-                )
+        _refuse_other_files(path)
         process.wait()
         yield RunDirectory(path)
+
+
+def check_directory(path: Path, config: Section) -> None:
+    """Check, without a lock and without making it, that a run of this configuration can begin or go on here.
+
+    Raises:
+        RunDirectoryError: it is a file, holds other files, or holds a run with another configuration.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"output: {path} is a file; it must be a directory")
+    if path.exists():
+        _refuse_other_files(path)
+        RunDirectory(path).check_config(config)
+
+
+def _refuse_other_files(path: Path) -> None:
+    if (path / "run.json").exists():
+        return
+    others = sorted(
+        p.name for p in path.iterdir() if p.name not in (LOCK, MANIFEST) and not p.name.endswith(".partial")
+    )
+    if others:
+        raise RunDirectoryError(
+            f"output: {path} is no run but holds other files ({', '.join(others[:3])}); choose another output"
+        )
 
 
 def current_stage(record: dict[str, Any], stage: int) -> int:

@@ -33,11 +33,11 @@ class _Config(TypedDict):
     """Of a run; the laboratory's have other sections."""
 
     method: NotRequired[list[_Named]]
-    model: NotRequired[_Named]
+    model: NotRequired[Facts]
     training: NotRequired[Facts]
     evaluation: NotRequired[Facts]
     stream: NotRequired[Facts]
-    data: NotRequired[Facts]
+    data: NotRequired[Any]  # the laboratory has a list
     tuner: NotRequired[_Named | None]
 
 
@@ -103,8 +103,8 @@ class Record(TypedDict):
     seed: int
     versions: NotRequired[dict[str, str]]
     hardware: NotRequired[_Hardware | None]
-    engine: str
-    processes: int
+    engine: NotRequired[str]
+    processes: NotRequired[int]
     commit: NotRequired[str | None]
     started: str
     finished: str | None
@@ -172,7 +172,7 @@ class Evaluation(TypedDict):
     """evaluation.json."""
 
     general: dict[str, Number]
-    general_examples: NotRequired[dict[str, list[list[float]]]]
+    general_examples: NotRequired[dict[str, list[list[Number]]]]
     seconds: float
 
 

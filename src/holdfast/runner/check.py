@@ -12,6 +12,7 @@ from holdfast.config.gate import GateConfig
 from holdfast.config.run import RunConfig
 from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import check_weights
+from holdfast.records.directory import check_directory
 from holdfast.runner.data import RunData
 from holdfast.runner.plan import stage_epochs
 from holdfast.runner.setup import Setup, prepare, resolve
@@ -28,7 +29,9 @@ def print_check(config: RunConfig, console: Console, data: RunData | None = None
     Raises:
         UserError: `holdfast run` would refuse the configuration or the data.
     """
-    setup = prepare(resolve(config), data)
+    resolved = resolve(config)
+    check_directory(Path(config.output), resolved.config)
+    setup = prepare(resolved, data)
     check_training(setup)
     checked = check_weights(config.model)
     console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)

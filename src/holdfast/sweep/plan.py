@@ -62,7 +62,10 @@ class SearchConfig(Section):
 
 
 def _run(value: Any) -> Any:
-    return read_yaml(Path(value)) if isinstance(value, str) else value
+    """The run's configuration; a file's own output is that of a single run."""
+    if not isinstance(value, str):
+        return value
+    return {key: part for key, part in read_yaml(Path(value)).items() if key != "output"}
 
 
 class Sweep(Section):
@@ -70,7 +73,7 @@ class Sweep(Section):
 
     output: str = Field(description="folder of the runs, their table and their report")
     run: Annotated[dict[str, Any], BeforeValidator(_run)] = Field(
-        description="configuration of every run, or the YAML file that holds it; without output"
+        description="configuration of every run, or the YAML file that holds it, whose output is not used"
     )
     grid: Grid | list[Grid] = Field(
         default_factory=dict,
