@@ -83,12 +83,6 @@ class _Hardware(TypedDict):
 
 
 @with_config(AS_WRITTEN)
-class _Parameters(TypedDict):
-    total: int
-    trainable: int
-
-
-@with_config(AS_WRITTEN)
 class _Change(TypedDict):
     at: str
     versions: NotRequired[list[str]]
@@ -112,7 +106,7 @@ class Record(TypedDict):
     tasks: NotRequired[dict[str, _Task]]
     max_length: NotRequired[int]
     model_folder: NotRequired[str | None]
-    parameters: NotRequired[_Parameters | None]
+    parameters: NotRequired[Facts | int | None]
     seconds: NotRequired[dict[str, float]]
     tokens: NotRequired[int | None]
     peak_memory_gib: NotRequired[Number]
