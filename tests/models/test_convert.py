@@ -24,6 +24,7 @@ from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.convert.checkpoint import convert
+from support import fuzz
 
 spm = pytest.importorskip("sentencepiece")
 
@@ -632,3 +633,14 @@ def test_command_needs_no_other_package(tmp_path, plain_model):
     assert done.stdout.splitlines() == [str(target), "5"]
     again = use()
     assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.slow)])
+def test_damaged_checkpoints_are_refused_in_one_message(count, tmp_path, plain_model):
+    config = COMMON | INTERNLM2 | {"bias": False}
+    source = write_checkpoint(tmp_path / "source", config, internlm2_weights(config), plain_model)
+    cases = random.Random(count).sample(fuzz.broken_conversion_cases(source, count, 40), count)
+    for number, case in enumerate(cases):
+        (tmp_path / str(number)).mkdir()
+        said = fuzz.fault(case, tmp_path / str(number))
+        assert said is None, said

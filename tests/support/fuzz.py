@@ -336,7 +336,20 @@ def _damage(original: Path, folder: Path, name: Path, content: bytes | None) -> 
 
 
 def broken_model_cases(original: Path, base: dict[str, Any], seed: int, each: int) -> list[Case]:
-    """A model's folder of which one file is damaged."""
+    """A model's folder of which one file is damaged, checked."""
+    return _broken_folder_cases(
+        original, ["check", "c.yaml"], lambda f: _write(f, base | {"model": "model"}, "", ""), seed, each
+    )
+
+
+def broken_conversion_cases(original: Path, seed: int, each: int) -> list[Case]:
+    """A folder to convert of which one file is damaged."""
+    return _broken_folder_cases(original, ["convert", "model", "out"], lambda f: None, seed, each)
+
+
+def _broken_folder_cases(
+    original: Path, arguments: list[str], beside: Callable[[Path], None], seed: int, each: int
+) -> list[Case]:
     chance = random.Random(seed)
     cases = []
     for file in sorted(path for path in original.iterdir() if path.is_file()):
@@ -347,9 +360,9 @@ def broken_model_cases(original: Path, base: dict[str, Any], seed: int, each: in
 
             def prepare(f: Path, n: str = file.name, d: bytes | None = damaged) -> None:
                 _damage(original, f / "model", Path(n), d)
-                _write(f, base | {"model": "model"}, "", "")
+                beside(f)
 
-            cases.append(Case(f"model: {file.name} {what}", ["check", "c.yaml"], (0, 2), prepare))
+            cases.append(Case(f"{arguments[0]}: {file.name} {what}", arguments, (0, 2), prepare))
     return cases
 
 

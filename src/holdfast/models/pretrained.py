@@ -75,12 +75,19 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
             "has a tokenizer that cannot be read" if folder.is_dir() else "is no folder, and no tokenizer of the hub"
         )
         raise ConfigError(f"{key}: {model.name!r} {place}: {error}") from None
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ConfigError(
+            f"{key}: {model.name!r}: tokenizer_config.json: model_max_length must be a number, not "
+            f"{tokenizer.model_max_length!r:.60}"
+        )
     if not tokenizer.is_fast:
         raise ConfigError(f"{key}: {model.name!r} has a slow tokenizer; a tokenizer.json is needed")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"{key}: the tokenizer of {model.name!r} has no padding, end or unknown token; name one")
+    with readable(f"{key}: the tokenizer of {model.name!r} cannot be used"):
+        tokenizer("a")
     return tokenizer
 
 

@@ -158,6 +158,7 @@ class StageRecord(TypedDict):
     steps: int
     tokens: int
     seconds: float
+    peak_memory_gib: float
     weights: str
 
 
