@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from typing import Annotated
@@ -97,6 +98,9 @@ def main() -> None:
             say(f"holdfast: {stopped}; all of it is saved. Continue with: {command}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            say(f"holdfast: {str(error.filename)[:100]!r}...: a name in this path is too long", file=sys.stderr)
+            sys.exit(UserError.exit_code)
         if not _tell_launcher(error):
             raise
         sys.exit(1)

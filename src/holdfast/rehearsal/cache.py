@@ -300,6 +300,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = read_json(path)
         well_formed = isinstance(manifest["key"], dict) and manifest.keys() >= {"format", "samples", "files"}
+        well_formed &= isinstance(manifest["samples"], int) and isinstance(manifest.get("shard_rows"), int)
     except (ValueError, KeyError, TypeError):
         well_formed = False
     if not well_formed:
