@@ -55,7 +55,7 @@ class _Check(TypedDict):
     value: NotRequired[Number]
     limit: NotRequired[float | str | None]
     interval: NotRequired[list[Number] | None]
-    passed: bool
+    passed: NotRequired[bool]
 
 
 @with_config(AS_WRITTEN)
@@ -100,8 +100,8 @@ class Record(TypedDict):
     engine: NotRequired[str]
     processes: NotRequired[int]
     commit: NotRequired[str | None]
-    started: str
-    finished: str | None
+    started: NotRequired[str]
+    finished: NotRequired[str | None]
     stream: NotRequired[_Stream]
     tasks: NotRequired[dict[str, _Task]]
     max_length: NotRequired[int]
