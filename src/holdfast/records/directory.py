@@ -256,8 +256,16 @@ def require_runs(paths: list[Path]) -> None:
     for path in paths:
         if not (path / "run.json").exists():
             raise RunDirectoryError(f"{path}: is no run's directory (it has no run.json)")
-        if not (path / "matrix.json").exists():
-            raise RunDirectoryError(f"{path}: has no results yet (no matrix.json); let its run go on")
+        if (path / "matrix.json").exists():
+            continue
+        record = read_json(path / "run.json")
+        if "tasks" not in record:
+            raise RunDirectoryError(
+                f"{path}: is a run of the laboratory, which has losses (evaluations.jsonl) and no score matrix"
+            )
+        if record.get("finished") is not None:
+            raise RunDirectoryError(f"{path}: matrix.json is missing; the command that made this run writes it again")
+        raise RunDirectoryError(f"{path}: has no results yet (no matrix.json); let its run go on")
 
 
 def slug(task: str) -> str:

@@ -287,7 +287,7 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tu
     rows = {run.stage_of(t) if run.joint else t: t for t in measured}
     if not rows or (stage is not None and stage not in rows):
         evaluated = f"evaluated: {', '.join(map(str, rows))}" if rows else "none was evaluated yet"
-        raise ConfigError(f"{path}: stage {stage or 'last'} cannot be judged; {evaluated}")
+        raise ConfigError(f"{path}: {f'stage {stage}' if stage else 'the last stage'} cannot be judged; {evaluated}")
     stage = max(rows) if stage is None else stage
     return f"{path} ({run.method}), after stage {stage}", judge(run, gate, rows[stage])
 

@@ -164,6 +164,7 @@ def compare(runs: list[FinishedRun], baseline: str | None = None) -> Comparison:
                 "general": group.general,
                 "gate": group.gate,
                 "not_learned": group.not_learned,
+                "unfinished": any(run.info.get("finished") is None for run in group.runs),
                 "split": group.runs[0].split,
             }
         )

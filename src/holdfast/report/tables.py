@@ -23,6 +23,8 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append("Measured on dev splits, on which settings are chosen; not what a paper reports.")
     lines += interval_notes(comparison)
     for row in rows:
+        if row["unfinished"]:
+            lines.append(f"NOT FINISHED: {row['run']}; its figures are null, or of the stages that are done.")
         if row["not_learned"] and row["reference"] is None:
             lines.append(
                 f"NOT LEARNED by {row['run']}: {', '.join(row['not_learned'])}; of these forgetting says nothing, "
