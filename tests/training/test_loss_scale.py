@@ -148,7 +148,7 @@ def test_methods_that_need_gradients_are_refused_with_deepspeeds_fp16(method, tm
 
 
 def test_gradients_that_no_scale_makes_finite_end_the_training(tmp_path, scaled):
-    trainer = scaled(trained(tmp_path, stages=0), size=2.0)
+    trainer = scaled(trained(tmp_path, stages=0, method=build([("replay", {})])), size=2.0)
     overflow(trainer, range(100))
     before = vector(trainer.model)
     with pytest.raises(NonFiniteLossError, match="the weights were not touched"):

@@ -81,8 +81,12 @@ def note(root: Path, path: Path, entry: Entry) -> None:
 
 
 def write_noted(root: Path, path: Path, text: str) -> None:
-    """Write a text file whole, and note it in the manifest of ``root``."""
-    note(root, path, {"": text_facts(text)})
+    """Write a text file whole, and note it in the manifest of ``root``; what is there and noted already stays."""
+    facts = text_facts(text)
+    noted = _entries(root / MANIFEST).get(path.relative_to(root).as_posix(), [])
+    if noted[-1:] == [{"": facts}] and path.is_file() and file_facts(path) == facts:
+        return
+    note(root, path, {"": facts})
     write_text(path, text)
 
 
