@@ -20,16 +20,19 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.js
 
 
 @contextlib.contextmanager
-def readable(what: str, kind: type[UserError] = ConfigError) -> Iterator[None]:
+def readable(
+    what: str, kind: type[UserError] = ConfigError, passing: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
     """Tell of a damaged file in one message, whatever the parser that meets it may raise.
 
     Args:
         what: the beginning of the message.
         kind: of the error.
+        passing: errors that are about something else, such as a disk that is written to.
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, *passing):
         raise
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for it

@@ -46,25 +46,22 @@ def convert(source: Path, target: Path, progress: Progress | None = None) -> Pat
     """
     if target.exists():
         raise ConfigError(f"{target}: exists already; name a folder that does not")
-    with readable(f"{source}: cannot be converted", DataError):
-        _convert(source, target, progress or Progress(quiet=True))
-    return target
-
-
-def _convert(source: Path, target: Path, progress: Progress) -> None:
-    config = read_settings(source / "config.json", required=True)
-    parts, llama = find_family(config, source)
-    files = _weight_files(source)
-    _check(files, parts, source)
-    tokenizer = convert_tokenizer(source, config)
-    generation = read_settings(source / "generation_config.json")
-    with whole_folder(target) as folder:
-        _write_weights(files, parts, folder, progress)
+    failed = f"{source}: cannot be converted"
+    with readable(failed, DataError):
+        config = read_settings(source / "config.json", required=True)
+        parts, llama = find_family(config, source)
+        files = _weight_files(source)
+        _check(files, parts, source)
+        tokenizer = convert_tokenizer(source, config)
+        generation = read_settings(source / "generation_config.json")
+    with readable(failed, DataError, passing=(OSError,)), whole_folder(target) as folder:
+        _write_weights(files, parts, folder, progress or Progress(quiet=True))
         llama.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         plain = {k: v for k, v in generation.items() if k not in ("user_token_id", "assistant_token_id")}
         if plain:
             write_json(folder / "generation_config.json", plain)
+    return target
 
 
 # --- weights ---
