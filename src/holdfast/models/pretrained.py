@@ -32,10 +32,10 @@ def readable(
     """
     try:
         yield
-    except (UserError, MemoryError, *passing):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for it
+        if isinstance(error, passing) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
             raise
         said = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         raise kind(f"{what}: {said}") from error
