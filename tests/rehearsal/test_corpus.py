@@ -252,9 +252,9 @@ def test_without_vllm_its_engine_is_refused_with_the_reason(model, tmp_path, mon
         replay(model, tmp_path / "out", engine="vllm", **SIZE)
 
 
-def test_the_vllm_engine_asks_for_the_same_and_writes_the_same_corpus(model, tmp_path, monkeypatch):
+def test_the_vllm_engine_asks_for_the_same_and_writes_the_same_corpus(tmp_path, monkeypatch):
     """A stand-in for vLLM draws with holdfast's sampler, and records the requests."""
-    asked = []
+    model, asked = str(write_model(tmp_path / "model")), []
 
     class LLM:
         def __init__(self, **options):
