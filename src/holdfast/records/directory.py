@@ -133,7 +133,7 @@ class RunDirectory:
 
     def finish(self, cost: Mapping[str, Any]) -> None:
         """Note in run.json that the run is complete, and what it cost."""
-        if self.record["finished"] is None:
+        if self.record.get("finished") is None:
             self.record |= {"finished": _now()} | dict(cost)
             self.write()
 

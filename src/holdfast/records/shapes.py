@@ -97,10 +97,10 @@ class Record(TypedDict):
     seed: int
     versions: NotRequired[dict[str, str]]
     hardware: NotRequired[_Hardware | None]
-    engine: NotRequired[str]
+    engine: str
     processes: NotRequired[int]
     commit: NotRequired[str | None]
-    started: NotRequired[str]
+    started: str
     finished: NotRequired[str | None]
     stream: NotRequired[_Stream]
     tasks: NotRequired[dict[str, _Task]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,9 @@ from holdfast.config.run import RunConfig
 from holdfast.engines.pieces import is_divided, prepare_loaded, reshard, trainable
 from holdfast.engines.profiles import loading_options
 from holdfast.engines.whole import fingerprint, former_names
+from holdfast.errors import RunDirectoryError
 from holdfast.models.attention import fastest
+from holdfast.models.pretrained import readable
 from holdfast.models.quantization import ready_for_training, weight_options
 from holdfast.models.weights import load_causal_lm
 from holdfast.runner.setup import Setup
@@ -61,3 +64,14 @@ def trained_weights(model: nn.Module, former: bool = False) -> str:
     """SHA-256 over the trainable weights, by name; ``former``: by the names that version 0.1.0 gave them."""
     names = former_names(model) if former else {}
     return fingerprint((names.get(name, name), p) for name, p in trainable(model).items())
+
+
+def load_weights(tuner: Tuner, model: Any, stage: Path) -> None:
+    """Load what a tuner trained in a stage.
+
+    Raises:
+        RunDirectoryError: its files are missing or damaged.
+    """
+    folder = stage / tuner.folder
+    with readable(f"{folder}: cannot be loaded", RunDirectoryError):
+        tuner.load(model, folder)

@@ -23,7 +23,7 @@ from holdfast.records.shapes import read_json
 from holdfast.runner.curves import Curves
 from holdfast.runner.decisions import decide, must_judge, standing
 from holdfast.runner.inputs import run_inputs
-from holdfast.runner.load import load_model, trained_weights
+from holdfast.runner.load import load_model, load_weights, trained_weights
 from holdfast.runner.matrix import read_matrix
 from holdfast.runner.measure import measure
 from holdfast.runner.plan import START, PlannedStage
@@ -140,7 +140,7 @@ class RunLoop:
         if current.index:
             folder = self._folder(current)
             check(folder / self.setup.tuner.folder)
-            self.setup.tuner.load(model, folder / self.setup.tuner.folder)
+            load_weights(self.setup.tuner, model, folder)
             self._states = folder / "method"
             load_states(self.setup.applied, self._states, model)
         if "parameters" not in self.directory.record:

@@ -73,12 +73,12 @@ class StoredStage:
         Raises:
             RunDirectoryError: a file of the weights is damaged.
         """
-        from holdfast.runner.load import load_pretrained
+        from holdfast.runner.load import load_pretrained, load_weights
 
         model = load_pretrained(config, tuner)
         if self.number:
             check(self.folder / tuner.folder)
-            tuner.load(model, self.folder / tuner.folder)
+            load_weights(tuner, model, self.folder)
         return model
 
     def measured_model(self, setup: Setup) -> PreTrainedModel | PeftModel:

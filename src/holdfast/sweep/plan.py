@@ -118,7 +118,7 @@ class PlannedRun:
         record = self.path / "run.json"
         if not record.exists():
             return "new"
-        return "begun" if read_json(record)["finished"] is None else "done"
+        return "begun" if read_json(record).get("finished") is None else "done"
 
 
 def load_sweep(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Sweep:

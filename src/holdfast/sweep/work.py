@@ -142,7 +142,7 @@ def do_run(processes: int, config: dict[str, Any]) -> None:
         except Timeout:
             raise InUseError(f"{output}: another sweep is at it") from None
         record = output / "run.json"
-        if record.exists() and read_json(record)["finished"] is not None:
+        if record.exists() and read_json(record).get("finished") is not None:
             return
         if processes > 1:
             from holdfast.system.launch import launch
