@@ -153,7 +153,7 @@ class MbPA(Method):
         if state:
             self.memory.load_state(state)
             self.start = Shards.from_state(state, "start", like=snapshot(model))
-            self.keys, self.steps = state["keys"], state["steps"]
+            self.keys, self.steps = state["keys"], int(state["steps"])
 
 
 def neighbours_gradient(evaluation: Evaluation, rows: Sequence[TokenRow]) -> Shards:

@@ -117,4 +117,4 @@ class OLoRA(Method):
         return {"stages": self.stages}
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.stages = state["stages"]
+        self.stages = int(state["stages"])

@@ -115,7 +115,7 @@ class TreeLoRA(Method):
         device = next(iter(weights(model))).device
         self.past = [state[f"past/{task}"].to(device) for task in range(state["tasks"])]
         self.tree = Group.from_plain(state["tree"]) if state["tree"] else None
-        self.steps = state["steps"]
+        self.steps = int(state["steps"])
         if self.steps:
             self.mean = state["mean"].to(device)
         if self.tree and "rounds" in state:

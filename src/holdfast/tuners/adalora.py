@@ -191,7 +191,7 @@ class Allocation(Method, registered=False):
 
     def load_state(self, state: State, model: nn.Module) -> None:
         peft: Any = model
-        self.tuner, self.steps, self.pattern = peft.base_model, state["steps"], state["pattern"]
+        self.tuner, self.steps, self.pattern = peft.base_model, int(state["steps"]), state["pattern"]
         self.tuner.rankallocator.reset_ipt()
         for name, p in self.tuner.model.named_parameters():
             if f"{AVERAGES[0]}/{name}" in state:

@@ -98,7 +98,7 @@ class QuadraticPenalty(Method):
         return state
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.spread = state["spread"]
+        self.spread = float(state["spread"])
         for name in self.saved:
             is_saved = any(key.startswith(f"{name}/") for key in state)
             setattr(self, name, Shards.from_state(state, name, like=weights(model)) if is_saved else None)
