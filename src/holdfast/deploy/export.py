@@ -82,7 +82,7 @@ def export(
         )
     tokenizer = _tokenizer(saved, config.model)
     chat = config.data.template != "plain" and bool(tokenizer.chat_template)
-    encoder = Encoder(tokenizer, max_length=finished.info["max_length"], template=config.data.template)
+    encoder = Encoder(tokenizer, max_length=finished.max_length, template=config.data.template)
     settings = _generation_settings(pretrained, saved if kind == "model" else None, encoder)
     merged = _merged(pretrained, tuner, saved) if kind == "merged" else None
     exported = Exported(

@@ -97,7 +97,7 @@ def _tokenizer(stored: StoredStage) -> tuple[PreTrainedTokenizerBase, Encoder]:
     """The run's tokenizer, with the chat template that the run was trained with."""
     data = stored.config.data
     tokenizer = load_tokenizer(stored.config.model)
-    encoder = Encoder(tokenizer, max_length=stored.run.info["max_length"], template=data.template)
+    encoder = Encoder(tokenizer, max_length=stored.run.max_length, template=data.template)
     if not encoder.chat:
         begin = tokenizer.bos_token if begin_tokens(tokenizer) else ""
         tokenizer.chat_template = f"{begin}{TEMPLATE}".replace("END", json.dumps(tokenizer.eos_token or ""))
@@ -162,7 +162,7 @@ def backend(stored: StoredStage, limits: Limits) -> Backend:
     tokenizer = load_tokenizer(config.model)
     model = stored.model(config, tuner).eval()
     text_config = model.config.get_text_config()
-    measured = stored.run.info["max_length"]
+    measured = stored.run.max_length
     known = getattr(text_config, "max_position_embeddings", None)
     prompts = Prompts(
         tokenizer,

@@ -62,6 +62,16 @@ class FinishedRun:
         return " + ".join(method["name"] for method in self.config["method"])
 
     @property
+    def max_length(self) -> int:
+        """Tokens of a sequence; RunDirectoryError where run.json does not say."""
+        if "max_length" not in self.info:
+            raise RunDirectoryError(
+                f"{self.path / 'run.json'}: is damaged: max_length is missing; restore it from a copy"
+            )
+        length: int = self.info["max_length"]
+        return length
+
+    @property
     def reference(self) -> str | None:
         """What this run is a reference for; None: it is a method to be compared."""
         return REFERENCES.get(self.config["method"][0]["name"])

@@ -21,7 +21,7 @@ from holdfast.engines.pieces import full, is_divided, trainable
 from holdfast.engines.process import Process
 from holdfast.engines.vectors import weights
 from holdfast.engines.whole import model_fingerprint
-from holdfast.errors import DataError
+from holdfast.errors import DataError, RunDirectoryError
 from holdfast.losses import chunked_kl, l1_loss, l2_loss, margin_sums
 from holdfast.losses.chunked import Head
 from holdfast.models.generation import evaluating
@@ -188,7 +188,7 @@ def cached_teacher(
 
     def compute(batch: Sequence[TokenRow]) -> list[Tensor]:
         if earlier:
-            raise RuntimeError(
+            raise RunDirectoryError(
                 f"{folder}: the teacher's cache is gone, and the model is no longer the one that it was made from; "
                 "start the run again in another output"
             )
