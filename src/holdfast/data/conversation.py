@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.api.task import Turn
-from holdfast.data.files import type_name
+from holdfast.data.files import half_character, type_name
 from holdfast.errors import did_you_mean
 
 Role = Literal["system", "user", "assistant", "tool", "call"]
@@ -62,10 +62,8 @@ def text_field(row: dict[str, Any], key: str, within: str = "", may_be_empty: bo
         raise BadRowError(f"{name}: must be text, not {type_name(value)} ({value!r:.40})")
     if not may_be_empty and not value.strip():
         raise BadRowError(f"{name}: is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRowError(f"{name}: holds half a character (\\u{ord(value[error.start]):04x})") from None
+    if (wrong := half_character(value)) is not None:
+        raise BadRowError(f"{name}: {wrong}")
     return value
 
 

@@ -43,6 +43,15 @@ def type_name(value: Any) -> str:
     return _TYPES.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
 
 
+def half_character(text: str) -> str | None:
+    """What is wrong with a text that holds half a surrogate pair, which no file can hold; None: nothing."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character (\\u{ord(text[error.start]):04x})"
+    return None
+
+
 def suffix(path: Path) -> str:
     """A file's ending in lower case, without that of its compression."""
     ending = path.suffix.lower()

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.files import SUFFIXES, iterate_rows, open_text, suffix, where
+from holdfast.data.files import SUFFIXES, half_character, iterate_rows, open_text, suffix, where
 from holdfast.data.formats import all_said
 from holdfast.errors import ConfigError, DataError, did_you_mean
 
@@ -128,8 +128,6 @@ def row_text(row: Mapping[str, Any], column: str, place: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(f"{place}: {column}: must be text, not {value!r:.40}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: {column}: holds half a character (\\u{ord(value[error.start]):04x})") from None
+    if (wrong := half_character(value)) is not None:
+        raise DataError(f"{place}: {column}: {wrong}")
     return value
