@@ -58,8 +58,7 @@ def _stop_at_3(watch, step, last):
 def test_it_is_evaluated_served_and_exported(directory, tmp_path):
     stored = find_stage(directory)
     assert all(changed == 0 for changed in evaluate(directory, progress=QUIET).changed.values())
-    if pytest.importorskip("fastapi", reason="needs the extra [serve]"):
-        assert application(stored) is not None
+    assert application(stored) is not None
     ids = {"input_ids": torch.arange(3, 20)[None]}
     measured = stored.measured_model(prepare(resolve(stored.config))).eval()(**ids).logits
     export(directory, tmp_path / "adapter")
