@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from holdfast.api.method import Method
     from holdfast.config.run import RunConfig, load_config
     from holdfast.runner.loop import run
+    from holdfast.runner.rollback import rollback
     from holdfast.training.trainer import ContinualTrainer, continual
 
-__all__ = ["ContinualTrainer", "Method", "RunConfig", "__version__", "continual", "load_config", "run"]
+__all__ = ["ContinualTrainer", "Method", "RunConfig", "__version__", "continual", "load_config", "rollback", "run"]
 
 _HOME = {
     "ContinualTrainer": "holdfast.training.trainer",
@@ -21,6 +22,7 @@ _HOME = {
     "RunConfig": "holdfast.config.run",
     "continual": "holdfast.training.trainer",
     "load_config": "holdfast.config.run",
+    "rollback": "holdfast.runner.rollback",
     "run": "holdfast.runner.loop",
 }
 

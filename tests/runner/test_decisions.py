@@ -20,20 +20,21 @@ def history(passed: list[bool], on_fail: Any) -> list[Decision]:
     """The decisions on as many stages."""
     decisions: list[Decision] = []
     for stage, good in zip(STAGES, passed, strict=False):
-        decisions.append(decide(decisions, stage, [GOOD if good else BAD], on_fail, [0.5]))
+        learned = [t for t in range(1, stage.index) if on_fail != "rollback" or decisions[t - 1]["passed"]]
+        decisions.append(decide(decisions, stage, [GOOD if good else BAD], on_fail, [0.5], learned))
     return decisions
 
 
 @pytest.mark.parametrize("on_fail", ["stop", "rollback", "continue"])
 def test_a_stage_that_passed_is_kept_whatever_would_have_followed(on_fail):
-    decision = decide([], STAGES[0], [GOOD, GOOD], on_fail, [0.5, None])
+    decision = decide([], STAGES[0], [GOOD, GOOD], on_fail, [0.5, None], [])
     assert (decision["passed"], decision["action"], decision["current"]) == (True, "continue", 1)
     assert (decision["stage"], decision["task"], decision["scores"]) == (1, "task1", [0.5, None])
 
 
 @pytest.mark.parametrize("checks", [[GOOD, BAD], [UNKNOWN]])
 def test_one_check_that_did_not_pass_is_enough(checks):
-    decision = decide([], STAGES[0], checks, "continue", [0.5])
+    decision = decide([], STAGES[0], checks, "continue", [0.5], [])
     assert not decision["passed"] and decision["action"] == "continue" and decision["current"] == 1
     assert [check["passed"] for check in decision["checks"]] == [check.passed for check in checks]
 
@@ -65,5 +66,5 @@ def test_a_stop_is_taken_back_when_its_own_stage_is_judged_again():
     assert standing(decisions, STAGES[1]) == decisions[:1] and must_judge(decisions[:1], STAGES[1])
     assert standing(decisions, STAGES[2]) == decisions
     assert standing([], STAGES[0]) == []
-    again = decide(standing(decisions, STAGES[1]), STAGES[1], [BAD], "rollback", [0.5])
+    again = decide(standing(decisions, STAGES[1]), STAGES[1], [BAD], "rollback", [0.5], [1])
     assert (again["action"], again["current"]) == ("rollback", 1)

@@ -22,6 +22,7 @@ from holdfast.cli import (
     listing,
     replay,
     report,
+    rollback,
     run,
     serve,
     sweep,
@@ -62,6 +63,7 @@ app.command("sweep", cls=sweep.HelpWithSweepKeys)(sweep.sweep)
 app.command("check")(check.check)
 app.command("evaluate")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.command("rollback")(rollback.rollback)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("methods")(listing.methods)

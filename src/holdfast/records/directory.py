@@ -104,6 +104,11 @@ class RunDirectory:
         if self.record != before:
             self.write()
 
+    def go_back(self, after: int, to: int) -> None:
+        """Note in run.json that after stage ``after`` the run holds the weights of stage ``to``."""
+        self.record["rollbacks"] = [*self.record.get("rollbacks", []), {"after": after, "to": to, "at": _now()}]
+        self.write()
+
     def _compare_versions(self) -> None:
         """Warn of libraries that are not those that the run began with, and note them in run.json once."""
         lines = version_changes(self.record.get("versions", {}), versions())
@@ -177,7 +182,7 @@ class RunDirectory:
         """The folder of a stage; index 0 is before training."""
         return self.path / "stages" / f"{index:02d}-{slug(name)}"
 
-    def trim_events(self, stage: int, step: int) -> None:
+    def trim_events(self, stage: int, step: float) -> None:
         """Drop the events and curves after a step of a stage, since a resumed run writes them again."""
         for name in ("events.jsonl", "curves.jsonl"):
             path = self.path / name
@@ -231,18 +236,30 @@ def _refuse_other_files(path: Path) -> None:
         )
 
 
-def current_stage(record: dict[str, Any], stage: int) -> int:
-    """The stage whose weights a run holds after a stage: that stage, or an earlier one if the gate went back.
+def current_stage(record: Mapping[str, Any], stage: int) -> int:
+    """The stage whose weights a run holds after a stage: that stage, or the one that its user or its gate went back to.
 
     Args:
         record: run.json.
     """
+    if (to := rolled_back(record, stage)) is not None:
+        return to
     decisions = {decision["stage"]: decision for decision in record.get("gate", [])}
     return decisions[stage]["current"] if stage in decisions else stage
 
 
-def learned_stages(record: dict[str, Any], stage: int) -> list[int]:
-    """The stages that made the weights that a run holds after a stage, without those that the gate undid.
+def rolled_back(record: Mapping[str, Any], stage: int) -> int | None:
+    """The stage that the run's user went back to after a stage, which counts more than the gate; None: to none.
+
+    Args:
+        record: run.json.
+    """
+    targets = [rollback["to"] for rollback in record.get("rollbacks", []) if rollback["after"] == stage]
+    return targets[-1] if targets else None
+
+
+def learned_stages(record: Mapping[str, Any], stage: int) -> list[int]:
+    """The stages that made the weights that a run holds after a stage, without those that were undone.
 
     Args:
         record: run.json.

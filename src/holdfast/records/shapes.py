@@ -69,6 +69,13 @@ class _Decision(TypedDict):
 
 
 @with_config(AS_WRITTEN)
+class _Rollback(TypedDict):
+    after: int
+    to: int
+    at: str
+
+
+@with_config(AS_WRITTEN)
 class _Stream(TypedDict):
     name: str
     version: str
@@ -113,6 +120,7 @@ class Record(TypedDict):
     inputs: NotRequired[dict[str, Any]]
     changes: NotRequired[list[_Change]]
     gate: NotRequired[list[_Decision]]
+    rollbacks: NotRequired[list[_Rollback]]
 
 
 @with_config(AS_WRITTEN)
@@ -277,6 +285,11 @@ def check_matrix(path: Path, record: dict[str, Any], matrix: dict[str, Any]) -> 
         if not 0 <= decision["current"] <= decision["stage"] < rows:
             raise _damaged(
                 path / "run.json", f"gate: stage {decision['stage']} cannot go on from {decision['current']}"
+            )
+    for rollback in record.get("rollbacks", []):
+        if not 0 <= rollback["to"] <= rollback["after"] < rows:
+            raise _damaged(
+                path / "run.json", f"rollbacks: after stage {rollback['after']} there is no way to {rollback['to']}"
             )
     columns = {"joint": [matrix["joint"]] if matrix["joint"] else []} | {
         f"by_task.{key}": [values] for key, values in matrix.get("by_task", {}).items()

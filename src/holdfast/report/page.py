@@ -210,6 +210,9 @@ def _headline(run: FinishedRun) -> list[str]:
             sentences.append("Nothing was forgotten.")
     if summary["general_change"] is not None:
         sentences.append(f"General ability has changed by {number(summary['general_change'], signed=True)}.")
+    for back in run.info.get("rollbacks", []):
+        to = f"stage {back['to']}" if back["to"] else "the model before training"
+        sentences.append(f"At {back['at']}, after stage {back['after']}, the run was set to {to}.")
     for change in run.info.get("changes", []):
         if "accepted" in change:
             what = "; ".join(change["accepted"])

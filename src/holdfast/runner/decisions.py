@@ -30,6 +30,7 @@ def decide(
     checks: Sequence[Check],
     on_fail: Literal["stop", "rollback", "continue"],
     scores: Sequence[float | None],
+    learned: Sequence[int],
 ) -> Decision:
     """Decide what a run does after a stage.
 
@@ -41,13 +42,14 @@ def decide(
         checks: of the stage.
         on_fail: what the configuration wants.
         scores: the stage's row of the score matrix.
+        learned: the stages that made the weights that the stage began with.
     """
     passed = not failed(checks)
     action: Literal["stop", "rollback", "continue"] = "continue" if passed else on_fail
     current = stage.index
     if action == "rollback":
         rejected = {decision["stage"] for decision in decisions if not decision["passed"]}
-        current = max(t for t in range(stage.index) if t not in rejected)
+        current = max(t for t in (0, *learned) if t not in rejected)
     return {
         "stage": stage.index,
         "task": stage.name,

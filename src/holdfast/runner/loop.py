@@ -16,7 +16,7 @@ from holdfast.evaluation.general import evaluate_general
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.models.weights import check_weights
-from holdfast.records.directory import RunDirectory, current_stage, open_directory
+from holdfast.records.directory import RunDirectory, current_stage, learned_stages, open_directory, rolled_back
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
 from holdfast.records.shapes import read_json
@@ -24,7 +24,7 @@ from holdfast.runner.curves import Curves
 from holdfast.runner.decisions import decide, must_judge, standing
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, load_weights, trained_weights
-from holdfast.runner.matrix import read_matrix
+from holdfast.runner.matrix import Outline, read_matrix
 from holdfast.runner.measure import measure
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup, prepare, resolve
@@ -128,7 +128,7 @@ class RunLoop:
         return [START, *trained]
 
     def _current(self) -> PlannedStage:
-        """The stage whose weights the run holds: the last trained one, unless the gate went back."""
+        """The stage whose weights the run holds: the last trained one, unless the run or its gate went back."""
         done = self._done()
         return done[current_stage(self.directory.record, done[-1].index)]
 
@@ -258,12 +258,15 @@ class RunLoop:
     def _judge(self, stage: PlannedStage) -> None:
         """Hold a stage against the gate, write down what follows, and do it; a stage is judged once."""
         gate = self.config.gate
+        if rolled_back(self.directory.record, stage.index) not in (None, stage.index):
+            return  # what the run holds is another stage, and its user decided on this one
         decisions = standing(self.directory.record.get("gate", []), stage)
         if gate is None or not must_judge(decisions, stage):
             return
         scores = self._write_matrix()["scores"][stage.row]
         checks = judge(read_run(self.directory.path), gate, stage.row)
-        decision = decide(decisions, stage, checks, gate.on_fail, scores)
+        learned = learned_stages(self.directory.record, stage.index - 1)
+        decision = decide(decisions, stage, checks, gate.on_fail, scores, learned)
         self.directory.record["gate"] = [*decisions, decision]
         self.directory.write()
         if not decision["passed"]:
@@ -296,7 +299,7 @@ class RunLoop:
     # --- report ---
 
     def _write_matrix(self) -> dict[str, Any]:
-        matrix = read_matrix(self.setup, self.directory)
+        matrix = read_matrix(Outline.of(self.setup), self.directory)
         self.directory.write_json(self.directory.path / "matrix.json", matrix)
         return matrix
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from numpy.typing import NDArray
 
+from holdfast.api.scorer import Scorer
 from holdfast.api.task import Task
 from holdfast.evaluation.general import matrix_name
 from holdfast.metrics.intervals import intervals
 from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward_transfer, summarize
 from holdfast.records.directory import RunDirectory, current_stage
+from holdfast.records.read import FinishedRun
 from holdfast.records.shapes import read_appended, read_json, read_jsonl
 from holdfast.runner.measure import responses_file
 from holdfast.runner.plan import START, PlannedStage
@@ -25,28 +28,78 @@ Column = list[float | None]
 """One value a row of the score matrix, [T+1]; None where not measured."""
 
 
-def read_matrix(setup: Setup, directory: RunDirectory) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Outline:
+    """What the results of a run are of; its data are not needed.
+
+    Attributes:
+        tasks: of which the name and the metrics are read.
+        scorers: of the tasks' metrics, by name.
+        general: the names of the measures of general ability in matrix.json.
+        stages: in order, without the start.
+        bootstrap: resamples of the intervals; 0: there are none.
+        joint: whether one stage learns all tasks.
+    """
+
+    tasks: list[Task]
+    scorers: dict[str, Scorer]
+    general: list[str]
+    stages: list[PlannedStage]
+    bootstrap: int
+    joint: bool
+
+    @classmethod
+    def of(cls, setup: Setup) -> Outline:
+        """That of a run at work."""
+        return cls(
+            tasks=setup.stream.tasks,
+            scorers=setup.scorers,
+            general=[matrix_name(one) for one in setup.general],
+            stages=setup.stages,
+            bootstrap=setup.config.evaluation.bootstrap,
+            joint=setup.methods[0].schedule == "joint",
+        )
+
+    @classmethod
+    def recorded(cls, run: FinishedRun) -> Outline:
+        """That of a run as its directory tells it, which trains."""
+        metrics, beside = run.matrix["metrics"], run.matrix.get("beside", {})
+        tasks = [Task(name, metrics[name], [], [], beside=list(beside.get(name, {}))) for name in run.tasks]
+        stages = [PlannedStage(t, task.name, (task,), t) for t, task in enumerate(tasks, start=1)]
+        if run.joint:
+            stages = [PlannedStage(1, "joint", tuple(tasks), len(tasks))]
+        return cls(
+            tasks=tasks,
+            scorers={metrics[name]: scorer for name, scorer in run.scorers.items()},
+            general=list(run.matrix["general"]),
+            stages=stages,
+            bootstrap=run.config["evaluation"]["bootstrap"],
+            joint=run.joint,
+        )
+
+
+def read_matrix(outline: Outline, directory: RunDirectory) -> dict[str, Any]:
     """What matrix.json holds; numbers that are not finite are None."""
-    return cast(dict[str, Any], finite(Results(setup, directory).matrix()))
+    return cast(dict[str, Any], finite(Results(outline, directory).matrix()))
 
 
 class Results:
     """The results of a run so far; each key of matrix.json is a method or an attribute of that name.
 
     Row t of the score matrix belongs to the model that the run holds after stage t, and row 0 to the model before
-    training. Where the gate went back, that is the model of an earlier stage. Where nothing is trained, all rows are
-    the first one.
+    training. Where the run or its gate went back, that is the model of an earlier stage. Where nothing is trained, all
+    rows are the first one.
     """
 
-    def __init__(self, setup: Setup, directory: RunDirectory):
-        self.setup, self.directory = setup, directory
-        self._tasks = setup.stream.tasks
-        self._scorers = [setup.scorers[task.metric] for task in self._tasks]
+    def __init__(self, outline: Outline, directory: RunDirectory):
+        self.outline, self.directory = outline, directory
+        self._tasks = outline.tasks
+        self._scorers = [outline.scorers[task.metric] for task in self._tasks]
         self._records: list[list[Records | None]] = [[None] * len(self._tasks) for _ in range(len(self._tasks) + 1)]
-        self.general: dict[str, Column] = {matrix_name(g): [None] * len(self._records) for g in setup.general}
-        for stage in (START, *setup.stages):
+        self.general: dict[str, Column] = {name: [None] * len(self._records) for name in outline.general}
+        for stage in (START, *outline.stages):
             self._read(stage)
-        if not setup.stages:
+        if not outline.stages:
             self._records = [self._records[0]] * len(self._records)
             self.general = {name: values[:1] * len(values) for name, values in self.general.items()}
 
@@ -93,11 +146,11 @@ class Results:
 
     def joint(self) -> Column | None:
         """The scores after joint training; None for any other method."""
-        return self.scores[-1] if self.setup.methods[0].schedule == "joint" else None
+        return self.scores[-1] if self.outline.joint else None
 
     def intervals(self) -> dict[str, list[float] | None]:
         """95 % intervals of the summary over test examples; empty where the configuration turns them off."""
-        resamples = self.setup.config.evaluation.bootstrap
+        resamples = self.outline.bootstrap
         if not resamples:
             return {}
         statistics: list[list[NDArray[Any] | None]] = [
@@ -111,7 +164,7 @@ class Results:
         """The learning curve of each task that was measured while its stage trained."""
         lines = [line for line in read_appended(self.directory.path / "curves.jsonl") if "scores" in line]
         curves = {}
-        for stage in self.setup.stages:
+        for stage in self.outline.stages:
             measured = [line for line in lines if line["stage"] == stage.index]
             folder = self.directory.stage(stage.index, stage.name)
             if measured and (folder / "evaluation.json").exists():
@@ -133,7 +186,7 @@ class Results:
 
     def _read(self, stage: PlannedStage) -> None:
         """Read the row of a stage, as far as it is measured."""
-        current = [START, *self.setup.stages][current_stage(self.directory.record, stage.index)]
+        current = [START, *self.outline.stages][current_stage(self.directory.record, stage.index)]
         folder = self.directory.stage(current.index, current.name)
         for j, task in enumerate(self._tasks):
             if (path := self._responses(folder, task)).exists():
