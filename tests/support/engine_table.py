@@ -58,8 +58,12 @@ LONGER = {"gem": 8, "a_gem": 8}
 """Epochs, until the second task's gradient turns against the first one's, so that there is something to hold back."""
 
 GENTLER = {("gem", "full"): 3, ("a_gem", "full"): 3, ("gem", "lora"): 2, ("a_gem", "lora"): 2}
-GENTLER |= {("gere", "full"): 3, ("gere", "lora"): 3}
-"""The learning rate is divided by it, so that rounding decides no constraint, and takes no state across a margin."""
+GENTLER |= {("gere", "full"): 3, ("gere", "lora"): 3, ("replace", "full"): 3, ("replace", "lora"): 3}
+"""The learning rate is divided by it, so that rounding decides no constraint, takes no state across a margin, and does
+not grow from step to step."""
+
+OPTIONS: dict[str, dict[str, Any]] = {"mbpa": {"learning_rate": 0.03}}
+"""Options of a method here, so that rounding decides no answer: MbPA's steps before each answer are small."""
 
 EVEN = {"moe_lora": {"batch_size": 8, "micro_batch_size": 4}}
 """Load balance is that of a micro-batch, so that it must be the same one."""
@@ -105,7 +109,8 @@ def config_of(folder: Path, engine: str | None, processes: int, row: Sequence[st
     settings = TRAINING | {"learning_rate": rate, "epochs": LONGER.get(method, TRAINING["epochs"])}
     settings |= EVEN.get(tuner, {}) | WAYS[way]
     settings |= {"engine": engine} | training
-    return configuration(folder, output, method, case(method).options, chosen, 0, settings)
+    options = case(method).options | OPTIONS.get(method, {})
+    return configuration(folder, output, method, options, chosen, 0, settings)
 
 
 def other_order(folder: Path, row: Row) -> Config | None:
@@ -163,10 +168,20 @@ def logged(run: Path, stage: int) -> list[dict[str, float]]:
     return [event["terms"] | {"norm": event["grad_norm"]} for event in events]
 
 
+def products(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    """A stage's weights; of OSF's trained singular triplets their product, which neither their signs nor the order of
+    equal ones changes."""
+    tensors = weights(run, stage)
+    for name in [name for name in tensors if name.endswith(".U_low")]:
+        u, s, v = (tensors.pop(name.removesuffix("U_low") + part) for part in ("U_low", "S_low", "V_low"))
+        tensors[name.removesuffix(".U_low")] = (u.double() * s.double()) @ v.double()
+    return tensors
+
+
 def moved(run: Path) -> dict[str, float]:
     """How far each tensor moved in the last stage, L2; of one that did not move or was not there before, its size."""
     *earlier, last = stages(run)
-    before, after, found = weights(run, earlier[-1]) if earlier else {}, weights(run, last), {}
+    before, after, found = products(run, earlier[-1]) if earlier else {}, products(run, last), {}
     for name, w in after.items():
         known = name in before and before[name].shape == w.shape
         found[name] = float((w.double() - before[name].double()).norm()) if known else 0.0
@@ -188,8 +203,8 @@ def apart(one: Config, other: Config) -> Apart:
     found = Apart(0.0, 0.0, True, tolerance=tolerance)
     distance = moved(first) if trains(one) else {}
     for stage in stages(first) if trains(one) else []:
-        theirs = weights(second, stage)
-        for name, w in weights(first, stage).items():
+        theirs = products(second, stage)
+        for name, w in products(first, stage).items():
             if w.shape != theirs[name].shape:
                 return Apart(0, 0, False, f"{name}: {w.shape} and {theirs[name].shape}")
             far = float((w.double() - theirs[name].double()).norm())
@@ -276,8 +291,8 @@ def settings() -> str:
         f"The optimizer is {chosen.optimizer} with weight decay {chosen.weight_decay:g}, the schedule is "
         f"{chosen.schedule} with a warm-up of {chosen.warmup:g}, and gradients are clipped at "
         f"{chosen.max_grad_norm:.1f}: the defaults, but for the weight decay. The learning rate is "
-        f"{chosen.learning_rate:g}, and that of adapters and prompts {SLOWER:g}; `gem`, `a_gem` and `gere` have a half "
-        "or a third of it."
+        f"{chosen.learning_rate:g}, and that of adapters and prompts {SLOWER:g}; `gem`, `a_gem`, `gere` and `replace` "
+        f"have a half or a third of it, and the steps of `mbpa` before an answer {OPTIONS['mbpa']['learning_rate']:g}."
     )
 
 
