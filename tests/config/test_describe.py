@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from holdfast.config.describe import difference
+from holdfast.config.describe import differences
 from holdfast.config.run import RunConfig, load_config
+
+
+def lines(recorded: dict[str, Any], now: RunConfig) -> list[str]:
+    return [str(difference) for difference in differences(recorded, now)]
 
 
 def config(**changes: Any) -> RunConfig:
@@ -15,9 +19,9 @@ def config(**changes: Any) -> RunConfig:
 
 def test_each_key_that_differs_is_listed_but_those_that_change_no_result():
     recorded = config().model_dump(mode="json")
-    assert difference(recorded, config()) == []
-    assert difference(recorded, config(output="elsewhere", gate={"max_forgetting": 0.1})) == []
-    assert difference(recorded, config(seed=3, training={"epochs": 2, "log_every": 1})) == [
+    assert lines(recorded, config()) == []
+    assert lines(recorded, config(output="elsewhere", gate={"max_forgetting": 0.1})) == []
+    assert lines(recorded, config(seed=3, training={"epochs": 2, "log_every": 1})) == [
         "training.epochs: 1.0 -> 2.0",
         "seed: 0 -> 3",
     ]
@@ -26,10 +30,10 @@ def test_each_key_that_differs_is_listed_but_those_that_change_no_result():
 def test_a_key_that_an_older_version_did_not_know_has_its_default():
     recorded = config().model_dump(mode="json")
     del recorded["training"]["max_steps"], recorded["data"], recorded["stream"]["tasks"][0]["beside"]
-    assert difference(recorded, config()) == []
-    assert difference(recorded, config(training={"max_steps": 9})) == ["training.max_steps: null -> 9"]
+    assert lines(recorded, config()) == []
+    assert lines(recorded, config(training={"max_steps": 9})) == ["training.max_steps: null -> 9"]
 
 
 def test_a_key_that_is_known_no_more_is_listed():
     recorded = config().model_dump(mode="json") | {"old": 1}
-    assert difference(recorded, config()) == ["old: 1 -> (absent)"]
+    assert lines(recorded, config()) == ["old: 1 -> (absent)"]

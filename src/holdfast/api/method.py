@@ -75,6 +75,13 @@ class Method(Registered):
         """
         return False
 
+    def plan(self, stages: int) -> None:
+        """Take note of how many stages the run has, before there is a model; when it grows, more than before.
+
+        Raises:
+            ConfigError: the options do not suit so many.
+        """
+
     def before_stage(self, stage: Stage) -> None:
         """Prepare the stage: teacher, caches, constraints. The weights are those that the last stage ended with."""
 

@@ -66,6 +66,12 @@ Trust = Annotated[
 ]
 
 
+Backfill = Annotated[
+    bool,
+    typer.Option("--backfill", help="Also measure appended tasks after the stages before them."),
+]
+
+
 def run(
     config: Config,
     overrides: Overrides = None,
@@ -73,11 +79,12 @@ def run(
     processes: Processes = 1,
     max_restarts: Restarts = 0,
     accept_changes: AcceptChanges = False,
+    backfill: Backfill = False,
 ) -> None:
     """Learn every task of a stream in turn, and measure all tasks after each.
 
-    The same command continues a run that was stopped or killed, and ends with the same numbers. Exit code 3: a stage
-    failed the configuration's gate.
+    The same command continues a run that was stopped or killed, and ends with the same numbers. It also continues a
+    finished run to whose stream tasks were appended. Exit code 3: a stage failed the configuration's gate.
     """
 
     from holdfast.config.run import load_config
@@ -91,6 +98,7 @@ def run(
         if launched():
             raise ConfigError("--processes: a launcher (torchrun, accelerate, deepspeed) has started these processes")
         flags = ["--watch-general"] * watch_general + ["--accept-changes"] * accept_changes
+        flags += ["--backfill"] * backfill
         launch(["run", str(config), *(overrides or []), *flags], processes, max_restarts)
         return
     if watch_general and resolved.evaluation.watch_general is None:
@@ -101,7 +109,7 @@ def run(
     from holdfast.report.terminal import print_table
     from holdfast.runner.loop import run as run_stages
 
-    run_stages(resolved, accept_changes=accept_changes)
+    run_stages(resolved, accept_changes=accept_changes, backfill=backfill)
     if Process.this().main:
         print_table([Path(resolved.output)], open_console())
     raise_if_failed(Path(resolved.output))

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from holdfast.config.section import Named, section_of
 
 
-def difference(recorded: dict[str, Any], config: BaseModel) -> list[str]:
-    """List where a configuration differs from a recorded one, as ``key: old -> new``.
+class Difference(NamedTuple):
+    """A key whose value differs between two configurations; ``...`` is the value of one that is not there."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        old, new = ("(absent)" if v is ... else json.dumps(v, ensure_ascii=False) for v in (self.old, self.new))
+        return f"{self.key}: {old} -> {new}"
+
+
+def differences(recorded: dict[str, Any], config: BaseModel) -> list[Difference]:
+    """Where a configuration differs from a recorded one.
 
     Keys that change no result are left out. A key that an older version did not record has its default.
 
@@ -24,8 +36,8 @@ def difference(recorded: dict[str, Any], config: BaseModel) -> list[str]:
         recorded = cls.model_validate(recorded).model_dump(mode="json")
     old, new, free = flat(recorded), flat(config), free_keys(cls)
     keys = [key for key in [*old, *(k for k in new if k not in old)] if key not in free]
-    show = lambda side, key: json.dumps(side[key], ensure_ascii=False) if key in side else "(absent)"  # noqa: E731
-    return [f"{key}: {show(old, key)} -> {show(new, key)}" for key in keys if old.get(key, ...) != new.get(key, ...)]
+    found = [Difference(key, old.get(key, ...), new.get(key, ...)) for key in keys]
+    return [difference for difference in found if difference.old != difference.new]
 
 
 def flat(config: BaseModel | dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 from holdfast.api.scorer import Scorer
@@ -46,7 +46,7 @@ def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationCo
             _measure_on_dev(task, data, bad)
     judge_bad_rows(bad, stream, data)
     _check_overlap(stream.tasks, data)
-    stream.version = f"{stream.version}-{_digest(stream, load_scorers(stream, evaluation))}".removeprefix("-")
+    stream.version = _version(source.version, stream.tasks, load_scorers(stream, evaluation))
     return stream
 
 
@@ -60,9 +60,15 @@ def load_scorers(stream: Stream, evaluation: EvaluationConfig) -> dict[str, Scor
     return {metric: build(metric, evaluation) for metric in sorted(metrics)}
 
 
-def _digest(stream: Stream, scorers: Mapping[str, Scorer]) -> str:
-    """Twelve hexadecimal digits over what a run's scores depend on beside its rows: prompts, metrics and order."""
-    definition = [
+def first_tasks_version(stream: Stream, count: int, scorers: Mapping[str, Scorer]) -> str:
+    """The version that a stream would have, had it only its first tasks."""
+    return _version(stream.version.rpartition("-")[0], stream.tasks[:count], scorers)
+
+
+def _version(definition: str, tasks: Sequence[Task], scorers: Mapping[str, Scorer]) -> str:
+    """The definition's version, and twelve hexadecimal digits over what a run's scores depend on beside its rows:
+    prompts, metrics and order."""
+    facts = [
         (
             task.name,
             task.asked,
@@ -70,9 +76,9 @@ def _digest(stream: Stream, scorers: Mapping[str, Scorer]) -> str:
             task.max_new_tokens,
             [scorers[metric].identity for metric in (task.metric, *task.beside)],
         )
-        for task in stream.tasks
+        for task in tasks
     ]
-    return hashlib.sha256(json.dumps(definition).encode()).hexdigest()[:12]
+    return f"{definition}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}".removeprefix("-")
 
 
 # --- where tasks come from ---

@@ -78,14 +78,18 @@ class SeqLoRAMerge(Method):
         self.start: Factors = {}  # the adapter before the first stage
         self.learned: list[Factors] = []  # each stage's adapter after training
 
-    def before_stage(self, stage: Stage) -> None:
-        config = plain_lora(stage.model, self.name)
-        weights, stages = self.options.weights, len(self.learned) + 1
+    def plan(self, stages: int) -> None:
+        weights = self.options.weights
         if isinstance(weights, list) and len(weights) < stages:
             raise ConfigError(
-                f"method {self.name}: weights has {len(weights)} entries, but stage {stages} begins; give one a stage, "
-                "or one number for all"
+                f"method {self.name}: weights has {len(weights)} entries, but there are {stages} stages; give one a "
+                "stage, or one number for all; more entries than stages leave room for a run to grow"
             )
+
+    def before_stage(self, stage: Stage) -> None:
+        config = plain_lora(stage.model, self.name)
+        stages = len(self.learned) + 1
+        self.plan(stages)
         if stage.index > stages:
             raise ConfigError(
                 f"method {self.name}: stage {stage.index} begins, but the adapters of {len(self.learned)} stages are "

@@ -13,10 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.config.describe import difference
 from holdfast.config.section import Section
 from holdfast.engines.process import Process
 from holdfast.errors import RunDirectoryError
+from holdfast.records.growth import (
+    Past,
+    not_begun,
+    not_finished,
+    of_training,
+    recorded_stages,
+    starts_with,
+    unexplained,
+)
 from holdfast.records.inputs import Inputs, data_changes, input_changes, listed, other_measures, version_changes
 from holdfast.records.shapes import read_appended, read_json
 from holdfast.system.files import LOCK, json_file, jsonl_file, locked_folder, whole_folder, write_jsonl
@@ -24,6 +32,9 @@ from holdfast.system.machine import hardware, versions
 from holdfast.system.manifest import MANIFEST, folder_facts, note, write_noted
 
 logger = logging.getLogger("holdfast")
+
+COST = ("seconds", "tokens", "peak_memory_gib")
+"""What run.json says of the cost of a finished run."""
 
 LONGEST_NAME = 230
 """Bytes of a file's name, beside its endings."""
@@ -52,6 +63,7 @@ class RunDirectory:
         data: str = "tasks",
         inputs: Inputs | None = None,
         accept_changes: bool = False,
+        recorded: dict[str, Any] | None = None,
     ) -> None:
         """Write run.json; if it is there, check that it belongs to the same run.
 
@@ -61,6 +73,7 @@ class RunDirectory:
                 ``fingerprint``.
             inputs: what the numbers depend on beside the data.
             accept_changes: go on with other data and inputs; run.json lists what changed, and when.
+            recorded: the same facts of the tasks that the run had before, where others are appended.
 
         Raises:
             RunDirectoryError: the data, the stream's prompts or metrics, or the inputs are not those that the run began
@@ -80,9 +93,14 @@ class RunDirectory:
                 "finished": None,
                 "inputs": inputs,
             } | facts
+            if data == "tasks":
+                self.record["stages"] = []
             self.write()
             return
         before = dict(self.record)
+        if data == "tasks":
+            self.record["stages"] = recorded_stages(self.path, self.record)  # each with the configuration that it had
+        now, facts = facts, facts if recorded is None else recorded
         lines = data_changes(self.record, facts, data) + input_changes(self.record.get("inputs", {}), inputs)
         if lines and not accept_changes:
             raise RunDirectoryError(
@@ -101,6 +119,8 @@ class RunDirectory:
         self.record["inputs"] = self.record.get("inputs", {}) | inputs
         self._compare_versions()
         self.record["config"] = values  # they differ in keys that may change
+        if recorded is not None:
+            self._grow(now)
         if self.record != before:
             self.write()
 
@@ -108,6 +128,18 @@ class RunDirectory:
         """Note in run.json that after stage ``after`` the run holds the weights of stage ``to``."""
         self.record["rollbacks"] = [*self.record.get("rollbacks", []), {"after": after, "to": to, "at": _now()}]
         self.write()
+
+    def _grow(self, facts: dict[str, Any]) -> None:
+        """Note the appended tasks; the run is no longer finished."""
+        names = [name for name in facts["tasks"] if name not in self.record["tasks"]]
+        growth = {"after": len(self.past().finished), "tasks": names, "at": _now()}
+        self.record |= facts | {"grown": [*self.record.get("grown", []), growth]}
+        self._reopen()
+
+    def _reopen(self) -> None:
+        self.record["finished"] = None
+        for key in COST:
+            self.record.pop(key, None)
 
     def _compare_versions(self) -> None:
         """Warn of libraries that are not those that the run began with, and note them in run.json once."""
@@ -124,17 +156,82 @@ class RunDirectory:
             self.record["changes"] = [*changes, {"at": _now(), "versions": lines}]
 
     def check_config(self, config: Section) -> None:
-        """Check that no run with another configuration began here.
+        """Check that no run with another configuration began here, as far as the configuration alone shows it: see
+        :meth:`appended`.
 
         Raises:
             RunDirectoryError: one did; the message lists the differences.
         """
-        if self.record and (lines := difference(self.record["config"], config)):
-            listed = "".join(f"\n  {line}" for line in lines)
-            raise RunDirectoryError(
-                f"{self.path}: holds a run with another configuration:{listed}\n"
-                "give another output, or the old values to continue that run"
+        if self.record and (lines := unexplained(self.record, config)):
+            raise self._other(lines)
+
+    def past(self) -> Past:
+        """What the run did before this start."""
+        return Past.of(self.path, self.record)
+
+    def appended(self, config: Section, tasks: Sequence[str]) -> list[str]:
+        """The tasks of a stream that are new to the run.
+
+        Args:
+            tasks: all of the stream's, in order.
+
+        Raises:
+            RunDirectoryError: the recorded tasks are not the first of these, or settings of training differ although no
+                stage is new, or not all of those before the new ones are finished.
+        """
+        if not self.record:
+            return []
+        known = list(self.record["tasks"])
+        if not starts_with(tasks, known):
+            raise self._other(
+                [f"tasks: {', '.join(known)} -> {', '.join(tasks)}"],
+                "tasks can only be appended after those that the run has (stream.order says the order)",
             )
+        new = list(tasks[len(known) :])
+        if lines := of_training(self.record, config):
+            free = [*not_begun(self.path, self.record), *new]
+            left = [name for name in not_finished(self.path, self.record) if name not in free]
+            if left and free:
+                why = f"settings of training may differ for new stages once those of {', '.join(left)} are finished"
+                raise self._other(lines, why)
+            if not free:
+                raise self._other(lines)
+        return new
+
+    def _other(self, lines: list[str], why: str = "") -> RunDirectoryError:
+        return RunDirectoryError(
+            f"{self.path}: holds a run with another configuration:{listed(lines)}\n"
+            f"{why}{'; ' if why else ''}give another output, or the old values to continue that run"
+        )
+
+    def begin_stage(self, stage: int, task: str, config: Section, fingerprint: str) -> None:
+        """Note that the training of a stage begins, unless it goes on from a checkpoint; all ranks call this.
+
+        Args:
+            config: the stage's own.
+            fingerprint: of its data.
+        """
+        others = [entry for entry in self.record["stages"] if entry["stage"] != stage]
+        if len(others) < len(self.record["stages"]) and self.exists(self.stage(stage, task) / "checkpoint"):
+            return
+        entry = {"stage": stage, "task": task, "config": config.model_dump(mode="json")}
+        entry |= {"fingerprint": fingerprint, "versions": versions(), "started": _now(), "finished": None}
+        self.record["stages"] = [*others, entry]
+        self.write()
+
+    def end_stages(self, done: Sequence[int]) -> None:
+        """Note that the training of stages is finished, unless that is noted; all ranks call this."""
+        ended = [entry for entry in self.record["stages"] if entry["stage"] in done and entry["finished"] is None]
+        for entry in ended:
+            entry["finished"] = _now()
+        if ended:
+            self.write()
+
+    def reopen(self) -> None:
+        """Take back that the run is complete; all ranks call this."""
+        if self.record.get("finished") is not None:
+            self._reopen()
+            self.write()
 
     def finish(self, cost: Mapping[str, Any]) -> None:
         """Note in run.json that the run is complete, and what it cost."""
@@ -211,17 +308,24 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
         yield RunDirectory(path)
 
 
-def check_directory(path: Path, config: Section) -> None:
-    """Check, without a lock and without making it, that a run of this configuration can begin or go on here.
+def check_directory(path: Path, config: Section) -> RunDirectory | None:
+    """Check, without a lock and without making it, that a run of this configuration can begin or go on here, as far as
+    the configuration alone shows it.
+
+    Returns:
+        The run's directory; None if there is none yet.
 
     Raises:
         RunDirectoryError: it is a file, holds other files, or holds a run with another configuration.
     """
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"output: {path} is a file; it must be a directory")
-    if path.exists():
-        _refuse_other_files(path)
-        RunDirectory(path).check_config(config)
+    if not path.exists():
+        return None
+    _refuse_other_files(path)
+    directory = RunDirectory(path)
+    directory.check_config(config)
+    return directory
 
 
 def _refuse_other_files(path: Path) -> None:

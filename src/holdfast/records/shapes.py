@@ -97,6 +97,24 @@ class _Change(TypedDict):
 
 
 @with_config(AS_WRITTEN)
+class _Stage(TypedDict):
+    stage: int
+    task: str
+    config: _Config
+    fingerprint: str
+    versions: dict[str, str]
+    started: str | None
+    finished: str | None
+
+
+@with_config(AS_WRITTEN)
+class _Growth(TypedDict):
+    after: int
+    tasks: list[str]
+    at: str
+
+
+@with_config(AS_WRITTEN)
 class Record(TypedDict):
     """run.json."""
 
@@ -119,6 +137,8 @@ class Record(TypedDict):
     peak_memory_gib: NotRequired[Number]
     inputs: NotRequired[dict[str, Any]]
     changes: NotRequired[list[_Change]]
+    stages: NotRequired[list[_Stage]]
+    grown: NotRequired[list[_Growth]]
     gate: NotRequired[list[_Decision]]
     rollbacks: NotRequired[list[_Rollback]]
 
@@ -154,6 +174,7 @@ class Matrix(TypedDict):
     summary: _Summary
     by_task: NotRequired[dict[str, list[Number]]]
     curves: NotRequired[dict[str, _Curve]]
+    missing: NotRequired[dict[str, str]]
     intervals: dict[str, list[float] | None]
 
 

@@ -14,8 +14,7 @@ from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import check_weights
 from holdfast.records.directory import check_directory
 from holdfast.runner.data import RunData
-from holdfast.runner.plan import stage_epochs
-from holdfast.runner.setup import Setup, prepare, resolve
+from holdfast.runner.setup import NEW, Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import check_training
 from holdfast.system.machine import free_gib
 
@@ -30,8 +29,9 @@ def print_check(config: RunConfig, console: Console, data: RunData | None = None
         UserError: `holdfast run` would refuse the configuration or the data.
     """
     resolved = resolve(config)
-    check_directory(Path(config.output), resolved.config)
-    setup = prepare(resolved, data)
+    directory = check_directory(Path(config.output), resolved.config)
+    setup = prepare(resolved, data, directory.past() if directory else NEW)
+    appended = check_growth(setup, directory) if directory else []
     check_training(setup)
     checked = check_weights(config.model)
     console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)
@@ -46,6 +46,8 @@ def print_check(config: RunConfig, console: Console, data: RunData | None = None
         console.print(f"first train example, {len(row['input_ids'])} tokens, [supervised] in brackets:", markup=False)
         console.print(masked(setup, row), markup=False, soft_wrap=True)
     console.rule("plan", align="left")
+    if appended:
+        console.print(f"the run goes on with appended tasks: {', '.join(appended)}", markup=False, soft_wrap=True)
     for line in plan_lines(setup):
         console.print(line, markup=False, soft_wrap=True)
     if not checked:
@@ -84,16 +86,17 @@ def masked(setup: Setup, row: dict[str, Any]) -> str:
 
 def plan_lines(setup: Setup) -> list[str]:
     """The lines of the plan: stages, steps, tokens and disk space."""
-    config, training = setup.config, setup.config.training
+    config = setup.config
     lines = [
         f"model {config.model.name}, tuner {setup.tuner.name}, method {' + '.join(m.name for m in setup.methods)}, "
         f"max_length {setup.max_length}, seed {config.seed}"
     ]
     total = 0
-    for stage, steps in zip(setup.stages, setup.steps, strict=True):
+    for stage, training, steps in zip(setup.stages, setup.training, setup.steps, strict=True):
         rows = [row for task in stage.tasks for row in setup.rows[task.name]]
-        epochs = stage_epochs(training, stage)
-        seen = round(sum(len(row["input_ids"]) for row in rows) * min(epochs, steps * training.batch_size / len(rows)))
+        assert not isinstance(training.epochs, list)
+        passes = min(training.epochs, steps * training.batch_size / len(rows))
+        seen = round(sum(len(row["input_ids"]) for row in rows) * passes)
         total += seen
         lines.append(f"stage {stage.index} {stage.name}: {len(rows)} rows, {steps} steps, {seen:,} tokens")
     if setup.samples is not None:

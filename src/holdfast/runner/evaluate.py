@@ -16,6 +16,7 @@ from holdfast.evaluation.served import EndpointModel
 from holdfast.models.answers import AnswerCache
 from holdfast.models.endpoint import Endpoint, only_model
 from holdfast.records.directory import RunDirectory, slug
+from holdfast.records.growth import Past
 from holdfast.records.shapes import read_json, read_jsonl
 from holdfast.runner.measure import measure, responses_file
 from holdfast.runner.reload import StoredStage, find_stage
@@ -88,7 +89,7 @@ def evaluate(
         Interrupted: SIGINT or SIGTERM asked to stop.
     """
     stored = find_stage(run, stage, trust=trust, measures=True)
-    setup = prepare(resolve(stored.config))
+    setup = prepare(resolve(stored.config), past=Past.of(stored.run.path, stored.run.info))
     stored.check_data(setup, through_endpoint=endpoint is not None, accept_changes=accept_changes)
     output = output or run / "evaluations" / _folder_name(stored, endpoint)
     with locked_folder(output), Interrupt() as interrupt:

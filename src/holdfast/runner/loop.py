@@ -16,7 +16,7 @@ from holdfast.evaluation.general import evaluate_general
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.models.weights import check_weights
-from holdfast.records.directory import RunDirectory, current_stage, learned_stages, open_directory, rolled_back
+from holdfast.records.directory import RunDirectory, current_stage, learned_stages, open_directory
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
 from holdfast.records.shapes import read_json
@@ -25,9 +25,9 @@ from holdfast.runner.decisions import decide, must_judge, standing
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, load_weights, trained_weights
 from holdfast.runner.matrix import Outline, read_matrix
-from holdfast.runner.measure import measure
+from holdfast.runner.measure import is_measured, measure
 from holdfast.runner.plan import START, PlannedStage
-from holdfast.runner.setup import Setup, prepare, resolve
+from holdfast.runner.setup import Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import check_training, train_stage
 from holdfast.scoring.score import task_score
 from holdfast.system.interrupt import Interrupt
@@ -45,14 +45,17 @@ def run(
     progress: Progress | None = None,
     *,
     accept_changes: bool = False,
+    backfill: bool = False,
 ) -> dict[str, Any]:
-    """Train on every task of the stream in turn and measure all tasks after each; continue a run that was stopped.
+    """Train on every task of the stream in turn and measure all tasks after each; continue a run that was stopped, or
+    whose stream has grown.
 
     Args:
         config: a configuration, or the mapping or YAML file that :func:`holdfast.load_config` reads.
         progress: shows the progress; None: on standard error.
         accept_changes: continue although data, model, tokenizer, texts or code are no longer those that the run began
             with; the numbers before and after cannot be compared.
+        backfill: also measure appended tasks after the stages before them, whose weights are loaded again.
 
     Returns:
         The content of matrix.json.
@@ -67,7 +70,8 @@ def run(
     with open_directory(Path(config.output)) as directory, Interrupt() as interrupt:
         resolved = resolve(config)
         directory.check_config(resolved.config)
-        setup = prepare(resolved)
+        setup = prepare(resolved, past=directory.past())
+        appended = check_growth(setup, directory)
         check_training(setup)
         if not directory.record:
             check_weights(resolved.config.model)
@@ -77,8 +81,10 @@ def run(
             setup.facts() | {"model_folder": model_folder},
             inputs=directory.process.broadcast(run_inputs(setup) if directory.process.main else None),
             accept_changes=accept_changes,
+            recorded=setup.facts(-len(appended)) if appended else None,
         )
-        return RunLoop(setup, directory, progress or Progress(quiet=not directory.process.main), interrupt).go()
+        loop = RunLoop(setup, directory, progress or Progress(quiet=not directory.process.main), interrupt)
+        return loop.go(backfill)
 
 
 class RunLoop:
@@ -93,18 +99,19 @@ class RunLoop:
         self._model: PreTrainedModel | PeftModel | None = None
         self._states: Path | None = None  # where the methods' states were loaded from, before an engine has the model
 
-    def go(self) -> dict[str, Any]:
+    def go(self, backfill: bool = False) -> dict[str, Any]:
         """Do what is left to do, and return the content of matrix.json."""
         for task in self.setup.stream.tasks:
             for note in task.notes:
                 self.progress.line(f"task {task.name}: {note}")
         done = self._done()
-        self._measure(done[-1])
-        self._judge(done[-1])
+        self.directory.end_stages([stage.index for stage in done])
+        self._settle(done[-1])
         for stage in self.setup.stages[len(done) - 1 :]:
             self._train(stage)
-            self._measure(stage)
-            self._judge(stage)
+            self._settle(stage)
+        if backfill:
+            self._backfill()
         matrix = self._write_matrix()
         self.directory.finish(self._cost())
         self._report()
@@ -114,7 +121,7 @@ class RunLoop:
     def model(self) -> PreTrainedModel | PeftModel:
         """The model with its tuner and the weights that the run holds; loaded when it is first needed."""
         if self._model is None:
-            self._model = self._load_model()
+            self._model = self._load_model(self._current())
         return self._model
 
     # --- where the run stands ---
@@ -134,11 +141,11 @@ class RunLoop:
 
     # --- train ---
 
-    def _load_model(self) -> PreTrainedModel | PeftModel:
+    def _load_model(self, stage: PlannedStage) -> PreTrainedModel | PeftModel:
+        """Load the model with the weights and the methods' states of a stage."""
         model = load_model(self.setup)
-        current = self._current()
-        if current.index:
-            folder = self._folder(current)
+        if stage.index:
+            folder = self._folder(stage)
             check(folder / self.setup.tuner.folder)
             load_weights(self.setup.tuner, model, folder)
             self._states = folder / "method"
@@ -155,6 +162,7 @@ class RunLoop:
         """Train a stage and write its weights, its methods' states and, last, stage.json."""
         model = self.model
         self._check_start(stage)
+        self.directory.begin_stage(stage.index, stage.name, self.setup.config_of(stage), self.setup.fingerprint(stage))
         curves = self._curves(stage)
         trained = train_stage(
             self.setup, stage, self.directory, model, self._states, self.progress, self.interrupt, curves
@@ -174,6 +182,7 @@ class RunLoop:
             save_states(self.setup.applied, partial)
         record = {"stage": stage.index, "task": stage.name} | trained | {"weights": trained_weights(model)}
         self.directory.write_json(folder / "stage.json", record)
+        self.directory.end_stages([stage.index])
         if self.directory.process.main:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
@@ -214,11 +223,31 @@ class RunLoop:
 
     # --- measure ---
 
+    def _settle(self, stage: PlannedStage) -> None:
+        """Measure and judge the last trained stage, and measure what is not measured of the model that the run goes on
+        with: tasks that were appended since, and where the gate goes back."""
+        if self._current().index == stage.index:
+            self._measure(stage)
+            self._judge(stage)
+        self._measure(self._current())
+
+    def _backfill(self) -> None:
+        """Measure the tasks that were appended later after each stage whose model is a row of the score matrix."""
+        done = self._done()
+        for stage in [done[t] for t in sorted({current_stage(self.directory.record, s.index) for s in done})]:
+            if is_measured(self.directory, self._folder(stage), self.setup.stream.tasks):
+                continue
+            self.setup, self._model = self.setup.renewed(), None
+            self._model = self._load_model(stage)
+            self._measure(stage)
+        self._model = None
+
     def _measure(self, stage: PlannedStage) -> None:
-        """Measure every task and the general abilities after a stage, unless that is done."""
+        """Measure every task and the general abilities after a stage whose model this is, unless that is done."""
         folder = self._folder(stage)
-        if self.directory.exists(folder / "evaluation.json"):
+        if is_measured(self.directory, folder, self.setup.stream.tasks):
             return
+        self.directory.reopen()
         when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
         measure(
             self.directory,
@@ -258,8 +287,6 @@ class RunLoop:
     def _judge(self, stage: PlannedStage) -> None:
         """Hold a stage against the gate, write down what follows, and do it; a stage is judged once."""
         gate = self.config.gate
-        if rolled_back(self.directory.record, stage.index) not in (None, stage.index):
-            return  # what the run holds is another stage, and its user decided on this one
         decisions = standing(self.directory.record.get("gate", []), stage)
         if gate is None or not must_judge(decisions, stage):
             return

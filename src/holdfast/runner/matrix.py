@@ -18,6 +18,7 @@ from holdfast.records.directory import RunDirectory, current_stage
 from holdfast.records.read import FinishedRun
 from holdfast.records.shapes import read_appended, read_json, read_jsonl
 from holdfast.runner.measure import responses_file
+from holdfast.runner.missing import why_missing
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup
 from holdfast.scoring.score import beside_score, task_score
@@ -113,8 +114,9 @@ class Results:
             "floors": self.floors(),
             "general": self.general,
             "joint": self.joint(),
-            "summary": summarize(self.scores, metrics=self._scorers, general=self.general),
-            "clipped_backward_transfer": clipped_backward_transfer(self.scores, metrics=self._scorers),
+            "summary": self.summary,
+            "clipped_backward_transfer": self.clipped,
+            "missing": self.missing(),
             "by_task": by_task(self.scores, metrics=self._scorers),
             "curves": self.curves(),
             "intervals": self.intervals(),
@@ -127,6 +129,25 @@ class Results:
             [None if r is None else task_score(r, task.metric) for task, r in zip(self._tasks, row, strict=True)]
             for row in self._records
         ]
+
+    @cached_property
+    def summary(self) -> dict[str, float | None]:
+        return summarize(self.scores, metrics=self._scorers, general=self.general)
+
+    @cached_property
+    def clipped(self) -> float | None:
+        return clipped_backward_transfer(self.scores, metrics=self._scorers)
+
+    def missing(self) -> dict[str, str]:
+        """Why each figure that is null is so."""
+        return why_missing(
+            self.scores,
+            self.summary | {"clipped_backward_transfer": self.clipped},
+            tasks=[task.name for task in self._tasks],
+            metrics=self._scorers,
+            general=self.general,
+            joint=self.outline.joint,
+        )
 
     def beside(self) -> dict[str, dict[str, Column]]:
         """The further metrics of each task that has any."""

@@ -15,7 +15,7 @@ from holdfast.evaluation.general import general_statistics, general_value, matri
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.records.directory import RunDirectory, file_name
-from holdfast.records.shapes import read_jsonl
+from holdfast.records.shapes import read_json, read_jsonl
 
 if TYPE_CHECKING:
     from holdfast.evaluation.at_test import ModelEvaluation
@@ -37,6 +37,7 @@ def measure(
     """Write ``responses/TASK.jsonl`` for each task, ``responses/general/NAME.jsonl`` for each measure of refusals, and
     ``evaluation.json``: the values of general abilities, the statistics of their examples, and the seconds it took.
 
+    What is there already is not measured again, such as all but the tasks that were appended since; the seconds add up.
     Answers are saved in ``answers.jsonl`` until all of this is written. All ranks call this.
 
     Args:
@@ -58,6 +59,13 @@ def measure(
             with bar(f"evaluate {task.name} {when}".strip()) as on_batch:
                 records = evaluate_task(evaluation(answers), task, max_new_tokens=longest(task), on_batch=on_batch)
             directory.write_jsonl(path, records)
+    evaluation_file = folder / "evaluation.json"
+    if directory.exists(evaluation_file):
+        evaluated = read_json(evaluation_file)
+        evaluated["seconds"] += time.monotonic() - started
+        directory.write_json(evaluation_file, evaluated)
+        answers.remove()
+        return
     statistics, refusals = {}, [one.name for one in general if one.kind == "refusals"]
     if scored := [one for one in general if one.kind != "refusals"]:
         with bar(f"evaluate general abilities {when}".strip()) as on_batch:
@@ -77,8 +85,15 @@ def measure(
         "general_examples": {name: examples.tolist() for name, examples in statistics.items()},
         "seconds": time.monotonic() - started,
     }
-    directory.write_json(folder / "evaluation.json", evaluated)
+    directory.write_json(evaluation_file, evaluated)
     answers.remove()
+
+
+def is_measured(directory: RunDirectory, folder: Path, tasks: Sequence[Task]) -> bool:
+    """Whether :func:`measure` has nothing left to do in a folder; all ranks call this."""
+    names = [task.name for task in tasks]
+    files = [folder / "evaluation.json", *(responses_file(folder, name, names) for name in names)]
+    return all(directory.exists(file) for file in files)
 
 
 def responses_file(folder: Path, name: str, names: Sequence[str], kind: str = "responses") -> Path:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.api.method import Method
 from holdfast.api.task import Stream, Task
-from holdfast.config.run import RunConfig
+from holdfast.config.describe import free_keys
+from holdfast.config.stream import DataConfig
 from holdfast.config.training import TrainingConfig
 from holdfast.data.collate import pack
+from holdfast.errors import ConfigError
 
 Rows = dict[str, list[dict[str, Any]]]
 """Each task's tokenised train rows."""
@@ -45,17 +48,47 @@ def plan(chosen: list[Method], stream: Stream) -> list[PlannedStage]:
     return [PlannedStage(t, task.name, (task,), t) for t, task in enumerate(stream.tasks, start=1)]
 
 
-def stage_epochs(training: TrainingConfig, stage: PlannedStage) -> float:
-    """Passes of a stage over its train rows."""
-    return training.epochs[stage.index - 1] if isinstance(training.epochs, list) else training.epochs
+def stage_training(
+    training: TrainingConfig, stages: Sequence[PlannedStage], begun: Mapping[int, TrainingConfig]
+) -> list[TrainingConfig]:
+    """The settings of each stage, with the epochs of that stage alone.
+
+    Args:
+        training: of the stages that have not begun; what changes no result is that of all.
+        begun: of those that have, by number, as a run recorded them.
+
+    Raises:
+        ConfigError: a list of epochs has not one entry a stage, or says other epochs of a stage than it began with.
+    """
+    epochs = training.epochs
+    if isinstance(epochs, list) and len(epochs) != len(stages):
+        raise ConfigError(f"training.epochs: has {len(epochs)} entries, but the run has {len(stages)} stages")
+    free = {key: getattr(training, key) for key in free_keys(TrainingConfig)}
+    settings = []
+    for t in range(1, len(stages) + 1):
+        own = begun[t].model_copy(update=free) if t in begun else training
+        of_stage = own.epochs[t - 1] if isinstance(own.epochs, list) else own.epochs
+        if isinstance(epochs, list) and epochs[t - 1] != of_stage:
+            raise ConfigError(
+                f"training.epochs: entry {t} is {epochs[t - 1]:g}, but stage {t} began with {of_stage:g}; give what it "
+                "had, or one number for all stages that are left"
+            )
+        settings.append(own.model_copy(update={"epochs": of_stage}))
+    return settings
 
 
-def optimizer_steps(config: RunConfig, stage: PlannedStage, rows: Rows, max_length: int) -> int:
-    """Optimizer steps of a stage."""
-    training = config.training
+def optimizer_steps(
+    training: TrainingConfig, data: DataConfig, stage: PlannedStage, rows: Rows, max_length: int
+) -> int:
+    """Optimizer steps of a stage.
+
+    Args:
+        training: the stage's own.
+    """
+    assert not isinstance(training.epochs, list)
     if training.max_steps is not None:
         return training.max_steps
     sequences = [row for task in stage.tasks for row in rows[task.name]]
-    if config.data.packing:
+    if data.packing:
         sequences = pack(sequences, max_length)
-    return math.ceil(stage_epochs(training, stage) * math.ceil(len(sequences) / training.batch_size))
+    return math.ceil(training.epochs * math.ceil(len(sequences) / training.batch_size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,27 @@ from holdfast.api.tuner import Tuner
 from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig
 from holdfast.config.section import Named
+from holdfast.config.training import TrainingConfig
 from holdfast.data.benchmark import general_samples
 from holdfast.data.encode import Encoder, resolve_max_length
+from holdfast.data.load import first_tasks_version
 from holdfast.data.texts import is_hub_name, no_path
 from holdfast.engines.profiles import check_engine
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.evaluation.general import matrix_name
 from holdfast.methods.compatibility import refusal
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.quantization import check_quantization
+from holdfast.records.directory import RunDirectory
 from holdfast.records.gate import check_limits, is_general_loss
+from holdfast.records.growth import Past
 from holdfast.runner.data import RunData, load_data
-from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan
+from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stage_training
 from holdfast.runner.rows import encode_tasks
 from holdfast.training.arguments import RESERVED, check_arguments
+
+NEW = Past()
+"""Of a run that begins."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,9 @@ class Setup:
         rows: each task's tokenised train rows.
         limits: tokens of the longest response to each task that is answered.
         stages: in order, without the start.
+        training: the settings of each stage, with the epochs of that stage alone.
         steps: optimizer steps of each stage.
+        past: what the run did before this start.
         samples: the stream's own file of general samples, if it has one.
     """
 
@@ -76,7 +85,9 @@ class Setup:
     rows: Rows
     limits: dict[str, int]
     stages: list[PlannedStage]
+    training: list[TrainingConfig]
     steps: list[int]
+    past: Past
     samples: str | None = None
 
     @property
@@ -84,10 +95,21 @@ class Setup:
         """The methods that the trainer applies: those of the configuration, and then the tuner's companion."""
         return self.methods if self.companion is None else [*self.methods, self.companion]
 
-    def facts(self) -> dict[str, Any]:
-        """The facts about the data, for run.json."""
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps of the stages that the run began with, without those of tasks that were appended since."""
+        return sum(self.steps[: self.past.planned])
+
+    def facts(self, count: int | None = None) -> dict[str, Any]:
+        """The facts about the data, for run.json.
+
+        Args:
+            count: of the first tasks alone; None: of all.
+        """
+        tasks = self.stream.tasks[:count]
+        version = first_tasks_version(self.stream, len(tasks), self.scorers)
         return {
-            "stream": {"name": self.stream.name, "version": self.stream.version},
+            "stream": {"name": self.stream.name, "version": version},
             "tasks": {
                 task.name: {
                     "train": len(task.train),
@@ -96,18 +118,26 @@ class Setup:
                     "fingerprint": task.fingerprint,
                 }
                 | dataclasses.asdict(task.counts)
-                for task in self.stream.tasks
+                for task in tasks
             },
             "max_length": self.max_length,
             "truncated_train_rows": self.encoder.truncated,
             "cut_answers": self.encoder.cut_answers,
         }
 
+    def config_of(self, stage: PlannedStage) -> RunConfig:
+        """The configuration of a stage, with its own settings of training."""
+        return self.config.model_copy(update={"training": self.training[stage.index - 1]})
+
+    def fingerprint(self, stage: PlannedStage) -> str:
+        """The fingerprints of a stage's tasks, with spaces between them."""
+        return " ".join(task.fingerprint for task in stage.tasks)
+
     def renewed(self) -> Setup:
         """The setup of a new process, with new methods and a new tuner; the data stay loaded and tokenised."""
         chosen, tuner = build_methods(self.config), build_tuner(self.config)
-        tuner.plan(self.config.training, sum(self.steps))
-        return dataclasses.replace(self, methods=chosen, tuner=tuner, companion=tuner.companion())
+        tuner.plan(self.config.training, self.planned_steps)
+        return replace(self, methods=chosen, tuner=tuner, companion=tuner.companion())
 
 
 def resolve(config: RunConfig) -> Resolved:
@@ -130,11 +160,12 @@ def resolve(config: RunConfig) -> Resolved:
     return Resolved(config, chosen, build_tuner(config), samples)
 
 
-def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
+def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW) -> Setup:
     """Check the rest of a configuration, and load and tokenise every task.
 
     Args:
         data: what :func:`load_data` gave, if it is loaded already.
+        past: what the run did before, where it goes on.
 
     Raises:
         UserError: something in the configuration or the data cannot be used.
@@ -159,28 +190,50 @@ def prepare(resolved: Resolved, data: RunData | None = None) -> Setup:
     stream, general = data.stream, data.general
     check_watching(config, general, [data.scorers[task.metric] for task in stream.tasks])
     stages = plan(resolved.methods, stream)
-    epochs = config.training.epochs
-    if isinstance(epochs, list) and len(epochs) != len(stages):
-        raise ConfigError(f"training.epochs: has {len(epochs)} entries, but the run has {len(stages)} stages")
+    for method in resolved.methods:
+        method.plan(len(stages))
+    training = stage_training(config.training, stages, past.training)
     rows, limits = encode_tasks(stream, encoder, config)
-    steps = [optimizer_steps(config, stage, rows, max_length) for stage in stages]
-    tuner.plan(config.training, sum(steps))
-    return Setup(
+    steps = [
+        optimizer_steps(settings, config.data, stage, rows, max_length)
+        for settings, stage in zip(training, stages, strict=True)
+    ]
+    setup = Setup(
         config=config,
         stream=stream,
         scorers=data.scorers,
         general=general,
         methods=resolved.methods,
         tuner=tuner,
-        companion=tuner.companion(),
+        companion=None,
         encoder=encoder,
         max_length=max_length,
         rows=rows,
         limits=limits,
         stages=stages,
+        training=training,
         steps=steps,
+        past=past,
         samples=resolved.samples,
     )
+    tuner.plan(config.training, setup.planned_steps)
+    return replace(setup, companion=tuner.companion())
+
+
+def check_growth(setup: Setup, directory: RunDirectory) -> list[str]:
+    """The tasks that are new to the run in a directory.
+
+    Raises:
+        RunDirectoryError: the stream is not the run's with tasks appended, or the run cannot grow.
+    """
+    appended = directory.appended(setup.config, [task.name for task in setup.stream.tasks])
+    method = setup.methods[0]
+    if appended and method.schedule == "joint":
+        raise RunDirectoryError(
+            f"{directory.path}: method {method.name!r} learned all tasks in one stage, and none comes after it, so "
+            f"{', '.join(appended)} cannot be appended; give another output"
+        )
+    return appended
 
 
 def check_texts(methods: Sequence[Method]) -> None:

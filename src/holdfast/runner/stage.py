@@ -104,30 +104,29 @@ def arguments(setup: Setup, stage: PlannedStage, checkpoints: Path) -> TrainingA
     Raises:
         ConfigError: the batch cannot be divided among the processes, or transformers does not take a value.
     """
-    config = setup.config
-    training = config.training
-    epochs = training.epochs[stage.index - 1] if isinstance(training.epochs, list) else training.epochs
+    training = setup.training[stage.index - 1]
     fields = {
-        "num_train_epochs": epochs,
+        "num_train_epochs": training.epochs,
         "max_steps": training.max_steps or -1,
         "lr_scheduler_type": training.schedule,
         "warmup_steps": training.warmup,
         "optim": training.optimizer,
-        "seed": stage_seed(config.seed, stage.index),
+        "seed": stage_seed(setup.config.seed, stage.index),
     }
     return training_arguments(training, checkpoints, fields)
 
 
 def check_training(setup: Setup) -> None:
-    """Find what would stop the training of a stage, before anything is measured.
+    """Find what would stop the training of a stage that is left, before anything is measured.
 
     Raises:
         ConfigError: the arguments, the optimizer, the schedule or the data loader cannot be made.
     """
-    one = setup.config.training.model_copy(update={"engine": None})  # an engine is checked by itself, where it is
-    alone = replace(setup, config=setup.config.model_copy(update={"training": one}))
+    # an engine is checked by itself, where it is
+    alone = replace(setup, training=[one.model_copy(update={"engine": None}) for one in setup.training])
     for stage, steps in zip(setup.stages, setup.steps, strict=True):
-        check_settings(arguments(alone, stage, Path("checkpoint")), steps)
+        if stage.index not in setup.past.finished:
+            check_settings(arguments(alone, stage, Path("checkpoint")), steps)
 
 
 def stage_seed(seed: int, stage: int) -> int:

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from holdfast.config.reading import load, read_yaml, set_key
 from holdfast.config.run import RunConfig, load_config
 from holdfast.config.section import Section, Seed
+from holdfast.data.load import find_source
 from holdfast.errors import ConfigError, UserError
 from holdfast.records.shapes import read_json
 from holdfast.sweep.grid import Axis, Grid, cells
@@ -115,10 +116,17 @@ class PlannedRun:
     @property
     def state(self) -> str:
         """done, begun or new."""
-        record = self.path / "run.json"
-        if not record.exists():
+        if not (self.path / "run.json").exists():
             return "new"
-        return "begun" if read_json(record).get("finished") is None else "done"
+        return "done" if is_done(self.config, self.path) else "begun"
+
+
+def is_done(config: RunConfig, path: Path) -> bool:
+    """Whether the run in a directory is finished, and its stream has not grown since."""
+    record = read_json(path / "run.json")
+    if record.get("finished") is None:
+        return False
+    return len(find_source(config.stream).tasks) <= len(record["tasks"])
 
 
 def load_sweep(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Sweep:
@@ -232,16 +240,17 @@ def check(runs: Sequence[PlannedRun]) -> None:
             check_names(run.config)
 
     from holdfast.records.directory import RunDirectory
-    from holdfast.runner.setup import prepare, resolve
+    from holdfast.runner.setup import check_growth, prepare, resolve
 
     seen = set()
     for run in runs:
         with _naming(run):
             resolved = resolve(run.config)
-            RunDirectory(run.path).check_config(resolved.config)
+            directory = RunDirectory(run.path)
+            directory.check_config(resolved.config)
             key = run.config.model_copy(update={"seed": 0, "output": ""}).model_dump_json()
-            if key not in seen:
-                prepare(resolved)
+            if key not in seen or run.state == "begun":
+                check_growth(prepare(resolved, past=directory.past()), directory)
                 seen.add(key)
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock, Timeout
 
+from holdfast.config.run import load_config
 from holdfast.errors import ConfigError, GateFailed, Interrupted, UserError
-from holdfast.records.shapes import read_json
-from holdfast.sweep.plan import PlannedRun, Resources
+from holdfast.sweep.plan import PlannedRun, Resources, is_done
 from holdfast.system.files import write_json, write_text
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.machine import cores
@@ -141,8 +141,7 @@ def do_run(processes: int, config: dict[str, Any]) -> None:
             locks.enter_context(FileLock(output.with_name(f".{output.name}.lock")).acquire(timeout=PATIENCE))
         except Timeout:
             raise InUseError(f"{output}: another sweep is at it") from None
-        record = output / "run.json"
-        if record.exists() and read_json(record).get("finished") is not None:
+        if (output / "run.json").exists() and is_done(load_config(config), output):
             return
         if processes > 1:
             from holdfast.system.launch import launch
