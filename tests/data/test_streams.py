@@ -266,7 +266,7 @@ def test_tasks_of_tree_loras_own_archive_hold_their_prompts(tmp_path: Path):
     [
         ({"metric": "acuracy"}, "task 'a': metric: unknown metric 'acuracy'; did you mean 'accuracy'"),
         ({"beside": ["rouge"]}, "task 'a': beside: unknown metric 'rouge'; did you mean"),
-        ({"beside": ["loss"]}, r"beside: loss scores another thing \(loss\) than accuracy \(response\)"),
+        ({"beside": ["choice_acc"]}, "row 1: metric choice_acc: it offers no choices; give the task labels"),
         ({"metric": "choice_likelihood"}, "row 1: metric choice_likelihood: it offers no choices; give the task lab"),
         ({"metric": "choice_letter"}, "row 1: metric choice_letter: the answer '7' begins with no letter"),
         ({"labels": ["6", "8"]}, "row 1.*: label: '7' is not one of the labels"),

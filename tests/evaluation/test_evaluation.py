@@ -24,7 +24,7 @@ from holdfast.models.likelihood import token_losses
 from holdfast.models.pretrained import load_tokenizer
 from holdfast.scoring.match import accuracy, normalize
 from holdfast.scoring.overlap import rouge_l, super_ni_rouge_l
-from holdfast.scoring.score import task_score
+from holdfast.scoring.score import beside_score, task_score
 from support.paths import GOLDEN, SHARED
 
 torch.set_num_threads(1)  # models this small lose time to threads
@@ -433,3 +433,28 @@ def test_a_pretrained_model_with_its_own_tokenizer():
     assert one_by_one == together
     assert len({record["response"] for record in together}) > 1
     assert 0 < task_score(together, "rouge_l") < 1
+
+
+@pytest.mark.parametrize("first", ["loss", "rouge_l", "choice_acc"])
+def test_metrics_that_read_different_things_are_measured_together(model, first):
+    """Each has the values that it has alone, and the progress runs from nothing to all of it once."""
+    metrics = ["loss", "rouge_l", "choice_acc", "choice_likelihood"]
+    labels = sorted(example.answer for example in questions_task().test)
+
+    def measured(metric: str, beside: list[str]) -> tuple[Task, list[dict]]:
+        task = questions_task(metric)
+        task.labels, task.beside = labels, beside
+        evaluation = ModelEvaluation(model, Letters(), batch_size=4)
+        records = evaluate_task(evaluation, task, on_batch=lambda done, total: shares.append(done / total))
+        return task, records
+
+    shares: list[float] = []
+    others = [name for name in metrics if name != first]
+    _task, together = measured(first, others)
+    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1
+    for name in metrics:
+        _, alone = measured(name, [])
+        score = task_score(together, name) if name == first else beside_score(together, name)
+        assert score == pytest.approx(task_score(alone, name))
+        if name == "rouge_l":
+            assert [record["response"] for record in together] == [record["response"] for record in alone]

@@ -24,9 +24,7 @@ class TaskOptions(Section):
     metric: str | None = Field(
         None, description="how it is scored (`holdfast streams --metrics` lists the metrics); by format where absent"
     )
-    beside: list[str] = Field(
-        default_factory=list, description="further metrics of the same responses, reported beside the score matrix"
-    )
+    beside: list[str] = Field(default_factory=list, description="further metrics, reported beside the score matrix")
     labels: list[str] | None = Field(
         None, description="every answer there may be; a sentence_label folder has them in labels.json"
     )

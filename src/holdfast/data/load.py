@@ -166,8 +166,16 @@ def judge_bad_rows(bad: list[str], stream: Stream, data: DataConfig) -> None:
     """Stop for rows that cannot be used, all named at once, or say that they are left out."""
     if not bad:
         return
+    told = refuse_bad_rows(bad, data)
+    for task in stream.tasks:
+        if not task.train or not task.test:
+            raise DataError(f"task {task.name!r}: no row of a split can be used:\n  {told}")
+    logger.warning("%s cannot be used and are left out (data.on_bad_row: skip):\n  %s", _rows(len(bad)), told)
+
+
+def refuse_bad_rows(bad: list[str], data: DataConfig) -> str:
+    """Raise DataError for rows that cannot be used, or, where ``data.on_bad_row`` is "skip", return their list."""
     told = "\n  ".join(bad[:BAD_ROWS_TOLD])
-    count = f"{len(bad)} row{'s' * (len(bad) > 1)}"
     if len(bad) > BAD_ROWS_TOLD:
         with tempfile.NamedTemporaryFile("w", prefix="holdfast-bad-rows-", suffix=".txt", delete=False) as file:
             file.write("\n".join(bad) + "\n")
@@ -175,11 +183,12 @@ def judge_bad_rows(bad: list[str], stream: Stream, data: DataConfig) -> None:
     if data.on_bad_row == "stop":
         if len(bad) == 1:
             raise DataError(bad[0])
-        raise DataError(f"{count} cannot be used (data.on_bad_row: skip leaves them out):\n  {told}")
-    for task in stream.tasks:
-        if not task.train or not task.test:
-            raise DataError(f"task {task.name!r}: no row of a split can be used:\n  {told}")
-    logger.warning("%s cannot be used and are left out (data.on_bad_row: skip):\n  %s", count, told)
+        raise DataError(f"{_rows(len(bad))} cannot be used (data.on_bad_row: skip leaves them out):\n  {told}")
+    return told
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count > 1)}"
 
 
 def _measure_on_dev(task: Task, data: DataConfig, bad: list[str]) -> None:

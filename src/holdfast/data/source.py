@@ -18,9 +18,12 @@ from holdfast.data.layout import SPLITS, alone, split_files
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import find
 
+SAVED = ("dataset_dict.json", "state.json")
+"""Files by which a folder is one that ``save_to_disk`` of Hugging Face's datasets wrote."""
+
 
 @dataclass
-class _Part:
+class Part:
     """The rows of one file of a split."""
 
     file: str
@@ -39,6 +42,7 @@ class Source:
         instruction: of the task's group, where the task brings none of its own.
         instructions: the file in which the instructions of groups are looked for.
         obtained: where its data come from, for a message about what is missing.
+        draws: a dataset without a test split is read as the split "all", from which one is drawn.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Source:
     instruction: str | None = None
     instructions: Path | None = None
     obtained: str = ""
+    draws: bool = False
 
 
 @dataclass
@@ -82,7 +87,7 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
         task = source.made
         task.train, task.test = task.train[: data.train_rows], task.test[: data.test_rows]
         return scored(task, options, bad=bad)
-    splits, labels = _read(source, data, bad)
+    splits, labels = read_parts(source, data, bad)
     first = (splits.get("train") or splits["all"])[0]
     format, names = (options.format, {}) if options.format else detect(first.rows, first.file)
     way = _way(source, format, labels, first)
@@ -92,7 +97,7 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
             example
             for part in parts
             for example in to_examples(
-                [_renamed(row, names, "") for row in part.rows] if names else part.rows,
+                [renamed(row, names, "") for row in part.rows] if names else part.rows,
                 format,
                 file=part.file,
                 labels=way.labels,
@@ -133,7 +138,7 @@ class _Way:
     unasked: str = ""
 
 
-def _way(source: Source, format: str, labels: list[str] | None, first: _Part) -> _Way:
+def _way(source: Source, format: str, labels: list[str] | None, first: Part) -> _Way:
     """What is asked beside a row's own words.
 
     Raises:
@@ -170,26 +175,30 @@ def _way(source: Source, format: str, labels: list[str] | None, first: _Part) ->
     return _Way(None, labels, unasked)
 
 
-def _read(source: Source, data: DataConfig, bad: list[str] | None) -> tuple[dict[str, list[_Part]], list[str] | None]:
-    """The rows of each split, file by file, and the labels that stand beside them."""
+def read_parts(
+    source: Source, data: DataConfig, bad: list[str] | None
+) -> tuple[dict[str, list[Part]], list[str] | None]:
+    """The rows of each split, file by file, and the labels that stand beside them.
+
+    Args:
+        bad: as of :func:`load_task`.
+    """
     options, labels = source.options, None
     limits = {"train": data.train_rows, "test": data.test_rows}
     if source.dataset is not None:
         splits, labels = _from_dataset(source, limits)
     else:
         files = source.files if source.folder is None else _folder_files(source)
-        splits = {name: [_Part(str(file), read_rows(file, bad)) for file in paths] for name, paths in files.items()}
+        splits = {name: [Part(str(file), read_rows(file, bad)) for file in paths] for name, paths in files.items()}
         if source.folder is not None and (source.folder / "labels.json").exists():
-            labels = _labels(source.folder / "labels.json")
+            labels = read_labels(source.folder / "labels.json")
     for name, parts in splits.items():
         left = limits.get(name)
         for part in parts:
             part.rows = part.rows[:left]
             left = None if left is None else left - len(part.rows)
             if options.columns:
-                part.rows = [
-                    _renamed(row, options.columns, where(part.file, i, row)) for i, row in enumerate(part.rows)
-                ]
+                part.rows = [renamed(row, options.columns, where(part.file, i, row)) for i, row in enumerate(part.rows)]
         splits[name] = [part for part in parts if part.rows]
         if not splits[name]:
             raise DataError(
@@ -237,22 +246,16 @@ def scored(task: Task, options: TaskOptions, default: str = "accuracy", bad: lis
         bad: as of :func:`load_task`.
 
     Raises:
-        ConfigError: a metric is unknown, needs something else of the model than the one before it, or needs answers
-            where there are none.
+        ConfigError: a metric is unknown, or needs answers where there are none.
         DataError: a test example cannot be scored so.
     """
     task.metric, task.beside = options.metric or default, options.beside
     task.labels, task.max_new_tokens = task.labels or options.labels, options.max_new_tokens
     for key, name in [("metric", task.metric), *(("beside", name) for name in task.beside)]:
         try:
-            reads, first = find(name).reads, find(task.metric).reads
+            find(name)
         except ConfigError as error:
             raise ConfigError(f"task {task.name!r}: {key}: {error}") from None
-        if reads != first:
-            raise ConfigError(
-                f"task {task.name!r}: beside: {name} scores another thing ({reads}) than {task.metric} ({first}), so "
-                "one evaluation does not give both"
-            )
     check_scorable(task, bad)
     return task
 
@@ -305,23 +308,28 @@ def _folder_files(source: Source) -> dict[str, list[Path]]:
     return found
 
 
-def _from_dataset(source: Source, limits: dict[str, int | None]) -> tuple[dict[str, list[_Part]], list[str] | None]:
+def _from_dataset(source: Source, limits: dict[str, int | None]) -> tuple[dict[str, list[Part]], list[str] | None]:
     """Load a Hugging Face dataset; class labels become their names."""
-    from datasets import ClassLabel, DatasetDict, load_dataset
+    from datasets import ClassLabel, DatasetDict, load_dataset, load_from_disk
 
     assert source.dataset is not None
     dataset, subset = source.dataset
     shown = f"{dataset}/{subset}" if subset else dataset
+    saved = any(Path(dataset, name).is_file() for name in SAVED)
     try:
-        found = load_dataset(dataset, subset)
+        found = load_from_disk(dataset) if saved else load_dataset(dataset, subset)
     except Exception as error:  # whatever a hub, a disk or a parser may raise
         raise DataError(f"task {source.name!r}: dataset: {shown!r} cannot be loaded: {error}") from None
-    assert isinstance(found, DatasetDict)
+    if not isinstance(found, DatasetDict):
+        found = DatasetDict({"train": found})
+    wanted = dict(SPLITS)
+    if source.draws and not any(stem in found for split in ("test", "eval") for stem in SPLITS[split]):
+        wanted = {"all": ("train",) if "train" in found else tuple(found)[:1]}
     splits, labels = {}, None
-    for split, stems in SPLITS.items():
+    for split, stems in wanted.items():
         stem = next((stem for stem in stems if stem in found), None)
         if stem is None:
-            if split == "eval":
+            if split == "eval" or (source.draws and split == "test"):
                 continue
             raise DataError(f"task {source.name!r}: dataset {shown!r} has no {split} split, but {', '.join(found)}")
         table = found[stem]
@@ -335,11 +343,11 @@ def _from_dataset(source: Source, limits: dict[str, int | None]) -> tuple[dict[s
                     row[column] = feature.names[index] if index is not None and index >= 0 else None
                 if source.options.columns.get(column, column) == "label":
                     labels = [name.strip() for name in feature.names]
-        splits[split] = [_Part(f"{shown}[{stem}]", rows)]
+        splits[split] = [Part(f"{shown}[{stem}]", rows)]
     return splits, labels
 
 
-def _stated_labels(source: Source, train: _Part) -> list[str] | None:
+def _stated_labels(source: Source, train: Part) -> list[str] | None:
     """Labels where none are declared: a folder must declare them; a dataset's are those of its train split."""
     if source.dataset is None:
         file = Path(train.file).parent / "labels.json"
@@ -349,21 +357,26 @@ def _stated_labels(source: Source, train: _Part) -> list[str] | None:
     return sorted({row["label"].strip() for row in train.rows if isinstance(row.get("label"), str)}) or None
 
 
-def _renamed(row: dict[str, Any], columns: Mapping[str, str | None], place: str) -> dict[str, Any]:
+def renamed(row: dict[str, Any], columns: Mapping[str, str | None], place: str) -> dict[str, Any]:
+    """A row with other names of columns, without those whose new name is None.
+
+    Args:
+        place: of the row, for messages; where empty, a column may be absent.
+    """
     if not columns:
         return row
     for column in columns:
         if column not in row and place and columns[column] is not None:
             raise DataError(f"{place}: columns: there is no column {column!r}{did_you_mean(column, row)}")
     kept = [key for key in row if columns.get(key, key) is not None]
-    renamed = RawRow({columns.get(key) or key: row[key] for key in kept})
-    renamed.line = getattr(row, "line", None)
+    new = RawRow({columns.get(key) or key: row[key] for key in kept})
+    new.line = getattr(row, "line", None)
     if hasattr(row, "index"):
-        renamed.index = row.index
-    if len(renamed) < len(kept):
+        new.index = row.index
+    if len(new) < len(kept):
         taken = next(new for old, new in columns.items() if new in row and new not in columns and new != old)
         raise DataError(f"{place}: columns: there is a column {taken!r} already; rename that one too")
-    return renamed
+    return new
 
 
 def _own_instruction(source: Source) -> str | None:
@@ -371,7 +384,7 @@ def _own_instruction(source: Source) -> str | None:
     return read_text(file).strip() or None if file is not None and file.exists() else None
 
 
-def _labels(file: Path) -> list[str]:
+def read_labels(file: Path) -> list[str]:
     values = read_json_file(file)
     if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
         raise DataError(f'{file}: must be an array of labels, for example ["good", "bad"]')

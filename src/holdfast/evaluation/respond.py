@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -43,25 +43,39 @@ def evaluate_task(
             examples, so compute it once for several measurements.
         on_batch: called after every batch with (sequences done, all sequences); it may raise to stop.
 
+    Metrics that read the same of the model share one pass; each further thing that a metric beside the first reads
+    takes a pass of its own.
+
     Returns:
         One scored record a test example, in order: row, prompt, answer, response and score. If choices are compared,
-        the response is the likeliest choice, and choices, choice_nats and choice_tokens say how likely each is
-        (bare_choice_nats: without the end, where a scorer asks for that). A record of a loss has row, score, and nats
-        and tokens (the negative log-likelihood, and of how many tokens).
+        the response is the likeliest choice, unless one is generated too, and choices, choice_nats and choice_tokens
+        say how likely each is (bare_choice_nats: without the end, where a scorer asks for that). A record of a loss has
+        row, score, and nats and tokens (the negative log-likelihood, and of how many tokens).
 
     Raises:
         DataError: a test example cannot be encoded in the encoder's ``max_length``, or has no token to predict.
         ConfigError: a library or an endpoint that a metric needs cannot be used.
     """
     scorers = {name: evaluation.scorers.get(name) or find(name) for name in (task.metric, *task.beside)}
-    match scorers[task.metric].reads:
-        case "loss":
-            records = _losses(evaluation, task, on_batch)
-        case "choices":
-            records = _choices(evaluation, task, scorers, on_batch)
-        case "response":
-            records = response_records(task, _responses(evaluation, task, max_new_tokens, on_batch), scorers)
+    reads = {scorer.reads for scorer in scorers.values()}
+    passes = [name for name in ("choices", "loss", "response") if name in reads]  # a later one's response counts
+    records: list[dict[str, Any]] = [{} for _ in task.test]
+    for number, name in enumerate(passes):
+        shown = _pass(on_batch, number, len(passes))
+        match name:
+            case "choices":
+                part = _choices(evaluation, task, [s for s in scorers.values() if s.reads == "choices"], shown)
+            case "loss":
+                part = _losses(evaluation, task, shown)
+            case "response":
+                part = response_records(task, _responses(evaluation, task, max_new_tokens, shown), scorers)
+        records = [record | more for record, more in zip(records, part, strict=True)]
     return score_records(task, records, scorers, evaluation.answers)
+
+
+def _pass(on_batch: OnBatch, number: int, count: int) -> OnBatch:
+    """Report the progress of one of several passes as progress of all."""
+    return None if on_batch is None else lambda done, total: on_batch(number * total + done, count * total)
 
 
 def _losses(evaluation: ModelEvaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
@@ -73,10 +87,14 @@ def _losses(evaluation: ModelEvaluation, task: Task, on_batch: OnBatch) -> list[
 
 
 def _choices(
-    evaluation: ModelEvaluation, task: Task, scorers: Mapping[str, Scorer], on_batch: OnBatch
+    evaluation: ModelEvaluation, task: Task, scorers: Sequence[Scorer], on_batch: OnBatch
 ) -> list[dict[str, Any]]:
-    """The records of test examples, with the negative log-likelihood of each choice as the answer."""
-    encoder, ends = evaluation.encoder, sorted({scorer.counts_end for scorer in scorers.values()})
+    """The records of test examples, with the negative log-likelihood of each choice as the answer.
+
+    Args:
+        scorers: those that read choices; the first says which is the response.
+    """
+    encoder, ends = evaluation.encoder, sorted({scorer.counts_end for scorer in scorers})
     offered = [example.choices or tuple(task.labels or ()) for example in task.test]
     examples = []
     for example, choices in zip(task.test, offered, strict=True):
@@ -94,7 +112,7 @@ def _choices(
         for end, nats, tokens in zip(ends, losses, counts, strict=True):
             named_nats = "choice_nats" if end else "bare_choice_nats"
             record |= {named_nats: nats[of].tolist()} | ({"choice_tokens": tokens[of].tolist()} if end else {})
-        record["response"] = choices[scorers[task.metric].choose(record)]
+        record["response"] = choices[scorers[0].choose(record)]
         records.append(record)
     return records
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,9 +162,16 @@ class Remeasurement:
 
     @cached_property
     def tasks(self) -> list[Task]:
-        """The tasks that can be measured."""
+        """The tasks that can be measured, with the metrics that can."""
         tasks, scorers = self.setup.stream.tasks, self.setup.scorers
-        return [task for task in tasks if self.endpoint is None or scorers[task.metric].reads == "response"]
+        if self.endpoint is None:
+            return tasks
+        responds = {name for name, scorer in scorers.items() if scorer.reads == "response"}
+        return [
+            replace(task, beside=[name for name in task.beside if name in responds])
+            for task in tasks
+            if task.metric in responds
+        ]
 
     @cached_property
     def general(self) -> list[General]:
@@ -225,7 +232,8 @@ class Remeasurement:
         Raises:
             ConfigError: nothing can be measured.
         """
-        left_out = [task.name for task in self.setup.stream.tasks if task not in self.tasks]
+        measured = {task.name for task in self.tasks}
+        left_out = [task.name for task in self.setup.stream.tasks if task.name not in measured]
         left_out += [one.name for one in self.setup.general if one not in self.general]
         if left_out:
             logger.warning("not measured through an endpoint, which gives no likelihoods: %s", ", ".join(left_out))

@@ -33,17 +33,17 @@ def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[R
     apart = encoder.apart()  # the counts of rows that were cut are about train rows
     for task in stream.tasks:
         task.train, rows[task.name] = _usable(task.train, encoder.encode_all, bad)
-        match find(task.metric).reads:
-            case "loss":
-                task.test, _ = _usable(task.test, apart.encode_all, bad)
-            case "response" if task.train:
-                limit = config.evaluation.max_new_tokens or response_limit(apart, task)
-                limits[task.name] = limit
+        reads = {find(name).reads for name in (task.metric, *task.beside)}
+        if "loss" in reads:
+            task.test, _ = _usable(task.test, apart.encode_all, bad)
+        if "response" in reads and task.train:
+            limit = config.evaluation.max_new_tokens or response_limit(apart, task)
+            limits[task.name] = limit
 
-                def prompts(examples: Sequence[Example], limit: int = limit) -> list[list[int]]:
-                    return [apart.prompt(example, limit) for example in examples]
+            def prompts(examples: Sequence[Example], limit: int = limit) -> list[list[int]]:
+                return [apart.prompt(example, limit) for example in examples]
 
-                task.test, _ = _usable(task.test, prompts, bad)
+            task.test, _ = _usable(task.test, prompts, bad)
     judge_bad_rows(bad, stream, config.data)
     return rows, limits
 
