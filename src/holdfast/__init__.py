@@ -10,11 +10,24 @@ from holdfast.version import __version__
 if TYPE_CHECKING:
     from holdfast.api.method import Method
     from holdfast.config.run import RunConfig, load_config
+    from holdfast.report.status import status
     from holdfast.runner.loop import run
+    from holdfast.runner.rebuild.rebuild import rebuild
     from holdfast.runner.rollback import rollback
     from holdfast.training.trainer import ContinualTrainer, continual
 
-__all__ = ["ContinualTrainer", "Method", "RunConfig", "__version__", "continual", "load_config", "rollback", "run"]
+__all__ = [
+    "ContinualTrainer",
+    "Method",
+    "RunConfig",
+    "__version__",
+    "continual",
+    "load_config",
+    "rebuild",
+    "rollback",
+    "run",
+    "status",
+]
 
 _HOME = {
     "ContinualTrainer": "holdfast.training.trainer",
@@ -22,8 +35,10 @@ _HOME = {
     "RunConfig": "holdfast.config.run",
     "continual": "holdfast.training.trainer",
     "load_config": "holdfast.config.run",
+    "rebuild": "holdfast.runner.rebuild.rebuild",
     "rollback": "holdfast.runner.rollback",
     "run": "holdfast.runner.loop",
+    "status": "holdfast.report.status",
 }
 
 

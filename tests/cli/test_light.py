@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from support.paths import ROOT
+
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "scipy")
 
 RUN = """
@@ -55,6 +57,7 @@ SHOWN = {
     "streams": "trace ",
     "streams trace": "obtained from",
     "streams --metrics": "semantic_similarity",
+    f"status {ROOT / 'tests/golden/old_runs/full-ewc/run'}": "holds stage 2 (green)",
 }
 
 

@@ -36,7 +36,7 @@ def app() -> Any:
 
 @pytest.fixture(scope="module")
 def model(app: Any) -> Any:
-    return app.backend.batcher._model
+    return app.served.backend.batcher._model
 
 
 def encoded(text: str) -> list[int]:
@@ -250,7 +250,7 @@ def test_the_context_is_a_limit_of_prompt_and_answer(app: Any):
 
 def test_a_long_answer_does_not_block_a_short_one():
     """A sequence that is asked for while a long one is under way ends first."""
-    batcher = service(context=4096).backend.batcher
+    batcher = service(context=4096).served.backend.batcher
     order: list[str] = []
     done = {name: threading.Event() for name in ("long", "short")}
 
@@ -276,7 +276,7 @@ def test_a_long_answer_does_not_block_a_short_one():
 
 
 def test_sequences_at_once_are_limited_and_an_owner_does_not_take_them_all():
-    batcher = service(Limits(concurrency=3), batch=2).backend.batcher
+    batcher = service(Limits(concurrency=3), batch=2).served.backend.batcher
     seen: list[tuple[int, int]] = []
     left = threading.Semaphore(0)
 
@@ -317,7 +317,7 @@ def test_a_client_that_leaves_frees_its_slot():
     app = service(Limits(requests=1), context=20_000)
     asyncio.run(leave(app, {"prompt": "red", "max_tokens": 19_000, "stream": True, "logit_bias": {"2": -100}}))
     assert app.inside == 0
-    while app.backend.batcher.busy:
+    while app.served.backend.batcher.busy:
         time.sleep(0.01)
     assert ask(app, "completions", {"prompt": "red"}).status_code == 200
 
@@ -333,7 +333,7 @@ def test_too_many_requests_and_such_as_take_too_long_are_refused():
         Limits(seconds=float("nan"))
     streamed = ask(app, "completions", long | {"stream": True}).text
     assert json.loads(streamed.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["code"] == "timeout"
-    while app.backend.batcher.busy:
+    while app.served.backend.batcher.busy:
         time.sleep(0.01)
 
 
@@ -342,7 +342,7 @@ def test_a_model_that_fails_says_so():
     reply = ask(app, "completions", {"prompt": "red"})
     assert reply.status_code == 500 and "logits are not finite" in reply.json()["error"]["message"]
     assert "logits are not finite" in ask(app, "completions", {"prompt": "red", "stream": True}).text
-    assert app.backend.batcher.busy == 0
+    assert app.served.backend.batcher.busy == 0
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -493,7 +493,7 @@ def test_random_bodies_are_answered_or_refused(app: Any):
             assert reply.status_code in counts, (reply.status_code, body[:300], reply.text[:300])
             assert reply.status_code != 200 or '"error"' not in reply.text, (body, reply.text)
             counts[reply.status_code] += 1
-    assert counts[200] > 300 and app.inside == app.backend.batcher.busy == 0
+    assert counts[200] > 300 and app.inside == app.served.backend.batcher.busy == 0
 
 
 @pytest.mark.slow
@@ -501,7 +501,7 @@ def test_64_clients_among_slow_rude_and_huge_ones():
     """Everybody who asks properly gets the right answer, whatever the others do."""
     httpx2 = pytest.importorskip("httpx2")
     app = service(Limits(body=100_000), context=2000)
-    model = app.backend.batcher._model
+    model = app.served.backend.batcher._model
     texts = [f"red: {a}{b}?" for a in "abcdefgh" for b in "abcdefgh"]
     expected = {text: tiny_tokenizer().decode(greedy(model, text, 12), skip_special_tokens=True) for text in texts}
     chance, stop = random.Random(0), threading.Event()

@@ -117,6 +117,23 @@ def test_the_next_stage_starts_from_weights_and_memory_of_the_stage_that_is_held
     assert set(memory["tasks"]) == set(range(1, 4 - last)), "no row of an undone stage is rehearsed"
 
 
+@pytest.mark.slow
+def test_a_task_that_is_appended_after_a_rollback_is_learned_from_the_stage_that_is_held(folder):
+    """As if the undone stage had not been, but for the number of the stage, which its seed follows from."""
+    values = config(folder, "grown")
+    stream = values["stream"]
+    run(values | {"stream": stream | {"order": ["red", "green"]}}, QUIET)
+    holdfast.rollback(folder / "grown", to=1, progress=QUIET)
+    matrix = run(values | {"stream": stream | {"order": ["red", "green", "blue"]}}, QUIET)
+    found = read_run(folder / "grown")
+    assert [found.stage_of(row) for row in range(4)] == [0, 1, 1, 3]
+    assert learned_stages(found.info, 3) == [1, 3]
+    assert matrix["scores"][2] == matrix["scores"][1] and matrix["scores"][2][2] is not None
+    assert (folder / "grown" / "stages" / "01-red" / "responses" / "blue.jsonl").exists()
+    memory = read_json(folder / "grown" / "stages" / "03-blue" / "method" / "replay.json")
+    assert set(memory["tasks"]) == {1, 2}, "the second stage that counts is blue's"
+
+
 def test_what_cannot_be_held_is_refused_and_nothing_changes(made, tmp_path, capsys):
     record = (made / "run.json").read_bytes()
     with pytest.raises(ConfigError, match=r"--to: 7 is no complete stage .* 0, 1, 2, 3"):

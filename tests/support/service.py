@@ -36,7 +36,7 @@ def service(
     batcher = Batcher(
         model.eval(), batch_size=batch, batch_tokens=batch * context, concurrency=limits.concurrency, pad_token_id=0
     )
-    return Service(Backend("tiny", prompts, batcher, ThreadPoolExecutor(1)), limits)
+    return Service(Backend("tiny", 1, "tiny", prompts, batcher, ThreadPoolExecutor(1)), limits)
 
 
 def ask(app: Service, route: str, body: Any, **options: Any) -> httpx2.Response:

@@ -20,11 +20,13 @@ from holdfast.cli import (
     gate,
     lab,
     listing,
+    rebuild,
     replay,
     report,
     rollback,
     run,
     serve,
+    status,
     sweep,
 )
 from holdfast.system.terminal import say, show_printable_errors
@@ -63,7 +65,9 @@ app.command("sweep", cls=sweep.HelpWithSweepKeys)(sweep.sweep)
 app.command("check")(check.check)
 app.command("evaluate")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.command("status")(status.status)
 app.command("rollback")(rollback.rollback)
+app.command("rebuild")(rebuild.rebuild)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("methods")(listing.methods)

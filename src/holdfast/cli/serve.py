@@ -18,6 +18,9 @@ class Engine(StrEnum):
     vllm = "vllm"
 
 
+Follow = Annotated[
+    bool, typer.Option("--follow", help="Always the stage that the run holds: a new one is loaded beside, then served.")
+]
 Host = Annotated[str, typer.Option(help="Address to listen at.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any free one.")]
 EngineOption = Annotated[Engine, typer.Option("--engine", help="transformers, or vllm where it is installed.")]
@@ -45,6 +48,7 @@ Timeout = Annotated[
 def serve(
     run: RunPath,
     stage: Stage = None,
+    follow: Follow = False,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     engine: EngineOption = Engine.transformers,
@@ -72,6 +76,7 @@ def serve(
     serve_stage(
         run,
         stage=stage,
+        follow=follow,
         host=host,
         port=port,
         engine=engine.value,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast import tuners
 from holdfast.data.encode import Encoder, resolve_max_length
 from holdfast.deploy.export import export, method_lacks
+from holdfast.deploy.follow import Follower, held_stage
 from holdfast.deploy.openai.limits import Limits
 from holdfast.errors import ConfigError
 from holdfast.models.batcher import Batcher
@@ -42,6 +44,7 @@ def serve(
     run: Path,
     *,
     stage: int | None = None,
+    follow: bool = False,
     host: str = "127.0.0.1",
     port: int = 8000,
     engine: str = "transformers",
@@ -59,6 +62,8 @@ def serve(
     Args:
         run: a run's directory.
         stage: from 1, or 0 for the model before training; if None, the one whose weights the run holds.
+        follow: serve the stage that the run holds at any time, of those that are measured and judged: when it changes,
+            the new weights are loaded beside the old ones, and answer the requests that come from then on.
         host: an address of this machine; 0.0.0.0 or :: for all of them.
         engine: transformers; or vllm, which needs a whole model. So an adapter is merged, and the model written to
             ``served/`` in the run's directory.
@@ -72,10 +77,18 @@ def serve(
     progress = progress or Progress()
     if not host.strip():
         raise ConfigError("--host: is empty, which would be every address of this machine; say 0.0.0.0 for that")
-    stored = find_stage(run, stage, trust=trust)
-    model = stored.config.model
-    inputs = {"model": model_inputs(model), "tokenizer": tokenizer_inputs(model)}
-    check_inputs(stored.run, inputs, [], accept_changes)
+    if follow and (stage is not None or engine != "transformers"):
+        other = "--stage, which never changes" if stage is not None else f"--engine {engine}, which loads a model once"
+        raise ConfigError(f"--follow: cannot be used with {other}")
+
+    def find(number: int | None) -> StoredStage:
+        stored = find_stage(run, number, trust=trust)
+        model = stored.config.model
+        inputs = {"model": model_inputs(model), "tokenizer": tokenizer_inputs(model)}
+        check_inputs(stored.run, inputs, [], accept_changes)
+        return stored
+
+    stored = find(held_stage(run) if follow else stage)
     for line in method_lacks(stored.config):
         progress.line(f"warning: {line}")
     if engine == "vllm":
@@ -83,7 +96,7 @@ def serve(
             raise ConfigError("--engine: vllm has limits of its own; those of holdfast are for transformers")
         _exec_vllm(stored, host, port, accept_changes)
     elif engine == "transformers":
-        _serve(stored, host, port, limits, progress)
+        _serve(stored, host, port, limits or Limits(), progress, find if follow else None)
     else:
         raise ConfigError(f"--engine: {engine!r} must be transformers or vllm")
 
@@ -117,11 +130,19 @@ def _generation_config(encoder: Encoder) -> GenerationConfig:
     )
 
 
-def _serve(stored: StoredStage, host: str, port: int, limits: Limits | None, progress: Progress) -> None:
+def _serve(
+    stored: StoredStage,
+    host: str,
+    port: int,
+    limits: Limits,
+    progress: Progress,
+    find: Callable[[int], StoredStage] | None,
+) -> None:
+    """Serve a stage, or with ``find`` the one that the run holds."""
     try:
         import uvicorn
 
-        from holdfast.deploy.openai import application as _  # noqa: F401
+        from holdfast.deploy.openai.application import Service
     except ImportError:
         raise ConfigError(INSTALL) from None
     try:
@@ -130,8 +151,9 @@ def _serve(stored: StoredStage, host: str, port: int, limits: Limits | None, pro
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--host, --port: {host}:{port} cannot be used ({reason}); choose another") from None
+    service = Service(backend(stored, limits, follow=find is not None), limits)
     config = uvicorn.Config(
-        application(stored, limits),
+        service.application(),
         log_level="warning",
         lifespan="off",
         limit_concurrency=MOST_CONNECTIONS,
@@ -140,7 +162,13 @@ def _serve(stored: StoredStage, host: str, port: int, limits: Limits | None, pro
     server = uvicorn.Server(config)
     shown = f"[{host}]" if ":" in host else host
     progress.line(f"{served_name(stored)} at http://{shown}:{listening.getsockname()[1]}/v1")
+    if find is None:
+        server.run(sockets=[listening])
+        return
+    follower = Follower(service, stored, find, lambda new: backend(new, limits, follow=True), progress.line)
+    follower.start()
     server.run(sockets=[listening])
+    follower.stop()
 
 
 def application(stored: StoredStage, limits: Limits | None = None) -> Any:
@@ -150,8 +178,12 @@ def application(stored: StoredStage, limits: Limits | None = None) -> Any:
     return Service(backend(stored, limits or Limits()), limits or Limits()).application()
 
 
-def backend(stored: StoredStage, limits: Limits) -> Backend:
-    """What answers requests: the stage's model, as the run measured it, and its prompts."""
+def backend(stored: StoredStage, limits: Limits, *, follow: bool = False) -> Backend:
+    """What answers requests: the stage's model, as the run measured it, and its prompts.
+
+    Args:
+        follow: the server follows the run, and lists it by the run's name, which stays.
+    """
     from holdfast.deploy.openai.exchange import Backend
     from holdfast.deploy.openai.prompts import Prompts
 
@@ -179,7 +211,8 @@ def backend(stored: StoredStage, limits: Limits) -> Backend:
         pad_token_id=tokenizer.pad_token_id,
     )
     threads = ThreadPoolExecutor(SCORING_THREADS, thread_name_prefix="holdfast likelihoods")
-    return Backend(served_name(stored), prompts, batcher, threads)
+    name = served_name(stored)
+    return Backend(name, stored.number, name.rpartition("/")[0] if follow else name, prompts, batcher, threads)
 
 
 def _exec_vllm(stored: StoredStage, host: str, port: int, accept_changes: bool) -> None:

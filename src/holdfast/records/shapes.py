@@ -76,6 +76,14 @@ class _Rollback(TypedDict):
 
 
 @with_config(AS_WRITTEN)
+class _Rebuilt(TypedDict):
+    at: str
+    tasks: NotRequired[list[str]]
+    rows_of: NotRequired[list[str]]
+    undone: NotRequired[list[str]]
+
+
+@with_config(AS_WRITTEN)
 class _Stream(TypedDict):
     name: str
     version: str
@@ -141,6 +149,7 @@ class Record(TypedDict):
     grown: NotRequired[list[_Growth]]
     gate: NotRequired[list[_Decision]]
     rollbacks: NotRequired[list[_Rollback]]
+    rebuilt: NotRequired[list[_Rebuilt]]
 
 
 @with_config(AS_WRITTEN)

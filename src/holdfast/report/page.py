@@ -213,6 +213,13 @@ def _headline(run: FinishedRun) -> list[str]:
     for back in run.info.get("rollbacks", []):
         to = f"stage {back['to']}" if back["to"] else "the model before training"
         sentences.append(f"At {back['at']}, after stage {back['after']}, the run was set to {to}.")
+    for made in run.info.get("rebuilt", []):
+        gone = [
+            *made.get("tasks", []),
+            *made.get("undone", []),
+            *(f"rows of {task}" for task in made.get("rows_of", [])),
+        ]
+        sentences.append(f"At {made['at']} it was made again without {', '.join(gone)}.")
     for change in run.info.get("changes", []):
         if "accepted" in change:
             what = "; ".join(change["accepted"])

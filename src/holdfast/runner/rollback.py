@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ConfigError, RunDirectoryError
-from holdfast.records.directory import RunDirectory, current_stage, open_directory, require_runs, rolled_back
+from holdfast.records.directory import RunDirectory, current_stage, open_directory, require_runs
 from holdfast.records.read import FinishedRun, read_run
+from holdfast.records.stages import complete_stages, is_settled, named
 from holdfast.runner.matrix import Outline, read_matrix
 from holdfast.system.manifest import check
 from holdfast.system.progress import Progress
@@ -54,23 +55,6 @@ def rollback(run: Path | str, *, to: int, progress: Progress | None = None) -> d
         else f"{path}: holds {named(found, to)} now; it held {named(found, held)}"
     )
     return matrix
-
-
-def complete_stages(run: FinishedRun) -> list[int]:
-    """The numbers of the start and of the stages that are trained, in order."""
-    return [0, *sorted(n for n, folder in run.folders.items() if n and (folder / "stage.json").exists())]
-
-
-def is_settled(run: FinishedRun, stage: int) -> bool:
-    """Whether a complete stage is measured and, where the run has a gate, judged, so that nothing undoes it soon."""
-    judged = [decision["stage"] for decision in run.info.get("gate", [])]
-    waits = stage and run.config.get("gate") and stage not in judged and rolled_back(run.info, stage) is None
-    return not waits and (run.folders[stage] / "evaluation.json").exists()
-
-
-def named(run: FinishedRun, stage: int) -> str:
-    """A stage in words: its number and its task."""
-    return f"stage {stage} ({run.folders[stage].name.partition('-')[2]})" if stage else "the model before training"
 
 
 def _check(run: FinishedRun, done: list[int], to: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,16 +26,52 @@ BODY_SECONDS = 60.0  # in which a request's body must be here
 READ_SECONDS = 10.0  # beyond the time of a request, in which a client must have read the rest of a stream
 
 
-class Service:
-    """The routes of a server.
+@dataclass
+class Served:
+    """What answers requests, and how many of them it has now.
 
     Attributes:
         inside: requests that are answered now or wait.
     """
 
+    backend: Backend
+    inside: int = 0
+
+
+class Service:
+    """The routes of a server.
+
+    Attributes:
+        served: what answers the requests that come now.
+        inside: requests that are answered now or wait, by this or a former model.
+    """
+
     def __init__(self, backend: Backend, limits: Limits):
-        self.backend, self.limits = backend, limits
+        self.served, self.limits = Served(backend), limits
         self.inside = 0
+        self._lock = threading.Lock()
+
+    def exchange(self, backend: Backend) -> Served:
+        """Answer the requests that come from now on with another model; any thread may call this.
+
+        Returns:
+            what answered until now, and still answers the requests that it has.
+        """
+        with self._lock:
+            former, self.served = self.served, Served(backend)
+        return former
+
+    def _enter(self) -> Served:
+        with self._lock:
+            self.inside += 1
+            self.served.inside += 1
+            return self.served
+
+    def leave(self, served: Served) -> None:
+        """A request that came in is answered, or left."""
+        with self._lock:
+            self.inside -= 1
+            served.inside -= 1
 
     def application(self) -> Starlette:
         """As an ASGI application."""
@@ -54,8 +92,10 @@ class Service:
         )
 
     async def health(self, _: Request) -> Response:
-        """That the server answers, and what it does."""
-        return JSONResponse({"status": "ok", "requests": self.inside, "sequences": self.backend.batcher.busy})
+        """That the server answers, with which stage, and what it does."""
+        backend = self.served.backend
+        does = {"requests": self.inside, "sequences": backend.batcher.busy}
+        return JSONResponse({"status": "ok", "model": backend.name, "stage": backend.stage} | does)
 
     async def models(self, _: Request) -> Response:
         """The only model."""
@@ -63,7 +103,7 @@ class Service:
 
     async def model(self, request: Request) -> Response:
         """The model of a name."""
-        self._check_model(request.path_params["name"])
+        _check_model(request.path_params["name"], self.served.backend)
         return JSONResponse(self._described())
 
     async def completions(self, request: Request) -> Response:
@@ -83,20 +123,20 @@ class Service:
                 code="rate_limit_exceeded",
                 kind="rate_limit_error",
             )
-        self.inside += 1
+        served = self._enter()
         try:
             deadline = asyncio.get_running_loop().time() + self.limits.seconds
-            body, prompts = await asyncio.to_thread(self._read, raw, read)
-            return _Reply(self, Exchange(self.backend, body, prompts), deadline)
+            body, prompts = await asyncio.to_thread(self._read, raw, read, served.backend)
+            return _Reply(self, served, Exchange(served.backend, body, prompts), deadline)
         except BaseException:
-            self.inside -= 1
+            self.leave(served)
             raise
 
-    def _read(self, raw: bytes, read: Callable[[dict[str, Any]], Body]) -> tuple[Body, list[Prompt]]:
+    def _read(self, raw: bytes, read: Callable[[dict[str, Any]], Body], backend: Backend) -> tuple[Body, list[Prompt]]:
         body = read(read_json(raw))
         if body.model is not None:
-            self._check_model(body.model)
-        prompts = self.backend.prompts.of(body)
+            _check_model(body.model, backend)
+        prompts = backend.prompts.of(body)
         if (answers := len(prompts) * body.candidates) > MOST_ANSWERS:
             key = "n" if body.candidates == body.n else "best_of"
             raise RequestError(f"{key}: makes {answers} answers; at most {MOST_ANSWERS} at once", key)
@@ -117,31 +157,34 @@ class Service:
             raise RequestError(f"the body was not here within {BODY_SECONDS:g} seconds", status=408) from None
         return bytes(raw)
 
-    def _check_model(self, name: str) -> None:
-        if name != self.backend.name:
-            raise RequestError(
-                f"The model `{name[:200]}` does not exist here; {self.backend.name} does",
-                "model",
-                code="model_not_found",
-                status=404,
-            )
-
     def _described(self) -> dict[str, Any]:
-        context = self.backend.prompts.context
+        backend = self.served.backend
         return {
-            "id": self.backend.name,
+            "id": backend.listed,
             "object": "model",
             "created": 0,
             "owned_by": "holdfast",
-            "max_model_len": context,
+            "max_model_len": backend.prompts.context,
+            "root": backend.name,
+            "stage": backend.stage,
         }
+
+
+def _check_model(name: str, backend: Backend) -> None:
+    if name not in (backend.listed, backend.name):
+        raise RequestError(
+            f"The model `{name[:200]}` does not exist here; {backend.listed} does",
+            "model",
+            code="model_not_found",
+            status=404,
+        )
 
 
 class _Reply(Response):
     """A response that is generated while its client is there, and its time lasts."""
 
-    def __init__(self, service: Service, exchange: Exchange, deadline: float):
-        self._service, self._exchange, self._deadline = service, exchange, deadline
+    def __init__(self, service: Service, served: Served, exchange: Exchange, deadline: float):
+        self._service, self._served, self._exchange, self._deadline = service, served, exchange, deadline
         super().__init__()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -156,7 +199,7 @@ class _Reply(Response):
                 await work
         finally:
             self._exchange.cancel()
-            self._service.inside -= 1
+            self._service.leave(self._served)
             for task in (work, gone):
                 task.cancel()
 

@@ -30,13 +30,17 @@ class Backend:
     """What answers requests.
 
     Attributes:
-        name: of the model.
+        name: of the model, which says the run and the stage.
+        stage: its number; 0 is before training.
+        listed: the name under which it is listed; of a server that follows a run, the run's.
         prompts: reads prompts.
         batcher: generates.
         threads: likelihoods of prompts are computed in them.
     """
 
     name: str
+    stage: int
+    listed: str
     prompts: Prompts
     batcher: Batcher
     threads: Executor

@@ -1,0 +1,28 @@
+"""Which stages of a run are complete, and which of them nothing will undo soon."""
+
+from __future__ import annotations
+
+from holdfast.records.directory import current_stage, rolled_back
+from holdfast.records.read import FinishedRun
+
+
+def complete_stages(run: FinishedRun) -> list[int]:
+    """The numbers of the start and of the stages that are trained, in order."""
+    return [0, *sorted(n for n, folder in run.folders.items() if n and (folder / "stage.json").exists())]
+
+
+def is_settled(run: FinishedRun, stage: int) -> bool:
+    """Whether a complete stage is measured and, where the run has a gate, judged."""
+    judged = [decision["stage"] for decision in run.info.get("gate", [])]
+    waits = stage and run.config.get("gate") and stage not in judged and rolled_back(run.info, stage) is None
+    return not waits and stage in run.folders and (run.folders[stage] / "evaluation.json").exists()
+
+
+def settled_stage(run: FinishedRun) -> int:
+    """The stage that a run holds after the last one that is settled; 0 before there is any."""
+    return current_stage(run.info, max((t for t in complete_stages(run) if is_settled(run, t)), default=0))
+
+
+def named(run: FinishedRun, stage: int) -> str:
+    """A stage in words: its number and its task."""
+    return f"stage {stage} ({run.folders[stage].name.partition('-')[2]})" if stage else "the model before training"

@@ -1,0 +1,103 @@
+"""What `holdfast status` says of a run: its stages, what each learned and cost, the current one, what comes next."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+import holdfast
+from holdfast.report.status import show
+from holdfast.system.files import read_json, write_json
+from holdfast.system.progress import Progress
+from holdfast.system.terminal import open_console
+from support.command import holdfast as command
+from support.paths import ROOT
+
+OLD = ROOT / "tests" / "golden" / "old_runs"
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A finished run of two stages, whose gate passed both."""
+    shutil.copytree(OLD / "full-ewc" / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_each_stage_has_what_it_learned_and_cost(made: Path):
+    found = holdfast.status(made)
+    scores = read_json(made / "matrix.json")["scores"]
+    one, two = found["stages"]
+    assert found["current"] == 2 and found["finished"] and found["tuner"] == "full"
+    assert (one["state"], two["state"]) == ("kept", "current")
+    assert one["learned"] == pytest.approx(scores[1][0] - scores[0][0])
+    assert two["learned"] == pytest.approx(scores[2][1] - scores[1][1])
+    assert one["interval"][0] <= one["learned"] <= one["interval"][1] and one["is_learned"]
+    assert one["forgetting"] is None and two["forgetting"] == pytest.approx(scores[1][0] - scores[2][0])
+    assert one["gate"] == two["gate"] == "passed" and one["seconds"] > 0
+    assert json.loads(json.dumps(found)) == found, "plain values"
+    assert any("rollback" in step["command"] and step["command"].endswith("--to 1") for step in found["next"])
+
+
+def test_an_undone_stage_keeps_what_it_learned_by_its_own_weights(made: Path):
+    before = holdfast.status(made)["stages"][1]
+    holdfast.rollback(made, to=1, progress=Progress(quiet=True))
+    found = holdfast.status(made)
+    assert found["current"] == 1
+    assert [stage["state"] for stage in found["stages"]] == ["current", "undone"]
+    assert found["stages"][1] == before | {"state": "undone"}
+    assert any("--to 0" in step["command"] for step in found["next"])
+
+
+def test_a_stage_that_is_at_work_says_how_far_it_is(capsys: pytest.CaptureFixture[str]):
+    found = holdfast.status(OLD / "lora-replay" / "run")
+    assert [stage["state"] for stage in found["stages"]] == ["kept", "current", "training"]
+    assert found["stages"][2]["step"] == 10 and found["stages"][2]["learned"] is None
+    assert command("status", OLD / "lora-replay" / "run") == 0
+    said = capsys.readouterr().out
+    assert "stage 3  blue  training, step 10\n" in said and "stage 2  green  current  learned +0.875" in said
+
+
+def test_the_table_fits_80_columns_whatever_the_tasks_are_called(made: Path):
+    found = holdfast.status(made)
+    found["stages"][0] |= {"task": "a-name-" * 12, "gate": "failed: rolled back to the model before training"}
+    found["stages"][0] |= {"general_change": -0.123, "general_loss": 0.5}
+    found["stages"][1] |= {"learned": -0.01, "interval": [-0.1, 0.1], "is_learned": False}
+    console = open_console(width=80, force_terminal=True, file=StringIO(), color_system=None)
+    show(found, console)
+    table = console.file.getvalue().partition("holdfast learn")[0].splitlines()[2:]  # type: ignore[attr-defined]
+    assert max(map(len, table)) <= 80
+    text = "".join("".join(table).split())
+    for part in ("a-name-", "learned", "forgetting", "minutes", "−0.010", "-0.10..0.10", "+50.0%", "−0.123"):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.json", None, "is no run's directory"),
+        ("matrix.json", None, "matrix.json is missing"),
+        ("matrix.json", "{}", "is damaged"),
+        ("run.json", '{"config": {}, "seed": 0, "engine": "e", "started": ""}', "of the laboratory"),
+    ],
+)
+def test_what_is_no_run_is_one_message(made: Path, name: str, content: str | None, message: str, capsys):
+    (made / name).unlink()
+    if content is not None:
+        (made / name).write_text(content)
+    if "laboratory" in message:
+        (made / "matrix.json").unlink()
+    assert command("status", made) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scores_that_were_not_measured_are_left_out(made: Path, capsys: pytest.CaptureFixture[str]):
+    matrix = read_json(made / "matrix.json")
+    matrix["scores"] = [[None, None], [None, 0.5], [None, None]]
+    write_json(made / "matrix.json", matrix)
+    found = holdfast.status(made)
+    assert [(s["learned"], s["is_learned"], s["forgetting"]) for s in found["stages"]] == [(None, None, None)] * 2
+    assert command("status", made) == 0 and "learned" not in capsys.readouterr().out
