@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(config: Path) -> tuple[FollowingServer, Client]:
-    """A client asked from before the first stage until after the last one, and through two rollbacks."""
+    """A client asked from before the first stage until after the last one, through three rollbacks and a rebuilding.
+
+    ``before`` is the run as it was before it was made again without its last task.
+    """
     path = config.parent / "run"
     code = f"import holdfast, json; holdfast.run(json.load(open({str(config)!r})))"
     training = forked.start("-c", code)
@@ -142,8 +146,12 @@ def asked(config: Path) -> tuple[FollowingServer, Client]:
         client = Client(server, [row["prompt"] for row in rows])
         assert training.wait() == 0, training.communicate()
         wait(lambda: server.serves(3))
-        for stage in (1, 0):
-            holdfast.rollback(path, to=stage, progress=QUIET)
+        for stage in (1, 0, 3, 2):
+            if stage == 2:
+                shutil.copytree(path, path.with_name("before"))
+                holdfast.rebuild(path, without="blue", progress=QUIET)
+            else:
+                holdfast.rollback(path, to=stage, progress=QUIET)
             wait(lambda stage=stage: server.serves(stage))
             count = len(client.answers)
             wait(lambda count=count: len(client.answers) > count + 6)
@@ -159,18 +167,20 @@ def test_no_request_is_dropped_and_each_is_answered_by_one_stage(asked: tuple[Fo
     by_stage = {model for model, _, _ in client.answers}
     assert {"run/00-start", "run/01-red", "run/03-blue"} <= by_stage
     for model, prompt, text in client.answers:
-        rows = read_jsonl(server.path / "stages" / model.partition("/")[2] / "responses" / "red.jsonl")
+        stage = config.parent / "before" / "stages" / model.partition("/")[2]
+        rows = read_jsonl(stage / "responses" / "red.jsonl")
         assert text.strip() in [row["response"] for row in rows if row["prompt"] == prompt], (model, prompt)
     said = {model: {text for of, _, text in client.answers if of == model} for model in by_stage}
     assert said["run/00-start"] != said["run/01-red"] and said["run/03-blue"] != said["run/01-red"]
-    assert server.said[-2:] == ["serves run/01-red now, not run/03-blue", "serves run/00-start now, not run/01-red"]
+    served = ["run/03-blue", "run/01-red", "run/00-start", "run/03-blue", "run/02-green"]
+    assert server.said[-4:] == [f"serves {new} now, not {old}" for old, new in pairwise(served)]
 
 
 @pytest.fixture
 def server(asked: Any, config: Path, tmp_path: Path) -> Iterator[FollowingServer]:
-    """A server of a copy of the finished run, which holds stage 0."""
-    for name in ("run", "model"):
-        shutil.copytree(config.parent / name, tmp_path / name)
+    """A server of a copy of the finished run, which holds stage 3."""
+    for name, copy in (("before", "run"), ("model", "model")):
+        shutil.copytree(config.parent / name, tmp_path / copy)
     server = FollowingServer(tmp_path / "run")
     yield server
     server.stop()
@@ -179,14 +189,14 @@ def server(asked: Any, config: Path, tmp_path: Path) -> Iterator[FollowingServer
 def test_health_and_models_say_which_stage_is_served(server: FollowingServer):
     assert server.get("/health") == {
         "status": "ok",
-        "model": "run/00-start",
-        "stage": 0,
+        "model": "run/03-blue",
+        "stage": 3,
         "requests": 0,
         "sequences": 0,
     }
     (model,) = server.get("/v1/models")["data"]
-    assert (model["id"], model["root"], model["stage"]) == ("run", "run/00-start", 0)
-    assert server.get("/v1/models/run/00-start") == server.get("/v1/models/run") == model
+    assert (model["id"], model["root"], model["stage"]) == ("run", "run/03-blue", 3)
+    assert server.get("/v1/models/run/03-blue") == server.get("/v1/models/run") == model
     assert "does not exist here; run does" in json.dumps(server.get("/v1/models/run/01-red"))
 
 

@@ -78,7 +78,7 @@ class _Stages:
     def all(self) -> list[dict[str, Any]]:
         if self.run.untrained:
             return []
-        names = ["joint"] if self.run.joint else self.run.tasks
+        names = ["joint"] if self.run.joint else list(self.run.info["tasks"])  # also those that are not measured yet
         return [self.stage(t, name) for t, name in enumerate(names, start=1)]
 
     def stage(self, t: int, name: str) -> dict[str, Any]:
@@ -89,7 +89,8 @@ class _Stages:
             found["state"] = "current" if [t] == kept[-1:] else "kept" if t in kept else "undone"
         elif events:
             found |= {"state": "training", "step": events[-1]}
-        measured = t in self.done and (self.run.folders[t] / "evaluation.json").exists()
+        known = self.run.joint or t <= len(self.run.tasks)
+        measured = known and t in self.done and (self.run.folders[t] / "evaluation.json").exists()
         return found | self._learned(t, measured) | self._cost(t, measured) | {"gate": self.gate.get(t)}
 
     def _learned(self, t: int, measured: bool) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,61 @@ Gone = Mapping[str, Mapping[str, Sequence[int]]]
 """The places of the rows that go, by task and by the name of their file in the run's own data."""
 
 WEIGHTS = ("model", "adapter", "method")
+RUN = "{run}"
 
 
-def copy_data(run: FinishedRun, root: Path, removed: Sequence[str], gone: Gone) -> None:
+@dataclass(frozen=True)
+class Renewed:
+    """What records of a run say otherwise from now on.
+
+    Attributes:
+        paths: folders of its own data, as its configuration has them, and what they are called then.
+        labels: by task, the answers that no row of it has any more.
+    """
+
+    paths: Mapping[str, str]
+    labels: Mapping[str, Collection[str]]
+
+    def of(self, value: Any) -> Any:
+        """A JSON value, such as a configuration."""
+        if isinstance(value, list):
+            return [self.of(below) for below in value]
+        if not isinstance(value, dict):
+            return self.paths.get(value, value) if isinstance(value, str) else value
+        found = {key: self.of(below) for key, below in value.items()}
+        if isinstance(lost := self.labels.get(str(value.get("name"))), set) and isinstance(value.get("labels"), list):
+            found["labels"] = [label for label in value["labels"] if label not in lost] or None
+        return found
+
+
+def renewed(run: FinishedRun, made: Plan, gone: Gone) -> Renewed:
+    """Folders are numbered as if what goes had never been there, and labels are those of the rows that stay."""
+    listed = {task["name"]: task for task in run.config["stream"].get("tasks") or []}
+    paths: dict[str, str] = {}
+    labels: dict[str, set[str]] = {}
+    for number, name in enumerate(made.kept(list(run.info["tasks"])), start=1):
+        path = listed.get(name, {}).get("path") or ""
+        if found := re.fullmatch(r"(\{run\}/data/)\d\d+(-.*)", path):
+            paths[path] = f"{found[1]}{number:02d}{found[2]}"
+        if name in gone and (folder := own_folder(run, listed[name])) is not None:
+            went, left = set[str](), set[str]()
+            for file in folder.glob("*.jsonl"):
+                places = set(gone[name].get(file.name, ()))
+                for n, row in enumerate(read_jsonl(file)):
+                    (went if n in places else left).update(_texts(row))
+            labels[name] = went - left
+    return Renewed(paths, labels)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a row."""
+    if isinstance(value, str):
+        yield value.strip()
+    for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(below)
+
+
+def copy_data(run: FinishedRun, root: Path, removed: Sequence[str], gone: Gone, changes: Renewed) -> None:
     """Copy what the run keeps of its data, without the tasks and the rows that go, and its own general samples."""
     if (general := run.path / "general").is_dir():
         for own in sorted(entry for entry in general.iterdir() if entry.is_dir()):
@@ -32,7 +86,7 @@ def copy_data(run: FinishedRun, root: Path, removed: Sequence[str], gone: Gone) 
         folder = own_folder(run, task)
         if folder is None or task["name"] in removed or not folder.is_dir():
             continue
-        target = root / folder.relative_to(run.path)
+        target = root / changes.paths.get(task["path"], task["path"]).removeprefix(f"{RUN}/")
         for file in sorted(folder.iterdir()):
             places = set(gone.get(task["name"], {}).get(file.name, ()))
             if places:
@@ -41,18 +95,18 @@ def copy_data(run: FinishedRun, root: Path, removed: Sequence[str], gone: Gone) 
                 _link(file, target / file.name)
         note(root, target, folder_facts(target))
     if (run.path / "learn.json").exists():
-        _copy_learned(run, root, removed, gone)
+        _copy_learned(run, root, removed, gone, changes)
 
 
 def own_folder(run: FinishedRun, task: Mapping[str, Any]) -> Path | None:
     """Where the rows of a task lie, if that is in the run's directory."""
     path = task.get("path") or ""
-    return run.path / path.removeprefix("{run}/") if path.startswith("{run}/") else None
+    return run.path / path.removeprefix(f"{RUN}/") if path.startswith(f"{RUN}/") else None
 
 
-def _copy_learned(run: FinishedRun, root: Path, removed: Sequence[str], gone: Gone) -> None:
+def _copy_learned(run: FinishedRun, root: Path, removed: Sequence[str], gone: Gone, changes: Renewed) -> None:
     """What learn keeps of the tasks, and the hashes of their rows."""
-    state = read_json(run.path / "learn.json")
+    state = changes.of(read_json(run.path / "learn.json"))
     state["tasks"] = [task for task in state["tasks"] if task["name"] not in removed]
     for task in state["tasks"]:
         for side in ("train", "test"):
@@ -78,7 +132,8 @@ def copy_stages(run: FinishedRun, root: Path, made: Plan, measured: Mapping[str,
         measured: the tasks with their test rows as they are now, by name.
         changed: the tasks whose rows are others now; responses to other test rows are not kept.
     """
-    kept = made.kept(run.tasks)
+    names = list(run.info["tasks"])
+    kept = made.kept(names)
     for number, folder in run.folders.items():
         if number >= made.first and number:
             continue
@@ -91,7 +146,7 @@ def copy_stages(run: FinishedRun, root: Path, made: Plan, measured: Mapping[str,
         files = [(folder / name, target / name) for name in ("stage.json", "evaluation.json")]
         files += [(file, target / "responses" / "general" / file.name) for file in folder.glob("responses/general/*")]
         for task in kept:
-            responses = folder / "responses" / f"{file_name(task, run.tasks)}.jsonl"
+            responses = folder / "responses" / f"{file_name(task, names)}.jsonl"
             if responses.exists() and (task not in changed or _same_rows(responses, measured[task])):
                 files.append((responses, target / "responses" / f"{file_name(task, kept)}.jsonl"))
         for file, place in files:

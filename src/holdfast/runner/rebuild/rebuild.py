@@ -23,12 +23,12 @@ from holdfast.records.stages import complete_stages
 from holdfast.records.trust import require_trust
 from holdfast.runner.data import load_data
 from holdfast.runner.loop import run as go_on
-from holdfast.runner.rebuild.build import Gone, copy_data, copy_stages, own_folder, with_output
+from holdfast.runner.rebuild.build import Gone, copy_data, copy_stages, own_folder, renewed, with_output
 from holdfast.runner.rebuild.plan import Plan, plan, record_before
 from holdfast.runner.rebuild.rows import all_said, matching, said_by, said_in
 from holdfast.runner.rebuild.swap import STATE, exchange, recover, sibling
 from holdfast.runner.reload import find_base
-from holdfast.runner.setup import prepare, resolve
+from holdfast.runner.setup import Setup, prepare, resolve
 from holdfast.system.files import json_file, whole_folder, write_json
 from holdfast.system.files import read_json as read_plain_json
 from holdfast.system.manifest import write_noted
@@ -80,10 +80,11 @@ def rebuild(
         tasks = [without] if isinstance(without, str) else list(without or [])
         ask = Ask(read_run(path), tasks, None if without_rows is None else Path(without_rows), trust)
         state = ask.begun(progress) or ask.begin(progress)
-        for step in state["steps"]:
-            if len(step["tasks"]) >= len(read_json(sibling(path) / "run.json")["tasks"]):
-                go_on(RunConfig.model_validate(step["config"]), progress)
-        _finish(path, state)
+        if not state["finished"]:
+            for step in state["steps"]:
+                if len(step["tasks"]) >= len(read_json(sibling(path) / "run.json")["tasks"]):
+                    go_on(RunConfig.model_validate(step["config"]), progress)
+            _finish(path, state)
         exchange(path)
     progress.line(f"{path}: is made again, and in its place")
     return read_json(path / "matrix.json")
@@ -99,7 +100,7 @@ class Ask:
     trust: bool
 
     def __post_init__(self) -> None:
-        known = self.run.tasks
+        known = self.names = list(self.run.info["tasks"])  # of matrix.json, an appended one may lack still
         for task in self.tasks:
             if task not in known:
                 raise ConfigError(f"--without: {self.run.path} has no task {task!r}{did_you_mean(task, known)}")
@@ -135,43 +136,45 @@ class Ask:
     def begin(self, progress: Progress) -> dict[str, Any]:
         """Make the sibling, as the run stood before the first stage that is made again."""
         run, path = self.run, self.run.path
+        if (path / "learn.json").exists() and not read_json(path / "learn.json")["memory"]:
+            raise ConfigError(
+                f"{path}: keeps no rows (--memory none), so nothing can be learned again; `holdfast rollback` goes "
+                "back, and `holdfast learn` into a new directory learns what is left"
+            )
         require_trust(path, load_config(run.config), self.trust, measures=True)
         model = _model(run)
         gone, touched = self._rows(model) if self.file is not None else ({}, [])
-        first = min(1 if run.joint else run.tasks.index(task) + 1 for task in self.tasks or touched)
+        first = min(1 if run.joint else self.names.index(task) + 1 for task in self.tasks or touched)
         done = complete_stages(run)
         made = plan(run.info, done, without=self.tasks, first=first, joint=run.joint)
         note: dict[str, Any] = {"tasks": self.tasks} if self.tasks else {"rows_of": touched}
         note |= {"undone": made.undone} if made.undone else {}
-        again = [t for t in done if t >= first and (run.joint or run.tasks[t - 1] not in made.removed)]
+        again = [t for t in done if t >= first and (run.joint or self.names[t - 1] not in made.removed)]
         _tell(run, made, [run.folders[t].name.partition("-")[2] for t in again], progress)
+        changes = renewed(run, made, gone)
+        configs = [changes.of(step["config"]) for step in made.configs]
         with whole_folder(sibling(path)) as partial:
-            copy_data(run, partial, made.removed, gone)
-            self._copy_run(partial, made, touched, model)
-            steps = [
-                step | {"config": with_output(step["config"], sibling(path), model).model_dump(mode="json")}
-                for step in made.configs
-            ]
-            state = {"ask": self.identity, "of": self.of, "note": note, "steps": steps}
+            copy_data(run, partial, made.removed, gone, changes)
+            setup = self._copy_stages(partial, made, touched, [with_output(c, partial, model) for c in configs])
+            there = [with_output(config, sibling(path), model).model_dump(mode="json") for config in configs]
+            record = changes.of(record_before(run.info, made)) | setup.facts() | {"config": there[0]}
+            write_noted(partial, partial / "run.json", json_file(record))
+            steps = [step | {"config": config} for step, config in zip(made.configs, there, strict=True)]
+            state = {"ask": self.identity, "of": self.of, "note": note, "steps": steps, "finished": False}
             write_json(partial / STATE, state)
         return state
 
-    def _copy_run(self, root: Path, made: Plan, touched: Sequence[str], model: str) -> None:
-        """Copy the stages that are kept, and write run.json."""
-        run, target = self.run, sibling(self.run.path)
-        data = load_data(with_output(made.configs[-1]["config"], root, model))
-        changed = _changed(run, data.stream.tasks)
+    def _copy_stages(self, root: Path, made: Plan, touched: Sequence[str], configs: Sequence[RunConfig]) -> Setup:
+        """Copy the stages that are kept; returns how the run stood before the first that is made again."""
+        data = load_data(configs[-1])
+        changed = _changed(self.run, data.stream.tasks)
         if others := [name for name in changed if name not in touched]:
             raise RunDirectoryError(
-                f"{run.path}: the data of {', '.join(others)} changed since this run learned them; put them back as "
-                "they were"
+                f"{self.run.path}: the data of {', '.join(others)} changed since this run learned them; put them back "
+                "as they were"
             )
-        by_name = {task.name: task for task in data.stream.tasks}
-        copy_stages(run, root, made, by_name, changed)
-        setup = prepare(resolve(with_output(made.configs[0]["config"], root, model)))
-        record = record_before(run.info, made) | setup.facts()
-        record["config"] = with_output(made.configs[0]["config"], target, model).model_dump(mode="json")
-        write_noted(root, root / "run.json", json_file(record))
+        copy_stages(self.run, root, made, {task.name: task for task in data.stream.tasks}, changed)
+        return prepare(resolve(configs[0]))
 
     def _rows(self, model: str) -> tuple[Gone, list[str]]:
         """The places of the rows that go, and all tasks whose rows are others than the run learned.
@@ -204,7 +207,7 @@ class Ask:
                 f"--without-rows: these rows stand in files of yours, outside {run.path}:{listed}{more}\n"
                 "take them out there, and give the same command again"
             )
-        touched = [name for name in run.tasks if name in gone or name in _changed(run, data.stream.tasks)]
+        touched = [name for name in self.names if name in gone or name in _changed(run, data.stream.tasks)]
         if not touched:
             raise ConfigError(f"--without-rows: no task of {run.path} holds any row of {self.file}")
         return gone, touched
@@ -259,3 +262,4 @@ def _finish(path: Path, state: Mapping[str, Any]) -> None:
         record["rebuilt"] = [*old.get("rebuilt", []), dict(state["note"]) | {"at": at}]
         directory.write()
         write_report([made], made / "report.html")
+        write_json(made / STATE, dict(state) | {"finished": True})
