@@ -22,7 +22,7 @@ from holdfast.data.encode import Encoder
 from holdfast.deploy.export import export
 from holdfast.errors import ConfigError, GateFailed
 from holdfast.metrics.summary import summarize
-from holdfast.records.gate import Check, Increase, failed, judge
+from holdfast.records.gate import Check, Increase, failed, judge, judge_directory
 from holdfast.records.read import read_run
 from holdfast.report.verdict import as_junit, as_markdown, as_text
 from holdfast.runner import setup
@@ -139,6 +139,11 @@ def test_a_run_that_learned_nothing_fails_whatever_its_limits(tmp_path):
     nothing, forgetting = judged("unlearned")
     assert (nothing.figure, nothing.value, nothing.limit) == ("tasks learned", 0, 1) and not nothing.passed
     assert forgetting.passed, "this limit alone would have let the run pass"
+    assert forgetting.verdict == f"passed; not learned, so forgetting says nothing of {', '.join(TASKS[:-1])}"
+    title, checks = judge_directory(tmp_path / "unlearned", {}, None)
+    assert "unlearned" in title and [check.key for check in checks] == ["min_tasks_learned"]
+    with pytest.raises(ConfigError, match="its configuration has no gate"):
+        judge_directory(tmp_path / "sequential", {}, None)
 
 
 def test_a_stages_own_task_must_rise_by_the_limit(made):

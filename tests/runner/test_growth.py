@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from holdfast import run
+from holdfast import load_config, run
 from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.records.growth import Past
+from holdfast.records.read import read_run
+from holdfast.report.text import lacking
+from holdfast.runner.setup import prepare, resolve
+from holdfast.sweep.plan import is_done
 from holdfast.system.files import read_json
 from holdfast.system.progress import Progress
-from support.resumed import results, tensors
+from support.command import holdfast
+from support.resumed import finish, results, start, tensors
 from support.tiny import tiny_config
 
 QUIET = Progress(quiet=True)
@@ -122,6 +132,9 @@ def test_settings_of_training_may_differ_for_new_stages_and_only_for_these(short
     stages = read_json(short / "run" / "run.json")["stages"]
     assert [s["config"]["training"]["epochs"] for s in stages] == [2, 2, 1]
     assert [s["config"]["training"]["learning_rate"] for s in stages] == [3e-2, 3e-2, 1e-3]
+    grown = read_run(short / "run")
+    assert grown.setting("training.learning_rate") == [3e-2, 3e-2, 1e-3] and grown.setting("training.batch_size") == 8
+    assert "<code>training.learning_rate: 0.001</code>" in (short / "run" / "report.html").read_text()
     assert [read_json(p)["steps"] for p in sorted(short.glob("run/stages/*/stage.json"))] == [6, 6, 3]
 
 
@@ -141,3 +154,75 @@ def test_what_is_no_growth_is_refused_with_the_difference(short):
     rows = short / "tasks" / "red" / "train.json"
     rows.write_text(rows.read_text().replace("red", "rod", 1))
     refused(short, r"the data of task 'red': \w+ -> \w+", TASKS)
+
+
+def test_killed_at_any_point_it_ends_with_the_same_numbers(folder, tmp_path):
+    """Before the appended task is measured, amid its stage, after its weights, and amid the backfill."""
+    shutil.copytree(folder / "short", tmp_path / "broken")
+    file = tmp_path / "broken.json"
+    file.write_text(json.dumps(configuration(folder, "", TASKS) | {"output": str(tmp_path / "broken")}))
+    points = [("response", 1), ("step", 5), ("weights", 1), ("response", 1, "backfill"), ("answers", 1, "backfill")]
+    for point in points:
+        assert finish(start(file, *point)) == -signal.SIGKILL, f"{point} was never reached"
+    assert finish(start(file, "backfill")) == 0
+    assert results(tmp_path / "broken") == results(folder / "whole")
+    record = read_json(tmp_path / "broken" / "run.json")
+    assert len(record["grown"]) == 1 and [s["task"] for s in record["stages"]] == TASKS and record["finished"]
+
+
+def test_a_frozen_model_is_measured_on_appended_tasks_and_joint_training_has_none(short):
+    config = configuration(short, "frozen", TASKS[:2], method="frozen")
+    run(config, QUIET)
+    config["stream"]["order"] = TASKS
+    scores = run(config, QUIET)["scores"]
+    assert scores == [scores[0]] * 4 and None not in scores[0]
+    run(configuration(short, "joint", TASKS[:2], method="joint"), QUIET)
+    with pytest.raises(RunDirectoryError, match="'joint' learned all tasks in one stage"):
+        run(configuration(short, "joint", TASKS, method="joint"), QUIET)
+
+
+def test_plans_over_all_stages_are_those_of_the_tasks_that_the_run_began_with(folder):
+    def steps(tasks: list[str], past: Past) -> int:
+        config = configuration(folder, "adalora", tasks, tuner="adalora", method="sequential")
+        return prepare(resolve(load_config(config)), past=past).tuner.options.total_step
+
+    assert steps(TASKS, Past(planned=2)) == steps(TASKS[:2], Past()) == 12
+    assert steps(TASKS, Past()) == 18
+    merge = {"method": {"name": "seq_lora_merge", "weights": [0.5, 0.5]}, "tuner": "lora"}
+    with pytest.raises(ConfigError, match="weights has 2 entries, but there are 3 stages"):
+        prepare(resolve(load_config(configuration(folder, "merge", TASKS, **merge))), past=Past(planned=2))
+
+
+def test_check_says_what_is_new_and_a_sweep_does_it(folder, capsys):
+    file = folder / "short.json"
+    file.write_text(json.dumps(configuration(folder, "short", TASKS)))
+    assert holdfast("check", file) == 0
+    shown = capsys.readouterr().out
+    assert "the run goes on with appended tasks: blue" in shown
+    assert [line.endswith(", done") for line in shown.splitlines() if line.startswith("stage ")] == [True, True, False]
+    assert not is_done(load_config(file), folder / "short")
+    assert is_done(load_config(configuration(folder, "short", TASKS[:2])), folder / "short")
+
+
+def test_the_page_and_the_terminal_say_why_a_figure_is_null(folder):
+    grown = read_run(folder / "grown")
+    assert [line.partition(" ")[0] for line in lacking(grown)] == ["forward_transfer"]
+    page = (folder / "grown" / "report.html").read_text()
+    assert grown.matrix["missing"]["forward_transfer"] in page
+    assert lacking(read_run(folder / "whole")) == []
+
+
+@pytest.mark.slow
+def test_adalora_learns_an_appended_task_at_its_final_budget(folder):
+    tuner = {"name": "adalora", "init_r": 4, "target_r": 2, "lora_dropout": 0.0}
+    for tasks in (TASKS[:2], TASKS):
+        run(configuration(folder, "adalora", tasks, tuner=tuner, method="sequential"), QUIET)
+    left, changed = [], []
+    for path in sorted(folder.glob("adalora/stages/*/adapter")):
+        weights = load_file(path / "adapter_model.safetensors")
+        values = [w for name, w in weights.items() if "lora_E" in name]
+        left.append(sum(int((w != 0).sum()) for w in values) / len(values))
+        changed.append(torch.cat(values))
+        assert read_json(path / "adapter_config.json")["total_step"] == 12
+    assert left[1] == left[2] == 2
+    assert not torch.equal(changed[1], changed[2]), "the third stage trains"

@@ -1,6 +1,6 @@
 """Runs a configuration and kills its own process with SIGKILL at a given point; the tests of resuming start it.
 
-usage: python killed.py CONFIG.json [POINT COUNT]: die when POINT is reached for the COUNT-th time.
+usage: python killed.py CONFIG.json [POINT COUNT] [backfill]: die when POINT is reached for the COUNT-th time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def die_at(point: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        die_at(sys.argv[2], int(sys.argv[3]))
+    path, *point = sys.argv[1:]
+    backfill = point[-1:] == ["backfill"]
+    if len(point) > 1:
+        die_at(point[0], int(point[1]))
     torch.set_num_threads(1)
-    holdfast.runner.loop.run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Progress(quiet=True))
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    holdfast.runner.loop.run(config, Progress(quiet=True), backfill=backfill)

@@ -111,6 +111,25 @@ def test_it_contributes(name, trained, folder, monkeypatch):
     assert changed or (case(name).at_test and responses(runs[0]) != responses(runs[1]))
 
 
+GROWN = [n if n in ("kl_pre", "o_lora") else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED]
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_an_appended_task_is_learned_as_if_it_had_been_there_from_the_start(name, trained, folder):
+    options, tuner, grown = case(name).options, tuner_of(name), folder / f"grown-{name}"
+    whole = trained(name, options, tuner)
+    config = configuration(folder, grown, name, options, tuner, 0, {})
+    for tasks in (["red"], ["red", "green"]):
+        config["stream"]["order"] = tasks
+        holdfast.runner.loop.run(config, Progress(quiet=True))
+    for path in sorted(whole.glob("stages/*/*/*")):
+        other = grown / path.relative_to(whole)
+        if path.suffix == ".safetensors":
+            assert same(load_file(path), load_file(other)), path
+        elif path.parent.name == "method" or path.parent.parent.name == "02-green":
+            assert path.read_text() == other.read_text(), path
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_is_neutral_at_zero(name, trained):
     """With strength 0 the weights are those of `sequential`, bit for bit."""

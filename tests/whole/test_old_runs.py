@@ -19,6 +19,7 @@ from support.command import holdfast
 from support.json_files import json_below
 from support.paths import GOLDEN
 from support.served import Server
+from support.tiny import write_tasks
 
 pytest.importorskip("starlette", reason="needs the extra [serve]")
 
@@ -93,6 +94,19 @@ def test_a_finished_run_trains_nothing(place):
     assert holdfast("run", "config.yaml") == 0
     assert files(place / "run" / "stages") == stages
     assert_holds(read_json(place / "run" / "matrix.json"), matrix, exact=True)
+
+
+@pytest.mark.parametrize("place", [UNFINISHED, FINISHED], indirect=True)
+def test_it_grows(place):
+    before, known = files(place / "run" / "stages" / "01-red"), read_json(place / "run" / "run.json")["tasks"]
+    write_tasks(place / "tasks", ("pink",))
+    assert holdfast("run", "config.yaml", f"stream.order=[{', '.join([*known, 'pink'])}]") == 0
+    assert files(place / "run" / "stages" / "01-red") == before
+    record, matrix = (read_json(place / "run" / name) for name in ("run.json", "matrix.json"))
+    assert [stage["task"] for stage in record["stages"]] == matrix["tasks"] == [*known, "pink"]
+    assert record["stages"][0]["started"] is None and record["stages"][0]["versions"]["holdfast"] == "0.1.0"
+    assert [row[-1] is None for row in matrix["scores"]] == [True, True, *[False] * (len(known))]
+    assert matrix["by_task"]["learned"][-1] is not None and matrix["by_task"]["forward_transfer"][-1] is None
 
 
 @pytest.mark.parametrize(("place", "stage"), [(UNFINISHED, 2), (FINISHED, 2)], indirect=["place"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-9
 """A figure may be beyond its limit by this much: in floating point, 0.9 - 0.85 is a little more than 0.05."""
+
+NOT_LEARNED = "not learned, so forgetting says nothing"
+"""What a reader must know of a task whose own stage did not raise its score beyond its interval."""
 
 Action = Literal["stop", "rollback", "continue"]
 DONE: dict[Action, str] = {"stop": "the run stopped", "rollback": "rolled back", "continue": "the run went on"}
@@ -57,6 +60,7 @@ class Check:
         value: None if a score that it needs is missing.
         limit: in the unit of ``value``.
         interval: 95 %, over test examples; None if it is not known.
+        note: what a reader of the figure must know.
     """
 
     key: str
@@ -64,6 +68,7 @@ class Check:
     value: float | None
     limit: float
     interval: list[float] | None = None
+    note: str = ""
 
     @property
     def beyond(self) -> float | None:
@@ -86,10 +91,12 @@ class Check:
     def verdict(self) -> str:
         """The outcome in words."""
         if self.value is None:
-            return "not measured"
-        if self.passed:
-            return "passed"
-        return "failed" if self.sure or self.interval is None else "failed; the limit lies in the interval"
+            outcome = "not measured"
+        elif self.passed:
+            outcome = "passed"
+        else:
+            outcome = "failed" if self.sure or self.interval is None else "failed; the limit lies in the interval"
+        return f"{outcome}; {self.note}" if self.note else outcome
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,7 @@ class _Figures:
     def max_forgetting(self, limit: float) -> list[Check]:
         if self.run.joint or len(self.tasks) < 2:
             return []
-        return [self._of_summary("max_forgetting", "forgetting", limit)]
+        return [replace(self._of_summary("max_forgetting", "forgetting", limit), note=self._note(self.tasks[:-1]))]
 
     def max_task_forgetting(self, limit: float) -> list[Check]:
         if self.run.joint:
@@ -182,9 +189,14 @@ class _Figures:
             )
             ends = by_figure["forgetting"][:-1]
         return [
-            Check("max_task_forgetting", f"forgetting of {task}", value, limit, interval)
+            Check("max_task_forgetting", f"forgetting of {task}", value, limit, interval, self._note([task]))
             for task, value, interval in zip(self.tasks[:-1], values, ends, strict=True)
         ]
+
+    def _note(self, tasks: Sequence[str]) -> str:
+        """What the forgetting of tasks says, where some of them were not learned."""
+        missing = [task for task in tasks if not self.run.learned.get(task, True)]
+        return f"{NOT_LEARNED} of {', '.join(missing)}" if missing else ""
 
     def min_average(self, limit: float) -> list[Check]:
         return [self._of_summary("min_average", "average", limit)]
@@ -203,7 +215,7 @@ class _Figures:
     def min_learned(self, limit: float) -> list[Check]:
         checks = []
         for j in range(len(self.tasks)) if self.run.joint else [len(self.tasks) - 1]:
-            gain, interval = self.run.gain(j)
+            gain, interval = self.run.gains[j]
             checks.append(Check("min_learned", f"rise of {self.tasks[j]} in its own stage", gain, limit, interval))
         return checks
 
@@ -274,12 +286,15 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tu
 
     Raises:
         RunDirectoryError: there is no run, or none that was evaluated.
-        ConfigError: there are no limits, one of them cannot be used, or the stage was not evaluated.
+        ConfigError: there are no limits although something was learned, one of them cannot be used, or the stage was
+            not evaluated.
     """
     from holdfast.records.read import read_run
 
     run = read_run(path)
     limits = limits or run.config.get("gate") or {}
+    if not limits and (checks := _nothing_learned(run, run.tasks)):
+        return f"{path} ({run.method})", checks
     if not limits:
         raise ConfigError(f"{path}: its configuration has no gate; give a limit, for example --max-forgetting 0.05")
     gate = validate(GateConfig, limits, str(path))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.config.describe import Difference, differences
+from holdfast.config.describe import Difference, differences, flat
+from holdfast.config.reading import validate
 from holdfast.config.section import Section
 from holdfast.config.training import TrainingConfig
 from holdfast.records.shapes import read_json
@@ -36,12 +37,13 @@ class Past:
         """Read it from a run's directory and its run.json, which may be empty."""
         if not record:
             return cls()
-        new = not_begun(path, record)
+        where = f"{path / 'run.json'}: stages: config.training"
+        new, appended = not_begun(path, record), [t for growth in record.get("grown", []) for t in growth["tasks"]]
         stages = [stage for stage in recorded_stages(path, record) if stage["task"] not in new]
         return cls(
-            {stage["stage"]: TrainingConfig.model_validate(stage["config"]["training"]) for stage in stages},
+            {stage["stage"]: validate(TrainingConfig, stage["config"]["training"], where) for stage in stages},
             frozenset(t for t in range(1, len(record["tasks"]) + 1) if _has(path, t, "stage.json")),
-            len(record["tasks"]) - sum(len(growth["tasks"]) for growth in record.get("grown", [])),
+            len([task for task in record["tasks"] if task not in appended]),
         )
 
 
@@ -49,7 +51,7 @@ def not_begun(path: Path, record: Mapping[str, Any]) -> list[str]:
     """The tasks that were appended last, as far as their stages have not begun."""
     latest = record["grown"][-1]["tasks"] if record.get("grown") else []
     numbers = {name: t for t, name in enumerate(record["tasks"], start=1)}
-    return [name for name in latest if not any(_has(path, numbers[name], file) for file in BEGUN)]
+    return [name for name in latest if name in numbers and not any(_has(path, numbers[name], file) for file in BEGUN)]
 
 
 def not_finished(path: Path, record: Mapping[str, Any]) -> list[str]:
@@ -90,6 +92,16 @@ def recorded_stages(path: Path, record: Mapping[str, Any]) -> list[dict[str, Any
             }
         )
     return sorted(stages, key=lambda stage: stage["stage"])
+
+
+def stage_settings(path: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings of training of each stage that began, with the epochs of that stage alone, by dotted keys."""
+    found = []
+    for stage in recorded_stages(path, record):
+        settings = flat({"training": stage["config"]["training"]})
+        epochs = settings["training.epochs"]
+        found.append(settings | {"training.epochs": epochs[stage["stage"] - 1] if isinstance(epochs, list) else epochs})
+    return found
 
 
 def unexplained(record: Mapping[str, Any], config: Section) -> list[str]:

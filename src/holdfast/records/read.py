@@ -19,6 +19,7 @@ from holdfast.errors import RunDirectoryError
 from holdfast.metrics.intervals import paired_difference
 from holdfast.metrics.matrix import Total
 from holdfast.records.directory import current_stage, file_name
+from holdfast.records.growth import stage_settings
 from holdfast.records.shapes import check_matrix, read_appended, read_json, read_jsonl
 from holdfast.scoring.score import scorer
 
@@ -101,6 +102,16 @@ class FinishedRun:
         seconds = self.info.get("seconds")
         return sum(seconds.values()) / 60 if seconds else None
 
+    @cached_property
+    def stage_settings(self) -> list[dict[str, Any]]:
+        """The settings of training of each stage that began, by dotted keys; of a run in which none did, its own."""
+        return stage_settings(self.path, self.info) or [flat({"training": self.config["training"]})]
+
+    def setting(self, key: str) -> Any:
+        """A setting of training, by its dotted key; the list of its values by stage, where these differ."""
+        values = [settings.get(key) for settings in self.stage_settings]
+        return values[0] if all(value == values[0] for value in values) else values
+
     def figure(self, key: str) -> float | None:
         """A figure of matrix.json or a cost of run.json, by its key; None if it is not known."""
         if key == "minutes":
@@ -139,11 +150,15 @@ class FinishedRun:
             means.append(sum(scores) / len(scores) if scores and len(scores) == len(seen) else None)
         return means
 
-    def gain(self, j: int) -> tuple[float | None, list[float] | None]:
-        """What task j gained in its own stage, positive is better, and its 95 % interval over test examples.
+    @cached_property
+    def gains(self) -> list[tuple[float | None, list[float] | None]]:
+        """What each task gained in its own stage, positive is better, and its 95 % interval over test examples.
 
         Either is None where the scores or the answers that it needs are missing.
         """
+        return [self._gain(j) for j in range(len(self.tasks))]
+
+    def _gain(self, j: int) -> tuple[float | None, list[float] | None]:
         before, after = 0 if self.joint else self.own_stage(j) - 1, self.own_stage(j)
         first, second = self.scores[before][j], self.scores[after][j]
         if first is None or second is None:
@@ -163,7 +178,7 @@ class FinishedRun:
         Tasks that were not measured before and after their stage are left out, and so are all of a run that trains
         nothing. Where the answers were not kept, any rise counts.
         """
-        gains = {} if self.untrained else {task: self.gain(j) for j, task in enumerate(self.tasks)}
+        gains = {} if self.untrained else dict(zip(self.tasks, self.gains, strict=True))
         return {task: (ends[0] if ends else gain) > 0 for task, (gain, ends) in gains.items() if gain is not None}
 
     @property

@@ -105,10 +105,20 @@ class _Change(TypedDict):
 
 
 @with_config(AS_WRITTEN)
+class _Training(TypedDict):
+    epochs: float | list[float]
+
+
+@with_config(AS_WRITTEN)
+class _StageConfig(TypedDict):
+    training: _Training
+
+
+@with_config(AS_WRITTEN)
 class _Stage(TypedDict):
     stage: int
     task: str
-    config: _Config
+    config: _StageConfig
     fingerprint: str
     versions: dict[str, str]
     started: str | None
@@ -311,6 +321,10 @@ def check_matrix(path: Path, record: dict[str, Any], matrix: dict[str, Any]) -> 
     for name, where in ((name, where) for where in (matrix["metrics"], record["tasks"]) for name in tasks):
         if name not in where:
             raise _damaged(file, f"task {name!r} is not in metrics, or not in run.json")
+    for stage in record.get("stages", []):
+        epochs = stage["config"]["training"]["epochs"]
+        if isinstance(epochs, list) and not 0 < stage["stage"] <= len(epochs):
+            raise _damaged(path / "run.json", f"stages: there are no epochs of stage {stage['stage']}")
     for decision in record.get("gate", []):
         if not 0 <= decision["current"] <= decision["stage"] < rows:
             raise _damaged(

@@ -78,7 +78,8 @@ def grouped(runs: Sequence[FinishedRun]) -> list[Group]:
     for run in runs:
         data = [task["fingerprint"] for task in run.info["tasks"].values()]
         config = {k: v for k, v in settings(run).items() if k not in unimportant}
-        key = json.dumps([config, data], sort_keys=True)
+        by_stage = {k: v for k in run.stage_settings[0] if isinstance(v := run.setting(k), list)}
+        key = json.dumps([config, data, by_stage], sort_keys=True)
         if run.info["seed"] in (other.info["seed"] for other in groups.get(key, [])):
             key += str(run.path)
         groups.setdefault(key, []).append(run)
@@ -215,9 +216,11 @@ def _budget(run: FinishedRun) -> dict[str, Any]:
     """Rows in an optimizer step, and how many steps or epochs there are; nothing for a run that trains nothing."""
     if run.untrained:
         return {}
-    config = settings(run)
-    length = "training.epochs" if config["training.max_steps"] is None else "training.max_steps"
-    return {"training.batch_size": config["training.batch_size"], "length of a stage": {length: config[length]}}
+    length = "training.epochs" if run.setting("training.max_steps") is None else "training.max_steps"
+    return {
+        "training.batch_size": run.setting("training.batch_size"),
+        "length of a stage": {length: run.setting(length)},
+    }
 
 
 def _metrics(run: FinishedRun) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from holdfast.config.describe import flat
 from holdfast.metrics.matrix import LOWER_IS_BETTER, scale_of
+from holdfast.records.growth import recorded_stages
 from holdfast.records.read import FinishedRun, changes, read_runs
 from holdfast.report import plots
 from holdfast.report.compare import compare
@@ -115,7 +116,11 @@ class _Page:
             "run": run,
             "headline": _headline(run),
             "summary": [
-                {"value": run.matrix["summary"].get(figure.key), "ends": run.matrix["intervals"].get(figure.key)}
+                {
+                    "value": run.matrix["summary"].get(figure.key),
+                    "ends": run.matrix["intervals"].get(figure.key),
+                    "missing": run.matrix.get("missing", {}).get(figure.key),
+                }
                 | _figure(figure, run)
                 for figure in FIGURES
                 if figure.key in run.matrix["summary"]
@@ -158,6 +163,7 @@ class _Page:
             "losses": self.plot(plots.loss_curves(run), "Loss and its terms over optimizer steps")
             if run.events
             else None,
+            "stages": _stages(run),
             "config": flat({key: value for key, value in run.config.items() if key != "method"}),
             "environment": _environment(run),
         }
@@ -239,6 +245,18 @@ def _comparison_headline(rows: list[dict[str, Any]]) -> list[str]:
         reached = "; ".join(f"{number(row['average'])} ({row['run']})" for row in references)
         sentences.append(f"For reference, the average is {reached}.")
     return sentences
+
+
+def _stages(run: FinishedRun) -> list[dict[str, Any]]:
+    """The stages that began: when, when their tasks were appended, and which settings differ from the first one's."""
+    appended = {task: growth["at"] for growth in run.info.get("grown", []) for task in growth["tasks"]}
+    found = []
+    for stage, settings in zip(recorded_stages(run.path, run.info), run.stage_settings, strict=False):
+        first = run.stage_settings[0]
+        other = {key: value for key, value in settings.items() if value != first.get(key)}
+        facts = {key: stage[key] for key in ("stage", "task", "started", "finished")}
+        found.append(facts | {"appended": appended.get(stage["task"]), "settings": other})
+    return found
 
 
 def _environment(run: FinishedRun) -> dict[str, str]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from holdfast.records.read import FinishedRun
 
 NOT_MEASURED = "not measured"
 
@@ -46,6 +50,12 @@ def learning(learned: Mapping[str, bool]) -> str | None:
     listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     why = "the score did not rise beyond its interval in the task's own stage, so forgetting says nothing of it"
     return f"Not learned: {listed}; {why}."
+
+
+def lacking(run: FinishedRun) -> list[str]:
+    """The figures of a run that lack scores which were never measured, each with the reason."""
+    reasons = run.matrix.get("missing", {})
+    return [f"{key} is null: {reason}." for key, reason in reasons.items() if "came later" in reason]
 
 
 def visible(token: str) -> str:

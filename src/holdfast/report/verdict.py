@@ -38,7 +38,7 @@ def decisions(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     keys = [field.name for field in fields(Check)]
     found = []
     for decision in info.get("gate", []):
-        checks = [Check(**{key: check[key] for key in keys}) for check in decision["checks"]]
+        checks = [Check(**{key: check[key] for key in keys if key in check}) for check in decision["checks"]]
         what = "passed" if decision["passed"] else f"failed: {DONE[decision['action']]}"
         if decision["action"] == "rollback":
             what += f" to stage {decision['current']}" if decision["current"] else " to the model before training"

@@ -97,14 +97,18 @@ def plan_lines(setup: Setup) -> list[str]:
         assert not isinstance(training.epochs, list)
         passes = min(training.epochs, steps * training.batch_size / len(rows))
         seen = round(sum(len(row["input_ids"]) for row in rows) * passes)
-        total += seen
-        lines.append(f"stage {stage.index} {stage.name}: {len(rows)} rows, {steps} steps, {seen:,} tokens")
+        done = stage.index in setup.past.finished
+        total += 0 if done else seen
+        lines.append(
+            f"stage {stage.index} {stage.name}: {len(rows)} rows, {steps} steps, {seen:,} tokens"
+            + (", done" if done else "")
+        )
     if setup.samples is not None:
         lines.append(f"general samples of the stream, for methods that name no others: {setup.samples}")
     if not setup.stages:
         lines.append("no stages: the model stays as it is")
     tests = sum(len(task.test) for task in setup.stream.tasks)
-    times = len(setup.stages) + 1
+    times = len(setup.stages) + 1 - len(setup.past.finished)
     size = model_bytes(setup)
     lines += [
         f"training sees {total:,} tokens of the tasks; methods may add rehearsal rows",
