@@ -154,7 +154,7 @@ def asked(config: Path) -> tuple[FollowingServer, Client]:
                 holdfast.rollback(path, to=stage, progress=QUIET)
             wait(lambda stage=stage: server.serves(stage))
             count = len(client.answers)
-            wait(lambda count=count: len(client.answers) > count + 6)
+            wait(lambda count=count: len(client.answers) > count + 3)
         client.stop()
         server.stop()
     return server, client
@@ -200,6 +200,7 @@ def test_health_and_models_say_which_stage_is_served(server: FollowingServer):
     assert "does not exist here; run does" in json.dumps(server.get("/v1/models/run/01-red"))
 
 
+@pytest.mark.slow
 def test_a_third_model_waits_for_the_last_request_of_the_first(server: FollowingServer):
     held = server.service._enter()
     holdfast.rollback(server.path, to=1, progress=QUIET)

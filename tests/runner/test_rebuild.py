@@ -181,6 +181,7 @@ def test_what_cannot_be_made_again_is_refused(made: Path, capsys: pytest.Capture
         holdfast.rebuild(made, without="red", progress=QUIET)
 
 
+@pytest.mark.slow
 def test_rows_in_files_of_the_user_are_named_and_go_once_they_are_taken_out(tmp_path: Path):
     values = config(tmp_path)
     run(values, QUIET)

@@ -14,6 +14,7 @@ from holdfast.deploy.export import export
 from holdfast.errors import ConfigError, GateFailed, RunDirectoryError
 from holdfast.records.directory import current_stage, learned_stages, open_directory, rolled_back
 from holdfast.records.read import read_run
+from holdfast.records.stages import settled_stage
 from holdfast.runner.loop import run
 from holdfast.runner.reload import find_stage
 from holdfast.system.files import read_json, write_json
@@ -101,6 +102,7 @@ def stopped(folder) -> Path:
     return folder / "stopped"
 
 
+@pytest.mark.slow
 def test_the_next_stage_starts_from_weights_and_memory_of_the_stage_that_is_held(stopped, folder, tmp_path):
     """Stage 3 is that of a run whose stage 2 is not there, whatever the gate would say of it."""
     shutil.copytree(stopped, made := tmp_path / "run")
@@ -117,7 +119,6 @@ def test_the_next_stage_starts_from_weights_and_memory_of_the_stage_that_is_held
     assert set(memory["tasks"]) == set(range(1, 4 - last)), "no row of an undone stage is rehearsed"
 
 
-@pytest.mark.slow
 def test_a_task_that_is_appended_after_a_rollback_is_learned_from_the_stage_that_is_held(folder):
     """As if the undone stage had not been, but for the number of the stage, which its seed follows from."""
     values = config(folder, "grown")
@@ -155,6 +156,21 @@ def test_what_cannot_be_held_is_refused_and_nothing_changes(made, tmp_path, caps
     with pytest.raises(RunDirectoryError, match="is no run's directory"):
         holdfast.rollback(tmp_path / "nowhere", to=0, progress=QUIET)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_stage_is_settled_once_it_is_measured_and_judged(made):
+    """Only then a server that follows the run takes it."""
+    found = read_run(made)
+    assert settled_stage(found) == 3
+    found.info["config"]["gate"] = {"max_forgetting": 1.0}
+    assert settled_stage(found) == 0
+    found.info["gate"] = [{"stage": 1, "current": 1}, {"stage": 2, "current": 1}]
+    assert settled_stage(found) == 1
+    found.info["rollbacks"] = [{"after": 3, "to": 2, "at": ""}]
+    assert settled_stage(found) == 2, "what its user decided needs no verdict"
+    del found.info["config"]["gate"], found.info["gate"], found.info["rollbacks"]
+    (made / "stages" / "03-blue" / "evaluation.json").unlink()
+    assert settled_stage(found) == 2
 
 
 def test_a_record_of_rollbacks_that_cannot_be_is_damage(made):
