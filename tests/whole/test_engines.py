@@ -99,6 +99,14 @@ def optimizer_runs(folder: Path, cases: Iterable[tuple[str, str, str]]) -> Itera
         yield job(follows(first, other, other), of=copy_of(first))
 
 
+def budget(folder: Path, engine: str | None, processes: int) -> Config:
+    """A run whose budget is touched: past and general samples are weighed, and an update is given back in part."""
+    config = config_of(folder, engine, processes, Row("gere_ce", "full"))
+    method = [{"name": "replay", "ratio": 1.0}, config["method"] | {"loss": "kl", "teacher": "start"}]
+    config |= {"output": f"{config['output']}-budget", "method": method}
+    return config | {"keep": {"general": "20%", "tasks": 0.05, "every": 2, "on_fail": "continue"}}
+
+
 FAULTS = ("gradients are not averaged", "gradients are summed", "moments are lost")
 
 
@@ -111,14 +119,42 @@ def selection(folder: Path) -> dict[tuple[Row, str], Apart]:
     """The cells that `make test` looks at; with them run optimizers, and engines with faults."""
     cells = [(Row(*SELECTED[engine].split("-")), engine) for engine in needed(SELECTED)]
     cases = [(o, e, to) for (o, e), to in GOES_ON.items() if len(needed((e, to))) == 2]
-    alone([plain(folder, optimizer, None, 1) for optimizer in OPTIMIZERS])
+    alone([*(plain(folder, optimizer, None, 1) for optimizer in OPTIMIZERS), budget(folder, None, 1)])
     faults = [job(with_fault(folder, fault), **{"break": fault}) for fault in FAULTS]
     faults[2]["of"] = copy_of(plain(folder, "adamw_torch", "fsdp2", 2))
-    return prove(folder, cells, beside=([*optimizer_runs(folder, cases), *faults], ()))
+    return prove(folder, cells, beside=([*optimizer_runs(folder, cases), *faults, job(budget(folder, "ddp", 2))], ()))
 
 
 def test_two_processes_are_where_one_is(selection):
     assert not {cell: found for cell, found in selection.items() if not found.equal}
+
+
+def test_two_processes_keep_a_budget_as_one_does(folder, selection):
+    check_budget(folder, "ddp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_so_does_every_engine(engine, folder):
+    needs(engine)
+    alone([budget(folder, None, 1)])
+    launch([job(budget(folder, engine, 2))], 2, folder)
+    check_budget(folder, engine)
+
+
+def check_budget(folder: Path, engine: str) -> None:
+    one, two = budget(folder, None, 1), budget(folder, engine, 2)
+    assert apart(one, two).equal, apart(one, two)
+    kept = [
+        [json.loads(path.read_text())["keep"] for path in sorted(Path(config["output"]).glob("stages/*/stage.json"))]
+        for config in (one, two)
+    ]
+    for ours, theirs in zip(*kept, strict=True):
+        assert ours["share"] == theirs["share"]
+        for mine, other in zip(ours["constraints"], theirs["constraints"], strict=True):
+            assert mine["lost"] == pytest.approx(other["lost"], rel=0.01, abs=1e-4)
+            assert mine["multiplier"] == pytest.approx(other["multiplier"], rel=0.01, abs=1e-4)
+    assert any(one["multiplier"] for stage in kept[0] for one in stage["constraints"])
 
 
 @pytest.mark.parametrize("fault", FAULTS)

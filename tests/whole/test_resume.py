@@ -34,13 +34,21 @@ CASES = {
         {"method": [{"name": "gere_kl", "path": "GENERAL"}, "lwf", {"name": "der", "capacity": 6}]},
         [("step", 5), ("weights", 1), ("step", 5)],
     ),
+    # multipliers, measurements, samples that are held out, and the weights that a stage began with
+    "keep": (
+        {
+            "method": [{"name": "replay", "ratio": 1.0}, {"name": "gere_ce", "path": "GENERAL"}],
+            "keep": {"general": "5%", "tasks": 0.1, "every": 3, "on_fail": "continue"},
+        },
+        [("step", 6), ("weights", 1), ("step", 9), ("manifest", 3)],
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_every_kind_of_point(case, tmp_path):
     changes, points = CASES[case]
-    (tmp_path / "general.txt").write_text("red and green\nblue is not red\na tide comes\n")
+    (tmp_path / "general.txt").write_text("red and green\nblue is not red\na tide comes\n" * 8)
     changes = json.loads(json.dumps(changes).replace("GENERAL", str(tmp_path / "general.txt")))
     config = tiny_config(tmp_path, **changes)
     whole, broken = (tmp_path / f"{kind}.json" for kind in ("whole", "broken"))

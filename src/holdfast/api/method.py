@@ -96,6 +96,14 @@ class Method(Registered):
         """
         return ()
 
+    def may_be_absent(self, stage: Stage) -> tuple[str, ...]:
+        """Names of declared terms that may never be returned in a whole stage, as nothing was lost that they keep."""
+        return ()
+
+    def watched(self) -> dict[str, float]:
+        """Values of now for every line of the log, by name, beside the terms."""
+        return {}
+
     def extra_rows(self, step: Step) -> Extra | None:
         """Rows that go with this optimizer step."""
         return None

@@ -34,6 +34,7 @@ class Stage:
         folder: a folder for a method's files; it lives as long as the run.
         tokenizer: the model's tokenizer, if the trainer knows it.
         rows_a_step: task rows of a full optimizer step, over all processes.
+        steps: optimizer steps of the stage, about; None if nobody knows.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Stage:
     folder: Path = Path()
     tokenizer: PreTrainedTokenizerBase | None = None
     rows_a_step: int = 1
+    steps: int | None = None
 
     def random(self, purpose: str) -> Random:
         """A generator of random choices that depends on seed, stage and purpose alone."""

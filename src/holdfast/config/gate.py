@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from holdfast.config.section import FREE, Section
 
 
-def _increase(value: float | str | None) -> float | str | None:
+def increase(value: float | str | None) -> float | str | None:
     """A number of nats, or a share as text with a percent sign; the command line gives both as text."""
     if value is None:
         return None
@@ -33,7 +33,7 @@ class GateConfig(Section):
     max_task_forgetting: float | None = Field(
         None, description="forgetting of any single task at most", json_schema_extra=FREE
     )
-    max_general_loss_increase: Annotated[float | str | None, AfterValidator(_increase)] = Field(
+    max_general_loss_increase: Annotated[float | str | None, AfterValidator(increase)] = Field(
         None,
         description="rise of each loss on general text since before training at most: in nats a token, or as a share "
         "of what it was, such as 2%",

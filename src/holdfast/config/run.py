@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from holdfast.config.evaluation import EvaluationConfig
 from holdfast.config.gate import GateConfig
+from holdfast.config.keep import KeepConfig
 from holdfast.config.model import ModelConfig
 from holdfast.config.reading import load
 from holdfast.config.section import FREE, Named, NamedField, Section, Seed, as_named
@@ -50,6 +51,9 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
     gate: GateConfig | None = Field(
         None, description="limits on what may be forgotten, checked after every stage", json_schema_extra=FREE
+    )
+    keep: KeepConfig | None = Field(
+        None, description="what may be lost at most of general ability and of past tasks; training keeps it"
     )
     seed: Seed = Field(0, description="every random choice of the run follows from it")
     output: str = Field(description="the run's directory", json_schema_extra=FREE)

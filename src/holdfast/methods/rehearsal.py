@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from holdfast.models.head import begin_token, context
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
 from holdfast.rehearsal.cache import cached_rows
 from holdfast.rehearsal.head_check import check_head
-from holdfast.rehearsal.memory import Memory
+from holdfast.rehearsal.memory import Memory, Without
 from holdfast.rehearsal.options import RehearsalOptions
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.samples import corpus_rows, general_rows, rows_fingerprint
@@ -52,7 +52,10 @@ class Rehearsal(Method):
         self.buffer: SampleBuffer | None = None  # draws samples while training runs
         self.teacher: HiddenTeacher | StateTeacher | None = None
         self.violations: int | None = None  # of the margin loss in the step at work, where it has several micro-batches
+        self._seed: int | None = None  # of the choice among general samples: that of the first stage, which chose
         self._start: dict[str, Any] = {}  # the key of the start teacher's cache
+        self.multipliers: dict[int, float] | None = None  # of a budget, by constraint; None: there is no budget
+        self.reserve: Callable[[Stage], Sequence[int]] = lambda stage: ()  # places of train rows never rehearsed
 
     @property
     def needs_rows(self) -> bool:
@@ -90,6 +93,11 @@ class Rehearsal(Method):
     def _has_samples(self) -> bool:
         return bool(self.size) or self.options.source == "current" or self.options.drawn
 
+    @property
+    def _multiplier(self) -> float:
+        """The sum of a budget's multipliers, which the terms are multiplied by."""
+        return 1.0 if self.multipliers is None else sum(self.multipliers.values())
+
     def declares(self, stage: Stage) -> tuple[str, ...]:
         if self.options.way == "replace" or not self._has_samples:
             return ()
@@ -100,9 +108,13 @@ class Rehearsal(Method):
         """The distance from the teacher's activations or distribution, which a stage may hardly leave."""
         return () if self.options.loss == "ce" else (self.name,)
 
+    def may_be_absent(self, stage: Stage) -> tuple[str, ...]:
+        """Every term of a method that a budget weighs: a budget that is not touched needs no rehearsal."""
+        return () if self.multipliers is None else self.declares(stage)
+
     def extra_rows(self, step: Step) -> Extra | None:
         options = self.options
-        if self._is_off or not self._has_samples:
+        if self._is_off or not self._has_samples or not self._multiplier:
             return None
         layers = () if options.loss == "ce" else (options.compared_layer,)
         logits = options.loss == "ce" or options.ce_weight > 0 or options.weight == "dynamic"
@@ -112,8 +124,7 @@ class Rehearsal(Method):
         if self.buffer is not None:
             rows, samples = self.buffer.rows(step.index, count)
             return Extra(rows, options.way, samples, layers, logits, per_process=not self.buffer.together)
-        rounds, rest = divmod(count, self.size)
-        samples = [*range(self.size)] * rounds + step.random(self.name).sample(range(self.size), rest)
+        samples = self._choice(step, count)
         extra = Extra([self.rows[i] for i in samples], options.way, samples, layers, logits)
         self.violations = None
         several = step.micro_batches > 1 and options.violations_only and not isinstance(options.weight, str)
@@ -125,6 +136,16 @@ class Rehearsal(Method):
         """Number of samples that go with so many rows of the task."""
         return self.options.count or max(1, round(self.options.ratio * task_rows))
 
+    def _choice(self, step: Step, count: int) -> list[int]:
+        """Numbers of samples; those of a past task come in proportion to its multiplier, if there is a budget."""
+        chance = step.random(self.name)
+        if self.multipliers is not None and self.options.source == "past":
+            tasks = self.memory.tasks
+            weights = [self.multipliers.get(task, 0.0) / tasks.count(task) for task in tasks]
+            return chance.choices(range(self.size), weights, k=count)
+        rounds, rest = divmod(count, self.size)
+        return [*range(self.size)] * rounds + chance.sample(range(self.size), rest)
+
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         rehearsed = step.rehearsed.get(self.name)
         if rehearsed is None:
@@ -132,12 +153,12 @@ class Rehearsal(Method):
         weight, terms = self.options.weight, dict[str, Tensor]()
         if self.options.loss == "ce":
             assert not isinstance(weight, str)
-            return {self.name: weight * rehearsed.share * _mean_nll(rehearsed)}
-        if weight:
+            terms[self.name] = weight * rehearsed.share * _mean_nll(rehearsed)
+        elif weight:
             terms[self.name] = self._against_teacher(rehearsed, step, batch)
         if self.options.ce_weight:
             terms[f"{self.name}/ce"] = self.options.ce_weight * rehearsed.share * _mean_nll(rehearsed)
-        return terms
+        return terms if self.multipliers is None else {name: self._multiplier * t for name, t in terms.items()}
 
     def _against_teacher(self, rehearsed: Rehearsed, step: Step, batch: Batch) -> Tensor:
         """The weighted loss: this micro-batch's part of the mean over the step's entries."""
@@ -161,14 +182,14 @@ class Rehearsal(Method):
 
     def after_stage(self, stage: Stage) -> None:
         if self.options.source == "past":
-            self.memory.add(stage.index, stage.rows, stage.random(self.name))
+            self.memory.add(stage.index, Without(stage.rows, self.reserve(stage)), stage.random(self.name))
         self.teacher = self.buffer = None
 
     def state(self) -> State:
-        return self.memory.state() | {"start": self._start}
+        return self.memory.state() | {"start": self._start, "seed": self._seed}
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self._start = state["start"]
+        self._start, self._seed = state["start"], state.get("seed")
         self.memory.load_state(state)
 
     def _draw(self, stage: Stage) -> None:
@@ -188,6 +209,7 @@ class Rehearsal(Method):
     def _read(self, stage: Stage) -> None:
         """Read the fixed set of samples; one in eleven is held out, if there are at least eleven."""
         options, tokenizer = self.options, self._tokenizer(stage)
+        seed = self._seed = stage.seed if self._seed is None else self._seed
         most = context(stage.model)
         length = min(options.max_tokens, most or options.max_tokens)
         if options.source == "self":
@@ -204,12 +226,12 @@ class Rehearsal(Method):
                 dataset=options.dataset,
                 samples=options.samples + options.samples // 10,
                 max_tokens=length,
-                seed=stage.seed,
+                seed=seed,
             )
             self.size = min(options.samples, len(self.rows) - len(self.rows) // 11)
         self.held_out = list(self.rows[self.size :])
         if isinstance(self.rows, TokenRows) and self._needs_few:
-            few = random.Random(f"{stage.seed}/{self.name}").sample(range(self.size), min(options.samples, self.size))
+            few = random.Random(f"{seed}/{self.name}").sample(range(self.size), min(options.samples, self.size))
             self.rows, self.size = [self.rows[i] for i in sorted(few)], len(few)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -92,6 +92,21 @@ class Memory:
                 self.places.append(place)
             elif (slot := chance.randrange(self.seen)) < self.capacity:
                 self.rows[slot], self.tasks[slot], self.places[slot] = _bare(row), stage, place
+
+
+class Without(Sequence[TokenRow]):
+    """Rows without those in some places; nothing is read before it is asked for."""
+
+    def __init__(self, rows: Sequence[TokenRow], places: Collection[int]):
+        left_out = frozenset(places)
+        self._rows = rows
+        self._places = [place for place in range(len(rows)) if place not in left_out] if left_out else range(len(rows))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._rows[self._places[number]]
 
 
 def _bare(row: TokenRow) -> TokenRow:

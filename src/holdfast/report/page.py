@@ -107,6 +107,13 @@ class _Page:
             ),
         }
 
+    def budget(self, run: FinishedRun) -> list[dict[str, Any]]:
+        """What was lost of each budget, and the multipliers; nothing where the run has no budget."""
+        if not any("keep" in event for event in run.events):
+            return []
+        alts = "What was lost of each budget over optimizer steps", "The multipliers over optimizer steps"
+        return [self.plot(plot, alt) for plot, alt in zip(plots.budget_curves(run), alts, strict=True)]
+
     def run(self, run: FinishedRun) -> dict[str, Any]:
         tasks, general = run.tasks, run.matrix["general"]
         scales = _groups(list(range(len(tasks))), lambda j: scale_of(run.scorers[tasks[j]]))
@@ -164,6 +171,7 @@ class _Page:
             if run.events
             else None,
             "stages": _stages(run),
+            "budget": self.budget(run),
             "config": flat({key: value for key, value in run.config.items() if key != "method"}),
             "environment": _environment(run),
         }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from holdfast.metrics.matrix import LOWER_IS_BETTER
@@ -12,6 +13,8 @@ from holdfast.report.figures import Figure
 from holdfast.report.text import number
 
 Plot = dict[str, Any]
+Value = Callable[[dict[str, Any]], float | None]
+"""What a line of events.jsonl says of something; None where it says nothing."""
 
 POINTS = 500  # of one curve, at most
 LABEL = 20  # characters of a stage's name beside the heat map, at most
@@ -224,18 +227,49 @@ def cost_points(rows: list[dict[str, Any]], figure: Figure, cost: Figure) -> Plo
 
 def loss_curves(run: FinishedRun) -> Plot:
     """The loss and every named term of it over optimizer steps; stages stand side by side."""
+    terms = list(dict.fromkeys(term for event in run.events for term in event["terms"]))
+    values: dict[str, Value] = {"loss": itemgetter("loss")} if len(terms) > 1 else {}
+    return _over_steps(run, values | {f"{term} term": _below("terms", term) for term in terms})
+
+
+def budget_curves(run: FinishedRun) -> list[Plot]:
+    """What was lost of each budget, as a multiple of it, and the multipliers, over optimizer steps.
+
+    ``keep`` of an event has both; there is none before a stage's first measurement.
+    """
+    titles = list(dict.fromkeys(title for event in run.events for title in event.get("keep", {})))
+    lost = _over_steps(
+        run, {f"{t}: lost / budget": _below("keep", t, lambda v: v["lost"] / v["budget"]) for t in titles}
+    )
+    shown = [y for line in lost["data"] for y in line["y"] if y is not None]
+    lost["layout"]["yaxis"] = {"range": [min([-0.1, *shown]), min(max([1.2, *shown]), 4)]}
+    lost["layout"]["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1}]
+    multiplier = itemgetter("multiplier")
+    return [lost, _over_steps(run, {f"{t}: multiplier": _below("keep", t, multiplier) for t in titles})]
+
+
+def _below(key: str, name: str, read: Callable[[Any], float] = float) -> Value:
+    """What an event has below a key under a name, as a number."""
+
+    def value(event: dict[str, Any]) -> float | None:
+        found = event.get(key, {}).get(name)
+        return None if found is None else read(found)
+
+    return value
+
+
+def _over_steps(run: FinishedRun, values: Mapping[str, Value]) -> Plot:
+    """Values of the events, by name, over optimizer steps; stages stand side by side, and the first line is thicker."""
     stages = sorted({event["stage"] for event in run.events})
     length = {stage: max(event["step"] for event in run.events if event["stage"] == stage) for stage in stages}
     start = {stage: sum(length[before] for before in stages if before < stage) for stage in stages}
-    terms = list(dict.fromkeys(term for event in run.events for term in event["terms"]))
     series: list[Plot] = []
-    for name in terms if len(terms) == 1 else ["loss", *terms]:
+    for name, value in values.items():
         x: list[float | None] = []
         y: list[float | None] = []
         where: list[str | None] = []
         for stage in stages:
-            events = [event for event in run.events if event["stage"] == stage]
-            points = [(event, event["loss"] if name == "loss" else event["terms"].get(name)) for event in events]
+            points = [(event, value(event)) for event in run.events if event["stage"] == stage]
             kept = thin([(event, v) for event, v in points if v is not None], POINTS // len(stages) - 1)
             x += [start[stage] + event["step"] for event, _ in kept] + [None]
             y += [v for _, v in kept] + [None]
@@ -243,12 +277,12 @@ def loss_curves(run: FinishedRun) -> Plot:
         series.append(
             {
                 "type": "scatter",
-                "name": _plain(name) if name == "loss" else f"{_plain(name)} term",
+                "name": _plain(name),
                 "x": x,
                 "y": y,
                 "customdata": where,
                 "mode": "lines",
-                "line": {"width": 2.5 if name == "loss" else 1.5, "dash": _dash(len(series))},
+                "line": {"width": 1.5 if series else 2.5, "dash": _dash(len(series))},
                 "hovertemplate": "%{fullData.name} %{y:.4f}<br>%{customdata}<extra></extra>",
             }
         )

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from holdfast.api.task import Task
 from holdfast.config.gate import GateConfig
+from holdfast.config.keep import KeepConfig
 from holdfast.config.run import RunConfig
 from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import check_weights
@@ -116,6 +117,7 @@ def plan_lines(setup: Setup) -> list[str]:
         f"{setup.encoder.truncated} train examples were shortened to max_length"
         + (f", of {setup.encoder.cut_answers} the answer too" if setup.encoder.cut_answers else ""),
         *gate_lines(config.gate),
+        *keep_lines(config.keep),
         f"weights: about {size / 2**30:.3f} GiB; a full checkpoint about {3 * size / 2**30:.3f} GiB; "
         f"{free_gib(Path(config.output)):.0f} GiB are free for {config.output}",
     ]
@@ -129,6 +131,14 @@ def gate_lines(gate: GateConfig | None) -> list[str]:
     limits = ", ".join(f"{key} {limit}" for key, limit in gate.limits.items())
     early = "; a stage ends early beyond max_general_loss_increase" if gate.stop_early else ""
     return [f"gate after every stage: {limits}; on_fail {gate.on_fail}{early}"]
+
+
+def keep_lines(keep: KeepConfig | None) -> list[str]:
+    """The budget, in a line."""
+    if keep is None:
+        return []
+    budgets = ", ".join(f"{key} {limit}" for key in ("general", "tasks") if (limit := getattr(keep, key)) is not None)
+    return [f"budget that training keeps: {budgets}; on_fail {keep.on_fail}"]
 
 
 def model_bytes(setup: Setup) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-from holdfast.records.gate import Check, Decision, failed, record
+from holdfast.records.gate import Action, Check, Decision, failed, record
 from holdfast.runner.plan import PlannedStage
 
 
@@ -24,11 +23,17 @@ def must_judge(decisions: Sequence[Decision], stage: PlannedStage) -> bool:
     return stage.index > 0 and stage.index not in [decision["stage"] for decision in decisions]
 
 
+def strictest(actions: Sequence[Action]) -> Action:
+    """What a run does where several limits are exceeded, each with an action of its own; continue where there is
+    none."""
+    return next((action for action in ("stop", "rollback") if action in actions), "continue")
+
+
 def decide(
     decisions: Sequence[Decision],
     stage: PlannedStage,
     checks: Sequence[Check],
-    on_fail: Literal["stop", "rollback", "continue"],
+    on_fail: Action,
     scores: Sequence[float | None],
     learned: Sequence[int],
 ) -> Decision:
@@ -45,7 +50,7 @@ def decide(
         learned: the stages that made the weights that the stage began with.
     """
     passed = not failed(checks)
-    action: Literal["stop", "rollback", "continue"] = "continue" if passed else on_fail
+    action: Action = "continue" if passed else on_fail
     current = stage.index
     if action == "rollback":
         rejected = {decision["stage"] for decision in decisions if not decision["passed"]}

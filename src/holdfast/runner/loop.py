@@ -20,8 +20,9 @@ from holdfast.records.directory import RunDirectory, current_stage, learned_stag
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
 from holdfast.records.shapes import read_json
+from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.runner.curves import Curves
-from holdfast.runner.decisions import decide, must_judge, standing
+from holdfast.runner.decisions import decide, must_judge, standing, strictest
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, load_weights, trained_weights
 from holdfast.runner.matrix import Outline, read_matrix
@@ -173,6 +174,8 @@ class RunLoop:
             what += "; stopped early, since the loss on {general} rose from {before:.3f} to {loss:.3f}, beyond {limit}"
             what = what.format(**curves.stopped)
         self.progress.line(what)
+        if trained.get("keep"):
+            self.progress.line(verdict_text(trained["keep"]))
         folder = self._folder(stage)
         with self.directory.whole_folder(folder / self.setup.tuner.folder) as partial:
             self.setup.tuner.save(model, partial)
@@ -286,14 +289,17 @@ class RunLoop:
 
     def _judge(self, stage: PlannedStage) -> None:
         """Hold a stage against the gate, write down what follows, and do it; a stage is judged once."""
-        gate = self.config.gate
+        gate, keep = self.config.gate, self.config.keep
         decisions = standing(self.directory.record.get("gate", []), stage)
-        if gate is None or not must_judge(decisions, stage):
+        if (gate is None and keep is None) or not must_judge(decisions, stage):
             return
         scores = self._write_matrix()["scores"][stage.row]
-        checks = judge(read_run(self.directory.path), gate, stage.row)
-        learned = learned_stages(self.directory.record, stage.index - 1)
-        decision = decide(decisions, stage, checks, gate.on_fail, scores, learned)
+        limits = [] if gate is None else judge(read_run(self.directory.path), gate, stage.row)
+        verdict = read_json(self._folder(stage) / "stage.json").get("keep")
+        budgets = [] if verdict is None else budget_checks(verdict)
+        wanted = [s.on_fail for s, own in ((gate, limits), (keep, budgets)) if s is not None and failed(own)]
+        checks, learned = [*limits, *budgets], learned_stages(self.directory.record, stage.index - 1)
+        decision = decide(decisions, stage, checks, strictest(wanted), scores, learned)
         self.directory.record["gate"] = [*decisions, decision]
         self.directory.write()
         if not decision["passed"]:
@@ -310,7 +316,8 @@ class RunLoop:
         """
         from holdfast.report.verdict import as_text
 
-        what = f"gate after stage {decision['stage']} ({decision['task']}) failed"
+        name = "budget" if self.config.gate is None else "gate"
+        what = f"{name} after stage {decision['stage']} ({decision['task']}) failed"
         match decision["action"]:
             case "stop":
                 self._report()

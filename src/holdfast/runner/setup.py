@@ -30,6 +30,7 @@ from holdfast.models.quantization import check_quantization
 from holdfast.records.directory import RunDirectory
 from holdfast.records.gate import check_limits, is_general_loss
 from holdfast.records.growth import Past
+from holdfast.rehearsal.keep import Keep
 from holdfast.runner.data import RunData, load_data
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stage_training
 from holdfast.runner.rows import encode_tasks
@@ -48,12 +49,14 @@ class Resolved:
         methods: new: no stage has used them.
         tuner: new: it has prepared no model.
         samples: the stream's own file of general samples, if it has one.
+        keep: the budget, if there is one, over these methods.
     """
 
     config: RunConfig
     methods: list[Method]
     tuner: Tuner
     samples: str | None = None
+    keep: Keep | None = None
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Setup:
         steps: optimizer steps of each stage.
         past: what the run did before this start.
         samples: the stream's own file of general samples, if it has one.
+        keep: the budget, if there is one.
     """
 
     config: RunConfig
@@ -89,11 +93,12 @@ class Setup:
     steps: list[int]
     past: Past
     samples: str | None = None
+    keep: Keep | None = None
 
     @property
     def applied(self) -> list[Method]:
-        """The methods that the trainer applies: those of the configuration, and then the tuner's companion."""
-        return self.methods if self.companion is None else [*self.methods, self.companion]
+        """The methods that the trainer applies: those of the configuration, the tuner's companion, and the budget."""
+        return [*self.methods, *(method for method in (self.companion, self.keep) if method is not None)]
 
     @property
     def planned_steps(self) -> int:
@@ -137,7 +142,8 @@ class Setup:
         """The setup of a new process, with new methods and a new tuner; the data stay loaded and tokenised."""
         chosen, tuner = build_methods(self.config), build_tuner(self.config)
         tuner.plan(self.config.training, self.planned_steps)
-        return replace(self, methods=chosen, tuner=tuner, companion=tuner.companion())
+        keep = build_keep(self.config, chosen)
+        return replace(self, methods=chosen, tuner=tuner, companion=tuner.companion(), keep=keep)
 
 
 def resolve(config: RunConfig) -> Resolved:
@@ -157,7 +163,7 @@ def resolve(config: RunConfig) -> Resolved:
     for method in chosen:
         if reason := refusal(method, config.tuner.name):
             raise ConfigError(f"tuner: {reason}")
-    return Resolved(config, chosen, build_tuner(config), samples)
+    return Resolved(config, chosen, build_tuner(config), samples, build_keep(config, chosen))
 
 
 def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW) -> Setup:
@@ -215,6 +221,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW) -
         steps=steps,
         past=past,
         samples=resolved.samples,
+        keep=resolved.keep,
     )
     tuner.plan(config.training, setup.planned_steps)
     return replace(setup, companion=tuner.companion())
@@ -266,6 +273,15 @@ def check_dtype(model: ModelConfig, model_config: Any) -> None:
 def build_methods(config: RunConfig) -> list[Method]:
     """Make new methods from a configuration."""
     return methods.build([(method.name, method.options) for method in config.method])
+
+
+def build_keep(config: RunConfig, chosen: list[Method]) -> Keep | None:
+    """Make the budget of a configuration, if it has one, which weighs the rehearsal of these methods.
+
+    Raises:
+        ConfigError: none of them rehearses what the budget is about.
+    """
+    return None if config.keep is None else Keep(config.keep, chosen)
 
 
 def build_tuner(config: RunConfig) -> Tuner:

@@ -87,7 +87,8 @@ def train_stage(
     )
     steps = watch.train(checkpoint)
     stopped = {"stopped_early": curves.stopped} if curves.stopped else {}
-    return {"steps": steps} | trainer.cost.of_all(directory.process) | stopped
+    kept = {} if setup.keep is None else {"keep": setup.keep.verdict}
+    return {"steps": steps} | trainer.cost.of_all(directory.process) | stopped | kept
 
 
 def rows_by_file(rows: list[tuple[str, int]]) -> str:

@@ -22,14 +22,18 @@ class Terms:
     Attributes:
         declared: names of the terms that must contribute.
         may_rest: those of them that may be zero in a whole stage.
+        may_be_absent: those of them that may never be returned in a whole stage.
         returned: names of the terms that methods returned.
         contributed: names of the terms whose mean was not zero in some line of the log.
         as_gradients: names of the declared terms that methods added to the gradient instead of the loss.
         steps: optimizer steps of the stage.
     """
 
-    def __init__(self, declared: Iterable[str] = (), may_rest: Iterable[str] = ()) -> None:
+    def __init__(
+        self, declared: Iterable[str] = (), may_rest: Iterable[str] = (), may_be_absent: Iterable[str] = ()
+    ) -> None:
         self.declared, self.may_rest = tuple(declared), frozenset(may_rest)
+        self.may_be_absent = frozenset(may_be_absent)
         self.contributed: set[str] = set()
         self.returned: set[str] = set()
         self.as_gradients: set[str] = set()
@@ -102,7 +106,7 @@ class Terms:
         self.flush(process)
         zero = [name for name in self.declared if name not in self.contributed]
         resting = [name for name in zero if name in self.may_rest and name in self.returned]
-        missing = [name for name in zero if name not in resting]
+        missing = [name for name in zero if name not in resting and name not in self.may_be_absent - self.returned]
         for name in resting:
             logger.warning(
                 "stage %d (%s): the loss term %r was exactly zero in all %d steps: the weights moved so little that "

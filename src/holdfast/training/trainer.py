@@ -14,12 +14,14 @@ from transformers.trainer_utils import has_length
 
 from holdfast.api.method import Method
 from holdfast.api.stage import Stage
+from holdfast.config.keep import KeepConfig
 from holdfast.data.collate import Collator
 from holdfast.engines.process import Process
 from holdfast.errors import ConfigError
 from holdfast.losses.next_token import supervised_tokens
 from holdfast.methods import build
 from holdfast.models.likelihood import token_losses
+from holdfast.rehearsal.keep import Keep
 from holdfast.training.batches import count_rows, count_tokens, drop_repeated_rows, is_token_batch
 from holdfast.training.checkpoint import checkpoint_to_resume, read_complete
 from holdfast.training.collated_rows import CollatedRows
@@ -53,8 +55,9 @@ PUBLIC = ("methods", "task", "stage_index", "interrupted", "cost")
 def continual(trainer_class: type) -> type:
     """Return a subclass of ``trainer_class`` that applies methods against forgetting.
 
-    It takes two more arguments. ``method``: a name, a mapping ``{"name": ..., option: value}``, a :class:`Method`, or
-    a list of these. ``task``: what the stage is called. Each call of ``train()`` is one stage: the methods build what
+    It takes three more arguments. ``method``: a name, a mapping ``{"name": ..., option: value}``, a :class:`Method`, or
+    a list of these. ``keep``: a budget, such as ``{"general": "2%"}`` (:class:`KeepConfig`). ``task``: what the stage
+    is called. Each call of ``train()`` is one stage: the methods build what
     they need before it and update their memory after it; set ``train_dataset`` and call it again for the next task.
     Everything that the class does otherwise stays as it is. A class that is continual already is returned itself.
     """
@@ -77,6 +80,7 @@ class ContinualMixin(EngineMixin):
         self,
         *args: Any,
         method: Choice | Sequence[Choice] = "sequential",
+        keep: KeepConfig | Mapping[str, Any] | None = None,
         task: str = "",
         stage_index: int = 1,
         run_context: RunContext | None = None,
@@ -85,8 +89,11 @@ class ContinualMixin(EngineMixin):
         with optimizer_not_saved((*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
         chosen = [method] if isinstance(method, str | Mapping | Method) else method
+        methods = [_built(choice) for choice in chosen]
+        if keep is not None:
+            methods.append(Keep(keep if isinstance(keep, KeepConfig) else dict(keep), methods))
         self._holdfast = ContinualState(
-            methods=[_built(choice) for choice in chosen],
+            methods=methods,
             task=task,
             stage_index=stage_index,
             run=run_context or RunContext(),
@@ -184,6 +191,7 @@ class ContinualMixin(EngineMixin):
             logs |= state.terms.flush(state.process)
             # Trainer's loss lacks the declared terms that came as gradients.
             logs["loss"] += sum(logs.get(f"term/{name}", 0.0) for name in state.terms.as_gradients)
+            logs |= {name: value for method in state.methods for name, value in method.watched().items()}
         super().log(logs, *args, **kwargs)
 
     def forgetting_report(self) -> dict[str, Any]:
@@ -204,6 +212,21 @@ class ContinualMixin(EngineMixin):
             )
         texts = len(self._holdfast.held_out)
         return {"before": before, "after": after, "change": after - before, "texts": texts}
+
+    def keep_report(self) -> dict[str, Any]:
+        """Whether the last stage ended within its budget.
+
+        Returns:
+            ``kept``; ``constraints``, each with what was ``lost`` and its 95 % ``interval``, the ``budget`` and
+            ``kept``; ``share`` of the stage's update, where some of it was given back.
+
+        Raises:
+            ConfigError: the trainer has no ``keep``, or has not finished a stage.
+        """
+        verdict = next((method.verdict for method in self._holdfast.methods if isinstance(method, Keep)), None)
+        if verdict is None:
+            raise ConfigError('keep_report: needs a budget, such as keep={"general": "2%"}, and a call of train()')
+        return verdict
 
 
 def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
@@ -228,6 +251,7 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
     state.terms = Terms(
         (name for method in state.methods for name in method.declares(stage)),
         may_rest=(name for method in state.methods for name in method.may_rest(stage)),
+        may_be_absent=(name for method in state.methods for name in method.may_be_absent(stage)),
     )
     if checkpoint is not None:
         load_states(state.methods, Path(checkpoint, "method"), trainer.model)
@@ -238,6 +262,7 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
 def _stage(trainer: Any) -> Stage:
     state, run, args = trainer._holdfast, trainer._holdfast.run, trainer.args
     collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * state.process.world
     return Stage(
         index=state.stage_index,
         task=state.task_name,
@@ -248,8 +273,18 @@ def _stage(trainer: Any) -> Stage:
         micro_batch_size=args.per_device_train_batch_size,
         folder=run.folder or Path(args.output_dir, "rehearsal"),
         tokenizer=run.tokenizer or trainer.processing_class,
-        rows_a_step=args.train_batch_size * args.gradient_accumulation_steps * state.process.world,
+        rows_a_step=rows_a_step,
+        steps=_steps(trainer, rows_a_step),
     )
+
+
+def _steps(trainer: Any, rows_a_step: int) -> int | None:
+    """Optimizer steps of a stage; None where the dataset does not say how long it is."""
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    if not has_length(trainer.train_dataset):
+        return None
+    return math.ceil(trainer.args.num_train_epochs * math.ceil(len(trainer.train_dataset) / rows_a_step))
 
 
 def _loss_scale(trainer: Any) -> float:

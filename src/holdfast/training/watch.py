@@ -108,6 +108,7 @@ class Watch(TrainerCallback):
         event = self.event(step) | {
             "loss": logs["loss"],
             "terms": terms,
+            **_kept(logs),
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": round((tokens - self._tokens) / max(seconds - self._seconds, 1e-9), 1),
@@ -116,6 +117,16 @@ class Watch(TrainerCallback):
         append_jsonl(self.events, event)
         shown = {"loss": logs["loss"]} | (terms if len(terms) > 1 else {})
         self.note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+
+
+def _kept(logs: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """``keep``: of each constraint of a budget, what was lost, the budget, the multiplier and the weight."""
+    constraints: dict[str, dict[str, float]] = {}
+    for key, value in logs.items():
+        if key.startswith("keep/"):
+            title, _, what = key.removeprefix("keep/").rpartition("/")
+            constraints.setdefault(title, {})[what] = value
+    return {"keep": constraints} if constraints else {}
 
 
 def _step(checkpoint: Path) -> int:

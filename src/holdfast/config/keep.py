@@ -1,0 +1,67 @@
+"""The budget of what may be lost, which training keeps."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from holdfast.config.gate import increase
+from holdfast.config.section import FREE, Section
+
+
+class KeepConfig(Section):
+    """What may be lost at most; multipliers weigh rehearsal so that a stage ends within it."""
+
+    general: Annotated[float | str | None, AfterValidator(increase)] = Field(
+        None,
+        description="rise of the loss on general samples since before training at most: as a share of what it was, "
+        "such as 2%, or in nats a token",
+    )
+    tasks: Annotated[float | str | None, AfterValidator(increase)] = Field(
+        None,
+        description="fall of each past task since its own stage at most: of the mean probability of its answers, such "
+        "as 0.02; or, as a share such as 2%, rise of the loss of its answers",
+    )
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="optimizer steps between two measurements, each with a dual step; where absent, a twentieth of the "
+        "stage",
+    )
+    step: float = Field(0.25, gt=0, description="dual step: a multiplier times (lost / budget) ^ step")
+    damping: float = Field(
+        0.25,
+        ge=0,
+        description="weight of the last measurement beside the multiplier: (lost / budget) ^ damping",
+    )
+    glide: float = Field(
+        4.0,
+        ge=0,
+        description="budgets more that may be lost at the start of a stage; they shrink to none at its end",
+    )
+    margin: float = Field(1.0, ge=0, description="standard errors of a measurement by which a budget is to be undercut")
+    rows: int = Field(
+        128, ge=8, description="samples that are held out from rehearsal, of each budget and past task, at most"
+    )
+    probe: int = Field(32, ge=2, description="samples among them that a measurement during training looks at, at most")
+    give_back: bool = Field(
+        True,
+        description="at the end of a stage that is beyond its budget, take back as much of its update as is needed",
+    )
+    on_fail: Literal["stop", "rollback", "continue"] = Field(
+        "stop",
+        description="after a stage that is beyond its budget nevertheless: stop the run, go back to the last stage "
+        "that kept it, or go on",
+        json_schema_extra=FREE,
+    )
+
+    @model_validator(mode="after")
+    def _has_budget(self) -> KeepConfig:
+        if self.general is None and self.tasks is None:
+            raise ValueError("gives no budget; general (such as 2%) or tasks (such as 0.02) is needed")
+        for key in ("general", "tasks"):
+            limit = getattr(self, key)
+            if limit is not None and not float(str(limit).removesuffix("%")) > 0:
+                raise ValueError(f"{key}: a budget must be above 0, as 0.5% is; {limit} leaves no room to learn")
+        return self
