@@ -185,7 +185,7 @@ def test_wrong_options_are_refused(tmp_path):
         build([("seq_lora_merge", {"density": 0.5})])
     with pytest.raises(ConfigError, match="'o_lora' and 'seq_lora_merge' cannot be applied together"):
         build([("o_lora", {}), ("seq_lora_merge", {})])
-    with pytest.raises(ConfigError, match="weights has 1 entries, but stage 2 begins"):
+    with pytest.raises(ConfigError, match="weights has 1 entries, but there are 2 stages"):
         trained(tmp_path, model=lora_model(), method={"name": "seq_lora_merge", "weights": [1.0]}, stages=2)
 
 

@@ -157,12 +157,11 @@ def test_what_is_no_growth_is_refused_with_the_difference(short):
 
 
 def test_killed_at_any_point_it_ends_with_the_same_numbers(folder, tmp_path):
-    """Before the appended task is measured, amid its stage, after its weights, and amid the backfill."""
+    """Before the appended task is measured, amid its stage, and amid the backfill."""
     shutil.copytree(folder / "short", tmp_path / "broken")
     file = tmp_path / "broken.json"
     file.write_text(json.dumps(configuration(folder, "", TASKS) | {"output": str(tmp_path / "broken")}))
-    points = [("response", 1), ("step", 5), ("weights", 1), ("response", 1, "backfill"), ("answers", 1, "backfill")]
-    for point in points:
+    for point in (("response", 1), ("step", 5), ("response", 1, "backfill")):
         assert finish(start(file, *point)) == -signal.SIGKILL, f"{point} was never reached"
     assert finish(start(file, "backfill")) == 0
     assert results(tmp_path / "broken") == results(folder / "whole")

@@ -104,6 +104,9 @@ def test_a_run_with_another_configuration_is_not_overwritten(tmp_path):
     changed["run"]["training"]["max_steps"] = 3
     with pytest.raises(Exception, match=r"seed=0: .*holds a run with another configuration:\n  training.max_steps: 2"):
         check(expand(load_sweep(changed)))
+    changed["grid"]["seed"] = [1, 0]  # the run that is there is not the first of its kind
+    with pytest.raises(Exception, match=r"seed=0: .*holds a run with another configuration"):
+        check(expand(load_sweep(changed)))
 
 
 def test_twelve_runs_are_done_once_and_compared(tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_it_contributes(name, trained, folder, monkeypatch):
     assert changed or (case(name).at_test and responses(runs[0]) != responses(runs[1]))
 
 
-GROWN = [n if n in ("kl_pre", "o_lora") else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED]
+GROWN = [n if n == "o_lora" else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED]
 
 
 @pytest.mark.parametrize("name", GROWN)

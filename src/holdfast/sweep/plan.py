@@ -248,6 +248,8 @@ def check(runs: Sequence[PlannedRun]) -> None:
             resolved = resolve(run.config)
             directory = RunDirectory(run.path)
             directory.check_config(resolved.config)
+            if run.state == "done":
+                directory.appended(resolved.config, list(directory.record["tasks"]))
             key = run.config.model_copy(update={"seed": 0, "output": ""}).model_dump_json()
             if key not in seen or run.state == "begun":
                 check_growth(prepare(resolved, past=directory.past()), directory)
