@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from holdfast.errors import RunDirectoryError
 from holdfast.system.files import (
     append_jsonl,
     cut_torn_line,
@@ -20,8 +21,10 @@ from holdfast.system.files import (
     read_appended,
     read_json,
     read_jsonl,
+    whole_folder,
     write_json,
     write_jsonl,
+    write_text,
 )
 from support.json_files import strict_json
 from support.paths import ROOT
@@ -129,3 +132,24 @@ def test_the_check_finds_what_it_looks_for(tmp_path):
     assert sorted(writers(tmp_path / "code.py")) == found
     with pytest.raises(ValueError, match="NaN"):
         strict_json(json.dumps(math.nan))
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    """Somebody else's directory may hold links to files of the user's in the places of files that are written."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    (tmp_path / "page.html.partial").symlink_to(mine / "file")
+    (tmp_path / "page.html").symlink_to(mine / "file")
+    (tmp_path / "events.jsonl").symlink_to(mine / "file")
+    (tmp_path / "model.partial").symlink_to(mine)
+    (tmp_path / "model").symlink_to(mine)
+    write_text(tmp_path / "page.html", "a page")
+    with whole_folder(tmp_path / "model") as partial:
+        (partial / "new").write_text("new")
+    for write in (lambda path: append_jsonl(path, {"a": 1}), cut_torn_line):
+        with pytest.raises(RunDirectoryError, match=r"events.jsonl: is a link to another file"):
+            write(tmp_path / "events.jsonl")
+    assert (tmp_path / "page.html").read_text() == "a page" and not (tmp_path / "page.html").is_symlink()
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+    assert [(path.name, path.read_text()) for path in mine.iterdir()] == [("file", "mine")]

@@ -29,12 +29,30 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole: a reader sees the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + PARTIAL)
+    remove_link(temporary)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync(path.parent)
+
+
+def remove_link(path: Path) -> None:
+    """Remove a link in a file's place, so that what is written there does not go to another file.
+
+    Somebody else's directory may hold a link to a file of the user's.
+    """
+    if path.is_symlink():
+        path.unlink()
+
+
+def refuse_link(path: Path) -> None:
+    """RunDirectoryError if a file that grows is a link; see :func:`remove_link`."""
+    if path.is_symlink():
+        raise RunDirectoryError(
+            f"{path}: is a link to another file, which would be written to; put a file in its place"
+        )
 
 
 def json_text(value: Any, *, indent: int | None = None, separators: tuple[str, str] | None = None) -> str:
@@ -106,6 +124,7 @@ def append_jsonl(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> N
 
 def append_bytes(path: Path, content: bytes, *, sync: bool = False) -> None:
     """Add bytes to a file, which need not exist; see :func:`append_jsonl`."""
+    refuse_link(path)
     with path.open("ab") as file:
         file.write(content)
         if sync:
@@ -211,6 +230,7 @@ def _objects(path: Path, lines: Sequence[str | bytes]) -> Iterator[dict[str, Any
 
 def cut_torn_line(path: Path) -> None:
     """Remove a last line that a kill cut off, so that the file can grow again."""
+    refuse_link(path)
     whole, ended, torn = path.read_bytes().rpartition(b"\n")
     if torn:
         with path.open("rb+") as file:
@@ -244,10 +264,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + PARTIAL)
+    remove_link(temporary)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     yield temporary
     flush_folder(temporary)
+    remove_link(path)
     if path.exists():
         shutil.rmtree(path)
     temporary.replace(path)
@@ -267,10 +289,12 @@ def locked_folder(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
+        remove_link(probe)
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise RunDirectoryError(f"output: {path} cannot be written ({error.strerror}); choose another output") from None
+    refuse_link(path / LOCK)
     try:
         with FileLock(path / LOCK).acquire(timeout=0):
             yield
