@@ -216,7 +216,7 @@ def test_bodies_that_are_no_request_are_refused():
     small = service(Limits(body=1000))
     bodies = [b"", b"{", b"[]", b'"a"', b"\xff\xfe", b'{"prompt": "\\ud800"}', b'{"prompt": "a", "temperature": NaN}',
               b'{"prompt": "a", "top_p": 1e999}', b'{"prompt": "a", "seed": ' + b"9" * 900 + b"}", b"[" * 990,
-              b'{"prompt": ' + b"[" * 480 + b"]" * 480 + b"}"]  # fmt: skip
+              b'{"prompt": ' + b"[" * 480 + b"]" * 480 + b"}", b'{"prompt": "a", "prompt": "b"}']  # fmt: skip
     for body in bodies:
         reply = ask(small, "completions", body)
         assert reply.status_code == 400 and reply.json()["error"]["message"], body[:50]

@@ -143,6 +143,7 @@ def _serve(
         import uvicorn
 
         from holdfast.deploy.openai.application import Service
+        from holdfast.deploy.openai.connection import Connection
     except ImportError:
         raise ConfigError(INSTALL) from None
     try:
@@ -154,6 +155,7 @@ def _serve(
     service = Service(backend(stored, limits, follow=find is not None), limits)
     config = uvicorn.Config(
         service.application(),
+        http=Connection,
         log_level="warning",
         lifespan="off",
         limit_concurrency=MOST_CONNECTIONS,

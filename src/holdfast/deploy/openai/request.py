@@ -154,8 +154,15 @@ def read_json(body: bytes) -> dict[str, Any]:
     def constant(name: str) -> None:
         raise ValueError(f"{name} is no number of JSON")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the name {twice[:80]!r} stands twice in an object")
+        return dict(pairs)
+
     try:
-        value = json.loads(body, parse_constant=constant)
+        value = json.loads(body, parse_constant=constant, object_pairs_hook=once)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise RequestError("the body holds half a character: a surrogate without its other half") from None
