@@ -13,7 +13,7 @@ from holdfast.config.section import Named
 from holdfast.metrics.summary import summarize
 from holdfast.records.read import FinishedRun
 from holdfast.report.figures import FIGURES
-from holdfast.report.text import NOT_MEASURED, interval, number
+from holdfast.report.text import NOT_MEASURED, code, in_markdown, interval, number
 
 if TYPE_CHECKING:
     from holdfast.deploy.exported import Exported
@@ -64,34 +64,36 @@ def _head(exported: Exported) -> str:
     }[exported.kind]
     learned = run.tasks if run.joint else run.tasks[: exported.row]
     how = "all at once" if run.joint else "one after another"
+    methods = " and ".join(map(code, _methods(config.method)))
     more = "" if exported.row == len(run.tasks) else f" (of {len(run.tasks)} in the run)"
     return (
-        f"# {Path(config.model.name).name}, taught {', '.join(learned)}\n\n"
-        f"This is {what}: `{config.model.name}` after stage {exported.stage} of a continual run of holdfast, in which "
-        f"it learned {len(learned)} tasks{more} {how}, with {' and '.join(f'`{n}`' for n in _methods(config.method))} "
-        "against forgetting."
+        f"# {in_markdown(Path(config.model.name).name)}, taught {in_markdown(', '.join(learned))}\n\n"
+        f"This is {what}: {code(config.model.name)} after stage {exported.stage} of a continual run of holdfast, in "
+        f"which it learned {len(learned)} tasks{more} {how}, with {methods} against forgetting."
     )
 
 
 def _lacks(exported: Exported) -> str:
     if not exported.lacks:
         return ""
-    return "## What this folder lacks\n\n" + "\n".join(f"- {line[0].upper()}{line[1:]}." for line in exported.lacks)
+    return "## What this folder lacks\n\n" + "\n".join(
+        f"- {in_markdown(line[0].upper() + line[1:])}." for line in exported.lacks
+    )
 
 
 def _use(exported: Exported) -> str:
     config = exported.config
     assert config.tuner is not None
-    dtype = "" if config.model.dtype == "auto" else f', dtype="{config.model.dtype}"'
+    dtype = "" if config.model.dtype == "auto" else f", dtype={_quoted(config.model.dtype)}"
     remote = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     lines = ["## Use", ""]
     if exported.kind == "adapter":
-        revision = "" if config.model.revision is None else f', revision="{config.model.revision}"'
+        revision = "" if config.model.revision is None else f", revision={_quoted(config.model.revision)}"
         load = [
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
             "",
-            f'base = AutoModelForCausalLM.from_pretrained("{exported.base}"{revision}{dtype}{remote})',
+            f"base = AutoModelForCausalLM.from_pretrained({_quoted(exported.base)}{revision}{dtype}{remote})",
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     else:
@@ -121,10 +123,8 @@ def _serve(exported: Exported) -> list[str]:
     if exported.kind != "adapter":
         return ["It can be served by `vllm serve FOLDER` and `transformers serve FOLDER`."]
     if exported.tuner.served_by_vllm:
-        return [
-            f"It can be served by `vllm serve {exported.base} --enable-lora --lora-modules NAME=FOLDER`; a rank"
-            " above 16 needs `--max-lora-rank`."
-        ]
+        command = code(f"vllm serve {exported.base} --enable-lora --lora-modules NAME=FOLDER")
+        return [f"It can be served by {command}; a rank above 16 needs `--max-lora-rank`."]
     return [
         "`vllm serve` does not take this adapter"
         + ("." if exported.tuner.not_merged else "; a model exported with `--merge` can be served.")
@@ -141,21 +141,21 @@ def _training(exported: Exported) -> str:
     }
     base = config.model.name + (f" at {config.model.revision}" if config.model.revision else "")
     rows = [
-        ("base model", f"`{base}` in {config.model.quantization or config.model.dtype}"),
+        ("base model", f"{code(base)} in {config.model.quantization or config.model.dtype}"),
         *(("method", _named(method)) for method in config.method),
         ("tuner", _named(config.tuner)),
-        ("training", ", ".join(f"{key} {_plain(value)}" for key, value in training.items())),
+        ("training", in_markdown(", ".join(f"{key} {_plain(value)}" for key, value in training.items()))),
         ("seed", str(config.seed)),
         ("longest sequence", f"{run.info['max_length']} tokens"),
     ]
     learned = len(run.tasks) if run.joint else exported.row
     tasks = [
         (
-            task,
+            in_markdown(task),
             ("at once" if run.joint else str(run.own_stage(j))) if j < learned else "not learned here",
             str(run.info["tasks"][task]["train"]),
             str(run.info["tasks"][task]["test"]),
-            run.matrix["metrics"][task],
+            in_markdown(run.matrix["metrics"][task]),
         )
         for j, task in enumerate(run.tasks)
     ]
@@ -171,7 +171,12 @@ def _training(exported: Exported) -> str:
 
 def _named(named: Named) -> str:
     options = ", ".join(f"{key} {_plain(value)}" for key, value in named.options.items())
-    return f"`{named.name}`" + (f" ({options})" if options else "")
+    return code(named.name) + (f" ({in_markdown(options)})" if options else "")
+
+
+def _quoted(text: str) -> str:
+    """A text as a literal of Python."""
+    return json.dumps(text)
 
 
 def _plain(value: Any) -> str:
@@ -205,9 +210,9 @@ def _scores(exported: Exported) -> str:
 def _matrix(run: FinishedRun, exported: int) -> str:
     rows = []
     for t, (name, scores) in enumerate(zip(run.stage_names(), run.scores, strict=True)):
-        cells = [name, *(number(score) for score in scores)]
+        cells = [in_markdown(name), *(number(score) for score in scores)]
         rows.append([f"**{cell}**" for cell in cells] if t == exported else cells)
-    return "## Score matrix\n\nIn bold: this folder.\n\n" + _table(("", *run.tasks), rows)
+    return "## Score matrix\n\nIn bold: this folder.\n\n" + _table(("", *map(in_markdown, run.tasks)), rows)
 
 
 def _general(run: FinishedRun, row: int) -> str:
@@ -219,16 +224,18 @@ def _general(run: FinishedRun, row: int) -> str:
     for name, values in general.items():
         before, after = values[0], values[row]
         change = NOT_MEASURED if before is None or after is None else number(after - before, signed=True)
-        rows.append((name, number(before), number(after), change))
+        rows.append((in_markdown(name), number(before), number(after), change))
     return "## General abilities\n\nOf perplexities, lower is better.\n\n" + _table(
         ("measure", "before training", "this folder", "change"), rows
     )
 
 
 def _versions(run: FinishedRun) -> str:
-    return "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in run.info["versions"].items())
+    return "## Versions\n\n" + in_markdown(
+        ", ".join(f"{name} {version}" for name, version in run.info["versions"].items())
+    )
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

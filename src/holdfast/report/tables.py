@@ -9,7 +9,8 @@ from typing import Any
 
 from holdfast.report.compare import Comparison
 from holdfast.report.figures import COMPARED, COSTS, Figure, direction
-from holdfast.report.text import number
+from holdfast.report.text import in_markdown, number
+from holdfast.system.terminal import printable
 
 MISSING = "–"
 ONE_SEED = "over test examples alone, which says nothing of training noise; another seed may differ by more"
@@ -75,19 +76,16 @@ def _difference_notes(comparison: Comparison) -> list[str]:
 def as_markdown(comparison: Comparison) -> str:
     """A table of GitHub's Markdown, the best of a column in bold, and notes below."""
 
-    def escaped(text: str) -> str:
-        return text.replace("|", "\\|").replace("<", "&lt;")
-
-    head, body = _cells(comparison, escaped, bold=lambda text: f"**{text}**", plus_minus=" ± ")
+    head, body = _cells(comparison, in_markdown, bold=lambda text: f"**{text}**", plus_minus=" ± ")
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([table, *(escaped(note) for note in notes(comparison))]) + "\n"
+    return "\n\n".join([table, *(in_markdown(note) for note in notes(comparison))]) + "\n"
 
 
 def as_latex(comparison: Comparison) -> str:
     """A tabular of LaTeX (package booktabs), the best of a column in bold, and notes as comments."""
     head, body = _cells(comparison, _latex, bold=lambda text: rf"\textbf{{{text}}}", plus_minus=r" $\pm$ ")
-    lines = [f"% {note}" for note in notes(comparison)]
+    lines = [f"% {' '.join(printable(note).splitlines())}" for note in notes(comparison)]
     lines += [rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
     lines += [" & ".join(line).replace("−", "$-$").replace(MISSING, "--") + r" \\" for line in body]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
@@ -179,7 +177,7 @@ def _difference_cells(found: dict[str, Any], plus_minus: str) -> list[str]:
 
 
 def _latex(text: str) -> str:
-    return text.translate(LATEX)
+    return printable(text).translate(LATEX)
 
 
 LATEX = str.maketrans(

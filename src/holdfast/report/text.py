@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from holdfast.system.terminal import printable
+
 if TYPE_CHECKING:
     from holdfast.records.read import FinishedRun
 
@@ -56,6 +58,18 @@ def lacking(run: FinishedRun) -> list[str]:
     """The figures of a run that lack scores which were never measured, each with the reason."""
     reasons = run.matrix.get("missing", {})
     return [f"{key} is null: {reason}." for key, reason in reasons.items() if "came later" in reason]
+
+
+def in_markdown(text: str) -> str:
+    """Text that stands in Markdown as it is: it begins no markup of its own, and ends no line or cell of a table."""
+    for sign, written in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("[", "\\["), ("*", "\\*")):
+        text = text.replace(sign, written)
+    return " ".join(printable(text).split("\n"))
+
+
+def code(text: str) -> str:
+    """Text as a code span of Markdown."""
+    return f"`{' '.join(printable(text).split()).replace('`', chr(39))}`"
 
 
 def visible(token: str) -> str:
