@@ -21,7 +21,7 @@ from holdfast.deploy.export import MANIFEST, export
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.methods import find, known
 from holdfast.metrics.summary import summarize
-from holdfast.report.text import number
+from holdfast.report.text import code, in_markdown, number
 from holdfast.system.files import read_json, read_jsonl, write_json
 from holdfast.system.progress import Progress
 from holdfast.tuners import known as tuners
@@ -462,3 +462,24 @@ def test_an_adapter_whose_base_nobody_else_has_is_not_pushed(hub, lora, tmp_path
     assert not (tmp_path / "out").exists()
     export(lora, tmp_path / "out", merge=True, push_to="me/model")
     assert [what for what, _ in hub] == ["create", "upload"]
+
+
+def test_names_from_a_record_begin_no_markup_in_a_card():
+    """A run's directory may be somebody else's: its names neither command a terminal nor make HTML or code."""
+    hostile = "a\x1b[31m`</b><script>|\n---\n[x](y) *b*"
+    shown = in_markdown(hostile)
+    assert "\x1b" not in shown and "\n" not in shown and "<" not in shown
+    assert all(shown[i - 1] in "\\␛" for i, sign in enumerate(shown) if sign in "`|[*")
+    assert code(hostile).count("`") == 2 and "\n" not in code(hostile)
+    assert in_markdown("tickets_2026-01, after (stage 1)") == "tickets_2026-01, after (stage 1)"
+
+
+def test_a_link_in_a_stage_is_not_exported(scored, tmp_path):
+    """It may lead to a file of the user's, which an export would copy, and a push would publish."""
+    shutil.copytree(scored, tmp_path / "run")
+    (tmp_path / "secret").write_text("secret")
+    [folder] = (tmp_path / "run").glob("stages/03-*/model")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(RunDirectoryError, match=r"notes.txt: is a link to another file"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from holdfast.config.run import RunConfig
 from holdfast.deploy.export import export
@@ -122,6 +123,59 @@ def test_whatever_reads_a_damaged_file_names_it(file, made, place):
             commands(place, made[1])[name]()
             pytest.fail(f"{name} used it")
     assert not (place.parent / "out").exists()
+
+
+def replace(path: Path, keys: tuple[Any, ...], value: Any) -> None:
+    """Put another value into a JSON file, and take all checksums away, as an edit by hand or an attacker does."""
+    for folder in path.parents[:5]:
+        (folder / MANIFEST).unlink(missing_ok=True)
+    for complete in path.parent.glob("complete.json"):
+        facts = json.loads(complete.read_text())
+        complete.write_text(json.dumps({key: v for key, v in facts.items() if key not in ("files", "checksum")}))
+    whole = place = json.loads(path.read_text())
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(whole))
+
+
+STATE = "stages/01-red/method"
+WRONG = {
+    "the log": (f"{CHECKPOINT}/trainer_state.json", ("log_history",), {}, "log_history: input should be a valid list"),
+    "a foreign key": (f"{CHECKPOINT}/trainer_state.json", ("x",), 1, "x: is no field"),
+    "another step": (f"{CHECKPOINT}/trainer_state.json", ("global_step",), 1, "global_step: must be that"),
+    "the cost": (f"{CHECKPOINT}/complete.json", ("cost", "seconds"), None, "is damaged; delete"),
+    "the optimizer": (
+        f"{CHECKPOINT}/optimizer.json",
+        ("groups", 0, "weight_decay"),
+        "x",
+        "weight_decay: cannot be 'x'",
+    ),
+    "an input": ("run.json", ("inputs", "tokenizer"), 1.5, "inputs.tokenizer: input should be a valid dictionary"),
+    "a memory": (f"{STATE}/replay.json", ("tasks", 0), "x", "tasks.0: input should be a valid integer, not 'x'"),
+    "a memory's rows": (f"{STATE}/replay.json", ("places",), [], "must have an entry for each row"),
+    "a penalty": (f"{STATE}/ewc.json", ("spread",), [], "spread: input should be a valid number"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_value_of_another_shape_is_named_without_checksums(case, made, place):
+    name, keys, value, said = WRONG[case]
+    file = place / name
+    replace(file, keys, value)
+    with pytest.raises(RunDirectoryError, match=said):
+        commands(place, made[1])["run"]()
+
+
+def test_a_memory_of_another_model_s_tokens_is_named(made, place):
+    """Its token ids are beyond the model's vocabulary, which training would find in its midst."""
+    (place / MANIFEST).unlink()
+    shutil.rmtree(place / CHECKPOINT)
+    file = place / STATE / "replay.safetensors"
+    tensors = {key: t + 100 if key in ("input_ids", "labels") else t for key, t in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.raises(RunDirectoryError, match=r"method/replay: is not a state .* (must be those of|is none of them)"):
+        commands(place, made[1])["run"]()
 
 
 def test_an_evaluation_s_own_files_are_compared(made, place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from array import array
@@ -176,8 +177,17 @@ def test_what_cannot_be_made_again_is_refused(made: Path, capsys: pytest.Capture
     swap.sibling(made).mkdir()
     with pytest.raises(RunDirectoryError, match="is in the way"):
         holdfast.rebuild(made, without="red", progress=QUIET)
-    write_json(swap.sibling(made) / swap.STATE, {"ask": {"tasks": ["blue"], "rows": None}, "of": ""})
+    other = {"ask": {"tasks": ["blue"], "rows": None}, "of": "", "note": {}, "steps": [], "finished": False}
+    write_json(swap.sibling(made) / swap.STATE, other)
     with pytest.raises(ConfigError, match="is being made again without blue"):
+        holdfast.rebuild(made, without="red", progress=QUIET)
+    code = read_json(made / "run.json")["config"] | {"method": [{"name": "somebody/elses.py"}]}
+    begun = {
+        "ask": {"tasks": ["red"], "rows": None},
+        "of": hashlib.sha256((made / "run.json").read_bytes()).hexdigest(),
+    }
+    write_json(swap.sibling(made) / swap.STATE, other | begun | {"steps": [{"tasks": [], "config": code}]})
+    with pytest.raises(ConfigError, match=r"runs the Python file somebody/elses.py\n.*add --trust"):
         holdfast.rebuild(made, without="red", progress=QUIET)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gzip
 import io
 import json
 import random
@@ -21,7 +22,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 import yaml
+from safetensors.torch import load_file, save
 
 from holdfast.cli import main
 from holdfast.config.describe import describe
@@ -285,6 +290,45 @@ def _damage_value(root: list[Any], chance: random.Random) -> str:
     return f"{path} is {replaced!r}"
 
 
+def tensor_damages(file: Path, chance: random.Random) -> dict[str, bytes]:
+    """A safetensors file with another tensor in the place of one, in ways that its reader must look for."""
+    tensors = load_file(file)
+    if not tensors:
+        return {"one tensor more": save({"x": torch.zeros(2)})}
+    name = chance.choice(sorted(tensors))
+    tensor = tensors[name]
+    others = {
+        "a scalar": torch.tensor(1.0),
+        "empty": torch.zeros(0),
+        "of five dimensions": torch.zeros(1, 2, 1, 2, 1),
+        "twice as long": torch.cat([tensor.flatten()] * 2),
+        "of bytes": tensor.to(torch.uint8),
+        "of other values": torch.full_like(tensor, 100),
+        "below zero": torch.full_like(tensor, -1) if tensor.is_signed() else tensor,
+    }
+    rest = {key: value for key, value in tensors.items() if key != name}
+    found = {f"{name} {what}": save({**rest, name: other.contiguous()}) for what, other in others.items()}
+    return found | {f"without {name}": save(rest), "no tensors": save({})}
+
+
+def torch_damages(file: Path, chance: random.Random) -> dict[str, bytes]:
+    """A file of torch.save with other plain values in it."""
+    value = torch.load(file, weights_only=False)  # the test's own
+    others: dict[str, Any] = {"nothing": None, "a list": [], "no entries": {}, "a tensor": torch.zeros(2)}
+    if isinstance(value, dict):
+        name = chance.choice(sorted(value))
+        rest = {key: below for key, below in value.items() if key != name}
+        others |= {f"without {name}": rest} | {
+            f"{name} is {wrong!r}": {**rest, name: wrong} for wrong in (None, "x", [])
+        }
+    found = {}
+    for what, other in others.items():
+        buffer = io.BytesIO()
+        torch.save(other, buffer)
+        found[what] = buffer.getvalue()
+    return found
+
+
 def run_commands(chance: random.Random) -> list[list[str]]:
     """Commands that read a run's directory."""
     return [
@@ -312,6 +356,8 @@ def damaged_run_cases(original: Path, seed: int, each: int) -> list[Case]:
             continue
         kinds: dict[str, bytes | None] = {"removed": None, "a folder": b"\0folder"} | damages(content, chance)
         kinds |= json_damages(content, chance, each) if file.suffix in (".json", ".jsonl") else {}
+        kinds |= tensor_damages(file, chance) if file.suffix == ".safetensors" else {}
+        kinds |= torch_damages(file, chance) if file.suffix in (".pt", ".pth") else {}
         for what, damaged in kinds.items():
             command = chance.choice(run_commands(chance))
             cases.append(
@@ -363,6 +409,65 @@ def _broken_folder_cases(
                 beside(f)
 
             cases.append(Case(f"{arguments[0]}: {file.name} {what}", arguments, (0, 2), prepare))
+    return cases
+
+
+# --- data ---
+
+ROWS = (
+    '{"prompt": "a", "prompt": "b", "answer": "c"}', '{"prompt": "a", "answer": NaN}', '{"prompt": "a"}', "[1]", "3",
+    '{"prompt": "a", "answer": 1' + "0" * 5000 + "}", '{"prompt": "\\ud800", "answer": "b"}', "null", "{", "{}",
+    '{"prompt": "a\\u0000b", "answer": "b"}', '{"prompt": ["a"], "answer": "b"}', '{"prompt": null, "answer": "b"}',
+    '{"prompt": "a", "answer": true}', '{"prompt": "a", "answer": "b", "weight": 0}', '{"text": "a", "label": 1}',
+    '{"prompt": "a", "answer": "b", "\\u001b[31m": 1}', '{"messages": {"a": 1}}', '{"messages": [[["a"]]]}',
+    '{"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": 3}}]}]}',
+    '{"conversations": [{"from": "x", "value": "y"}]}', '{"instruction": "a", "input": [], "output": "b"}',
+    '{"prompt": "a", "answer": "b", "history": [["a"]]}', '{"prompt": "a", "answer": "b", "tools": "{{{"}',
+    "[" * 100_000, '{"a":' * 10_000 + "1" + "}" * 10_000,
+)  # fmt: skip
+"""Lines of JSON of which most are no rows."""
+
+TABLES = (
+    "prompt,prompt\na,b\n", "prompt,answer\na\n", "prompt,answer\na,b,c\n", 'prompt,answer\n"a,b\n',
+    "prompt;answer\na;b\n", ",\n,\n", "prompt,answer\n", "prompt,answer\ra,b\r", "prompt,answer\na\0,b\n",
+    "prompt,answer\n" + '"' * 200_001, "prompt,answer\n" + "a" * 200_000 + ",b\n", " prompt , answer \na,b\n",
+)  # fmt: skip
+
+
+def data_cases(base: dict[str, Any], seed: int, each: int) -> list[Case]:
+    """A task whose train rows are damaged, in any format and compression, checked."""
+    chance = random.Random(seed)
+    rows = [{"prompt": f"{chance.randrange(99)}?", "answer": chance.choice("ab")} for _ in range(8)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    table = ("prompt,answer\n" + "".join(f"{row['prompt']},{row['answer']}\n" for row in rows)).encode()
+    parquet = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), parquet)
+    whole = {"jsonl": lines, "json": json.dumps(rows).encode(), "csv": table, "parquet": parquet.getvalue()}
+    contents = []
+    for name, content in whole.items():
+        for what, damaged in damages(content, chance).items():
+            contents.append((name, what, damaged))
+        for what, written in {"UTF-16": "utf-16", "UTF-32": "utf-32", "a byte order mark": "utf-8-sig"}.items():
+            contents += [(name, what, content.decode().encode(written))] if name != "parquet" else []
+    contents += [("jsonl", row[:80], lines + row.encode() + b"\n") for row in ROWS]
+    contents += [("jsonl", f"only {row[:80]}", (row + "\n").encode() * 8) for row in ROWS]
+    contents += [("csv", text[:80], text.encode()) for text in TABLES]
+    for _ in range(each):
+        flipped = bytearray(whole["parquet"])
+        flipped[chance.randrange(len(flipped))] = chance.randrange(256)
+        contents.append(("parquet", "a byte is another", bytes(flipped)))
+    packed = [(f"{name}.gz", what, gzip.compress(content)) for name, what, content in contents if name != "parquet"]
+    packed += [(name, f"{what}, cut", content[: len(content) // 2]) for name, what, content in packed]
+    cases = []
+    for name, what, content in contents + packed:
+
+        def prepare(f: Path, n: str = name, c: bytes = content) -> None:
+            shutil.copytree(base["stream"]["path"], f / "tasks")
+            (f / "tasks" / "red" / "train.json").unlink()
+            (f / "tasks" / "red" / f"train.{n}").write_bytes(c)
+            _write(f, base | {"stream": {"path": "tasks", "order": ["red"]}}, "", "")
+
+        cases.append(Case(f"check: train.{name}: {what}", ["check", "c.yaml"], (0, 2), prepare))
     return cases
 
 

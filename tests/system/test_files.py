@@ -96,6 +96,7 @@ NO_FILES = {
     "rehearsal.cache": "a digest",
     "report.compare": "a comparison",
     "runner.inputs": "a digest",
+    "runner.rebuild.rows": "what a row says",
     "sweep.plan": "the name of a run",
 }
 """Modules that make JSON which ends in no JSON file."""

@@ -80,5 +80,12 @@ def test_broken_models(base, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(2))
+def test_damaged_data(part, base, tmp_path):
+    cases = fuzz.data_cases(base, SEED, 40)
+    assert_no_faults(random.Random(f"{SEED} {part}").sample(cases, 150), tmp_path)
+
+
+@pytest.mark.slow
 def test_wrong_command_lines(base, tmp_path):
     assert_no_faults(fuzz.command_line_cases(OLD_RUNS / "full-ewc", base, SEED, 300), tmp_path)

@@ -12,7 +12,7 @@ from holdfast.config.run import RunConfig, load_config
 from holdfast.data.encode import Encoder
 from holdfast.deploy.exported import Exported
 from holdfast.errors import ConfigError, RunDirectoryError
-from holdfast.models.pretrained import readable
+from holdfast.models.pretrained import load_saved_tokenizer, readable
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
@@ -80,7 +80,7 @@ def export(
             f"--push-to: the adapter's base model is a folder of this machine ({config.model.name}), which nobody else "
             "can load; push one model with --merge, or run on the hub's name of the base model"
         )
-    tokenizer = _tokenizer(saved, config.model)
+    tokenizer = load_saved_tokenizer(saved, RunDirectoryError, config.model.trust_remote_code)
     chat = config.data.template != "plain" and bool(tokenizer.chat_template)
     encoder = Encoder(tokenizer, max_length=finished.max_length, template=config.data.template)
     settings = _generation_settings(pretrained, saved if kind == "model" else None, encoder)
@@ -131,13 +131,6 @@ def _check_target(to: Path) -> None:
         raise ConfigError(f"--to: {to} is a file; give a folder, or a name that does not exist yet")
     if to.exists() and any(to.iterdir()) and not (to / MANIFEST).exists():
         raise ConfigError(f"--to: {to} holds other files than an earlier export (no {MANIFEST}); choose another folder")
-
-
-def _tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    with readable(f"{folder}: its tokenizer cannot be read", RunDirectoryError):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
 
 
 def _generation_settings(model: ModelConfig, folder: Path | None, encoder: Encoder) -> GenerationConfig:
@@ -216,6 +209,10 @@ def _write(
 
     from holdfast.deploy.model_card import model_card
 
+    if links := [path for path in saved.rglob("*") if path.is_symlink()]:
+        raise RunDirectoryError(
+            f"{links[0]}: is a link to another file, which would be exported; put a file in its place"
+        )
     with whole_folder(to) as partial:
         if merged is None:
             shutil.copytree(saved, partial, dirs_exist_ok=True)

@@ -13,8 +13,11 @@ from holdfast.engines.pieces import layout_of, trainable
 from holdfast.engines.process import Process
 from holdfast.engines.whole import former_names
 from holdfast.system.files import read_json, write_json
+from holdfast.system.shapes import Facts, alike, of_shape
 
 TENSORS, VALUES = "optimizer.safetensors", "optimizer.json"
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum"}
+"""Entries of torch's optimizers that are of their parameter's shape."""
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
@@ -46,9 +49,14 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
-    """Read back what :func:`save_optimizer` wrote; each process takes its pieces."""
-    saved, values = load_file(folder / TENSORS), read_json(folder / VALUES)
-    settings_of = {name: group for group in values["groups"] for name in group["params"]}
+    """Read back what :func:`save_optimizer` wrote; each process takes its pieces.
+
+    Raises:
+        ValueError: it is no state of such an optimizer.
+    """
+    saved, values = load_file(folder / TENSORS), of_shape(dict[str, Any], read_json(folder / VALUES))
+    of_shape(list[Facts], values["groups"], "groups"), of_shape(dict[str, Facts], values["states"], "states")
+    settings_of = {name: group for group in values["groups"] for name in of_shape(list[str], group["params"], "params")}
     former = former_names(model)
     names = {id(p): name if name in settings_of else former.get(name, name) for name, p in trainable(model).items()}
     states: dict[str, dict[str, Any]] = {name: dict(state) for name, state in values["states"].items()}
@@ -58,14 +66,32 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     number, state, groups = 0, {}, []
     for group in optimizer.param_groups:
         settings = settings_of[names[id(group["params"][0])]] if group["params"] else {}
+        if other := [
+            key for key, v in settings.items() if key in group.keys() - {"params"} and not alike(v, group[key])
+        ]:
+            raise ValueError(f"{VALUES}: {other[0]}: cannot be {settings[other[0]]!r:.60}")
         settings = {key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in settings.items()}
         groups.append(group | settings | {"params": list(range(number, number + len(group["params"])))})
         for p in group["params"]:
             entries = states.get(names[id(p)])
             if entries is not None:
+                _check_entries(p, entries)
                 state[number] = {
                     key: layout_of(p).state_to_load(p, value) if isinstance(value, Tensor) else value
                     for key, value in entries.items()
                 }
             number += 1
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_entries(p: Tensor, entries: dict[str, Any]) -> None:
+    """ValueError if an entry of a parameter's state is not of its shape, or a plain value no number."""
+    piece = layout_of(p).piece(p)
+    shape = p.shape if piece is None else piece.shape
+    for key, value in entries.items():
+        if isinstance(value, Tensor):
+            fits = value.shape == shape if key in MOMENTS else key != "step" or value.numel() == 1
+        else:
+            fits = alike(value, 0.0)
+        if not fits:
+            raise ValueError(f"{TENSORS}: {key}: is not of the parameter's shape, or no number")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from holdfast.engines.layout import Piece
 from holdfast.engines.process import Process
+from holdfast.engines.saved import saved_tensor
 
 CHUNK = 1 << 18
 """Columns of a stack that are held in float64 at a time."""
@@ -155,11 +156,22 @@ class Shards:
         return state
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], prefix: str, like: Shards) -> Shards:
-        """Read back what :meth:`state` gave, on the devices of ``like`` and divided as it is."""
-        return like.like(
-            {name: like.piece(name, state[f"{prefix}/{name}"]).to(t.device) for name, t in like.tensors.items()}
-        )
+    def from_state(cls, state: Mapping[str, Tensor], prefix: str, like: Shards, *, stacked: bool = False) -> Shards:
+        """Read back what :meth:`state` gave, on the devices of ``like`` and divided as it is.
+
+        Args:
+            stacked: it was a stack of vectors.
+
+        Raises:
+            ValueError: a tensor is missing, or not of the shape of that of ``like``.
+        """
+
+        def one(name: str, t: Tensor) -> Tensor:
+            shape = like.pieces[name].shape if name in like.pieces else t.shape
+            whole = saved_tensor(state, f"{prefix}/{name}", *([None] if stacked else []), *shape)
+            return like.piece(name, whole).to(t.device)
+
+        return like.like({name: one(name, t) for name, t in like.tensors.items()})
 
     @torch.no_grad()
     def whole(self) -> Shards:

@@ -13,14 +13,16 @@ from holdfast.data.tokens.file import TokenFile
 from holdfast.engines.pieces import prepare_loaded
 from holdfast.engines.profiles import loading_options
 from holdfast.engines.whole import fingerprint
-from holdfast.errors import ConfigError
-from holdfast.lab.architecture import new_model
+from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.lab.architecture import architecture, new_model
 from holdfast.lab.config import LabConfig, SizeConfig
 from holdfast.lab.measure import Weights, weights_of
+from holdfast.lab.shapes import Note
 from holdfast.models.attention import fastest
-from holdfast.models.pretrained import load_tokenizer
+from holdfast.models.pretrained import load_tokenizer, readable
 from holdfast.models.weights import load_causal_lm
 from holdfast.records.directory import RunDirectory
+from holdfast.records.shapes import checked
 from holdfast.system.files import read_json, write_json
 
 NOTE = "lab.json"
@@ -61,7 +63,7 @@ def make_model(
     if reads is not None and reads < config.context:
         raise ConfigError(f"context: {config.context} is more than the {reads} tokens that {size.path!r} reads")
     prepare_loaded(model)
-    return model, weights_of(model), initial_weights(Path(size.path), tokenizer)
+    return model, weights_of(model), initial_weights(Path(size.path), tokenizer, model.config)
 
 
 def _divided(model: Any, options: dict[str, Any], directory: RunDirectory) -> Any:
@@ -80,15 +82,32 @@ def _divided(model: Any, options: dict[str, Any], directory: RunDirectory) -> An
     return divided
 
 
-def initial_weights(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Weights | None:
-    """The first weights of a laboratory model; None for another model, or where this machine makes different ones."""
-    if not (folder / NOTE).exists():
-        return None
-    begin = read_json(folder / NOTE)["begin"]
+def initial_weights(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Any) -> Weights | None:
+    """The first weights of a laboratory model; None for another model, or where this machine makes different ones.
+
+    Args:
+        config: the model's, in transformers.
+
+    Raises:
+        RunDirectoryError: the note is damaged, or of a model of another size.
+    """
+    path = folder / NOTE
+    begin = _read_note(path)["begin"] if path.exists() else None
     if begin is None:
         return None
-    made = weights_of(new_model(SizeConfig(**begin["size"]), tokenizer, begin["context"], begin["seed"]))
+    with readable(f"{path}: is damaged", RunDirectoryError):
+        size = SizeConfig(**begin["size"])
+        first = architecture(size, len(tokenizer), begin["context"])
+        for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
+            if getattr(first, key) != getattr(config, key, None):
+                raise ValueError(f"begin.size: {key} is not that of the model")
+    made = weights_of(new_model(size, tokenizer, begin["context"], begin["seed"]))
     return made if fingerprint(made.items()) == begin["weights"] else None
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    note: dict[str, Any] = checked(path, Note, read_json(path))
+    return note
 
 
 def write_note(folder: Path, config: LabConfig, init: Weights | None, tokens: int) -> None:
@@ -98,9 +117,9 @@ def write_note(folder: Path, config: LabConfig, init: Weights | None, tokens: in
         assert init is not None
         size = config.model.model_dump(exclude_none=True)
         begin = {"size": size, "context": config.context, "seed": config.seed, "weights": fingerprint(init.items())}
-        note = {"begin": begin, "tokens": tokens}
+        note: dict[str, Any] = {"begin": begin, "tokens": tokens}
     elif before.exists():
-        note = read_json(before)
+        note = _read_note(before)
         note["tokens"] += tokens
     else:
         note = {"begin": None, "tokens": tokens}

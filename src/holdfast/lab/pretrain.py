@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,21 @@ from holdfast.config.model import ModelConfig
 from holdfast.data.tokens.file import TokenFile
 from holdfast.engines.pieces import is_divided
 from holdfast.engines.profiles import check_engine
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.lab.architecture import counted_parameters
 from holdfast.lab.config import LabConfig, load_lab_config
 from holdfast.lab.measure import Measures, distances
 from holdfast.lab.mixture import Mixture
 from holdfast.lab.model import make_model, tokenizer_of, write_note
+from holdfast.lab.shapes import Evaluation, Result, Step
 from holdfast.methods.compatibility import refusal
 from holdfast.records.directory import RunDirectory, open_directory
 from holdfast.records.inputs import Inputs
+from holdfast.records.shapes import checked
 from holdfast.runner.inputs import code_inputs, method_inputs, model_inputs
 from holdfast.system.files import append_jsonl, read_appended, write_jsonl
 from holdfast.system.interrupt import Interrupt
-from holdfast.system.manifest import read_json
+from holdfast.system.manifest import read_json, remedy
 from holdfast.system.progress import Progress
 from holdfast.training.arguments import RESERVED, check_arguments, training_arguments
 from holdfast.training.chunked_trainer import ChunkedLossTrainer
@@ -94,7 +97,7 @@ def pretrain(
         if not path.exists():
             progress = progress or Progress(quiet=not directory.process.main)
             LabRun(config, directory, progress, interrupt, accept_changes).go()
-        return read_json(path)
+        return checked(path, Result, read_json(path))
 
 
 class LabRun:
@@ -194,8 +197,12 @@ class LabRun:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The measurements so far, oldest first."""
-        return read_appended(self.path / "evaluations.jsonl")
+        """The measurements so far, oldest first, of which the first was made before training.
+
+        Raises:
+            RunDirectoryError: the file is damaged.
+        """
+        return evaluations(self.path, self.config.valid)
 
     def so_far(self, step: int) -> dict[str, Any]:
         """The step, the tokens trained on until then, and the seconds of training, over all restarts."""
@@ -220,7 +227,8 @@ class LabRun:
         """Drop the lines about steps after the one that training goes on from; -1 drops all."""
         if self.process.main:
             for path in (self.path / "events.jsonl", self.path / "evaluations.jsonl"):
-                write_jsonl(path, [line for line in read_appended(path) if line["step"] <= step])
+                lines = checked(path, list[Step], read_appended(path))
+                write_jsonl(path, [line for line in lines if line["step"] <= step])
         self.process.wait()
 
     def measure(self, step: int) -> None:
@@ -263,6 +271,27 @@ class LabRun:
         result = {"stop": self.stopped_by} | now | {"parameters": self.parameters}
         result |= {"start": evaluations[0], "end": evaluations[-1], "best": best}
         self.directory.write_json(self.path / "result.json", result)
+
+
+def evaluations(folder: Path, domains: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """The lines of a laboratory run's evaluations.jsonl, oldest first.
+
+    Args:
+        domains: that each of them has; None: those of the first.
+
+    Raises:
+        RunDirectoryError: the file is damaged, or is missing.
+    """
+    path = folder / "evaluations.jsonl"
+    lines: list[dict[str, Any]] = checked(path, list[Evaluation], read_appended(path))
+    if not lines or lines[0]["step"] != 0:
+        raise RunDirectoryError(f"{path}: is damaged: the measurement before training is missing; {remedy(path)}")
+    wanted = set(lines[0]["domains"] if domains is None else domains)
+    for number, line in enumerate(lines, start=1):
+        if line["domains"].keys() != wanted:
+            named = ", ".join(sorted(wanted))
+            raise RunDirectoryError(f"{path}: is damaged: line {number}: domains must be {named}; {remedy(path)}")
+    return lines
 
 
 def _loss(evaluation: dict[str, Any], domain: str | None) -> float:

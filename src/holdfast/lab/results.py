@@ -9,8 +9,10 @@ from typing import Any
 
 from holdfast.lab.derived import above_front, compute_multiplier, loss_at_matched
 from holdfast.lab.experiment import DONE, Experiment, PlannedLabRun
+from holdfast.lab.pretrain import evaluations
+from holdfast.lab.shapes import Matrix, Measured, Result
 from holdfast.lab.tables import TableRow
-from holdfast.system.files import read_appended
+from holdfast.records.shapes import checked
 from holdfast.system.manifest import read_json
 
 
@@ -29,24 +31,30 @@ def tables(experiment: Experiment, runs: Sequence[PlannedLabRun], cache: Path) -
         folder = run.folder(cache)
         columns = {"group": run.group, **run.columns, "seed": run.seed, "run": run.key}
         if run.command == "run":
-            results.append(columns | score_columns(read_json(folder / "matrix.json")) | read_json(folder / DONE))
+            results.append(
+                columns | score_columns(_read(folder / "matrix.json", Matrix)) | _read(folder / DONE, Measured)
+            )
             continue
-        result, evaluations = read_json(folder / "result.json"), read_appended(folder / "evaluations.jsonl")
-        losses = _losses(evaluations)
+        result, measured = _read(folder / "result.json", Result), evaluations(folder)
+        losses = _losses(measured)
         row = columns | {key: result[key] for key in ("parameters", "tokens", "seconds", "stop")}
         for name, values in losses.items():
-            kl = evaluations[-1]["domains"][name]["kl"]
+            kl = measured[-1]["domains"][name]["kl"]
             row |= {f"{name}_start": values[0], f"{name}_loss": values[-1], f"{name}_kl": kl}
         if run.parent is not None and experiment.old in losses and experiment.new in losses:
-            before = read_appended(run.parent.folder(cache) / "evaluations.jsonl")
+            before = evaluations(run.parent.folder(cache))
             row |= _changes(experiment, losses[experiment.old], losses[experiment.new], before)
-        results.append(row | read_json(folder / DONE))
-        for i, evaluation in enumerate(evaluations if experiment.curves else []):
+        results.append(row | _read(folder / DONE, Measured))
+        for i, evaluation in enumerate(measured if experiment.curves else []):
             at = {key: evaluation[key] for key in ("step", "tokens", "seconds")}
             curves.append(columns | at | {f"{name}_loss": values[i] for name, values in losses.items()})
     if experiment.front is not None:
         _measure_over_front(results, experiment.front, f"{experiment.new}_loss", f"{experiment.old}_loss")
     return results, curves
+
+
+def _read(path: Path, shape: Any) -> Any:
+    return checked(path, shape, read_json(path))
 
 
 def _losses(evaluations: list[dict[str, Any]]) -> dict[str, list[float]]:

@@ -17,6 +17,7 @@ from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import borrowed, snapshot, weights
+from holdfast.system.shapes import Count, of_shape
 
 if TYPE_CHECKING:
     from holdfast.api.at_test import Evaluation
@@ -169,7 +170,9 @@ class CIA(Method):
         if "first" in prefixes:
             like = snapshot(model)  # on the CPU, in the weights' own data types
             self.first = Shards.from_state(state, "first", like)
-            self.group, self.instructions = state["group"], [(group, tokens) for group, tokens in state["instructions"]]
+            self.group = of_shape(Count, state["group"], "group")
+            pairs = of_shape(list[tuple[Count, dict[str, float]]], [tuple(pair) for pair in state["instructions"]])
+            self.instructions = [*pairs]
             groups = sorted({group for group, _ in self.instructions if f"group{group}" in prefixes})
             self.groups = {group: Shards.from_state(state, f"group{group}", like) for group in groups}
 

@@ -10,14 +10,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.api.method import Method, State
-from holdfast.api.rows import Batch, TokenRow
+from holdfast.api.rows import IGNORED, Batch, TokenRow
 from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.section import Section
+from holdfast.engines.saved import saved_tensor
 from holdfast.losses import logit_mse
-from holdfast.models.head import whole_head
+from holdfast.models.head import base, whole_head
 from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.teacher import predicting, predicting_states
+from holdfast.system.shapes import of_shape
 
 
 class DER(Method):
@@ -92,8 +94,13 @@ class DER(Method):
         return self.memory.state() | ({"logits": torch.cat(self.logits), "answers": lengths} if lengths else {})
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.memory.load_state(state)
-        self.logits = list(torch.split(state["logits"], state["answers"])) if "logits" in state else []
+        self.memory.load_state(state, model)
+        lengths = of_shape(list[int], state.get("answers", []), "answers")
+        if lengths != [sum(label != IGNORED for label in row["labels"][1:]) for row in self.memory.rows]:
+            raise ValueError("answers: must be the number of answer tokens of each row")
+        vocabulary = getattr(base(model).get_output_embeddings(), "out_features", None)
+        logits = saved_tensor(state, "logits", sum(lengths), vocabulary) if lengths else torch.zeros(0)
+        self.logits = list(torch.split(logits, lengths))
 
 
 @torch.no_grad()

@@ -14,9 +14,12 @@ from holdfast.api.method import Method, State
 from holdfast.api.rows import TokenRow
 from holdfast.api.stage import Stage
 from holdfast.config.section import Section
+from holdfast.engines.saved import saved_tensor
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import borrowed, snapshot, weights
 from holdfast.methods.parts.queries import prompt_queries
+from holdfast.models.head import base
+from holdfast.system.shapes import Count, of_shape
 
 if TYPE_CHECKING:
     from holdfast.api.at_test import Evaluation
@@ -130,11 +133,14 @@ class HiDeLoRA(Method):
         def part(prefix: str) -> Shards:
             return Shards.from_state(state, prefix, like)
 
-        numbers = range(1, state["stages"] + 1)
+        numbers = range(1, of_shape(Count, state["stages"], "stages") + 1)
         self.start = part("start")
         self.adapters = [part(f"adapter/{number}") for number in numbers]
-        self.means = [state[f"means/{number}"] for number in numbers]
-        self.scatter, self.rows = state.get("scatter", self.scatter), state["rows"]
+        self.rows = of_shape(Count, state["rows"], "rows")
+        if numbers:
+            hidden = base(model).config.get_text_config().hidden_size
+            self.means = [saved_tensor(state, f"means/{number}", None, hidden) for number in numbers]
+            self.scatter = saved_tensor(state, "scatter", hidden, hidden)
 
 
 def k_means(x: Tensor, count: int, chance: random.Random) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from holdfast.api.rows import Batch, TokenRow, learned
 from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.process import Process
+from holdfast.engines.saved import saved_tensor
 from holdfast.errors import ConfigError
 from holdfast.tuners.soft_prompts import PromptPoolModel
 
@@ -97,10 +98,13 @@ class L2P(Method):
         return {"past": self.past, "now": self._chosen(), "known": answers}
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        now = state["now"].clone()
-        self.past, self.now = state["past"].clone(), now if Process.this().main else torch.zeros_like(now)
-        self.answers = dict(state["known"].tolist())
-        _pool(model).prompt_lengths |= self.answers
+        pool = _pool(model)
+        past, now = (saved_tensor(state, key, None, kind="counts").clone() for key in ("past", "now"))
+        if {len(past), len(now)} - {0, pool.size}:  # before the first stage they are empty
+            raise ValueError(f"past and now: must be of the pool's {pool.size} prompts")
+        self.past, self.now = past, now if Process.this().main else torch.zeros_like(now)
+        self.answers = dict(saved_tensor(state, "known", None, 2, kind="integers").tolist())
+        pool.prompt_lengths |= self.answers
 
 
 def _pool(model: nn.Module) -> PromptPoolModel:

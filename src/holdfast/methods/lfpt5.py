@@ -13,14 +13,16 @@ from holdfast.api.method import Method, State
 from holdfast.api.rows import IGNORED, Batch, TokenRow
 from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.section import Section
+from holdfast.engines.saved import saved_tensor
 from holdfast.errors import ConfigError
 from holdfast.losses import kl_divergence, next_token_nll
 from holdfast.losses.chunked import Head
-from holdfast.models.head import context, head, trained_head
+from holdfast.models.head import base, context, head, trained_head
 from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.pseudo import Writing, write_samples
 from holdfast.rehearsal.teacher import predicting, predicting_states
+from holdfast.system.shapes import Count, of_shape
 
 logger = logging.getLogger("holdfast")
 
@@ -144,11 +146,24 @@ class LFPT5(Method):
         return state
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.memory.load_state(state)
-        self.tasks, self.lengths = list(state["learned"]), list(state["longest"])
-        self.before = list(torch.split(state["before"], state["answers"])) if "before" in state else []
-        now = head(model)
-        parts = {part: state[f"head/{part}"].to(now.weight.device) for part in now._fields if f"head/{part}" in state}
+        self.memory.load_state(state, model)
+        self.tasks, self.lengths = (
+            of_shape(list[str], state["learned"], "learned"),
+            of_shape(list[Count], state["longest"], "longest"),
+        )
+        if len(self.tasks) != len(self.lengths):
+            raise ValueError("learned and longest: must have an entry for each past task")
+        now, rows, answers = head(model), self.memory.rows, of_shape(list[int], state.get("answers", []), "answers")
+        if "before" in state and answers != [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]:
+            raise ValueError("answers: must be the number of answer tokens of each row")
+        hidden = base(model).config.get_text_config().hidden_size
+        before = saved_tensor(state, "before", sum(answers), hidden) if "before" in state else torch.zeros(0)
+        self.before = list(torch.split(before, answers)) if "before" in state else []
+        parts: dict[str, Any] = {
+            part: saved_tensor(state, f"head/{part}", *getattr(now, part).shape).to(now.weight.device)
+            for part in now._fields
+            if f"head/{part}" in state
+        }
         self.head = now._replace(**parts) if parts else None
 
     def _write(self, stage: Stage, number: int, task: str, length: int) -> None:

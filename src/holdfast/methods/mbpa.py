@@ -14,12 +14,15 @@ from holdfast.api.method import Method, State
 from holdfast.api.rows import TokenRow
 from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
+from holdfast.engines.saved import saved_tensor
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import borrowed, gradient_of, snapshot
 from holdfast.losses.common import wide
 from holdfast.methods.parts.queries import prompt_queries
 from holdfast.models.generation import evaluating
+from holdfast.models.head import base
 from holdfast.rehearsal.memory import Memory
+from holdfast.system.shapes import Count, of_shape
 
 if TYPE_CHECKING:
     from holdfast.api.at_test import Evaluation
@@ -151,9 +154,11 @@ class MbPA(Method):
 
     def load_state(self, state: State, model: nn.Module) -> None:
         if state:
-            self.memory.load_state(state)
+            self.memory.load_state(state, model)
             self.start = Shards.from_state(state, "start", like=snapshot(model))
-            self.keys, self.steps = state["keys"], int(state["steps"])
+            hidden = base(model).config.get_text_config().hidden_size if len(self.memory) else None
+            self.keys = saved_tensor(state, "keys", len(self.memory), hidden)
+            self.steps = of_shape(Count, state["steps"], "steps")
 
 
 def neighbours_gradient(evaluation: Evaluation, rows: Sequence[TokenRow]) -> Shards:

@@ -14,6 +14,7 @@ from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.shards import Shards
 from holdfast.errors import ConfigError
+from holdfast.system.shapes import Count, of_shape
 from holdfast.tuners.lora_factors import TRAINED, exchange_adapters, factors, plain_lora, seeded, times_rank
 
 PAST = "past"
@@ -117,4 +118,4 @@ class OLoRA(Method):
         return {"stages": self.stages}
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.stages = int(state["stages"])
+        self.stages = of_shape(Count, state["stages"], "stages")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from holdfast.api.method import Method, State
 from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
+from holdfast.engines.saved import saved_tensor
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import weights
 from holdfast.methods.parts.penalty import row_gradients
@@ -87,9 +88,11 @@ class OGD(Method):
         return basis | {"strengths": self.strengths} | self.memory.state()
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.strengths = state["strengths"]
-        self.basis = Shards.from_state(state, "basis", like=weights(model)) if len(self.strengths) else None
-        self.memory.load_state(state)
+        self.strengths = saved_tensor(state, "strengths", None)
+        self.basis = Shards.from_state(state, "basis", weights(model), stacked=True) if len(self.strengths) else None
+        if self.basis is not None and {len(t) for t in self.basis.tensors.values()} != {len(self.strengths)}:
+            raise ValueError("basis: must have a direction for each strength")
+        self.memory.load_state(state, model)
 
 
 def true_logits(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
 from holdfast.models.head import hidden_only
+from holdfast.system.shapes import of_shape
 
 
 @dataclass
@@ -163,7 +164,7 @@ class OSF(Method):
         return {"importance": self.importance}
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.importance = state["importance"]
+        self.importance = of_shape(list[float], state["importance"], "importance")
 
 
 def osf_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:

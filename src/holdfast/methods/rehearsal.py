@@ -26,6 +26,7 @@ from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.samples import corpus_rows, general_rows, rows_fingerprint
 from holdfast.rehearsal.teacher import HiddenTeacher, LiveStates, StateTeacher, cached_teacher, live_teacher
 from holdfast.rehearsal.violations import violations
+from holdfast.system.shapes import Facts, of_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,8 +190,9 @@ class Rehearsal(Method):
         return self.memory.state() | {"start": self._start, "seed": self._seed}
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self._start, self._seed = state["start"], state.get("seed")
-        self.memory.load_state(state)
+        self._start = of_shape(Facts, state["start"], "start")
+        self._seed = of_shape(int | None, state.get("seed"), "seed")
+        self.memory.load_state(state, model)
 
     def _draw(self, stage: Stage) -> None:
         """Prepare to draw samples, and take the hidden states that they are drawn from as the teacher's if exact."""

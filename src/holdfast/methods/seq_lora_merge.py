@@ -12,7 +12,9 @@ from torch import nn
 from holdfast.api.method import Method, State
 from holdfast.api.stage import Stage
 from holdfast.config.section import Section
+from holdfast.engines.saved import saved_tensor
 from holdfast.errors import ConfigError
+from holdfast.system.shapes import Count, Facts, alike, of_shape
 from holdfast.tuners.lora_factors import (
     SHAPE,
     TRAINED,
@@ -153,11 +155,21 @@ class SeqLoRAMerge(Method):
         return tensors | {"shape": self.shape, "stages": len(self.learned)}
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        def part(name: str) -> Factors:
-            return {key.removeprefix(f"{name}/"): w for key, w in state.items() if key.startswith(f"{name}/")}
+        now, config = factors(model), plain_lora(model, self.name)
 
-        self.shape, self.start = state["shape"], part("start")
-        self.learned = [part(str(i)) for i in range(1, state["stages"] + 1)]
+        def part(name: str) -> Factors:
+            """The adapter, of any rank, whose factors fit the model's layers."""
+            found = {}
+            for key, w in now.items():
+                shape = (None, w.shape[1]) if key.endswith("lora_A") else (len(w), None)
+                found[key] = saved_tensor(state, f"{name}/{key}", *shape)
+            return found
+
+        stages, shape = of_shape(Count, state["stages"], "stages"), of_shape(Facts, state["shape"], "shape")
+        if shape and not (shape.keys() == set(SHAPE) and all(alike(shape[key], getattr(config, key)) for key in shape)):
+            raise ValueError(f"shape: must have {', '.join(SHAPE)}, as a LoRA adapter's configuration has them")
+        self.shape, self.start = shape, part("start") if shape else {}
+        self.learned = [part(str(i)) for i in range(1, stages + 1)]
 
 
 def copied(values: Factors) -> Factors:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from holdfast.api.method import Method, State
 from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
+from holdfast.engines.saved import saved_tensor
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
@@ -25,6 +26,7 @@ from holdfast.methods.parts.gradient_tree import (
     pull_cosine,
     pull_l1,
 )
+from holdfast.system.shapes import Count, alike, of_shape
 
 
 class TreeLoRA(Method):
@@ -113,11 +115,20 @@ class TreeLoRA(Method):
 
     def load_state(self, state: State, model: nn.Module) -> None:
         device = next(iter(weights(model))).device
-        self.past = [state[f"past/{task}"].to(device) for task in range(state["tasks"])]
+        shape = LoraLayers(weights(model).whole()).shape
+        self.past = [
+            saved_tensor(state, f"past/{task}", *shape).to(device)
+            for task in range(of_shape(Count, state["tasks"], "tasks"))
+        ]
         self.tree = Group.from_plain(state["tree"]) if state["tree"] else None
-        self.steps = int(state["steps"])
+        if self.tree is not None:
+            self.tree.check(range(len(self.past)), shape[0])
+        self.steps = of_shape(Count, state["steps"], "steps")
         if self.steps:
-            self.mean = state["mean"].to(device)
+            self.mean = saved_tensor(state, "mean", *shape).to(device)
         if self.tree and "rounds" in state:
             self.search = TreeSearch(self.tree, self.options.exploration)
+            rounds, residuals = self.search.rounds, self.search.residuals
+            if not alike(state["rounds"], rounds) or not alike(state["residuals"], residuals):
+                raise ValueError("rounds and residuals: must be numbers, of each past task")
             self.search.rounds, self.search.residuals = state["rounds"], state["residuals"]

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.config.model import ModelConfig
 from holdfast.errors import ConfigError, UserError
@@ -78,20 +78,36 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
             "has a tokenizer that cannot be read" if folder.is_dir() else "is no folder, and no tokenizer of the hub"
         )
         raise ConfigError(f"{key}: {model.name!r} {place}: {error}") from None
-    if not isinstance(tokenizer.model_max_length, int | float):
-        raise ConfigError(
-            f"{key}: {model.name!r}: tokenizer_config.json: model_max_length must be a number, not "
-            f"{tokenizer.model_max_length!r:.60}"
-        )
+    with readable(f"{key}: the tokenizer of {model.name!r} cannot be used"):
+        check_tokenizer(tokenizer)
     if not tokenizer.is_fast:
         raise ConfigError(f"{key}: {model.name!r} has a slow tokenizer; a tokenizer.json is needed")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"{key}: the tokenizer of {model.name!r} has no padding, end or unknown token; name one")
-    with readable(f"{key}: the tokenizer of {model.name!r} cannot be used"):
-        tokenizer("a")
     return tokenizer
+
+
+def load_saved_tokenizer(folder: Path, kind: type[UserError], trust_remote_code: bool = False) -> Any:
+    """The tokenizer that holdfast has written into a folder.
+
+    Args:
+        kind: of the error that is raised if it cannot be read or used.
+    """
+    from transformers import AutoTokenizer
+
+    with readable(f"{folder}: its tokenizer cannot be read", kind):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Try a tokenizer that was just loaded, since loading looks at little of it; ValueError, or what it may raise."""
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"model_max_length must be a number, not {tokenizer.model_max_length!r:.60}")
+    tokenizer("a")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

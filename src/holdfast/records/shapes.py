@@ -7,20 +7,15 @@ that was edited by hand and is no longer what it was is told apart here. All fil
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any, NotRequired
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import with_config
 from typing_extensions import TypedDict
 
 from holdfast.errors import RunDirectoryError
 from holdfast.system import files, manifest
-
-Number = float | None
-Facts = dict[str, Any]
-
-AS_WRITTEN = ConfigDict(strict=True, extra="allow")
+from holdfast.system.shapes import AS_WRITTEN, Count, Facts, Number, of_shape
 
 
 @with_config(AS_WRITTEN)
@@ -29,13 +24,27 @@ class _Named(TypedDict):
 
 
 @with_config(AS_WRITTEN)
+class _Training(TypedDict):
+    batch_size: NotRequired[Count]
+    max_steps: NotRequired[Count | None]
+    epochs: NotRequired[float | list[float] | None]
+
+
+@with_config(AS_WRITTEN)
+class _Evaluation(TypedDict):
+    bootstrap: NotRequired[Count]
+    split: NotRequired[str]
+    general: NotRequired[list[Facts] | None]
+
+
+@with_config(AS_WRITTEN)
 class _Config(TypedDict):
     """Of a run; the laboratory's have other sections."""
 
     method: NotRequired[list[_Named]]
     model: NotRequired[Facts]
-    training: NotRequired[Facts]
-    evaluation: NotRequired[Facts]
+    training: NotRequired[_Training]
+    evaluation: NotRequired[_Evaluation]
     stream: NotRequired[Facts]
     data: NotRequired[Any]  # the laboratory has a list
     tuner: NotRequired[_Named | None]
@@ -133,6 +142,14 @@ class _Growth(TypedDict):
 
 
 @with_config(AS_WRITTEN)
+class _TokenFile(TypedDict):
+    """Of a laboratory run."""
+
+    tokens: int
+    fingerprint: str
+
+
+@with_config(AS_WRITTEN)
 class Record(TypedDict):
     """run.json."""
 
@@ -153,7 +170,8 @@ class Record(TypedDict):
     seconds: NotRequired[dict[str, float]]
     tokens: NotRequired[int | None]
     peak_memory_gib: NotRequired[Number]
-    inputs: NotRequired[dict[str, Any]]
+    inputs: NotRequired[dict[str, dict[str, str | None]]]
+    files: NotRequired[dict[str, _TokenFile]]
     changes: NotRequired[list[_Change]]
     stages: NotRequired[list[_Stage]]
     grown: NotRequired[list[_Growth]]
@@ -275,6 +293,12 @@ SHAPES: dict[str, Any] = {
 }
 """By a file's name, or by that of its folder."""
 
+NEEDED = (
+    "model", "training.batch_size", "training.max_steps", "training.epochs", "evaluation.bootstrap",
+    "evaluation.general", "stream", "data",
+)  # fmt: skip
+"""Keys of a run's configuration that are read without its being loaded."""
+
 SOME_ROWS = {"number", "answers", "input", "beside"}
 """Keys that some rows of a file have and others do not."""
 
@@ -293,7 +317,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     everywhere = {key for row in rows for key in row} - SOME_ROWS
     for number, row in enumerate(rows, start=1):
         if lacking := sorted(everywhere - row.keys()):
-            raise _damaged(path, f"line {number} lacks {', '.join(lacking)}, which other lines have")
+            raise damaged(path, f"line {number} lacks {', '.join(lacking)}, which other lines have")
     return rows
 
 
@@ -312,27 +336,27 @@ def check_matrix(path: Path, record: dict[str, Any], matrix: dict[str, Any]) -> 
     tasks, file = matrix["tasks"], path / "matrix.json"
     rows = len(tasks) + 1
     if "tasks" not in record or not record["config"].get("method"):
-        raise _damaged(path / "run.json", "it is of no run of tasks")
-    for section in ("model", "training", "evaluation", "stream", "data"):
-        if section not in record["config"]:
-            raise _damaged(path / "run.json", f"config.{section} is missing")
+        raise damaged(path / "run.json", "it is of no run of tasks")
+    configs = {"config": record["config"]}
+    configs |= {f"stages.{n}.config": stage["config"] for n, stage in enumerate(record.get("stages", []))}
+    for place, config in configs.items():
+        if lacking := [key for key in NEEDED if key not in _keys(config)]:
+            raise damaged(path / "run.json", f"{place}.{lacking[0]} is missing")
     if not tasks or len(set(tasks)) < len(tasks):
-        raise _damaged(file, "tasks must be names, each once")
+        raise damaged(file, "tasks must be names, each once")
     for name, where in ((name, where) for where in (matrix["metrics"], record["tasks"]) for name in tasks):
         if name not in where:
-            raise _damaged(file, f"task {name!r} is not in metrics, or not in run.json")
+            raise damaged(file, f"task {name!r} is not in metrics, or not in run.json")
     for stage in record.get("stages", []):
         epochs = stage["config"]["training"]["epochs"]
         if isinstance(epochs, list) and not 0 < stage["stage"] <= len(epochs):
-            raise _damaged(path / "run.json", f"stages: there are no epochs of stage {stage['stage']}")
+            raise damaged(path / "run.json", f"stages: there are no epochs of stage {stage['stage']}")
     for decision in record.get("gate", []):
         if not 0 <= decision["current"] <= decision["stage"] < rows:
-            raise _damaged(
-                path / "run.json", f"gate: stage {decision['stage']} cannot go on from {decision['current']}"
-            )
+            raise damaged(path / "run.json", f"gate: stage {decision['stage']} cannot go on from {decision['current']}")
     for rollback in record.get("rollbacks", []):
         if not 0 <= rollback["to"] <= rollback["after"] < rows:
-            raise _damaged(
+            raise damaged(
                 path / "run.json", f"rollbacks: after stage {rollback['after']} there is no way to {rollback['to']}"
             )
     columns = {"joint": [matrix["joint"]] if matrix["joint"] else []} | {
@@ -340,40 +364,42 @@ def check_matrix(path: Path, record: dict[str, Any], matrix: dict[str, Any]) -> 
     }
     columns["scores"] = matrix["scores"]
     if len(matrix["scores"]) != rows or any(len(row) != len(tasks) for all_ in columns.values() for row in all_):
-        raise _damaged(file, f"scores must have {rows} rows of {len(tasks)} tasks, and joint and by_task as many tasks")
+        raise damaged(file, f"scores must have {rows} rows of {len(tasks)} tasks, and joint and by_task as many tasks")
     lists: Iterable[tuple[str, list[Any]]] = [
         *matrix["general"].items(),
         *((task, values) for task, found in matrix.get("beside", {}).items() for values in found.values()),
     ]
     for name, values in lists:
         if len(values) != rows:
-            raise _damaged(file, f"{name!r} has {len(values)} values, not {rows}")
+            raise damaged(file, f"{name!r} has {len(values)} values, not {rows}")
     for name, ends in matrix["intervals"].items():
         if ends is not None and len(ends) != 2:
-            raise _damaged(file, f"intervals.{name} must be two numbers")
+            raise damaged(file, f"intervals.{name} must be two numbers")
     for name, curve in matrix.get("curves", {}).items():
         if name not in tasks or len(curve["steps"]) != len(curve["scores"]):
-            raise _damaged(file, f"curves.{name} must have a score a step, and be of a task")
+            raise damaged(file, f"curves.{name} must have a score a step, and be of a task")
 
 
-@cache
-def _adapter(name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(SHAPES[name])
+def _keys(config: Any) -> set[str]:
+    """The sections of a configuration, and their keys with the section before them."""
+    return {
+        *config,
+        *(f"{section}.{key}" for section, values in config.items() if isinstance(values, dict) for key in values),
+    }
 
 
 def _checked(path: Path, name: str, value: Any) -> Any:
-    if name in SHAPES:
-        try:
-            _adapter(name).validate_python(value)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            line = "".join(f"line {n + 1}: " for n in first["loc"][:1] if isinstance(n, int))
-            key = ".".join(str(part) for part in (first["loc"][1:] if line else first["loc"]))
-            message = first["msg"][0].lower() + first["msg"][1:]
-            found = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
-            raise _damaged(path, f"{line}{key or 'it'}: {message}{found}") from None
-    return value
+    return checked(path, SHAPES[name], value) if name in SHAPES else value
 
 
-def _damaged(path: Path, why: str) -> RunDirectoryError:
+def checked(path: Path, shape: Any, value: Any) -> Any:
+    """The value of a file of a run, which has this shape; RunDirectoryError if it has not."""
+    try:
+        return of_shape(shape, value)
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+
+
+def damaged(path: Path, why: str) -> RunDirectoryError:
+    """The error about a damaged file of a run, with what can be done about it."""
     return RunDirectoryError(f"{path}: is damaged: {why}; {manifest.remedy(path)}")

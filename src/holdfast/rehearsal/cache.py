@@ -10,25 +10,45 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import Field, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from holdfast.api.rows import TokenRow
 from holdfast.errors import ConfigError, DataError
 from holdfast.losses.margin import classify
 from holdfast.rehearsal.samples import rows_fingerprint
 from holdfast.rehearsal.states import RunningMoments, pack
-from holdfast.system.files import PARTIAL, read_json, write_json
+from holdfast.system.files import PARTIAL, read_json, remove_link, write_json
+from holdfast.system.shapes import AS_WRITTEN, Count, Facts, of_shape
 
 MANIFEST = "manifest.json"
 EXTRAS = "extras.safetensors"
 FORMAT = 1
 
 logger = logging.getLogger("holdfast")
+
+
+@with_config(AS_WRITTEN)
+class _File(TypedDict):
+    bytes: Count
+    sha256: str
+
+
+@with_config(AS_WRITTEN)
+class _Manifest(TypedDict):
+    format: int
+    key: Facts
+    samples: Annotated[int, Field(ge=0, lt=2**40)]
+    shard_rows: Annotated[int, Field(ge=1, lt=2**40)]
+    rows: NotRequired[str]
+    files: dict[str, _File]
+
 
 Compute = Callable[[Sequence[TokenRow]], Sequence[Tensor]]
 """Computes one tensor a row, [tokens, width], of any data type and on any device."""
@@ -298,16 +318,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = read_json(path)
-        well_formed = isinstance(manifest["key"], dict) and manifest.keys() >= {"format", "samples", "files"}
-        well_formed &= isinstance(manifest["samples"], int) and isinstance(manifest.get("shard_rows"), int)
-    except (ValueError, KeyError, TypeError):
-        well_formed = False
-    if not well_formed:
+        manifest: dict[str, Any] = of_shape(_Manifest, read_json(path))
+        shards = [_shard(number) for number in range(-(-manifest["samples"] // manifest["shard_rows"]))]
+        if not set(shards) <= manifest["files"].keys() <= {*shards, EXTRAS}:
+            raise ValueError("files: must be the shards of all samples")
+    except ValueError as error:
         raise DataError(
-            f"{path}: is no manifest of a teacher's cache; delete the folder {folder} to build one there, or give "
-            "another folder"
-        )
+            f"{path}: is no manifest of a teacher's cache ({error}); delete the folder {folder} to build one there, or "
+            "give another folder"
+        ) from None
     return manifest
 
 
@@ -360,6 +379,7 @@ def _copy(tensor: Tensor) -> Tensor:
 def _write(path: Path, tensors: dict[str, Tensor], build: str) -> None:
     """Write a whole file, with the mark of its build."""
     partial = path.with_name(path.name + PARTIAL)
+    remove_link(partial)
     save_file(tensors, partial, {"build": build})
     with partial.open("rb") as file:
         os.fsync(file.fileno())

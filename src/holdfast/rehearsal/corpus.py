@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from holdfast.errors import ConfigError, DataError, Interrupted
 from holdfast.models.pretrained import tokenizer_fingerprint
@@ -27,12 +30,52 @@ from holdfast.system.files import (
     write_jsonl,
 )
 from holdfast.system.interrupt import Interrupt
+from holdfast.system.shapes import AS_WRITTEN, Count, Positive, of_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MANIFEST, SETTINGS, TOKENIZER = "manifest.json", "settings.json", "tokenizer"
 FORMAT = 1
+
+
+@with_config(AS_WRITTEN)
+class _Sample(TypedDict):
+    """A line of a shard."""
+
+    number: Count
+    input_ids: list[Count]
+    labels: list[int]
+    log_prob: float
+
+
+@with_config(AS_WRITTEN)
+class _File(TypedDict):
+    rows: Count
+    bytes: Count
+    sha256: str
+
+
+@with_config(AS_WRITTEN)
+class _Request(TypedDict):
+    start: list[Count]
+
+
+@with_config(AS_WRITTEN)
+class _Settings(TypedDict):
+    tokenizer: str
+    request: _Request
+
+
+@with_config(AS_WRITTEN)
+class _Manifest(TypedDict):
+    settings: _Settings
+    samples: Positive
+    tokens: Positive
+    supervised: Positive
+    duplicates: Count
+    log_prob: float
+    files: dict[str, _File]
 
 
 def write_corpus(
@@ -82,15 +125,15 @@ def write_corpus(
     settings |= {"tokens": tokens, "batch_size": batch_size, "seed": seed}
     with locked_folder(out), Interrupt() as interrupt:
         if (out / MANIFEST).exists():
-            manifest = read_json(out / MANIFEST)
-            require_same(out, "a corpus", manifest.get("settings", {}), settings)
+            manifest = read_manifest(out)
+            require_same(out, "a corpus", manifest["settings"], settings)
             return manifest
         _begin(out, settings, tokenizer)
         tally = _Tally(tokens)
         for shard in itertools.count():
             path = out / f"shard-{shard:05d}.jsonl"
             if path.exists():
-                for line in read_jsonl(path):
+                for line in read_shard(path):
                     tally.add(line)
             else:
                 numbers = range(shard * batch_size, (shard + 1) * batch_size)
@@ -111,7 +154,7 @@ def write_corpus(
         files = {path.name: _facts(path) for path in sorted(out.glob("shard-*.jsonl"))}
         write_json(out / MANIFEST, {"settings": settings} | tally.counts() | {"files": files})
         (out / SETTINGS).unlink()
-        return read_json(out / MANIFEST)
+        return read_manifest(out)
 
 
 def _lines(numbers: Sequence[int], samples: Sequence[OwnSample]) -> list[dict[str, Any]]:
@@ -135,11 +178,8 @@ def corpus_files(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None)
             if (folder / SETTINGS).exists()
             else f"{folder}: is no corpus that a model wrote: it has no {MANIFEST}; `holdfast replay` writes one"
         )
-    try:
-        manifest = read_json(folder / MANIFEST)
-        written, files = manifest["settings"]["tokenizer"], manifest["files"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{folder / MANIFEST}: is no manifest of a corpus that a model wrote") from None
+    manifest = read_manifest(folder)
+    written, files = manifest["settings"]["tokenizer"], manifest["files"]
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != written:
         raise DataError(f"{folder}: was written with another tokenizer than the model's; write a corpus of this model")
     for name, expected in files.items():
@@ -148,6 +188,30 @@ def corpus_files(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None)
         if _facts(folder / name) != expected:
             raise DataError(f"{folder / name}: is damaged: it is not what {MANIFEST} says; write the corpus anew")
     return [folder / name for name, facts in files.items() if facts["rows"]]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished corpus; DataError if it is none."""
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = of_shape(_Manifest, read_json(path))
+        if other := [name for name in manifest["files"] if not re.fullmatch(r"shard-\d+\.jsonl", name)]:
+            raise ValueError(f"files: {other[0]!r:.60} is no shard")
+    except ValueError as error:
+        raise DataError(f"{path}: is no manifest of a corpus that a model wrote: {error}") from None
+    return manifest
+
+
+def read_shard(path: Path) -> list[dict[str, Any]]:
+    """The samples of a shard; DataError if it is damaged."""
+    try:
+        lines: list[dict[str, Any]] = of_shape(list[_Sample], read_jsonl(path))
+        for number, line in enumerate(lines, start=1):
+            if len(line["labels"]) != len(line["input_ids"]) or all(label == -100 for label in line["labels"]):
+                raise ValueError(f"line {number}: labels: must have a label a token, and one that was drawn")
+    except ValueError as error:
+        raise DataError(f"{path}: is damaged: {error}; write the corpus anew") from None
+    return lines
 
 
 class _Tally:

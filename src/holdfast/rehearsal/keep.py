@@ -189,7 +189,7 @@ class Keep(Method, registered=False):
         }
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.samples.load_state(state)
+        self.samples.load_state(state, model)
         self.base, self.names = list(state["base"]), dict(state["names"])
         self.multipliers = {k: Multiplier(*values) for k, *values in state["multipliers"]}
         self.lost = {k: Lost(*values) for k, *values in state["lost"]}

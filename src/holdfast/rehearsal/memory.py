@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 
-from holdfast.api.rows import TokenRow
+from holdfast.api.rows import IGNORED, TokenRow
+from holdfast.engines.saved import saved_tensor
+from holdfast.system.shapes import Count, of_shape
 
 
 class Memory:
@@ -60,12 +63,30 @@ class Memory:
             "seen": self.seen,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state` returned."""
-        lengths = state["lengths"].tolist()
-        ids, labels = (torch.split(state[key], lengths) for key in ("input_ids", "labels"))
-        self.rows = [{"input_ids": i.tolist(), "labels": y.tolist()} for i, y in zip(ids, labels, strict=True)]
-        self.tasks, self.places, self.seen = list(state["tasks"]), list(state["places"]), state["seen"]
+    def load_state(self, state: dict[str, Any], model: nn.Module) -> None:
+        """Restore what :meth:`state` returned.
+
+        Args:
+            model: the one that is to learn the rows.
+
+        Raises:
+            ValueError: it is no state of a memory, or its rows are not of this model's tokens.
+        """
+        lengths = saved_tensor(state, "lengths", None, kind="counts").tolist()
+        tokens = saved_tensor(state, "input_ids", sum(lengths), kind="counts")
+        labels = state["labels"]
+        if labels.shape != tokens.shape or not bool(((labels == tokens) | (labels == IGNORED)).all()):
+            raise ValueError(f"labels: must be those of input_ids, or {IGNORED}")
+        embeddings = cast(Any, model).get_input_embeddings()
+        size = getattr(embeddings, "num_embeddings", None) if len(tokens) else None
+        if size is not None and int(tokens.max()) >= size:
+            raise ValueError(f"input_ids: the model has {size} tokens, and {int(tokens.max())} is none of them")
+        split = (torch.split(column, lengths) for column in (tokens, labels))
+        self.rows = [{"input_ids": i.tolist(), "labels": y.tolist()} for i, y in zip(*split, strict=True)]
+        self.tasks, self.places = (list(of_shape(list[Count], state[key], key)) for key in ("tasks", "places"))
+        self.seen = of_shape(Count, state["seen"], "seen")
+        if not len(self.rows) == len(self.tasks) == len(self.places):
+            raise ValueError("tasks and places: must have an entry for each row")
 
     def _add_by_quota(self, stage: int, rows: Sequence[TokenRow], chance: random.Random) -> None:
         stages = list(dict.fromkeys([*self.tasks, stage]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,13 +11,14 @@ import numpy as np
 
 from holdfast.data.texts import read_texts
 from holdfast.errors import DataError
-from holdfast.rehearsal.corpus import MANIFEST, TOKENIZER, corpus_files
+from holdfast.models.pretrained import load_saved_tokenizer
+from holdfast.rehearsal.corpus import TOKENIZER, corpus_files, read_manifest, read_shard
 from holdfast.rehearsal.statistics import LONG, Rows, Statistics, by_rank, histogram, shared
 from holdfast.report.html import render
 from holdfast.report.packed import pack_text
 from holdfast.report.plots import Plot, templates
 from holdfast.report.text import number
-from holdfast.system.files import json_text, read_json, write_text
+from holdfast.system.files import json_text, write_text
 
 MOST = 2**22  # tokens that are looked at
 TOP = 20  # of the most frequent tokens
@@ -53,11 +53,9 @@ def write_corpus_page(corpus: Path, output: Path, against: Path | None = None) -
     Raises:
         DataError: the corpus is unfinished or damaged, or the text beside it cannot be read or is too short.
     """
-    from transformers import AutoTokenizer
-
     files = corpus_files(corpus)
-    manifest = read_json(corpus / MANIFEST)
-    tokenizer = AutoTokenizer.from_pretrained(corpus / TOKENIZER)
+    manifest = read_manifest(corpus)
+    tokenizer = load_saved_tokenizer(corpus / TOKENIZER, DataError)
     samples = _samples(files)
     rows = [sample.ids for sample in samples]
     found = {"the model": Statistics.of(rows)}
@@ -97,13 +95,12 @@ def _samples(files: list[Path]) -> list[Sample]:
     samples: list[Sample] = []
     left = MOST
     for path in files:
-        with path.open(encoding="utf-8") as file:
-            for line in map(json.loads, file):
-                drawn = sum(label != -100 for label in line["labels"])
-                samples.append(Sample(line["number"], np.array(line["input_ids"]), drawn, line["log_prob"]))
-                left -= len(line["input_ids"])
-                if left <= 0:
-                    return samples
+        for line in read_shard(path):
+            drawn = sum(label != -100 for label in line["labels"])
+            samples.append(Sample(line["number"], np.array(line["input_ids"]), drawn, line["log_prob"]))
+            left -= len(line["input_ids"])
+            if left <= 0:
+                return samples
     return samples
 
 

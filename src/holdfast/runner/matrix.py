@@ -16,7 +16,7 @@ from holdfast.metrics.intervals import intervals
 from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward_transfer, summarize
 from holdfast.records.directory import RunDirectory, current_stage
 from holdfast.records.read import FinishedRun
-from holdfast.records.shapes import read_appended, read_json, read_jsonl
+from holdfast.records.shapes import damaged, read_appended, read_json, read_jsonl
 from holdfast.runner.measure import responses_file
 from holdfast.runner.missing import why_missing
 from holdfast.runner.plan import START, PlannedStage
@@ -198,6 +198,8 @@ class Results:
         last = read_json(folder / "stage.json")["steps"]
         before = self.scores[stage.index - 1][[other.name for other in self._tasks].index(task.name)]
         after = task_score(read_jsonl(self._responses(folder, task)), task.metric)
+        if any(task.name not in line["scores"] for line in measured):
+            raise damaged(self.directory.path / "curves.jsonl", f"a line of stage {stage.index} lacks {task.name!r}")
         between = [(line["step"], line["scores"][task.name]) for line in measured if line["step"] < last]
         steps, scores = [list(column) for column in zip((0, before), *between, (last, after), strict=True)]
         return {"steps": steps, "scores": scores, "area": area_under_curve(steps, scores)}
@@ -211,7 +213,12 @@ class Results:
         folder = self.directory.stage(current.index, current.name)
         for j, task in enumerate(self._tasks):
             if (path := self._responses(folder, task)).exists():
-                self._records[stage.row][j] = read_jsonl(path)
+                self._records[stage.row][j] = rows = read_jsonl(path)
+                counts = {len(measured[j] or ()) for measured in self._records if measured[j] is not None}
+                if not rows or len(counts) > 1:
+                    raise damaged(path, "it must have as many rows as after other stages, at least one")
         if (path := folder / "evaluation.json").exists():
             for name, value in read_json(path)["general"].items():
+                if name not in self.general:
+                    raise damaged(path, f"general: {name!r} is not measured in this run")
                 self.general[name][stage.row] = value

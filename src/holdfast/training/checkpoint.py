@@ -3,19 +3,72 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
+from pydantic import with_config
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainerState
+from typing_extensions import TypedDict
 
 from holdfast.errors import ConfigError, RunDirectoryError
-from holdfast.system.files import finite, flush_folder, json_file, read_json, write_json
-from holdfast.system.manifest import compare, folder_facts, text_facts
+from holdfast.system.files import finite, flush_folder, json_file, read_json, refuse_link, write_json
+from holdfast.system.manifest import compare, folder_facts, remedy, text_facts
+from holdfast.system.shapes import AS_WRITTEN, Count, Facts, Number, of_shape
 
 SCHEDULER_NAME = "scheduler.pt"
+TRAINER_STATE = "trainer_state.json"
 COMPLETE = "complete.json"
 """The last file of a checkpoint; a checkpoint without it was cut off while it was written."""
+
+
+@with_config(AS_WRITTEN)
+class _Cost(TypedDict):
+    tokens: Count
+    seconds: float
+    peak_memory_gib: float
+
+
+@with_config(AS_WRITTEN)
+class _File(TypedDict):
+    bytes: Count
+    sha256: str
+
+
+@with_config(AS_WRITTEN)
+class _Complete(TypedDict):
+    """complete.json; version 0.1.0 wrote neither stage and task nor checksums."""
+
+    stage: NotRequired[Count]
+    task: NotRequired[str]
+    cost: _Cost
+    files: NotRequired[dict[str, _File]]
+    checksum: NotRequired[_File | None]
+
+
+@with_config(AS_WRITTEN)
+class _State(TypedDict):
+    """trainer_state.json, as transformers' TrainerState is made from it."""
+
+    epoch: NotRequired[float | None]
+    global_step: Count
+    max_steps: NotRequired[int]
+    logging_steps: NotRequired[float | None]
+    eval_steps: NotRequired[float | None]
+    save_steps: NotRequired[float | None]
+    train_batch_size: NotRequired[Count | None]
+    num_train_epochs: NotRequired[float]
+    num_input_tokens_seen: NotRequired[Count]
+    total_flos: NotRequired[float]
+    log_history: list[Facts]
+    best_metric: NotRequired[Number]
+    best_global_step: NotRequired[Count | None]
+    best_model_checkpoint: NotRequired[str | None]
+    trial_name: NotRequired[str | None]
+    trial_params: NotRequired[Facts | None]
+    stateful_callbacks: NotRequired[Facts | None]
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:
@@ -42,12 +95,11 @@ def read_complete(folder: Path, files: bool = True) -> dict[str, Any]:
     """
     path = folder / COMPLETE
     try:
-        content = read_json(path)
-        checksum = content.pop("checksum", None)
-        intact = checksum is None or checksum == text_facts(json_file(content))
-    except (ValueError, AttributeError):
-        intact = False
-    if not intact:
+        content: dict[str, Any] = dict(of_shape(_Complete, read_json(path)))
+    except ValueError:
+        content = {"checksum": {}}
+    checksum = content.pop("checksum", None)
+    if checksum is not None and checksum != text_facts(json_file(content)):
         raise RunDirectoryError(
             f"{path}: is damaged; delete {folder}, and go on from an earlier checkpoint or the start"
         )
@@ -55,7 +107,23 @@ def read_complete(folder: Path, files: bool = True) -> dict[str, Any]:
         compare(path, folder, content.get("files", {}))
         for file in folder.glob("*.json") if "files" not in content else ():  # of version 0.1.0
             read_json(file)
+        _check_state(folder)
     return content
+
+
+def _check_state(folder: Path) -> None:
+    """Check what Trainer goes on from, which it does not; RunDirectoryError if the file is damaged."""
+    path = folder / TRAINER_STATE
+    try:
+        state = of_shape(_State, read_json(path))
+        if unknown := state.keys() - {field.name for field in fields(TrainerState)}:
+            raise ValueError(f"{min(unknown)}: is no field of a trainer's state")
+        if _step(folder) not in (-1, state["global_step"]):  # -1: a user gave it another name
+            raise ValueError(f"global_step: must be that of the folder's name, not {state['global_step']}")
+    except RunDirectoryError:
+        raise
+    except ValueError as error:
+        raise RunDirectoryError(f"{path}: is damaged: {error}; {remedy(path)}") from None
 
 
 def checkpoint_to_resume(chosen: str | bool | None, folder: Path, stage: int, task: str) -> str | None:
@@ -128,6 +196,7 @@ def _step(checkpoint: Path) -> int:
 def newest_whole_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint below ``folder``, if there is one; remove those that were cut off."""
     complete = []
+    refuse_link(folder)  # whose checkpoints are removed
     for path in folder.glob("checkpoint-*"):
         if (path / COMPLETE).exists():
             complete.append(path)

@@ -22,6 +22,7 @@ from holdfast.engines.vectors import weights
 from holdfast.engines.whole import saves_together, whole_state, whole_weights_to_load
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.models.pretrained import readable
+from holdfast.system.shapes import Facts, alike, of_shape
 from holdfast.training.checkpoint import SCHEDULER_NAME, complete_checkpoint, saved_weights
 from holdfast.training.method_state import save_states
 from holdfast.training.state import ContinualState
@@ -99,7 +100,9 @@ class EngineMixin(_Trainer):
             return
         with _readable(checkpoint):
             load_optimizer(_torch_optimizer(self), self.model, Path(checkpoint))
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+            saved = of_shape(Facts, torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+            _check_schedule(self.lr_scheduler, saved)
+            self.lr_scheduler.load_state_dict(saved)
         super()._load_optimizer_and_scheduler(checkpoint)  # finds no optimizer, but a subclass may load more
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -271,6 +274,16 @@ class _Reach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return (*gradients, *[None] * ctx.count)
+
+
+def _check_schedule(scheduler: Any, saved: Facts) -> None:
+    """ValueError if this is no state of such a schedule, which makes its attributes of whatever it loads."""
+    now = scheduler.state_dict()
+    wrong = [key for key, value in now.items() if key in saved and not alike(saved[key], value)]
+    wrong += [key for key in saved.keys() - now.keys() if hasattr(type(scheduler), key)]
+    wrong += list(now.keys() & {"last_epoch"} - saved.keys())
+    if wrong:
+        raise ValueError(f"{SCHEDULER_NAME}: {wrong[0]}: is not what a schedule like this one has")
 
 
 def _readable(checkpoint: Any) -> AbstractContextManager[None]:

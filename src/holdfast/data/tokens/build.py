@@ -7,12 +7,14 @@ import logging
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from holdfast.data.texts import text_files
 from holdfast.errors import ConfigError, DataError
@@ -22,11 +24,13 @@ from holdfast.system.files import (
     append_bytes,
     append_jsonl,
     read_appended,
+    refuse_link,
     require_same,
     whole_folder,
     write_json,
     write_jsonl,
 )
+from holdfast.system.shapes import AS_WRITTEN, Count, Facts, of_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +53,38 @@ class Done:
     tokens: int = 0
     max_id: int = 0
     sha256: str = hashlib.sha256().hexdigest()  # of tokens.bin
+
+
+@with_config(AS_WRITTEN)
+class _Line(TypedDict):
+    """A line of the journal, which :class:`Done` is made from."""
+
+    read: Count
+    texts: str
+    empty: Count
+    documents: Count
+    tokens: Count
+    max_id: Count
+    sha256: str
+
+
+@with_config(AS_WRITTEN)
+class _Domain(TypedDict):
+    name: str
+
+
+@with_config(AS_WRITTEN)
+class _Plan(TypedDict):
+    """The first line of the journal."""
+
+    dtype: str
+    domain: _Domain | None
+    sources: list[str]
+    column: str
+    subset: str | None
+    split: str | None
+    skip: Count
+    at_most: Count | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +119,7 @@ class Build:
                 tokenizer.save_pretrained(copy)
         write_jsonl(folder / JOURNAL, [plan, asdict(self.done)])
         tokens = folder / TOKENS
+        refuse_link(tokens)
         tokens.touch()
         os.truncate(tokens, self.done.tokens * DTYPES[plan["dtype"]].itemsize)
         with tokens.open("rb") as file:
@@ -163,13 +200,29 @@ def _resume(folder: Path, plan: dict[str, Any]) -> Done | None:
         if others:
             raise ConfigError(f"{folder}: is no token file, but holds other files ({', '.join(sorted(others)[:3])})")
         return None
-    begun, *lines = read_appended(folder / JOURNAL)
-    done = Done(**lines[-1])
+    begun, *lines = _journal(folder)
+    done = Done(**{field.name: lines[-1][field.name] for field in fields(Done)})
     if done.read == 0:
         return None
     require_same(folder, "an unfinished build", begun, plan)
     logger.info("%s: goes on after %d documents, %d tokens", folder, done.documents, done.tokens)
     return done
+
+
+def _journal(folder: Path) -> list[dict[str, Any]]:
+    """The plan, and the lines of the parts that are done.
+
+    Raises:
+        DataError: the journal is damaged.
+    """
+    path = folder / JOURNAL
+    try:
+        plan, *lines = of_shape(Annotated[list[Facts], Field(min_length=2)], read_appended(path))
+        of_shape(_Plan, plan)
+        of_shape(list[_Line], lines)
+    except ValueError as error:
+        raise DataError(f"{path}: is damaged: {error}; delete the folder {folder} to begin anew") from None
+    return [plan, *lines]
 
 
 def source_bytes(plan: dict[str, Any]) -> int | None:
@@ -201,7 +254,7 @@ def unfinished(folder: Path) -> DataError:
     """Why a folder without a manifest cannot be read, and which command makes or completes it."""
     if not (folder / JOURNAL).exists():
         return DataError(f"{folder}: is no token file: it has no {MANIFEST}; `holdfast lab tokens` makes one")
-    plan = read_appended(folder / JOURNAL)[0]
+    plan = _journal(folder)[0]
     options = {
         "tokenizer": folder / TOKENIZER,
         "out": folder,

@@ -28,7 +28,7 @@ from holdfast.data.tokens.build import (
 from holdfast.data.tokens.domains import domain_ids, domain_token
 from holdfast.data.tokens.encode import Encoder, encode
 from holdfast.errors import ConfigError, DataError, Interrupted, did_you_mean
-from holdfast.models.pretrained import begin_tokens, tokenizer_fingerprint
+from holdfast.models.pretrained import begin_tokens, load_saved_tokenizer, tokenizer_fingerprint
 from holdfast.system.files import locked_folder, read_json, require_same
 from holdfast.system.interrupt import Interrupt
 
@@ -95,9 +95,8 @@ class TokenFile:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that the file was made with, from its copy in the folder."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder / TOKENIZER)
+        tokenizer: PreTrainedTokenizerFast = load_saved_tokenizer(self.folder / TOKENIZER, DataError)
+        return tokenizer
 
     def rows(self, context: int) -> TokenRows:
         """The file cut into rows of ``context`` tokens; what does not fill a last one is left out.
@@ -292,7 +291,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     tokens = path.parent / TOKENS
     if manifest["max_id"] >= vocab_size:
         raise _beyond(tokens, manifest["max_id"], vocab_size)
-    domain = manifest.get("domain")
+    if "domain" not in manifest:
+        raise DataError(f"{path}: domain: is missing; null stands for none")
+    domain = manifest["domain"]
     if domain is not None and not (isinstance(domain, dict) and type(domain.get("id")) is int):
         raise DataError(f"{path}: domain: must be null, or an object with name, token and id, not {domain!r}")
     if domain is not None and not 0 <= domain["id"] < vocab_size:

@@ -50,4 +50,4 @@ class GradientMemory(Method):
         return self.memory.state()
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.memory.load_state(state)
+        self.memory.load_state(state, model)

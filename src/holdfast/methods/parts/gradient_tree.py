@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from holdfast.engines.shards import Shards
+from holdfast.system.shapes import Count, of_shape
 
 
 class LoraLayers:
@@ -34,6 +35,7 @@ class LoraLayers:
         device = next(iter(weights)).device
         self.widths = torch.tensor(sizes, device=device).unsqueeze(1)  # [layers, 1], without the zeros
         self.padding = [torch.zeros(max(sizes) - size, device=device) for size in sizes]
+        self.shape = (len(sizes), max(sizes))
 
     def matrix(self, vector: Shards) -> Tensor:
         """The LoRA part of a vector over the trainable weights, as a new matrix."""
@@ -104,9 +106,28 @@ class Group:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Group:
-        """The group of which ``dataclasses.asdict`` gave ``plain``, read back from JSON."""
+        """The group of which ``dataclasses.asdict`` gave ``plain``, read back from JSON.
+
+        Raises:
+            ValueError: it is none.
+        """
+        of_shape(dict[str, Any], plain)
+        (
+            of_shape(list[Count], plain["tasks"], "tasks"),
+            of_shape(list[float], plain["spread"], "spread"),
+            of_shape(Count, plain["layer"], "layer"),
+        )
         children = tuple(cls.from_plain(child) for child in plain["children"])
         return cls(tuple(plain["tasks"]), tuple(plain["spread"]), plain["layer"], children)
+
+    def check(self, tasks: Iterable[int], layers: int) -> None:
+        """ValueError if it is no tree over these tasks and so many layers."""
+        parts = sorted(task for child in self.children for task in child.tasks)
+        divided = parts == sorted(self.tasks) if self.children else len(self.tasks) == 1
+        if not divided or sorted(self.tasks) != sorted(tasks) or len(self.spread) != layers or self.layer >= layers:
+            raise ValueError("tree: is none over the past tasks")
+        for child in self.children:
+            child.check(child.tasks, layers)
 
 
 def build_tree(directions: Sequence[Tensor], norm: int) -> Group:

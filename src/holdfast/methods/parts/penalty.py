@@ -17,6 +17,7 @@ from holdfast.config.section import Section
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import gradient_of, weights
 from holdfast.models.head import base
+from holdfast.system.shapes import of_shape
 
 
 class QuadraticPenalty(Method):
@@ -98,7 +99,7 @@ class QuadraticPenalty(Method):
         return state
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.spread = float(state["spread"])
+        self.spread = of_shape(float, state["spread"], "spread")
         for name in self.saved:
             is_saved = any(key.startswith(f"{name}/") for key in state)
             setattr(self, name, Shards.from_state(state, name, like=weights(model)) if is_saved else None)

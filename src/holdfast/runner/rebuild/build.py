@@ -101,7 +101,8 @@ def copy_data(run: FinishedRun, root: Path, removed: Sequence[str], gone: Gone, 
 def own_folder(run: FinishedRun, task: Mapping[str, Any]) -> Path | None:
     """Where the rows of a task lie, if that is in the run's directory."""
     path = task.get("path") or ""
-    return run.path / path.removeprefix(f"{RUN}/") if path.startswith(f"{RUN}/") else None
+    inside = path.startswith(f"{RUN}/") and ".." not in Path(path).parts
+    return run.path / path.removeprefix(f"{RUN}/") if inside else None
 
 
 def _copy_learned(run: FinishedRun, root: Path, removed: Sequence[str], gone: Gone, changes: Renewed) -> None:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import with_config
+from typing_extensions import TypedDict
+
 from holdfast.api.task import Task
 from holdfast.config.reading import validate
 from holdfast.config.run import RunConfig, load_config
@@ -18,7 +21,7 @@ from holdfast.data.files import where
 from holdfast.errors import ConfigError, RunDirectoryError, did_you_mean
 from holdfast.records.directory import open_directory, require_runs
 from holdfast.records.read import FinishedRun, read_run
-from holdfast.records.shapes import read_json
+from holdfast.records.shapes import checked, read_json
 from holdfast.records.stages import complete_stages
 from holdfast.records.trust import require_trust
 from holdfast.runner.data import load_data
@@ -33,6 +36,7 @@ from holdfast.system.files import json_file, whole_folder, write_json
 from holdfast.system.files import read_json as read_plain_json
 from holdfast.system.manifest import write_noted
 from holdfast.system.progress import Progress
+from holdfast.system.shapes import AS_WRITTEN, Facts
 
 
 def rebuild(
@@ -82,12 +86,37 @@ def rebuild(
         state = ask.begun(progress) or ask.begin(progress)
         if not state["finished"]:
             for step in state["steps"]:
+                config = validate(RunConfig, step["config"], str(sibling(path) / STATE))
+                require_trust(sibling(path), config, trust, measures=True)  # the folder may be somebody else's, too
                 if len(step["tasks"]) >= len(read_json(sibling(path) / "run.json")["tasks"]):
-                    go_on(RunConfig.model_validate(step["config"]), progress)
+                    go_on(config, progress)
             _finish(path, state)
         exchange(path)
     progress.line(f"{path}: is made again, and in its place")
     return read_json(path / "matrix.json")
+
+
+@with_config(AS_WRITTEN)
+class _Identity(TypedDict):
+    tasks: list[str]
+    rows: str | None
+
+
+@with_config(AS_WRITTEN)
+class _Step(TypedDict):
+    tasks: list[str]
+    config: Facts
+
+
+@with_config(AS_WRITTEN)
+class _State(TypedDict):
+    """What is noted of a rebuilding that is under way."""
+
+    ask: _Identity
+    of: str
+    note: Facts
+    steps: list[_Step]
+    finished: bool
 
 
 @dataclass
@@ -120,7 +149,7 @@ class Ask:
             if made.exists():
                 raise RunDirectoryError(f"{made}: is in the way; a run is made again there. Move it")
             return None
-        state: dict[str, Any] = read_plain_json(made / STATE)
+        state: dict[str, Any] = checked(made / STATE, _State, read_plain_json(made / STATE))
         if state["ask"] != self.identity:
             what = f"without {', '.join(state['ask']['tasks'])}" if state["ask"]["tasks"] else "without some rows"
             raise ConfigError(
