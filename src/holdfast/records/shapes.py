@@ -27,7 +27,7 @@ class _Named(TypedDict):
 class _Training(TypedDict):
     batch_size: NotRequired[Count]
     max_steps: NotRequired[Count | None]
-    epochs: NotRequired[float | list[float] | None]
+    epochs: NotRequired[float | list[float]]
 
 
 @with_config(AS_WRITTEN)
@@ -114,13 +114,13 @@ class _Change(TypedDict):
 
 
 @with_config(AS_WRITTEN)
-class _Training(TypedDict):
+class _StageTraining(TypedDict):
     epochs: float | list[float]
 
 
 @with_config(AS_WRITTEN)
 class _StageConfig(TypedDict):
-    training: _Training
+    training: _StageTraining
 
 
 @with_config(AS_WRITTEN)
