@@ -14,7 +14,7 @@ from holdfast.system.progress import Progress
 
 
 class Interrupt:
-    """A context in which the first SIGINT or SIGTERM sets ``requested``."""
+    """A context in which the first SIGINT or SIGTERM sets ``requested``, and that of the contexts around it."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -29,6 +29,9 @@ class Interrupt:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if self.requested and isinstance(outer, Interrupt):
+                outer.requested = True
 
     @contextmanager
     def bar(self, progress: Progress, title: str) -> Iterator[Callable[[int, int], None]]:
