@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from holdfast.api.method import Method
     from holdfast.config.run import RunConfig, load_config
     from holdfast.report.status import status
+    from holdfast.runner.learn.learn import learn
     from holdfast.runner.loop import run
     from holdfast.runner.rebuild.rebuild import rebuild
     from holdfast.runner.rollback import rollback
@@ -22,6 +23,7 @@ __all__ = [
     "RunConfig",
     "__version__",
     "continual",
+    "learn",
     "load_config",
     "rebuild",
     "rollback",
@@ -34,6 +36,7 @@ _HOME = {
     "Method": "holdfast.api.method",
     "RunConfig": "holdfast.config.run",
     "continual": "holdfast.training.trainer",
+    "learn": "holdfast.runner.learn.learn",
     "load_config": "holdfast.config.run",
     "rebuild": "holdfast.runner.rebuild.rebuild",
     "rollback": "holdfast.runner.rollback",

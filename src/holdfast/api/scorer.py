@@ -40,6 +40,8 @@ class Scorer:
     """Whether it compares with what a prompt is about, so that records must have ``input``."""
     needs = ""
     """What must be installed or configured, beyond holdfast's own dependencies."""
+    totals_texts = False
+    """Whether a task's score follows from the texts of its rows, not from their scores alone."""
     counts_end = True
     """Of choices, whether their likelihood includes the tokens that end an answer."""
     floor = False

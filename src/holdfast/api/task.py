@@ -102,11 +102,12 @@ class Task:
 
     Attributes:
         labels: all possible answers, if they are known.
-        beside: further metrics of the same responses.
+        beside: further metrics of the same test examples.
         asked: how a row becomes a prompt: the prompt with {sentence} in its place, or the name of the rows' format.
         max_new_tokens: longest response that the task allows, in tokens.
         fingerprint: SHA-256 over all its examples, in order.
         notes: what `holdfast check` and a run say about how its rows were read.
+        gone: of a task whose rows are not kept, how many it had to train and to test.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Task:
     fingerprint: str = ""
     counts: Counts = field(default_factory=Counts)
     notes: list[str] = field(default_factory=list)
+    gone: tuple[int, int] | None = None
 
 
 def fingerprint(train: Sequence[Example], eval_: Sequence[Example], test: Sequence[Example]) -> str:
@@ -171,6 +173,7 @@ class General:
 
     Attributes:
         texts: the texts of a perplexity, or the prompts of a measure of refusals.
+        rows: in the place of texts, rows of ``input_ids`` and ``labels``: samples that a model wrote.
         questions: (question, choices, index of the right choice).
         shown: for each question the pieces of text that stand before it, or empty; the last ones are left out if they
             do not fit.
@@ -188,6 +191,7 @@ class General:
     by: Literal["acc", "acc_with_end", "letter"] = "acc"
     max_new_tokens: int = 64
     harness: HarnessTask | None = None
+    rows: list[dict[str, list[int]]] = field(default_factory=list)
 
 
 @dataclass

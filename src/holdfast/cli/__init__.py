@@ -19,6 +19,7 @@ from holdfast.cli import (
     export,
     gate,
     lab,
+    learn,
     listing,
     rebuild,
     replay,
@@ -60,6 +61,7 @@ def options(
 
 
 app.command("demo")(demo.demo)
+app.command("learn", cls=learn.HelpWithKeys)(learn.learn)
 app.command("run", cls=run.HelpWithKeys)(run.run)
 app.command("sweep", cls=sweep.HelpWithSweepKeys)(sweep.sweep)
 app.command("check")(check.check)

@@ -19,7 +19,11 @@ class GeneralConfig(Section):
     name: str = Field(
         "", description="what it is called in the matrix and the report; of lm_eval, put before each task's name"
     )
-    path: str = Field("", description="file of texts or prompts (.txt, .jsonl) or of questions with choices (.jsonl)")
+    path: str = Field(
+        "",
+        description="file of texts or prompts (.txt, .jsonl) or of questions with choices (.jsonl); of a perplexity "
+        "also a corpus that a model wrote (`holdfast replay`)",
+    )
     kind: Literal["perplexity", "choices", "refusals", "lm_eval"] = Field(
         "perplexity",
         description="perplexity of texts, accuracy of the likeliest of several choices, share of prompts refused, or "
@@ -137,6 +141,11 @@ class EvaluationConfig(Section):
         description="Sentence Transformers model of metric semantic_similarity: folder or hub name",
     )
     judge: JudgeConfig | None = Field(None, description="the language model that metric judge asks")
+    responses: Literal["texts", "scores"] = Field(
+        "texts",
+        description="what is kept of each test row: its texts and scores, or its scores alone, as of data that must "
+        "not lie on this disk",
+    )
     bootstrap: int = Field(1000, ge=0, description="resamples for 95 % intervals over test examples; 0 turns them off")
     every: int | None = Field(
         None,

@@ -32,13 +32,21 @@ def load(
     Raises:
         ConfigError: a key is unknown, missing or wrong; the message names it and a near name.
     """
-    if isinstance(source, dict):
-        values = dict(source)
-    else:
-        where, values = str(source), read_yaml(Path(source))
+    if not isinstance(source, dict):
+        where = str(source)
+    return validate(cls, read_values(source, overrides), where)
+
+
+def read_values(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> dict[str, Any]:
+    """The mapping of a YAML file, or a mapping itself, with overrides; its keys are not checked.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override is none.
+    """
+    values = dict(source) if isinstance(source, dict) else read_yaml(Path(source))
     for override in overrides or []:
         _apply_override(values, override)
-    return validate(cls, values, where)
+    return values
 
 
 def validate(cls: type[Model], values: dict[str, Any], where: str) -> Model:

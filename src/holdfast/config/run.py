@@ -16,6 +16,9 @@ from holdfast.config.section import FREE, Named, NamedField, Section, Seed, as_n
 from holdfast.config.stream import DataConfig, StreamConfig
 from holdfast.config.training import TrainingConfig
 
+RUN = "{run}"
+"""At the beginning of a path: the run's own directory, wherever it lies."""
+
 
 def _stream(value: Any) -> Any:
     return {"tasks": value} if isinstance(value, list) else as_named(value)
@@ -70,3 +73,18 @@ def load_config(source: str | Path | dict[str, Any], overrides: list[str] | None
         ConfigError: a key is unknown, missing or wrong; the message names it and a near name.
     """
     return load(RunConfig, source, overrides)
+
+
+def placed(config: RunConfig) -> RunConfig:
+    """The configuration with the run's own directory in the place of ``{run}``, where a path begins with it."""
+    values = config.model_dump(mode="json")
+    there = _placed(values, config.output)
+    return config if there == values else RunConfig.model_validate(there)
+
+
+def _placed(value: Any, output: str) -> Any:
+    if isinstance(value, str):
+        return output + value.removeprefix(RUN) if value == RUN or value.startswith(f"{RUN}/") else value
+    if isinstance(value, dict):
+        return {key: _placed(below, output) for key, below in value.items()}
+    return [_placed(below, output) for below in value] if isinstance(value, list) else value

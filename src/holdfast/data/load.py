@@ -45,8 +45,17 @@ def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationCo
         for task in stream.tasks:
             _measure_on_dev(task, data, bad)
     judge_bad_rows(bad, stream, data)
-    _check_overlap(stream.tasks, data)
-    stream.version = _version(source.version, stream.tasks, load_scorers(stream, evaluation))
+    return complete(stream, data, evaluation)
+
+
+def complete(stream: Stream, data: DataConfig, evaluation: EvaluationConfig) -> Stream:
+    """Count what is odd about the rows of a stream, take the fingerprints of its tasks, and tell its version.
+
+    Raises:
+        DataError: ``data.on_overlap`` is "error" and test rows stand in a train split.
+    """
+    _check_overlap([task for task in stream.tasks if task.gone is None], data)
+    stream.version = _version(stream.version, stream.tasks, load_scorers(stream, evaluation))
     return stream
 
 

@@ -12,6 +12,10 @@ from holdfast.data.files import read_rows, read_text, where
 from holdfast.data.formats import to_examples
 from holdfast.errors import ConfigError, DataError
 
+MANIFEST = "manifest.json"
+"""The file by which a folder is a corpus that a model wrote (:mod:`holdfast.rehearsal.corpus`)."""
+TOKENS = ("input_ids", "labels")
+
 
 def load_general(configs: list[GeneralConfig] | None, stream: Stream) -> list[General]:
     """Load the measures of general ability; None: the stream's own.
@@ -63,6 +67,11 @@ def _harness_task(config: GeneralConfig, task: str) -> HarnessTask:
 def _from_file(config: GeneralConfig) -> General:
     assert config.kind != "lm_eval"
     path = Path(config.path)
+    if config.kind == "perplexity" and (path / MANIFEST).is_file():
+        from holdfast.rehearsal.samples import corpus_rows  # torch comes with it
+
+        rows = corpus_rows(path)[: config.rows]
+        return General(config.name, "perplexity", rows=[{key: row[key] for key in TOKENS} for row in rows])
     if config.kind != "choices" and path.suffix == ".txt":
         texts = [line for line in read_text(path).splitlines() if line.strip()]
         if not texts:

@@ -36,6 +36,9 @@ logger = logging.getLogger("holdfast")
 COST = ("seconds", "tokens", "peak_memory_gib")
 """What run.json says of the cost of a finished run."""
 
+LEARN = "learn.json"
+"""The state of a run that learns what it is given (:mod:`holdfast.records.kept`), which is there before run.json."""
+
 LONGEST_NAME = 230
 """Bytes of a file's name, beside its endings."""
 
@@ -329,7 +332,7 @@ def check_directory(path: Path, config: Section) -> RunDirectory | None:
 
 
 def _refuse_other_files(path: Path) -> None:
-    if (path / "run.json").exists():
+    if (path / "run.json").exists() or (path / LEARN).exists():
         return
     others = sorted(
         p.name for p in path.iterdir() if p.name not in (LOCK, MANIFEST) and not p.name.endswith(".partial")

@@ -307,9 +307,15 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tu
     return f"{path} ({run.method}), after stage {stage}", judge(run, gate, rows[stage])
 
 
-def raise_if_failed(path: Path) -> None:
-    """Raise GateFailed if a stage of a run failed its gate, whatever the run did then."""
+def raise_if_failed(path: Path, *, newest: bool = False) -> None:
+    """Raise GateFailed if a stage of a run failed its gate, whatever the run did then.
+
+    Args:
+        newest: look at the stage that was judged last alone.
+    """
     decisions: list[Decision] = read_json(path / "run.json").get("gate", [])
+    if newest:
+        decisions = decisions[-1:]
     rejected = [f"{d['stage']} ({d['task']}, {DONE[d['action']]})" for d in decisions if not d["passed"]]
     if rejected:
         raise GateFailed(f"the gate failed after stage {', '.join(rejected)}")

@@ -315,7 +315,7 @@ def changes(run: FinishedRun, j: int) -> Changes | None:
     after = [((row["row"], row.get("number")), row) for row in run.responses(last, task)]
     pairs = [(before[place], row) for place, row in after if place in before]
     pairs = [pair for pair in pairs if None not in (pair[0]["score"], pair[1]["score"])]
-    if not pairs:
+    if not pairs or any("response" not in row for pair in pairs for row in pair):  # or scores alone were kept
         return None
     change = [after["score"] - first["score"] for first, after in pairs]
     ranked = sorted(range(len(pairs)), key=lambda i: (-abs(change[i]), i))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, Literal, NotRequired
 
 from pydantic import with_config
 from typing_extensions import TypedDict
@@ -281,6 +281,44 @@ class Asked(TypedDict):
     endpoint: dict[str, str] | None
 
 
+@with_config(AS_WRITTEN)
+class _Taken(TypedDict):
+    name: str
+    data: str
+    fingerprint: str
+    options: Facts
+    training: Facts
+    given: Facts
+    train: int
+    test: int
+
+
+@with_config(AS_WRITTEN)
+class _Given(TypedDict):
+    model: _Named
+
+
+@with_config(AS_WRITTEN)
+class Learned(TypedDict):
+    """learn.json."""
+
+    memory: bool
+    given: _Given
+    settled: Facts
+    own: Facts
+    tasks: list[_Taken]
+
+
+@with_config(AS_WRITTEN)
+class HashedRow(TypedDict):
+    """A line of data/rows.jsonl."""
+
+    row: str
+    prompt: str
+    side: Literal["train", "test"]
+    task: str
+
+
 SHAPES: dict[str, Any] = {
     "run.json": Record,
     "matrix.json": Matrix,
@@ -290,6 +328,8 @@ SHAPES: dict[str, Any] = {
     "curves.jsonl": list[CurvePoint],
     "responses": list[Row],
     "asked.json": Asked,
+    "learn.json": Learned,
+    "rows.jsonl": list[HashedRow],
 }
 """By a file's name, or by that of its folder."""
 
@@ -311,6 +351,8 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file of a run that was written whole, as :func:`read_json`."""
     rows: list[dict[str, Any]] = manifest.read_jsonl(path)
+    if path.name in SHAPES:
+        return _checked(path, path.name, rows)
     if "responses" not in (path.parent.name, path.parent.parent.name):
         return rows
     _checked(path, "responses", rows)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.api.method import Method
 from holdfast.config.model import ModelConfig
+from holdfast.config.run import RUN
 from holdfast.data.tokens.build import MANIFEST as TOKENS_MANIFEST
 from holdfast.data.tokens.build import TOKENS
 from holdfast.models.pretrained import TOKENIZER_FILES, hub_commit
@@ -45,9 +46,10 @@ def run_inputs(setup: Setup) -> Inputs:
                     one.by,
                     one.max_new_tokens,
                     one.harness and asdict(one.harness),
+                    *([one.rows] if one.rows else []),
                 ]
             ),
-            ROWS: str(len(one.texts) + len(one.questions)),
+            ROWS: str(len(one.texts) + len(one.questions) + len(one.rows)),
         }
         for one in setup.general
     }
@@ -58,8 +60,17 @@ def run_inputs(setup: Setup) -> Inputs:
         "model": model_inputs(config.model),
         "tokenizer": tokenizer_inputs(config.model),
         **general,
-        **method_inputs(setup.methods),
+        **_by_run(method_inputs(setup.methods), config.output),
         **code_inputs([*setup.methods, setup.tuner, *(setup.scorers[task.metric] for task in setup.stream.tasks)]),
+    }
+
+
+def _by_run(inputs: Inputs, output: str) -> Inputs:
+    """Inputs whose files in the run's own directory are named from there, so that it can be moved."""
+    inside = f"{output}/"
+    return {
+        what: {RUN + part.removeprefix(output) if part.startswith(inside) else part: sha for part, sha in parts.items()}
+        for what, parts in inputs.items()
     }
 
 

@@ -22,6 +22,7 @@ from holdfast.records.read import read_run
 from holdfast.records.shapes import read_json
 from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.runner.curves import Curves
+from holdfast.runner.data import RunData
 from holdfast.runner.decisions import decide, must_judge, standing, strictest
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, load_weights, trained_weights
@@ -69,23 +70,41 @@ def run(
     if not isinstance(config, RunConfig):
         config = load_config(config)
     with open_directory(Path(config.output)) as directory, Interrupt() as interrupt:
-        resolved = resolve(config)
-        directory.check_config(resolved.config)
-        setup = prepare(resolved, past=directory.past())
-        appended = check_growth(setup, directory)
-        check_training(setup)
-        if not directory.record:
-            check_weights(resolved.config.model)
-        model_folder = directory.way_to(resolved.config.model.name)
-        directory.begin(
-            resolved.config,
-            setup.facts() | {"model_folder": model_folder},
-            inputs=directory.process.broadcast(run_inputs(setup) if directory.process.main else None),
-            accept_changes=accept_changes,
-            recorded=setup.facts(-len(appended)) if appended else None,
-        )
-        loop = RunLoop(setup, directory, progress or Progress(quiet=not directory.process.main), interrupt)
-        return loop.go(backfill)
+        return run_in(directory, interrupt, config, progress, accept_changes=accept_changes, backfill=backfill)
+
+
+def run_in(
+    directory: RunDirectory,
+    interrupt: Interrupt,
+    config: RunConfig,
+    progress: Progress | None = None,
+    *,
+    accept_changes: bool = False,
+    backfill: bool = False,
+    data: RunData | None = None,
+) -> dict[str, Any]:
+    """As :func:`run`, in a directory that is open already.
+
+    Args:
+        data: what :func:`holdfast.runner.data.load_data` would give, of a run that keeps no rows.
+    """
+    resolved = resolve(config)
+    directory.check_config(resolved.config)
+    setup = prepare(resolved, data, directory.past())
+    appended = check_growth(setup, directory)
+    check_training(setup)
+    if not directory.record:
+        check_weights(resolved.config.model)
+    model_folder = directory.way_to(resolved.config.model.name)
+    directory.begin(
+        resolved.config,
+        setup.facts() | {"model_folder": model_folder},
+        inputs=directory.process.broadcast(run_inputs(setup) if directory.process.main else None),
+        accept_changes=accept_changes,
+        recorded=setup.facts(-len(appended)) if appended else None,
+    )
+    loop = RunLoop(setup, directory, progress or Progress(quiet=not directory.process.main), interrupt)
+    return loop.go(backfill)
 
 
 class RunLoop:
@@ -261,6 +280,7 @@ class RunLoop:
             longest=self._longest,
             bar=self._bar,
             when=when,
+            texts=self.config.evaluation.responses == "texts",
         )
         matrix = self._write_matrix()
         scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)

@@ -16,6 +16,7 @@ from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.records.directory import RunDirectory, file_name
 from holdfast.records.shapes import read_json, read_jsonl
+from holdfast.scoring.score import without_texts
 
 if TYPE_CHECKING:
     from holdfast.evaluation.at_test import ModelEvaluation
@@ -33,11 +34,13 @@ def measure(
     longest: Callable[[Task], int | None],
     bar: Bar,
     when: str = "",
+    texts: bool = True,
 ) -> None:
     """Write ``responses/TASK.jsonl`` for each task, ``responses/general/NAME.jsonl`` for each measure of refusals, and
     ``evaluation.json``: the values of general abilities, the statistics of their examples, and the seconds it took.
 
     What is there already is not measured again, such as all but the tasks that were appended since; the seconds add up.
+    Tasks whose rows are gone are left out.
     Answers are saved in ``answers.jsonl`` until all of this is written. All ranks call this.
 
     Args:
@@ -48,17 +51,18 @@ def measure(
         longest: longest response to a task's examples, in tokens; None: it follows from the task's train answers.
         bar: shows a piece of the work under its title.
         when: a part of these titles.
+        texts: keep what was asked and answered, not scores alone; if not, a kill loses the answers so far.
     """
     started = time.monotonic()
-    answers = AnswerCache(folder / "answers.jsonl", writes=directory.process.main)
+    answers = AnswerCache(folder / "answers.jsonl" if texts else None, writes=directory.process.main)
     directory.process.wait()
     names = [task.name for task in tasks]
     for task in tasks:
         path = responses_file(folder, task.name, names)
-        if not directory.exists(path):
+        if task.gone is None and not directory.exists(path):
             with bar(f"evaluate {task.name} {when}".strip()) as on_batch:
                 records = evaluate_task(evaluation(answers), task, max_new_tokens=longest(task), on_batch=on_batch)
-            directory.write_jsonl(path, records)
+            directory.write_jsonl(path, records if texts else without_texts(records))
     evaluation_file = folder / "evaluation.json"
     if directory.exists(evaluation_file):
         evaluated = read_json(evaluation_file)
@@ -92,7 +96,8 @@ def measure(
 def is_measured(directory: RunDirectory, folder: Path, tasks: Sequence[Task]) -> bool:
     """Whether :func:`measure` has nothing left to do in a folder; all ranks call this."""
     names = [task.name for task in tasks]
-    files = [folder / "evaluation.json", *(responses_file(folder, name, names) for name in names)]
+    measured = [task.name for task in tasks if task.gone is None]
+    files = [folder / "evaluation.json", *(responses_file(folder, name, names) for name in measured)]
     return all(directory.exists(file) for file in files)
 
 

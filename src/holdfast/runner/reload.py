@@ -136,7 +136,8 @@ def find_stage(path: Path, number: int | None = None, *, trust: bool = False, me
     require_trust(path, config, trust, measures=measures)
     base = find_base(run, config.model.name, needed=True)
     model = config.model.model_copy(update={"name": base})
-    return StoredStage(run, number, run.folders[number], config.model_copy(update={"model": model}))
+    here = config.model_copy(update={"model": model, "output": str(path)})  # paths may begin with {run}
+    return StoredStage(run, number, run.folders[number], here)
 
 
 def find_base(run: FinishedRun, name: str, needed: bool) -> str:

@@ -14,7 +14,7 @@ from holdfast.api.scorer import Scorer
 from holdfast.api.task import General, Stream
 from holdfast.api.tuner import Tuner
 from holdfast.config.model import ModelConfig
-from holdfast.config.run import RunConfig
+from holdfast.config.run import RunConfig, placed
 from holdfast.config.section import Named
 from holdfast.config.training import TrainingConfig
 from holdfast.data.benchmark import general_samples
@@ -117,8 +117,8 @@ class Setup:
             "stream": {"name": self.stream.name, "version": version},
             "tasks": {
                 task.name: {
-                    "train": len(task.train),
-                    "test": len(task.test),
+                    "train": len(task.train) if task.gone is None else task.gone[0],
+                    "test": len(task.test) if task.gone is None else task.gone[1],
                     "metric": task.metric,
                     "fingerprint": task.fingerprint,
                 }
@@ -272,7 +272,7 @@ def check_dtype(model: ModelConfig, model_config: Any) -> None:
 
 def build_methods(config: RunConfig) -> list[Method]:
     """Make new methods from a configuration."""
-    return methods.build([(method.name, method.options) for method in config.method])
+    return methods.build([(method.name, method.options) for method in placed(config).method])
 
 
 def build_keep(config: RunConfig, chosen: list[Method]) -> Keep | None:

@@ -19,6 +19,8 @@ class MacroF1(Scorer):
     is scikit-learn's ``f1_score(average="macro", labels=the answers, zero_division=0)``.
     """
 
+    totals_texts = True
+
     def statistics(self, records: Sequence[Record]) -> NDArray[np.float64]:
         true = [normalize(record["answer"]) for record in records]
         predicted = [normalize(record["response"]) for record in records]

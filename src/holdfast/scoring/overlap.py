@@ -87,6 +87,8 @@ class Bleu(Scorer):
     sacrebleu's sentence BLEU. 13a does not split Chinese or Japanese into words; there BLEU says little.
     """
 
+    totals_texts = True
+
     def row(self, record: Record) -> float:
         from sacrebleu import sentence_bleu
 

@@ -62,6 +62,15 @@ def score_records(
     return records
 
 
+KEPT = ("row", "number", "score", "beside", "nats", "tokens")
+"""What is kept of a record without its texts."""
+
+
+def without_texts(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Scored records without what was asked, answered or chosen."""
+    return [{key: record[key] for key in KEPT if key in record} for record in records]
+
+
 def task_score(records: Sequence[Record], metric: str) -> float:
     """The score of a task from its scored records: their mean for most metrics, and never for a loss, F1 or BLEU."""
     return scorer(metric).corpus(records)

@@ -51,7 +51,7 @@ class Bar:
         start, before = self._first
         if done >= total:
             return "done"
-        return f"{_clock((now - start) / (done - before) * (total - done))} left" if done > before else ""
+        return f"{clock((now - start) / (done - before) * (total - done))} left" if done > before else ""
 
 
 class Progress:
@@ -80,7 +80,8 @@ class Progress:
             yield Bar(self, title, bars)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as 1:05 or 2:03:04."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,107 @@
+"""The screen after `holdfast learn`: what was learned, what that cost, and what one does next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+
+from holdfast.records.directory import current_stage
+from holdfast.records.gate import general_loss, is_general_loss
+from holdfast.records.read import FinishedRun, read_run
+from holdfast.records.shapes import read_json
+from holdfast.report.text import number
+from holdfast.system.progress import clock
+
+WIDTH = 80
+
+
+def finished_at(path: Path) -> str | None:
+    """When a run was finished; None if it is not, or there is none."""
+    return read_json(path / "run.json").get("finished") if (path / "run.json").is_file() else None
+
+
+def print_learned(path: Path, console: Console) -> None:
+    """Print the screen about the newest stage of a run."""
+    for line in learned_lines(read_run(path)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def learned_lines(run: FinishedRun) -> list[str]:
+    """The lines of the screen, each of no more than 80 columns as far as names allow."""
+    stage = max((t for t, folder in run.folders.items() if (folder / "stage.json").exists()), default=0)
+    if not stage:
+        return [f"{run.path}: nothing is learned yet"]
+    record = read_json(run.folders[stage] / "stage.json")
+    held = current_stage(run.info, stage)
+    lines = [
+        f"stage {stage}: {record['task']}, {record['steps']} steps, {record['tokens']:,} tokens in "
+        f"{clock(record['seconds'])}",
+        *_gained(run, stage),
+    ]
+    cost = [*_lost(run, stage), *_general(run, stage)]
+    if cost:
+        lines += ["what it cost", *cost]
+    if held != stage:
+        lines.append(f"the run holds stage {held}: the gate or a rollback went back")
+    where = shlex.quote(str(run.path))
+    return [
+        *lines,
+        "next",
+        f"  holdfast serve {where}{' ' * 12}answers at http://127.0.0.1:8000/v1",
+        f"  holdfast export {where} --to model{' ' * 3}a folder for transformers, PEFT or vLLM",
+        f"  holdfast rollback {where} --to {stage - 1}{' ' * 2}back to what it was",
+        f"  holdfast learn DATA --into {where}{' ' * 2}the next month",
+        f"  {run.path / 'report.html'}",
+    ]
+
+
+def _gained(run: FinishedRun, stage: int) -> list[str]:
+    """What the stage's own task gained."""
+    j = stage - 1
+    task = run.tasks[j]
+    before, after = run.scores[stage - 1][j], run.scores[stage][j]
+    gain, ends = run.gains[j]
+    line = f"  {run.matrix['metrics'][task]}  {number(before)} -> {number(after)}"
+    if gain is not None:
+        line += f"  learned {number(gain, True)}"
+    if ends:
+        line += f" ({number(ends[0], True)} to {number(ends[1], True)})"
+    lines = [line]
+    for name, values in run.matrix.get("beside", {}).get(task, {}).items():
+        lines.append(f"  {name}  {number(values[stage - 1])} -> {number(values[stage])}")
+    if run.learned.get(task) is False:
+        lines.append("  not learned: it did not rise beyond its interval; more rows or epochs may help")
+    return lines
+
+
+def _lost(run: FinishedRun, stage: int) -> list[str]:
+    """What became of the earlier tasks."""
+    lines = []
+    for j, task in enumerate(run.tasks[: stage - 1]):
+        before, after = run.scores[stage - 1][j], run.scores[stage][j]
+        if before is None or after is None:
+            lines.append(f"  {task}  not measured")
+            continue
+        change = (after - before) * (-1 if run.lower_is_better(j) else 1)
+        metric = run.matrix["metrics"][task]
+        lines.append(f"  {task}  {metric} {number(before)} -> {number(after)} ({number(change, True)})")
+    return lines
+
+
+def _general(run: FinishedRun, stage: int) -> list[str]:
+    """What became of general abilities since before training."""
+    lines = []
+    for name, values in run.matrix["general"].items():
+        first, last = values[0], values[stage]
+        if first is None or last is None:
+            continue
+        shown = name.removeprefix("perplexity/")
+        if not is_general_loss(name):
+            lines.append(f"  {shown}  {number(first)} -> {number(last)}")
+            continue
+        first, last = general_loss(name, first), general_loss(name, last)
+        what = "general loss on its own samples" if shown == "own" else f"general loss on {shown}"
+        lines.append(f"  {what}  {number(first)} -> {number(last)} ({(last - first) / first:+.1%} since the start)")
+    return lines

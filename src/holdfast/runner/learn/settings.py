@@ -1,0 +1,166 @@
+"""The settings that a user of learn need not give: they follow from the machine, the model and the data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.api.task import Example
+from holdfast.config.run import RunConfig
+from holdfast.config.section import Named
+from holdfast.data.encode import Encoder, resolve_max_length
+from holdfast.errors import ConfigError, DataError
+from holdfast.models.head import begin_token, context
+from holdfast.models.pretrained import load_model_config, load_tokenizer
+from holdfast.models.sampling import sample
+from holdfast.rehearsal.corpus import MANIFEST, write_corpus
+from holdfast.rehearsal.request import Request, SampleOptions
+from holdfast.runner.load import load_pretrained
+from holdfast.runner.setup import build_tuner
+from holdfast.system.manifest import folder_facts, note
+from holdfast.system.progress import Progress
+from holdfast.training.memory_estimate import Estimate, free_memory
+
+logger = logging.getLogger("holdfast")
+
+OWN = "general/own"
+"""Where the samples lie that the model wrote of itself before it learned anything."""
+OWN_SAMPLES = 32
+SHORTEST, LONGEST = 64, 512
+"""Tokens of an own sample."""
+LONGEST_ON_A_CPU = 128
+LONGEST_RESPONSE = 256
+"""Tokens of a response to an open question that is generated for the metrics beside the loss."""
+USABLE = 0.8
+"""Share of the free memory that training may fill."""
+EPOCHS = ((5_000, 3.0), (20_000, 2.0))
+"""Passes over the rows, by their number; 1 beyond."""
+BATCHES = ((100, 4), (400, 8))
+"""Rows of an optimizer step, by the number of rows; 16 beyond."""
+
+
+def machine_settings() -> dict[str, Any]:
+    """Data types: bfloat16 where a GPU has it, weights as they are stored; float32 elsewhere."""
+    fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return {
+        "model": {"dtype": "auto" if fast else "float32"},
+        "training": {"precision": "bfloat16" if fast else "float32"},
+    }
+
+
+def dtype_settings(config: RunConfig) -> dict[str, Any]:
+    """bfloat16 for a model whose weights are stored in float16, in which optimizers overflow."""
+    stored = str(getattr(load_model_config(config.model), "dtype", None)).removeprefix("torch.")
+    return {"model": {"dtype": "bfloat16"}} if config.model.dtype == "auto" and stored == "float16" else {}
+
+
+class Lengths:
+    """How many tokens rows have, from a choice of them that holds the longest.
+
+    Attributes:
+        longest: of a row.
+        usual: nine rows in ten have no more.
+    """
+
+    def __init__(self, config: RunConfig, examples: Sequence[Example]):
+        tokenizer = load_tokenizer(config.model)
+        most = resolve_max_length(config.data.max_length, load_model_config(config.model))
+        encoder = Encoder(tokenizer, max_length=most, template=config.data.template, long_answers="cut")
+        by_length = sorted(examples, key=lambda example: len(example.text or example.question + example.answer))
+        chosen = [*by_length[-64:], *by_length[:: math.ceil(len(by_length) / 256)]]
+        found = []
+        for example in chosen:
+            try:
+                found += [len(row["input_ids"]) for row in encoder.encode(example)]
+            except DataError:  # the run tells of it
+                found.append(most)
+        self.longest = max(found)
+        spread = sorted(found[64:] or found)
+        self.usual = spread[math.ceil(0.9 * len(spread)) - 1]
+
+
+def sample_length(lengths: Lengths) -> int:
+    """Tokens of an own sample at most: about as long as rows are, so that they cost as much."""
+    most = LONGEST if torch.cuda.is_available() else LONGEST_ON_A_CPU
+    return min(max(2 ** math.ceil(math.log2(max(lengths.usual, 2))), SHORTEST), most)
+
+
+def own_samples(config: RunConfig, length: int) -> dict[str, Any]:
+    """How the model writes samples of itself: as chats, or else from its first token; empty where it cannot."""
+    tokenizer, model_config = load_tokenizer(config.model), load_model_config(config.model).get_text_config()
+    most, begin = (getattr(model_config, key, None) for key in ("max_position_embeddings", "bos_token_id"))
+    for chat in (None, False):
+        try:
+            request = Request.of(tokenizer, most, begin, SampleOptions(length=min(length, most or length), chat=chat))
+        except ConfigError as error:
+            reason = error
+        else:
+            return {"length": request.length, "chat": bool(request.turn)}
+    logger.warning("the model cannot write samples of itself, so none are rehearsed or measured: %s", reason)
+    return {}
+
+
+def rehearsal_settings(own: dict[str, Any], memory: bool) -> list[dict[str, Any]]:
+    """What is rehearsed: rows of earlier tasks, unless none are kept, and the model's own samples."""
+    methods: list[dict[str, Any]] = [{"name": "replay"}] if memory else []
+    if own:
+        methods.append({"name": "kl_replay"} | own)
+    return methods or [{"name": "sequential"}]
+
+
+def training_settings(rows: int) -> dict[str, Any]:
+    """Epochs and batch size by the number of rows: few rows need more passes, and smaller steps."""
+    return {
+        "epochs": next((epochs for limit, epochs in EPOCHS if rows < limit), 1.0),
+        "batch_size": next((size for limit, size in BATCHES if rows < limit), 16),
+        "learning_rate": 2e-4,
+    }
+
+
+def memory_settings(config: RunConfig, lengths: Lengths) -> dict[str, Any]:
+    """The largest micro-batch that fits this machine's memory, with activation checkpointing where it must be."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = config.training.batch_size
+    extra = sum(float(method.options.get("ratio", 0.25)) for method in config.method if method.name != "sequential")
+    try:
+        estimate = Estimate(
+            load_model_config(config.model), build_tuner(config), lengths.longest, config.training.precision, device
+        )
+        free = USABLE * free_memory(device)
+        for checkpointing in (False, True):
+            for micro in (size for size in range(batch, 0, -1) if batch % size == 0):
+                memory = estimate.memory(math.ceil(micro * (1 + extra)), config.model.quantization is not None)
+                if checkpointing and memory.checkpointed is None:
+                    continue
+                if memory.peak(checkpointing, accumulation=micro < batch) <= free:
+                    return {"micro_batch_size": micro} | ({"gradient_checkpointing": True} if checkpointing else {})
+    except ConfigError:  # shapes alone do not tell it
+        return {}
+    logger.warning("training may not fit into this machine's memory; `holdfast doctor MODEL` shows what would")
+    return {"micro_batch_size": 1, "gradient_checkpointing": True}
+
+
+def write_own_samples(path: Path, config: RunConfig, own: dict[str, Any], progress: Progress) -> None:
+    """Let the model write samples of itself into the run's directory, unless they are there; a kill loses none.
+
+    Args:
+        own: how: ``length`` and ``chat``.
+    """
+    folder = path / OWN
+    if (folder / MANIFEST).is_file():
+        return
+    tokens = OWN_SAMPLES * own["length"] // 2
+    progress.line(f"the model writes {tokens:,} tokens of itself, on which its general loss is measured")
+    model = load_pretrained(config, build_tuner(config.model_copy(update={"tuner": Named(name="full")})))
+    tokenizer = load_tokenizer(config.model)
+    request = Request.of(tokenizer, context(model), begin_token(model), SampleOptions(**own))
+    draw = partial(sample, model)
+    write_corpus(draw, request, folder, tokenizer, tokens=tokens, batch_size=OWN_SAMPLES, seed=config.seed)
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    note(path, folder, folder_facts(folder, files))

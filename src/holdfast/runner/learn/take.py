@@ -1,0 +1,256 @@
+"""One call of learn: take the rows in, settle what the user did not say, and run."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.api.task import Example, Task
+from holdfast.config.reading import validate
+from holdfast.config.run import RUN, RunConfig, placed
+from holdfast.config.stream import DataConfig, TaskConfig
+from holdfast.data.fitting import Fitting, fitting
+from holdfast.data.given import Given, given_files, given_name, read_given
+from holdfast.data.order import check_names as check_task_names
+from holdfast.data.sides import Divided, divide
+from holdfast.data.source import scored
+from holdfast.errors import RunDirectoryError
+from holdfast.records.directory import RunDirectory, open_directory
+from holdfast.records.kept import Kept, merged, rows_fingerprint
+from holdfast.records.shapes import read_json
+from holdfast.runner.data import RunData, run_data
+from holdfast.runner.learn.adopt import adopt
+from holdfast.runner.learn.call import Call, check_memory, check_model
+from holdfast.runner.learn.settings import (
+    LONGEST_RESPONSE,
+    OWN,
+    Lengths,
+    dtype_settings,
+    machine_settings,
+    memory_settings,
+    own_samples,
+    rehearsal_settings,
+    sample_length,
+    training_settings,
+    write_own_samples,
+)
+from holdfast.runner.learn.unkept import unkept_stream
+from holdfast.runner.loop import run_in
+from holdfast.runner.names import check_names
+from holdfast.system.interrupt import Interrupt
+from holdfast.system.progress import Progress
+
+WHERE = "the configuration of learn"
+
+
+def learn_call(call: Call, progress: Progress | None, accept_changes: bool) -> dict[str, Any]:
+    """Do what :func:`holdfast.learn` says, unless nothing is to be done."""
+    with open_directory(call.path) as directory, Interrupt() as interrupt:
+        process = directory.process
+        progress = progress or Progress(quiet=not process.main)
+        taken = Taken(call, directory, progress) if process.main else None
+        while True:
+            values = process.broadcast(taken.next_run() if taken else None)
+            if values is None:
+                return read_json(call.path / "matrix.json")
+            config = RunConfig.model_validate(values["config"])
+            if directory.record:
+                go_on(directory.record, config)
+            data = values["data"]
+            matrix = run_in(directory, interrupt, config, progress, accept_changes=accept_changes, data=data)
+            if values["last"]:
+                return matrix
+
+
+def go_on(record: dict[str, Any], config: RunConfig) -> None:
+    """Let a record have the form of the configuration that continues it, where that says the same in other words.
+
+    The model may lie elsewhere now, and the stream may have been a folder, not a list of tasks. Files, rows and prompts
+    are compared with what they were.
+    """
+    known, stream = len(record["tasks"]), config.stream.model_dump(mode="json")
+    record["config"]["model"]["name"] = config.model.name
+    record["config"]["stream"] = stream | {"tasks": stream["tasks"][:known]}
+    record["stream"] = record["stream"] | {"name": "tasks"}
+
+
+class Taken:
+    """A call at work in the process that writes the directory."""
+
+    def __init__(self, call: Call, directory: RunDirectory, progress: Progress):
+        self.call, self.directory, self.progress = call, directory, progress
+        kept = Kept.read(call.path)
+        if not directory.record:  # no call came so far that the model was measured
+            kept = self._first(kept)
+        elif kept is None:
+            kept = adopt(call.path, directory.record)
+        else:
+            kept.drop_unbegun()
+        check_memory(kept, call)
+        check_model(kept, call)
+        self.kept = kept
+        self.given = merged(kept.given, call.values)
+        self._find_model()
+
+    def _first(self, before: Kept | None) -> Kept:
+        """The state at the first call; an earlier one that did not come far leaves nothing but the same samples."""
+        call, path = self.call, self.call.path
+        if (path / "stages").exists():
+            raise RunDirectoryError(f"{path}: run.json is missing; restore it from a copy")
+        if before is not None:
+            same = before.given.get("model") == call.values.get("model") and before.find(call.fingerprint)
+            if not same:
+                shutil.rmtree(path / OWN, ignore_errors=True)
+            before.drop_unbegun()
+        return Kept(path, memory=call.memory is not False)
+
+    def _find_model(self) -> None:
+        """Where the model lies now, if the run and its model were moved together."""
+        name, moved = self.given.get("model", {}).get("name"), self.directory.record.get("model_folder")
+        if moved is not None and not Path(name).is_dir() and (there := self.call.path.resolve() / moved).is_dir():
+            self.given["model"]["name"] = str(there.resolve())
+
+    def next_run(self) -> dict[str, Any] | None:
+        """The configuration of the next run, and whether it is the last; None: nothing is to be learned."""
+        kept, call = self.kept, self.call
+        if kept.finished():
+            return self._run(self.given, last=True) if self._take() else None
+        task = kept.tasks[-1]
+        same = call.data == task["data"] if call.fingerprint is None else call.fingerprint == task["fingerprint"]
+        if same and call.name in (None, task["name"]):
+            return self._run(self.given, last=True)
+        if not kept.memory:
+            raise RunDirectoryError(
+                f"{call.path}: {task['name']!r} is not finished, and the run keeps no rows: give {task['data']} first"
+            )
+        self.progress.line(f"{task['name']} is not finished, and comes first")
+        return self._run(kept.given, last=False)
+
+    def _run(self, given: dict[str, Any], last: bool) -> dict[str, Any]:
+        kept = self.kept
+        config = self._config(given, [task["options"] for task in kept.tasks], kept.tasks[-1]["training"])
+        if any(one.path == f"{RUN}/{OWN}" for one in config.evaluation.general or ()):
+            write_own_samples(self.call.path, config, kept.own, self.progress)
+        data = None if kept.memory else self._unkept(config)
+        return {"config": config.model_dump(mode="json"), "last": last, "data": data}
+
+    def _unkept(self, config: RunConfig) -> RunData:
+        """The data of a run that keeps no rows."""
+        kept = self.kept
+        source = self._source(kept.tasks[-1]["name"])
+        recorded = self.directory.record.get("tasks", {})
+        stream = unkept_stream(kept, recorded, config.data, config.evaluation, source)
+        return run_data(stream, placed(config))
+
+    def _config(
+        self, given: dict[str, Any], tasks: list[dict[str, Any]], training: dict[str, Any] | None = None
+    ) -> RunConfig:
+        """The configuration of the run: what the user said, over what was settled for a task, over what is settled."""
+        values = merged(merged(self.kept.settled, {"training": training or {}}), given)
+        values.pop("task", None)
+        values |= {"stream": {"tasks": tasks}, "output": str(self.call.path)}
+        config = validate(RunConfig, values, WHERE)
+        check_names(config)
+        return config
+
+    def _source(self, name: str) -> TaskConfig:
+        """How the rows of the data are read."""
+        place = "dataset" if given_files(self.call.data) is None else "path"
+        values = {"name": name, place: self.call.data} | (self.given.get("task") or {})
+        return validate(TaskConfig, values, f"{WHERE}: task")
+
+    def _take(self) -> bool:
+        """Take the new rows of the data in; False: there are none."""
+        kept, call = self.kept, self.call
+        name = kept.free_name(call.name or given_name(call.data))
+        check_task_names([name])
+        options = self._source(name)
+        self._config(self.given, [options.model_dump()])  # is the rest of it right?
+        settings = validate(DataConfig, self.given.get("data") or {}, f"{WHERE}: data")
+        given = read_given(call.data, options, settings)
+        rows = [row for part in given.rows.values() for row in part]
+        divided = divide(given, *kept.seen(), settings.hold_out)
+        if not divided.train:
+            self.progress.line(f"{call.data}: all {len(rows)} rows are learned already; nothing is trained")
+            return False
+        fit = fitting([row.example for row in rows], given.options.labels, given.options.metric)
+        if not kept.memory and options.labels is None:
+            fit = replace(fit, labels=None)  # they were read from rows
+            given.options = given.options.model_copy(update={"labels": None})
+        self._try(given, divided, fit)
+        self._tell(given, divided, fit)
+        folder = kept.next_folder(name).relative_to(call.path)
+        task = kept_options(given.options, fit, f"{RUN}/{folder.as_posix()}")
+        examples = [row.example for row in divided.train]
+        if not kept.settled:
+            self._settle(options, examples)
+        training = training_settings(len(examples))
+        config = self._config(self.given, [task], training)
+        if "micro_batch_size" not in (self.given.get("training") or {}):
+            training |= memory_settings(config, Lengths(config, examples))
+        kept.given = self.given
+        if not kept.tasks:
+            kept.write()  # it shows whose directory this is before anything else lies there
+        kept.add(
+            {
+                "name": name,
+                "data": call.data,
+                "fingerprint": call.fingerprint or rows_fingerprint(rows),
+                "options": task,
+                "training": training,
+                "why": fit.why,
+                "notes": [*given.notes, *divided.notes] if kept.memory else [],  # they may tell of rows
+                "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            },
+            divided,
+        )
+        return True
+
+    def _try(self, given: Given, divided: Divided, fit: Fitting) -> None:
+        """Find out whether the metrics can score the test rows; raises as :func:`scored`."""
+        options = given.options.model_copy(update={"metric": fit.metric, "beside": given.options.beside or fit.beside})
+        train, test = ([row.example for row in side] for side in (divided.train, divided.test))
+        scored(Task(given.name, "", train, test, labels=fit.labels), options)
+
+    def _tell(self, given: Given, divided: Divided, fit: Fitting) -> None:
+        """Say what is learned, what is held out, and what is measured."""
+        known = f"; {divided.known} more are known from before, and left out" if divided.known else ""
+        beside = f", beside it {' and '.join(fit.beside)}" if fit.beside else ""
+        lines = [
+            *given.notes,
+            f"{len(divided.train)} rows to learn, {len(divided.test)} to test{known}",
+            *divided.notes,
+            f"metric {fit.metric}{beside}: {fit.why}",
+        ]
+        for line in lines:
+            self.progress.line(f"{given.name}: {line}")
+
+    def _settle(self, options: TaskConfig, examples: list[Example]) -> None:
+        """Settle once what holds for all that the run learns."""
+        kept, tasks = self.kept, [options.model_dump()]
+        methods, general = "method" in self.given, (self.given.get("evaluation") or {}).get("general") is not None
+        kept.settled = machine_settings()
+        kept.settled = merged(kept.settled, dtype_settings(self._config(self.given, tasks)))
+        config = self._config(self.given, tasks)
+        if not (methods and general):
+            kept.own = own_samples(config, sample_length(Lengths(config, examples)))
+        if not methods:
+            kept.settled |= {"tuner": {"name": "lora"}, "method": rehearsal_settings(kept.own, kept.memory)}
+        if kept.own and not general:
+            kept.settled["evaluation"] = {"general": [{"name": "own", "path": f"{RUN}/{OWN}"}]}
+        if not kept.memory:
+            kept.settled = merged(kept.settled, {"evaluation": {"responses": "scores"}})
+
+
+def kept_options(options: TaskConfig, fit: Fitting, path: str) -> dict[str, Any]:
+    """The task of the run's stream: its rows lie in the run, under the names that their format has."""
+    values = options.model_dump(exclude_defaults=True, exclude={"path", "dataset", "subset", "columns", "beside"})
+    values |= {"path": path, "metric": fit.metric, "beside": options.beside or fit.beside}
+    if fit.labels is not None:
+        values["labels"] = fit.labels
+    if "rouge_l" in values["beside"]:
+        values.setdefault("max_new_tokens", LONGEST_RESPONSE)
+    return values
