@@ -100,7 +100,7 @@ def optimizer_runs(folder: Path, cases: Iterable[tuple[str, str, str]]) -> Itera
 
 
 def budget(folder: Path, engine: str | None, processes: int) -> Config:
-    """A run whose budget is touched: past and general samples are weighed, and an update is given back in part."""
+    """A run whose budget weighs past and general samples."""
     config = config_of(folder, engine, processes, Row("gere_ce", "full"))
     method = [{"name": "replay", "ratio": 1.0}, config["method"] | {"loss": "kl", "teacher": "start"}]
     config |= {"output": f"{config['output']}-budget", "method": method}
