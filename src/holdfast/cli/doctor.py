@@ -160,8 +160,10 @@ HEAP = (
 EXTRAS = {
     "ray": "sweeps on a cluster, with holdfast sweep --ray",
     "optuna": "search of a strength, with search in a sweep",
-    "wandb": "logging, with training.arguments.report_to: wandb",
-    "tensorboard": "logging, with training.arguments.report_to: tensorboard",
+    "wandb": "a tracker, with training.report_to: wandb",
+    "mlflow": "a tracker, with training.report_to: mlflow",
+    "tensorboard": "a tracker, with training.report_to: tensorboard",
+    "trackio": "a tracker, with training.report_to: trackio",
     "flash_attn": "faster attention on GPUs, with model.attention: flash_attention_2",
     "uvicorn": "holdfast serve, with the extra serve",
     "vllm": "holdfast serve and replay, with --engine vllm",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config.section import FREE, FreeOptions, Section
 
 Engine = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+
+
+def _names(value: Any) -> Any:
+    """A list of trackers from one name or several; none is none."""
+    names = [value] if isinstance(value, str) else value or []
+    return [name for name in names if name != "none"] if isinstance(names, list) else names
 
 
 class BaseTrainingConfig(Section):
@@ -30,9 +36,27 @@ class BaseTrainingConfig(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     save_every: int = Field(200, ge=1, description="optimizer steps between checkpoints", json_schema_extra=FREE)
     log_every: int = Field(10, ge=1, description="steps between lines of events.jsonl", json_schema_extra=FREE)
+    report_to: Annotated[list[str], BeforeValidator(_names)] = Field(
+        [],
+        description="trackers that get curves, scores, figures and the page: wandb, mlflow, tensorboard, trackio, all; "
+        "others that transformers knows get the loss",
+        json_schema_extra=FREE,
+    )
     arguments: FreeOptions = Field(
         default_factory=dict, description="any other field of transformers.TrainingArguments, by its name"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _report_to_of_arguments(cls, values: Any) -> Any:
+        """``arguments.report_to``, as people and version 0.1.0 wrote it, is ``report_to``."""
+        arguments = values.get("arguments") if isinstance(values, dict) else None
+        if not isinstance(arguments, dict) or "report_to" not in arguments:
+            return values
+        if values.get("report_to"):
+            raise ValueError("report_to is given twice, here and in arguments; once is enough")
+        others = {name: value for name, value in arguments.items() if name != "report_to"}
+        return values | {"arguments": others, "report_to": arguments["report_to"]}
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> BaseTrainingConfig:

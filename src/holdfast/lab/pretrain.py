@@ -28,8 +28,10 @@ from holdfast.lab.model import make_model, tokenizer_of, write_note
 from holdfast.lab.shapes import Evaluation, Result, Step
 from holdfast.methods.compatibility import refusal
 from holdfast.records.directory import RunDirectory, open_directory
+from holdfast.records.follow import followed
 from holdfast.records.inputs import Inputs
 from holdfast.records.shapes import checked
+from holdfast.records.trackers import chosen
 from holdfast.runner.inputs import code_inputs, method_inputs, model_inputs
 from holdfast.system.files import append_jsonl, read_appended, write_jsonl
 from holdfast.system.interrupt import Interrupt
@@ -126,8 +128,11 @@ class LabRun:
 
     def go(self) -> None:
         """Train what is left to train, and write the model and the result."""
+        trackers = chosen(self.config.training.report_to)
         self.prepare()
-        self.finish(self.train())
+        with followed(self.directory, self.config, trackers) as self.followers:
+            self.finish(self.train())
+            self.followers.catch_up()
 
     def prepare(self) -> None:
         """Make the model, its measures and its trainer.
@@ -184,6 +189,7 @@ class LabRun:
         """Train from the newest checkpoint, or from the start, measure before and after, and return the last step."""
         checkpoint, step = checkpoint_to_continue(self.path / "checkpoint")
         self.rewind(step if checkpoint else -1)
+        self.followers.catch_up()
         if checkpoint is None:
             self.measure(0)
         step = LabWatch(self).train(checkpoint)
@@ -238,6 +244,7 @@ class LabRun:
         if self.process.main:
             line = self.so_far(step) | {"domains": domains, "weights": weights}
             append_jsonl(self.path / "evaluations.jsonl", line)
+            self.followers.line(self.path / "evaluations.jsonl", line)
         self.process.wait()
 
     def verdict(self, step: int) -> str | None:
@@ -304,7 +311,8 @@ class LabWatch(Watch):
     """Watches a laboratory run: it is measured, and a stop condition ends it."""
 
     def __init__(self, run: LabRun):
-        super().__init__(run.trainer, run.title, run.path / "events.jsonl", run.progress, run.interrupt)
+        events = run.path / "events.jsonl"
+        super().__init__(run.trainer, run.title, events, run.progress, run.interrupt, run.followers)
         self.run = run
         every = run.config.evaluation.every
         self.every = max(1, round(every / run.so_far(1)["tokens"])) if every else None

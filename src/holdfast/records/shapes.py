@@ -319,6 +319,16 @@ class HashedRow(TypedDict):
     task: str
 
 
+@with_config(AS_WRITTEN)
+class Sent(TypedDict):
+    """What a tracker has, in trackers.json."""
+
+    run: NotRequired[str]
+    lines: NotRequired[dict[str, list[int]]]
+    stages: NotRequired[dict[str, list[int]]]
+    report: NotRequired[str]
+
+
 SHAPES: dict[str, Any] = {
     "run.json": Record,
     "matrix.json": Matrix,
@@ -330,6 +340,7 @@ SHAPES: dict[str, Any] = {
     "asked.json": Asked,
     "learn.json": Learned,
     "rows.jsonl": list[HashedRow],
+    "trackers.json": dict[str, Sent],
 }
 """By a file's name, or by that of its folder."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from holdfast.engines.process import Process
+from holdfast.records.follow import Followers
 from holdfast.records.gate import Increase, general_loss
 from holdfast.runner.plan import PlannedStage
 from holdfast.system.files import append_jsonl
@@ -24,6 +25,7 @@ class Curves:
         path: curves.jsonl.
         every: steps between measurements of the stage's tasks; None: they are not measured.
         scores: measures the tasks, {task: score}.
+        followers: the trackers, which get what is measured.
         general_every: steps between measurements of general text; None: it is not measured.
         general: measures general text, {name in matrix.json: value}.
         before: the values of ``general`` before training; None where a value was not finite.
@@ -39,6 +41,7 @@ class Curves:
     general_every: int | None
     general: Callable[[], dict[str, float]]
     before: Mapping[str, float | None]
+    followers: Followers
     limit: Increase | None = None
     note: str = ""
     stopped: dict[str, Any] | None = None
@@ -58,6 +61,7 @@ class Curves:
                 self._compare(step, line["general"])
         if Process.this().main:
             append_jsonl(self.path, line)
+            self.followers.line(self.path, line)
 
     def _compare(self, step: int, general: dict[str, float]) -> None:
         """Compare the general losses with those before training."""

@@ -17,10 +17,12 @@ from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.models.weights import check_weights
 from holdfast.records.directory import RunDirectory, current_stage, learned_stages, open_directory
+from holdfast.records.follow import Followers, followed
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
 from holdfast.records.shapes import read_json
 from holdfast.rehearsal.keep import budget_checks, verdict_text
+from holdfast.records.trackers import chosen
 from holdfast.runner.curves import Curves
 from holdfast.runner.data import RunData
 from holdfast.runner.decisions import decide, must_judge, standing, strictest
@@ -90,6 +92,7 @@ def run_in(
     """
     resolved = resolve(config)
     directory.check_config(resolved.config)
+    trackers = chosen(resolved.config.training.report_to)
     setup = prepare(resolved, data, directory.past())
     appended = check_growth(setup, directory)
     check_training(setup)
@@ -103,15 +106,24 @@ def run_in(
         accept_changes=accept_changes,
         recorded=setup.facts(-len(appended)) if appended else None,
     )
-    loop = RunLoop(setup, directory, progress or Progress(quiet=not directory.process.main), interrupt)
-    return loop.go(backfill)
+    shown = progress or Progress(quiet=not directory.process.main)
+    with followed(directory, resolved.config, trackers) as followers:
+        return RunLoop(setup, directory, shown, interrupt, followers).go(backfill)
 
 
 class RunLoop:
     """A run at work. All that must survive a restart is in the run's directory, nothing in this object."""
 
-    def __init__(self, setup: Setup, directory: RunDirectory, progress: Progress, interrupt: Interrupt):
+    def __init__(
+        self,
+        setup: Setup,
+        directory: RunDirectory,
+        progress: Progress,
+        interrupt: Interrupt,
+        followers: Followers,
+    ):
         self.setup = setup
+        self.followers = followers
         self.config = setup.config
         self.directory = directory
         self.progress = progress
@@ -125,6 +137,8 @@ class RunLoop:
             for note in task.notes:
                 self.progress.line(f"task {task.name}: {note}")
         done = self._done()
+        if len(done) <= len(self.setup.stages):
+            self.followers.begin()
         self.directory.end_stages([stage.index for stage in done])
         self._settle(done[-1])
         for stage in self.setup.stages[len(done) - 1 :]:
@@ -132,6 +146,7 @@ class RunLoop:
             self._settle(stage)
         if backfill:
             self._backfill()
+            self.followers.catch_up()
         matrix = self._write_matrix()
         self.directory.finish(self._cost())
         self._report()
@@ -184,9 +199,8 @@ class RunLoop:
         self._check_start(stage)
         self.directory.begin_stage(stage.index, stage.name, self.setup.config_of(stage), self.setup.fingerprint(stage))
         curves = self._curves(stage)
-        trained = train_stage(
-            self.setup, stage, self.directory, model, self._states, self.progress, self.interrupt, curves
-        )
+        watched = self.progress, self.interrupt, self.followers
+        trained = train_stage(self.setup, stage, self.directory, model, self._states, *watched, curves)
         self._states = None
         what = f"stage {stage.index} ({stage.name}): trained {trained['steps']} steps in {trained['seconds']:.0f} s"
         if curves.stopped:
@@ -240,6 +254,7 @@ class RunLoop:
             general_every=settings.watch_general,
             general=lambda: evaluate_general(self._evaluation(), texts),
             before=read_json(self._folder(START) / "evaluation.json")["general"],
+            followers=self.followers,
             limit=None if limit is None else Increase.read(limit),
         )
 
@@ -247,11 +262,12 @@ class RunLoop:
 
     def _settle(self, stage: PlannedStage) -> None:
         """Measure and judge the last trained stage, and measure what is not measured of the model that the run goes on
-        with: tasks that were appended since, and where the gate goes back."""
+        with: tasks that were appended since, and where the gate goes back. Then the trackers are told."""
         if self._current().index == stage.index:
             self._measure(stage)
             self._judge(stage)
         self._measure(self._current())
+        self.followers.catch_up()
 
     def _backfill(self) -> None:
         """Measure the tasks that were appended later after each stage whose model is a row of the score matrix."""
@@ -340,6 +356,7 @@ class RunLoop:
         what = f"{name} after stage {decision['stage']} ({decision['task']}) failed"
         match decision["action"]:
             case "stop":
+                self.followers.catch_up()
                 self._report()
                 raise GateFailed(f"{what}; the run stops\n{as_text(broken)}")
             case "rollback":
@@ -376,4 +393,5 @@ class RunLoop:
         if not self.directory.process.main:
             return
         path = write_report([self.directory.path], self.directory.path / "report.html")
+        self.followers.report(path)
         self.progress.line(f"report: {path}")

@@ -20,6 +20,7 @@ from holdfast.training.watch import Watch, checkpoint_to_continue
 
 if TYPE_CHECKING:
     from holdfast.records.directory import RunDirectory
+    from holdfast.records.follow import Followers
     from holdfast.runner.curves import Curves
     from holdfast.runner.setup import Setup
     from holdfast.system.interrupt import Interrupt
@@ -34,6 +35,7 @@ def train_stage(
     states: Path | None,
     progress: Progress,
     interrupt: Interrupt,
+    followers: Followers,
     curves: Curves,
 ) -> dict[str, Any]:
     """Train a stage from its newest whole checkpoint, or from its start.
@@ -82,6 +84,7 @@ def train_stage(
         directory.path / "events.jsonl",
         progress,
         interrupt,
+        followers,
         stage=stage,
         curves=curves,
     )
@@ -152,11 +155,12 @@ class StageWatch(Watch):
         events: Path,
         progress: Progress,
         interrupt: Interrupt,
+        followers: Followers,
         *,
         stage: PlannedStage,
         curves: Curves,
     ):
-        super().__init__(trainer, title, events, progress, interrupt)
+        super().__init__(trainer, title, events, progress, interrupt, followers)
         self.stage, self.curves = stage, curves
 
     def after_step(self, step: int, last: bool) -> bool:

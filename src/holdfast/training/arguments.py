@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from holdfast.engines.process import Process
 from holdfast.engines.profiles import profile_of
 from holdfast.errors import ConfigError, did_you_mean
+from holdfast.records.trackers import TRACKERS
 
 if TYPE_CHECKING:
     from holdfast.config.training import BaseTrainingConfig
@@ -52,7 +53,7 @@ def training_arguments(training: BaseTrainingConfig, checkpoints: Path, fields: 
         "logging_steps": training.log_every,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
-        "report_to": "none",
+        "report_to": others(training.report_to),
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -66,6 +67,22 @@ def training_arguments(training: BaseTrainingConfig, checkpoints: Path, fields: 
         raise ConfigError(f"training: {error}") from None
     profile.complete(arguments, training.precision == "bfloat16")
     return arguments
+
+
+def others(report_to: list[str]) -> list[str]:
+    """The trackers that transformers looks after: those that holdfast does not know itself.
+
+    Raises:
+        ConfigError: transformers does not know one either.
+    """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    names = [name for name in report_to if name not in TRACKERS and name != "all"]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = did_you_mean(name, [*TRACKERS, *INTEGRATION_TO_CALLBACK])
+            raise ConfigError(f"training.report_to: there is no tracker {name!r}{near}")
+    return names
 
 
 def micro_batches(training: BaseTrainingConfig, world: int) -> tuple[int, int]:

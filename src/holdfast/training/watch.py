@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from holdfast.engines.process import Process
 from holdfast.errors import Interrupted
+from holdfast.records.follow import Followers
 from holdfast.system.files import append_jsonl
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.progress import Bar, Progress
@@ -34,10 +36,13 @@ class Watch(TrainerCallback):
         trainer: a continual trainer.
         title: of the training, for the progress and for messages.
         events: the file that gets a line for each logged step.
+        followers: the trackers, which get the same line.
     """
 
-    def __init__(self, trainer: Any, title: str, events: Path, progress: Progress, interrupt: Interrupt):
-        self.trainer, self.title, self.events = trainer, title, events
+    def __init__(
+        self, trainer: Any, title: str, events: Path, progress: Progress, interrupt: Interrupt, followers: Followers
+    ):
+        self.trainer, self.title, self.events, self.followers = trainer, title, events, followers
         self.progress, self.interrupt = progress, interrupt
         self.process = Process.this()
         self.note = ""  # the last logged loss
@@ -115,6 +120,8 @@ class Watch(TrainerCallback):
         }
         self._tokens, self._seconds = tokens, seconds
         append_jsonl(self.events, event)
+        with self.trainer.cost.aside() if self.followers else contextlib.nullcontext():
+            self.followers.line(self.events, event)
         shown = {"loss": logs["loss"]} | (terms if len(terms) > 1 else {})
         self.note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
 
