@@ -129,7 +129,7 @@ def test_the_command_reads_every_kind_of_source(texts, tmp_path, monkeypatch, ca
         (("tex.txt",), "no file or folder 'tex.txt'.*did you mean 'text.txt'"),
         (("rows.jsonl",), r"rows.jsonl: row 2 \(line 3\): is not valid JSON"),
         (("rows.jsonl", "--column", "txt"), r"rows.jsonl: row 1 \(line 1\): .*no column 'txt'; did you mean 'text'"),
-        (("text.txt", "--out", "."), "exists and is no tokenizer"),
+        (("text.txt", "--out", "."), "exists already"),
     ],
 )
 def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, capsys, cli, arguments, message):

@@ -159,10 +159,12 @@ def test_a_stages_own_task_must_rise_by_the_limit(made):
     [
         ({}, "gate: gives no limit; at least one of max_forgetting, max_task_forgetting, max_general"),
         ({"max_forgeting": 1}, "gate.max_forgeting: unknown key; did you mean 'max_forgetting'?"),
-        ({"max_forgetting": "5%"}, "gate.max_forgetting: input should be a valid number"),
+        ({"max_forgetting": "5 per cent"}, "gate.max_forgetting: must be a number, such as 0.05, or a share, such as"),
+        ({"min_learned": True}, "gate.min_learned: must be a number"),
         ({"max_general_loss_increase": "nan"}, "must be a number of nats a token, such as 0.05, or a share, such as"),
         ({"max_general_loss_increase": "x%"}, "must be a number of nats a token"),
-        ({"max_forgetting": math.nan}, "finite"),
+        ({"max_forgetting": math.nan}, "must be a number"),
+        ({"max_forgetting": "inf%"}, "must be a number"),
         ({"max_forgetting": 1, "stop_early": True}, "stop_early needs max_general_loss_increase"),
         ({"max_forgetting": 1, "on_fail": "rolback"}, "'stop', 'rollback' or 'continue'"),
     ],
@@ -170,6 +172,19 @@ def test_a_stages_own_task_must_rise_by_the_limit(made):
 def test_limits_that_cannot_be_used(gate: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message.replace("?", r"\?").replace("(", r"\(")):
         load_config({"model": "m", "stream": {"path": "p"}, "output": "o", "gate": gate})
+
+
+def test_a_share_of_a_score_is_a_limit_and_of_a_loss_it_is_refused(tmp_path: Path):
+    found = read_run(make_run(tmp_path / "run", rows=40))
+    keys = ("max_forgetting", "max_task_forgetting", "min_average", "min_new_task", "min_learned")
+    for key in keys:
+        shares, numbers = (judge(found, GateConfig(**{key: limit}), STAGES) for limit in ("5%", 0.05))
+        assert shares == numbers and shares and all(check.limit == pytest.approx(0.05) for check in shares)
+    found.matrix["metrics"] = dict.fromkeys(found.tasks, "loss")
+    del found.__dict__["scorers"]
+    for key in keys:
+        with pytest.raises(ConfigError, match=rf"gate.{key}: 5% is a share of a score .* scored by loss, in nats"):
+            judge(found, GateConfig(**{key: "5%"}), STAGES)
 
 
 def test_a_share_and_nats_are_read():

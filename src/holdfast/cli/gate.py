@@ -10,15 +10,15 @@ import typer
 from holdfast.system.terminal import say
 
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
-Forgetting = Annotated[float | None, typer.Option(help="Forgetting, of the tasks learned so far.")]
-TaskForgetting = Annotated[float | None, typer.Option(help="Forgetting of any single task.")]
+Forgetting = Annotated[str | None, typer.Option(help="Forgetting, of the tasks learned so far.")]
+TaskForgetting = Annotated[str | None, typer.Option(help="Forgetting of any single task.")]
 LossIncrease = Annotated[
     str | None, typer.Option(help="Rise of each loss on general text: nats a token, or a share such as 2%.")
 ]
-GeneralDrop = Annotated[float | None, typer.Option(help="Fall of each accuracy-like general ability.")]
-Average = Annotated[float | None, typer.Option(help="Average over the tasks learned so far.")]
-NewTask = Annotated[float | None, typer.Option(help="Score of the stage's own task.")]
-Learned = Annotated[float | None, typer.Option(help="Rise of the stage's own task's score in that stage.")]
+GeneralDrop = Annotated[str | None, typer.Option(help="Fall of each accuracy-like general ability.")]
+Average = Annotated[str | None, typer.Option(help="Average over the tasks learned so far.")]
+NewTask = Annotated[str | None, typer.Option(help="Score of the stage's own task.")]
+Learned = Annotated[str | None, typer.Option(help="Rise of the stage's own task's score in that stage.")]
 Stage = Annotated[int | None, typer.Option(help="After which stage, from 1; the last one if absent.")]
 Junit = Annotated[Path | None, typer.Option(help="Write JUnit XML here.")]
 Markdown = Annotated[Path | None, typer.Option(help="Write a summary in Markdown here.")]

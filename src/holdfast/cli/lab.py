@@ -64,10 +64,10 @@ def tokenizer(
 
     silence_libraries()
     from holdfast.data.texts import read_texts
-    from holdfast.lab.tokenizer import require_replaceable, train_tokenizer
+    from holdfast.lab.tokenizer import require_new, train_tokenizer
     from holdfast.system.files import whole_folder
 
-    require_replaceable(out)
+    require_new(out)
     texts = chain.from_iterable([read_texts(name, column=column, subset=subset, split=split) for name in sources])
     trained = train_tokenizer(texts, vocab_size, domains=domain or (), reserved=reserved, model_max_length=max_length)
     with whole_folder(out) as folder:

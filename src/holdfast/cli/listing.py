@@ -84,7 +84,17 @@ def _show_stream(name: str, definition: Definition) -> None:
 def _show_names(pages: Sequence[Page]) -> None:
     width = max(len(page.name) for page in pages)
     for page in pages:
-        say(f"{page.name:{width}}  {page.doc.splitlines()[0] if page.doc else ''}")
+        say(f"{page.name:{width}}  {_sentence(page.doc)}")
+
+
+def _sentence(text: str) -> str:
+    """The lines until one ends with a full stop, as one line."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        lines.append(line.strip())
+        if line.endswith("."):
+            break
+    return " ".join(lines)
 
 
 def _show_page(page: Page) -> None:

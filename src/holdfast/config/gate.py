@@ -5,50 +5,60 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config.section import FREE, Section
 
 
-def increase(value: float | str | None) -> float | str | None:
-    """A number of nats, or a share as text with a percent sign; the command line gives both as text."""
+def _limit(value: Any, what: str) -> Any:
+    """A number, or a share as text with a percent sign; the command line gives both as text."""
     if value is None:
         return None
-    text = str(value)
+    text = str(value).strip()
     try:
         number = float(text.removesuffix("%"))
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"must be a number of nats a token, such as 0.05, or a share, such as 2%, not {value!r}")
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise ValueError(f"must be {what}, such as 0.05, or a share, such as 5%, not {value!r}")
     return text if text.endswith("%") else number
+
+
+def increase(value: Any) -> Any:
+    """A number of nats, or a share as text with a percent sign."""
+    return _limit(value, "a number of nats a token")
+
+
+Increase = Annotated[float | str | None, BeforeValidator(increase)]
+Score = Annotated[float | str | None, BeforeValidator(lambda value: _limit(value, "a number"))]
+"""Of a score in [0, 1], 5% is 0.05."""
 
 
 class GateConfig(Section):
     """Limits on what may be forgotten, checked after every stage; the interval of a figure says how sure it is."""
 
-    max_forgetting: float | None = Field(
+    max_forgetting: Score = Field(
         None, description="forgetting at most, over the tasks learned so far", json_schema_extra=FREE
     )
-    max_task_forgetting: float | None = Field(
+    max_task_forgetting: Score = Field(
         None, description="forgetting of any single task at most", json_schema_extra=FREE
     )
-    max_general_loss_increase: Annotated[float | str | None, AfterValidator(increase)] = Field(
+    max_general_loss_increase: Increase = Field(
         None,
         description="rise of each loss on general text since before training at most: in nats a token, or as a share "
         "of what it was, such as 2%",
         json_schema_extra=FREE,
     )
-    max_general_drop: float | None = Field(
+    max_general_drop: Score = Field(
         None,
         description="fall of each accuracy-like general ability since before training at most",
         json_schema_extra=FREE,
     )
-    min_average: float | None = Field(
+    min_average: Score = Field(
         None, description="average over the tasks learned so far at least", json_schema_extra=FREE
     )
-    min_new_task: float | None = Field(None, description="score of a stage's own task at least", json_schema_extra=FREE)
-    min_learned: float | None = Field(
+    min_new_task: Score = Field(None, description="score of a stage's own task at least", json_schema_extra=FREE)
+    min_learned: Score = Field(
         None, description="rise of a stage's own task's score in that stage at least", json_schema_extra=FREE
     )
     on_fail: Literal["stop", "rollback", "continue"] = Field(

@@ -47,6 +47,18 @@ FreeOptions = Annotated[dict[str, Any], AfterValidator(_finite)]
 """Options by name whose values are checked elsewhere."""
 
 
+def _share(value: Any) -> Any:
+    """5% as 0.05; anything else as it is."""
+    try:
+        return float(value.strip().removesuffix("%")) / 100 if value.strip().endswith("%") else value
+    except (AttributeError, ValueError):
+        return value
+
+
+Share = Annotated[float, BeforeValidator(_share)]
+"""A number that may be written as a share: 0.05, or 5%."""
+
+
 def year_as_text(value: Any) -> Any:
     """A task's name as text: YAML reads the name of a year as a number."""
     return str(value) if type(value) is int else value

@@ -17,6 +17,7 @@ from holdfast.data.formats import asked, detect, to_examples
 from holdfast.data.layout import SPLITS, alone, split_files
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import find
+from holdfast.system.hub import unreachable
 
 SAVED = ("dataset_dict.json", "state.json")
 """Files by which a folder is one that ``save_to_disk`` of Hugging Face's datasets wrote."""
@@ -316,10 +317,11 @@ def _from_dataset(source: Source, limits: dict[str, int | None]) -> tuple[dict[s
     dataset, subset = source.dataset
     shown = f"{dataset}/{subset}" if subset else dataset
     saved = any(Path(dataset, name).is_file() for name in SAVED)
+    offline = "" if Path(dataset).exists() else unreachable()
     try:
         found = load_from_disk(dataset) if saved else load_dataset(dataset, subset)
     except Exception as error:  # whatever a hub, a disk or a parser may raise
-        raise DataError(f"task {source.name!r}: dataset: {shown!r} cannot be loaded: {error}") from None
+        raise DataError(f"task {source.name!r}: dataset: {shown!r} cannot be loaded: {error}{offline}") from None
     if not isinstance(found, DatasetDict):
         found = DatasetDict({"train": found})
     wanted = dict(SPLITS)

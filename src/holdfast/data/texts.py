@@ -10,6 +10,7 @@ from typing import Any
 from holdfast.data.files import SUFFIXES, half_character, iterate_rows, open_text, suffix, where
 from holdfast.data.formats import all_said
 from holdfast.errors import ConfigError, DataError, did_you_mean
+from holdfast.system.hub import unreachable
 
 TEXT_SUFFIXES = (".txt", *SUFFIXES)
 
@@ -103,13 +104,14 @@ def dataset_texts(dataset: str, subset: str | None, split: str, column: str) -> 
     from datasets import load_dataset
 
     name = f"{dataset}/{subset}[{split}]" if subset else f"{dataset}[{split}]"
+    offline = "" if Path(dataset).exists() else unreachable()
     try:
         for index, row in enumerate(load_dataset(dataset, subset, split=split, streaming=True)):
             yield row_text(row, column, where(name, index, row))
     except DataError:
         raise
     except Exception as error:  # whatever a hub, a disk or a parser may raise
-        raise DataError(f"dataset {name!r} cannot be read: {error}") from None
+        raise DataError(f"dataset {name!r} cannot be read: {error}{offline}") from None
 
 
 def row_text(row: Mapping[str, Any], column: str, place: str) -> str:

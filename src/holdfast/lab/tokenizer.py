@@ -12,14 +12,13 @@ from holdfast.data.tokens.domains import DOMAIN, domain_token
 from holdfast.errors import ConfigError
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-WRITTEN = {"tokenizer.json", "tokenizer_config.json"}  # by save_pretrained
 SMALLEST = 256 + len((BOS, EOS, PAD))  # every byte, and the special tokens
 
 
-def require_replaceable(folder: Path) -> None:
-    """Raise a ConfigError if a folder holds anything but a tokenizer, which a new tokenizer would replace."""
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= WRITTEN):
-        raise ConfigError(f"{folder}: exists and is no tokenizer; give a folder that does not exist yet")
+def require_new(folder: Path) -> None:
+    """Raise a ConfigError if a file or a folder that is not empty would be replaced by a tokenizer."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder}: exists already; give a folder that does not, or delete it first")
 
 
 def train_tokenizer(

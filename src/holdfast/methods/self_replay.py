@@ -7,8 +7,7 @@ from holdfast.rehearsal.options import preset
 
 
 class KLReplay(Rehearsal):
-    """Self-generated KL replay ("Forgetting in Language Models", arXiv 2605.26097): KL(teacher | student) on samples
-    of the model as it was before the stage."""
+    """Self-generated KL replay (arXiv 2605.26097): KL(teacher | student) on samples of the model before the stage."""
 
     name = "kl_replay"
     Options = preset(source="self", loss="kl", teacher="previous")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.config.model import ModelConfig
 from holdfast.errors import ConfigError, UserError
 from holdfast.system.files import read_json
+from holdfast.system.hub import unreachable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -69,13 +70,16 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
         )
     if not folder.is_dir() and (model.name.startswith((".", "/", "~")) or model.name.count("/") > 1):
         raise ConfigError(f"{key}: there is no folder {model.name!r} (looked from {Path.cwd()})")
+    offline = "" if folder.is_dir() else unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # whatever a hub, a disk or a parser may raise
         place = (
-            "has a tokenizer that cannot be read" if folder.is_dir() else "is no folder, and no tokenizer of the hub"
+            "has a tokenizer that cannot be read"
+            if folder.is_dir()
+            else f"is no folder, and no tokenizer of the hub{offline}"
         )
         raise ConfigError(f"{key}: {model.name!r} {place}: {error}") from None
     with readable(f"{key}: the tokenizer of {model.name!r} cannot be used"):
@@ -134,7 +138,7 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
             f"model.name: {model.name!r} is an adapter and not a whole model; merge it into its base ({base}) and give "
             "the merged model: holdfast export RUN --merge, or PEFT's merge_and_unload"
         )
-    absent = "" if folder.exists() else f" (there is no such folder, looked from {Path.cwd()})"
+    absent = "" if folder.exists() else f" (there is no such folder, looked from {Path.cwd()}{unreachable()})"
     with readable(f"model.name: {model.name!r} cannot be used as a model{absent}"):
         return AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code

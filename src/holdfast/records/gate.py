@@ -30,6 +30,9 @@ TOLERANCE = 1e-9
 NOT_LEARNED = "not learned, so forgetting says nothing"
 """What a reader must know of a task whose own stage did not raise its score beyond its interval."""
 
+OF_SCORES = ("max_forgetting", "max_task_forgetting", "min_average", "min_new_task", "min_learned")
+"""The limits in the unit of the tasks' scores."""
+
 Action = Literal["stop", "rollback", "continue"]
 DONE: dict[Action, str] = {"stop": "the run stopped", "rollback": "rolled back", "continue": "the run went on"}
 
@@ -101,14 +104,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Increase:
-    """A limit on the rise of a loss: ``amount`` nats a token, or ``amount`` times the loss before."""
+    """A limit: ``amount`` in the figure's unit or, of the rise of a loss, ``amount`` times the loss before."""
 
     amount: float
     relative: bool
 
     @classmethod
     def read(cls, limit: float | str) -> Increase:
-        """Read GateConfig.max_general_loss_increase: 0.05, or "2%"."""
+        """Read a limit of :class:`GateConfig`: 0.05, or "2%"."""
         if isinstance(limit, str):
             return cls(float(limit.removesuffix("%")) / 100, True)
         return cls(limit, False)
@@ -152,7 +155,10 @@ def judge(run: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
     """
     check_limits(gate, run.matrix["general"], run.scorers.values())
     figures = _Figures(run, row)
-    checks = [check for key, limit in gate.limits.items() for check in getattr(figures, key)(limit)]
+    checks = []
+    for key, limit in gate.limits.items():
+        amount = limit if key == "max_general_loss_increase" else Increase.read(limit).amount
+        checks += getattr(figures, key)(amount)
     return [*_nothing_learned(run, figures.tasks), *checks]
 
 
@@ -349,6 +355,12 @@ def check_limits(gate: GateConfig, general: Iterable[str], scorers: Iterable[Sco
         if key in gate.limits and not any(map(wanted, names)):
             raise ConfigError(f"gate.{key}: the run measures no {kind}; name one in evaluation.general")
     lower = [scorer.name for scorer in scorers if scorer.lower_is_better]
+    for key in OF_SCORES:
+        if isinstance(gate.limits.get(key), str) and lower:
+            raise ConfigError(
+                f"gate.{key}: {gate.limits[key]} is a share of a score from 0 to 1, a task is scored by {lower[0]}, "
+                "in nats; give nats a token, such as 0.05"
+            )
     for key in ("min_average", "min_new_task"):
         if key in gate.limits and lower:
             raise ConfigError(f"gate.{key}: a task is scored by {lower[0]}, of which lower is better; leave it out")

@@ -300,7 +300,8 @@ class RunLoop:
         )
         matrix = self._write_matrix()
         scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
-        shown = [f"{name} {'not measured' if score is None else f'{score:.3f}'}" for name, score in scores]
+        general = [(name, column[stage.row]) for name, column in matrix["general"].items()]
+        shown = [f"{name} {'not measured' if value is None else f'{value:.3f}'}" for name, value in [*scores, *general]]
         self.progress.line(f"{when}: {', '.join(shown)}")
 
     def _evaluation(self, answers: AnswerCache | None = None) -> ModelEvaluation:

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config.reading import load, read_yaml, set_key
 from holdfast.config.run import RunConfig, load_config
-from holdfast.config.section import Section, Seed
+from holdfast.config.section import Section, Seed, Share
 from holdfast.data.load import find_source
 from holdfast.errors import ConfigError, UserError
 from holdfast.records.shapes import read_json
@@ -56,7 +56,7 @@ class SearchConfig(Section):
     """A search on the tasks' dev splits: the best average among values that keep forgetting within a limit."""
 
     over: dict[str, Range] = Field(min_length=1, description="dotted keys, for example method.strength")
-    max_forgetting: float = Field(description="forgetting at most, a fraction")
+    max_forgetting: Share = Field(description="forgetting at most, a fraction or a share such as 5%")
     trials: int = Field(20, ge=1, description="values tried for each cell of the grid, whatever its seeds")
     at_once: int = Field(1, ge=1, description="trials that are chosen before the result of any of them is known")
     seed: Seed = Field(0, description="of the sampler (Optuna's TPE)")

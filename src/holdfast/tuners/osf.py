@@ -17,8 +17,9 @@ from holdfast.tuners.peft import PeftTuner
 
 
 class Osf(PeftTuner):
-    """Orthogonal subspace fine-tuning (Nayak et al., 2025, arXiv 2504.07097), one adapter that is trained from stage to
-    stage: the factors of each pretrained matrix without its dominant singular directions."""
+    """Orthogonal subspace fine-tuning (Nayak et al., 2025, arXiv 2504.07097), one adapter for all stages.
+
+    The factors of each pretrained matrix are trained, without its dominant singular directions."""
 
     name = "osf"
     config_class = OSFConfig
