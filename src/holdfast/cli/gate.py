@@ -21,6 +21,8 @@ NewTask = Annotated[str | None, typer.Option(help="Score of the stage's own task
 Learned = Annotated[str | None, typer.Option(help="Rise of the stage's own task's score in that stage.")]
 Stage = Annotated[int | None, typer.Option(help="After which stage, from 1; the last one if absent.")]
 Junit = Annotated[Path | None, typer.Option(help="Write JUnit XML here.")]
+Comment = Annotated[Path | None, typer.Option(help="Write the Markdown of a pull request's comment here.")]
+PageAddress = Annotated[str | None, typer.Option("--page", help="Address of the run's page, for --comment.")]
 Markdown = Annotated[Path | None, typer.Option(help="Write a summary in Markdown here.")]
 
 
@@ -36,12 +38,16 @@ def gate(
     stage: Stage = None,
     junit: Junit = None,
     markdown: Markdown = None,
+    comment: Comment = None,
+    page: PageAddress = None,
 ) -> None:
     """Check a run against the limits given here; without any, against those of its configuration.
 
     Exit code 3: a limit was exceeded, or a score that it needs was not measured.
     """
+    from holdfast.errors import ConfigError
     from holdfast.records.gate import failed, judge_directory
+    from holdfast.report.comment import as_comment
     from holdfast.report.verdict import as_junit, as_markdown, as_text
     from holdfast.system.files import write_text
 
@@ -54,7 +60,12 @@ def gate(
         "min_new_task": min_new_task,
         "min_learned": min_learned,
     }
-    title, checks = judge_directory(run, {key: value for key, value in limits.items() if value is not None}, stage)
+    if page is not None and (comment is None or not page.startswith(("https://", "http://"))):
+        raise ConfigError("--page: must be an address that begins with https://, and needs --comment")
+    judged = judge_directory(run, {key: value for key, value in limits.items() if value is not None}, stage)
+    title, checks = judged.title, judged.checks
+    if comment is not None:
+        write_text(comment, as_comment(judged, page))
     if markdown is not None:
         write_text(markdown, as_markdown(checks, title))
     if junit is not None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.metrics.summary import by_task, summarize
 from holdfast.records.directory import RunDirectory
+from holdfast.records.gate import StageFigures
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_appended, read_json
 from holdfast.records.trackers import TRACKERS, About, Axis, Tracker
@@ -251,15 +251,10 @@ def stage_points(root: Path) -> Iterator[Part]:
 
 def _figures(run: FinishedRun, row: int) -> dict[str, float | None]:
     """The figures of the tasks learned by a row."""
-    tasks = run.tasks if run.joint else run.tasks[:row]
-    scores = [stage[: len(tasks)] for stage in run.scores[: row + 1]]
-    metrics = [run.scorers[task] for task in tasks]
-    general = {name: values[: row + 1] for name, values in run.matrix["general"].items()}
-    values = {f"figure/{name}": value for name, value in summarize(scores, metrics=metrics, general=general).items()}
-    terms = by_task(scores, metrics=metrics)
-    for name in ("learned", "forgetting"):
-        own = zip(tasks, terms[name], strict=True)
-        values |= {f"{name}/{task}": value for task, value in own if name == "forgetting" or task == tasks[-1]}
+    figures = StageFigures(run, row)
+    values = {f"figure/{name}": value for name, value in figures.summary.items()}
+    for name, tasks in (("learned", figures.tasks[-1:]), ("forgetting", figures.tasks[:-1])):
+        values |= {f"{name}/{task}": figures.by_task[name][figures.tasks.index(task)] for task in tasks}
     return values
 
 

@@ -154,7 +154,7 @@ def judge(run: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
         ConfigError: a limit needs a score that the run does not measure.
     """
     check_limits(gate, run.matrix["general"], run.scorers.values())
-    figures = _Figures(run, row)
+    figures = StageFigures(run, row)
     checks = []
     for key, limit in gate.limits.items():
         amount = limit if key == "max_general_loss_increase" else Increase.read(limit).amount
@@ -168,13 +168,21 @@ def _nothing_learned(run: FinishedRun, tasks: Sequence[str]) -> list[Check]:
     return [Check("min_tasks_learned", "tasks learned", 0.0, 1.0)] if learned and not any(learned) else []
 
 
-class _Figures:
-    """What is measured after a stage; each limit of the gate is a method of its name, which makes the checks."""
+class StageFigures:
+    """The figures of a row of the score matrix, over the tasks learned by then, as if the stream had ended there.
+
+    Each limit of the gate is a method of its name, which makes the checks.
+
+    Attributes:
+        tasks: those learned by then.
+        scorers: of these tasks.
+        scores: S up to the row, of these tasks.
+    """
 
     def __init__(self, run: FinishedRun, row: int):
         self.run, self.row = run, row
         self.resamples: int = run.config["evaluation"]["bootstrap"]
-        self.tasks = run.tasks if run.joint else run.tasks[:row]  # those learned by then
+        self.tasks = run.tasks if run.joint else run.tasks[:row]
         self.scorers = [run.scorers[task] for task in self.tasks]
         self.totals = run.totals[: len(self.tasks)]
         self.scores = [stage[: len(self.tasks)] for stage in run.scores[: row + 1]]
@@ -187,16 +195,9 @@ class _Figures:
     def max_task_forgetting(self, limit: float) -> list[Check]:
         if self.run.joint:
             return []
-        values = by_task(self.scores, metrics=self.scorers)["forgetting"][:-1]
-        ends: Sequence[list[float] | None] = [None] * len(values)
-        if self.resamples:
-            by_figure = task_intervals(
-                self.examples, metrics=self.scorers, totals=self.totals, resamples=self.resamples
-            )
-            ends = by_figure["forgetting"][:-1]
         return [
             Check("max_task_forgetting", f"forgetting of {task}", value, limit, interval, self._note([task]))
-            for task, value, interval in zip(self.tasks[:-1], values, ends, strict=True)
+            for task, (value, interval) in zip(self.tasks[:-1], self.forgotten(), strict=False)
         ]
 
     def _note(self, tasks: Sequence[str]) -> str:
@@ -255,7 +256,21 @@ class _Figures:
 
     @cached_property
     def summary(self) -> dict[str, float | None]:
-        return summarize(self.scores, metrics=self.scorers)
+        general = {name: values[: self.row + 1] for name, values in self.run.matrix["general"].items()}
+        return summarize(self.scores, metrics=self.scorers, general=general)
+
+    @cached_property
+    def by_task(self) -> dict[str, list[float | None]]:
+        """What became of each task, as :func:`holdfast.metrics.summary.by_task` gives it."""
+        return by_task(self.scores, metrics=self.scorers)
+
+    def forgotten(self) -> list[tuple[float | None, list[float] | None]]:
+        """The forgetting of each task, and its interval; the last task's is None."""
+        ends: Sequence[list[float] | None] = [None] * len(self.tasks)
+        if self.resamples:
+            found = task_intervals(self.examples, metrics=self.scorers, totals=self.totals, resamples=self.resamples)
+            ends = found["forgetting"]
+        return list(zip(self.by_task["forgetting"], ends, strict=True))
 
     @cached_property
     def summary_intervals(self) -> dict[str, list[float] | None]:
@@ -279,16 +294,29 @@ class _Figures:
         return cast(list[float] | None, rise["interval"])
 
 
-def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tuple[str, list[Check]]:
+@dataclass(frozen=True)
+class Judged:
+    """A stage of a run, held against limits.
+
+    Attributes:
+        title: the run and the stage in words.
+        row: of the score matrix.
+        checks: one a figure.
+    """
+
+    title: str
+    run: FinishedRun
+    row: int
+    checks: list[Check]
+
+
+def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> Judged:
     """Check a run's directory against limits.
 
     Args:
         path: the run's directory.
         limits: by key of :class:`GateConfig`; if there are none, those of the run's configuration.
         stage: the stage after which the model is checked; None: the last one that was evaluated.
-
-    Returns:
-        the run and the stage in words, and the checks.
 
     Raises:
         RunDirectoryError: there is no run, or none that was evaluated.
@@ -310,7 +338,8 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> tu
         evaluated = f"evaluated: {', '.join(map(str, rows))}" if rows else "none was evaluated yet"
         raise ConfigError(f"{path}: {f'stage {stage}' if stage else 'the last stage'} cannot be judged; {evaluated}")
     stage = max(rows) if stage is None else stage
-    return f"{path} ({run.method}), after stage {stage}", judge(run, gate, rows[stage])
+    title = f"{path} ({run.method}), after stage {stage}"
+    return Judged(title, run, rows[stage], judge(run, gate, rows[stage]))
 
 
 def raise_if_failed(path: Path, *, newest: bool = False) -> None:
