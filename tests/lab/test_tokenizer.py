@@ -113,8 +113,10 @@ def test_the_command_reads_every_kind_of_source(texts, tmp_path, monkeypatch, ca
     (tmp_path / "more" / "b.jsonl").write_text("\n".join(rows[:100]), encoding="utf-8")
     (tmp_path / "more" / "c.json").write_text(f"[{','.join(rows[100:])}]", encoding="utf-8")
     command = ("lab", "tokenizer", "a.txt", "more", "--out", "out", "--vocab-size", 400, "--domain", "eng")
-    for _ in range(2):  # the second replaces the first
-        assert cli(*command, "--reserved", 1, "--max-length", 64) == 0
+    assert cli(*command, "--reserved", 1, "--max-length", 64) == 0
+    made = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    assert cli(*command) == 2, "the second replaces nothing"
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == made
     assert capsys.readouterr().out == "out: 400 tokens\n" * 2
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     expected = train_tokenizer(texts, 400, domains=["eng"], reserved=1)

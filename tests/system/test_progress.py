@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from holdfast.system import progress
-from holdfast.system.progress import Progress
+from holdfast.system.progress import Later, Progress
 
 
 @pytest.mark.parametrize(("before", "batch"), [(0, 1), (0, 32), (320, 32)])
@@ -28,6 +28,24 @@ def test_the_time_left_is_right_at_once(monkeypatch: pytest.MonkeyPatch, before:
     told = 0
     for _, steps, *left in said[:-1]:
         batches_left = (total - int(steps.partition("/")[0])) // batch
-        assert left in ([], [f"{4 * batches_left // 60}:{4 * batches_left % 60:02d} left"])
+        assert left == [f"{4 * batches_left // 60}:{4 * batches_left % 60:02d} left"]
         told += bool(left)
     assert told >= 5
+
+
+def test_the_time_left_of_the_run_is_right_from_the_first_line_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 4 seconds; 20 more of them and 30 seconds of evaluations follow."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    output = io.StringIO()
+    with Progress(Console(file=output, width=120)).bar("red") as bar:
+        for step in range(1, 21):
+            clock[0] += 4
+            bar.update(step, "loss 1.0", total=20, later=Later(20, 30.0))
+    said = [line.split("  ") for line in output.getvalue().splitlines()]
+    assert len(said) > 1 and said[-1] == ["red", "20/20", "loss 1.0", "done", "run 1:50 left"]
+    for _, steps, _, left, whole in said[:-1]:
+        seconds = 4 * (20 - int(steps.partition("/")[0]))
+        assert left == f"{seconds // 60}:{seconds % 60:02d} left"
+        seconds += 4 * 20 + 30
+        assert whole == f"run {seconds // 60}:{seconds % 60:02d} left"

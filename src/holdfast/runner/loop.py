@@ -32,11 +32,11 @@ from holdfast.runner.matrix import Outline, read_matrix
 from holdfast.runner.measure import is_measured, measure
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup, check_growth, prepare, resolve
-from holdfast.runner.stage import check_training, train_stage
+from holdfast.runner.stage import Around, check_training, train_stage
 from holdfast.scoring.score import task_score
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import check
-from holdfast.system.progress import Progress
+from holdfast.system.progress import Later, Progress, clock
 from holdfast.training.method_state import load_states, save_states
 
 if TYPE_CHECKING:
@@ -199,8 +199,8 @@ class RunLoop:
         self._check_start(stage)
         self.directory.begin_stage(stage.index, stage.name, self.setup.config_of(stage), self.setup.fingerprint(stage))
         curves = self._curves(stage)
-        watched = self.progress, self.interrupt, self.followers
-        trained = train_stage(self.setup, stage, self.directory, model, self._states, *watched, curves)
+        around = Around(self.progress, self.interrupt, self.followers, curves, self._later(stage))
+        trained = train_stage(self.setup, stage, self.directory, model, self._states, around)
         self._states = None
         what = f"stage {stage.index} ({stage.name}): trained {trained['steps']} steps in {trained['seconds']:.0f} s"
         if curves.stopped:
@@ -221,6 +221,18 @@ class RunLoop:
         self.directory.end_stages([stage.index])
         if self.directory.process.main:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+    def _later(self, stage: PlannedStage) -> Later:
+        """What follows a stage's training: evaluations, each as long as the last one was, and the stages after it.
+
+        Says how long the stage will be evaluated.
+        """
+        once = read_json(self._folder(self._current()) / "evaluation.json")["seconds"]
+        steps = self.setup.steps[stage.index - 1 :]
+        if once >= 1:
+            what = f"stage {stage.index} ({stage.name}): {steps[0]} steps, then an evaluation of about {clock(once)}"
+            self.progress.line(f"{what}, if it takes as long as the one before")
+        return Later(sum(steps[1:]), len(steps) * once)
 
     def _check_start(self, stage: PlannedStage) -> None:
         """RuntimeError if the model does not have the weights that the stage must start from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from holdfast.runner.curves import Curves
     from holdfast.runner.setup import Setup
     from holdfast.system.interrupt import Interrupt
-    from holdfast.system.progress import Progress
+    from holdfast.system.progress import Later, Progress
+
+
+@dataclass(frozen=True)
+class Around:
+    """What watches a stage, is measured in it, and follows it."""
+
+    progress: Progress
+    interrupt: Interrupt
+    followers: Followers
+    curves: Curves
+    later: Later
 
 
 def train_stage(
@@ -33,10 +44,7 @@ def train_stage(
     directory: RunDirectory,
     model: Any,
     states: Path | None,
-    progress: Progress,
-    interrupt: Interrupt,
-    followers: Followers,
-    curves: Curves,
+    around: Around,
 ) -> dict[str, Any]:
     """Train a stage from its newest whole checkpoint, or from its start.
 
@@ -82,14 +90,11 @@ def train_stage(
         trainer,
         f"stage {stage.index}/{len(setup.stages)} {stage.name}",
         directory.path / "events.jsonl",
-        progress,
-        interrupt,
-        followers,
-        stage=stage,
-        curves=curves,
+        stage,
+        around,
     )
     steps = watch.train(checkpoint)
-    stopped = {"stopped_early": curves.stopped} if curves.stopped else {}
+    stopped = {"stopped_early": around.curves.stopped} if around.curves.stopped else {}
     kept = {} if setup.keep is None else {"keep": setup.keep.verdict}
     return {"steps": steps} | trainer.cost.of_all(directory.process) | stopped | kept
 
@@ -148,20 +153,9 @@ def stage_seed(seed: int, stage: int) -> int:
 class StageWatch(Watch):
     """Watches a stage: its curves are measured, and may end it."""
 
-    def __init__(
-        self,
-        trainer: Any,
-        title: str,
-        events: Path,
-        progress: Progress,
-        interrupt: Interrupt,
-        followers: Followers,
-        *,
-        stage: PlannedStage,
-        curves: Curves,
-    ):
-        super().__init__(trainer, title, events, progress, interrupt, followers)
-        self.stage, self.curves = stage, curves
+    def __init__(self, trainer: Any, title: str, events: Path, stage: PlannedStage, around: Around):
+        super().__init__(trainer, title, events, around.progress, around.interrupt, around.followers, around.later)
+        self.stage, self.curves = stage, around.curves
 
     def after_step(self, step: int, last: bool) -> bool:
         if not last and self.curves.due(step):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from holdfast.system.terminal import open_console
@@ -17,6 +18,23 @@ SECONDS_BETWEEN_LINES = 2.0
 SECONDS_BETWEEN_COUNTS = 30.0  # if the total is not known
 
 
+@dataclass(frozen=True)
+class Later:
+    """What follows a piece of work: further steps like its own, and work whose time is known.
+
+    Attributes:
+        steps: further steps.
+        known: seconds of the rest.
+    """
+
+    steps: int
+    known: float
+
+    def seconds(self, pace: float) -> float:
+        """All of it, at ``pace`` seconds a step."""
+        return pace * self.steps + self.known
+
+
 class Bar:
     """The progress of one piece of work."""
 
@@ -27,31 +45,40 @@ class Bar:
         self._tenth = 0
         self._first: tuple[float, int] | None = None  # when the first update came, and how many steps were done by then
 
-    def update(self, done: int, note: str = "", *, total: int | None) -> None:
-        """Show that ``done`` of ``total`` steps are done, and a short note; a total of None is not known."""
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, completed=done, total=total, note=note)
-            return
+    def update(self, done: int, note: str = "", *, total: int | None, later: Later | None = None) -> None:
+        """Show that ``done`` of ``total`` steps are done, and a short note; a total of None is not known.
+
+        Args:
+            later: what follows this work, whose time is told too.
+        """
         now = time.monotonic()
         self._first = self._first or (now, done)
+        pace = self._pace(now, done)
+        whole = ""
+        if later is not None and pace is not None and total is not None:
+            whole = f"run {clock(pace * (total - done) + later.seconds(pace))} left"
+        if self._bars is not None and self._task is not None:
+            note = "  ".join(filter(None, (note, whole)))
+            self._bars.update(self._task, completed=done, total=total, note=note)
+            return
         if total is None:
             if now - self._printed >= SECONDS_BETWEEN_COUNTS:
                 self._printed = now
                 self._progress.line(f"{self._title}  {done}  {note}")
             return
         tenth = 10 * done // total
-        if tenth > self._tenth and now - self._printed >= SECONDS_BETWEEN_LINES:
+        known = pace is not None or done >= total  # a line says how long it still takes
+        if known and tenth > self._tenth and now - self._printed >= SECONDS_BETWEEN_LINES:
             self._tenth, self._printed = tenth, now
-            parts = (self._title, f"{done}/{total}", note, self._left(now, done, total))
+            left = "" if pace is None else f"{clock(pace * (total - done))} left"
+            parts = (self._title, f"{done}/{total}", note, "done" if done >= total else left, whole)
             self._progress.line("  ".join(part for part in parts if part))
 
-    def _left(self, now: float, done: int, total: int) -> str:
-        """The time left at the speed since the first update, of which nobody knows how many steps it stands for."""
+    def _pace(self, now: float, done: int) -> float | None:
+        """Seconds a step since the first update, of which nobody knows how many steps it stands for."""
         assert self._first is not None
         start, before = self._first
-        if done >= total:
-            return "done"
-        return f"{clock((now - start) / (done - before) * (total - done))} left" if done > before else ""
+        return (now - start) / (done - before) if done > before else None
 
 
 class Progress:

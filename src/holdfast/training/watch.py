@@ -13,7 +13,7 @@ from holdfast.errors import Interrupted
 from holdfast.records.follow import Followers
 from holdfast.system.files import append_jsonl
 from holdfast.system.interrupt import Interrupt
-from holdfast.system.progress import Bar, Progress
+from holdfast.system.progress import Bar, Later, Progress
 from holdfast.training.checkpoint import newest_whole_checkpoint
 
 
@@ -37,11 +37,20 @@ class Watch(TrainerCallback):
         title: of the training, for the progress and for messages.
         events: the file that gets a line for each logged step.
         followers: the trackers, which get the same line.
+        later: what follows this training; None: nothing.
     """
 
     def __init__(
-        self, trainer: Any, title: str, events: Path, progress: Progress, interrupt: Interrupt, followers: Followers
+        self,
+        trainer: Any,
+        title: str,
+        events: Path,
+        progress: Progress,
+        interrupt: Interrupt,
+        followers: Followers,
+        later: Later | None = None,
     ):
+        self.later = later
         self.trainer, self.title, self.events, self.followers = trainer, title, events, followers
         self.progress, self.interrupt = progress, interrupt
         self.process = Process.this()
@@ -96,7 +105,7 @@ class Watch(TrainerCallback):
         step, last = state.global_step, state.global_step >= state.max_steps
         done = self.after_step(step, last)
         assert self._bar is not None
-        self._bar.update(step, self.shown(), total=self.steps(state.max_steps))
+        self._bar.update(step, self.shown(), total=self.steps(state.max_steps), later=self.later)
         if done:  # no checkpoint here: a killed run goes on before this step, and is done here again
             control.should_training_stop, control.should_save = True, False
         elif self.process.any_of(self.interrupt.requested) and not last:
