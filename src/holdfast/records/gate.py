@@ -328,7 +328,7 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> Ju
     run = read_run(path)
     limits = limits or run.config.get("gate") or {}
     if not limits and (checks := _nothing_learned(run, run.tasks)):
-        return f"{path} ({run.method})", checks
+        return Judged(f"{path} ({run.method})", run, len(run.scores) - 1, checks)
     if not limits:
         raise ConfigError(f"{path}: its configuration has no gate; give a limit, for example --max-forgetting 0.05")
     gate = validate(GateConfig, limits, str(path))
