@@ -140,8 +140,8 @@ def test_a_run_that_learned_nothing_fails_whatever_its_limits(tmp_path):
     assert (nothing.figure, nothing.value, nothing.limit) == ("tasks learned", 0, 1) and not nothing.passed
     assert forgetting.passed, "this limit alone would have let the run pass"
     assert forgetting.verdict == f"passed; not learned, so forgetting says nothing of {', '.join(TASKS[:-1])}"
-    title, checks = judge_directory(tmp_path / "unlearned", {}, None)
-    assert "unlearned" in title and [check.key for check in checks] == ["min_tasks_learned"]
+    judged_alone = judge_directory(tmp_path / "unlearned", {}, None)
+    assert "unlearned" in judged_alone.title and [check.key for check in judged_alone.checks] == ["min_tasks_learned"]
     with pytest.raises(ConfigError, match="its configuration has no gate"):
         judge_directory(tmp_path / "sequential", {}, None)
 

@@ -85,7 +85,7 @@ def _learned(found: StageFigures) -> list[list[str]]:
     for j in reversed(range(len(found.tasks))):
         after = found.run.own_stage(j)
         before = 0 if found.run.joint else after - 1
-        gain, ends = found.run.gain(j)
+        gain, ends = found.run.gains[j]
         scores = [number(found.run.scores[t][j]) for t in (before, after)]
         lines.append([code(found.tasks[j], cell=True), *scores, number(gain, True), interval(ends, True) or "–"])
     return lines
