@@ -21,8 +21,8 @@ from holdfast.records.follow import Followers, followed
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
 from holdfast.records.shapes import read_json
-from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.records.trackers import chosen
+from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.runner.curves import Curves
 from holdfast.runner.data import RunData
 from holdfast.runner.decisions import decide, must_judge, standing, strictest
