@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,7 +24,7 @@ from holdfast.deploy.export import export
 from holdfast.errors import ConfigError, GateFailed
 from holdfast.metrics.summary import summarize
 from holdfast.records.gate import Check, Increase, failed, judge, judge_directory
-from holdfast.records.read import read_run
+from holdfast.records.read import FinishedRun, read_run
 from holdfast.report.verdict import as_junit, as_markdown, as_text
 from holdfast.runner import setup
 from holdfast.runner.check import gate_lines
@@ -266,12 +267,29 @@ def test_what_the_limits_need_is_checked_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+ANY = 1.0
+"""A limit that every stage keeps, but for the second, which is held against -1 instead."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def second_stage_fails() -> Iterator[None]:
+    """What a tiny model forgets differs from machine to machine, so that no true limit fails one stage of three."""
+
+    def stricter(found: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
+        strict = gate.max_forgetting == ANY and row == 2
+        return judge(found, gate.model_copy(update={"max_forgetting": -1.0}) if strict else gate, row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("holdfast.runner.loop.judge", stricter)
+        yield
+
+
 def gated(folder: Path, on_fail: str, **gate: Any) -> dict[str, Any]:
-    """Replay of a row a step: the second stage forgets a little of the first task."""
+    """A run whose second stage, and no other, fails the gate."""
     return tiny_config(
         folder,
         method={"name": "replay", "ratio": 0.01, "capacity": 3},
-        gate={"max_forgetting": 0.05, "on_fail": on_fail} | gate,
+        gate={"max_forgetting": ANY, "on_fail": on_fail} | gate,
         output=str(folder / on_fail),
     )
 
@@ -300,7 +318,9 @@ def test_rollback_goes_back_to_the_last_stage_that_passed(rolled_back):
     assert scores[1] == scores[2] != decisions[1]["scores"], "a row is that of the model that the run holds"
     assert scores[3] == decisions[2]["scores"]
     assert decisions[1]["checks"][0]["value"] == pytest.approx(scores[1][0] - decisions[1]["scores"][0])
-    assert matrix["summary"]["forgetting"] == pytest.approx(scores[1][0] - scores[3][0] + scores[1][1] - scores[3][1])
+    assert matrix["summary"]["forgetting"] == pytest.approx(
+        (scores[1][0] - scores[3][0] + scores[1][1] - scores[3][1]) / 2
+    )
     found = read_run(rolled_back)
     assert [found.stage_of(row) for row in range(4)] == [0, 1, 1, 3]
     assert found.responses(2, "green") == found.responses(1, "green")

@@ -79,6 +79,7 @@ NO_FILES = {
     "config.describe": "a message",
     "data.chat": "calls of tools as a chat template reads them",
     "data.conversation": "calls and tools of a row",
+    "data.given": "a digest",
     "data.load": "a version",
     "data.source": "a digest",
     "deploy.model_card": "text of a card",
