@@ -54,9 +54,6 @@ class Method(Registered):
     inputs: ClassVar[tuple[str, ...]] = ("path",)
     """Options that name files or folders whose content the method reads: a run goes on only with the same content."""
 
-    held_out: Sequence[TokenRow] = ()
-    """Rows that the method never trains on, for example of general text; a trainer measures forgetting on them."""
-
     Options: ClassVar[type[Section]] = Section
     """The method's options; a key that it does not know is refused."""
 
@@ -66,6 +63,11 @@ class Method(Registered):
     def __init__(self, **options: Any) -> None:
         """Raises ConfigError if an option is unknown or wrong."""
         self.options: Any = validate(self.Options, options, f"method {self.name}")
+
+    @property
+    def held_out(self) -> Sequence[TokenRow]:
+        """Rows that the method never trains on, for example of general text; a trainer measures forgetting on them."""
+        return ()
 
     @property
     def needs_rows(self) -> bool:

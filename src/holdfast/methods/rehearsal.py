@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,16 @@ class Rehearsal(Method):
         self._start: dict[str, Any] = {}  # the key of the start teacher's cache
         self.multipliers: dict[int, float] | None = None  # of a budget, by constraint; None: there is no budget
         self.reserve: Callable[[Stage], Sequence[int]] = lambda stage: ()  # places of train rows never rehearsed
+        self._held_out: Sequence[TokenRow] = ()
+        self._draw_held_out: Callable[[], list[TokenRow]] | None = None  # before the first step that follows
+
+    @property
+    def held_out(self) -> Sequence[TokenRow]:
+        """Samples that are never rehearsed; where they are drawn from the model, it draws them when they are first
+        asked for, which takes as long as many steps."""
+        if not self._held_out and self._draw_held_out is not None:
+            self._held_out = self._draw_held_out()
+        return self._held_out
 
     @property
     def needs_rows(self) -> bool:
@@ -73,7 +84,7 @@ class Rehearsal(Method):
         if options.drawn:
             self._draw(stage)
         if options.loss == "kl" and options.weight:
-            check_head(stage, (self.rows or self.held_out or stage.rows)[0], self.name)
+            check_head(stage, (self.rows or stage.rows or self.held_out)[0], self.name)
         if options.loss == "ce" or not options.weight or self.teacher is not None:
             return
         if options.source == "current" or options.drawn or isinstance(self.rows, TokenRows):
@@ -184,7 +195,7 @@ class Rehearsal(Method):
     def after_stage(self, stage: Stage) -> None:
         if self.options.source == "past":
             self.memory.add(stage.index, Without(stage.rows, self.reserve(stage)), stage.random(self.name))
-        self.teacher = self.buffer = None
+        self.teacher = self.buffer = self._draw_held_out = None
 
     def state(self) -> State:
         return self.memory.state() | {"start": self._start, "seed": self._seed}
@@ -199,8 +210,7 @@ class Rehearsal(Method):
         options = self.options
         wanted = SampleOptions(length=options.length, domain=options.domain, chat=options.chat)
         request = Request.of(self._tokenizer(stage), context(stage.model), begin_token(stage.model), wanted)
-        if not self.held_out:
-            self.held_out = held_out(request, stage)
+        self._draw_held_out = partial(held_out, request, stage)
         before = LiveStates(stage.model, options.compared_layer)
         hidden = options.loss == "kl" and drawn_states_are_exact(request, stage)
         seed = f"{stage.seed}/{stage.index}/{self.name}"
@@ -231,7 +241,7 @@ class Rehearsal(Method):
                 seed=seed,
             )
             self.size = min(options.samples, len(self.rows) - len(self.rows) // 11)
-        self.held_out = list(self.rows[self.size :])
+        self._held_out = list(self.rows[self.size :])
         if isinstance(self.rows, TokenRows) and self._needs_few:
             few = random.Random(f"{seed}/{self.name}").sample(range(self.size), min(options.samples, self.size))
             self.rows, self.size = [self.rows[i] for i in sorted(few)], len(few)

@@ -246,7 +246,7 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
         method.before_stage(stage)
         hand_to_engine(trainer)
     renew_optimizer(trainer)
-    if state.general_loss_before is None:
+    if state.general_loss_before is None and not state.is_run:  # of which nobody asks for a forgetting_report
         state.general_loss_before = _general_loss(trainer)
     state.terms = Terms(
         (name for method in state.methods for name in method.declares(stage)),
