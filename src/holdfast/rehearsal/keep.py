@@ -25,6 +25,7 @@ from holdfast.records.gate import Check, Increase
 from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.multipliers import Lost, Multiplier, loss_rise, probability_fall
 from holdfast.rehearsal.options import RehearsalOptions
+from holdfast.system.shapes import of_shape
 
 GENERAL = 0
 """The constraint on general samples; those on past tasks have the number of their stage."""
@@ -190,9 +191,11 @@ class Keep(Method, registered=False):
 
     def load_state(self, state: State, model: nn.Module) -> None:
         self.samples.load_state(state, model)
-        self.base, self.names = list(state["base"]), dict(state["names"])
-        self.multipliers = {k: Multiplier(*values) for k, *values in state["multipliers"]}
-        self.lost = {k: Lost(*values) for k, *values in state["lost"]}
+        self.base = list(of_shape(list[float], state["base"], "base"))
+        self.names = dict(_entries(tuple[int, str], state, "names"))
+        four = tuple[int, float, float, float]
+        self.multipliers = {k: Multiplier(*values) for k, *values in _entries(four, state, "multipliers")}
+        self.lost = {k: Lost(*values) for k, *values in _entries(four, state, "lost")}
         self._weigh()
 
     def _wider(self, step: Step) -> float:
@@ -352,3 +355,9 @@ def _losses(stage: Stage, rows: Sequence[TokenRow]) -> tuple[NDArray[np.float64]
 def _between(start: Shards, end: Shards, share: float) -> Shards:
     """start + share * (end - start), computed in float32."""
     return start.like({name: t.float().lerp(end.tensors[name].float(), share) for name, t in start.tensors.items()})
+
+
+def _entries(shape: Any, state: State, key: str) -> list[Any]:
+    """The entries of a list of a method's state, each of which JSON holds as a list; ValueError if one is otherwise."""
+    entries = of_shape(list[list[Any]], state[key], key)
+    return list(of_shape(list[shape], [tuple(entry) for entry in entries], key))

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 from holdfast.records.gate import DONE, Check, failed
 from holdfast.report.text import interval, number
+from holdfast.system.terminal import printable
 
 HEAD = ("figure", "value", "95 % interval", "limit", "beyond it by", "verdict")
 
@@ -86,7 +87,7 @@ def _cell(text: str) -> str:
     """Text that no sign of it takes out of its cell of a Markdown table."""
     for sign, written in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", " ")):
         text = text.replace(sign, written)
-    return text
+    return printable(text)
 
 
 def _printable(text: str) -> str:
