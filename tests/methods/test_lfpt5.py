@@ -143,7 +143,7 @@ def test_samples_have_a_prompt_of_their_task_and_an_answer():
             assert one["labels"] == [-100] * length + one["input_ids"][length:]
             answers[text(one["input_ids"][length:])] += 1
         starts = sum(text(one["input_ids"]).startswith(f"{word}: ") for one in found)
-        assert starts >= 36 and answers[" r</s>"] >= 15
+        assert starts >= 36 and answers[" r</s>"] >= 8  # one in 64 before training
 
 
 def after_a_stage(options=None, hint="rrrr"):

@@ -66,7 +66,7 @@ def test_training_with_sequential_is_training_with_the_plain_class(case, tmp_pat
 
 def test_the_class_has_few_new_names():
     new = set(dir(ContinualTrainer)) - set(dir(Trainer)) - {"_holdfast"}
-    assert new == {"forgetting_report", "methods", "task", "stage_index", "interrupted", "cost"}
+    assert new == {"forgetting_report", "keep_report", "methods", "task", "stage_index", "interrupted", "cost"}
     assert ContinualTrainer.__name__ == ContinualTrainer.__qualname__ == "ContinualTrainer"
     assert pickle.loads(pickle.dumps(ContinualTrainer)) is ContinualTrainer
 

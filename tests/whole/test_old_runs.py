@@ -35,25 +35,27 @@ def place(tmp_path, monkeypatch, request) -> Path:
     return tmp_path / "place"
 
 
-def same_numbers(run: Path) -> bool:
-    """Whether this machine and its libraries give the bits that the run's gave."""
+def rounding(run: Path) -> float:
+    """How far apart numbers of this machine and of the run may be: processors of one name differ in the last bits."""
     record = read_json(run / "run.json")
     libraries = {name: version for name, version in versions().items() if name != "holdfast"}
-    return libraries.items() <= record["versions"].items() and hardware()["cpu"] == record["hardware"]["cpu"]
+    alike = libraries.items() <= record["versions"].items() and hardware()["cpu"] == record["hardware"]["cpu"]
+    return 1e-4 if alike else 0.02
 
 
-def assert_holds(found: Any, expected: Any, exact: bool, where: str = "") -> None:
-    """``found`` has everything that is expected, and may have further keys; numbers are the same, or nearly so."""
+def assert_holds(found: Any, expected: Any, tolerance: float, where: str = "") -> None:
+    """``found`` has everything that is expected, and may have further keys; numbers agree to a share of themselves."""
     if isinstance(expected, dict):
         assert isinstance(found, dict) and expected.keys() <= found.keys(), where
         for key, value in expected.items():
-            assert_holds(found[key], value, exact, f"{where}.{key}")
+            assert_holds(found[key], value, tolerance, f"{where}.{key}")
     elif isinstance(expected, list):
         assert isinstance(found, list) and len(found) == len(expected), where
         for place, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert_holds(one, other, exact, f"{where}[{place}]")
-    elif isinstance(expected, float) and not exact:
-        assert math.isclose(found, expected, rel_tol=0.02, abs_tol=0.05), f"{where}: {found}, not {expected}"
+            assert_holds(one, other, tolerance, f"{where}[{place}]")
+    elif isinstance(expected, float) and tolerance:
+        near = math.isclose(found, expected, rel_tol=tolerance, abs_tol=2 * tolerance)
+        assert near, f"{where}: {found}, not {expected}"
     else:
         assert found == expected, f"{where}: {found}, not {expected}"
 
@@ -68,21 +70,17 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("place", [UNFINISHED], indirect=True)
 def test_an_unfinished_run_ends_as_it_would_have(place, capsys):
-    exact = same_numbers(place / "run")
+    tolerance = rounding(place / "run")
     assert holdfast("run", "config.yaml") == 0
     assert "stage 3/3 blue: continues from step 8" in capsys.readouterr().err
     expected, stage = place / "expected", place / "run" / "stages" / "03-blue"
-    assert_holds(read_json(place / "run" / "matrix.json"), read_json(expected / "matrix.json"), exact)
+    assert_holds(read_json(place / "run" / "matrix.json"), read_json(expected / "matrix.json"), tolerance)
     events = timeless(read_jsonl(place / "run" / "events.jsonl"))
-    assert_holds(events, timeless(read_jsonl(expected / "events.jsonl")), exact)
+    assert_holds(events, timeless(read_jsonl(expected / "events.jsonl")), tolerance)
     tensors, wanted = (load_file(f / "adapter_model.safetensors") for f in (stage / "adapter", expected))
     assert tensors.keys() == wanted.keys()
-    tolerance = 0.0 if exact else 0.05
     for name, tensor in tensors.items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=tolerance, atol=tolerance)
-    if exact:
-        weights = "3dae2485378b1a60e588ba7ce70242e8091c8f01b782dd33667f09a10e8c81c7"
-        assert read_json(stage / "stage.json")["weights"] == weights
+        torch.testing.assert_close(tensor, wanted[name], rtol=3 * tolerance, atol=3 * tolerance)
     assert not (stage / "checkpoint").exists()
     assert read_json(place / "run" / "run.json")["finished"]
     json_below(place / "run")
@@ -93,7 +91,7 @@ def test_a_finished_run_trains_nothing(place):
     stages, matrix = files(place / "run" / "stages"), read_json(place / "run" / "matrix.json")
     assert holdfast("run", "config.yaml") == 0
     assert files(place / "run" / "stages") == stages
-    assert_holds(read_json(place / "run" / "matrix.json"), matrix, exact=True)
+    assert_holds(read_json(place / "run" / "matrix.json"), matrix, tolerance=0.0)
 
 
 @pytest.mark.parametrize("place", [UNFINISHED, FINISHED], indirect=True)
