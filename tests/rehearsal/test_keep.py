@@ -19,8 +19,9 @@ from holdfast.rehearsal.memory import Without
 from holdfast.rehearsal.multipliers import LEAST, MOST, UNIT, Lost, Multiplier, loss_rise, probability_fall
 from holdfast.runner.decisions import strictest
 from holdfast.runner.setup import resolve
-from support.tiny import tiny_config, tiny_model, tiny_rows, tiny_tokenizer
-from support.trained import trained, vector
+from support import rehearsed
+from support.tiny import tiny_config, tiny_rows
+from support.trained import vector
 
 TEXTS = "\n".join(f"the {a} sea moves the {b} weed and holds it fast" for a in "abcdefgh" for b in "uvwxyz")
 
@@ -88,21 +89,9 @@ def test_rows_that_are_held_out_are_never_rehearsed(tmp_path):
     assert not [row for row in method.memory.rows if row in keep.samples.rows]
 
 
-def stages(method, rows=24, count=2, *, folder, keep=None, model=None, **args):
-    model = model or tiny_model()
-    for index in range(1, count + 1):
-        data = [row | {"row": i} for i, row in enumerate(tiny_rows(rows, seed=index))]
-        trainer = trained(
-            folder,
-            rows=data,
-            model=model,
-            method=method,
-            processing_class=tiny_tokenizer(),
-            args={"num_train_epochs": 4} | args,
-            stage_index=index,
-            keep=keep,
-        )
-    return trainer
+def stages(method, rows=24, *, folder, keep=None, count=2, model=None, **args):
+    given = {"keep": keep, "count": count, "model": model, "args": {"num_train_epochs": 4} | args}
+    return rehearsed.stages(method, folder=folder, rows=rows, **given)
 
 
 def test_a_loose_budget_costs_nothing(tmp_path, texts):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from array import array
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from holdfast.runner.rebuild.plan import plan, record_before
 from holdfast.runner.rebuild.rows import all_said, matching, said_in
 from holdfast.system.files import read_json, write_json
 from holdfast.system.progress import Progress
+from support.canary import CANARY, holding
 from support.command import holdfast as command
 from support.resumed import tensors
-from support.tiny import tiny_config, tiny_tokenizer
+from support.tiny import tiny_config
 
 QUIET = Progress(quiet=True)
-CANARY = "zqxjk"
 
 
 def config(folder: Path, output: str = "run", **changes: Any) -> dict[str, Any]:
@@ -42,17 +41,6 @@ def config(folder: Path, output: str = "run", **changes: Any) -> dict[str, Any]:
     values["training"] |= {"epochs": 2}
     values["evaluation"] |= {"every": 3}
     return values | changes
-
-
-def holding(directory: Path) -> list[str]:
-    """The files that hold the canary, as text or as tokens."""
-    ids = tiny_tokenizer()(CANARY, add_special_tokens=False)["input_ids"]
-    patterns = [CANARY.encode(), *(array(kind, ids).tobytes() for kind in "iq")]
-    return [
-        str(file.relative_to(directory))
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and any(pattern in file.read_bytes() for pattern in patterns)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from array import array
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,14 @@ from holdfast.errors import ConfigError
 from holdfast.runner.rebuild.swap import sibling
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
+from support.canary import CANARY, holding
 from support.resumed import tensors
-from support.tiny import tiny_tokenizer, write_model
+from support.tiny import write_model
 
 pytestmark = pytest.mark.slow
 
 QUIET = Progress(quiet=True)
 FAST = ["training.max_steps=2", "evaluation.bootstrap=20", "evaluation.max_new_tokens=3", "training.learning_rate=1e-2"]
-CANARY = "zqxjk"
 
 
 def month(folder: Path, name: str, canaries: int) -> Path:
@@ -32,17 +31,6 @@ def month(folder: Path, name: str, canaries: int) -> Path:
         rows.append({"prompt": f"{mark}{name} {chr(97 + n % 26)}{n}?", "answer": f"{mark}{name[0] if n % 3 else 'x'}"})
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / f"{name}.jsonl"
-
-
-def holding(directory: Path) -> list[str]:
-    """The files that hold the canary, as text or as tokens."""
-    ids = tiny_tokenizer()(CANARY, add_special_tokens=False)["input_ids"]
-    patterns = [CANARY.encode(), *(array(kind, ids).tobytes() for kind in "iq")]
-    return [
-        str(file.relative_to(directory))
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and any(pattern in file.read_bytes() for pattern in patterns)
-    ]
 
 
 def learned(folder: Path, output: str, *names: str) -> Path:
