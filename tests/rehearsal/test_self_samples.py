@@ -19,9 +19,11 @@ from holdfast.models.sampling import sample
 from holdfast.rehearsal.buffer import HELD_OUT, SampleBuffer, drawn_states_are_exact
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.teacher import LiveStates, predicting
+from holdfast.runner.loop import run
+from holdfast.system.progress import Progress
 from support.families import FAMILIES, family_model, family_tokenizer
 from support.rehearsed import two_stages
-from support.tiny import pad_rows, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
+from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
 from support.trained import vector
 
 CHATS = [name for name, family in FAMILIES.items() if family.template]
@@ -227,6 +229,17 @@ def test_a_report_of_forgetting_on_samples_that_were_held_out(tmp_path):
     report = trainer.forgetting_report()
     assert report["texts"] == HELD_OUT
     assert report["change"] == pytest.approx(report["after"] - report["before"]) and report["change"] != 0
+
+
+def test_a_run_draws_no_samples_for_a_report_that_nobody_asks_for(monkeypatch, tmp_path):
+    def drawn(*args):
+        raise AssertionError("samples are held out")
+
+    monkeypatch.setattr("holdfast.methods.rehearsal.held_out", drawn)
+    config = tiny_config(tmp_path, method={"name": "kl_replay", "length": 6})
+    run(config | {"training": config["training"] | {"max_steps": 1}}, Progress(quiet=True))
+    with pytest.raises(AssertionError, match="held out"):
+        two_stages(tmp_path, Rehearsal(source="self", loss="kl", length=6))
 
 
 def test_switched_off_it_draws_nothing_and_keeps_nothing(monkeypatch):
