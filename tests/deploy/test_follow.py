@@ -109,7 +109,10 @@ class Client:
 
 
 def wait(until: Callable[[], bool]) -> None:
+    """Fail where it takes minutes, which it never does on the slowest machine."""
+    begun = time.monotonic()
     while not until():
+        assert time.monotonic() < begun + 300, "what is waited for does not happen"
         time.sleep(0.02)
 
 

@@ -135,6 +135,23 @@ def test_a_run_that_was_moved_learns_the_new_rows_of_an_old_file(copy: Path, pla
     assert any("rollback" in line and str(copy) in line for line in learned_lines(read_run(copy)))
 
 
+def test_data_that_were_taken_in_stay_scored_as_they_were(copy: Path, place: Path, monkeypatch):
+    """Learned already, or in training: what the call says of them is not passed over."""
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    said = "^metric: '{}' was taken in with 'accuracy', not '{}'"
+    with pytest.raises(ConfigError, match=said.format("red", "acuracy")):
+        learn(place / "red.jsonl", copy, metric="acuracy")
+    data = write(place / "violet.jsonl", rows("violet", 12))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("holdfast.runner.loop.train_stage", die)
+        learn(data, copy)
+    with pytest.raises(ConfigError, match=said.format("violet", "loss")):
+        learn(data, copy, metric="loss")
+
+
 @pytest.mark.slow
 def test_settings_of_training_may_change_and_the_method_may_not(copy: Path, place: Path):
     blue = write(place / "blue.jsonl", rows("blue", 12))

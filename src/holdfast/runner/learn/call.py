@@ -88,6 +88,17 @@ def check_memory(kept: Kept, call: Call) -> None:
         raise ConfigError(f"--memory: {call.path} began with {recorded!r}, which holds for all that it learns")
 
 
+def check_task(task: dict[str, Any], call: Call) -> None:
+    """Raise ConfigError if a task that was taken in before is now to be read or scored in another way."""
+    began = task["options"] | (task.get("given", {}).get("task") or {})
+    for key, wanted in (call.values.get("task") or {}).items():
+        if wanted != began.get(key):
+            raise ConfigError(
+                f"{key}: {task['name']!r} was taken in with {began.get(key)!r}, not {wanted!r}, and stays so; leave it "
+                f"out, or learn the data otherwise into another directory"
+            )
+
+
 def check_model(kept: Kept, call: Call) -> None:
     """Raise ConfigError if a run is to learn from another model; one that has moved is the same."""
     recorded, wanted = (

@@ -8,7 +8,7 @@ from typing import Any
 from holdfast.errors import ConfigError
 from holdfast.records.kept import Kept
 from holdfast.records.shapes import read_json
-from holdfast.runner.learn.call import check_memory, check_model, read_call
+from holdfast.runner.learn.call import check_memory, check_model, check_task, read_call
 from holdfast.system.progress import Progress
 
 
@@ -60,6 +60,7 @@ def learn(
         check_memory(kept, call)
         check_model(kept, call)
         if kept.finished() and call.fingerprint is not None and (task := kept.find(call.fingerprint)) is not None:
+            check_task(task, call)
             (progress or Progress()).line(f"{call.data}: is learned already, as {task['name']}; nothing is trained")
             return read_json(call.path / "matrix.json")
     elif "model" not in call.values and not begun:

@@ -23,7 +23,7 @@ from holdfast.records.kept import Kept, merged, rows_fingerprint
 from holdfast.records.shapes import read_json
 from holdfast.runner.data import RunData, run_data
 from holdfast.runner.learn.adopt import adopt
-from holdfast.runner.learn.call import Call, check_memory, check_model
+from holdfast.runner.learn.call import Call, check_memory, check_model, check_task
 from holdfast.runner.learn.settings import (
     LONGEST_RESPONSE,
     OWN,
@@ -121,6 +121,7 @@ class Taken:
         task = kept.tasks[-1]
         same = call.data == task["data"] if call.fingerprint is None else call.fingerprint == task["fingerprint"]
         if same and call.name in (None, task["name"]):
+            check_task(task, call)
             return self._run(self.given, last=True)
         if not kept.memory:
             raise RunDirectoryError(
