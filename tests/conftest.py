@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,8 +16,13 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", autouse=True)
+_imported: set[str] = set()
+
+
+@pytest.fixture(autouse=True)
 def _imported_code_is_no_garbage():
     """Training collects garbage before each stage: a look through all objects of all libraries, 0.3 s each time."""
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > len(_imported):
+        gc.collect()
+        gc.freeze()
+        _imported.update(sys.modules)

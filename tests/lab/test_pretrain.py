@@ -272,7 +272,7 @@ def ended(processes):
     return [process.returncode for process in processes], said[0]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_to_the_same_end(languages, tmp_path, rank):
     paths = {}
     for name in ("unbroken", "broken"):

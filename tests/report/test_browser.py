@@ -70,8 +70,14 @@ def visit(browser: Browser, folder: Path) -> Iterator[Callable[..., Page]]:
     assert complaints == []
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["one.html", "many.html", "mixed.html"])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        *(("one.html", width) for width in (1280, 390)),
+        *(("many.html", 390), ("mixed.html", 390)),
+        *(pytest.param(name, 1280, marks=pytest.mark.slow) for name in ("many.html", "mixed.html")),
+    ],
+)
 def test_no_page_scrolls_sideways_even_with_all_details_open(visit: Callable[..., Page], name: str, width: int) -> None:
     page = visit(name, width, "dark" if width == 390 else "light")
     assert page.evaluate(OVERFLOW) == 0

@@ -109,12 +109,22 @@ def test_a_run_with_another_configuration_is_not_overwritten(tmp_path):
         check(expand(load_sweep(changed)))
 
 
-def test_twelve_runs_are_done_once_and_compared(tmp_path, capsys):
-    path = write(tmp_path, tiny_sweep(tmp_path))
+SMALL = {"method": ["sequential", "joint"], "seed": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("grid", "count", "row"),
+    [
+        ({"grid": SMALL}, 4, "| sequential | 2 |"),
+        pytest.param({}, 12, "| sequential, learning_rate 0.01 | 2 |", marks=pytest.mark.slow),
+    ],
+)
+def test_runs_are_done_once_and_compared(grid, count, row, tmp_path, capsys):
+    path = write(tmp_path, tiny_sweep(tmp_path, **grid))
     code, said, _ = sweep(capsys, path, "--dry-run")
-    assert code == 0 and "12 runs, 0 done" in said and not (tmp_path / "sweep").exists()
+    assert code == 0 and f"{count} runs, 0 done" in said and not (tmp_path / "sweep").exists()
     assert holdfast("check", path) == 0
-    assert "12 runs, 0 done" in capsys.readouterr().out
+    assert f"{count} runs, 0 done" in capsys.readouterr().out
     first = expand(load_sweep(path))[0]
     run(first.config, QUIET)
     before = (first.path / "run.json").stat().st_mtime_ns
@@ -122,18 +132,18 @@ def test_twelve_runs_are_done_once_and_compared(tmp_path, capsys):
     code, said, errors = sweep(capsys, path, "--processes", "2")
     assert code == 0, errors
     states = read_json(tmp_path / "sweep" / "sweep.json")
-    assert [row["state"] for row in states] == ["skipped"] + ["done"] * 11
+    assert [row["state"] for row in states] == ["skipped"] + ["done"] * (count - 1)
     assert (first.path / "run.json").stat().st_mtime_ns == before
     assert (tmp_path / "sweep" / "report.html").exists()
-    assert "| sequential, learning_rate 0.01 | 2 |" in (tmp_path / "sweep" / "table.md").read_text(encoding="utf-8")
+    assert row in (tmp_path / "sweep" / "table.md").read_text(encoding="utf-8")
     assert "average" in said
 
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/run.json")}
     code, _, said = sweep(capsys, path)
-    assert code == 0 and "12 of 12 runs are done already" in said
+    assert code == 0 and f"{count} of {count} runs are done already" in said
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/run.json")}
 
-    alone = expand(load_sweep(path))[5]
+    alone = expand(load_sweep(path))[-1]
     elsewhere = load_config(alone.config.model_dump() | {"output": str(tmp_path / "alone")})
     assert run(elsewhere, QUIET)["scores"] == scores(tmp_path / "sweep")[alone.name]
 
