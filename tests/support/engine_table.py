@@ -280,10 +280,6 @@ other optimizers, three processes, and a run that loses a process and is continu
 {table}
 """
 
-LEFT = """\
-These rows have not been run with these settings yet; with SGD at a constant rate they were equal on every engine: \
-"""
-
 
 def settings() -> str:
     """What the runs of the table are trained with, for the page."""
@@ -299,22 +295,16 @@ def settings() -> str:
 
 
 def page(found: dict[Cell, Apart], rounding: dict[Row, Apart]) -> str:
-    """docs/engines.md, of what was found in each cell; rows that lack one are named below the table."""
+    """docs/engines.md, of what was found in each cell."""
     lines = ["| method | tuner | rounding | " + " | ".join(f"`{engine}`" for engine in ENGINES) + " |"]
     lines.append("|---" * (len(ENGINES) + 3) + "|")
-    left = []
     for row in rows():
-        if not all((row, engine) in found for engine in ENGINES):
-            left.append(" ".join(f"`{word}`" for word in row if word))
-            continue
         cells = [f"`{row.method}`", " ".join([f"`{row.tuner}`", row.way]).strip()]
         cells.append(f"{rounding[row].far:.0e}" if row in rounding else "")
         for engine in ENGINES:
             cell = found[row, engine]
             cells.append(f"yes ({cell.far:.0e})" if cell.equal else f"**no** {cell.error[:80]}")
         lines.append(f"| {' | '.join(cells)} |")
-    if left:
-        lines += ["", *textwrap.wrap(LEFT + ", ".join(left) + ".", 120)]
     table = "\n".join(lines)
     return PAGE.format(
         tolerance=TOLERANCE, bfloat16=BFLOAT16, settings=textwrap.fill(f"**Settings.** {settings()}", 120), table=table
