@@ -36,7 +36,7 @@ from holdfast.system.quiet import silence_libraries
 SIZE, YEARS = 24, [2022, 2023]
 MODEL = {"width": 64, "depth": 2, "head_size": 32, "mlp_width": 192, "tie_embeddings": True}
 BUDGETS = [0.5, 1, 2, 5, 10]  # percent
-STRENGTHS = [0, 0.1, 1, 3, 10, 30]
+STRENGTHS = [0, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 TEXT = "perplexity/chronicle"
 
 
