@@ -16,6 +16,7 @@ from holdfast import load_config, run
 from holdfast.errors import ConfigError
 from holdfast.records import trackers
 from holdfast.records.follow import STATE
+from holdfast.runner.rebuild.rebuild import rebuild
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from support.tiny import tiny_config
@@ -33,7 +34,7 @@ class Fake:
     broken: type[BaseException] = ConnectionError
 
     def __init__(self, about: trackers.About, run: str | None):
-        self.run, self.given = run or "new", run
+        self.run, self.given, self.about = run or "new", run, about
         Fake.made.append(self)
 
     def log(self, axis: str, step: int, values: dict[str, float]) -> None:
@@ -123,6 +124,34 @@ def test_a_killed_run_goes_on_in_its_tracker_run_and_writes_no_point_twice(tmp_p
     Fake.made = []
     run(config, QUIET)
     assert not Fake.made, "a run that is done has nothing to tell"
+
+
+def test_a_run_that_is_made_again_gets_a_tracker_run_of_its_own(tmp_path: Path) -> None:
+    """Under its name: each point once, also of the stages that were kept, and none of the task that went."""
+    run(followed(tmp_path, "fake"), QUIET)
+    (tmp_path / "run" / "tensorboard").mkdir()
+    Fake.points, Fake.made = [], []
+    rebuild(tmp_path / "run", without="red", progress=QUIET)
+    places = once(Fake.points)
+    assert {step for axis, _, step in places if axis == "train"} == set(range(1, 7))
+    assert ("stage", "score/green", 1) in places and not [name for _, name, _ in places if "red" in name]
+    assert [(one.about.name, one.given, one.about.former) for one in Fake.made] == [("run", None, ["new"])]
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    assert read_json(tmp_path / "run" / STATE)["fake"]["former"] == ["new"]
+    Fake.made = []
+    config = followed(tmp_path, "fake")
+    config.stream.order = ["green"]
+    run(config, QUIET)
+    assert once(Fake.points) == places and [one.given for one in Fake.made] == ["new"], "the page alone is another"
+
+
+def test_a_former_tracker_run_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says."""
+    about = trackers.About(tmp_path, "run", {}, {}, former=["one", str(tmp_path / "run"), str(tmp_path / "run-2")])
+    for name, run_id in (("WANDB_RUN_ID", "one"), ("MLFLOW_RUN_ID", "two")):
+        monkeypatch.setenv(name, run_id)
+    assert about.given("WANDB_RUN_ID") is None and about.given("MLFLOW_RUN_ID") == "two"
+    assert about.free(tmp_path / "run") == str(tmp_path / "run-3")
 
 
 def test_what_a_tracker_missed_is_sent_later_and_the_run_goes_on(

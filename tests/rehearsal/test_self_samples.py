@@ -139,7 +139,7 @@ def test_what_a_step_gets_depends_on_seed_stage_and_step_alone():
     start = vector(model)
 
     def buffer(seed="1/1/x"):
-        return SampleBuffer(request, before, seed, count=3, steps=4, hidden=False)
+        return SampleBuffer(request, before, seed, count=3, steps=4, hidden=False, check_stop=lambda: None)
 
     whole = buffer()
     steps = [whole.rows(step, 3)[0] for step in range(10)]

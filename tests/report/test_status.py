@@ -42,6 +42,27 @@ def test_each_stage_has_what_it_learned_and_cost(made: Path):
     assert any("rollback" in step["command"] and step["command"].endswith("--to 1") for step in found["next"])
 
 
+def test_a_stage_says_whether_it_kept_its_budget(made: Path, capsys: pytest.CaptureFixture[str]):
+    lost = {"key": "general", "task": None, "lost": 0.03, "interval": [0.02, 0.04], "budget": 0.02, "kept": False}
+    held = {"key": "tasks", "task": "red", "lost": 0.0, "interval": [0.0, 0.0], "budget": 0.1, "kept": True}
+    verdicts = [
+        {"constraints": [held], "kept": True, "share": 1.0},
+        {"constraints": [lost, held], "kept": False, "share": 1.0},
+    ]
+    for file, verdict in zip(sorted(made.glob("stages/0[12]-*/stage.json")), verdicts, strict=True):
+        write_json(file, read_json(file) | {"keep": verdict})
+    assert [stage["keep"] for stage in holdfast.status(made)["stages"]] == verdicts
+    assert command("status", made) == 0
+    one, two = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage")]
+    assert one.endswith("  budget kept") and two.endswith("  budget not kept: general lost 0.030 of 0.020")
+    console = open_console(width=80, force_terminal=True, file=StringIO(), color_system=None)
+    show(holdfast.status(made), console)
+    assert "budget" in console.file.getvalue()  # type: ignore[attr-defined]
+    broken = read_json(file) | {"keep": {"constraints": [{"lost": "much"}], "share": 1.0}}
+    write_json(file, broken)
+    assert command("status", made) == 2 and "keep" in capsys.readouterr().err
+
+
 def test_an_undone_stage_keeps_what_it_learned_by_its_own_weights(made: Path):
     before = holdfast.status(made)["stages"][1]
     holdfast.rollback(made, to=1, progress=Progress(quiet=True))

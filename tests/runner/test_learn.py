@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.errors import ConfigError, Interrupted, RunDirectoryError
+from holdfast.models.sampling import sample
 from holdfast.records.kept import Kept
 from holdfast.records.read import read_run
 from holdfast.report.learned import learned_lines
@@ -90,6 +93,44 @@ def test_the_second_month_is_measured_from_then_on_and_the_first_goes_on(two: Pa
     events = read_jsonl(two / "events.jsonl")
     terms = {event["stage"]: set(event["terms"]) for event in events}
     assert terms == {1: {"task", "kl_replay"}, 2: {"task", "replay", "kl_replay"}}
+
+
+def test_a_stage_ends_with_what_each_score_was_and_is(copy: Path, place: Path):
+    matrix, said = learn(write(place / "violet.jsonl", rows("violet", 12)), copy)
+    [line] = [line for line in said if line.startswith("after stage 3 (violet): ")]
+    own = matrix["general"]["perplexity/own"]
+    for name, (before, after) in [
+        *((task, (matrix["scores"][2][j], matrix["scores"][3][j])) for j, task in enumerate(matrix["tasks"])),
+        ("perplexity/own", own[2:]),
+    ]:
+        assert f"{name} {before:.3f} -> {after:.3f}" in line
+
+
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [
+        ("holdfast.runner.learn.settings.sample", "stopped while the model wrote samples of itself"),
+        ("holdfast.rehearsal.buffer.sample", "stopped in stage 1/1 red before step 1"),
+    ],
+)
+def test_a_signal_while_the_model_samples_itself_ends_that_at_the_next_token(
+    two: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, said: str
+):
+    drawn = []
+
+    def signalled(model: Any, prompts: list[list[int]], **options: Any) -> Any:
+        if len(prompts) == 1:  # a probe
+            return sample(model, prompts, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        drawn.append(sample(model, prompts, **options))
+        return drawn[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=said):
+        patch.setattr(sampler, signalled)
+        learn(place / "red.jsonl", tmp_path / "run", place / "model", overrides=FAST)
+    assert not drawn
+    matrix, _ = learn(place / "red.jsonl", tmp_path / "run", place / "model", overrides=FAST)
+    assert [row[0] for row in matrix["scores"]] == [row[0] for row in read_json(two / "matrix.json")["scores"][:2]]
 
 
 def test_the_run_keeps_its_rows_in_itself_and_their_hashes(two: Path):

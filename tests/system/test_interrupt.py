@@ -11,7 +11,9 @@ def test_a_signal_that_an_inner_context_caught_is_the_outer_ones_too():
     with Interrupt() as outer:
         with Interrupt() as inner:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert inner.requested and outer.requested
+            assert inner.requested and outer.requested, "at once"
+            assert signal.getsignal(signal.SIGTERM) == before, "a second one ends the process"
+            assert signal.getsignal(signal.SIGINT) == inner._request
         with Interrupt() as later:
             pass
         assert not later.requested

@@ -35,6 +35,8 @@ class Stage:
         tokenizer: the model's tokenizer, if the trainer knows it.
         rows_a_step: task rows of a full optimizer step, over all processes.
         steps: optimizer steps of the stage, about; None if nobody knows.
+        check_stop: for long work to call now and then: it raises Interrupted if the run was asked to stop and no step
+            would be lost.
     """
 
     index: int
@@ -48,6 +50,7 @@ class Stage:
     tokenizer: PreTrainedTokenizerBase | None = None
     rows_a_step: int = 1
     steps: int | None = None
+    check_stop: Callable[[], None] = lambda: None
 
     def random(self, purpose: str) -> Random:
         """A generator of random choices that depends on seed, stage and purpose alone."""
@@ -77,6 +80,7 @@ class Stage:
         states: list[Tensor] = []
         with torch.no_grad():
             for start in range(0, len(rows), self.micro_batch_size):
+                self.check_stop()
                 part = rows[start : start + self.micro_batch_size]
                 batch = self.collate(part)
                 batch.pop("labels")

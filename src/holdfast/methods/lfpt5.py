@@ -168,6 +168,7 @@ class LFPT5(Method):
 
     def _write(self, stage: Stage, number: int, task: str, length: int) -> None:
         """Generate pseudo samples of a past task into the memory."""
+        stage.check_stop()
         writing, options = self.writings[number], self.options
         longest = length + writing.extra
         rows = write_samples(

@@ -214,7 +214,8 @@ class Rehearsal(Method):
         before = LiveStates(stage.model, options.compared_layer)
         hidden = options.loss == "kl" and drawn_states_are_exact(request, stage)
         seed = f"{stage.seed}/{stage.index}/{self.name}"
-        self.buffer = SampleBuffer(request, before, seed, self._count(stage.rows_a_step), options.buffer, hidden)
+        count = self._count(stage.rows_a_step)
+        self.buffer = SampleBuffer(request, before, seed, count, options.buffer, hidden, stage.check_stop)
         if options.loss != "ce" and options.weight:
             self.teacher = HiddenTeacher(options, self.buffer.states if hidden else before, before.head())
 

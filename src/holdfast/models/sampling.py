@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,6 +72,7 @@ def sample(
     pad_token_id: int = 0,
     hidden: bool = False,
     use_cache: bool = True,
+    on_token: Callable[[], None] | None = None,
 ) -> Samples:
     """Continue every prompt with tokens drawn from softmax(logits / temperature), all prompts in one batch.
 
@@ -93,6 +94,7 @@ def sample(
         pad_token_id: fills short prompts on the left; it is masked, so any id of the vocabulary will do.
         hidden: whether to return the hidden states.
         use_cache: False reads the whole row again for every token, for models without a cache.
+        on_token: called before each token; it may raise, which ends the sampling.
 
     Raises:
         ConfigError: the temperature is not above 0.
@@ -109,7 +111,7 @@ def sample(
     mask = (torch.arange(width, device=device) >= torch.tensor(padding, device=device)[:, None]).long()
     chosen = range(len(prompts)) if numbers is None else numbers
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    draw = Draw(_uniform(seed, chosen, max(limits)).to(device), temperature)
+    draw = Draw(_uniform(seed, chosen, max(limits)).to(device), temperature, on_token)
     stops = sorted(stop_token_ids)
     with inference(model):
         if use_cache and _has_plain_decoder(model) and _has_known_head(model, ids[:1], mask[:1]):
@@ -132,17 +134,21 @@ class Draw:
 
     Args:
         uniform: float64 [rows, steps], in [0, 1).
+        on_token: called before each draw.
 
     Attributes:
         log_probs: of the drawn tokens under softmax(logits), float64 [rows, 1] a step.
     """
 
-    def __init__(self, uniform: Tensor, temperature: float):
+    def __init__(self, uniform: Tensor, temperature: float, on_token: Callable[[], None] | None = None):
         self.uniform, self.temperature, self.steps = uniform, temperature, uniform.shape[1]
+        self.on_token = on_token
         self.log_probs: list[Tensor] = []
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The next tokens: logits, float32 [rows, vocab] -> int64 [rows, 1]."""
+        if self.on_token is not None:
+            self.on_token()
         plain = self.temperature == 1
         p = (logits if plain else logits / self.temperature).softmax(-1)
         short = -p.shape[-1] % BLOCK

@@ -39,6 +39,9 @@ COST = ("seconds", "tokens", "peak_memory_gib")
 LEARN = "learn.json"
 """The state of a run that learns what it is given (:mod:`holdfast.records.kept`), which is there before run.json."""
 
+REBUILD = ".rebuild"
+"""What stands after the name of a run while it is made again beside the old one."""
+
 LONGEST_NAME = 230
 """Bytes of a file's name, beside its endings."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.records.directory import RunDirectory
+from holdfast.records.directory import REBUILD, RunDirectory
 from holdfast.records.gate import StageFigures
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_appended, read_json
@@ -121,7 +121,7 @@ def followed(directory: RunDirectory, config: Any, names: Sequence[str]) -> Iter
         names: of the trackers; on other ranks than 0 there is none.
     """
     options = config.training.arguments
-    name = options.get("run_name") or directory.path.resolve().name
+    name = options.get("run_name") or directory.path.resolve().name.removesuffix(REBUILD)
     about = About(directory.path, name, directory.record["config"], options)
     followers = Followers(about, names if directory.process.main else ())
     done = False
@@ -130,6 +130,13 @@ def followed(directory: RunDirectory, config: Any, names: Sequence[str]) -> Iter
         done = True
     finally:
         followers.close(done)
+
+
+def anew(root: Path) -> dict[str, Any]:
+    """What trackers.json says where a run is made again: nothing is sent yet, and its tracker runs get no more."""
+    state = read_json(root / STATE) if (root / STATE).exists() else {}
+    runs = {name: [*sent.get("former", []), *filter(None, [sent.get("run")])] for name, sent in state.items()}
+    return {name: {"former": former} for name, former in runs.items()}
 
 
 class _Follower:
@@ -149,7 +156,8 @@ class _Follower:
         """Begin the tracker run, or go on with it; None if it is out of reach."""
         if self._tracker is None:
             with self._warning():
-                self._tracker = TRACKERS[self.name](self._about, self._sent.get("run"))
+                about = replace(self._about, former=self._sent.get("former", []))
+                self._tracker = TRACKERS[self.name](about, self._sent.get("run"))
                 self._sent["run"] = self._tracker.run
                 self._write()
         return self._tracker

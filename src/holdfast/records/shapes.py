@@ -216,6 +216,22 @@ class Matrix(TypedDict):
 
 
 @with_config(AS_WRITTEN)
+class _Constraint(TypedDict):
+    key: str
+    task: str | None
+    lost: float
+    interval: list[float]
+    budget: float
+    kept: bool
+
+
+@with_config(AS_WRITTEN)
+class _Budget(TypedDict):
+    constraints: list[_Constraint]
+    share: float
+
+
+@with_config(AS_WRITTEN)
 class StageRecord(TypedDict):
     """stage.json."""
 
@@ -226,6 +242,7 @@ class StageRecord(TypedDict):
     seconds: float
     peak_memory_gib: float
     weights: str
+    keep: NotRequired[_Budget | None]
 
 
 @with_config(AS_WRITTEN)
@@ -321,8 +338,9 @@ class HashedRow(TypedDict):
 
 @with_config(AS_WRITTEN)
 class Sent(TypedDict):
-    """What a tracker has, in trackers.json."""
+    """What a tracker has, in trackers.json; ``former``: its runs of the run that this one was made again from."""
 
+    former: NotRequired[list[str]]
     run: NotRequired[str]
     lines: NotRequired[dict[str, list[int]]]
     stages: NotRequired[dict[str, list[int]]]

@@ -36,12 +36,24 @@ class About:
         name: for people.
         config: as run.json has it.
         options: fields of transformers' TrainingArguments that a tracker reads, such as ``project``.
+        former: tracker runs that hold what the run was before it was made again, and get no more points.
     """
 
     root: Path
     name: str
     config: Mapping[str, Any]
     options: Mapping[str, Any]
+    former: Sequence[str] = ()
+
+    def given(self, variable: str) -> str | None:
+        """The tracker run that an environment variable names, unless it is a former one."""
+        run = os.environ.get(variable)
+        return None if run in self.former else run
+
+    def free(self, folder: Path) -> str:
+        """The folder, or the first of FOLDER-2, FOLDER-3 and so on that is no former tracker run."""
+        names = (str(folder), *(f"{folder}-{number}" for number in range(2, len(self.former) + 2)))
+        return next(name for name in names if name not in self.former)
 
 
 class Tracker(Protocol):
@@ -75,7 +87,7 @@ class WandB:
         self._run = wandb.run or wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=about.name,
-            id=run or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
+            id=run or about.given("WANDB_RUN_ID") or secrets.token_hex(4),
             resume="allow",
         )
         self.run = str(self._run.id)
@@ -106,7 +118,7 @@ class MLflow:
         from mlflow.entities import Metric, Param
 
         self._client, self._metric = MlflowClient(), Metric
-        run = run or os.environ.get("MLFLOW_RUN_ID")
+        run = run or about.given("MLFLOW_RUN_ID")
         if run:
             self._client.update_run(run, status="RUNNING")
             self.run = run
@@ -147,7 +159,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         given = os.environ.get("TENSORBOARD_LOGGING_DIR")
-        self.run = run or (str(Path(given).expanduser().absolute() / about.name) if given else "tensorboard")
+        self.run = run or (about.free(Path(given).expanduser().absolute() / about.name) if given else "tensorboard")
         self._writer = SummaryWriter(str(about.root / self.run))
         if run is None:
             lines = [f"| {key} | {value} |" for key, value in flat(dict(about.config)).items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -31,10 +32,21 @@ class SampleBuffer:
         steps: of a round.
         hidden: whether to keep the hidden states that the samples were drawn from, as the teacher's: count * steps *
             length * hidden numbers in the model's data type.
+        check_stop: of the stage.
     """
 
-    def __init__(self, request: Request, before: LiveStates, seed: str, count: int, steps: int, hidden: bool):
+    def __init__(
+        self,
+        request: Request,
+        before: LiveStates,
+        seed: str,
+        count: int,
+        steps: int,
+        hidden: bool,
+        check_stop: Callable[[], None],
+    ):
         self.request, self.before, self.seed = request, before, seed
+        self._sampler = partial(sample, before.model, on_token=check_stop)
         self.count, self.steps, self.hidden = count, steps, hidden
         self._round = -1
         self._samples: dict[int, OwnSample] = {}
@@ -64,7 +76,7 @@ class SampleBuffer:
         numbers = [i for step in steps for i in self._numbers(step)]
         self._samples = {}
         with self.before.in_place():
-            samples = self.request.write(partial(sample, self.before.model), self.seed, numbers, self.hidden)
+            samples = self.request.write(self._sampler, self.seed, numbers, self.hidden)
         self._samples = dict(zip(numbers, samples, strict=True))
         self._round = number
 
@@ -75,7 +87,8 @@ class SampleBuffer:
 
 def held_out(request: Request, stage: Stage) -> list[TokenRow]:
     """Samples of the model as it is now, which are never rehearsed."""
-    samples = request.write(partial(sample, stage.model), f"{stage.seed}/held out", range(HELD_OUT))
+    draw = partial(sample, stage.model, on_token=stage.check_stop)
+    samples = request.write(draw, f"{stage.seed}/held out", range(HELD_OUT))
     return [drawn.row for drawn in samples]
 
 

@@ -14,8 +14,6 @@ from holdfast.records.shapes import read_json
 from holdfast.report.text import number
 from holdfast.system.progress import clock
 
-WIDTH = 80
-
 
 def finished_at(path: Path) -> str | None:
     """When a run was finished; None if it is not, or there is none."""
@@ -42,19 +40,19 @@ def learned_lines(run: FinishedRun) -> list[str]:
     ]
     cost = [*_lost(run, stage), *_general(run, stage)]
     if cost:
-        lines += ["what it cost", *cost]
+        lines += ["what else changed", *cost]
     if held != stage:
         lines.append(f"the run holds stage {held}: the gate or a rollback went back")
     where = shlex.quote(str(run.path))
-    return [
-        *lines,
-        "next",
-        f"  holdfast serve {where}{' ' * 12}answers at http://127.0.0.1:8000/v1",
-        f"  holdfast export {where} --to model{' ' * 3}a folder for transformers, PEFT or vLLM",
-        f"  holdfast rollback {where} --to {stage - 1}{' ' * 2}back to what it was",
-        f"  holdfast learn DATA --into {where}{' ' * 2}the next month",
-        f"  {run.path / 'report.html'}",
-    ]
+    commands = {
+        f"holdfast serve {where}": "at http://127.0.0.1:8000/v1",
+        f"holdfast export {where} --to model": "for transformers, PEFT or vLLM",
+        f"holdfast rollback {where} --to {stage - 1}": "back to what it was",
+        f"holdfast learn DATA --into {where}": "the next month",
+    }
+    widest = max(map(len, commands))
+    shown = [f"  {command.ljust(widest)}  {what}" for command, what in commands.items()]
+    return [*lines, "next", *shown, f"  {run.path / 'report.html'}"]
 
 
 def _gained(run: FinishedRun, stage: int) -> list[str]:

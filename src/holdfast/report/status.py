@@ -37,7 +37,8 @@ def status(run: Path | str) -> dict[str, Any]:
         - ``forgetting``: the mean fall of the tasks that were learned before, in this stage alone; positive is worse;
         - ``general_change``: the mean change of the accuracy-like general abilities, negative is worse; and
           ``general_loss``: the mean rise of the losses on general text as a share, positive is worse;
-        - ``seconds``, of training and measuring; ``gate``, what it decided.
+        - ``seconds``, of training and measuring; ``gate``, what it decided; and ``keep``, whether the stage kept its
+          budget and each of its constraints, as stage.json has it; None: it had none.
 
         What was not measured is None.
 
@@ -91,7 +92,8 @@ class _Stages:
             found |= {"state": "training", "step": events[-1]}
         known = self.run.joint or t <= len(self.run.tasks)
         measured = known and t in self.done and (self.run.folders[t] / "evaluation.json").exists()
-        return found | self._learned(t, measured) | self._cost(t, measured) | {"gate": self.gate.get(t)}
+        decided = {"gate": self.gate.get(t), "keep": self._keep(t)}
+        return found | self._learned(t, measured) | self._cost(t, measured) | decided
 
     def _learned(self, t: int, measured: bool) -> dict[str, Any]:
         gain, ends = self._gain(t) if measured and not self.run.joint else (None, None)
@@ -130,6 +132,10 @@ class _Stages:
         folder = self.run.folders[t]
         seconds = sum(read_json(folder / name)["seconds"] for name in ("stage.json", "evaluation.json"))
         return dict(zip(keys, (None if change is None else -change, _mean(moved), _mean(rises), seconds), strict=True))
+
+    def _keep(self, t: int) -> dict[str, Any] | None:
+        """The verdict on a stage's budget."""
+        return read_json(self.run.folders[t] / "stage.json").get("keep") if t in self.done and t else None
 
     def _scores(self, t: int) -> list[float | None]:
         """The scores of a stage's own weights, by task."""
@@ -236,7 +242,20 @@ def _cells(stage: dict[str, Any]) -> dict[str, str]:
         "general loss": "" if loss is None else f"{'−' if loss < 0 else '+'}{abs(100 * loss):.1f} %",
         "minutes": "" if seconds is None else f"{seconds / 60:.1f}",
         "gate": stage["gate"] or "",
+        "budget": _budget(stage["keep"]),
     }
+
+
+def _budget(verdict: dict[str, Any] | None) -> str:
+    """Whether a stage kept its budget; empty where it had none, or nothing to keep."""
+    if not verdict or not verdict["constraints"]:
+        return ""
+    lost = [
+        f"{one['task'] or 'general'} lost {number(one['lost'])} of {number(one['budget'])}"
+        for one in verdict["constraints"]
+        if not one["kept"]
+    ]
+    return f"not kept: {', '.join(lost)}" if lost else "kept"
 
 
 def _print_table(stages: list[dict[str, Any]], console: Console) -> None:
@@ -251,7 +270,7 @@ def _print_table(stages: list[dict[str, Any]], console: Console) -> None:
             cells["learned"] = f"{number(stage['learned'], signed=True)}\n{low}..{high}{mark}"
     shown = [name for name in rows[0] if any(cells[name] for cells in rows)]
     for name in shown:
-        numeric = name not in ("", "gate")
+        numeric = name not in ("", "gate", "budget")
         heading = name.replace(" ", "\n")
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for stage, cells in zip(stages, rows, strict=True):

@@ -23,6 +23,7 @@ from holdfast.records.read import read_run
 from holdfast.records.shapes import read_json
 from holdfast.records.trackers import chosen
 from holdfast.rehearsal.keep import budget_checks, verdict_text
+from holdfast.report.text import number
 from holdfast.runner.curves import Curves
 from holdfast.runner.data import RunData
 from holdfast.runner.decisions import decide, must_judge, standing, strictest
@@ -310,11 +311,17 @@ class RunLoop:
             when=when,
             texts=self.config.evaluation.responses == "texts",
         )
-        matrix = self._write_matrix()
-        scores = zip(matrix["tasks"], matrix["scores"][stage.row], strict=True)
-        general = [(name, column[stage.row]) for name, column in matrix["general"].items()]
-        shown = [f"{name} {'not measured' if value is None else f'{value:.3f}'}" for name, value in [*scores, *general]]
-        self.progress.line(f"{when}: {', '.join(shown)}")
+        self.progress.line(f"{when}: {self._changes(self._write_matrix(), stage)}")
+
+    def _changes(self, matrix: dict[str, Any], stage: PlannedStage) -> str:
+        """Every score and general ability, before a stage and after it."""
+        rows = [s.row for s in (START, *self.setup.stages)][max(stage.index - 1, 0) : stage.index + 1]
+        columns = zip(matrix["tasks"], zip(*matrix["scores"], strict=True), strict=True)
+        shown = []
+        for name, column in [*columns, *matrix["general"].items()]:
+            values = [number(column[row]) for row in rows if row == stage.row or column[row] is not None]
+            shown.append(f"{name} {' -> '.join(values)}")
+        return ", ".join(shown)
 
     def _evaluation(self, answers: AnswerCache | None = None) -> ModelEvaluation:
         return ModelEvaluation(

@@ -14,7 +14,8 @@ from holdfast.system.progress import Progress
 
 
 class Interrupt:
-    """A context in which the first SIGINT or SIGTERM sets ``requested``, and that of the contexts around it."""
+    """A context in which the first SIGINT or SIGTERM sets ``requested``, and that of the contexts around it; a second
+    one ends the process at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -28,10 +29,13 @@ class Interrupt:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
-            outer = getattr(handler, "__self__", None)
-            if self.requested and isinstance(outer, Interrupt):
-                outer.requested = True
+            if signal.getsignal(number) == self._request:  # else it came, and the next one ends the process
+                signal.signal(number, handler)
+
+    def check(self, what: str) -> None:
+        """Raise Interrupted if a signal came: ``what`` is stopped."""
+        if self.requested:
+            raise Interrupted(f"stopped {what}")
 
     @contextmanager
     def bar(self, progress: Progress, title: str) -> Iterator[Callable[[int, int], None]]:
@@ -45,11 +49,13 @@ class Interrupt:
 
             def on_batch(done: int, total: int) -> None:
                 bar.update(done, total=total)
-                if self.requested:
-                    raise Interrupted(f"stopped in {title!r} after {done} of {total}")
+                self.check(f"in {title!r} after {done} of {total}")
 
             yield on_batch
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(number, self._before[number])
+        before = self._before[number]
+        signal.signal(number, before)
+        if isinstance(outer := getattr(before, "__self__", None), Interrupt):
+            outer._request(number, frame)

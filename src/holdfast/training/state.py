@@ -61,6 +61,7 @@ class ContinualState:
         has_trained: whether ``train()`` was called before.
         overflow_is_skipped: whether fp16 leaves out a step whose gradients are not finite, and training goes on.
         interrupted: set while training runs, to say that it stops before the stage is done.
+        check_stop: of the stage.
         cost: of the stage.
         terms: of the loss, since the last line of the log.
         stage: the one that is being trained; None between stages.
@@ -85,6 +86,7 @@ class ContinualState:
     has_trained: bool = False
     overflow_is_skipped: Callable[[], bool] = bool
     interrupted: bool = False
+    check_stop: Callable[[], None] = lambda: None
     cost: Cost = field(default_factory=Cost)
     terms: Terms = field(default_factory=Terms)
     stage: Stage | None = None

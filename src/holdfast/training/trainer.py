@@ -275,6 +275,7 @@ def _stage(trainer: Any) -> Stage:
         tokenizer=run.tokenizer or trainer.processing_class,
         rows_a_step=rows_a_step,
         steps=_steps(trainer, rows_a_step),
+        check_stop=state.check_stop,
     )
 
 

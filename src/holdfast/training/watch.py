@@ -26,6 +26,7 @@ def checkpoint_to_continue(folder: Path) -> tuple[Path | None, int]:
 
 class Watch(TrainerCallback):
     """Runs a trainer. After each step it shows the progress, and stops training if the run is done or a signal came.
+    Until the first step is done, long work stops by itself.
 
     A signal to one rank stops all of them at the same step, with one complete checkpoint: a rank that stopped alone
     would wait for ever in a collective that the others never join.
@@ -82,12 +83,18 @@ class Watch(TrainerCallback):
         """Train from a checkpoint, or from the start, and return the last step.
 
         Raises:
-            Interrupted: a rank was asked to stop; a complete checkpoint is saved.
+            Interrupted: a rank was asked to stop; a complete checkpoint is saved, or no step was done since the last.
         """
-        trainer = self.trainer
+        trainer, start = self.trainer, _step(checkpoint) if checkpoint else 0
+
+        def check_stop() -> None:
+            if trainer.state.global_step <= start and self.process.world == 1:  # else the others would wait for ever
+                self.interrupt.check(f"in {self.title} before step {start + 1}")
+
+        trainer._holdfast.check_stop = check_stop
         trainer.remove_callback(PrinterCallback)
         if checkpoint:
-            self.progress.line(f"{self.title}: continues from step {_step(checkpoint)}")
+            self.progress.line(f"{self.title}: continues from step {start}")
         with self.progress.bar(self.title) as self._bar:
             trainer.add_callback(self)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

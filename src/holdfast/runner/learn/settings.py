@@ -23,6 +23,7 @@ from holdfast.rehearsal.corpus import MANIFEST, write_corpus
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.runner.load import load_pretrained
 from holdfast.runner.setup import build_tuner
+from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import folder_facts, note
 from holdfast.system.progress import Progress
 from holdfast.training.memory_estimate import Estimate, free_memory
@@ -146,11 +147,16 @@ def memory_settings(config: RunConfig, lengths: Lengths) -> dict[str, Any]:
     return {"micro_batch_size": 1, "gradient_checkpointing": True}
 
 
-def write_own_samples(path: Path, config: RunConfig, own: dict[str, Any], progress: Progress) -> None:
-    """Let the model write samples of itself into the run's directory, unless they are there; a kill loses none.
+def write_own_samples(
+    path: Path, config: RunConfig, own: dict[str, Any], progress: Progress, interrupt: Interrupt
+) -> None:
+    """Let the model write samples of itself into the run's directory, unless they are there.
 
     Args:
         own: how: ``length`` and ``chat``.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM asked to stop.
     """
     folder = path / OWN
     if (folder / MANIFEST).is_file():
@@ -160,7 +166,7 @@ def write_own_samples(path: Path, config: RunConfig, own: dict[str, Any], progre
     model = load_pretrained(config, build_tuner(config.model_copy(update={"tuner": Named(name="full")})))
     tokenizer = load_tokenizer(config.model)
     request = Request.of(tokenizer, context(model), begin_token(model), SampleOptions(**own))
-    draw = partial(sample, model)
+    draw = partial(sample, model, on_token=lambda: interrupt.check("while the model wrote samples of itself"))
     write_corpus(draw, request, folder, tokenizer, tokens=tokens, batch_size=OWN_SAMPLES, seed=config.seed)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
     note(path, folder, folder_facts(folder, files))

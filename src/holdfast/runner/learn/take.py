@@ -51,7 +51,7 @@ def learn_call(call: Call, progress: Progress | None, accept_changes: bool) -> d
     with open_directory(call.path) as directory, Interrupt() as interrupt:
         process = directory.process
         progress = progress or Progress(quiet=not process.main)
-        taken = Taken(call, directory, progress) if process.main else None
+        taken = Taken(call, directory, progress, interrupt) if process.main else None
         while True:
             values = process.broadcast(taken.next_run() if taken else None)
             if values is None:
@@ -80,8 +80,8 @@ def go_on(record: dict[str, Any], config: RunConfig) -> None:
 class Taken:
     """A call at work in the process that writes the directory."""
 
-    def __init__(self, call: Call, directory: RunDirectory, progress: Progress):
-        self.call, self.directory, self.progress = call, directory, progress
+    def __init__(self, call: Call, directory: RunDirectory, progress: Progress, interrupt: Interrupt):
+        self.call, self.directory, self.progress, self.interrupt = call, directory, progress, interrupt
         kept = Kept.read(call.path)
         if not directory.record:  # no call came so far that the model was measured
             kept = self._first(kept)
@@ -134,7 +134,7 @@ class Taken:
         kept = self.kept
         config = self._config(given, [task["options"] for task in kept.tasks], kept.tasks[-1]["training"])
         if any(one.path == f"{RUN}/{OWN}" for one in config.evaluation.general or ()):
-            write_own_samples(self.call.path, config, kept.own, self.progress)
+            write_own_samples(self.call.path, config, kept.own, self.progress, self.interrupt)
         data = None if kept.memory else self._unkept(config)
         return {"config": config.model_dump(mode="json"), "last": last, "data": data}
 

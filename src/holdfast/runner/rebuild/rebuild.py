@@ -20,6 +20,8 @@ from holdfast.config.stream import TaskConfig
 from holdfast.data.files import where
 from holdfast.errors import ConfigError, RunDirectoryError, did_you_mean
 from holdfast.records.directory import open_directory, require_runs
+from holdfast.records.follow import STATE as TRACKED
+from holdfast.records.follow import anew
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import checked, read_json
 from holdfast.records.stages import complete_stages
@@ -190,6 +192,8 @@ class Ask:
             write_noted(partial, partial / "run.json", json_file(record))
             steps = [step | {"config": config} for step, config in zip(made.configs, there, strict=True)]
             state = {"ask": self.identity, "of": self.of, "note": note, "steps": steps, "finished": False}
+            if trackers := anew(path):
+                write_json(partial / TRACKED, trackers)
             write_json(partial / STATE, state)
         return state
 

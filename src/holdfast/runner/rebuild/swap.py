@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from holdfast.records.directory import REBUILD
 from holdfast.system.files import LOCK
 
 STATE = "rebuild.json"
@@ -15,6 +16,8 @@ MADE = {
     "matrix.json",
     "events.jsonl",
     "curves.jsonl",
+    "trackers.json",
+    "tensorboard",
     "manifest.jsonl",
     "report.html",
     "stages",
@@ -33,7 +36,7 @@ LEARNED = {"data", "general"}
 
 def sibling(path: Path) -> Path:
     """Where a run is made again: beside it, so that relative paths lead to the same places."""
-    return path.with_name(f"{path.name}.rebuild")
+    return path.with_name(path.name + REBUILD)
 
 
 def former(path: Path) -> Path:
