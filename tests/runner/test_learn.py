@@ -98,6 +98,7 @@ def test_the_second_month_is_measured_from_then_on_and_the_first_goes_on(two: Pa
 def test_a_stage_ends_with_what_each_score_was_and_is(copy: Path, place: Path):
     matrix, said = learn(write(place / "violet.jsonl", rows("violet", 12)), copy)
     [line] = [line for line in said if line.startswith("after stage 3 (violet): ")]
+    assert f"after stage 2 (green): violet {matrix['scores'][2][2]:.3f}" in said, "what is new, alone"
     own = matrix["general"]["perplexity/own"]
     for name, (before, after) in [
         *((task, (matrix["scores"][2][j], matrix["scores"][3][j])) for j, task in enumerate(matrix["tasks"])),
@@ -173,7 +174,7 @@ def test_a_run_that_was_moved_learns_the_new_rows_of_an_old_file(copy: Path, pla
     assert {row["prompt"] for row in read_jsonl(copy / "data" / "03-red-2" / "train.jsonl")} <= {
         row["prompt"] for row in rows("blue", 12)
     }
-    assert any("rollback" in line and str(copy) in line for line in learned_lines(read_run(copy)))
+    assert any(f"holdfast rollback {copy} --to 2 " in line for line in learned_lines(read_run(copy)))
 
 
 def test_data_that_were_taken_in_stay_scored_as_they_were(copy: Path, place: Path, monkeypatch):
@@ -280,9 +281,26 @@ def test_the_command_says_what_was_learned_and_of_known_data_one_line(copy: Path
     assert screen.startswith("stage 2: green")
     for part in ("rouge_l", "red  accuracy", "general loss on its own samples", "holdfast serve", "report.html"):
         assert part in screen
+    commands = [line.removeprefix("  holdfast ") for line in screen.splitlines() if line.startswith("  holdfast ")]
+    assert len({len(line) - len(line.partition("  ")[2].lstrip()) for line in commands}) == 1, "what for is a column"
     assert command("learn", place / "red.jsonl", "--into", copy) == 0
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("nothing is trained") == 1
+
+
+@pytest.mark.slow
+def test_after_a_rollback_the_screen_is_about_what_the_run_holds(copy: Path, place: Path):
+    """Undone stages are no way back, and a stage that the gate undid has figures of its own in `status` alone."""
+    holdfast.rollback(copy, to=1, progress=Said())
+    learn(write(place / "violet.jsonl", rows("violet", 12)), copy)
+    screen = "\n".join(learned_lines(read_run(copy)))
+    assert "red  accuracy" in screen and "green" not in screen
+    assert f"holdfast rollback {copy} --to 1 " in screen
+    strict = {"gate": {"min_learned": 2.0, "on_fail": "rollback"}}
+    learn(write(place / "brown.jsonl", rows("brown", 12)), copy, config=strict)
+    screen = "\n".join(learned_lines(read_run(copy)))
+    assert screen.startswith("stage 4: brown") and "went back from it and holds stage 3 (violet)\n" in screen
+    assert "accuracy" not in screen and "holdfast status" in screen and "holdfast rollback" not in screen
 
 
 @pytest.mark.slow

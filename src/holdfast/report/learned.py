@@ -7,10 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from holdfast.records.directory import current_stage
+from holdfast.records.directory import current_stage, learned_stages
 from holdfast.records.gate import general_loss, is_general_loss
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
+from holdfast.records.stages import named
 from holdfast.report.text import number
 from holdfast.system.progress import clock
 
@@ -32,24 +33,25 @@ def learned_lines(run: FinishedRun) -> list[str]:
     if not stage:
         return [f"{run.path}: nothing is learned yet"]
     record = read_json(run.folders[stage] / "stage.json")
-    held = current_stage(run.info, stage)
+    held, before = (current_stage(run.info, t) for t in (stage, stage - 1))
+    where = shlex.quote(str(run.path))
     lines = [
         f"stage {stage}: {record['task']}, {record['steps']} steps, {record['tokens']:,} tokens in "
-        f"{clock(record['seconds'])}",
-        *_gained(run, stage),
+        f"{clock(record['seconds'])}"
     ]
-    cost = [*_lost(run, stage), *_general(run, stage)]
-    if cost:
-        lines += ["what else changed", *cost]
-    if held != stage:
-        lines.append(f"the run holds stage {held}: the gate or a rollback went back")
-    where = shlex.quote(str(run.path))
     commands = {
         f"holdfast serve {where}": "at http://127.0.0.1:8000/v1",
         f"holdfast export {where} --to model": "for transformers, PEFT or vLLM",
-        f"holdfast rollback {where} --to {stage - 1}": "back to what it was",
-        f"holdfast learn DATA --into {where}": "the next month",
     }
+    if held == stage:
+        lines += _gained(run, stage)
+        if changed := [*_lost(run, stage), *_general(run, stage)]:
+            lines += ["what else changed", *changed]
+        commands[f"holdfast rollback {where} --to {before}"] = "back to what it was"
+    else:
+        lines.append(f"the run went back from it and holds {named(run, held)}")
+        commands[f"holdfast status {where}"] = "what it had learned and cost"
+    commands[f"holdfast learn DATA --into {where}"] = "the next month"
     widest = max(map(len, commands))
     shown = [f"  {command.ljust(widest)}  {what}" for command, what in commands.items()]
     return [*lines, "next", *shown, f"  {run.path / 'report.html'}"]
@@ -70,14 +72,14 @@ def _gained(run: FinishedRun, stage: int) -> list[str]:
     for name, values in run.matrix.get("beside", {}).get(task, {}).items():
         lines.append(f"  {name}  {number(values[stage - 1])} -> {number(values[stage])}")
     if run.learned.get(task) is False:
-        lines.append("  not learned: it did not rise beyond its interval; more rows or epochs may help")
+        lines.append("  not learned: the interval holds 0; known before, or too few rows or epochs")
     return lines
 
 
 def _lost(run: FinishedRun, stage: int) -> list[str]:
-    """What became of the earlier tasks."""
+    """What became of the tasks that the weights hold from before."""
     lines = []
-    for j, task in enumerate(run.tasks[: stage - 1]):
+    for j, task in ((t - 1, run.tasks[t - 1]) for t in learned_stages(run.info, stage - 1)):
         before, after = run.scores[stage - 1][j], run.scores[stage][j]
         if before is None or after is None:
             lines.append(f"  {task}  not measured")

@@ -197,7 +197,7 @@ def _next(run: FinishedRun, done: list[int], current: int) -> list[dict[str, str
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
     """Print what :func:`status` gives: a table of 80 columns in a terminal, lines elsewhere."""
-    console = console or open_console()
+    console = console or open_console(highlight=False)
 
     def print_line(text: str) -> None:
         if console.is_terminal:

@@ -12,7 +12,7 @@ from holdfast.api.task import Task
 from holdfast.config.run import RunConfig, load_config
 from holdfast.errors import GateFailed
 from holdfast.evaluation.at_test import ModelEvaluation
-from holdfast.evaluation.general import evaluate_general
+from holdfast.evaluation.general import evaluate_general, matrix_name
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.models.weights import check_weights
@@ -30,7 +30,7 @@ from holdfast.runner.decisions import decide, must_judge, standing, strictest
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, load_weights, trained_weights
 from holdfast.runner.matrix import Outline, read_matrix
-from holdfast.runner.measure import is_measured, measure
+from holdfast.runner.measure import is_measured, measure, responses_file
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import Around, check_training, train_stage
@@ -141,7 +141,7 @@ class RunLoop:
         if len(done) <= len(self.setup.stages):
             self.followers.begin()
         self.directory.end_stages([stage.index for stage in done])
-        self._settle(done[-1])
+        self._settle(done[-1], judge=not self._is_older_than_the_gate(done[-1]))
         for stage in self.setup.stages[len(done) - 1 :]:
             self._train(stage)
             self._settle(stage)
@@ -273,12 +273,19 @@ class RunLoop:
 
     # --- measure ---
 
-    def _settle(self, stage: PlannedStage) -> None:
+    def _is_older_than_the_gate(self, stage: PlannedStage) -> bool:
+        """Whether a stage was measured before there was a gate, and other stages follow, which the gate is for."""
+        measured = self.directory.exists(self._folder(stage) / "evaluation.json")
+        gates = [e["config"].get("gate") for e in self.directory.record["stages"] if e["stage"] == stage.index]
+        return measured and gates == [None] and self.config.keep is None and stage.index < len(self.setup.stages)
+
+    def _settle(self, stage: PlannedStage, judge: bool = True) -> None:
         """Measure and judge the last trained stage, and measure what is not measured of the model that the run goes on
         with: tasks that were appended since, and where the gate goes back. Then the trackers are told."""
         if self._current().index == stage.index:
             self._measure(stage)
-            self._judge(stage)
+            if judge:
+                self._judge(stage)
         self._measure(self._current())
         self.followers.catch_up()
 
@@ -299,6 +306,7 @@ class RunLoop:
         if is_measured(self.directory, folder, self.setup.stream.tasks):
             return
         self.directory.reopen()
+        known = self._shown_before(folder)
         when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
         measure(
             self.directory,
@@ -311,16 +319,25 @@ class RunLoop:
             when=when,
             texts=self.config.evaluation.responses == "texts",
         )
-        self.progress.line(f"{when}: {self._changes(self._write_matrix(), stage)}")
+        self.progress.line(f"{when}: {self._changes(self._write_matrix(), stage, known)}")
 
-    def _changes(self, matrix: dict[str, Any], stage: PlannedStage) -> str:
-        """Every score and general ability, before a stage and after it."""
+    def _shown_before(self, folder: Path) -> set[str]:
+        """The tasks and general abilities that were measured when others were not known yet."""
+        if not self.directory.exists(folder / "evaluation.json"):
+            return set()
+        names = [task.name for task in self.setup.stream.tasks]
+        measured = {name for name in names if self.directory.exists(responses_file(folder, name, names))}
+        return measured | {matrix_name(one) for one in self.setup.general}
+
+    def _changes(self, matrix: dict[str, Any], stage: PlannedStage, known: set[str]) -> str:
+        """Each score and general ability that is not known, before a stage and after it."""
         rows = [s.row for s in (START, *self.setup.stages)][max(stage.index - 1, 0) : stage.index + 1]
         columns = zip(matrix["tasks"], zip(*matrix["scores"], strict=True), strict=True)
         shown = []
         for name, column in [*columns, *matrix["general"].items()]:
             values = [number(column[row]) for row in rows if row == stage.row or column[row] is not None]
-            shown.append(f"{name} {' -> '.join(values)}")
+            if name not in known:
+                shown.append(f"{name} {' -> '.join(values)}")
         return ", ".join(shown)
 
     def _evaluation(self, answers: AnswerCache | None = None) -> ModelEvaluation:
