@@ -15,6 +15,7 @@ from holdfast.api.task import Example, Turn
 from holdfast.config.stream import DataConfig, TaskConfig
 from holdfast.data.fitting import fitting
 from holdfast.data.given import Given, files_fingerprint, given_files, given_name, read_given
+from holdfast.data.layout import split_files
 from holdfast.errors import ConfigError, DataError
 
 ROWS = [{"question": f"what is {i}?", "response": f"it is {i}", "customer": f"c{i}"} for i in range(6)]
@@ -108,6 +109,23 @@ def test_a_path_that_is_not_there_is_told_with_a_near_name(tmp_path: Path):
     write(tmp_path / "tickets.jsonl", ROWS)
     with pytest.raises(ConfigError, match=r"DATA: .*did you mean 'tickets.jsonl'"):
         given_files(str(tmp_path / "ticket.jsonl"))
+
+
+def test_a_link_to_nothing_is_no_file_that_may_be_passed_over(tmp_path: Path):
+    write(tmp_path / "month" / "train.jsonl", ROWS)
+    (tmp_path / "month" / "test.jsonl").symlink_to("gone")
+    with pytest.raises(DataError, match=r"test\.jsonl: is a link to nothing"):
+        given_files(str(tmp_path / "month"))
+    with pytest.raises(DataError, match=r"test\.jsonl: is a link to nothing"):
+        split_files(tmp_path / "month", "test")
+    with pytest.raises(ConfigError, match=r"DATA: '.*test\.jsonl' is a link to nothing"):
+        given_files(str(tmp_path / "month" / "test.jsonl"))
+
+
+def test_an_answer_beside_the_given_labels_is_told_with_its_own_row(tmp_path: Path):
+    write(tmp_path / "rows.jsonl", [{"prompt": "a", "answer": "yes"}, {"prompt": "b", "answer": "nein"}])
+    with pytest.raises(DataError, match=r"^\S*rows\.jsonl: row 2 .*'nein' is not one of the labels"):
+        read(tmp_path / "rows.jsonl", labels=["yes", "no"])
 
 
 def test_bad_rows_are_all_told(tmp_path: Path):

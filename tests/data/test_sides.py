@@ -85,6 +85,12 @@ def test_rows_that_were_learned_are_left_out_and_new_ones_divided():
     assert (again.train, again.test, again.known) == ([], [], 100)
 
 
+def test_a_train_split_alone_is_divided_like_data_without_splits():
+    rows = [row(f"question {i}") for i in range(30)]
+    divided = [Months().add(**{split: rows}) for split in ("train", "all")]
+    assert divided[0] == divided[1] and len(divided[0].test) == 15
+
+
 def test_a_single_new_row_is_tested_with_what_was_held_out_of_its_file():
     months = Months()
     rows = [row(f"question {i}") for i in range(40)]

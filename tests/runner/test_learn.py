@@ -243,6 +243,11 @@ def test_another_model_is_refused_and_one_that_moved_is_not(copy: Path, place: P
         ({"model": "model", "overrides": ["task.fromat=text"]}, "fromat: unknown key; did you mean 'format'"),
         ({"model": "model", "metric": "acuracy"}, "unknown metric 'acuracy'; did you mean 'accuracy'"),
         ({"model": "model", "memory": "some"}, "--memory: must be rows or none"),
+        ({"model": "model", "name": ""}, "--name: is empty"),
+        ({"model": "model", "overrides": ["task=text"]}, "task: must be a section .*, not 'text'"),
+        ({"model": "model", "overrides": ["task.path=x"]}, "task.path: is not for learn: DATA says it"),
+        ({"model": "model", "overrides": ["task.name=x"]}, "task.name: is not for learn: --name says it"),
+        ({"model": "model", "overrides": ["task.labels=[]"]}, "task: labels: list should have at least 1 item"),
     ],
 )
 def test_what_cannot_be_used_is_told_before_anything_is_written(place, tmp_path, options: dict[str, Any], said: str):
@@ -252,6 +257,21 @@ def test_what_cannot_be_used_is_told_before_anything_is_written(place, tmp_path,
     with pytest.raises(ConfigError, match=said):
         holdfast.learn(data, tmp_path / "run", **options)
     assert not (tmp_path / "run" / "run.json").exists() and not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize("overrides", [["method=replay"], ["tuner=null", "evaluation.general=[]"]])
+def test_a_method_alone_is_learned_with_the_tuner_that_it_needs(place, tmp_path, overrides: list[str]):
+    data = write(tmp_path / "red.jsonl", rows("red", 12))
+    learn(data, tmp_path / "run", place / "model", overrides=[*FAST, *overrides])
+    assert read_json(tmp_path / "run" / "run.json")["config"]["tuner"]["name"] == "lora"
+
+
+def test_own_samples_can_be_measured_beside_any_method(place, tmp_path):
+    general = {"evaluation": {"general": [{"name": "own", "path": "{run}/general/own"}]}}
+    data = write(tmp_path / "red.jsonl", rows("red", 12))
+    overrides = [*FAST, "method=sequential"]
+    matrix, _ = learn(data, tmp_path / "run", place / "model", config=general, overrides=overrides)
+    assert None not in matrix["general"]["perplexity/own"]
 
 
 def test_a_run_without_memory_keeps_no_row_on_disk(place: Path, tmp_path: Path):

@@ -26,7 +26,7 @@ class TaskOptions(Section):
     )
     beside: list[str] = Field(default_factory=list, description="further metrics, reported beside the score matrix")
     labels: list[str] | None = Field(
-        None, description="every answer there may be; a sentence_label folder has them in labels.json"
+        None, min_length=1, description="every answer there may be; a sentence_label folder has them in labels.json"
     )
     instruction: str | None = Field(None, description="instruction put before each sentence of a sentence_label task")
     prompt: str | None = Field(

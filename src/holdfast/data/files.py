@@ -66,6 +66,22 @@ def stem(path: Path) -> str:
     return name
 
 
+def is_data_file(path: Path) -> bool:
+    """Whether what lies in a folder of data is a file; what is hidden need be none.
+
+    Raises:
+        DataError: it is neither a file nor a folder, such as a link to nothing.
+    """
+    if path.is_file() or path.is_dir() or path.name.startswith("."):
+        return path.is_file()
+    raise DataError(f"{path}: {no_file(path)}; put a file in its place, or take it away")
+
+
+def no_file(path: Path) -> str:
+    """What is there instead of a file or a folder."""
+    return "is a link to nothing" if path.is_symlink() else "is neither a file nor a folder"
+
+
 def read_rows(path: Path, bad: list[str] | None = None) -> list[dict[str, Any]]:
     """Read all rows of a file; see :func:`iterate_rows`."""
     return list(iterate_rows(path, bad))
@@ -137,9 +153,10 @@ def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
 
     try:
         with _open_bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as file:
-            yield file
-    except UnicodeDecodeError:
-        raise _not_utf8(path) from None
+            try:
+                yield file
+            except UnicodeDecodeError:
+                raise _not_utf8(path) from None
     except (EOFError, zlib.error, gzip.BadGzipFile, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be decompressed: {error}") from None
     except OSError as error:

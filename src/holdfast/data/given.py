@@ -13,7 +13,7 @@ from typing import Any
 from holdfast.api.task import Example, fingerprint
 from holdfast.config.stream import DataConfig, TaskConfig
 from holdfast.data.conversation import Noticed
-from holdfast.data.files import COMPRESSED, SUFFIXES, RawRow, read_text, suffix, where
+from holdfast.data.files import COMPRESSED, SUFFIXES, RawRow, is_data_file, read_text, suffix, where
 from holdfast.data.formats import USED, detect, to_examples
 from holdfast.data.layout import BESIDE, INNER, SPLITS
 from holdfast.data.load import refuse_bad_rows
@@ -84,7 +84,7 @@ def given_files(data: str) -> dict[str, list[Path]] | None:
 
     Raises:
         ConfigError: there is no such path, and its name is none of a dataset.
-        DataError: the folder holds no data, or test rows alone.
+        DataError: the folder holds no data, test rows alone, or a link to nothing in a file's place.
     """
     path = Path(data)
     if path.is_file():
@@ -99,9 +99,9 @@ def given_files(data: str) -> dict[str, list[Path]] | None:
         file
         for file in sorted(path.rglob("*"))
         if suffix(file) in SUFFIXES
-        and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
         and file.name.lower().partition(".")[0] not in BESIDE
+        and is_data_file(file)
     ]
     found: dict[str, list[Path]] = {}
     for file in files:
@@ -193,12 +193,11 @@ def _rows(
         for index, raw in enumerate(part.rows):
             row = RawRow(renamed(raw, names, ""))
             row.line, row.index = getattr(raw, "line", None), getattr(raw, "index", index)
-            labels = options.labels if format == "sentence_label" else None
             examples = to_examples(
                 [row],
                 format,
                 file=part.file,
-                labels=labels,
+                labels=options.labels,
                 instruction=options.instruction,
                 prompt=options.prompt if format == "sentence_label" else None,
                 input=options.input,

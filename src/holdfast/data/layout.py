@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from holdfast.data.files import SUFFIXES, stem, suffix
+from holdfast.data.files import SUFFIXES, is_data_file, stem, suffix
 from holdfast.errors import DataError
 
 SPLITS = {"train": ("train",), "eval": ("eval", "dev", "validation", "valid", "val"), "test": ("test",)}
@@ -20,7 +20,9 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 def data_files(folder: Path) -> list[Path]:
     """The data files in a folder itself, in the order of their names."""
     return sorted(
-        file for file in folder.iterdir() if suffix(file) in SUFFIXES and stem(file) not in BESIDE and file.is_file()
+        file
+        for file in folder.iterdir()
+        if suffix(file) in SUFFIXES and stem(file) not in BESIDE and is_data_file(file)
     )
 
 

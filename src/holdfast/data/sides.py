@@ -63,7 +63,7 @@ def divide(given: Given, sides: Mapping[str, Side], learned: Collection[str], sh
     divided = Divided([], [], len(given_rows) - sum(map(len, new.values())), notes)
     if not any(new.values()):
         return divided
-    pool = new.get("train", []) if "test" in new else new["all"]
+    pool = [*new.get("train", []), *new.get("all", [])]
     tested = [row for row in new.get("test", []) if sides.get(row.prompt) != "train"]
     if left_out := len(new.get("test", [])) - len(tested):
         notes.append(f"{_rows(left_out)} of its test split ask what was learned before, and are left out")

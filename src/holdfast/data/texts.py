@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.files import SUFFIXES, half_character, iterate_rows, open_text, suffix, where
+from holdfast.data.files import SUFFIXES, half_character, is_data_file, iterate_rows, no_file, open_text, suffix, where
 from holdfast.data.formats import all_said
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.system.hub import unreachable
@@ -50,6 +51,8 @@ def is_hub_name(source: str | Path) -> bool:
 
 def no_path(path: Path) -> ConfigError:
     """There is no such file or folder; the nearest name beside it is told."""
+    if os.path.lexists(path):
+        return ConfigError(f"{str(path)!r} {no_file(path)}")
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = did_you_mean(path.name, beside)
     return ConfigError(
@@ -66,7 +69,7 @@ def text_files(path: Path) -> list[Path]:
         DataError: the file is of another kind, or the folder holds none.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if suffix(file) in TEXT_SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if suffix(file) in TEXT_SUFFIXES and is_data_file(file))
         if not files:
             raise DataError(f"{path}: no file in this folder is one of texts ({', '.join(TEXT_SUFFIXES)})")
         return files

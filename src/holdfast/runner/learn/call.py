@@ -57,6 +57,10 @@ def read_call(
     for key, instead in (("stream", "DATA is the stream's next task; task says how it is read"), ("output", "--into")):
         if key in values:
             raise ConfigError(f"{key}: is not for learn: {instead}")
+    _check_task_keys(values.get("task"))
+    for option, text in (("--name", name), ("--metric", metric)):
+        if text is not None and not text.strip():
+            raise ConfigError(f"{option}: is empty; leave it out, or say what it is")
     if model is not None:
         values["model"] = _section(values.get("model", {})) | {"name": str(model)}
     if "model" in values:
@@ -71,6 +75,19 @@ def read_call(
     fingerprint = None if files is None else files_fingerprint(file for part in files.values() for file in part)
     keeps = None if memory is None else MEMORY[memory]
     return Call(Path(into), str(data), values, name, keeps, fingerprint)
+
+
+def _check_task_keys(task: Any) -> None:
+    """Raise ConfigError if ``task`` is none, or says what the command itself does."""
+    if task is None:
+        return
+    if not isinstance(task, dict):
+        raise ConfigError(
+            f"task: must be a section that says how rows are read, such as {{format: text}}, not {task!r:.60}"
+        )
+    for key, instead in (("name", "--name"), ("path", "DATA"), ("dataset", "DATA")):
+        if key in task:
+            raise ConfigError(f"task.{key}: is not for learn: {instead} says it")
 
 
 def _section(value: Any) -> dict[str, Any]:

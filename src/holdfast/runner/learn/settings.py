@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from holdfast.api.task import Example
-from holdfast.config.run import RunConfig
+from holdfast.config.run import RUN, RunConfig
 from holdfast.config.section import Named
 from holdfast.data.encode import Encoder, resolve_max_length
 from holdfast.errors import ConfigError, DataError
@@ -22,7 +22,7 @@ from holdfast.models.sampling import sample
 from holdfast.rehearsal.corpus import MANIFEST, write_corpus
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.runner.load import load_pretrained
-from holdfast.runner.setup import build_tuner
+from holdfast.runner.setup import build_tuner, resolve
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import folder_facts, note
 from holdfast.system.progress import Progress
@@ -131,7 +131,7 @@ def memory_settings(config: RunConfig, lengths: Lengths) -> dict[str, Any]:
     extra = sum(float(method.options.get("ratio", 0.25)) for method in config.method if method.name != "sequential")
     try:
         estimate = Estimate(
-            load_model_config(config.model), build_tuner(config), lengths.longest, config.training.precision, device
+            load_model_config(config.model), resolve(config).tuner, lengths.longest, config.training.precision, device
         )
         free = USABLE * free_memory(device)
         for checkpointing in (False, True):
@@ -156,8 +156,11 @@ def write_own_samples(
         own: how: ``length`` and ``chat``.
 
     Raises:
+        ConfigError: the model cannot.
         Interrupted: SIGINT or SIGTERM asked to stop.
     """
+    if not own:
+        raise ConfigError(f"evaluation.general: {RUN}/{OWN}: the model cannot write samples of itself; leave it out")
     folder = path / OWN
     if (folder / MANIFEST).is_file():
         return

@@ -133,7 +133,7 @@ class Taken:
     def _run(self, given: dict[str, Any], last: bool) -> dict[str, Any]:
         kept = self.kept
         config = self._config(given, [task["options"] for task in kept.tasks], kept.tasks[-1]["training"])
-        if any(one.path == f"{RUN}/{OWN}" for one in config.evaluation.general or ()):
+        if asks_for_own(config):
             write_own_samples(self.call.path, config, kept.own, self.progress, self.interrupt)
         data = None if kept.memory else self._unkept(config)
         return {"config": config.model_dump(mode="json"), "last": last, "data": data}
@@ -236,7 +236,7 @@ class Taken:
         kept.settled = machine_settings()
         kept.settled = merged(kept.settled, dtype_settings(self._config(self.given, tasks)))
         config = self._config(self.given, tasks)
-        if not (methods and general):
+        if not (methods and general) or asks_for_own(config):
             kept.own = own_samples(config, sample_length(Lengths(config, examples)))
         if not methods:
             kept.settled |= {"tuner": {"name": "lora"}, "method": rehearsal_settings(kept.own, kept.memory)}
@@ -244,6 +244,11 @@ class Taken:
             kept.settled["evaluation"] = {"general": [{"name": "own", "path": f"{RUN}/{OWN}"}]}
         if not kept.memory:
             kept.settled = merged(kept.settled, {"evaluation": {"responses": "scores"}})
+
+
+def asks_for_own(config: RunConfig) -> bool:
+    """Whether the general ability is measured on samples that the model writes into the run."""
+    return any(measure.path == f"{RUN}/{OWN}" for measure in config.evaluation.general or ())
 
 
 def kept_options(options: TaskConfig, fit: Fitting, path: str) -> dict[str, Any]:
