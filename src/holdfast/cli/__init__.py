@@ -83,6 +83,13 @@ app.command("replay")(replay.replay)
 app.add_typer(lab.app, name="lab")
 
 
+OF_PATHS = (
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP),
+)
+"""Errors that a path has which a user named."""
+
+
 def main() -> None:
     """Exit codes: 0 done; 2 the user's configuration or data is wrong; 3 a gate failed; 1 anything else."""
     from holdfast.errors import GateFailed, Interrupted, MethodError, ProcessFailed, UserError
@@ -91,6 +98,7 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1].startswith("--local_rank="):
         del sys.argv[1]  # DeepSpeed's launcher puts it there, and into LOCAL_RANK
     try:
+        _refuse_empty(sys.argv[1:])
         app()
     except (UserError, GateFailed, ProcessFailed) as error:
         if not _tell_launcher(error):
@@ -106,12 +114,22 @@ def main() -> None:
             say(f"holdfast: {stopped}; all of it is saved. Continue with: {command}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            say(f"holdfast: {str(error.filename)[:100]!r}...: a name in this path is too long", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in OF_PATHS and error.filename is not None:
+            say(f"holdfast: {str(error.filename)!r:.100}: {error.strerror}", file=sys.stderr)
             sys.exit(UserError.exit_code)
         if not _tell_launcher(error):
             raise
         sys.exit(1)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """An empty path would be the current folder, and other empty arguments mean nothing."""
+    from holdfast.errors import ConfigError
+
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if not argument.strip() or (argument.startswith("--") and argument.endswith("=")):
+            empty = argument.strip() or (f"the argument after {before}" if before else "the first argument")
+            raise ConfigError(f"{empty}: is empty; is a variable of the shell not set?")
 
 
 def _tell_launcher(error: Exception) -> bool:

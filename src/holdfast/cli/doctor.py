@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.cli.company import refuse
 from holdfast.system.terminal import open_console, say
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ Only = Annotated[str | None, typer.Option("--tuner", help="Only this one.", show
 
 
 def doctor(
+    context: typer.Context,
     model: Model = None,
     batch_size: Rows = 8,
     max_length: Length = 512,
@@ -39,6 +41,7 @@ def doctor(
 ) -> None:
     """Show processor, memory, GPUs, versions and extras; with MODEL, which tuners fit into this machine's memory."""
     if model is None:
+        refuse(context, "is about a model; give MODEL, too", "batch_size", "max_length", "precision", "tuner")
         _show_machine()
     else:
         _show_memory(model, batch_size, max_length, precision, tuner)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.cli.company import refuse
 from holdfast.cli.run import AcceptChanges, Trust
 from holdfast.system.terminal import open_console
 
@@ -39,6 +40,7 @@ Output = Annotated[
 
 
 def evaluate(
+    context: typer.Context,
     run: RunPath,
     stage: Stage = None,
     endpoint: Url = None,
@@ -64,7 +66,10 @@ def evaluate(
     from holdfast.runner.evaluate import evaluate as evaluate_stage
 
     server = None
-    if endpoint is not None:
+    if endpoint is None:
+        asking = ("model", "key_variable", "concurrency", "timeout", "retries")
+        refuse(context, "is about an endpoint; give --endpoint, too", *asking)
+    else:
         server = Endpoint(
             endpoint,
             model or "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +50,7 @@ def gate(
     from holdfast.records.gate import failed, judge_directory
     from holdfast.report.comment import as_comment
     from holdfast.report.verdict import as_junit, as_markdown, as_text
-    from holdfast.system.files import write_text
+    from holdfast.system.output import write_output
 
     limits = {
         "max_forgetting": max_forgetting,
@@ -60,16 +61,21 @@ def gate(
         "min_new_task": min_new_task,
         "min_learned": min_learned,
     }
-    if page is not None and (comment is None or not page.startswith(("https://", "http://"))):
-        raise ConfigError("--page: must be an address that begins with https://, and needs --comment")
+    if page is not None and (comment is None or not re.fullmatch(r"https?://[^\s<>()\[\]\\`]+", page)):
+        raise ConfigError(
+            "--page: must be an address that begins with https://, without blanks and brackets, and needs --comment"
+        )
+    files = [file for file in (junit, markdown, comment) if file is not None and not file.is_char_device()]
+    if len(set(files)) < len(files):
+        raise ConfigError("--junit, --markdown, --comment: need a file each")
     judged = judge_directory(run, {key: value for key, value in limits.items() if value is not None}, stage)
     title, checks = judged.title, judged.checks
     if comment is not None:
-        write_text(comment, as_comment(judged, page))
+        write_output(comment, as_comment(judged, page))
     if markdown is not None:
-        write_text(markdown, as_markdown(checks, title))
+        write_output(markdown, as_markdown(checks, title))
     if junit is not None:
-        write_text(junit, as_junit(checks, title))
+        write_output(junit, as_junit(checks, title))
     say(f"{title}: gate {'failed' if failed(checks) else 'passed'}")
     say(as_text(checks) if checks else "  there is nothing to check yet")
     if failed(checks):

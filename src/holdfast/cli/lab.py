@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from holdfast.cli.company import refuse
 from holdfast.cli.run import AcceptChanges, Config, HelpWithKeys, Overrides
 from holdfast.system.terminal import open_console, say
 
@@ -163,6 +164,7 @@ Results = Annotated[
 
 @app.command("experiment")
 def experiment(
+    context: typer.Context,
     name: Annotated[
         str | None,
         typer.Argument(
@@ -192,18 +194,22 @@ def experiment(
     from holdfast.lab.count import check_experiment
 
     if name is None:
+        options = ("seeds", "out", "cache", "processes", "dry_run", "redraw")
+        refuse(context, "is about an experiment; name one", *options)
         print_experiments(scale, open_console())
         return
     path = lab.find(name, scale)
     loaded = lab.load_experiment(path, overrides)
     folder = out or lab.results_folder(path, cache)
     if dry_run:
+        refuse(context, "does nothing with --dry-run", "seeds", "out", "processes", "redraw")
         print_plan(loaded.title, check_experiment(loaded), open_console())
         return
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
     if redraw:
+        refuse(context, "does nothing with --redraw, which does no run", "seeds", "processes")
         findings = work.redraw(loaded, folder)
     else:
         findings = work.run_experiment(loaded, folder, cache=cache, seeds=seeds, processes=processes)
@@ -215,12 +221,15 @@ def print_experiments(scale: str, console: Any) -> None:
     """Name and question of each experiment that is known by name and has this scale."""
     from rich.table import Table
 
+    from holdfast.errors import ConfigError
     from holdfast.lab.experiment import experiments, load_experiment
 
     table = Table("experiment", "asks")
     for name, folder in experiments().items():
         if (path := folder / f"{scale}.yaml").is_file():
             table.add_row(name, load_experiment(path).title)
+    if not table.row_count:
+        raise ConfigError(f"--scale: no experiment has a scale {scale!r}; known: tiny, paper")
     console.print(table)
 
 

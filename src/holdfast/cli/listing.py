@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from holdfast.cli.company import refuse
 from holdfast.system.terminal import say
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def tuners(name: Name = None) -> None:
 
 
 def streams(
+    context: typer.Context,
     name: Name = None,
     metrics: Annotated[bool, typer.Option("--metrics", help="List the metrics that tasks can be scored by.")] = False,
 ) -> None:
@@ -45,6 +47,7 @@ def streams(
     from holdfast.scoring import known as known_scorers
 
     if metrics:
+        refuse(context, "has nothing to do with --metrics, which lists all metrics; leave one of them out", "name")
         for metric, scorer in known_scorers().items():
             say(f"{metric:23} {scorer.about}")
     elif name is None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.company import refuse
 from holdfast.system.terminal import say
 
 Model = Annotated[
@@ -54,7 +55,15 @@ Against = Annotated[
 ]
 
 
+WRITING = (
+    *("tokens", "out", "length", "domain", "prompt_token"),
+    *("temperature", "batch_size", "seed", "chat", "engine"),
+)
+"""Parameters of a corpus that is written."""
+
+
 def replay(
+    context: typer.Context,
     model: Model,
     tokens: Tokens = None,
     out: Out = None,
@@ -79,6 +88,7 @@ def replay(
     from holdfast.system.quiet import silence_libraries
 
     if not inspect:
+        refuse(context, "is about the page of a corpus; give --inspect, too", "output", "against")
         if tokens is None or out is None:
             raise ConfigError("replay: give --tokens and --out, or --inspect to look at a corpus")
         silence_libraries()
@@ -102,6 +112,7 @@ def replay(
             f"duplicates left out, {-manifest['log_prob'] / manifest['supervised']:.3f} nats per token"
         )
         return
+    refuse(context, "is about a corpus to write, and --inspect writes none", *WRITING)
     silence_libraries()
     from holdfast.report.corpus import write_corpus_page
 

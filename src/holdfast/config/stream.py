@@ -68,6 +68,8 @@ class TaskConfig(TaskOptions):
     def _one_source(self) -> TaskConfig:
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give either path (a folder or a file) or dataset (a Hugging Face dataset)")
+        if self.subset is not None and self.dataset is None:
+            raise ValueError(f"subset: {self.subset!r} would be a part of a dataset, and path names none")
         return self
 
 

@@ -30,10 +30,15 @@ def read_texts(
         split: split of the dataset; train where absent.
 
     Raises:
-        ConfigError: there is no such file or folder, and its name is none of a dataset.
+        ConfigError: there is no such file or folder, and its name is none of a dataset; what only datasets have is
+            wanted of a file.
         DataError: a file or dataset cannot be read, or a row lacks the column or has no text in it.
     """
     path = Path(source)
+    if path.is_file() and (subset is not None or split is not None):
+        raise ConfigError(f"{'split' if subset is None else 'subset'}: {path} is a file; only a dataset has them")
+    if path.is_file() and suffix(path) == ".txt" and column != "text":
+        raise ConfigError(f"column: {path} has none: each line is a text; leave {column!r} out")
     if path.is_file() or (path.is_dir() and subset is None and split is None):
         return chain.from_iterable(file_texts(file, column) for file in text_files(path))
     if path.is_dir() or is_hub_name(source):

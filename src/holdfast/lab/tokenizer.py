@@ -46,18 +46,20 @@ def train_tokenizer(
         ConfigError: vocab_size is smaller than the bytes and special tokens; a domain's name is not made of letters,
             digits and ``_.-``, is given twice, or is that of a reserved token.
     """
-    names = [*domains, *(f"reserved_{number}" for number in range(reserved))]
-    for name in names:
+    count = 3 + len(domains) + reserved
+    if vocab_size < 256 + count:
+        raise ConfigError(
+            f"vocab_size must be at least {256 + count} (256 bytes and {count} special tokens), not {vocab_size}"
+        )
+    later = [f"reserved_{number}" for number in range(reserved)]
+    taken = set(later)
+    for name in domains:
         if not DOMAIN.fullmatch(name):
             raise ConfigError(f"domain: {name!r} must be made of letters, digits, '_', '.' and '-'")
-        if names.count(name) > 1:
+        if name in taken:
             raise ConfigError(f"domain: {name!r} is given twice, or is the name of a reserved token")
-    special = [BOS, EOS, PAD, *map(domain_token, names)]
-    smallest = 256 + len(special)
-    if vocab_size < smallest:
-        raise ConfigError(
-            f"vocab_size must be at least {smallest} (256 bytes and {len(special)} special tokens), not {vocab_size}"
-        )
+        taken.add(name)
+    special = [BOS, EOS, PAD, *map(domain_token, [*domains, *later])]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -106,8 +107,10 @@ class Request:
         length, domain, token, chat = options.length, options.domain, options.token, options.chat
         if length is not None and context is not None and length > context:
             raise ConfigError(f"length: {length} is more than the model's context of {context} tokens")
-        if not options.temperature > 0:
-            raise ConfigError(f"temperature: {options.temperature} cannot divide logits; it must be above 0")
+        if domain is not None and token is not None:
+            raise ConfigError("prompt token: a sample begins with it or with a domain's token; leave one of them out")
+        if not 0 < options.temperature < math.inf:
+            raise ConfigError(f"temperature: {options.temperature} cannot divide logits; it must be a number above 0")
         if token is not None and not 0 <= token < len(tokenizer):
             raise ConfigError(f"prompt token: {token} is none of the tokenizer's {len(tokenizer)} tokens")
         length = length or min(context or LENGTH, LENGTH)

@@ -18,7 +18,8 @@ from holdfast.report.html import render
 from holdfast.report.packed import pack_text
 from holdfast.report.plots import Plot, templates
 from holdfast.report.text import number
-from holdfast.system.files import json_text, write_text
+from holdfast.system.files import json_text
+from holdfast.system.output import write_output
 
 MOST = 2**22  # tokens that are looked at
 TOP = 20  # of the most frequent tokens
@@ -86,7 +87,7 @@ def write_corpus_page(corpus: Path, output: Path, against: Path | None = None) -
         data={"plots": pack_text(json_text({"figures": plots, "templates": templates()}))},
         **page,
     )
-    write_text(output, html)
+    write_output(output, html)
     return output
 
 

@@ -20,7 +20,8 @@ from holdfast.report.rows import pack
 from holdfast.report.tables import interval_notes
 from holdfast.report.text import NOT_MEASURED, learning, number
 from holdfast.report.verdict import HEAD, decisions
-from holdfast.system.files import json_text, write_text
+from holdfast.system.files import json_text
+from holdfast.system.output import write_output
 
 EXAMPLES = 3  # responses shown of a task, of those lost and of those gained
 
@@ -58,7 +59,7 @@ def write_report(paths: list[Path], output: Path) -> Path:
         data={"plots": pack_text(json_text({"figures": page.plots, "templates": plots.templates()})), "rows": packed},
         **context,
     )
-    write_text(output, html)
+    write_output(output, html)
     return output
 
 
