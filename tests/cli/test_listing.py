@@ -18,3 +18,15 @@ def test_no_description_is_cut(listing: str, known: Any, capsys: Any) -> None:
     assert [line.split()[0] for line in lines] == [page.name for page in known.pages()]
     for line, page in zip(lines, known.pages(), strict=True):
         assert line.endswith(".") and line.endswith(page.doc.splitlines()[0]), page.name
+
+
+def test_the_help_of_learn_lists_the_keys_that_learn_takes(capsys: Any) -> None:
+    """And no other: of a task, what DATA and --name do not say."""
+    holdfast("learn", "--help")
+    said = capsys.readouterr().out
+    keys = {line.split()[0] for line in said.partition("\nKeys")[2].splitlines() if line[:2] == "  " and line[2] != " "}
+    assert {"task.columns", "task.max_new_tokens", "task.subset", "training.epochs", "gate.on_fail", "model"} <= keys
+    assert not {key for key in keys if key.startswith(("stream", "output"))}
+    assert not keys & {"task.name", "task.path", "task.dataset"}
+    holdfast("run", "--help")
+    assert "\n  stream.tasks.columns " in capsys.readouterr().out

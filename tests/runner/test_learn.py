@@ -21,6 +21,7 @@ from holdfast.models.sampling import sample
 from holdfast.records.kept import Kept
 from holdfast.records.read import read_run
 from holdfast.report.learned import learned_lines
+from holdfast.runner.learn.settings import training_settings
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from support.command import holdfast as command
@@ -145,6 +146,14 @@ def test_the_run_keeps_its_rows_in_itself_and_their_hashes(two: Path):
     assert sum(line["task"] == "red" for line in lines) == 44
     noted = {line["path"] for line in read_jsonl(two / "manifest.jsonl")}
     assert {"learn.json", "data/rows.jsonl", "data/01-red", "data/02-green", "general/own"} <= noted
+
+
+def test_a_kill_loses_a_tenth_of_a_stage_at_most_where_adapters_are_trained(two: Path, place: Path, tmp_path: Path):
+    every = {rows: training_settings(rows, adapters=True)["save_every"] for rows in (3, 24, 10_000, 100_000)}
+    assert every == {3: 1, 24: 2, 10_000: 125, 100_000: 200}
+    assert read_json(two / "run.json")["stages"][0]["config"]["training"]["save_every"] == 2
+    learn(place / "red.jsonl", tmp_path / "run", place / "model", overrides=[*FAST, "tuner=full"])
+    assert read_json(tmp_path / "run" / "run.json")["config"]["training"]["save_every"] == 200
 
 
 def test_the_same_data_again_are_known_without_torch(two: Path, place: Path):

@@ -8,11 +8,29 @@ from typing import Annotated
 
 import typer
 
-from holdfast.cli.run import AcceptChanges, HelpWithKeys, Processes, Restarts
+from holdfast.cli.run import AcceptChanges, Processes, Restarts
+from holdfast.cli.run import HelpWithKeys as HelpWithKeysOfARun
 from holdfast.errors import ConfigError
 from holdfast.system.terminal import open_console
 
 __all__ = ["HelpWithKeys", "learn"]
+
+
+TAKEN = ("task.name", "task.path", "task.dataset")
+"""Of a task, what DATA and --name say."""
+
+
+class HelpWithKeys(HelpWithKeysOfARun):
+    """Adds the keys that learn takes to --help."""
+
+    title = "Keys, with the defaults of a run; learn settles others by itself (docs/learn.md):"
+
+    def described_keys(self) -> list[tuple[str, str, str]]:
+        """Those of a run, with ``task`` in the place of its stream."""
+        rows = [
+            (key.replace("stream.tasks.", "task."), default, text) for key, default, text in super().described_keys()
+        ]
+        return [row for row in rows if row[0].partition(".")[0] not in ("stream", "output") and row[0] not in TAKEN]
 
 
 class Memory(StrEnum):

@@ -33,13 +33,19 @@ class HelpWithKeys(TyperCommand):
 
         return RunConfig
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the usual help and then the keys."""
+    title = "Keys of the configuration (default):"
+
+    def described_keys(self) -> list[tuple[str, str, str]]:
+        """Each key, its default, and what it is."""
         from holdfast.config.describe import describe
 
+        return describe(self.configuration())
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the usual help and then the keys."""
         super().format_help(ctx, formatter)
-        formatter.write("\nKeys of the configuration (default):\n")
-        for key, default, text in describe(self.configuration()):
+        formatter.write(f"\n{self.title}\n")
+        for key, default, text in self.described_keys():
             formatter.write(f"  {key}{f' ({default})' if default else ''}\n      {text}\n")
 
 

@@ -39,10 +39,9 @@ def learned_lines(run: FinishedRun) -> list[str]:
         f"stage {stage}: {record['task']}, {record['steps']} steps, {record['tokens']:,} tokens in "
         f"{clock(record['seconds'])}"
     ]
-    commands = {
-        f"holdfast serve {where}": "at http://127.0.0.1:8000/v1",
-        f"holdfast export {where} --to model": "for transformers, PEFT or vLLM",
-    }
+    commands = {f"holdfast serve {where}": "at http://127.0.0.1:8000/v1"}
+    if held:
+        commands[f"holdfast export {where} --to model"] = "for transformers, PEFT or vLLM"
     if held == stage:
         lines += _gained(run, stage)
         if changed := [*_lost(run, stage), *_general(run, stage)]:

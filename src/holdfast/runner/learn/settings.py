@@ -14,6 +14,7 @@ import torch
 from holdfast.api.task import Example
 from holdfast.config.run import RUN, RunConfig
 from holdfast.config.section import Named
+from holdfast.config.training import TrainingConfig
 from holdfast.data.encode import Encoder, resolve_max_length
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.head import begin_token, context
@@ -38,6 +39,9 @@ SHORTEST, LONGEST = 64, 512
 LONGEST_ON_A_CPU = 128
 LONGEST_RESPONSE = 256
 """Tokens of a response to an open question that is generated for the metrics beside the loss."""
+CHECKPOINTS = 10
+"""Of a stage at least, where they are small."""
+SAVE_EVERY: int = TrainingConfig.model_fields["save_every"].default
 USABLE = 0.8
 """Share of the free memory that training may fill."""
 EPOCHS = ((5_000, 3.0), (20_000, 2.0))
@@ -115,13 +119,17 @@ def rehearsal_settings(own: dict[str, Any], memory: bool) -> list[dict[str, Any]
     return methods or [{"name": "sequential"}]
 
 
-def training_settings(rows: int) -> dict[str, Any]:
-    """Epochs and batch size by the number of rows: few rows need more passes, and smaller steps."""
-    return {
-        "epochs": next((epochs for limit, epochs in EPOCHS if rows < limit), 1.0),
-        "batch_size": next((size for limit, size in BATCHES if rows < limit), 16),
-        "learning_rate": 2e-4,
-    }
+def training_settings(rows: int, adapters: bool) -> dict[str, Any]:
+    """Epochs and batch size by the number of rows: few rows need more passes, and smaller steps.
+
+    Args:
+        adapters: only adapters are trained; their checkpoints are small, so that there can be many.
+    """
+    epochs = next((epochs for limit, epochs in EPOCHS if rows < limit), 1.0)
+    batch = next((size for limit, size in BATCHES if rows < limit), 16)
+    steps = math.ceil(epochs * math.ceil(rows / batch))
+    often = {"save_every": min(math.ceil(steps / CHECKPOINTS), SAVE_EVERY)} if adapters else {}
+    return {"epochs": epochs, "batch_size": batch, "learning_rate": 2e-4} | often
 
 
 def memory_settings(config: RunConfig, lengths: Lengths) -> dict[str, Any]:

@@ -188,7 +188,8 @@ class Taken:
         examples = [row.example for row in divided.train]
         if not kept.settled:
             self._settle(options, examples)
-        training = training_settings(len(examples))
+        adapters = "tuner" in kept.settled and "tuner" not in self.given
+        training = training_settings(len(examples), adapters)
         config = self._config(self.given, [task], training)
         if "micro_batch_size" not in (self.given.get("training") or {}):
             training |= memory_settings(config, Lengths(config, examples))

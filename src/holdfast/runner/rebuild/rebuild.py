@@ -273,7 +273,7 @@ def _model(run: FinishedRun) -> str:
 
 
 def _tell(run: FinishedRun, made: Plan, again: Sequence[str], progress: Progress) -> None:
-    left = f"stages 1 to {made.first - 1} are kept" if made.first > 1 else "no stage is kept"
+    left = ("no stage is kept", "stage 1 is kept", f"stages 1 to {made.first - 1} are kept")[min(made.first - 1, 2)]
     what = f"{', '.join(again)} made again in {sibling(run.path)}" if again else "none is made again"
     progress.line(f"{run.path}: {left}, {what}")
     if made.undone:
