@@ -1,10 +1,13 @@
 """Does `keep` hold its budget, and what does it cost? Budgets against a sweep of fixed strengths, on chronicle.
 
 usage: python experiments/keep.py OUTPUT [--seeds 0 1 2] [--only fixed | keep]
+       python experiments/keep.py OUTPUT --model FOLDER --text FILE.jsonl [...]
        python experiments/keep.py OUTPUT --figure PICTURE.png
 
-A small model is pretrained on chronicle's general text and learns two years, while general text is rehearsed with KL to
-the model before training. Every run differs in the strength of that rehearsal alone: a fixed weight, or a budget.
+A small model is pretrained on a quarter of chronicle's general text and learns two years, while half of that text is
+rehearsed with KL to the model before training; the last quarter says what was lost. Every run differs in the strength
+of that rehearsal alone: a fixed weight, or a budget. With --model, an instruct model learns the first of these years
+with LoRA, and pieces of the file's texts are rehearsed; others say what was lost.
 
 Every run can be resumed and is done once, so several processes may share the work. --figure prints the table, draws
 the frontier and writes its numbers into a JSON file beside it.
@@ -33,11 +36,15 @@ from holdfast.system.files import whole_folder, write_json, write_jsonl, write_t
 from holdfast.system.progress import Progress
 from holdfast.system.quiet import silence_libraries
 
-SIZE, YEARS = 24, [2022, 2023]
+SIZE, YEARS = 60, [2022, 2023]
+WORLDS, JOINED = 4, 3
+"""Of chronicle, whose general text the small model knows, and the sentences of them that are a text."""
 MODEL = {"width": 64, "depth": 2, "head_size": 32, "mlp_width": 192, "tie_embeddings": True}
 BUDGETS = [0.5, 1, 2, 5, 10]  # percent
 STRENGTHS = [0, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
-TEXT = "perplexity/chronicle"
+TEXT = "perplexity/watched"
+"""What says what was lost."""
+WORDS, PIECES = 20, 3000  # of the texts of an instruct model, and how many there are
 
 
 def main() -> None:
@@ -46,6 +53,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", choices=["fixed", "keep"])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     if options.figure:
@@ -55,22 +64,45 @@ def main() -> None:
     torch.set_num_threads(1)
     progress = Progress(quiet=True)
     for seed in options.seeds:
-        model = make_model(options.output / f"model-{seed}", seed, progress)
+        if options.model:
+            start = instruct_start(options.output, options.model, options.text)
+        else:
+            start = pretrained_start(options.output, seed, progress)
         for kind, amounts in (("keep", BUDGETS), ("fixed", STRENGTHS)):
             for amount in amounts if options.only in (None, kind) else ():
                 output = directory(options.output, kind, amount, seed)
-                matrix = run(load_config(configuration(model, output, seed, kind, amount)), progress)
+                matrix = run(load_config(configuration(start, output, seed, kind, amount)), progress)
                 print(seed, kind, amount, facts(output, matrix), flush=True)
 
 
-def make_model(folder: Path, seed: int, progress: Progress) -> Path:
-    """A Llama of 160,000 parameters, pretrained on the world's general text; the text stays beside it."""
+def pretrained_start(output: Path, seed: int, progress: Progress) -> dict[str, Any]:
+    """What runs of the small model have in common; it is pretrained, and the texts are written."""
+    sentences = [t for world in range(WORLDS) for t in general_text(size=SIZE, years=YEARS, seed=seed + 1000 * world)]
+    texts = [" ".join(sentences[i : i + JOINED]) for i in range(0, len(sentences), JOINED)]
+    return {
+        "model": str(make_model(output / f"model-{seed}", texts[0::4], seed, progress)),
+        "stream": {"name": "chronicle"},
+        "tuner": "full",
+        "training": {"epochs": 4, "batch_size": 16, "learning_rate": 2e-3, "warmup": 0.1},
+        "evaluation": {"batch_size": 128, "bootstrap": 200},
+    } | write_texts(output / f"texts-{seed}", texts[1::2], texts[2::4])
+
+
+def write_texts(folder: Path, rehearsed: list[str], watched: list[str]) -> dict[str, str]:
+    """Their files."""
+    files = {}
+    for name, texts in (("rehearsed", rehearsed), ("watched", watched)):
+        files[name] = str(folder / f"{name}.txt")
+        write_text(folder / f"{name}.txt", "\n".join(texts))
+    return files
+
+
+def make_model(folder: Path, texts: list[str], seed: int, progress: Progress) -> Path:
+    """A Llama of 160,000 parameters, pretrained on texts."""
     if folder.exists():
         return folder
     work = folder.with_name(f"pretrain-{seed}")
-    texts = general_text(size=SIZE, years=YEARS, seed=seed)
     write_jsonl(work / "text.jsonl", [{"text": text} for text in texts])
-    write_text(folder.with_name(f"texts-{seed}.txt"), "\n".join(texts))
     tokenizer = train_tokenizer(texts, vocab_size=1024, model_max_length=PRETRAINING["context"])
     build_tokens([work / "text.jsonl"], work / "tokens", tokenizer)
     settings = PRETRAINING | {"model": MODEL, "seed": seed, "data": str(work / "tokens"), "output": str(work / "run")}
@@ -80,24 +112,40 @@ def make_model(folder: Path, seed: int, progress: Progress) -> Path:
     return folder
 
 
-def configuration(model: Path, output: Path, seed: int, kind: str, amount: float) -> dict[str, Any]:
+def instruct_start(output: Path, model: Path, file: Path) -> dict[str, Any]:
+    """What runs of an instruct model have in common; the pieces of the texts are written."""
+    texts = []
+    for line in file.read_text("utf-8").splitlines():
+        words = json.loads(line)["text"].split()
+        texts += [" ".join(words[i : i + WORDS]) for i in range(0, len(words) - WORDS + 1, WORDS)]
+    texts = texts[:: max(1, len(texts) // PIECES)]
+    return {
+        "model": str(model),
+        "stream": {"name": "chronicle", "order": [str(YEARS[0])]},
+        "tuner": {"name": "lora", "r": 16},
+        "training": {"max_steps": 40, "batch_size": 4, "learning_rate": 2e-3, "warmup": 0.1},
+        "evaluation": {"bootstrap": 200},
+    } | write_texts(output / "texts", texts[0::2], texts[1::16])
+
+
+def configuration(start: dict[str, Any], output: Path, seed: int, kind: str, amount: float) -> dict[str, Any]:
     """A run with a fixed weight of rehearsal, or with a budget in percent."""
     rehearsal = {
         "name": "rehearsal",
         "source": "general",
         "loss": "kl",
         "teacher": "start",
-        "path": str(model.with_name(f"texts-{seed}.txt")),
+        "path": start["rehearsed"],
         "ratio": 0.5,
         "max_tokens": 64,
     }
-    config: dict[str, Any] = {
-        "model": str(model),
-        "tuner": "full",
+    config = {
+        "model": start["model"],
+        "tuner": start["tuner"],
         "method": rehearsal,
-        "stream": {"name": "chronicle", "options": {"size": SIZE, "years": YEARS, "seed": seed}},
-        "training": {"epochs": 6, "batch_size": 16, "learning_rate": 2e-3, "warmup": 0.1},
-        "evaluation": {"batch_size": 128, "bootstrap": 200},
+        "stream": start["stream"] | {"options": {"size": SIZE, "years": YEARS, "seed": seed}},
+        "training": start["training"],
+        "evaluation": start["evaluation"] | {"general": [{"name": "watched", "path": start["watched"]}]},
         "seed": seed,
         "output": str(output),
     }

@@ -17,10 +17,11 @@ from holdfast.methods import build
 from holdfast.rehearsal.keep import Keep
 from holdfast.rehearsal.memory import Without
 from holdfast.rehearsal.multipliers import LEAST, MOST, UNIT, Lost, Multiplier, loss_rise, probability_fall
+from holdfast.rehearsal.samples import general_rows
 from holdfast.runner.decisions import strictest
 from holdfast.runner.setup import resolve
 from support import rehearsed
-from support.tiny import tiny_config, tiny_rows
+from support.tiny import tiny_config, tiny_rows, tiny_tokenizer
 from support.trained import vector
 
 TEXTS = "\n".join(f"the {a} sea moves the {b} weed and holds it fast" for a in "abcdefgh" for b in "uvwxyz")
@@ -87,6 +88,24 @@ def test_rows_that_are_held_out_are_never_rehearsed(tmp_path):
     stages([method, keep], rows=20, folder=tmp_path)
     assert len(keep.samples.rows) == 2 * 4
     assert not [row for row in method.memory.rows if row in keep.samples.rows]
+
+
+@pytest.mark.parametrize(("rows", "samples", "measured"), [(256, 1000, 9), (8, 1000, 8), (256, 30, 18)])
+def test_general_samples_that_are_measured_are_a_random_choice_that_is_never_rehearsed(
+    tmp_path, texts, rows, samples, measured
+):
+    """At most a fifth of 48; more only if the file has more than are wanted."""
+    [method] = build([("gere_ce", {"path": texts, "samples": samples})])
+    keep = Keep({"general": "50%", "rows": rows}, [method])
+    stages([method, keep], count=1, folder=tmp_path)
+    held, all_rows = (
+        [row["input_ids"] for row in rows] for rows in (keep.samples.rows, [*method.rows, *method.held_out])
+    )
+    assert len(held) == measured and method.size == 48 - measured
+    assert not [row for row in method.rows if row["input_ids"] in held]
+    assert sorted(all_rows) == sorted(row["input_ids"] for row in general_rows(tiny_tokenizer(), path=texts))
+    last = [row["input_ids"] for row in general_rows(tiny_tokenizer(), path=texts)][-measured:]
+    assert held != last
 
 
 def stages(method, rows=24, *, folder, keep=None, count=2, model=None, **args):

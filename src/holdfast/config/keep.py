@@ -40,9 +40,13 @@ class KeepConfig(Section):
         ge=0,
         description="budgets more that may be lost at the start of a stage; they shrink to none at its end",
     )
-    margin: float = Field(1.0, ge=0, description="standard errors of a measurement by which a budget is to be undercut")
+    margin: float = Field(
+        1.65,
+        ge=0,
+        description="standard errors of a measurement by which a budget is to be undercut; 1.65: with 95 % certainty",
+    )
     rows: int = Field(
-        128, ge=8, description="samples that are held out from rehearsal, of each budget and past task, at most"
+        256, ge=8, description="samples that are held out from rehearsal, of each budget and past task, at most"
     )
     probe: int = Field(32, ge=2, description="samples among them that a measurement during training looks at, at most")
     give_back: bool = Field(

@@ -14,7 +14,7 @@ from holdfast.api.method import Method, State
 from holdfast.api.rows import Batch, TokenRow
 from holdfast.api.stage import Extra, Rehearsed, Stage, Step
 from holdfast.data.tokens.build import TOKENS
-from holdfast.data.tokens.file import TokenFile, TokenRows
+from holdfast.data.tokens.file import TokenFile
 from holdfast.errors import ConfigError
 from holdfast.losses import dynamic_weight, next_token_nll
 from holdfast.models.head import begin_token, context
@@ -58,6 +58,8 @@ class Rehearsal(Method):
         self._start: dict[str, Any] = {}  # the key of the start teacher's cache
         self.multipliers: dict[int, float] | None = None  # of a budget, by constraint; None: there is no budget
         self.reserve: Callable[[Stage], Sequence[int]] = lambda stage: ()  # places of train rows never rehearsed
+        self.measured: int | None = None  # samples of a fixed set that a budget is measured on, at most
+        self._is_token_file = False
         self._held_out: Sequence[TokenRow] = ()
         self._draw_held_out: Callable[[], list[TokenRow]] | None = None  # before the first step that follows
 
@@ -87,7 +89,7 @@ class Rehearsal(Method):
             check_head(stage, (self.rows or stage.rows or self.held_out)[0], self.name)
         if options.loss == "ce" or not options.weight or self.teacher is not None:
             return
-        if options.source == "current" or options.drawn or isinstance(self.rows, TokenRows):
+        if options.source == "current" or options.drawn or self._is_token_file:
             self.teacher = live_teacher(options, stage)
             return
         folder, rows = Path(stage.folder, self.name), self.rows[: self.size]
@@ -220,32 +222,44 @@ class Rehearsal(Method):
             self.teacher = HiddenTeacher(options, self.buffer.states if hidden else before, before.head())
 
     def _read(self, stage: Stage) -> None:
-        """Read the fixed set of samples; one in eleven is held out, if there are at least eleven."""
+        """Read the fixed set of samples, of which some are held out: the last eleventh, if there are at least eleven;
+        for a budget a random choice of at most a fifth."""
         options, tokenizer = self.options, self._tokenizer(stage)
         seed = self._seed = stage.seed if self._seed is None else self._seed
         most = context(stage.model)
         length = min(options.max_tokens, most or options.max_tokens)
+        most_held = options.samples // 10 if self.measured is None else self.measured
         if options.source == "self":
             assert options.path is not None
-            self.rows = corpus_rows(options.path, tokenizer, most)
-            self.size = len(self.rows) - len(self.rows) // 11
+            rows: Sequence[TokenRow] = corpus_rows(options.path, tokenizer, most)
+            held = self._held(len(rows))
         elif options.path is not None and Path(options.path, TOKENS).exists():
-            self.rows = TokenFile.open(options.path, tokenizer).rows(length)
-            self.size = len(self.rows) - min(len(self.rows) // 11, options.samples // 10)
+            rows = TokenFile.open(options.path, tokenizer).rows(length)
+            held, self._is_token_file = min(self._held(len(rows)), most_held), True
         else:
-            self.rows = general_rows(
+            rows = general_rows(
                 tokenizer,
                 path=options.path,
                 dataset=options.dataset,
-                samples=options.samples + options.samples // 10,
+                samples=options.samples + most_held,
                 max_tokens=length,
                 seed=seed,
             )
-            self.size = min(options.samples, len(self.rows) - len(self.rows) // 11)
-        self._held_out = list(self.rows[self.size :])
-        if isinstance(self.rows, TokenRows) and self._needs_few:
+            held = max(self._held(len(rows)), len(rows) - options.samples)
+        self.rows, self.size = rows, len(rows) - held
+        self._held_out = list(rows[self.size :])
+        if self.measured is not None:
+            places = sorted(random.Random(f"{seed}/{self.name}/held out").sample(range(len(rows)), held))
+            self._held_out = [rows[place] for place in places]
+            self.rows = Without(rows, places) if self._is_token_file else list(Without(rows, places))
+        if self._is_token_file and self._needs_few:
             few = random.Random(f"{seed}/{self.name}").sample(range(self.size), min(options.samples, self.size))
             self.rows, self.size = [self.rows[i] for i in sorted(few)], len(few)
+            self._is_token_file = False
+
+    def _held(self, count: int) -> int:
+        """How many of a fixed set of samples are held out."""
+        return count // 11 if self.measured is None else min(self.measured, count // 5)
 
     @property
     def _needs_few(self) -> bool:

@@ -56,6 +56,7 @@ class Weighed(Protocol):
     held_out: Sequence[TokenRow]
     multipliers: dict[int, float] | None
     reserve: Callable[[Stage], Sequence[int]]
+    measured: int | None
 
 
 class Keep(Method, registered=False):
@@ -92,6 +93,8 @@ class Keep(Method, registered=False):
         self.lost: dict[int, Lost] = {}
         self.verdict: dict[str, Any] | None = None
         self._start: Shards | None = None
+        for method in self.weighed.get("general", ()):
+            method.measured = self.keep.rows
         for method in self.weighed.get("tasks", ()):
             method.reserve = self.reserved
 
@@ -106,8 +109,8 @@ class Keep(Method, registered=False):
             rows = [row for method in self.weighed["general"] for row in method.held_out][: self.keep.rows]
             if len(rows) < 2:
                 raise ConfigError(
-                    "keep.general: is measured on samples that are held out from rehearsal, one in eleven, and there "
-                    f"are {len(rows)}; 22 general samples or more would do"
+                    "keep.general: is measured on samples that are held out from rehearsal, one in five, and there "
+                    f"are {len(rows)}; 10 general samples or more would do"
                 )
             self._hold(GENERAL, rows, stage)
         self.multipliers = {k: Multiplier.start(self._share(k)) for k in self._constraints}
