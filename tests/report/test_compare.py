@@ -246,6 +246,13 @@ def test_csv_holds_every_number_in_full(seeds):
     assert lines[0]["baseline"] == lines[0]["p"] == ""
 
 
+def test_csv_holds_no_formula(seeds):
+    comparison = compare(read_runs(seeds))
+    comparison.rows[0]["run"] = "=HYPERLINK(1)"
+    [name] = [line["method"] for line in csv.DictReader(io.StringIO(as_csv(comparison)))][:1]
+    assert name == "'=HYPERLINK(1)"
+
+
 def test_p_values_as_a_person_reads_them():
     assert [p_value(p) for p in (1.0, 0.0312, 0.001, 0.0001)] == ["1.000", "0.031", "0.001", "0.0001"]
 

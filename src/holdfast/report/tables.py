@@ -91,12 +91,17 @@ def as_latex(comparison: Comparison) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
+def _no_formula(name: str | None) -> str | None:
+    return f"'{name}" if name and name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+
+
 def as_csv(comparison: Comparison) -> str:
     """One line a group with every number in full: ``KEY``, ``KEY_low`` and ``KEY_high`` of each figure; empty where it
-    is not known. ``comparable`` is no where the runs cannot be compared."""
+    is not known. ``comparable`` is no where the runs cannot be compared. A name that a spreadsheet would take for a
+    formula begins with an apostrophe."""
     lines = []
     for row in comparison.rows:
-        line = {"method": row["run"], "seeds": " ".join(map(str, row["seeds"])), "reference": row["reference"]}
+        line = {"method": _no_formula(row["run"]), "seeds": " ".join(map(str, row["seeds"])), "reference": row["reference"]}
         line |= {"comparable": "no" if comparison.different else "yes", "rank": row["rank"]}
         for figure in COMPARED:
             low, high = row["intervals"].get(figure.key) or (None, None)
@@ -104,7 +109,7 @@ def as_csv(comparison: Comparison) -> str:
         line |= {figure.key: row[figure.key] for figure in COSTS}
         paired = row["difference"] or {}
         low, high = paired.get("interval") or (None, None)
-        line |= {"baseline": comparison.baseline if paired else None, "difference": paired.get("difference")}
+        line |= {"baseline": _no_formula(comparison.baseline) if paired else None, "difference": paired.get("difference")}
         line |= {"difference_low": low, "difference_high": high}
         lines.append(line | {key: paired.get(key) for key in ("p", "p_holm", "detectable", "over")})
     file = io.StringIO()
