@@ -249,8 +249,8 @@ def test_csv_holds_every_number_in_full(seeds):
 def test_csv_holds_no_formula(seeds):
     comparison = compare(read_runs(seeds))
     comparison.rows[0]["run"] = "=HYPERLINK(1)"
-    [name] = [line["method"] for line in csv.DictReader(io.StringIO(as_csv(comparison)))][:1]
-    assert name == "'=HYPERLINK(1)"
+    first, *_ = csv.DictReader(io.StringIO(as_csv(comparison)))
+    assert first["method"] == "'=HYPERLINK(1)"
 
 
 def test_p_values_as_a_person_reads_them():

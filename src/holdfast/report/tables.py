@@ -101,16 +101,17 @@ def as_csv(comparison: Comparison) -> str:
     formula begins with an apostrophe."""
     lines = []
     for row in comparison.rows:
-        line = {"method": _no_formula(row["run"]), "seeds": " ".join(map(str, row["seeds"])), "reference": row["reference"]}
-        line |= {"comparable": "no" if comparison.different else "yes", "rank": row["rank"]}
+        line = {"method": _no_formula(row["run"]), "seeds": " ".join(map(str, row["seeds"]))}
+        comparable = "no" if comparison.different else "yes"
+        line |= {"reference": row["reference"], "comparable": comparable, "rank": row["rank"]}
         for figure in COMPARED:
             low, high = row["intervals"].get(figure.key) or (None, None)
             line |= {figure.key: row[figure.key], f"{figure.key}_low": low, f"{figure.key}_high": high}
         line |= {figure.key: row[figure.key] for figure in COSTS}
         paired = row["difference"] or {}
         low, high = paired.get("interval") or (None, None)
-        line |= {"baseline": _no_formula(comparison.baseline) if paired else None, "difference": paired.get("difference")}
-        line |= {"difference_low": low, "difference_high": high}
+        line |= {"baseline": _no_formula(comparison.baseline) if paired else None}
+        line |= {"difference": paired.get("difference"), "difference_low": low, "difference_high": high}
         lines.append(line | {key: paired.get(key) for key in ("p", "p_holm", "detectable", "over")})
     file = io.StringIO()
     writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
