@@ -16,12 +16,14 @@ import pytest
 import torch
 
 import holdfast
+from holdfast.deploy.follow import held_stage
 from holdfast.errors import ConfigError, Interrupted, RunDirectoryError
 from holdfast.models.sampling import sample
 from holdfast.records.kept import Kept
 from holdfast.records.read import read_run
 from holdfast.report.learned import learned_lines
 from holdfast.runner.learn.settings import training_settings
+from holdfast.runner.stage import train_stage as train
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from support.command import holdfast as command
@@ -318,7 +320,7 @@ def test_the_command_says_what_was_learned_and_of_known_data_one_line(copy: Path
 
 
 @pytest.mark.slow
-def test_after_a_rollback_the_screen_is_about_what_the_run_holds(copy: Path, place: Path):
+def test_after_a_rollback_the_screen_is_about_what_the_run_holds(copy: Path, place: Path, monkeypatch):
     """Undone stages are no way back, and a stage that the gate undid has figures of its own in `status` alone."""
     holdfast.rollback(copy, to=1, progress=Said())
     learn(write(place / "violet.jsonl", rows("violet", 12)), copy)
@@ -326,7 +328,10 @@ def test_after_a_rollback_the_screen_is_about_what_the_run_holds(copy: Path, pla
     assert "red  accuracy" in screen and "green" not in screen
     assert f"holdfast rollback {copy} --to 1 " in screen
     strict = {"gate": {"min_learned": 2.0, "on_fail": "rollback"}}
+    held = []
+    monkeypatch.setattr("holdfast.runner.loop.train_stage", lambda *a: [held.append(held_stage(copy)), train(*a)][1])
     learn(write(place / "brown.jsonl", rows("brown", 12)), copy, config=strict)
+    assert held == [3], "a stage that was finished without a gate stays in service while the next is trained"
     screen = "\n".join(learned_lines(read_run(copy)))
     assert screen.startswith("stage 4: brown") and "went back from it and holds stage 3 (violet)\n" in screen
     assert "accuracy" not in screen and "holdfast status" in screen and "holdfast rollback" not in screen

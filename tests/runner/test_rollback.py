@@ -163,6 +163,9 @@ def test_a_stage_is_settled_once_it_is_measured_and_judged(made):
     found = read_run(made)
     assert settled_stage(found) == 3
     found.info["config"]["gate"] = {"max_forgetting": 1.0}
+    assert settled_stage(found) == 2, "stages that others follow were finished before there was a gate"
+    for entry in found.info["stages"]:
+        entry["config"] = entry["config"] | {"gate": {"max_forgetting": 1.0}}
     assert settled_stage(found) == 0
     found.info["gate"] = [{"stage": 1, "current": 1}, {"stage": 2, "current": 1}]
     assert settled_stage(found) == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from holdfast.records.directory import current_stage, rolled_back
 from holdfast.records.read import FinishedRun
 
@@ -15,7 +18,18 @@ def is_settled(run: FinishedRun, stage: int) -> bool:
     """Whether a complete stage is measured and, where the run has a gate, judged."""
     judged = [decision["stage"] for decision in run.info.get("gate", [])]
     waits = stage and run.config.get("gate") and stage not in judged and rolled_back(run.info, stage) is None
+    waits = waits and not is_older_than_the_gate(run.info, stage)
     return not waits and stage in run.folders and (run.folders[stage] / "evaluation.json").exists()
+
+
+def is_older_than_the_gate(record: Mapping[str, Any], stage: int) -> bool:
+    """Whether a stage began without a gate, and others follow, which a gate that the run has by now is for.
+
+    Args:
+        record: run.json.
+    """
+    gates = [entry["config"].get("gate") for entry in record.get("stages", []) if entry["stage"] == stage]
+    return gates == [None] and record["config"].get("keep") is None and stage < len(record["tasks"])
 
 
 def settled_stage(run: FinishedRun) -> int:

@@ -21,6 +21,7 @@ from holdfast.records.follow import Followers, followed
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
 from holdfast.records.shapes import read_json
+from holdfast.records.stages import is_older_than_the_gate
 from holdfast.records.trackers import chosen
 from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.report.text import number
@@ -141,7 +142,8 @@ class RunLoop:
         if len(done) <= len(self.setup.stages):
             self.followers.begin()
         self.directory.end_stages([stage.index for stage in done])
-        self._settle(done[-1], judge=not self._is_older_than_the_gate(done[-1]))
+        measured = self.directory.exists(self._folder(done[-1]) / "evaluation.json")
+        self._settle(done[-1], judge=not (measured and is_older_than_the_gate(self.directory.record, done[-1].index)))
         for stage in self.setup.stages[len(done) - 1 :]:
             self._train(stage)
             self._settle(stage)
@@ -272,12 +274,6 @@ class RunLoop:
         )
 
     # --- measure ---
-
-    def _is_older_than_the_gate(self, stage: PlannedStage) -> bool:
-        """Whether a stage was measured before there was a gate, and other stages follow, which the gate is for."""
-        measured = self.directory.exists(self._folder(stage) / "evaluation.json")
-        gates = [e["config"].get("gate") for e in self.directory.record["stages"] if e["stage"] == stage.index]
-        return measured and gates == [None] and self.config.keep is None and stage.index < len(self.setup.stages)
 
     def _settle(self, stage: PlannedStage, judge: bool = True) -> None:
         """Measure and judge the last trained stage, and measure what is not measured of the model that the run goes on
