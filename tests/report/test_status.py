@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import holdfast
-from holdfast.report.status import show
+from holdfast.records.read import read_run
+from holdfast.report.status import _Stages, show
+from holdfast.scoring import SCORERS
 from holdfast.system.files import read_json, write_json
 from holdfast.system.progress import Progress
 from holdfast.system.terminal import open_console
@@ -40,6 +42,19 @@ def test_each_stage_has_what_it_learned_and_cost(made: Path):
     assert one["gate"] == two["gate"] == "passed" and one["seconds"] > 0
     assert json.loads(json.dumps(found)) == found, "plain values"
     assert any("rollback" in step["command"] and step["command"].endswith("--to 1") for step in found["next"])
+
+
+def test_scores_of_different_scales_have_no_common_mean(made: Path, capsys: pytest.CaptureFixture[str]):
+    """An accuracy and a loss: each has a mean of its own."""
+    stages = _Stages(read_run(made), [0, 1, 2])
+    assert stages._mean_changes(1, 2, [0]).keys() == {"fraction"}
+    stages.own.matrix["scores"][1:] = [[0.5, 0.25], [0.25, 2.25]]
+    stages.own.scorers["green"] = SCORERS["loss"]
+    assert stages._mean_changes(1, 2, [0, 1]) == {"fraction": -0.25, "loss": -2.0}
+    found = holdfast.status(made)
+    found["stages"][1] |= {"forgetting": None, "forgetting_by_scale": {"fraction": 0.25, "loss": 2.0}}
+    show(found)
+    assert "forgetting +0.250 fraction, +2.000 loss" in capsys.readouterr().out
 
 
 def test_a_stage_says_whether_it_kept_its_budget(made: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.metrics.intervals import paired_difference
+from holdfast.metrics.matrix import scale_of
 from holdfast.records.directory import current_stage, file_name, learned_stages, require_runs
 from holdfast.records.gate import general_loss, is_accuracy, is_general_loss
 from holdfast.records.read import FinishedRun, read_run
@@ -34,7 +36,9 @@ def status(run: Path | str) -> dict[str, Any]:
           or waiting; ``step``, while it trains;
         - ``learned``: what its task gained in it, positive is better; its 95 % ``interval`` over test examples; and
           ``is_learned``, whether that is more than chance;
-        - ``forgetting``: the mean fall of the tasks that were learned before, in this stage alone; positive is worse;
+        - ``forgetting``: the mean fall of the tasks that were learned before, in this stage alone; positive is worse.
+          It is None where their metrics have no common scale, and ``forgetting_by_scale`` has the mean of each:
+          ``fraction`` (such as accuracy), or a loss's name;
         - ``general_change``: the mean change of the accuracy-like general abilities, negative is worse; and
           ``general_loss``: the mean rise of the losses on general text as a share, positive is worse;
         - ``seconds``, of training and measuring; ``gate``, what it decided; and ``keep``, whether the stage kept its
@@ -98,7 +102,8 @@ class _Stages:
     def _learned(self, t: int, measured: bool) -> dict[str, Any]:
         gain, ends = self._gain(t) if measured and not self.run.joint else (None, None)
         if measured and self.run.joint:
-            gain = self._mean_change(0, t, range(len(self.run.tasks)))
+            gains = self._mean_changes(0, t, range(len(self.run.tasks)))
+            gain = next(iter(gains.values())) if len(gains) == 1 else None
         sure = None if gain is None else (ends[0] if ends else gain) > 0
         return {"learned": gain, "interval": ends, "is_learned": sure}
 
@@ -115,12 +120,13 @@ class _Stages:
         return gain, ends and sorted(sign * end for end in ends)
 
     def _cost(self, t: int, measured: bool) -> dict[str, Any]:
-        keys = ("forgetting", "general_change", "general_loss", "seconds")
+        keys = ("forgetting", "forgetting_by_scale", "general_change", "general_loss", "seconds")
         if not measured:
             return dict.fromkeys(keys)
         before = current_stage(self.run.info, t - 1)
         past = [] if self.run.joint else [s - 1 for s in learned_stages(self.run.info, t - 1)]
-        change = self._mean_change(before, t, past)
+        fallen = {scale: -change for scale, change in self._mean_changes(before, t, past).items()}
+        fall = next(iter(fallen.values())) if len(fallen) == 1 else None
         first, last = self._general(before), self._general(t)
         moved = [after - first[name] for name, after in last.items() if is_accuracy(name) and name in first]
         losses = [
@@ -131,7 +137,7 @@ class _Stages:
         rises = [(after - start) / start for after, start in losses if start]
         folder = self.run.folders[t]
         seconds = sum(read_json(folder / name)["seconds"] for name in ("stage.json", "evaluation.json"))
-        return dict(zip(keys, (None if change is None else -change, _mean(moved), _mean(rises), seconds), strict=True))
+        return dict(zip(keys, (fall, fallen, _mean(moved), _mean(rises), seconds), strict=True))
 
     def _keep(self, t: int) -> dict[str, Any] | None:
         """The verdict on a stage's budget."""
@@ -162,9 +168,14 @@ class _Stages:
             return None
         return first - second if self.own.lower_is_better(j) else second - first
 
-    def _mean_change(self, before: int, after: int, tasks: Any) -> float | None:
-        changes = [self._change(before, after, j) for j in tasks]
-        return None if None in changes else _mean(changes)  # type: ignore[arg-type]
+    def _mean_changes(self, before: int, after: int, tasks: Iterable[int]) -> dict[str, float]:
+        """How much better the tasks became in the mean, by the scale of their metrics; empty if one is not known."""
+        changes: dict[str, list[float]] = {}
+        for j in tasks:
+            if (change := self._change(before, after, j)) is None:
+                return {}
+            changes.setdefault(scale_of(self.own.scorers[self.own.tasks[j]]), []).append(change)
+        return {scale: sum(found) / len(found) for scale, found in changes.items()}
 
 
 def _mean(values: list[float]) -> float | None:
@@ -237,7 +248,10 @@ def _cells(stage: dict[str, Any]) -> dict[str, str]:
     return {
         "": stage["state"] + (f", step {stage['step']}" if "step" in stage else ""),
         "learned": learned,
-        "forgetting": "" if stage["forgetting"] is None else number(stage["forgetting"], signed=True),
+        "forgetting": ", ".join(
+            number(fall, signed=True) + (f" {scale}" if stage["forgetting"] is None else "")
+            for scale, fall in (stage["forgetting_by_scale"] or {}).items()
+        ),
         "general": "" if stage["general_change"] is None else number(stage["general_change"], signed=True),
         "general loss": "" if loss is None else f"{'−' if loss < 0 else '+'}{abs(100 * loss):.1f} %",
         "minutes": "" if seconds is None else f"{seconds / 60:.1f}",
@@ -275,5 +289,6 @@ def _print_table(stages: list[dict[str, Any]], console: Console) -> None:
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for stage, cells in zip(stages, rows, strict=True):
         style = "bold" if stage["state"] == "current" else "dim" if stage["state"] in ("undone", "waiting") else None
+        cells["forgetting"] = cells["forgetting"].replace(", ", "\n")
         table.add_row(f"{stage['stage']} {stage['task']}", *(cells[name] or "–" for name in shown), style=style)
     console.print(table)
