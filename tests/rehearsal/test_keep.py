@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,6 +89,16 @@ def test_rows_that_are_held_out_are_never_rehearsed(tmp_path):
     stages([method, keep], rows=20, folder=tmp_path)
     assert len(keep.samples.rows) == 2 * 4
     assert not [row for row in method.memory.rows if row in keep.samples.rows]
+
+
+def test_between_what_may_be_lost_now_and_what_is_aimed_at_a_multiplier_stays():
+    keep = Keep({"tasks": 0.1, "margin": 0, "glide": 4}, build([("replay", {})]))
+    half = SimpleNamespace(stage=SimpleNamespace(steps=20), index=9)  # 0.8 + 4 * 0.5 ** 2 budgets
+    found = []
+    for lost in (0.04, 0.081, 0.179, 0.36):
+        keep.lost = {1: Lost(lost, 0.0, 0.1)}
+        found.append(keep._excess(1, half))
+    assert found == pytest.approx([math.log(0.4 / 0.8), 0, 0, math.log(3.6 / 1.8)])
 
 
 @pytest.mark.parametrize(("rows", "samples", "measured"), [(256, 1000, 9), (8, 1000, 8), (256, 30, 18)])

@@ -123,7 +123,7 @@ class Keep(Method, registered=False):
             return
         self.lost = self.measure(step.stage, step.random(self.name))
         for k, multiplier in self.multipliers.items():
-            multiplier.update(self.lost[k].excess(self.keep.margin, self._wider(step)), self.keep)
+            multiplier.update(self._excess(k, step), self.keep)
         self._weigh()
 
     def watched(self) -> dict[str, float]:
@@ -200,6 +200,11 @@ class Keep(Method, registered=False):
         self.multipliers = {k: Multiplier(*values) for k, *values in _entries(four, state, "multipliers")}
         self.lost = {k: Lost(*values) for k, *values in _entries(four, state, "lost")}
         self._weigh()
+
+    def _excess(self, k: int, step: Step) -> float:
+        """How far what was lost is above what may be lost now, or below what is aimed at; 0 between them."""
+        above, below = (self.lost[k].excess(self.keep.margin, times) for times in (self._wider(step), AIM))
+        return max(above, 0.0) + min(below, 0.0)
 
     def _wider(self, step: Step) -> float:
         """How many times its budget may be lost now: the first steps of a stage stir up much that settles again."""
