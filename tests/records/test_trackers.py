@@ -199,6 +199,7 @@ def test_tensorboard_on_disk(without: Path) -> None:
     assert len(list((without / "run" / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_mlflow_on_disk(without: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
     pytest.importorskip("sqlalchemy", reason="MLflow keeps runs on disk with SQLAlchemy, which is not installed")
