@@ -21,7 +21,7 @@ from holdfast.errors import ConfigError, Interrupted, RunDirectoryError
 from holdfast.models.sampling import sample
 from holdfast.records.kept import Kept
 from holdfast.records.read import read_run
-from holdfast.report.learned import learned_lines
+from holdfast.report.learned import _compared, learned_lines
 from holdfast.runner.learn.settings import training_settings
 from holdfast.runner.stage import train_stage as train
 from holdfast.system.files import read_json, read_jsonl
@@ -312,6 +312,7 @@ def test_the_command_says_what_was_learned_and_of_known_data_one_line(copy: Path
     assert screen.startswith("stage 2: green")
     for part in ("rouge_l", "red  accuracy", "general loss on its own samples", "holdfast serve", "report.html"):
         assert part in screen
+    assert [_compared(change) for change in (0.25, -0.25, -0.0001)] == ["0.250 better", "0.250 worse", "the same"]
     commands = [line.removeprefix("  holdfast ") for line in screen.splitlines() if line.startswith("  holdfast ")]
     assert len({len(line) - len(line.partition("  ")[2].lstrip()) for line in commands}) == 1, "what for is a column"
     assert command("learn", place / "red.jsonl", "--into", copy) == 0

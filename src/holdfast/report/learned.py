@@ -85,8 +85,14 @@ def _lost(run: FinishedRun, stage: int) -> list[str]:
             continue
         change = (after - before) * (-1 if run.lower_is_better(j) else 1)
         metric = run.matrix["metrics"][task]
-        lines.append(f"  {task}  {metric} {number(before)} -> {number(after)} ({number(change, True)})")
+        lines.append(f"  {task}  {metric} {number(before)} -> {number(after)} ({_compared(change)})")
     return lines
+
+
+def _compared(change: float) -> str:
+    """A change in words, since of a loss the lower one is better."""
+    amount = number(abs(change))
+    return "the same" if float(amount.replace(",", "")) == 0 else f"{amount} {'better' if change > 0 else 'worse'}"
 
 
 def _general(run: FinishedRun, stage: int) -> list[str]:
