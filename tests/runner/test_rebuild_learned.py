@@ -70,14 +70,18 @@ def test_without_the_first_month(folder: Path, three: Path):
     assert tensors(made) == tensors(never), "and it learns on"
 
 
-def test_without_rows_of_a_month(folder: Path):
+def test_without_rows_of_a_month(folder: Path, monkeypatch: pytest.MonkeyPatch):
     made = learned(folder, "rows", "green", "grey")
     rows = read_jsonl(folder / "grey.jsonl")[:4]
     gone = folder / "gone.csv"
     gone.write_text("question,response\n" + "".join(f"{row['prompt']},{row['answer']}\n" for row in rows))
     assert {"learn.json", "run.json", "data/02-grey/train.jsonl"} <= set(holding(made))
     before, hashes = tensors(made), read_jsonl(made / "data" / "rows.jsonl")
+    said: list[str] = []
+    monkeypatch.setattr(QUIET, "line", said.append)
     holdfast.rebuild(made, without_rows=gone, progress=QUIET)
+    assert said[0].startswith(f"{made}: stage 1 is kept, grey made again in ")
+    assert [line for line in said if "report.html" in line] == [f"report: {made / 'report.html'}"], "where it lies then"
     assert holding(made) == [], "not even as one of the answers that there may be"
     after = tensors(made)
     assert all(after[name] == values for name, values in before.items() if "02-grey" not in name)

@@ -16,7 +16,7 @@ from holdfast.evaluation.general import evaluate_general, matrix_name
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.models.weights import check_weights
-from holdfast.records.directory import RunDirectory, current_stage, learned_stages, open_directory
+from holdfast.records.directory import REBUILD, RunDirectory, current_stage, learned_stages, open_directory
 from holdfast.records.follow import Followers, followed
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
@@ -427,4 +427,5 @@ class RunLoop:
             return
         path = write_report([self.directory.path], self.directory.path / "report.html")
         self.followers.report(path)
-        self.progress.line(f"report: {path}")
+        if not self.directory.path.name.endswith(REBUILD):  # which soon lies elsewhere
+            self.progress.line(f"report: {path}")

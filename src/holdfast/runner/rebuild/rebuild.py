@@ -95,6 +95,7 @@ def rebuild(
             _finish(path, state)
         exchange(path)
     progress.line(f"{path}: is made again, and in its place")
+    progress.line(f"report: {path / 'report.html'}")
     return read_json(path / "matrix.json")
 
 
@@ -277,7 +278,7 @@ def _tell(run: FinishedRun, made: Plan, again: Sequence[str], progress: Progress
     what = f"{', '.join(again)} made again in {sibling(run.path)}" if again else "none is made again"
     progress.line(f"{run.path}: {left}, {what}")
     if made.undone:
-        progress.line(f"{', '.join(made.undone)}: undone before, so they go as well")
+        progress.line(f"{', '.join(made.undone)}: undone before, hence removed, too")
 
 
 def _finish(path: Path, state: Mapping[str, Any]) -> None:
