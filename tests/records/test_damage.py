@@ -24,6 +24,8 @@ from holdfast.runner.reload import find_stage
 from holdfast.system.files import read_appended
 from holdfast.system.manifest import MANIFEST
 from holdfast.system.progress import Progress
+from support.command import holdfast
+from support.paths import GOLDEN
 from support.resumed import results
 from support.tiny import tiny_config
 
@@ -247,3 +249,28 @@ def test_a_damaged_answer_of_an_evaluation_that_was_killed_is_named(tmp_path):
     (tmp_path / "answers.jsonl").write_text((tmp_path / "answers.jsonl").read_text().replace("answer", "answfr"))
     with pytest.raises(RunDirectoryError, match=r"answers\.jsonl: line 1 is damaged"):
         AnswerCache(tmp_path / "answers.jsonl")
+
+
+@pytest.mark.parametrize(
+    "line", ["status run", "rollback run --to 2", "rebuild run --without green", "report run", "run config.yaml"]
+)
+def test_a_stage_that_is_missing_before_another_is_told(line, tmp_path, monkeypatch, capsys):
+    shutil.copytree(GOLDEN / "old_runs" / "full-ewc", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "stages" / "01-red").rename(tmp_path / "red")
+    code, said = holdfast(*line.split()), capsys.readouterr().err
+    if line == "report run":  # it shows what is there
+        assert code == 0
+    else:
+        assert code == 2 and "is missing, though " in said, said
+
+
+@pytest.mark.parametrize("change", [lambda lines: lines[1:], lambda lines: [lines[0], *lines]], ids=["gone", "twice"])
+def test_a_line_of_responses_that_is_gone_or_twice_is_told(change, tmp_path, monkeypatch, capsys):
+    shutil.copytree(GOLDEN / "old_runs" / "full-ewc", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "run" / "stages" / "00-start" / "responses" / "green.jsonl"
+    lines = change(file.read_text().splitlines(keepends=True))
+    file.write_text("".join(lines))
+    assert holdfast("gate", "run", "--max-forgetting", "1") == 2
+    assert f"green.jsonl: is damaged: it has {len(lines)} rows, and the task " in capsys.readouterr().err

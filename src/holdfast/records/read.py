@@ -20,7 +20,7 @@ from holdfast.metrics.intervals import paired_difference
 from holdfast.metrics.matrix import Total
 from holdfast.records.directory import current_stage, file_name
 from holdfast.records.growth import stage_settings
-from holdfast.records.shapes import check_matrix, read_appended, read_json, read_jsonl
+from holdfast.records.shapes import check_matrix, damaged, read_appended, read_json, read_jsonl
 from holdfast.scoring.score import scorer
 
 REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
@@ -199,11 +199,20 @@ class FinishedRun:
         return current_stage(self.info, stage) if stage in self.folders else 0
 
     def responses(self, row: int, task: str) -> list[dict[str, Any]]:
-        """The scored test rows of a task at a row of the score matrix; empty if their file is not there."""
+        """The scored test rows of a task at a row of the score matrix; empty if their file is not there.
+
+        Raises:
+            RunDirectoryError: they are not as many as the task has.
+        """
         if self.stage_of(row) not in self.folders:
             return []
         file = self.folders[self.stage_of(row)] / "responses" / f"{file_name(task, self.tasks)}.jsonl"
-        return read_jsonl(file) if file.exists() else []
+        if not file.exists():
+            return []
+        rows, expected = read_jsonl(file), self.info["tasks"][task]["test"]
+        if len(rows) != expected:
+            raise damaged(file, f"it has {len(rows)} rows, and the task {expected}")
+        return rows
 
     def statistics(self, row: int, j: int) -> NDArray[np.float64] | None:
         """Statistics of task j's test examples at a row of the score matrix, [examples, k], from whose sums

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.errors import RunDirectoryError
 from holdfast.records.directory import current_stage, rolled_back
 from holdfast.records.read import FinishedRun
 
 
 def complete_stages(run: FinishedRun) -> list[int]:
-    """The numbers of the start and of the stages that are trained, in order."""
-    return [0, *sorted(n for n, folder in run.folders.items() if n and (folder / "stage.json").exists())]
+    """The numbers of the start and of the stages that are trained, in order.
+
+    Raises:
+        RunDirectoryError: one before another is missing.
+    """
+    done = sorted(n for n, folder in run.folders.items() if n and (folder / "stage.json").exists())
+    for number, there in enumerate(done, start=1):
+        if number != there:
+            raise RunDirectoryError(
+                f"{run.path / 'stages'}: stage {number} is missing, though stage {there} is there; restore its folder "
+                "from a copy"
+            )
+    return [0, *done]
 
 
 def is_settled(run: FinishedRun, stage: int) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.api.task import Task
 from holdfast.config.run import RunConfig, load_config
-from holdfast.errors import GateFailed
+from holdfast.errors import GateFailed, RunDirectoryError
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import evaluate_general, matrix_name
 from holdfast.evaluation.respond import evaluate_task
@@ -170,6 +170,12 @@ class RunLoop:
     def _done(self) -> list[PlannedStage]:
         """The start, and the stages that are trained."""
         trained = [s for s in self.setup.stages if self.directory.exists(self._folder(s) / "stage.json")]
+        for planned, stage in zip(self.setup.stages, trained, strict=False):
+            if planned is not stage:
+                raise RunDirectoryError(
+                    f"{self._folder(planned)}: is missing, though {self._folder(stage).name} is there; restore it from "
+                    "a copy"
+                )
         return [START, *trained]
 
     def _current(self) -> PlannedStage:
