@@ -39,6 +39,11 @@ DAMAGES = {
     "a task twice": ("matrix.json", lambda v: v["tasks"].__setitem__(0, "green"), "each once"),
     "no summary": ("matrix.json", lambda v: v["summary"].pop("forgetting"), "summary.forgetting: field required"),
     "half an interval": ("matrix.json", lambda v: v["intervals"]["average"].pop(), "intervals.average"),
+    "no perplexity": (
+        "matrix.json",
+        lambda v: v["general"]["perplexity/sea"].__setitem__(1, 0.0),
+        "general: value error, perplexity/sea must be above 0",
+    ),
     "half a general ability": ("matrix.json", lambda v: v["general"]["perplexity/sea"].pop(), "has 2 values, not 3"),
 }
 

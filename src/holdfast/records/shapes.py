@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import with_config
+from pydantic import AfterValidator, with_config
 from typing_extensions import TypedDict
 
 from holdfast.errors import RunDirectoryError
@@ -197,6 +197,15 @@ class _Summary(TypedDict):
     general_change: Number
 
 
+def _has_logarithms(general: dict[str, Any]) -> dict[str, Any]:
+    """Measures of general ability by their names, of which perplexities are above 0: their logarithms are losses."""
+    for name, found in general.items():
+        values = found if isinstance(found, list) else [found]
+        if name.startswith("perplexity") and any(value is not None and value <= 0 for value in values):
+            raise ValueError(f"{name} must be above 0")
+    return general
+
+
 @with_config(AS_WRITTEN)
 class Matrix(TypedDict):
     """matrix.json."""
@@ -206,7 +215,7 @@ class Matrix(TypedDict):
     scores: list[list[Number]]
     beside: NotRequired[dict[str, dict[str, list[Number]]]]
     floors: NotRequired[dict[str, Number]]
-    general: dict[str, list[Number]]
+    general: Annotated[dict[str, list[Number]], AfterValidator(_has_logarithms)]
     joint: list[Number] | None
     summary: _Summary
     by_task: NotRequired[dict[str, list[Number]]]
@@ -249,7 +258,7 @@ class StageRecord(TypedDict):
 class Evaluation(TypedDict):
     """evaluation.json."""
 
-    general: dict[str, Number]
+    general: Annotated[dict[str, Number], AfterValidator(_has_logarithms)]
     general_examples: NotRequired[dict[str, list[list[Number]]]]
     seconds: float
 

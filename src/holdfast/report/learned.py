@@ -108,5 +108,6 @@ def _general(run: FinishedRun, stage: int) -> list[str]:
             continue
         first, last = general_loss(name, first), general_loss(name, last)
         what = "general loss on its own samples" if shown == "own" else f"general loss on {shown}"
-        lines.append(f"  {what}  {number(first)} -> {number(last)} ({(last - first) / first:+.1%} since the start)")
+        share = f" ({(last - first) / first:+.1%} since the start)" if first else ""
+        lines.append(f"  {what}  {number(first)} -> {number(last)}{share}")
     return lines
