@@ -1,4 +1,4 @@
-"""`holdfast convert`: turn an InternLM2 or Baichuan checkpoint into a plain Llama one."""
+"""`holdfast convert`: turn a GGUF file, an InternLM2 or a Baichuan checkpoint into a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import typer
 
 from holdfast.system.terminal import say
 
-Source = Annotated[Path, typer.Argument(help="Folder of an InternLM2, InternLM2.5, Baichuan2-7B or Baichuan-7B.")]
+Source = Annotated[
+    Path, typer.Argument(help="A .gguf file, or a folder of an InternLM2, InternLM2.5, Baichuan2-7B or Baichuan-7B.")
+]
 Target = Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")]
 
 
 def convert(source: Source, target: Target) -> None:
-    """Turn an InternLM2 or Baichuan checkpoint into a plain Llama one, once, without running the code it brings."""
+    """Turn a GGUF file, an InternLM2 or a Baichuan checkpoint into a folder that transformers loads, once, without
+    running the code it brings."""
     from holdfast.models.convert.checkpoint import convert as convert_checkpoint
+    from holdfast.models.convert.gguf import convert_gguf
     from holdfast.system.progress import Progress
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
-    say(convert_checkpoint(source, target, Progress()))
+    say(convert_gguf(source, target) if source.is_file() else convert_checkpoint(source, target, Progress()))

@@ -62,7 +62,10 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
 
     folder = Path(model.name)
     if folder.is_file():
-        raise ConfigError(f"{key}: {model.name!r} is a file; give the folder that holds the model")
+        once = (
+            f"convert it once, holdfast convert {model.name} FOLDER, and " if folder.suffix.lower() == ".gguf" else ""
+        )
+        raise ConfigError(f"{key}: {model.name!r} is a file; {once}give the folder that holds the model")
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ConfigError(
             f"{key}: the folder {model.name!r} holds no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be "
