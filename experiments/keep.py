@@ -226,8 +226,10 @@ def draw(output: Path, seeds: list[int], picture: Path) -> None:
         axes.errorbar(x, y, dy, dx, marker + "-", color=colour, label=label, capsize=2, linewidth=1)
         for lost, mean, amount in zip(x, y, amounts, strict=True):
             text = f"{amount:g}%" if kind == "keep" else f"{amount:g}"
-            axes.annotate(text, (lost, mean), textcoords="offset points", xytext=(5, -11), fontsize=8, color=colour)
+            side = (-6, 8) if kind == "keep" else (5, -11)
+            axes.annotate(text, (lost, mean), textcoords="offset points", xytext=side, fontsize=8, color=colour)
     axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("lost: rise of the loss on held-out general text, %")
     axes.set_ylabel("learned")
     axes.legend()
