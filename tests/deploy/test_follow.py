@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -201,6 +202,18 @@ def test_health_and_models_say_which_stage_is_served(server: FollowingServer):
     assert (model["id"], model["root"], model["stage"]) == ("run", "run/03-blue", 3)
     assert server.get("/v1/models/run/03-blue") == server.get("/v1/models/run") == model
     assert "does not exist here; run does" in json.dumps(server.get("/v1/models/run/01-red"))
+
+
+def test_a_stage_that_was_made_again_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    old, new = (SimpleNamespace(number=1, weights=w, run=SimpleNamespace(path=tmp_path)) for w in ("old", "new"))
+    backend, said = SimpleNamespace(name="run/01-red", threads=SimpleNamespace(shutdown=lambda wait: None)), list[str]()
+    served = SimpleNamespace(backend=backend, inside=0)
+    service: Any = SimpleNamespace(served=served, exchange=lambda backend: served)
+    follower = Follower(service, old, lambda number: new, lambda stored: backend, said.append)
+    monkeypatch.setattr("holdfast.deploy.follow.held_stage", lambda run: 1)
+    monkeypatch.setattr("holdfast.deploy.follow._state", lambda run: "seen")
+    follower._look()
+    assert said == ["serves run/01-red as it was made again"]
 
 
 @pytest.mark.slow

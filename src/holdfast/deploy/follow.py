@@ -102,7 +102,9 @@ class Follower:
             except Exception as error:
                 self._fail(wanted, f"stage {stored.number} cannot be loaded: {error}", seen)
                 return
-            self._say(f"serves {backend.name} now, not {self._service.served.backend.name}")
+            former = self._service.served.backend.name
+            again = backend.name == former
+            self._say(f"serves {former} as it was made again" if again else f"serves {backend.name} now, not {former}")
             self._serves = wanted
             self._retire(self._service.exchange(backend))
         self._seen, self._failed = seen, (None, 0.0)
