@@ -3,7 +3,11 @@
 import os
 import signal
 
+import pytest
+
+from holdfast.errors import Interrupted
 from holdfast.system.interrupt import Interrupt
+from holdfast.system.progress import Progress
 
 
 def test_a_signal_that_an_inner_context_caught_is_the_outer_ones_too():
@@ -18,3 +22,13 @@ def test_a_signal_that_an_inner_context_caught_is_the_outer_ones_too():
             pass
         assert not later.requested
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_bar_stops_its_work_but_not_when_all_is_done():
+    with Interrupt() as interrupt, interrupt.bar(Progress(quiet=True), "work") as on_batch:
+        interrupt.requested = True
+        on_batch(3, 3)
+        with pytest.raises(Interrupted, match="stopped in 'work' after 2 of 3"):
+            on_batch(2, 3)
+    with pytest.raises(Interrupted, match="stopped before 'more'"), interrupt.bar(Progress(quiet=True), "more"):
+        raise AssertionError("it was begun")

@@ -39,17 +39,19 @@ class Interrupt:
 
     @contextmanager
     def bar(self, progress: Progress, title: str) -> Iterator[Callable[[int, int], None]]:
-        """Show a bar for a piece of work that can be stopped.
+        """Show a bar for a piece of work that can be stopped, also before it begins.
 
         Yields:
             a function to call with the steps done and all steps. It moves the bar, and raises Interrupted if a signal
-            came.
+            came, unless all is done: then what was made can be kept.
         """
+        self.check(f"before {title!r}")
         with progress.bar(title) as bar:
 
             def on_batch(done: int, total: int) -> None:
                 bar.update(done, total=total)
-                self.check(f"in {title!r} after {done} of {total}")
+                if done < total:
+                    self.check(f"in {title!r} after {done} of {total}")
 
             yield on_batch
 
