@@ -94,6 +94,11 @@ def test_bad_files_are_named_with_place_and_reason(tmp_path: Path, name: str, co
     assert all(part in str(error.value) for part in [name, *said]), error.value
 
 
+def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a folder, where a data file is needed"):
+        read_rows(tmp_path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.json"):
         read_rows(tmp_path / "gone.json")

@@ -120,6 +120,9 @@ ASKED_WRONG = {
     "a template without ends": ({"chat": True}, {"chat_template": BARE}, "no special token after the user's words"),
     "a domain in a chat": ({"chat": True, "domain": "e"}, {"chat_template": BARE}, "takes no domain"),
     "beyond the context": ({"length": 129}, {}, "129 is more than the model's context of 128"),
+    "no domain among several": ({"domain": []}, {}, "domain: names none; leave it out"),
+    "a domain and a token": ({"domain": "e", "token": 5}, {}, "prompt token: .* leave one of them out"),
+    "a temperature without end": ({"temperature": float("inf")}, {}, "inf cannot divide logits"),
     "no room": ({"length": 1}, {}, "leaves no room beside the 1 tokens"),
 }
 

@@ -102,6 +102,8 @@ def iterate_rows(path: Path, bad: list[str] | None = None) -> Iterator[dict[str,
             twice in a row or in the first line of a .csv file. The rows before a bad one are given first.
     """
     kind = suffix(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, where a data file is needed")
     if kind not in SUFFIXES:
         raise DataError(
             f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(SUFFIXES)}, and {', '.join(COMPRESSED)} "

@@ -159,6 +159,8 @@ class RehearsalOptions(Section):
                 "loss margin: its thresholds are those of a fixed set of samples; write one with `holdfast replay` and "
                 "give it as path"
             )
+        if self.domain is not None and not self.domain:
+            raise ValueError("domain: names none; leave it out, and samples begin with the begin token")
         if self.chat and self.domain is not None:
             raise ValueError("chat: a chat begins as its template does, so it takes no domain")
         return self

@@ -107,6 +107,8 @@ class Request:
         length, domain, token, chat = options.length, options.domain, options.token, options.chat
         if length is not None and context is not None and length > context:
             raise ConfigError(f"length: {length} is more than the model's context of {context} tokens")
+        if domain is not None and not domain:
+            raise ConfigError("domain: names none; leave it out, and samples begin with the begin token")
         if domain is not None and token is not None:
             raise ConfigError("prompt token: a sample begins with it or with a domain's token; leave one of them out")
         if not 0 < options.temperature < math.inf:
