@@ -10,10 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from holdfast.errors import ConfigError, DataError
+from holdfast import run
+from holdfast.deploy.export import export
+from holdfast.errors import ConfigError, DataError, RunDirectoryError
 from holdfast.models.convert.gguf import convert_gguf
+from holdfast.runner.evaluate import evaluate
+from holdfast.system.files import read_json
+from holdfast.system.progress import Progress
 from support.command import holdfast
-from support.tiny import tiny_model
+from support.tiny import tiny_config, tiny_model
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'holdfast[gguf]'")
 
@@ -124,3 +129,28 @@ def test_what_cannot_be_converted_is_one_message(tmp_path):
     assert not (tmp_path / "folder").exists()
     with pytest.raises(ConfigError, match="exists already"):
         convert_gguf(tmp_path / "whole.gguf", tmp_path)
+
+
+def test_a_run_takes_the_file_as_its_model_and_is_that_of_the_converted_folder(tmp_path):
+    write(tmp_path / "small.gguf", gguf.GGMLQuantizationType.Q8_0)
+    convert_gguf(tmp_path / "small.gguf", tmp_path / "folder")
+    runs = {}
+    for model in ("small.gguf", "folder"):
+        config = tiny_config(tmp_path, model=str(tmp_path / model), tuner="lora", output=str(tmp_path / f"run-{model}"))
+        config["stream"]["order"], config["training"] = ["red"], {"max_steps": 2}
+        for _ in range(2):  # the second time it is finished
+            runs[model] = run(config, Progress(quiet=True))
+    assert runs["small.gguf"]["scores"] == runs["folder"]["scores"]
+    ours = tmp_path / "run-small.gguf"
+    stages = [read_json(tmp_path / f"run-{model}" / "stages" / "01-red" / "stage.json") for model in runs]
+    assert stages[0]["weights"] == stages[1]["weights"]
+    assert "small.gguf (100% Q8_0" in read_json(ours / "run.json")["converted_from"]
+    assert "small.gguf (100% Q8_0" in (ours / "report.html").read_text()
+    with pytest.raises(ConfigError, match="--merge: PEFT loads no adapter onto a GGUF file"):
+        export(ours, tmp_path / "adapter")
+    export(ours, tmp_path / "merged", merge=True)
+    assert "small.gguf (100% Q8_0" in (tmp_path / "merged" / "README.md").read_text()
+    evaluate(ours)
+    (tmp_path / "small.gguf").write_bytes(b"GGUF" + b"x" * 500)
+    with pytest.raises(RunDirectoryError, match=r"changed since this run began:\n  model: weights and tokenizer"):
+        export(ours, tmp_path / "again", merge=True)

@@ -12,7 +12,7 @@ from holdfast.config.section import Section
 class ModelConfig(Section):
     """Which pretrained model to start from."""
 
-    name: str = Field(description="folder or hub name of a causal language model with its tokenizer")
+    name: str = Field(description="folder, .gguf file or hub name of a causal language model with its tokenizer")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "float32", description="data type of the weights; auto: as stored in the checkpoint"

@@ -12,6 +12,7 @@ from holdfast.config.run import RunConfig, load_config
 from holdfast.data.encode import Encoder
 from holdfast.deploy.exported import Exported
 from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.models.gguf import is_gguf
 from holdfast.models.pretrained import load_saved_tokenizer, readable
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
@@ -75,6 +76,11 @@ def export(
     pretrained = config.model.model_copy(update={"name": base})
     if kind != "model":
         check_inputs(finished, {"model": model_inputs(pretrained)}, [], accept_changes)
+    if kind == "adapter" and is_gguf(base):
+        raise ConfigError(
+            f"--merge: PEFT loads no adapter onto a GGUF file ({config.model.name}); add --merge to export one model, "
+            "or convert the file (holdfast convert) and teach the folder"
+        )
     if kind == "adapter" and push_to is not None and Path(base).is_absolute():
         raise ConfigError(
             f"--push-to: the adapter's base model is a folder of this machine ({config.model.name}), which nobody else "

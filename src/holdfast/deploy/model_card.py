@@ -140,7 +140,9 @@ def _training(exported: Exported) -> str:
         if key in ("epochs", "max_steps", "batch_size", "learning_rate", "schedule", "optimizer", "precision")
     }
     base = config.model.name + (f" at {config.model.revision}" if config.model.revision else "")
+    origin = run.info.get("converted_from")
     rows = [
+        *([("weights converted from", in_markdown(origin))] if origin else ()),
         ("base model", f"{code(base)} in {config.model.quantization or config.model.dtype}"),
         *(("method", _named(method)) for method in config.method),
         ("tuner", _named(config.tuner)),

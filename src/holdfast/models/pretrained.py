@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.config.model import ModelConfig
 from holdfast.errors import ConfigError, UserError
+from holdfast.models.gguf import located
 from holdfast.system.files import read_json
 from holdfast.system.hub import unreachable
 
@@ -61,27 +62,25 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
     from transformers import AutoTokenizer
 
     folder = Path(model.name)
-    if folder.is_file():
-        once = (
-            f"convert it once, holdfast convert {model.name} FOLDER, and " if folder.suffix.lower() == ".gguf" else ""
-        )
-        raise ConfigError(f"{key}: {model.name!r} is a file; {once}give the folder that holds the model")
+    found, options = located(model.name)
+    if folder.is_file() and not options:
+        raise ConfigError(f"{key}: {model.name!r} is a file; give the folder that holds the model, or a .gguf file")
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ConfigError(
             f"{key}: the folder {model.name!r} holds no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be "
             "there, as tokenizer.save_pretrained(folder) writes it"
         )
-    if not folder.is_dir() and (model.name.startswith((".", "/", "~")) or model.name.count("/") > 1):
+    if not folder.exists() and (model.name.startswith((".", "/", "~")) or model.name.count("/") > 1):
         raise ConfigError(f"{key}: there is no folder {model.name!r} (looked from {Path.cwd()})")
-    offline = "" if folder.is_dir() else unreachable()
+    offline = "" if folder.exists() else unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+            found, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
         )
     except Exception as error:  # whatever a hub, a disk or a parser may raise
         place = (
             "has a tokenizer that cannot be read"
-            if folder.is_dir()
+            if folder.exists()
             else f"is no folder, and no tokenizer of the hub{offline}"
         )
         raise ConfigError(f"{key}: {model.name!r} {place}: {error}") from None
@@ -143,8 +142,9 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
         )
     absent = "" if folder.exists() else f" (there is no such folder, looked from {Path.cwd()}{unreachable()})"
     with readable(f"model.name: {model.name!r} cannot be used as a model{absent}"):
+        found, options = located(model.name)
         return AutoConfig.from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+            found, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
         )
 
 

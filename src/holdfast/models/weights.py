@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from holdfast.config.model import ModelConfig
 from holdfast.engines.profiles import loading_options
 from holdfast.errors import ConfigError
+from holdfast.models.gguf import Origin, is_gguf, located, weight_types
 from holdfast.models.pretrained import load_model_config, readable
-from holdfast.system.manifest import check_weights_files
+from holdfast.system.manifest import check_weights_files, file_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +31,11 @@ def load_causal_lm(name: str | Path, *, key: str = "model.name", **options: Any)
     transformers fills tensors that the files lack with random numbers. Tied weights, and those that the architecture
     makes itself, are not lacking. Tensors of the files that the model does not use are told in a warning.
 
+    The configuration of a model of a GGUF file says under ``converted_from`` where its weights come from: the file's
+    name, its SHA-256, and the share of its weights of each type.
+
     Args:
-        name: folder or hub name.
+        name: folder, hub name, or GGUF file.
         key: where the name comes from, for messages.
         options: of ``AutoModelForCausalLM.from_pretrained``.
 
@@ -61,7 +65,7 @@ def check_weights(model: ModelConfig, key: str = "model.name") -> bool:
     is_folder = Path(model.name).is_dir()
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config = load_model_config(model)
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None or is_gguf(model.name):
         return False
     try:
         with readable(f"{key}: the weights of {model.name!r} cannot be loaded"):
@@ -96,11 +100,18 @@ def whole_adapter(place: str) -> Iterator[None]:
 
 def _load(name: str | Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Collection[Any]]]:
     """The model, and transformers' report of what it did not find in the files."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
+    place, file = located(name)
+    if file:
+        options = options | file | {"quantization_config": GgufConfig(dequantize=True)}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        place, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    if file:
+        sha256 = file_facts(Path(name))["sha256"]
+        loaded[0].config.converted_from = Origin(file=Path(name).name, sha256=sha256, weights=weight_types(Path(name)))
+        loaded[0].name_or_path = str(name)
     return loaded
 
 

@@ -246,8 +246,9 @@ class RunDirectory:
             self.write()
 
     def way_to(self, model: str) -> str | None:
-        """The path from here to a model's folder, which stays right if both are moved together; None: a hub name."""
-        return os.path.relpath(Path(model).absolute(), self.path.resolve()) if Path(model).is_dir() else None
+        """The path from here to a model's folder or file, which stays right if both are moved together; None: a hub
+        name."""
+        return os.path.relpath(Path(model).absolute(), self.path.resolve()) if Path(model).exists() else None
 
     def write(self) -> None:
         """Write run.json; all ranks call this."""

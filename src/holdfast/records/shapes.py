@@ -167,6 +167,7 @@ class Record(TypedDict):
     max_length: NotRequired[int]
     model_folder: NotRequired[str | None]
     parameters: NotRequired[Facts | int | None]
+    converted_from: NotRequired[str | None]
     seconds: NotRequired[dict[str, float]]
     tokens: NotRequired[int | None]
     peak_memory_gib: NotRequired[Number]

@@ -282,6 +282,7 @@ def _environment(run: FinishedRun) -> dict[str, str]:
         "memory": f"{hardware['memory_gib']:.0f} GiB" if hardware else None,
         "GPUs": ", ".join(hardware["gpus"]) or "none" if hardware else None,
         "parameters": f"{parameters['total']:,}, of which {parameters['trainable']:,} trained" if parameters else None,
+        "weights converted from": info.get("converted_from"),
         "commit": info.get("commit"),
         "started": info["started"],
         "finished": info.get("finished"),

@@ -15,6 +15,7 @@ from holdfast.config.model import ModelConfig
 from holdfast.config.run import RUN
 from holdfast.data.tokens.build import MANIFEST as TOKENS_MANIFEST
 from holdfast.data.tokens.build import TOKENS
+from holdfast.models.gguf import is_gguf
 from holdfast.models.pretrained import TOKENIZER_FILES, hub_commit
 from holdfast.records.inputs import ROWS, Inputs
 from holdfast.system.manifest import file_facts, folder_facts
@@ -75,8 +76,11 @@ def _by_run(inputs: Inputs, output: str) -> Inputs:
 
 
 def model_inputs(model: ModelConfig) -> dict[str, str]:
-    """The SHA-256 of each file of a model's folder that its outputs depend on; of a hub model, its commit."""
+    """The SHA-256 of each file of a model's folder that its outputs depend on, or of a GGUF file; of a hub model, its
+    commit."""
     folder = Path(model.name)
+    if is_gguf(folder):
+        return {"weights and tokenizer": file_facts(folder)["sha256"]}
     if not folder.is_dir():
         commit = hub_commit(model)
         return {"commit on the hub": commit} if commit else {}

@@ -15,6 +15,7 @@ from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import evaluate_general, matrix_name
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
+from holdfast.models.gguf import origin
 from holdfast.models.weights import check_weights
 from holdfast.records.directory import REBUILD, RunDirectory, current_stage, learned_stages, open_directory
 from holdfast.records.follow import Followers, followed
@@ -199,6 +200,7 @@ class RunLoop:
                 "total": sum(p.numel() for p in model.parameters()),
                 "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             }
+            self.directory.record["converted_from"] = origin(model.config)
             self.directory.write()
         return model
 

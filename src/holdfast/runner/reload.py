@@ -152,7 +152,7 @@ def find_base(run: FinishedRun, name: str, needed: bool) -> str:
     recorded = run.info.get("model_folder")
     places = [Path(name)] if recorded is None else [run.path.resolve() / recorded, Path(name)]
     places = [place.resolve() for place in places]
-    folder = next((place for place in places if place.is_dir()), None)
+    folder = next((place for place in places if place.exists()), None)
     if folder is None and recorded is not None:
         folder = places[0]
         if needed:

@@ -65,7 +65,7 @@ def read_call(
         values["model"] = _section(values.get("model", {})) | {"name": str(model)}
     if "model" in values:
         section = values["model"] = _section(values["model"])
-        if isinstance(section.get("name"), str) and Path(section["name"]).is_dir():
+        if isinstance(section.get("name"), str) and Path(section["name"]).exists():
             section["name"] = str(Path(section["name"]).resolve())
     if metric is not None:
         values["task"] = dict(values.get("task") or {}) | {"metric": metric}
@@ -124,13 +124,13 @@ def check_model(kept: Kept, call: Call) -> None:
     )
     if wanted is None or wanted == recorded:
         return
-    if Path(recorded).is_dir():
+    if Path(recorded).exists():
         from holdfast.runner.inputs import model_inputs
 
-        if Path(wanted).is_dir() and model_inputs(ModelConfig(name=wanted)) == model_inputs(ModelConfig(name=recorded)):
+        if Path(wanted).exists() and model_inputs(ModelConfig(name=wanted)) == model_inputs(ModelConfig(name=recorded)):
             call.values["model"]["name"] = recorded
             return
-    elif Path(wanted).is_dir():
+    elif Path(wanted).exists():
         return  # it lies elsewhere now; that its files are the same is checked with all other inputs
     raise ConfigError(
         f"--model: {call.path} has learned from {recorded}, and what it learned fits no other model; leave --model "

@@ -110,7 +110,7 @@ class Taken:
     def _find_model(self) -> None:
         """Where the model lies now, if the run and its model were moved together."""
         name, moved = self.given.get("model", {}).get("name"), self.directory.record.get("model_folder")
-        if moved is not None and not Path(name).is_dir() and (there := self.call.path.resolve() / moved).is_dir():
+        if moved is not None and not Path(name).exists() and (there := self.call.path.resolve() / moved).exists():
             self.given["model"]["name"] = str(there.resolve())
 
     def next_run(self) -> dict[str, Any] | None:
