@@ -102,6 +102,9 @@ def test_a_stage_ends_with_what_each_score_was_and_is(copy: Path, place: Path):
     matrix, said = learn(write(place / "violet.jsonl", rows("violet", 12)), copy)
     [line] = [line for line in said if line.startswith("after stage 3 (violet): ")]
     assert f"after stage 2 (green): violet {matrix['scores'][2][2]:.3f}" in said, "what is new, alone"
+    assert [
+        line for line in said if line.startswith("stage 3 (violet): 2 steps; before the first one the model writes")
+    ]
     own = matrix["general"]["perplexity/own"]
     for name, (before, after) in [
         *((task, (matrix["scores"][2][j], matrix["scores"][3][j])) for j, task in enumerate(matrix["tasks"])),

@@ -236,13 +236,17 @@ class RunLoop:
     def _later(self, stage: PlannedStage) -> Later:
         """What follows a stage's training: evaluations, each as long as the last one was, and the stages after it.
 
-        Says how long the stage will be evaluated.
+        Says how long the stage will be evaluated, and what its first step waits for.
         """
         once = read_json(self._folder(self._current()) / "evaluation.json")["seconds"]
         steps = self.setup.steps[stage.index - 1 :]
+        known = []
+        if any(getattr(method.options, "drawn", False) for method in self.setup.methods):
+            known.append("before the first one the model writes samples")
         if once >= 1:
-            what = f"stage {stage.index} ({stage.name}): {steps[0]} steps, then an evaluation of about {clock(once)}"
-            self.progress.line(f"{what}, if it takes as long as the one before")
+            known.append(f"an evaluation follows, of about {clock(once)}, if it takes as long as the one before")
+        if known:
+            self.progress.line(f"stage {stage.index} ({stage.name}): {steps[0]} steps; {'; '.join(known)}")
         return Later(sum(steps[1:]), len(steps) * once)
 
     def _check_start(self, stage: PlannedStage) -> None:
