@@ -52,6 +52,10 @@ CONFIGS = {
     "unknown argument": ({"training": {"arguments": {"adam_beta": 1}}}, "adam_beta: unknown key; did you mean 'adam_"),
     "reserved argument": ({"training": {"arguments": {"learning_rate": 1}}}, "use training.learning_rate instead"),
     "unknown schedule": ({"training": {"schedule": "cosinus"}}, "cosinus"),
+    "no such texts": (
+        {"method": {"name": "gere_ce", "path": "texts"}},
+        "method gere_ce: path: there is no file or folder 'texts'",
+    ),
     "unknown task": ({"stream": {"path": "TASKS", "order": ["red", "gren"]}}, "did you mean 'green'?"),
     "epochs for another number of stages": (
         {"training": {"epochs": [1, 2]}},

@@ -252,7 +252,9 @@ def check_texts(methods: Sequence[Method]) -> None:
     for method in methods:
         for option in method.inputs:
             name = getattr(method.options, option, None)
-            if isinstance(name, str) and not Path(name).exists() and not is_hub_name(name):
+            if not isinstance(name, str) or Path(name).exists():
+                continue
+            if option == "path" or not is_hub_name(name):
                 raise ConfigError(f"method {method.name}: {option}: {no_path(Path(name))}")
 
 
