@@ -24,6 +24,7 @@ from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.convert.checkpoint import convert
+from holdfast.models.convert.families import find_family
 from support import fuzz
 
 spm = pytest.importorskip("sentencepiece")
@@ -417,6 +418,12 @@ def test_weights_that_are_refused(tmp_path, plain_model):
 class Trap:
     def __reduce__(self) -> Any:
         return os.mkdir, ("trapped",)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**20), ("hidden_size", "8"), ("vocab_size", 0)])
+def test_sizes_that_no_model_has_are_refused_at_once(key, value):
+    with pytest.raises(ConfigError, match=f"config.json: {key}: "):
+        find_family(COMMON | INTERNLM2 | {"architectures": ["InternLM2ForCausalLM"], key: value}, Path("source"))
 
 
 @pytest.mark.parametrize("content", [{"output.weight": Trap()}, {"output.weight": 3}])

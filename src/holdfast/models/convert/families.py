@@ -51,6 +51,7 @@ def find_family(config: dict[str, Any], source: Path) -> tuple[dict[str, Part], 
     )
 
 
+MOST_LAYERS = 10_000
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -58,6 +59,11 @@ def _require(config: dict[str, Any], where: Path) -> None:
     missing = [key for key in SIZES if key not in config]
     if missing:
         raise ConfigError(f"{where}: does not say {', '.join(missing)}")
+    for key in SIZES:
+        if type(config[key]) is not int or not 0 < config[key] < 2**31:
+            raise ConfigError(f"{where}: {key}: must be a whole number above 0, not {config[key]!r:.60}")
+    if config["num_hidden_layers"] > MOST_LAYERS:
+        raise ConfigError(f"{where}: num_hidden_layers: {config['num_hidden_layers']} are more than {MOST_LAYERS:,}")
 
 
 def _has_norm_head(config: dict[str, Any], architecture: str, where: Path) -> bool:
