@@ -13,6 +13,7 @@ from holdfast.config.section import Section
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from holdfast.api.at_test import Evaluation
     from holdfast.api.task import Example, Task
@@ -82,6 +83,13 @@ class Method(Registered):
 
         Raises:
             ConfigError: the options do not suit so many.
+        """
+
+    def try_samples(self, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+        """Try what the method rehearses, before there is a model: its files, and whether samples fit the context.
+
+        Raises:
+            UserError: the first stage would be refused for it.
         """
 
     def before_stage(self, stage: Stage) -> None:

@@ -30,7 +30,7 @@ from holdfast.rehearsal.violations import violations
 from holdfast.system.shapes import Facts, of_shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 class Rehearsal(Method):
@@ -75,6 +75,19 @@ class Rehearsal(Method):
     def needs_rows(self) -> bool:
         return self.options.source in ("past", "current") or self.options.way == "replace"
 
+    def try_samples(self, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+        options = self.options
+        config = model_config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        if options.drawn:
+            Request.of(tokenizer, most, getattr(config, "bos_token_id", None), self._wanted)
+        elif options.source == "self" and options.path is not None:
+            corpus_rows(options.path, tokenizer, most)
+        elif options.path is not None and Path(options.path, TOKENS).exists():
+            TokenFile.open(options.path, tokenizer)
+        elif options.path is not None:
+            general_rows(tokenizer, path=options.path, samples=1)
+
     def before_stage(self, stage: Stage) -> None:
         options = self.options
         if options.source == "past":
@@ -98,6 +111,10 @@ class Rehearsal(Method):
         self.teacher, key = cached_teacher(options, stage, rows, folder, self._start)
         if options.teacher == "start":
             self._start = key
+
+    @property
+    def _wanted(self) -> SampleOptions:
+        return SampleOptions(length=self.options.length, domain=self.options.domain, chat=self.options.chat)
 
     @property
     def _is_off(self) -> bool:
@@ -210,8 +227,7 @@ class Rehearsal(Method):
     def _draw(self, stage: Stage) -> None:
         """Prepare to draw samples, and take the hidden states that they are drawn from as the teacher's if exact."""
         options = self.options
-        wanted = SampleOptions(length=options.length, domain=options.domain, chat=options.chat)
-        request = Request.of(self._tokenizer(stage), context(stage.model), begin_token(stage.model), wanted)
+        request = Request.of(self._tokenizer(stage), context(stage.model), begin_token(stage.model), self._wanted)
         self._draw_held_out = partial(held_out, request, stage)
         before = LiveStates(stage.model, options.compared_layer)
         hidden = options.loss == "kl" and drawn_states_are_exact(request, stage)

@@ -192,6 +192,8 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW) -
         supervise=config.data.supervise,
         long_answers=config.data.long_answers,
     )
+    for method in resolved.methods:
+        method.try_samples(tokenizer, model_config)
     data = data or load_data(config)
     stream, general = data.stream, data.general
     check_watching(config, general, [data.scorers[task.metric] for task in stream.tasks])
