@@ -456,7 +456,9 @@ def data_cases(base: dict[str, Any], seed: int, each: int) -> list[Case]:
         flipped = bytearray(whole["parquet"])
         flipped[chance.randrange(len(flipped))] = chance.randrange(256)
         contents.append(("parquet", "a byte is another", bytes(flipped)))
-    packed = [(f"{name}.gz", what, gzip.compress(content, mtime=0)) for name, what, content in contents if name != "parquet"]
+    packed = [
+        (f"{name}.gz", what, gzip.compress(content, mtime=0)) for name, what, content in contents if name != "parquet"
+    ]
     packed += [(name, f"{what}, cut", content[: len(content) // 2]) for name, what, content in packed]
     cases = []
     for name, what, content in contents + packed:

@@ -12,6 +12,7 @@ import yaml
 
 from support import forked
 from support.command import holdfast
+from support.paths import DOCS
 from support.tiny import tiny_config, write_model, write_tasks
 
 
@@ -55,6 +56,11 @@ CONFIGS = {
     "no such texts": (
         {"method": {"name": "gere_ce", "path": "texts"}},
         "method gere_ce: path: there is no file or folder 'texts'",
+    ),
+    "texts as a corpus that a model wrote": ({"method": {"name": "kl_pre", "path": str(DOCS / "keep.md")}}, "keep.md"),
+    "samples beyond the context": (
+        {"method": {"name": "kl_replay", "length": 100_000}},
+        "length: 100000 is more than the model's context of 128 tokens",
     ),
     "unknown task": ({"stream": {"path": "TASKS", "order": ["red", "gren"]}}, "did you mean 'green'?"),
     "epochs for another number of stages": (
