@@ -58,6 +58,10 @@ CONFIGS = {
         "method gere_ce: path: there is no file or folder 'texts'",
     ),
     "texts as a corpus that a model wrote": ({"method": {"name": "kl_pre", "path": str(DOCS / "keep.md")}}, "keep.md"),
+    "samples without end": (
+        {"method": {"name": "replay", "ratio": 1e6}},
+        "ratio: input should be less than or equal to 100",
+    ),
     "samples beyond the context": (
         {"method": {"name": "kl_replay", "length": 100_000}},
         "length: 100000 is more than the model's context of 128 tokens",

@@ -40,7 +40,7 @@ class DER(Method):
             "reservoir",
             description="reservoir: each past row equally likely (as published); quota: as many of each task",
         )
-        ratio: float = Field(0.25, gt=0, description="replayed rows per task row")
+        ratio: float = Field(0.25, gt=0, le=100, description="replayed rows per task row")
         weight: float = Field(0.5, ge=0, description="alpha, the weight of the term")
 
     options: Options

@@ -48,7 +48,7 @@ class LFPT5(Method):
         lm_weight: float = Field(0.25, ge=0, description="lambda_lm, weight of learning to write rows of the tasks")
         weight: float = Field(1.0, ge=0, description="weight of next-token loss on the pseudo samples' answers")
         kl_weight: float = Field(0.1, ge=0, description="lambda_kl, weight of KL to the model before the stage on them")
-        ratio: float = Field(0.25, gt=0, description="pseudo samples in a step, per task row")
+        ratio: float = Field(0.25, gt=0, le=100, description="pseudo samples in a step, per task row")
         samples: int = Field(100, ge=1, description="pseudo samples of each past task, written anew before a stage")
         top_k: int = Field(64, ge=1, description="each of their tokens is sampled from so many likeliest ones")
 

@@ -54,8 +54,8 @@ class RehearsalOptions(Section):
     way: Literal["beside", "replace"] = Field(
         "beside", description="samples come beside the batch, or replace a share of it"
     )
-    ratio: float = Field(0.25, gt=0, description="samples per task row (beside), or share of rows (replace)")
-    count: int | None = Field(None, ge=1, description="samples in every optimizer step, instead of a ratio")
+    ratio: float = Field(0.25, gt=0, le=100, description="samples per task row (beside), or share of rows (replace)")
+    count: int | None = Field(None, ge=1, le=10_000, description="samples in every optimizer step, instead of a ratio")
 
     @model_validator(mode="after")
     def _share_of_a_batch(self) -> Self:
