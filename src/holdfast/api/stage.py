@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from holdfast.engines.shards import Shards
 
 
+def _go_on() -> None:
+    pass
+
+
 @dataclass
 class Stage:
     """Training on one task.
@@ -50,7 +54,7 @@ class Stage:
     tokenizer: PreTrainedTokenizerBase | None = None
     rows_a_step: int = 1
     steps: int | None = None
-    check_stop: Callable[[], None] = lambda: None
+    check_stop: Callable[[], None] = field(default_factory=lambda: _go_on)
 
     def random(self, purpose: str) -> Random:
         """A generator of random choices that depends on seed, stage and purpose alone."""

@@ -29,7 +29,7 @@ def write_output(path: Path, text: str) -> None:
         _refuse_records(path)
     try:
         if device:
-            with path.open("a", encoding="utf-8") as file:
+            with path.open("w", encoding="utf-8") as file:
                 file.write(text)
         else:
             write_text(path.resolve(), text)
