@@ -116,7 +116,8 @@ def selection(folder: Path) -> dict[tuple[Row, str], Apart]:
     """The cells that `make test` looks at; with them run optimizers, and engines with faults."""
     cells = [(Row(*SELECTED[engine].split("-")), engine) for engine in needed(SELECTED)]
     cases = [(o, e, to) for (o, e), to in GOES_ON.items() if len(needed((e, to))) == 2]
-    alone([*(plain(folder, optimizer, None, 1) for optimizer, *_ in cases), budget(folder, None, 1)])
+    optimizers = {"adamw_torch", *(optimizer for optimizer, *_ in cases)}
+    alone([*(plain(folder, optimizer, None, 1) for optimizer in sorted(optimizers)), budget(folder, None, 1)])
     faults = [job(with_fault(folder, fault), **{"break": fault}) for fault in FAULTS]
     faults[2]["of"] = copy_of(plain(folder, "adamw_torch", "fsdp2", 2))
     return prove(folder, cells, beside=([*optimizer_runs(folder, cases), *faults, job(budget(folder, "ddp", 2))], ()))
