@@ -24,6 +24,10 @@ class DataError(UserError):
     """A row, file or split cannot be used."""
 
 
+class ColumnsError(DataError):
+    """A mapping of columns does not fit a row."""
+
+
 class RunDirectoryError(UserError):
     """The output directory cannot be written, is in use, or belongs to another configuration."""
 

@@ -57,13 +57,65 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str):
         (["train.jsonl", "train-2.json", "test.csv.gz"], {"train": 12, "test": 6}),
         (["train/1.jsonl", "train/2.jsonl", "validation/1.jsonl"], {"train": 12, "eval": 6}),
         (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], {"train": 12}),
-        (["train.jsonl", "training_notes.jsonl"], {"train": 6}),
+        (["train.jsonl", ".hidden.jsonl", ".old/rows.jsonl", "README.md", "licence.txt"], {"train": 6}),
     ],
 )
 def test_a_folder_has_splits_where_names_say_so(tmp_path: Path, files: list[str], splits: dict[str, int]):
     for number, name in enumerate(files):
         write(tmp_path / name, [row | {"response": f"{row['response']} of {number}"} for row in ROWS])
     assert {split: len(rows) for split, rows in read(tmp_path).rows.items()} == splits
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["train.jsonl", "more.jsonl"], r"more\.jsonl has no split's name, as train\.jsonl has.*train-more\.jsonl"),
+        (["january.jsonl", "sub/train.jsonl"], r"january\.jsonl has no split's name, as sub/train\.jsonl has"),
+        (["train.jsonl", "training_notes.csv.gz"], r"training_notes\.csv\.gz has no split's name"),
+        (["a.json", "b.json", "test.json"], r"a\.json, b\.json have no split's name, as test\.json has"),
+    ],
+)
+def test_a_data_file_without_a_split_beside_others_that_have_one_is_refused(tmp_path, files: list[str], told: str):
+    for name in files:
+        write(tmp_path / name, ROWS)
+    with pytest.raises(DataError, match=told):
+        given_files(str(tmp_path))
+
+
+def test_a_mapping_of_columns_that_was_given_with_earlier_data_is_for_data_that_it_fits(tmp_path: Path):
+    german = [{"Frage": row["question"], "Antwort": row["response"]} for row in ROWS]
+    settings, mapping = DataConfig(), {"Frage": "prompt", "Antwort": "answer"}
+    ids = []
+    for number, rows in enumerate((ROWS, german)):
+        file = write(tmp_path / f"{number}.jsonl", rows)
+        given = read_given(str(file), TaskConfig(name="m", path=str(file), columns=mapping), settings, inherited=True)
+        ids.append([row.id for row in given.rows["all"]])
+        assert any("mapping of an earlier call (Frage: prompt, Antwort: answer)" in s for s in given.notes) != number
+    assert ids[0] == ids[1]
+    with pytest.raises(DataError, match=r"0\.jsonl: .*columns: there is no column 'Frage'.*known: customer"):
+        read(tmp_path / "0.jsonl", columns=mapping)
+    other = write(tmp_path / "other.jsonl", [{"q": "a", "a": "b"}])
+    with pytest.raises(DataError, match=r"(?s)no column 'Frage'.*earlier call \(learn\.json\).*'q', 'a' are no known"):
+        read_given(str(other), TaskConfig(name="m", path=str(other), columns=mapping), settings, inherited=True)
+
+
+def test_sentences_of_which_nothing_is_asked_are_told_with_where_an_instruction_would_lie(tmp_path: Path):
+    write(tmp_path / "rows.jsonl", [{"sentence": f"s{i}", "label": "good"} for i in range(6)])
+    [note] = read(tmp_path).notes
+    assert "nothing tells the model what is asked" in note and str(tmp_path / "instruction.txt") in note
+    assert not read(tmp_path, instruction="Is it good?").notes
+
+
+def test_reasoning_that_is_not_trained_is_none_of_a_row(tmp_path: Path):
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "two and two"}
+    rows = [{"messages": [{"role": "user", "content": f"2+2, {i}?"}, answer]} for i in range(4)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    kept, dropped = (
+        read_given(str(file), TaskConfig(name="m", path=str(file)), DataConfig(reasoning=way)).rows["all"]
+        for way in ("template", "drop")
+    )
+    assert [row.example.turns[-1].reasoning for row in (kept[0], dropped[0])] == ["two and two", None]
+    assert [row.id for row in kept] == [row.id for row in dropped]
 
 
 def test_test_rows_alone_are_refused(tmp_path: Path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from holdfast.data.files import COMPRESSED, SUFFIXES, RawRow, is_data_file, read
 from holdfast.data.formats import USED, detect, to_examples
 from holdfast.data.layout import BESIDE, INNER, SPLITS
 from holdfast.data.load import refuse_bad_rows
-from holdfast.data.source import SAVED, Part, Source, read_labels, read_parts, renamed
+from holdfast.data.source import SAVED, Part, Source, read_labels, read_parts, renamed, without_reasoning
 from holdfast.data.texts import is_hub_name, no_path
-from holdfast.errors import ConfigError, DataError
+from holdfast.errors import ColumnsError, ConfigError, DataError
 from holdfast.system.files import json_text
 
 DIGITS = 32
@@ -84,7 +84,8 @@ def given_files(data: str) -> dict[str, list[Path]] | None:
 
     Raises:
         ConfigError: there is no such path, and its name is none of a dataset.
-        DataError: the folder holds no data, test rows alone, or a link to nothing in a file's place.
+        DataError: the folder holds no data, test rows alone, data files without a split beside others that have one, or
+            a link to nothing in a file's place.
     """
     path = Path(data)
     if path.is_file():
@@ -108,12 +109,24 @@ def given_files(data: str) -> dict[str, list[Path]] | None:
         found.setdefault(_split_of(file.relative_to(path)), []).append(file)
     if not files:
         raise DataError(f"{path}: holds no data file ({', '.join(SUFFIXES)})")
-    named = {split: paths for split, paths in found.items() if split}
-    if not named:
+    without = found.pop("", [])
+    if not found:
         return {"all": files}
-    if "train" not in named:
-        raise DataError(f"{path}: has {' and '.join(named)} rows, but no train split")
-    return named
+    if without:
+        names = [file.relative_to(path).as_posix() for file in without]
+        split = next(file for file in files if file not in without).relative_to(path).as_posix()
+        raise DataError(
+            f"{path}: {_listed(names)} {'have' if len(names) > 1 else 'has'} no split's name, as {split} has, and "
+            f"would not be read; begin the name with train, validation or test (train-{without[0].name}), or move "
+            "what is not to be learned out of the folder"
+        )
+    if "train" not in found:
+        raise DataError(f"{path}: has {' and '.join(found)} rows, but no train split")
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _split_of(file: Path) -> str:
@@ -136,17 +149,40 @@ def files_fingerprint(files: Iterable[Path]) -> str:
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
-def read_given(data: str, options: TaskConfig, settings: DataConfig) -> Given:
+def read_given(data: str, options: TaskConfig, settings: DataConfig, inherited: bool = False) -> Given:
     """Read and check all rows.
 
     Args:
         options: how rows are read, and the dataset's configuration; its name is what the task is called.
         settings: what is done with rows that cannot be used, and with reasoning.
+        inherited: the mapping of columns was given with earlier data. If it does not fit, it is not applied.
 
     Raises:
         ConfigError: there are no such data, or an option does not suit them.
         DataError: a file or a row cannot be used.
     """
+    try:
+        return _read(data, options, settings)
+    except ColumnsError as error:
+        if not inherited:
+            raise
+        reason = error
+    try:
+        given = _read(data, options.model_copy(update={"columns": {}}), settings)
+    except DataError as error:
+        raise DataError(
+            f"{reason}\nThis mapping comes from an earlier call (learn.json), and without it: {error}\nGive these data "
+            "a mapping of their own, such as 'task={columns: {question: prompt, reply: answer}}'"
+        ) from None
+    given.notes.insert(0, f"columns: the mapping of an earlier call ({_mapping(options.columns)}) is not applied")
+    return given
+
+
+def _mapping(columns: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{name}: {meant or 'null'}" for name, meant in columns.items())
+
+
+def _read(data: str, options: TaskConfig, settings: DataConfig) -> Given:
     files = given_files(data)
     source = Source(options.name, options, draws=True)
     if files is None:
@@ -160,9 +196,20 @@ def read_given(data: str, options: TaskConfig, settings: DataConfig) -> Given:
     format, names = (options.format, {}) if options.format else detect(first.rows, first.file)
     noticed = Noticed()
     rows = {split: _rows(parts, format, names, options, bad, noticed) for split, parts in splits.items()}
+    if settings.reasoning == "drop":
+        rows = {
+            split: [replace(row, example=without_reasoning(row.example)) for row in part]
+            for split, part in rows.items()
+        }
     notes = noticed.notes()
     if names:
-        notes.append("columns are read as " + ", ".join(f"{name}: {meant}" for name, meant in names.items()))
+        notes.append(f"columns are read as {_mapping(names)}")
+    if format == "sentence_label" and options.instruction is None and options.prompt is None:
+        looked = f", nor {Path(data) / 'instruction.txt'}" if Path(data).is_dir() else ""
+        notes.append(
+            "nothing tells the model what is asked of a sentence: there is no task.instruction and no task.prompt"
+            + looked
+        )
     if bad:
         notes.append(f"{len(bad)} rows cannot be used and are left out:\n  {refuse_bad_rows(bad, settings)}")
     if not any(rows.values()):

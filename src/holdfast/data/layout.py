@@ -9,7 +9,7 @@ from holdfast.data.files import SUFFIXES, is_data_file, stem, suffix
 from holdfast.errors import DataError
 
 SPLITS = {"train": ("train",), "eval": ("eval", "dev", "validation", "valid", "val"), "test": ("test",)}
-BESIDE = ("labels", "instruction_config", "dataset_info")
+BESIDE = ("labels", "instruction_config", "dataset_info", "dataset_infos")
 """Names of JSON files that lie beside data and hold none."""
 INNER = "data"
 """The folder in which a dataset of Hugging Face keeps its files."""

@@ -59,6 +59,7 @@ def divide(given: Given, sides: Mapping[str, Side], learned: Collection[str], sh
             rows["test"] = validation
             notes.append("its validation split is the test split")
     given_rows = [row for split in rows.values() for row in split]
+    notes += _repeated(given_rows)
     new = {split: [row for row in part if row.id not in learned] for split, part in rows.items()}
     divided = Divided([], [], len(given_rows) - sum(map(len, new.values())), notes)
     if not any(new.values()):
@@ -116,6 +117,15 @@ def _hold_out(divided: Divided, pool: Sequence[GivenRow], sides: Mapping[str, Si
     if before:
         note += f" ({len(before)} of them as in earlier tests)"
     divided.notes.append(note)
+
+
+def _repeated(rows: Sequence[GivenRow]) -> list[str]:
+    """A line about rows that say or ask what an earlier one does, if there are any."""
+    told = len({(row.prompt, row.example.answer) for row in rows})
+    duplicates, contradicting = len(rows) - told, told - len({row.prompt for row in rows})
+    if not duplicates and not contradicting:
+        return []
+    return [f"duplicate rows: {duplicates}; rows that ask again with another answer: {contradicting}"]
 
 
 def _rows(count: int) -> str:

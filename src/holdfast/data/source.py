@@ -15,7 +15,7 @@ from holdfast.data.conversation import Noticed
 from holdfast.data.files import SUFFIXES, RawRow, read_json_file, read_rows, read_text, where
 from holdfast.data.formats import asked, detect, to_examples
 from holdfast.data.layout import SPLITS, alone, split_files
-from holdfast.errors import ConfigError, DataError, did_you_mean
+from holdfast.errors import ColumnsError, ConfigError, DataError, did_you_mean
 from holdfast.scoring import find
 from holdfast.system.hub import unreachable
 
@@ -123,7 +123,7 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
         if not examples[name] and not bad:
             raise DataError(f"task {source.name!r}: no row of the {name} split is left: {'; '.join(notes)}")
     if data.reasoning == "drop":
-        examples = {name: [_without_reasoning(example) for example in split] for name, split in examples.items()}
+        examples = {name: [without_reasoning(example) for example in split] for name, split in examples.items()}
     train, test = examples["train"], examples["test"]
     task = Task(source.name, "", train, test, examples.get("eval", []), way.labels, notes=notes)
     task.asked = asked(way.instruction, way.labels, options.prompt) if format == "sentence_label" else format
@@ -236,7 +236,8 @@ def _drawn_number(row: Example) -> float:
     return int(hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12], 16) / 16**12
 
 
-def _without_reasoning(example: Example) -> Example:
+def without_reasoning(example: Example) -> Example:
+    """The example as a model answers it that does not think first."""
     return replace(example, turns=tuple(replace(turn, reasoning=None) for turn in example.turns))
 
 
@@ -369,7 +370,7 @@ def renamed(row: dict[str, Any], columns: Mapping[str, str | None], place: str) 
         return row
     for column in columns:
         if column not in row and place and columns[column] is not None:
-            raise DataError(f"{place}: columns: there is no column {column!r}{did_you_mean(column, row)}")
+            raise ColumnsError(f"{place}: columns: there is no column {column!r}{did_you_mean(column, row)}")
     kept = [key for key in row if columns.get(key, key) is not None]
     new = RawRow({columns.get(key) or key: row[key] for key in kept})
     new.line = getattr(row, "line", None)
@@ -377,7 +378,7 @@ def renamed(row: dict[str, Any], columns: Mapping[str, str | None], place: str) 
         new.index = row.index
     if len(new) < len(kept):
         taken = next(new for old, new in columns.items() if new in row and new not in columns and new != old)
-        raise DataError(f"{place}: columns: there is a column {taken!r} already; rename that one too")
+        raise ColumnsError(f"{place}: columns: there is a column {taken!r} already; rename that one too")
     return new
 
 
