@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,13 @@ import pytest
 import torch
 
 import holdfast
+from holdfast.config.stream import DataConfig, TaskConfig
+from holdfast.data.given import read_given
+from holdfast.data.sides import divide
 from holdfast.deploy.follow import held_stage
-from holdfast.errors import ConfigError, Interrupted, RunDirectoryError
+from holdfast.errors import ConfigError, DataError, Interrupted, RunDirectoryError
 from holdfast.models.sampling import sample
-from holdfast.records.kept import Kept
+from holdfast.records.kept import Kept, merged
 from holdfast.records.read import read_run
 from holdfast.report.learned import _compared, learned_lines
 from holdfast.runner.learn.settings import training_settings
@@ -211,7 +215,7 @@ def test_data_that_were_taken_in_stay_scored_as_they_were(copy: Path, place: Pat
 @pytest.mark.slow
 def test_settings_of_training_may_change_and_the_method_may_not(copy: Path, place: Path):
     blue = write(place / "blue.jsonl", rows("blue", 12))
-    with pytest.raises(RunDirectoryError, match="method"):
+    with pytest.raises(RunDirectoryError, match=r"method.*(?s:.)*only gate may change.*give --into another directory$"):
         learn(blue, copy, overrides=["method=ewc"])
     learn(blue, copy, overrides=["training.max_steps=3"])
     assert read_json(copy / "stages" / "03-blue" / "stage.json")["steps"] == 3
@@ -237,6 +241,34 @@ def test_a_call_that_dies_is_continued_by_the_same_command_and_ends_the_same(cop
     assert matrix == expected
     weights = [read_json(run / "stages" / "04-grey" / "stage.json")["weights"] for run in (copy, unbroken)]
     assert weights[0] == weights[1]
+
+
+def test_a_task_given_in_a_call_replaces_that_of_earlier_calls_key_by_key_and_its_columns_as_a_whole():
+    given = {"task": {"columns": {"Frage": "prompt"}, "max_new_tokens": 8}}
+    assert merged(given, {"task": {"columns": {"q": "prompt"}}})["task"] == {
+        "columns": {"q": "prompt"},
+        "max_new_tokens": 8,
+    }
+    assert merged(given, {"task": {"columns": {}}})["task"]["columns"] == {}
+
+
+def test_rows_that_cannot_be_encoded_are_told_by_their_file_before_the_model_writes(place: Path, tmp_path: Path):
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    talks = [{"messages": [{"role": "user", "content": f"{i}?"}, answer]} for i in range(4)]
+    data = write(tmp_path / "calls.jsonl", talks)
+    with pytest.raises(DataError, match=f"{re.escape(str(data))}: row"):
+        learn(data, tmp_path / "run", place / "model", overrides=FAST)
+    assert not (tmp_path / "run" / "general").exists() and not (tmp_path / "run" / "learn.json").exists()
+
+
+def test_duplicates_and_contradictions_are_counted(tmp_path: Path):
+    [first, second, *rest] = rows("red", 12)
+    found = [first, second, *rest, first, first | {"answer": "another"}]
+    file = write(tmp_path / "red.jsonl", found)
+    given = read_given(str(file), TaskConfig(name="red", path=str(file)), DataConfig())
+    notes = divide(given, {}, set(), 0.1).notes
+    assert "duplicate rows: 1; rows that ask again with another answer: 1" in notes
 
 
 def test_another_model_is_refused_and_one_that_moved_is_not(copy: Path, place: Path, tmp_path: Path):

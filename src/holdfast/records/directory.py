@@ -111,13 +111,13 @@ class RunDirectory:
         if lines and not accept_changes:
             raise RunDirectoryError(
                 f"{self.path}: its numbers depend on what changed since this run began:{listed(lines)}\n"
-                "put the old ones back, or give another output; --accept-changes goes on all the same, with numbers "
-                "that cannot be compared with those before"
+                f"put the old ones back, or give {self._elsewhere}; --accept-changes goes on all the same, with "
+                "numbers that cannot be compared with those before"
             )
         if lines and (bars := other_measures(self.record, facts, inputs, data)):
             raise RunDirectoryError(
                 f"{self.path}: its results before and after would not fit together:{listed(bars)}\n"
-                "put the old ones back, or give another output; --accept-changes cannot bridge this"
+                f"put the old ones back, or give {self._elsewhere}; --accept-changes cannot bridge this"
             )
         if lines:
             logger.warning("%s: goes on with what changed since this run began:%s", self.path, listed(lines))
@@ -205,10 +205,24 @@ class RunDirectory:
         return new
 
     def _other(self, lines: list[str], why: str = "") -> RunDirectoryError:
+        advice = f"give {self._elsewhere}, or the old values to continue that run"
+        if self._learns:
+            advice = (
+                "after the first call of learn only gate may change, and training for data whose stage has not begun; "
+                f"leave all else out, or give {self._elsewhere}"
+            )
         return RunDirectoryError(
-            f"{self.path}: holds a run with another configuration:{listed(lines)}\n"
-            f"{why}{'; ' if why else ''}give another output, or the old values to continue that run"
+            f"{self.path}: holds a run with another configuration:{listed(lines)}\n{why}{'; ' if why else ''}{advice}"
         )
+
+    @property
+    def _learns(self) -> bool:
+        return (self.path / LEARN).is_file()
+
+    @property
+    def _elsewhere(self) -> str:
+        """What a user gives to begin a run of its own."""
+        return "--into another directory" if self._learns else "another output"
 
     def begin_stage(self, stage: int, task: str, config: Section, fingerprint: str) -> None:
         """Note that the training of a stage begins, unless it goes on from a checkpoint; all ranks call this.
@@ -343,7 +357,7 @@ def _refuse_other_files(path: Path) -> None:
     )
     if others:
         raise RunDirectoryError(
-            f"output: {path} is no run but holds other files ({', '.join(others[:3])}); choose another output"
+            f"output: {path} is no run but holds other files ({', '.join(others[:3])}); choose another directory"
         )
 
 

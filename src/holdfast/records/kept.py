@@ -166,11 +166,11 @@ class Kept:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """One configuration over another, section by section; a method, a tuner and a list are whole."""
+    """One configuration over another, section by section; a method, a tuner, a list and columns are whole."""
     values = copy.deepcopy(dict(below))
     for key, value in above.items():
         under = values.get(key)
-        sections = isinstance(under, dict) and isinstance(value, dict) and key not in ("tuner", "method")
+        sections = isinstance(under, dict) and isinstance(value, dict) and key not in ("tuner", "method", "columns")
         values[key] = merged(under, value) if sections else copy.deepcopy(value)  # type: ignore[arg-type]
     return values
 

@@ -183,17 +183,10 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW) -
     check_texts(resolved.methods)
     model_config = load_model_config(config.model)
     check_dtype(config.model, model_config)
-    max_length = resolve_max_length(config.data.max_length, model_config, tuner.virtual_tokens)
-    tokenizer = load_tokenizer(config.model)
-    encoder = Encoder(
-        tokenizer,
-        max_length=max_length,
-        template=config.data.template,
-        supervise=config.data.supervise,
-        long_answers=config.data.long_answers,
-    )
+    encoder = build_encoder(resolved)
+    max_length = encoder.max_length
     for method in resolved.methods:
-        method.try_samples(tokenizer, model_config)
+        method.try_samples(encoder.tokenizer, model_config)
     data = data or load_data(config)
     stream, general = data.stream, data.general
     check_watching(config, general, [data.scorers[task.metric] for task in stream.tasks])
@@ -240,7 +233,7 @@ def check_growth(setup: Setup, directory: RunDirectory) -> list[str]:
     if appended and method.schedule == "joint":
         raise RunDirectoryError(
             f"{directory.path}: method {method.name!r} learned all tasks in one stage, and none comes after it, so "
-            f"{', '.join(appended)} cannot be appended; give another output"
+            f"{', '.join(appended)} cannot be appended; give another directory"
         )
     return appended
 
@@ -272,6 +265,18 @@ def check_dtype(model: ModelConfig, model_config: Any) -> None:
             f"model.dtype: auto takes the float16 of {model.name!r}, in which optimizers overflow; float32 or bfloat16 "
             "would do"
         )
+
+
+def build_encoder(resolved: Resolved) -> Encoder:
+    """Make the encoder of a run's rows."""
+    model, data = resolved.config.model, resolved.config.data
+    return Encoder(
+        load_tokenizer(model),
+        max_length=resolve_max_length(data.max_length, load_model_config(model), resolved.tuner.virtual_tokens),
+        template=data.template,
+        supervise=data.supervise,
+        long_answers=data.long_answers,
+    )
 
 
 def build_methods(config: RunConfig) -> list[Method]:

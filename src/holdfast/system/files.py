@@ -293,14 +293,16 @@ def locked_folder(path: Path) -> Iterator[None]:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise RunDirectoryError(f"output: {path} cannot be written ({error.strerror}); choose another output") from None
+        raise RunDirectoryError(
+            f"output: {path} cannot be written ({error.strerror}); choose another directory"
+        ) from None
     refuse_link(path / LOCK)
     try:
         with FileLock(path / LOCK).acquire(timeout=0):
             yield
     except Timeout:
         raise RunDirectoryError(
-            f"output: {path} is in use by another process; wait for it, or choose another output"
+            f"output: {path} is in use by another process; wait for it, or choose another directory"
         ) from None
     except Exception as error:
         if isinstance(error, UserError) or not is_disk_full(error, path):

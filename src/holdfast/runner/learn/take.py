@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.api.task import Example, Task
+from holdfast.api.task import Example, Stream, Task
 from holdfast.config.reading import validate
 from holdfast.config.run import RUN, RunConfig, placed
 from holdfast.config.stream import DataConfig, TaskConfig
 from holdfast.data.fitting import Fitting, fitting
+from holdfast.data.formats import asked
 from holdfast.data.given import Given, given_files, given_name, read_given
 from holdfast.data.order import check_names as check_task_names
 from holdfast.data.sides import Divided, divide
@@ -40,6 +41,8 @@ from holdfast.runner.learn.settings import (
 from holdfast.runner.learn.unkept import unkept_stream
 from holdfast.runner.loop import run_in
 from holdfast.runner.names import check_names
+from holdfast.runner.rows import encode_tasks
+from holdfast.runner.setup import build_encoder, resolve
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.progress import Progress
 
@@ -141,9 +144,9 @@ class Taken:
     def _unkept(self, config: RunConfig) -> RunData:
         """The data of a run that keeps no rows."""
         kept = self.kept
-        source = self._source(kept.tasks[-1]["name"])
+        given = self._read(self._source(kept.tasks[-1]["name"]), config.data)
         recorded = self.directory.record.get("tasks", {})
-        stream = unkept_stream(kept, recorded, config.data, config.evaluation, source)
+        stream = unkept_stream(kept, recorded, config.data, config.evaluation, given)
         return run_data(stream, placed(config))
 
     def _config(
@@ -163,6 +166,11 @@ class Taken:
         values = {"name": name, place: self.call.data} | (self.given.get("task") or {})
         return validate(TaskConfig, values, f"{WHERE}: task")
 
+    def _read(self, options: TaskConfig, settings: DataConfig) -> Given:
+        """The rows of the data; raises as :func:`read_given`."""
+        inherited = "columns" not in (self.call.values.get("task") or {})
+        return read_given(self.call.data, options, settings, inherited)
+
     def _take(self) -> bool:
         """Take the new rows of the data in; False: there are none."""
         kept, call = self.kept, self.call
@@ -171,7 +179,7 @@ class Taken:
         options = self._source(name)
         self._config(self.given, [options.model_dump()])  # is the rest of it right?
         settings = validate(DataConfig, self.given.get("data") or {}, f"{WHERE}: data")
-        given = read_given(call.data, options, settings)
+        given = self._read(options, settings)
         rows = [row for part in given.rows.values() for row in part]
         divided = divide(given, *kept.seen(), settings.hold_out)
         if not divided.train:
@@ -181,10 +189,10 @@ class Taken:
         if not kept.memory and options.labels is None:
             fit = replace(fit, labels=None)  # they were read from rows
             given.options = given.options.model_copy(update={"labels": None})
-        self._try(given, divided, fit)
-        self._tell(given, divided, fit)
         folder = kept.next_folder(name).relative_to(call.path)
         task = kept_options(given.options, fit, f"{RUN}/{folder.as_posix()}")
+        new = as_task(task, divided)
+        self._tell(given, divided, fit)
         examples = [row.example for row in divided.train]
         if not kept.settled:
             self._settle(options, examples)
@@ -193,6 +201,7 @@ class Taken:
         config = self._config(self.given, [task], training)
         if "micro_batch_size" not in (self.given.get("training") or {}):
             training |= memory_settings(config, Lengths(config, examples))
+        encode_tasks(Stream("tasks", [new]), build_encoder(resolve(config)), config)  # what is wrong with rows, by file
         kept.given = self.given
         if not kept.tasks:
             kept.write()  # it shows whose directory this is before anything else lies there
@@ -210,12 +219,6 @@ class Taken:
             divided,
         )
         return True
-
-    def _try(self, given: Given, divided: Divided, fit: Fitting) -> None:
-        """Find out whether the metrics can score the test rows; raises as :func:`scored`."""
-        options = given.options.model_copy(update={"metric": fit.metric, "beside": given.options.beside or fit.beside})
-        train, test = ([row.example for row in side] for side in (divided.train, divided.test))
-        scored(Task(given.name, "", train, test, labels=fit.labels), options)
 
     def _tell(self, given: Given, divided: Divided, fit: Fitting) -> None:
         """Say what is learned, what is held out, and what is measured."""
@@ -252,12 +255,21 @@ def asks_for_own(config: RunConfig) -> bool:
     return any(measure.path == f"{RUN}/{OWN}" for measure in config.evaluation.general or ())
 
 
+def as_task(options: dict[str, Any], divided: Divided) -> Task:
+    """The new task with its rows as they were given; raises as :func:`scored`."""
+    task = TaskConfig.model_validate(options)
+    train, test = ([row.example for row in side] for side in (divided.train, divided.test))
+    return scored(Task(task.name, "", train, test, labels=task.labels), task)
+
+
 def kept_options(options: TaskConfig, fit: Fitting, path: str) -> dict[str, Any]:
     """The task of the run's stream: its rows lie in the run, under the names that their format has."""
     values = options.model_dump(exclude_defaults=True, exclude={"path", "dataset", "subset", "columns", "beside"})
     values |= {"path": path, "metric": fit.metric, "beside": options.beside or fit.beside}
     if fit.labels is not None:
         values["labels"] = fit.labels
+    if options.format == "sentence_label" and options.instruction is None:
+        values.setdefault("prompt", asked(None, None))
     if "rouge_l" in values["beside"]:
         values.setdefault("max_new_tokens", LONGEST_RESPONSE)
     return values

@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.api.task import Counts, Stream, Task
 from holdfast.config.evaluation import EvaluationConfig
 from holdfast.config.stream import DataConfig, TaskConfig
-from holdfast.data.given import GivenRow, read_given
+from holdfast.data.given import Given, GivenRow
 from holdfast.data.load import complete
 from holdfast.data.source import scored
 from holdfast.errors import DataError
@@ -17,23 +17,20 @@ from holdfast.records.kept import Kept
 
 
 def unkept_stream(
-    kept: Kept, recorded: Mapping[str, Any], data: DataConfig, evaluation: EvaluationConfig, source: TaskConfig | None
+    kept: Kept, recorded: Mapping[str, Any], data: DataConfig, evaluation: EvaluationConfig, given: Given
 ) -> Stream:
     """The tasks of a run, of which only the last has rows: those that its data hold.
 
     Args:
         recorded: what run.json says of each task.
-        source: how the data of the last task are read; None: it is finished, and its rows are gone too.
+        given: the data of the last task.
 
     Raises:
         DataError: the data no longer hold all rows that were taken from them.
     """
-    tasks = []
-    for number, task in enumerate(kept.tasks, start=1):
-        options = TaskConfig.model_validate(task["options"])
-        last = number == len(kept.tasks) and source is not None
-        tasks.append(_with_rows(kept, task, options, source, data) if last else _gone(task, options, recorded))  # type: ignore[arg-type]
-    return complete(Stream("tasks", tasks), data, evaluation)
+    *gone, last = ((task, TaskConfig.model_validate(task["options"])) for task in kept.tasks)
+    tasks = [_gone(task, options, recorded) for task, options in gone]
+    return complete(Stream("tasks", [*tasks, _with_rows(kept, *last, given)]), data, evaluation)
 
 
 def _gone(task: Mapping[str, Any], options: TaskConfig, recorded: Mapping[str, Any]) -> Task:
@@ -45,12 +42,11 @@ def _gone(task: Mapping[str, Any], options: TaskConfig, recorded: Mapping[str, A
     return made
 
 
-def _with_rows(kept: Kept, task: Mapping[str, Any], options: TaskConfig, source: TaskConfig, data: DataConfig) -> Task:
+def _with_rows(kept: Kept, task: Mapping[str, Any], options: TaskConfig, given: Given) -> Task:
     sides = kept.sides_of(task["name"])
-    read = read_given(task["data"], source, data)
-    tested = {row.id for split, part in read.rows.items() if split in ("test", "eval") for row in part}
+    tested = {row.id for split, part in given.rows.items() if split in ("test", "eval") for row in part}
     rows: dict[str, list[GivenRow]] = {"train": [], "test": []}
-    for split, part in read.rows.items():
+    for split, part in given.rows.items():
         own = split in ("test", "eval")
         for row in part:
             side = sides.get(row.id)
