@@ -262,6 +262,32 @@ def test_rows_that_cannot_be_encoded_are_told_by_their_file_before_the_model_wri
     assert not (tmp_path / "run" / "general").exists() and not (tmp_path / "run" / "learn.json").exists()
 
 
+def test_rows_that_cannot_be_encoded_are_left_out_of_the_runs_copy(place: Path, tmp_path: Path, monkeypatch):
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
+    talks = [{"messages": [talk[0] | {"content": f"{i}?"}, talk[1]]} for i in range(24)]
+    offered = [{"type": "function", "function": {"name": "look"}}]
+    talks[::6] = [row | {"tools": offered} for row in talks[::6]]
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("holdfast.runner.learn.take.write_own_samples", die)
+    with pytest.raises(KeyboardInterrupt):
+        learn(
+            write(tmp_path / "talks.jsonl", talks),
+            tmp_path / "run",
+            place / "model",
+            overrides=[*FAST, "data.on_bad_row=skip"],
+        )
+    kept = [
+        row
+        for side in ("train", "test")
+        for row in read_jsonl(tmp_path / "run" / "data" / "01-talks" / f"{side}.jsonl")
+    ]
+    assert len(kept) == 20 and not any("tools" in row for row in kept)
+    assert len(read_jsonl(tmp_path / "run" / "data" / "rows.jsonl")) == 24, "and known when they come again"
+
+
 def test_duplicates_and_contradictions_are_counted(tmp_path: Path):
     [first, second, *rest] = rows("red", 12)
     found = [first, second, *rest, first, first | {"answer": "another"}]

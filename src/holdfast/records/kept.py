@@ -135,8 +135,8 @@ class Kept:
         file = self.path / DATA / ROWS
         return read_jsonl(file) if file.is_file() else []
 
-    def add(self, task: dict[str, Any], divided: Divided) -> None:
-        """Keep the rows of a new task, unless the run keeps none, and their hashes; learn.json comes last.
+    def add(self, task: dict[str, Any], divided: Divided, usable: Mapping[Side, Sequence[GivenRow]]) -> None:
+        """Keep the usable rows of a new task, unless the run keeps none, and the hashes of all; learn.json comes last.
 
         A call that was killed before its end leaves what the next one writes again.
         """
@@ -146,7 +146,7 @@ class Kept:
         if self.memory:
             folder = self.next_folder(task["name"])
             with whole(folder) as partial:
-                for side, rows in (("train", divided.train), ("test", divided.test)):
+                for side, rows in usable.items():
                     write_jsonl(partial / f"{side}.jsonl", [row.values for row in rows])
                 note(self.path, folder, folder_facts(partial))
         self.note(task | {"known": divided.known}, divided.train, divided.test)

@@ -14,7 +14,7 @@ from holdfast.config.run import RUN, RunConfig, placed
 from holdfast.config.stream import DataConfig, TaskConfig
 from holdfast.data.fitting import Fitting, fitting
 from holdfast.data.formats import asked
-from holdfast.data.given import Given, given_files, given_name, read_given
+from holdfast.data.given import Given, GivenRow, given_files, given_name, read_given
 from holdfast.data.order import check_names as check_task_names
 from holdfast.data.sides import Divided, divide
 from holdfast.data.source import scored
@@ -217,6 +217,7 @@ class Taken:
                 "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             },
             divided,
+            {"train": rows_of(new.train, divided.train), "test": rows_of(new.test, divided.test)},
         )
         return True
 
@@ -260,6 +261,12 @@ def as_task(options: dict[str, Any], divided: Divided) -> Task:
     task = TaskConfig.model_validate(options)
     train, test = ([row.example for row in side] for side in (divided.train, divided.test))
     return scored(Task(task.name, "", train, test, labels=task.labels), task)
+
+
+def rows_of(examples: list[Example], rows: list[GivenRow]) -> list[GivenRow]:
+    """The rows that these very examples were read from."""
+    wanted = set(map(id, examples))
+    return [row for row in rows if id(row.example) in wanted]
 
 
 def kept_options(options: TaskConfig, fit: Fitting, path: str) -> dict[str, Any]:
