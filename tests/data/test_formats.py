@@ -74,6 +74,11 @@ def test_a_line_separator_inside_a_json_string_is_no_new_line(tmp_path: Path) ->
         ("a.csv", b"a,b\n1,2\n3\n", ["row 2 (line 3)", "has 1 fields, not the 2", "a, b"]),
         ("a.csv", b'a,b\n"1\n",2\n\n3,4,5\n', ["row 2 (line 5)", "has 3 fields, not the 2"]),
         ("a.csv", b'a,b\n"1"x,2\n', ["row 1 (line 2)", "not valid CSV"]),
+        ("a.csv", b"a;b\n1;2\n3;4;5\n", ["row 2 (line 3)", "has 3 fields, not the 2", "a, b; semicolons divide them"]),
+        ("a.csv", b",a\n1,2\n3\n", ["row 2 (line 3)", "that the first line names: '', a"]),
+        ("a.jsonl", b'{"a": "x", \n', ["row 1 (line 1)", "not valid JSON", "at column 11"]),
+        ("a.jsonl", b'{"a": 1}\r\n{"a"\r\n', ["row 2 (line 2)", "not valid JSON", "at column 5"]),
+        ("a.json", b'[{"a": 1, \n\n', ["row 1 (line 1)", "at column 10"]),
         ("a.parquet", b"PAR1 but not really", ["a.parquet", "parquet"]),
         ("a.tsv", b"a\tb\n", ["a.tsv", "no rows"]),
         ("a.csv", b"a,b,b\n1,2,3\n", ["line 1", "the column 'b' stands twice"]),
@@ -92,6 +97,24 @@ def test_bad_files_are_named_with_place_and_reason(tmp_path: Path, name: str, co
     with pytest.raises(DataError) as error:
         read_rows(tmp_path / name)
     assert all(part in str(error.value) for part in [name, *said]), error.value
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.csv", "frage;antwort\n1,5?;ja, 1\n", [{"frage": "1,5?", "antwort": "ja, 1"}]),
+        ("a.csv", '\n"frage, kurz";"ant\nwort"\r\n"a;b";c\r\n', [{"frage, kurz": "a;b", "ant\nwort": "c"}]),
+        ("a.csv", "question,answer;more\na,b;c\n", [{"question": "a", "answer;more": "b;c"}]),
+        ("a.csv", '"a;b"\nc\n', [{"a;b": "c"}]),
+        ("a.csv", "text\na;b\n", [{"text": "a;b"}]),
+        ("a.tsv", "a;b\tc\n1\t2\n", [{"a;b": "1", "c": "2"}]),
+    ],
+)
+def test_semicolons_divide_a_csv_file_whose_first_line_has_no_comma(
+    tmp_path: Path, name: str, content: str, rows: list[dict[str, str]]
+) -> None:
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    assert read_rows(tmp_path / name) == rows
 
 
 def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
@@ -190,7 +213,10 @@ def messages(*said: tuple[Any, Any]) -> dict[str, Any]:
     [
         ({"prompt": "p", "answer": " \n"}, "prompt_answer", ["answer: is empty"]),
         ({"prompt": "p"}, "prompt_answer", ["answer: is missing", "'prompt'"]),
-        ({"prompt": "p", "answer": None}, "prompt_answer", ["answer: is missing"]),
+        ({"prompt": "p", "answer": None}, "prompt_answer", ["answer: is null"]),
+        ({"prompt": [{"role": "user", "content": "a"}]}, "prompt_answer", ["answer: is missing", "'prompt'"]),
+        ({"text": "t"}, "messages", ["messages: is missing; found: 'text'"]),
+        ({"conversations": None}, "sharegpt", ["conversations: is null"]),
         ({"prompt": "", "answer": "a"}, "prompt_answer", ["prompt: is empty"]),
         ({"prompt": "p", "answer": 7}, "prompt_answer", ["answer: must be text, not a number", "7"]),
         ({"prompt": "p", "answer": True}, "prompt_answer", ["answer: must be text, not true or false"]),
@@ -214,7 +240,7 @@ def messages(*said: tuple[Any, Any]) -> dict[str, Any]:
             "messages",
             ["turn 2: unknown role 'asistant'", "mean 'assistant'"],
         ),
-        (messages(("user", "a"), ("assistant", None)), "messages", ["turn 2: content: is missing"]),
+        (messages(("user", "a"), ("assistant", None)), "messages", ["turn 2: content: is null"]),
         (messages(("user", "a"), ("assistant", " ")), "messages", ["turn 2: content: is empty"]),
         (messages(("user", "a"), (3, "b")), "messages", ["turn 2: role: must be text"]),
         (

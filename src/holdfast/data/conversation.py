@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.api.task import Turn
-from holdfast.data.files import half_character, type_name
+from holdfast.data.files import half_character, shown_name, type_name
 from holdfast.errors import did_you_mean
 
 Role = Literal["system", "user", "assistant", "tool", "call"]
@@ -48,16 +48,28 @@ class BadRowError(Exception):
     """The reason why a row cannot be used."""
 
 
+def field_value(row: dict[str, Any], key: str, within: str = "") -> Any:
+    """A value of a row.
+
+    Raises:
+        BadRowError: it is missing or null.
+    """
+    name = f"{within}: {key}" if within else key
+    if key not in row:
+        raise BadRowError(f"{name}: is missing; found: {', '.join(map(repr, row)) or 'nothing'}")
+    if row[key] is None:
+        raise BadRowError(f"{name}: is null")
+    return row[key]
+
+
 def text_field(row: dict[str, Any], key: str, within: str = "", may_be_empty: bool = False) -> str:
     """A text of a row.
 
     Raises:
-        BadRowError: it is missing, is no text, is empty where it must not be, or holds half a character.
+        BadRowError: it is missing or null, is no text, is empty where it must not be, or holds half a character.
     """
     name = f"{within}: {key}" if within else key
-    value = row.get(key)
-    if value is None:
-        raise BadRowError(f"{name}: is missing; found: {', '.join(map(repr, row)) or 'nothing'}")
+    value = field_value(row, key, within)
     if not isinstance(value, str):
         raise BadRowError(f"{name}: must be text, not {type_name(value)} ({value!r:.40})")
     if not may_be_empty and not value.strip():
@@ -85,7 +97,7 @@ class Noticed:
         """What is said about it."""
         notes = []
         if self.unused:
-            notes.append(f"columns that are not used: {', '.join(sorted(self.unused))}")
+            notes.append(f"columns that are not used: {', '.join(map(shown_name, sorted(self.unused)))}")
         if self.bad_answers:
             notes.append(f"{self.bad_answers} rows are left out, as their label says that the answer is bad")
         if self.trailing:

@@ -21,6 +21,8 @@ COMPRESSED = (".gz", ".zst")
 """Endings that may follow those of text files."""
 
 _BLANK = re.compile(r"[ \t\r\n]*")
+_PLACE = re.compile(r"(.*?): row (\d+)", re.DOTALL)
+_QUOTED = re.compile(r'"[^"]*"')
 _TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
 
 
@@ -38,9 +40,24 @@ def where(file: str | Path, index: int, row: dict[str, Any] | None = None) -> st
     return f"{file}: row {index + 1}" + (f" (line {line})" if line else "")
 
 
+def in_file_order(messages: Iterable[str]) -> list[str]:
+    """Messages that begin as :func:`where` says, file by file, in the order of their rows."""
+    files: dict[str, list[tuple[int, str]]] = {}
+    for message in messages:
+        found = _PLACE.match(message)
+        file, number = (found[1], int(found[2])) if found else ("", 0)
+        files.setdefault(file, []).append((number, message))
+    return [message for told in files.values() for _, message in sorted(told, key=lambda row: row[0])]
+
+
 def type_name(value: Any) -> str:
     """A JSON value's type in words."""
     return _TYPES.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
+
+
+def shown_name(column: str) -> str:
+    """A column's name in a message, in quotes if nothing of it would be seen."""
+    return column if column.strip() else repr(column)
 
 
 def half_character(text: str) -> str | None:
@@ -91,7 +108,8 @@ def iterate_rows(path: Path, bad: list[str] | None = None) -> Iterator[dict[str,
     """Read a file row by row.
 
     It is a .json (an array of objects, or one object a line), .jsonl, .ndjson, .csv, .tsv or .parquet file, in lower or
-    upper case; all but the last may be compressed (.gz, .zst). Only an array is in memory as a whole.
+    upper case; all but the last may be compressed (.gz, .zst). Only an array is in memory as a whole. The fields of a
+    .csv file are divided by semicolons if its first line has some, and no comma.
 
     Args:
         bad: what is wrong with lines that are no row is added to it, and they are left out, where each line is a row.
@@ -113,9 +131,9 @@ def iterate_rows(path: Path, bad: list[str] | None = None) -> Iterator[dict[str,
     if kind == ".parquet":
         rows = _parquet(path)
     elif kind in (".csv", ".tsv"):
-        rows = _csv(path, "\t" if kind == ".tsv" else ",", bad)
+        rows = _csv(path, "\t" if kind == ".tsv" else _delimiter(path), bad)
     else:
-        rows = _array(path, read_text(path)) if _begins_an_array(path) else _lines(path, bad)
+        rows = _array(path, read_text(path).rstrip()) if _begins_an_array(path) else _lines(path, bad)
     empty = True
     for row in rows:
         empty = False
@@ -279,7 +297,7 @@ def _lines(path: Path, bad: list[str] | None) -> Iterator[dict[str, Any]]:
         full = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for index, (number, line) in enumerate(full):
             try:
-                row = _row(path, index, number, _DECODER.decode(line))
+                row = _row(path, index, number, _DECODER.decode(line.rstrip()))
             except DataError as error:
                 _refuse(error, bad)
             except json.JSONDecodeError as error:
@@ -301,11 +319,25 @@ def _invalid(path: Path, index: int, line: int, error: json.JSONDecodeError) -> 
 # --- tables ---
 
 
+def _delimiter(path: Path) -> str:
+    """What divides the fields of a .csv file: a semicolon, as spreadsheets write where numbers have commas, or a
+    comma."""
+    header = ""
+    with open_text(path, newline="") as file:
+        for line in file:
+            header += line
+            if header.strip() and header.count('"') % 2 == 0:
+                break
+    bare = _QUOTED.sub("", header)
+    return ";" if ";" in bare and "," not in bare else ","
+
+
 def _csv(path: Path, delimiter: str, bad: list[str] | None) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)
     index, line = 0, 1
     names: list[str] = []
     kind = "TSV" if delimiter == "\t" else "CSV"
+    divided = "; semicolons divide them, and a text that holds one must be in quotes" if delimiter == ";" else ""
     with open_text(path, newline="") as file:
         reader = csv.reader(file, strict=True, delimiter=delimiter)
         try:
@@ -321,7 +353,7 @@ def _csv(path: Path, delimiter: str, bad: list[str] | None) -> Iterator[dict[str
                     else:
                         message = (
                             f"{path}: row {index + 1} (line {line}): has {len(fields)} fields, not the {len(names)} "
-                            f"that the first line names: {', '.join(names)}"
+                            f"that the first line names: {', '.join(map(shown_name, names))}{divided}"
                         )
                         _refuse(DataError(message), bad)
                     index += 1

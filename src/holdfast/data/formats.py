@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from holdfast.api.task import Example, Turn
 from holdfast.config.pattern import group_span
-from holdfast.data.conversation import BadRowError, Noticed, conversation, text_field, tools_of
+from holdfast.data.conversation import BadRowError, Noticed, conversation, field_value, text_field, tools_of
 from holdfast.data.files import type_name, where
 from holdfast.errors import ConfigError, DataError, did_you_mean
 
@@ -220,9 +220,9 @@ def _turns(
                 question = Turn("user", f"{instruction}\n{text}", (start, start + len(text)))
             return _earlier(row, (question, Turn("assistant", text_field(row, "output").strip())))
         case "messages":
-            return _earlier(row, conversation(row.get("messages"), "messages", noticed))
+            return _earlier(row, conversation(field_value(row, "messages"), "messages", noticed))
         case "sharegpt":
-            return _earlier(row, conversation(row.get("conversations"), "conversations", noticed))
+            return _earlier(row, conversation(field_value(row, "conversations"), "conversations", noticed))
     raise AssertionError(format)
 
 
@@ -232,7 +232,7 @@ def _has_turns(value: Any) -> bool:
 
 def _messages(row: dict[str, Any]) -> list[Any]:
     """One conversation of a prompt of turns, and an answer of turns or of text, as TRL has them."""
-    answer = row.get("answer")
+    answer = field_value(row, "answer")
     return row["prompt"] + (answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])
 
 

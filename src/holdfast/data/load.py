@@ -15,7 +15,7 @@ from holdfast.api.task import Counts, Example, Stream, Task, fingerprint
 from holdfast.config.evaluation import EvaluationConfig
 from holdfast.config.stream import DataConfig, StreamConfig, TaskConfig
 from holdfast.data.benchmark import benchmark_source, group_instructions
-from holdfast.data.files import SUFFIXES, stem, suffix, where
+from holdfast.data.files import SUFFIXES, in_file_order, stem, suffix, where
 from holdfast.data.layout import INNER, is_task
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import Source, StreamSource, check_scorable, load_task
@@ -184,6 +184,7 @@ def judge_bad_rows(bad: list[str], stream: Stream, data: DataConfig) -> None:
 
 def refuse_bad_rows(bad: list[str], data: DataConfig) -> str:
     """Raise DataError for rows that cannot be used, or, where ``data.on_bad_row`` is "skip", return their list."""
+    bad = in_file_order(bad)
     told = "\n  ".join(bad[:BAD_ROWS_TOLD])
     if len(bad) > BAD_ROWS_TOLD:
         with tempfile.NamedTemporaryFile("w", prefix="holdfast-bad-rows-", suffix=".txt", delete=False) as file:
