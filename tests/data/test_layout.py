@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from holdfast.errors import DataError
 from support.command import holdfast as command
 from support.tiny import tiny_config
 
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go away"}]
 ROWS = [{"prompt": f"What is {n}?", "answer": f"It is {n}."} for n in range(20)]
 
 
@@ -147,7 +149,27 @@ def test_what_a_row_says_besides_is_used(tmp_path: Path) -> None:
     ]
 
 
-TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go away"}]
+@pytest.mark.parametrize(
+    ("row", "chosen", "answer"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "answer", "b"),
+        ({"system": "s", "question": "a", "chosen": "b", "rejected": "c"}, "answer", "b"),
+        ({"instruction": "a", "input": "", "chosen": "b", "rejected": "c"}, "output", "b"),
+        ({"query": "a", "chosen": "b", "rejected": "c"}, "response", "b"),
+        ({"input": "a", "chosen": "b", "rejected": "c"}, "output", "b"),
+        ({"prompt": TALK[:1], "chosen": TALK[1:], "rejected": TALK[1:]}, "answer", "go away"),
+        ({"prompt": "hi", "chosen": TALK, "rejected": TALK}, "messages", "go away"),
+        ({"chosen": "all of it", "rejected": "c"}, "text", None),
+    ],
+)
+def test_chosen_answers_are_trained_with_the_columns_that_the_message_gives(
+    tmp_path: Path, row: dict[str, Any], chosen: str, answer: str | None
+) -> None:
+    folder = task(tmp_path / "t", [row])
+    with pytest.raises(DataError, match=f"columns: {{chosen: {chosen}, rejected: null}} trains the chosen ones"):
+        load(folder)
+    [example] = load(folder, columns={"chosen": chosen, "rejected": None}).tasks[0].train
+    assert example.text == "all of it" if answer is None else example.answer == answer
 
 
 @pytest.mark.parametrize(
@@ -157,7 +179,8 @@ TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go 
         ({"messages": TALK, "kto_tag": 1.0}, "kto_tag: 1.0 may say how good"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen and rejected are preference pairs"),
         ({"prompt": "a", "answer": "b", "rejected": "c"}, "rejected: belongs to preference pairs"),
-        ({"text": "dull film", "label": "neg"}, "looks like classification; columns: {text: sentence}"),
+        ({"text": "dull film", "label": "neg"}, "looks like classification; columns: {text: sentence} asks"),
+        ({"text": "dull film", "label": 0}, "columns: {text: sentence} with labels: [NAME OF 0, NAME OF 1, ...] asks"),
         ({"messages": TALK, "weight": 0}, "weight: rows are not weighted"),
         ({"messages": TALK, "images": ["a.png"]}, "images: text alone can be trained"),
         ({"messages": [{"role": "system", "content": "s"}, *TALK], "system": "t"}, "system: stands beside"),
@@ -197,6 +220,80 @@ def test_a_sentence_that_is_asked_nothing_is_said(tmp_path: Path) -> None:
     assert str(folder / "instruction.txt") in note and "group 'SC' of" in note
     (folder / "instruction.txt").write_text("Is it good?")
     assert not said(load(tmp_path / "tasks"))
+
+
+def labelled(path: Path, labels: list[str] | None = None, **data: Any) -> list[str]:
+    entry = {"name": "t", "path": str(path), "columns": {"text": "sentence"}, "labels": labels}
+    stream = load_stream(StreamConfig.model_validate({"tasks": [entry]}), DataConfig(**data))
+    return [example.answer for example in stream.tasks[0].train]
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "named"),
+    [
+        (["red", "blue", "green"], [0, 2, 1], ["red", "green", "blue"]),
+        (["red", "blue"], ["1", "red", 0], ["blue", "red", "red"]),
+        (["1", "2", "3"], [1, 3, "2"], ["1", "3", "2"]),
+    ],
+)
+def test_a_label_that_is_a_number_is_an_index_of_the_labels_or_the_name_of_one(
+    tmp_path: Path, labels: list[str], numbers: list[Any], named: list[str]
+) -> None:
+    folder = task(tmp_path / "t", [{"text": f"s{label}", "label": label} for label in numbers])
+    assert labelled(folder, labels) == named
+    (folder / "labels.json").write_text(json.dumps(labels))
+    assert labelled(folder) == named
+
+
+def test_numbers_without_names_and_numbers_beyond_the_labels_are_refused(tmp_path: Path) -> None:
+    folder = task(tmp_path / "t", [{"text": f"s{label}", "label": label} for label in (0, 3, 1, -1)])
+    with pytest.raises(
+        DataError, match=r"row 1 \(line 1\): label: is a number \(0\) .*labels: \[NAME OF 0, NAME OF 1, "
+    ):
+        labelled(folder)
+    with pytest.raises(DataError) as error:
+        labelled(folder, ["red", "blue"])
+    assert "row 2 (line 2): label: 3 is none of the 2 labels (red, blue); it must be an index from 0 to 1" in str(
+        error.value
+    )
+    assert "row 4 (line 4): label: -1 is none of" in str(error.value)
+    assert labelled(folder, ["red", "blue"], on_bad_row="skip") == ["red", "blue"]
+    with pytest.raises(DataError, match=r"row 1 .*label: 0 is none of the 2 labels \(1, 2\); it must be one of them"):
+        labelled(folder, ["1", "2"])
+
+
+def test_a_single_file_is_told_where_its_labels_belong(tmp_path: Path) -> None:
+    path = tmp_path / "films.jsonl"
+    path.write_text(lines([{"text": f"s{n}", "label": "bad"} for n in range(20)]))
+    with pytest.raises(DataError, match=r"labels: are missing; .*for example labels: \[good, bad\]"):
+        labelled(path)
+    assert set(labelled(path, ["good", "bad"])) == {"bad"}
+
+
+def test_a_label_that_is_false_is_no_verdict_on_the_row(tmp_path: Path) -> None:
+    folder = task(tmp_path / "t", [{"text": "s", "label": False}])
+    with pytest.raises(DataError, match=r"row 1 .*label: must be text, not true or false"):
+        labelled(folder, ["good", "bad"])
+
+
+def test_bad_rows_are_told_in_the_order_of_the_file(tmp_path: Path) -> None:
+    folder = task(tmp_path / "t", ROWS)
+    (folder / "train.jsonl").write_text(
+        '{"prompt": "a", "answer": null}\n{broken\n{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": 3}\n[1]\n'
+    )
+    with pytest.raises(DataError) as error:
+        load(folder)
+    assert [re.search(r"row \d", told)[0] for told in str(error.value).splitlines()[1:]] == [  # type: ignore[index]
+        "row 1",
+        "row 2",
+        "row 4",
+        "row 5",
+    ]
+
+
+def test_a_column_without_a_name_is_seen_among_those_that_are_not_used(tmp_path: Path) -> None:
+    stream = load(task(tmp_path / "t", [row | {"": 1, "Created At": 2} for row in ROWS]))
+    assert said(stream) == "columns that are not used: '', Created At"
 
 
 def test_all_bad_rows_are_told_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -331,6 +331,19 @@ def test_a_dataset_of_class_labels_becomes_sentences_with_label_names(local_data
     assert task(dataset=str(local_dataset), columns={"text": "prompt", "verdict": "answer"}).test[0].answer == "bad"
 
 
+def test_numbers_of_a_dataset_without_class_labels_are_indices_of_the_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    table = datasets.Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [2, 0, 1]})
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "colours")
+    with pytest.raises(DataError, match=r"colours\[train\]: row 1: label: is a number \(2\) without a name"):
+        task(dataset=str(tmp_path / "colours"))
+    found = task(dataset=str(tmp_path / "colours"), labels=["red", "blue", "green"])
+    assert [e.answer for e in found.train] == ["green", "red", "blue"]
+
+
 def test_a_dataset_that_cannot_be_used_is_named(local_dataset: Path) -> None:
     next(local_dataset.glob("test*")).unlink()
     with pytest.raises(DataError, match="has no test split, but train, validation"):

@@ -51,6 +51,15 @@ USED: dict[str, set[str]] = {
 """The columns that a format reads."""
 VERDICTS = ("label", "kto_tag")
 """Columns of preference data that say by true or false whether the answer is good."""
+_ANSWERS = {
+    "prompt": "answer",
+    "question": "answer",
+    "instruction": "output",
+    "query": "response",
+    "input": "output",
+}
+"""What the answer to a column is called beside it."""
+LABEL_NAMES = "labels: [NAME OF 0, NAME OF 1, ...]"
 LEFT_OUT = "leave it out with columns: {{{column}: null}}"
 
 
@@ -79,7 +88,7 @@ def detect(rows: list[dict[str, Any]], file: str | Path) -> tuple[Format, dict[s
     if {"chosen", "rejected"} <= found:
         raise DataError(
             f"{where(file, 0, rows[0])}: chosen and rejected are preference pairs; a task is trained on answers: "
-            "columns: {chosen: answer} trains the chosen ones"
+            f"columns: {{chosen: {_chosen_as(rows[0])}, rejected: null}} trains the chosen ones"
         )
     known = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in KEYS.items())
     raise DataError(
@@ -88,13 +97,21 @@ def detect(rows: list[dict[str, Any]], file: str | Path) -> tuple[Format, dict[s
     )
 
 
+def _chosen_as(row: dict[str, Any]) -> str:
+    """What to call the chosen ones of preference pairs, so that their rows have a known format."""
+    if _has_turns(row["chosen"]) and not _has_turns(row.get("prompt")):
+        return "messages"
+    return next((answer for question, answer in _ANSWERS.items() if question in row), "text")
+
+
 def _offer_classification(row: dict[str, Any], file: str | Path) -> None:
     for column in ("label", "labels"):
         if row.get(column) is not None:
             names = "{text: sentence}" if column == "label" else "{text: sentence, labels: label}"
+            meaning = f" with {LABEL_NAMES}" if type(row[column]) is int else ""
             raise DataError(
-                f"{where(file, 0, row)}: {column}: a text with a label looks like classification; columns: {names} "
-                "asks for the label, and format: text trains on the texts alone"
+                f"{where(file, 0, row)}: {column}: a text with a label looks like classification; columns: {names}"
+                f"{meaning} asks for the label, and format: text trains on the texts alone"
             )
 
 
@@ -137,7 +154,7 @@ def to_examples(
         index = getattr(row, "index", position)
         try:
             _refuse_meaning(row, format)
-            if format != "text" and any(row.get(column) is False for column in VERDICTS):
+            if format not in ("sentence_label", "text") and any(row.get(column) is False for column in VERDICTS):
                 if noticed is not None:
                     noticed.bad_answers += 1
                 continue
@@ -288,6 +305,51 @@ def _about(prompt: str, input: str | None) -> tuple[int, int]:
     if span is None:
         raise BadRowError(f"prompt: does not match {input!r}, the task's input")
     return span
+
+
+def name_labels(
+    rows: list[dict[str, Any]], labels: list[str] | None, file: str | Path, bad: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Put names in the place of labels that are numbers: indices of ``labels``, from 0.
+
+    If labels are numbers themselves, a number is the label of that name.
+
+    Args:
+        rows: of sentence_label.
+        labels: their names; None: they are not known.
+        bad: as of :func:`to_examples`.
+
+    Raises:
+        DataError: the first row's label is a number, and ``labels`` is None; a number is no index.
+    """
+    if labels is None:
+        if rows and type(rows[0].get("label")) is int:
+            place = where(file, getattr(rows[0], "index", 0), rows[0])
+            raise DataError(
+                f"{place}: label: is a number ({rows[0]['label']}) without a name; give the task {LABEL_NAMES}; "
+                "a folder may have them in labels.json"
+            )
+        return rows
+    by_name = any(label.isdecimal() for label in labels)
+    names = {label if by_name else str(index): label for index, label in enumerate(labels)}
+    kept = []
+    for position, row in enumerate(rows):
+        label = row.get("label")
+        if type(label) is int or (isinstance(label, str) and label.strip().isdecimal()):
+            name = names.get(str(label).strip())
+            if name is None:
+                reason = "one of them" if by_name else f"an index from 0 to {len(labels) - 1}"
+                message = (
+                    f"{where(file, getattr(row, 'index', position), row)}: label: {label!r:.40} is none of the "
+                    f"{len(labels)} labels ({', '.join(labels)}); it must be {reason}"
+                )
+                if bad is None:
+                    raise DataError(message)
+                bad.append(message)
+                continue
+            row["label"] = name
+        kept.append(row)
+    return kept
 
 
 def _check_label(answer: str, labels: list[str] | None) -> None:

@@ -13,7 +13,7 @@ from holdfast.api.task import Example, General, Task
 from holdfast.config.stream import DataConfig, TaskConfig, TaskOptions
 from holdfast.data.conversation import Noticed
 from holdfast.data.files import SUFFIXES, RawRow, read_json_file, read_rows, read_text, where
-from holdfast.data.formats import asked, detect, to_examples
+from holdfast.data.formats import asked, detect, name_labels, to_examples
 from holdfast.data.layout import SPLITS, alone, split_files
 from holdfast.errors import ColumnsError, ConfigError, DataError, did_you_mean
 from holdfast.scoring import find
@@ -199,7 +199,15 @@ def read_parts(
             part.rows = part.rows[:left]
             left = None if left is None else left - len(part.rows)
             if options.columns:
-                part.rows = [renamed(row, options.columns, where(part.file, i, row)) for i, row in enumerate(part.rows)]
+                part.rows = [
+                    renamed(row, options.columns, where(part.file, getattr(row, "index", i), row))
+                    for i, row in enumerate(part.rows)
+                ]
+    first = next((part for parts in splits.values() for part in parts if part.rows), None)
+    if first is not None and (options.format or detect(first.rows, first.file)[0]) == "sentence_label":
+        for part in (part for parts in splits.values() for part in parts):
+            part.rows = name_labels(part.rows, options.labels or labels, part.file, bad)
+    for name, parts in splits.items():
         splits[name] = [part for part in parts if part.rows]
         if not splits[name]:
             raise DataError(
@@ -351,7 +359,12 @@ def _from_dataset(source: Source, limits: dict[str, int | None]) -> tuple[dict[s
 
 
 def _stated_labels(source: Source, train: Part) -> list[str] | None:
-    """Labels where none are declared: a folder must declare them; a dataset's are those of its train split."""
+    """Labels where none are declared: a dataset's are those of its train split; others must declare them."""
+    if source.folder is not None and source.folder.is_file():
+        raise DataError(
+            f"{source.folder}: task {source.name!r}: labels: are missing; a sentence_label task needs all that there "
+            "are, for example labels: [good, bad]"
+        )
     if source.dataset is None:
         file = Path(train.file).parent / "labels.json"
         raise DataError(
