@@ -37,3 +37,22 @@ def test_a_key_that_an_older_version_did_not_know_has_its_default():
 def test_a_key_that_is_known_no_more_is_listed():
     recorded = config().model_dump(mode="json") | {"old": 1}
     assert lines(recorded, config()) == ["old: 1 -> (absent)"]
+
+
+def test_only_what_the_user_changed_is_listed():
+    recorded = config().model_dump(mode="json")
+    kept = config(keep={"tasks": 2})
+    assert lines(recorded, kept) == ['keep: null -> {"tasks": 2.0}']
+    assert lines(kept.model_dump(mode="json"), config()) == ['keep: {"tasks": 2.0} -> null']
+    assert lines(kept.model_dump(mode="json"), config(keep={"tasks": 3, "on_fail": "continue"})) == [
+        "keep.tasks: 2.0 -> 3.0"
+    ]
+    tuned = config(tuner={"name": "lora", "rank": 8}).model_dump(mode="json")
+    assert lines(tuned, config(tuner="full")) == ['tuner.name: "lora" -> "full"']
+
+
+def test_a_long_value_is_cut_to_where_it_differs():
+    tasks = [{"name": f"task{n}", "path": f"tasks/{n}"} for n in range(30)]
+    recorded = config(stream={"tasks": tasks}).model_dump(mode="json")
+    [line] = lines(recorded, config(stream={"tasks": [*tasks[:20], tasks[20] | {"path": "elsewhere"}]}))
+    assert len(line) < 260 and "tasks/20" in line and "elsewhere" in line and line.count("…") == 3

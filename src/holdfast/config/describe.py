@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from holdfast.config.section import Named, section_of
+
+SHOWN = 100
+"""Characters of a value that a difference shows."""
 
 
 class Difference(NamedTuple):
@@ -20,13 +25,25 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         old, new = ("(absent)" if v is ... else json.dumps(v, ensure_ascii=False) for v in (self.old, self.new))
-        return f"{self.key}: {old} -> {new}"
+        pairs = enumerate(zip(old, new, strict=False))
+        begin = next((n for n, (a, b) in pairs if a != b), min(len(old), len(new))) - SHOWN // 4
+        return f"{self.key}: {_cut(old, begin)} -> {_cut(new, begin)}"
+
+
+def _cut(text: str, begin: int) -> str:
+    """A text or, where it is long, what of it stands from a place on."""
+    if len(text) <= SHOWN:
+        return text
+    begin = max(0, min(begin, len(text) - SHOWN))
+    return ("…" if begin else "") + text[begin : begin + SHOWN] + ("…" if begin + SHOWN < len(text) else "")
 
 
 def differences(recorded: dict[str, Any], config: BaseModel) -> list[Difference]:
     """Where a configuration differs from a recorded one.
 
-    Keys that change no result are left out. A key that an older version did not record has its default.
+    Keys that change no result are left out. A key that an older version did not record has its default. A section that
+    one of the two lacks is one difference, of the keys that have not their defaults; where a method or tuner has
+    another name, its options are left out.
 
     Args:
         recorded: what an earlier call of ``model_dump`` gave for a configuration of the same class.
@@ -34,10 +51,42 @@ def differences(recorded: dict[str, Any], config: BaseModel) -> list[Difference]
     cls = type(config)
     with contextlib.suppress(ValidationError):  # of a version with other keys: it is compared as it is
         recorded = cls.model_validate(recorded).model_dump(mode="json")
-    old, new, free = flat(recorded), flat(config), free_keys(cls)
-    keys = [key for key in [*old, *(k for k in new if k not in old)] if key not in free]
-    found = [Difference(key, old.get(key, ...), new.get(key, ...)) for key in keys]
-    return [difference for difference in found if difference.old != difference.new]
+    return list(_differing(recorded, config.model_dump(mode="json"), cls))
+
+
+def _differing(
+    old: Mapping[str, Any], new: Mapping[str, Any], cls: type[BaseModel] | None, prefix: str = ""
+) -> Iterator[Difference]:
+    fields = cls.model_fields if cls else {}
+    for key in dict.fromkeys([*old, *new]):
+        before, after, field = old.get(key, ...), new.get(key, ...), fields.get(key)
+        if before == after or (field and _is_free(field)):
+            continue
+        section = section_of(field.annotation) if field else None
+        both = isinstance(before, dict) and isinstance(after, dict)
+        if both and section is Named and before.get("name") != after.get("name"):
+            yield Difference(f"{prefix}{key}.name", before.get("name", ...), after.get("name", ...))
+        elif both and before and after:
+            yield from _differing(before, after, section, f"{prefix}{key}.")
+        else:
+            yield Difference(prefix + key, _set_in(before, section), _set_in(after, section))
+
+
+def _set_in(value: Any, section: type[BaseModel] | None) -> Any:
+    """A section's keys that have not their defaults; another value as it is."""
+    if not isinstance(value, dict) or section is None:
+        return value
+    return {key: below for key, below in value.items() if below != _default_of(section, key)}
+
+
+def _default_of(section: type[BaseModel], key: str) -> Any:
+    field = section.model_fields.get(key)
+    default = field.get_default(call_default_factory=True) if field else ...
+    return default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+
+
+def _is_free(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("free"))
 
 
 def flat(config: BaseModel | dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +105,7 @@ def free_keys(cls: type[BaseModel], prefix: str = "") -> set[str]:
     """The dotted keys that may change between two starts of the same run."""
     keys = set()
     for name, field in cls.model_fields.items():
-        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("free"):
+        if _is_free(field):
             keys.add(prefix + name)
         section = section_of(field.annotation)
         if section is not None:
