@@ -10,6 +10,7 @@ import pytest
 
 from holdfast.metrics import intervals, paired_difference, seed_intervals, task_intervals
 from holdfast.metrics.matrix import BY_TASK, FIGURES
+from holdfast.metrics.seeds import seed_difference
 from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward_transfer, summarize
 from support.paths import SHARED
 
@@ -519,3 +520,16 @@ def test_runs_of_different_tests_have_no_interval_over_seeds():
         seed_intervals([random_examples(2, 5), random_examples(3, 5)])
     with pytest.raises(ValueError, match="at least one run"):
         seed_intervals([])
+
+
+def test_one_test_example_gives_no_interval():
+    """All of its resamples are the same, so that they would make an interval of no width."""
+    one, many = [0.5], [0.2, 0.4, 0.9]
+    assert paired_difference([one], [[0.9]])["interval"] is None
+    assert paired_difference([many], [many])["interval"] is not None
+    assert seed_difference([[np.array([0.5])]], [[np.array([0.9])]], paired=False)["detectable"] is None
+    scores = [[one, many], [[0.6], many], [[0.7], many]]
+    figures = intervals(scores)
+    assert figures["average"] is None and figures["forward_transfer"] is not None, "which is of the second task alone"
+    found = task_intervals(scores)
+    assert found["learned"][0] is None and found["learned"][1] is not None

@@ -9,6 +9,7 @@ from markdown_it import MarkdownIt
 
 from holdfast.records.gate import Judged, judge_directory
 from holdfast.report.comment import MARK, as_comment, code
+from holdfast.report.learned import _gained
 from holdfast.report.text import number
 from support.command import holdfast
 from support.synthetic_runs import NASTY, make_run
@@ -65,6 +66,9 @@ def test_it_says_what_was_learned_and_what_was_forgotten(judged: Judged) -> None
         if j < len(names) - 1:
             assert f"| {number(terms['forgetting'][j])} |" in own[1]
     assert "report.html" in lines[-1]
+    begin = lines.index(next(line for line in lines if line.startswith("| task | before its stage")))
+    for line, name in zip(lines[begin + 2 :], names, strict=False):
+        assert line.startswith(f"| {name} | "), "in the order in which they were learned"
 
 
 def test_of_a_run_that_learned_nothing_it_says_so_first(tmp_path: Path) -> None:
@@ -90,3 +94,12 @@ def test_the_command_writes_it(judged: Judged, tmp_path: Path, capsys: pytest.Ca
     assert "gate: passed" in file.read_text() and "(https://ci.example/page)" in file.read_text()
     assert holdfast("gate", run, *limits, "--page", "javascript:alert(1)") == 2
     assert "--page: must be an address" in capsys.readouterr().err
+
+
+def test_of_one_test_row_it_says_that_it_says_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "replay", rows=1)
+    judged = judge_directory(run, {}, None)
+    assert set(judged.run.learned.values()) == {False} and {ends for _, ends in judged.run.gains} == {None}
+    text = as_comment(judged)
+    assert "one test row says nothing" in text and "rose" not in text
+    assert "one test row says nothing: whether" in "\n".join(_gained(judged.run, 1))

@@ -57,12 +57,12 @@ def intervals(
 
     Returns:
         {figure: [low, high]} for the figures that come from the score matrix; None for a figure that
-        :func:`summarize` would give as None.
+        :func:`summarize` would give as None, and for one that a task with a single test example is part of.
 
     Raises:
         ValueError: a shape is wrong, or a task does not have the same number of examples at every stage.
     """
-    matrices = resampled_matrices([scores], weights, totals, resamples, seed)[0]
+    matrices = _varied(resampled_matrices([scores], weights, totals, resamples, seed)[0], scores)
     scale = common_scale(metrics, matrices.shape[-1])
     if scale is None:
         return dict.fromkeys(FIGURES)
@@ -79,7 +79,7 @@ def task_intervals(
     seed: int = 0,
 ) -> dict[str, list[list[float] | None]]:
     """95 % intervals of the figures of :func:`by_task`, as :func:`intervals` makes them: T a figure, None as there."""
-    matrices = resampled_matrices([scores], weights, totals, resamples, seed)[0]
+    matrices = _varied(resampled_matrices([scores], weights, totals, resamples, seed)[0], scores)
     terms = task_terms(matrices, metric_signs(metrics, matrices.shape[-1]))
     return {name: [percentile_interval(column) for column in values.T] for name, values in terms.items()}
 
@@ -108,7 +108,7 @@ def paired_difference(
         totals: of the tasks whose entries are statistics.
 
     Returns:
-        ``difference`` (b less a), ``interval`` [low, high] and ``p``.
+        ``difference`` (b less a), ``interval`` [low, high], None where a task has a single test example, and ``p``.
 
     Raises:
         ValueError: the two do not have the same tasks and examples.
@@ -133,7 +133,7 @@ def paired_difference(
     as_far = np.abs(swapped) >= abs(difference) * (1 - 1e-12)
     return {
         "difference": float(difference / len(a)),
-        "interval": percentile_interval(drawn / len(a)),
+        "interval": percentile_interval(drawn / len(a)) if min(map(len, a)) > 1 else None,
         "p": float((1 + as_far.sum()) / (1 + permutations)),
     }
 
@@ -160,6 +160,14 @@ def resampled_matrices(
             statistics, total = example_statistics(column, weights, totals, j)
             scores = total(resampled_sums(statistics, resamples, np.random.default_rng([seed, j])))
             matrices[:, :, :, j] = scores.reshape(resamples, len(runs), stages).swapaxes(0, 1)
+    return matrices
+
+
+def _varied(matrices: NDArray[np.float64], scores: Examples) -> NDArray[np.float64]:
+    """Resampled score matrices, NaN for tasks of a single test example, since all resamples of it are the same."""
+    for j in range(matrices.shape[-1]):
+        if any(entry is not None and len(entry) == 1 for entry in (row[j] for row in scores)):
+            matrices[..., j] = np.nan
     return matrices
 
 

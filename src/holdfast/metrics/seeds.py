@@ -199,9 +199,11 @@ def seed_difference(
     if min(len(a), len(b)) == 1:
         first, second = ([np.mean(task, axis=0) for task in zip(*runs, strict=True)] for runs in (a, b))
         found = paired_difference(first, second, weights=weights, totals=totals, resamples=resamples, seed=seed)
-        low, high = found["interval"]
-        error = (high - low) / (2 * 1.96)
-        return found | {"detectable": (1.96 + 0.8416) * error, "over": "test examples"}
+        detectable = None
+        if found["interval"] is not None:
+            low, high = found["interval"]
+            detectable = (1.96 + 0.8416) * (high - low) / (2 * 1.96)
+        return found | {"detectable": detectable, "over": "test examples"}
     values, resampled = _averages([*a, *b], weights, totals, resamples, seed)
     mean = float(values[len(a) :].mean() - values[: len(a)].mean())
     if paired:

@@ -176,10 +176,19 @@ class FinishedRun:
         """By task, whether its own stage raised its score by more than the interval over test examples.
 
         Tasks that were not measured before and after their stage are left out, and so are all of a run that trains
-        nothing. Where the answers were not kept, any rise counts.
+        nothing. Where the answers were not kept, any rise counts; where there is a single test row, none does.
         """
         gains = {} if self.untrained else dict(zip(self.tasks, self.gains, strict=True))
-        return {task: (ends[0] if ends else gain) > 0 for task, (gain, ends) in gains.items() if gain is not None}
+        return {
+            task: task not in self.one_row and (ends[0] if ends else gain) > 0
+            for task, (gain, ends) in gains.items()
+            if gain is not None
+        }
+
+    @cached_property
+    def one_row(self) -> list[str]:
+        """The tasks of a single test row, of which a rise says nothing."""
+        return [task for task in self.tasks if self.info["tasks"][task]["test"] == 1]
 
     @property
     def not_learned(self) -> list[str]:

@@ -29,7 +29,8 @@ def as_comment(judged: Judged, page: str | None = None) -> str:
     """
     run, checks, found = judged.run, judged.checks, StageFigures(judged.run, judged.row)
     lines = [MARK, f"### Forgetting gate: {'failed' if failed(checks) else 'passed'}", "", code(judged.title), ""]
-    if (note := learning({task: run.learned[task] for task in found.tasks if task in run.learned})) is not None:
+    learned = {task: run.learned[task] for task in found.tasks if task in run.learned}
+    if (note := learning(learned, run.one_row)) is not None:
         lines += [f"**{code(note)}**", ""]
     if checks:
         lines += _table(HEAD, [[code(row[0], cell=True), *row[1:]] for row in rows(checks)])
@@ -80,9 +81,9 @@ def _figures(found: StageFigures) -> list[list[str]]:
 
 
 def _learned(found: StageFigures) -> list[list[str]]:
-    """A line for each task, the last one first."""
+    """A line for each task, in the order in which they were learned."""
     lines = []
-    for j in reversed(range(len(found.tasks))):
+    for j in range(len(found.tasks)):
         after = found.run.own_stage(j)
         before = 0 if found.run.joint else after - 1
         gain, ends = found.run.gains[j]

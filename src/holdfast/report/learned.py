@@ -12,7 +12,7 @@ from holdfast.records.gate import general_loss, is_general_loss
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
 from holdfast.records.stages import named
-from holdfast.report.text import number
+from holdfast.report.text import ONE_ROW, number
 from holdfast.system.progress import clock
 
 
@@ -70,7 +70,9 @@ def _gained(run: FinishedRun, stage: int) -> list[str]:
     lines = [line]
     for name, values in run.matrix.get("beside", {}).get(task, {}).items():
         lines.append(f"  {name}  {number(values[stage - 1])} -> {number(values[stage])}")
-    if run.learned.get(task) is False:
+    if task in run.one_row:
+        lines.append(f"  {ONE_ROW}: whether it was learned is not known; give more rows, or a test split")
+    elif run.learned.get(task) is False:
         lines.append("  not learned: the interval holds 0; known before, or too few rows or epochs")
     return lines
 

@@ -212,7 +212,7 @@ def _headline(run: FinishedRun) -> list[str]:
     if summary["average"] is not None:
         mean = f"mean {score} over {few} tasks" if few > 1 else score
         sentences.append(f"After the last stage the {mean} is {number(summary['average'])}.")
-    note = learning(run.learned)
+    note = learning(run.learned, run.one_row)
     if note is not None:
         sentences.insert(0, note)
     if summary["forgetting"] is not None and (note is None or any(run.learned.values())):

@@ -68,7 +68,9 @@ def _difference_notes(comparison: Comparison) -> list[str]:
         )
     if "test examples" in over:
         lines.append(f"p of one seed: permutation test, {ONE_SEED}.")
-    found = [difference["detectable"] for difference in differences]
+    found = [size for difference in differences if (size := difference["detectable"]) is not None]
+    if not found:
+        return lines
     span = number(min(found)) + (f" to {number(max(found))}" if max(found) > min(found) else "")
     return [*lines, f"Smallest true difference that such runs find in 80 of 100 cases (uncorrected p < 0.05): {span}."]
 

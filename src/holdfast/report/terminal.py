@@ -25,7 +25,7 @@ def print_table(runs: list[Path], console: Console) -> None:
     found = read_runs(runs)
     print_quality(compare(found), console, minutes=True)
     for run in found:
-        if (note := learning(run.learned)) is not None:
+        if (note := learning(run.learned, run.one_row)) is not None:
             console.print(f"{run.label}: {note}" if len(found) > 1 else note, markup=False, style="bold")
         for line in lacking(run):
             console.print(f"{run.label}: {line}" if len(found) > 1 else line, markup=False, style="dim")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from holdfast.system.terminal import printable
@@ -36,22 +36,33 @@ def shorten(text: str, length: int) -> str:
     return f"{text[: length - tail - 5].rstrip()} […] {text[-tail:].lstrip()}"
 
 
-def learning(learned: Mapping[str, bool]) -> str | None:
+ONE_ROW = "one test row says nothing"
+
+
+def learning(learned: Mapping[str, bool], one_row: Collection[str] = ()) -> str | None:
     """What a reader must know of forgetting where tasks were not learned; None where all were.
 
     Args:
         learned: by task, whether its own stage raised its score by more than its interval.
+        one_row: the tasks of a single test row, of which that cannot be known.
     """
-    missing = [task for task, rose in learned.items() if not rose]
-    if not missing:
-        return None
-    if len(missing) == len(learned):
-        return (
+    missing = [task for task, rose in learned.items() if not rose and task not in one_row]
+    unknown = [task for task in learned if task in one_row]
+    sentences = []
+    if missing and len(missing) == len(learned):
+        sentences.append(
             "Nothing was learned: no score rose beyond its interval in the task's own stage. Forgetting says nothing."
         )
-    listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-    why = "the score did not rise beyond its interval in the task's own stage, so forgetting says nothing of it"
-    return f"Not learned: {listed}; {why}."
+    elif missing:
+        why = "the score did not rise beyond its interval in the task's own stage, so forgetting says nothing of it"
+        sentences.append(f"Not learned: {_first(missing)}; {why}.")
+    if unknown:
+        sentences.append(f"Not known: {_first(unknown)}; {ONE_ROW} of what was learned or forgotten.")
+    return " ".join(sentences) or None
+
+
+def _first(tasks: Sequence[str]) -> str:
+    return ", ".join(tasks[:5]) + (f" and {len(tasks) - 5} more" if len(tasks) > 5 else "")
 
 
 def lacking(run: FinishedRun) -> list[str]:
