@@ -44,6 +44,38 @@ def test_each_stage_has_what_it_learned_and_cost(made: Path):
     assert any("rollback" in step["command"] and step["command"].endswith("--to 1") for step in found["next"])
 
 
+def test_what_comes_next_is_what_the_run_can_take(made: Path):
+    """Of a configuration: a task more; learn takes a run over, and from then on it alone goes on."""
+
+    def first(count: int) -> list[tuple[str, str]]:
+        return [(step["command"], step["what"]) for step in holdfast.status(made)["next"][:count]]
+
+    run, learn = f"holdfast run CONFIG (output={made})", f"holdfast learn DATA --into {made}"
+    assert first(2) == [
+        (run, "learn a task that you append to the stream of CONFIG"),
+        (learn, "or let learn take it over; CONFIG cannot continue it then"),
+    ]
+    record = read_json(made / "run.json")
+    write_json(made / "learn.json", {"format": 1, "memory": True, "given": {}, "settled": {}, "own": {}, "tasks": []})
+    assert first(1) == [(learn, "teach it the next data")]
+    write_json(made / "run.json", record | {"finished": None})
+    assert first(1) == [(learn, "go on; the data as before")]
+    (made / "learn.json").unlink()
+    named = record["config"] | {"stream": {"name": "trace", "path": "data", "order": None}}
+    write_json(made / "run.json", record | {"config": named})
+    assert not any(command.startswith(("holdfast run", "holdfast learn")) for command, _ in first(9))
+
+
+def test_one_test_row_says_nothing(made: Path, capsys: pytest.CaptureFixture[str]):
+    for file in made.glob("stages/*/responses/*.jsonl"):
+        file.write_text(file.read_text().splitlines()[0] + "\n")
+    record = read_json(made / "run.json")
+    tasks = {name: facts | {"test": 1} for name, facts in record["tasks"].items()}
+    write_json(made / "run.json", record | {"tasks": tasks})
+    assert [(s["interval"], s["is_learned"]) for s in holdfast.status(made)["stages"]] == [(None, False)] * 2
+    assert command("status", made) == 0 and capsys.readouterr().out.count(", one test row says nothing") == 2
+
+
 def test_scores_of_different_scales_have_no_common_mean(made: Path, capsys: pytest.CaptureFixture[str]):
     """An accuracy and a loss: each has a mean of its own."""
     stages = _Stages(read_run(made), [0, 1, 2])
@@ -101,13 +133,24 @@ def test_the_table_fits_80_columns_whatever_the_tasks_are_called(made: Path):
     found = holdfast.status(made)
     found["stages"][0] |= {"task": "a-name-" * 12, "gate": "failed: rolled back to the model before training"}
     found["stages"][0] |= {"general_change": -0.123, "general_loss": 0.5}
+    found["stages"][0] |= {"interval": None, "is_learned": False, "test_rows": 1}
     found["stages"][1] |= {"learned": -0.01, "interval": [-0.1, 0.1], "is_learned": False}
     console = open_console(width=80, force_terminal=True, file=StringIO(), color_system=None)
     show(found, console)
-    table = console.file.getvalue().partition("holdfast learn")[0].splitlines()[2:]  # type: ignore[attr-defined]
+    table = console.file.getvalue().partition("holdfast run")[0].splitlines()[2:]  # type: ignore[attr-defined]
     assert max(map(len, table)) <= 80
     text = "".join("".join(table).split())
-    for part in ("a-name-", "learned", "forgetting", "minutes", "−0.010", "-0.10..0.10", "+50.0%", "−0.123"):
+    for part in (
+        "a-name-",
+        "learned",
+        "forgetting",
+        "minutes",
+        "−0.010",
+        "-0.10..0.10",
+        "+50.0%",
+        "−0.123",
+        "onetestrow",
+    ):
         assert part in text, part
 
 

@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import logging
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -161,14 +162,23 @@ class RunDirectory:
         if not any(change.get("versions") == lines for change in changes):
             self.record["changes"] = [*changes, {"at": _now(), "versions": lines}]
 
-    def check_config(self, config: Section) -> None:
+    def check_config(self, config: Section, *, learns: bool = False) -> None:
         """Check that no run with another configuration began here, as far as the configuration alone shows it: see
         :meth:`appended`.
 
+        Args:
+            learns: whether `holdfast learn` goes on here, not a user's configuration.
+
         Raises:
-            RunDirectoryError: one did; the message lists the differences.
+            RunDirectoryError: one did; the message lists the differences, or says that learn has taken the run over.
         """
-        if self.record and (lines := unexplained(self.record, config)):
+        lines = unexplained(self.record, config) if self.record else []
+        if not learns and (self.path / LEARN).exists() and (lines or not self.record):
+            raise RunDirectoryError(
+                f"{self.path}: this run is continued by learn now; go on with holdfast learn DATA --into "
+                f"{shlex.quote(str(self.path))}"
+            )
+        if lines:
             raise self._other(lines)
 
     def past(self) -> Past:
@@ -391,6 +401,11 @@ def learned_stages(record: Mapping[str, Any], stage: int) -> list[int]:
     """
     current = current_stage(record, stage)
     return [*learned_stages(record, current - 1), current] if current else []
+
+
+def keeps_rows(path: Path) -> bool:
+    """Whether the rows of a run's tasks can be read again; not where it learned with ``--memory none``."""
+    return not (path / LEARN).exists() or read_json(path / LEARN)["memory"]
 
 
 def require_runs(paths: list[Path]) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.metrics.intervals import paired_difference
 from holdfast.metrics.matrix import scale_of
-from holdfast.records.directory import current_stage, file_name, learned_stages, require_runs
+from holdfast.records.directory import LEARN, current_stage, file_name, learned_stages, require_runs
 from holdfast.records.gate import general_loss, is_accuracy, is_general_loss
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json, read_jsonl
 from holdfast.records.stages import complete_stages, is_settled, named
-from holdfast.report.text import interval, number
+from holdfast.report.text import ONE_ROW, interval, number
 from holdfast.report.verdict import decisions
 from holdfast.scoring.score import task_score
 from holdfast.system.terminal import open_console, say
@@ -35,7 +35,7 @@ def status(run: Path | str) -> dict[str, Any]:
         - ``stage``, ``task`` and ``state``: current, kept (the current weights come from it, too), undone, training
           or waiting; ``step``, while it trains;
         - ``learned``: what its task gained in it, positive is better; its 95 % ``interval`` over test examples; and
-          ``is_learned``, whether that is more than chance;
+          ``is_learned``, whether that is more than chance, which one test row never is: ``test_rows``;
         - ``forgetting``: the mean fall of the tasks that were learned before, in this stage alone; positive is worse.
           It is None where their metrics have no common scale, and ``forgetting_by_scale`` has the mean of each:
           ``fraction`` (such as accuracy), or a loss's name;
@@ -104,8 +104,9 @@ class _Stages:
         if measured and self.run.joint:
             gains = self._mean_changes(0, t, range(len(self.run.tasks)))
             gain = next(iter(gains.values())) if len(gains) == 1 else None
-        sure = None if gain is None else (ends[0] if ends else gain) > 0
-        return {"learned": gain, "interval": ends, "is_learned": sure}
+        rows = None if self.run.joint or not measured else self.run.info["tasks"][self.run.tasks[t - 1]]["test"]
+        sure = None if gain is None else rows != 1 and (ends[0] if ends else gain) > 0
+        return {"learned": gain, "interval": ends, "is_learned": sure, "test_rows": rows}
 
     def _gain(self, t: int) -> tuple[float | None, list[float] | None]:
         """What the stage's task gained, and its interval."""
@@ -187,11 +188,7 @@ def _next(run: FinishedRun, done: list[int], current: int) -> list[dict[str, str
     path = shlex.quote(str(run.path))
     if run.untrained:
         return [{"command": f"holdfast report {path}", "what": "write its page again"}]
-    found = []
-    if not run.finished:
-        found.append({"command": f"holdfast run CONFIG (output={path})", "what": "go on; the command that began it"})
-    else:
-        found.append({"command": f"holdfast learn DATA --into {path}", "what": "teach it the next data"})
+    found = _going_on(run, path)
     if current:
         found.append({"command": f"holdfast export {path} --to FOLDER", "what": f"write {named(run, current)} out"})
     found.append({"command": f"holdfast serve {path} --follow", "what": "serve the current stage, also the next ones"})
@@ -200,6 +197,23 @@ def _next(run: FinishedRun, done: list[int], current: int) -> list[dict[str, str
         kept = [t for t in (0, *learned_stages(run.info, done[-1])) if t != current]
         to = kept[-1] if kept else others[-1]
         found.append({"command": f"holdfast rollback {path} --to {to}", "what": f"hold {named(run, to)} again"})
+    return found
+
+
+def _going_on(run: FinishedRun, path: str) -> list[dict[str, str]]:
+    """The commands by which a run goes on, or grows if it is finished: learn's, once learn has taken it over."""
+    learn, again = f"holdfast learn DATA --into {path}", f"holdfast run CONFIG (output={path})"
+    if (run.path / LEARN).exists():
+        return [{"command": learn, "what": "teach it the next data" if run.finished else "go on; the data as before"}]
+    if not run.finished:
+        return [{"command": again, "what": "go on; the command that began it"}]
+    stream, found = run.config["stream"], []
+    if run.joint:
+        return []
+    if stream.get("name") is None or isinstance(stream.get("order"), list):
+        found.append({"command": again, "what": "learn a task that you append to the stream of CONFIG"})
+    if stream.get("name") is None:
+        found.append({"command": learn, "what": "or let learn take it over; CONFIG cannot continue it then"})
     return found
 
 
@@ -243,7 +257,7 @@ def _cells(stage: dict[str, Any]) -> dict[str, str]:
     if stage["interval"]:
         learned += f" ({interval(stage['interval'], signed=True)})"
     if stage["is_learned"] is False:
-        learned += " not learned"
+        learned += f", {ONE_ROW}" if stage["test_rows"] == 1 else " not learned"
     loss, seconds = stage["general_loss"], stage["seconds"]
     return {
         "": stage["state"] + (f", step {stage['step']}" if "step" in stage else ""),
@@ -282,6 +296,7 @@ def _print_table(stages: list[dict[str, Any]], console: Console) -> None:
             low, high = (f"{end:.2f}" for end in stage["interval"])
             mark = "\nnot learned" if stage["is_learned"] is False else ""
             cells["learned"] = f"{number(stage['learned'], signed=True)}\n{low}..{high}{mark}"
+        cells["learned"] = cells["learned"].replace(f", {ONE_ROW}", "\none test row\nsays nothing")
     shown = [name for name in rows[0] if any(cells[name] for cells in rows)]
     for name in shown:
         numeric = name not in ("", "gate", "budget")

@@ -87,14 +87,16 @@ def run_in(
     accept_changes: bool = False,
     backfill: bool = False,
     data: RunData | None = None,
+    learns: bool = False,
 ) -> dict[str, Any]:
     """As :func:`run`, in a directory that is open already.
 
     Args:
+        learns: whether :func:`holdfast.learn` runs it.
         data: what :func:`holdfast.runner.data.load_data` would give, of a run that keeps no rows.
     """
     resolved = resolve(config)
-    directory.check_config(resolved.config)
+    directory.check_config(resolved.config, learns=learns)
     trackers = chosen(resolved.config.training.report_to)
     setup = prepare(resolved, data, directory.past())
     appended = check_growth(setup, directory)

@@ -62,8 +62,15 @@ def learn_call(call: Call, progress: Progress | None, accept_changes: bool) -> d
             config = RunConfig.model_validate(values["config"])
             if directory.record:
                 go_on(directory.record, config)
-            data = values["data"]
-            matrix = run_in(directory, interrupt, config, progress, accept_changes=accept_changes, data=data)
+            matrix = run_in(
+                directory,
+                interrupt,
+                config,
+                progress,
+                accept_changes=accept_changes,
+                data=values["data"],
+                learns=True,
+            )
             if values["last"]:
                 return matrix
 
