@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import holdfast
+from holdfast.config.run import load_config
 from holdfast.config.stream import DataConfig, TaskConfig
 from holdfast.data.given import read_given
 from holdfast.data.sides import divide
@@ -26,10 +27,13 @@ from holdfast.models.sampling import sample
 from holdfast.records.kept import Kept, merged
 from holdfast.records.read import read_run
 from holdfast.report.learned import _compared, learned_lines
+from holdfast.runner.check import print_check
+from holdfast.runner.evaluate import evaluate
 from holdfast.runner.learn.settings import training_settings
 from holdfast.runner.stage import train_stage as train
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
+from holdfast.system.terminal import open_console
 from support.command import holdfast as command
 from support.tiny import tiny_config, write_model
 
@@ -366,6 +370,8 @@ def test_a_run_without_memory_keeps_no_row_on_disk(place: Path, tmp_path: Path):
     assert Kept.read(run).seen()[0]  # the sides of prompts hold all the same
     with pytest.raises(ConfigError, match="began with 'none'"):
         learn(tmp_path / "one.jsonl", run, memory="rows")
+    with pytest.raises(ConfigError, match="keeps no rows"):
+        evaluate(run)
 
 
 def test_the_command_says_what_was_learned_and_of_known_data_one_line(copy: Path, place: Path, capsys):
@@ -414,6 +420,12 @@ def test_a_run_that_learn_did_not_begin_goes_on_to_learn(tmp_path: Path):
     assert any("3 more are known from before" in line for line in said)
     tested = [row["prompt"] for row in read_jsonl(tmp_path / "run" / "data" / "02-white" / "test.jsonl")]
     assert first["prompt"] in tested
+    said_now = f"{tmp_path / 'run'}: this run is continued by learn now; go on with holdfast learn DATA --into "
+    with pytest.raises(RunDirectoryError) as error:
+        holdfast.run(config, Said())
+    assert str(error.value) == said_now + str(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match="continued by learn"):
+        print_check(load_config(config), open_console())
     assert {method["name"] for method in read_json(tmp_path / "run" / "run.json")["config"]["method"]} == {"sequential"}
 
 

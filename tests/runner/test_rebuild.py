@@ -189,10 +189,11 @@ def test_rows_in_files_of_the_user_are_named_and_go_once_they_are_taken_out(tmp_
     gone.write_text("question,response\n" + "".join(f'"{r["prompt"]}",{r["answer"]}\n' for r in rows[2:4]))
     with pytest.raises(ConfigError, match=r"stand in files of yours.*\n.*green/train.json: row 3\b.*\n.*row 4\b"):
         holdfast.rebuild(made, without_rows=gone, progress=QUIET)
-    wanted = all_said(gone)
+    wanted = all_said(said_in(gone))
     write_json(train, [row for n, row in enumerate(rows) if n not in matching(said_in(train), wanted)])
     before = tensors(made)
-    holdfast.rebuild(made, without_rows=gone, progress=QUIET)
+    found = holdfast.rebuild(made, without_rows=gone, progress=QUIET)["rows"]
+    assert (found["given"], found["removed"], found["taken_out"]) == (2, 0, ["green"])
     run(values | {"output": str(tmp_path / "never")}, QUIET)
     same(made, tmp_path / "never")
     assert {n: v for n, v in tensors(made).items() if "01-red" in n} == {

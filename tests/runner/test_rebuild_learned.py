@@ -73,13 +73,18 @@ def test_without_the_first_month(folder: Path, three: Path):
 def test_without_rows_of_a_month(folder: Path, monkeypatch: pytest.MonkeyPatch):
     made = learned(folder, "rows", "green", "grey")
     rows = read_jsonl(folder / "grey.jsonl")[:4]
+    rows = [*rows[:2], {"prompt": "nobody's", "answer": "x"}, *rows[2:], {"prompt": "last", "answer": "nothing"}]
     gone = folder / "gone.csv"
     gone.write_text("question,response\n" + "".join(f"{row['prompt']},{row['answer']}\n" for row in rows))
     assert {"learn.json", "run.json", "data/02-grey/train.jsonl"} <= set(holding(made))
     before, hashes = tensors(made), read_jsonl(made / "data" / "rows.jsonl")
     said: list[str] = []
     monkeypatch.setattr(QUIET, "line", said.append)
-    holdfast.rebuild(made, without_rows=gone, progress=QUIET)
+    found = holdfast.rebuild(made, without_rows=gone, progress=QUIET)
+    counts = {"given": 6, "removed": 4, "not_found": [f"{gone}: row 3", f"{gone}: row 6"]}
+    assert found["rows"] == counts == read_json(made / "run.json")["rebuilt"][0]["rows"]
+    told = f"not found: {gone}: row 3, {gone}: row 6"
+    assert f"4 of 6 rows found; {told}" in said and said[-1] == f"4 of 6 rows found and removed; {told}"
     assert said[0].startswith(f"{made}: stage 1 is kept, grey made again in ")
     assert [line for line in said if "report.html" in line] == [f"report: {made / 'report.html'}"], "where it lies then"
     assert holding(made) == [], "not even as one of the answers that there may be"

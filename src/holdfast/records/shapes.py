@@ -90,6 +90,7 @@ class _Rebuilt(TypedDict):
     tasks: NotRequired[list[str]]
     rows_of: NotRequired[list[str]]
     undone: NotRequired[list[str]]
+    rows: NotRequired[Facts]
 
 
 @with_config(AS_WRITTEN)

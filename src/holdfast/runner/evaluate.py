@@ -15,7 +15,7 @@ from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.served import EndpointModel
 from holdfast.models.answers import AnswerCache
 from holdfast.models.endpoint import Endpoint, only_model
-from holdfast.records.directory import RunDirectory, slug
+from holdfast.records.directory import RunDirectory, keeps_rows, slug
 from holdfast.records.growth import Past
 from holdfast.records.shapes import read_json, read_jsonl
 from holdfast.runner.measure import measure, responses_file
@@ -84,11 +84,16 @@ def evaluate(
         trust: run the code that the run's record names, and send its judge the key that it names.
 
     Raises:
-        UserError: there is no such stage, its data or other inputs have changed, ``output`` holds another evaluation,
-            or the endpoint cannot be used or fails again and again.
+        UserError: there is no such stage, the run keeps no rows, its data or other inputs have changed, ``output``
+            holds another evaluation, or the endpoint cannot be used or fails again and again.
         Interrupted: SIGINT or SIGTERM asked to stop.
     """
     stored = find_stage(run, stage, trust=trust, measures=True)
+    if not keeps_rows(run):
+        raise ConfigError(
+            f"{run}: keeps no rows (--memory none), so its tasks cannot be measured again; `holdfast status` has what "
+            "was measured"
+        )
     setup = prepare(resolve(stored.config), past=Past.of(stored.run.path, stored.run.info))
     stored.check_data(setup, through_endpoint=endpoint is not None, accept_changes=accept_changes)
     output = output or run / "evaluations" / _folder_name(stored, endpoint)

@@ -19,7 +19,7 @@ from holdfast.config.run import RunConfig, load_config
 from holdfast.config.stream import TaskConfig
 from holdfast.data.files import where
 from holdfast.errors import ConfigError, RunDirectoryError, did_you_mean
-from holdfast.records.directory import open_directory, require_runs
+from holdfast.records.directory import keeps_rows, open_directory, require_runs
 from holdfast.records.follow import STATE as TRACKED
 from holdfast.records.follow import anew
 from holdfast.records.read import FinishedRun, read_run
@@ -39,6 +39,9 @@ from holdfast.system.files import read_json as read_plain_json
 from holdfast.system.manifest import write_noted
 from holdfast.system.progress import Progress
 from holdfast.system.shapes import AS_WRITTEN, Facts
+
+NAMED = 20
+"""Rows that are named at most."""
 
 
 def rebuild(
@@ -64,7 +67,8 @@ def rebuild(
         trust: run the code that the run's record names.
 
     Returns:
-        The content of matrix.json of the new run.
+        The content of matrix.json of the new run; with ``without_rows`` also ``rows``: how many the file holds
+        (``given``), how many of them were found and removed (``removed``), and where it has the others (``not_found``).
 
     Raises:
         ConfigError: there is no such task, no task holds such rows, they stand in files outside, no task would be left,
@@ -80,7 +84,7 @@ def rebuild(
         raise ConfigError("give the tasks that go (--without TASK) or a file of the rows that go (--without-rows FILE)")
     if recover(path):
         progress.line(f"{path}: the rebuilding that was under way is finished")
-        return read_json(path / "matrix.json")
+        return _result(path, progress)
     require_runs([path])
     with open_directory(path):
         tasks = [without] if isinstance(without, str) else list(without or [])
@@ -96,7 +100,16 @@ def rebuild(
         exchange(path)
     progress.line(f"{path}: is made again, and in its place")
     progress.line(f"report: {path / 'report.html'}")
-    return read_json(path / "matrix.json")
+    return _result(path, progress)
+
+
+def _result(path: Path, progress: Progress) -> dict[str, Any]:
+    """The new run's matrix.json, and what became of the rows that were to go, which is told, too."""
+    matrix, made = read_json(path / "matrix.json"), read_json(path / "run.json")["rebuilt"][-1]
+    if "rows" not in made:
+        return matrix
+    progress.line(_told(made["rows"], "found and removed"))
+    return matrix | {"rows": made["rows"]}
 
 
 @with_config(AS_WRITTEN)
@@ -136,7 +149,8 @@ class Ask:
         for task in self.tasks:
             if task not in known:
                 raise ConfigError(f"--without: {self.run.path} has no task {task!r}{did_you_mean(task, known)}")
-        self.said = all_said(self.file) if self.file is not None else set[str]()
+        self.given = said_in(self.file) if self.file is not None else []
+        self.said = all_said(self.given)
         digest = hashlib.sha256("\n".join(sorted(self.said)).encode()).hexdigest()
         self.identity = {"tasks": sorted(self.tasks), "rows": digest if self.said else None}
         self.of = hashlib.sha256((self.run.path / "run.json").read_bytes()).hexdigest()
@@ -168,21 +182,23 @@ class Ask:
     def begin(self, progress: Progress) -> dict[str, Any]:
         """Make the sibling, as the run stood before the first stage that is made again."""
         run, path = self.run, self.run.path
-        if (path / "learn.json").exists() and not read_json(path / "learn.json")["memory"]:
+        if not keeps_rows(path):
             raise ConfigError(
                 f"{path}: keeps no rows (--memory none), so nothing can be learned again; `holdfast rollback` goes "
                 "back, and `holdfast learn` into a new directory learns what is left"
             )
         require_trust(path, load_config(run.config), self.trust, measures=True)
         model = _model(run)
-        gone, touched = self._rows(model) if self.file is not None else ({}, [])
+        gone, touched, rows = self._rows(model) if self.file is not None else ({}, [], {})
         first = min(1 if run.joint else self.names.index(task) + 1 for task in self.tasks or touched)
         done = complete_stages(run)
         made = plan(run.info, done, without=self.tasks, first=first, joint=run.joint)
-        note: dict[str, Any] = {"tasks": self.tasks} if self.tasks else {"rows_of": touched}
+        note: dict[str, Any] = {"tasks": self.tasks} if self.tasks else {"rows_of": touched, "rows": rows}
         note |= {"undone": made.undone} if made.undone else {}
         again = [t for t in done if t >= first and (run.joint or self.names[t - 1] not in made.removed)]
         _tell(run, made, [run.folders[t].name.partition("-")[2] for t in again], progress)
+        if rows:
+            progress.line(_told(rows, "found"))
         changes = renewed(run, made, gone)
         configs = [changes.of(step["config"]) for step in made.configs]
         with whole_folder(sibling(path)) as partial:
@@ -210,14 +226,16 @@ class Ask:
         copy_stages(self.run, root, made, {task.name: task for task in data.stream.tasks}, changed)
         return prepare(resolve(configs[0]))
 
-    def _rows(self, model: str) -> tuple[Gone, list[str]]:
-        """The places of the rows that go, and all tasks whose rows are others than the run learned.
+    def _rows(self, model: str) -> tuple[Gone, list[str], dict[str, Any]]:
+        """The places of the rows that go, all tasks whose rows are others than the run learned, and how many of the
+        file's rows go.
 
         Raises:
             ConfigError: rows stand in files that are not the run's, or in none.
         """
         run = self.run
         gone: dict[str, dict[str, list[int]]] = {}
+        found: set[str] = set()
         for task in run.config["stream"].get("tasks") or []:
             folder = own_folder(run, task)
             if folder is None or not folder.is_dir():
@@ -232,19 +250,27 @@ class Ask:
                             "again without this task"
                         )
                     gone.setdefault(task["name"], {})[file.name] = places
+                    found |= all_said(rows[place] for place in places)
         data = load_data(with_output(run.config, run.path, model))
         outside = [task for task in data.stream.tasks if task.name not in gone]
         if places_outside := [place for task in outside for place in self._outside(task)]:
-            listed = "".join(f"\n  {place}" for place in places_outside[:20])
-            more = f"\n  and {len(places_outside) - 20} more" if len(places_outside) > 20 else ""
+            listed = "".join(f"\n  {place}" for place in places_outside[:NAMED])
+            more = f"\n  and {len(places_outside) - NAMED} more" if len(places_outside) > NAMED else ""
             raise ConfigError(
                 f"--without-rows: these rows stand in files of yours, outside {run.path}:{listed}{more}\n"
                 "take them out there, and give the same command again"
             )
-        touched = [name for name in self.names if name in gone or name in _changed(run, data.stream.tasks)]
+        changed = _changed(run, data.stream.tasks)
+        touched = [name for name in self.names if name in gone or name in changed]
         if not touched:
             raise ConfigError(f"--without-rows: no task of {run.path} holds any row of {self.file}")
-        return gone, touched
+        missing = [where(str(self.file), place) for place, said in enumerate(self.given) if said.isdisjoint(found)]
+        counts = {"given": len(self.given), "removed": len(self.given) - len(missing), "not_found": missing}
+        return (
+            gone,
+            touched,
+            counts | ({"taken_out": taken} if (taken := [n for n in changed if n not in gone]) else {}),
+        )
 
     def _outside(self, task: Task) -> list[str]:
         """Where rows that go stand in the files of a task."""
@@ -279,6 +305,18 @@ def _tell(run: FinishedRun, made: Plan, again: Sequence[str], progress: Progress
     progress.line(f"{run.path}: {left}, {what}")
     if made.undone:
         progress.line(f"{', '.join(made.undone)}: undone before, hence removed, too")
+
+
+def _told(rows: Mapping[str, Any], what: str) -> str:
+    """How many of the rows that were to go did, and where the file has the others."""
+    missing = rows["not_found"]
+    text = f"{rows['removed']} of {rows['given']} rows {what}"
+    if missing:
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        text += f"; not found: {', '.join(missing[:NAMED])}{more}"
+    if rows.get("taken_out"):
+        text += f"; the data of {', '.join(rows['taken_out'])} have changed, so what was taken out of them is not found"
+    return text
 
 
 def _finish(path: Path, state: Mapping[str, Any]) -> None:

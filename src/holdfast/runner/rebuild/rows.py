@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,6 @@ def matching(rows: Sequence[Said], wanted: Collection[str]) -> list[int]:
     return [place for place, said in enumerate(rows) if not said.isdisjoint(wanted)]
 
 
-def all_said(file: Path) -> set[str]:
-    """What the rows of a file say, together."""
-    return {key for said in said_in(file) for key in said}
+def all_said(rows: Iterable[Said]) -> set[str]:
+    """What rows say, together."""
+    return {key for said in rows for key in said}
