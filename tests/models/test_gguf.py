@@ -119,7 +119,7 @@ def test_what_cannot_be_converted_is_one_message(tmp_path):
     (tmp_path / "head.gguf").write_bytes(content[:100])
     (tmp_path / "other.gguf").write_bytes(b"not a model at all")
     for name in ("cut", "head"):
-        with pytest.raises(DataError, match=rf"{name}\.gguf: is no whole GGUF file; download it again"):
+        with pytest.raises(DataError, match=rf"{name}\.gguf: is no whole GGUF file; download it again$"):
             convert_gguf(tmp_path / f"{name}.gguf", tmp_path / "folder")
     with pytest.raises(DataError, match=r"other\.gguf: is no GGUF file, whose first bytes are GGUF"):
         convert_gguf(tmp_path / "other.gguf", tmp_path / "folder")

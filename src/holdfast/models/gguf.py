@@ -66,7 +66,7 @@ def weight_types(file: Path) -> dict[str, float]:
         for tensor in GGUFReader(file).tensors:
             counts[tensor.tensor_type.name] += int(tensor.n_elements)
     except Exception as error:  # whatever a damaged file leads its reader to
-        raise DataError(f"{file}: is no whole GGUF file; download it again: {error}") from error
+        raise DataError(f"{file}: is no whole GGUF file; download it again") from error
     if not counts:
         raise DataError(f"{file}: holds no weights")
     return {name: round(count / counts.total(), 4) for name, count in counts.most_common()}
