@@ -11,12 +11,12 @@ from transformers import Trainer
 from holdfast.api.method import Method
 from holdfast.api.stage import Extra
 from holdfast.engines.process import Process
-from holdfast.errors import MethodError, NonFiniteLossError
+from holdfast.errors import ConfigError, MethodError, NonFiniteLossError
 from holdfast.methods.replay import Replay
 from holdfast.training.terms import Terms
 from holdfast.training.trainer import continual
 from support.tiny import tiny_model, tiny_rows
-from support.trained import trained, vector
+from support.trained import options, trained, vector
 
 
 def test_without_a_method_it_is_the_plain_trainer_bit_for_bit(tmp_path):
@@ -260,3 +260,22 @@ def test_extra_rows_may_come_from_anywhere(tmp_path):
 
     trainer = trained(tmp_path, method=[General(), "sequential"])
     assert all(log["term/general"] > 0 for log in trainer.state.log_history if "loss" in log)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("joint", "'joint' learns all tasks at once, .* put the rows of all tasks into one train_dataset"),
+        ({"name": "icl", "shots": 2}, "'icl' trains nothing and acts only where `holdfast run` answers test rows"),
+        (["frozen"], "'frozen' trains nothing"),
+        (["replay", "joint"], "'joint' learns all tasks at once, so it cannot be applied together with 'replay'"),
+        (["replay", "replay"], "'replay' stands twice"),
+        (3, r"method: must be a name, .*, not 3$"),
+        (None, r"method: must be a name, .*, not None$"),
+        ({"ratio": 0.1}, r"method: must be a name, .*, not {'ratio': 0.1}$"),
+        (["replay", 3], r"method: must be a name, .*, not 3$"),
+    ],
+)
+def test_a_method_that_cannot_act_in_the_trainer_is_refused(method, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        continual(Trainer)(model=tiny_model(), args=options(tmp_path), method=method)

@@ -56,12 +56,18 @@ def build(methods: list[tuple[str, dict[str, Any]]]) -> list[Method]:
         ConfigError: a name or option is unknown, a method stands twice, or methods cannot be applied together.
     """
     built = [find(name)(**options) for name, options in methods]
-    names = [method.name for method in built]
+    check_together(built)
+    return built
+
+
+def check_together(methods: list[Method]) -> None:
+    """ConfigError if a method stands twice, or methods cannot be applied together."""
+    names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"method: {name!r} stands twice in the list; once is enough")
-    for method in built:
-        if method.schedule != "sequence" and len(built) > 1:
+    for method in methods:
+        if method.schedule != "sequence" and len(methods) > 1:
             what = "learns all tasks at once" if method.schedule == "joint" else "trains nothing"
             raise ConfigError(
                 f"method: {method.name!r} {what}, so it cannot be applied together with "
@@ -72,7 +78,6 @@ def build(methods: list[tuple[str, dict[str, Any]]]) -> list[Method]:
                 raise ConfigError(
                     f"method: {method.name!r} and {other!r} cannot be applied together: {method.not_with[other]}"
                 )
-    return built
 
 
 def _from_file(path: Path) -> type[Method]:

@@ -29,6 +29,21 @@ def check_trainable(model: nn.Module) -> None:
     raise ConfigError(f"model: no parameter of it is trainable, so nothing could be learned; {advice}")
 
 
+def check_learns_stages(methods: Sequence[Method]) -> None:
+    """ConfigError if a method learns no stage after another, so that a call of train() would not be its work."""
+    for method in methods:
+        if method.schedule == "joint":
+            raise ConfigError(
+                f"method: {method.name!r} learns all tasks at once, and a call of train() learns one; put the rows of "
+                "all tasks into one train_dataset and leave method out, or let `holdfast run` do it"
+            )
+        if method.schedule == "none":
+            raise ConfigError(
+                f"method: {method.name!r} trains nothing and acts only where `holdfast run` answers test rows; run it "
+                "there as a reference, or choose a method that trains, such as 'replay'"
+            )
+
+
 def check_methods(methods: Sequence[Method], model: nn.Module, rows: Sequence[TokenRow]) -> None:
     """Check that the model and the task's rows are of the kind that the methods work with.
 

@@ -19,7 +19,7 @@ from holdfast.data.collate import Collator
 from holdfast.engines.process import Process
 from holdfast.errors import ConfigError
 from holdfast.losses.next_token import supervised_tokens
-from holdfast.methods import build
+from holdfast.methods import build, check_together
 from holdfast.models.likelihood import token_losses
 from holdfast.rehearsal.keep import Keep
 from holdfast.training.batches import count_rows, count_tokens, drop_repeated_rows, is_token_batch
@@ -37,7 +37,7 @@ from holdfast.training.engine_mixin import (
 )
 from holdfast.training.extra_rows import ExtraRows, collate_tokens
 from holdfast.training.method_state import load_states
-from holdfast.training.requirements import check_methods, check_trainable
+from holdfast.training.requirements import check_learns_stages, check_methods, check_trainable
 from holdfast.training.state import ContinualState, RunContext
 from holdfast.training.terms import Terms
 
@@ -88,8 +88,9 @@ class ContinualMixin(EngineMixin):
     ) -> None:
         with optimizer_not_saved((*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
-        chosen = [method] if isinstance(method, str | Mapping | Method) else method
-        methods = [_built(choice) for choice in chosen]
+        methods = _built(method)
+        if run_context is None:
+            check_learns_stages(methods)
         if keep is not None:
             methods.append(Keep(keep if isinstance(keep, KeepConfig) else dict(keep), methods))
         self._holdfast = ContinualState(
@@ -383,13 +384,22 @@ def _general_loss(trainer: Any) -> float | None:
     return float(nats.sum() / tokens.sum())
 
 
-def _built(choice: Choice) -> Method:
-    if isinstance(choice, Method):
-        return choice
-    options = {"name": choice} if isinstance(choice, str) else dict(choice)
-    if "name" not in options:
-        raise ConfigError(f"method: {options} has no name")
-    return build([(options.pop("name"), options)])[0]
+def _built(method: Choice | Sequence[Choice]) -> list[Method]:
+    chosen = method if isinstance(method, list | tuple) else [method]
+    methods = []
+    for choice in chosen:
+        if isinstance(choice, Method):
+            methods.append(choice)
+            continue
+        options = {"name": choice} if isinstance(choice, str) else choice
+        if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
+            raise ConfigError(
+                f'method: must be a name, such as "replay", a mapping with one, such as {{"name": "replay", "ratio": '
+                f"0.1}}, a Method, or a list of these, not {choice!r:.200}"
+            )
+        methods += build([(options["name"], {key: value for key, value in options.items() if key != "name"})])
+    check_together(methods)
+    return methods
 
 
 def _pad_token_id(tokenizer: Any, collator: Any) -> int:
