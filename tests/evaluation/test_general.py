@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from holdfast.api.task import General, Stream
 from holdfast.config.evaluation import GeneralConfig
 from holdfast.data.encode import Encoder
-from holdfast.errors import DataError
+from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.abilities import load_general
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import general_statistics
@@ -295,3 +295,14 @@ def test_a_run_that_learns_to_refuse(tmp_path: Path) -> None:
         assert sum(record["score"] for record in records) / 3 == rate
         # names that would give one file have a file each
         assert [len(read_jsonl(general / f"{file}.jsonl")) for file in ("a_b", "a_b-2")] == [3, 2]
+
+
+@pytest.mark.parametrize("key", ["path", "demonstrations"])
+def test_a_wrong_path_is_told_with_its_key_and_a_near_name(tmp_path: Path, key: str) -> None:
+    (tmp_path / "general.jsonl").write_text("{}")
+    there, wrong = str(tmp_path / "general.jsonl"), str(tmp_path / "generl.jsonl")
+    paths = {"path": there, "demonstrations": there} | {key: wrong}
+    config = GeneralConfig(name="mmlu", kind="choices", by="letter", shots=1, **paths)
+    said = rf"^evaluation\.general: mmlu: {key}: there is no file or folder .*; did you mean 'general\.jsonl'\?$"
+    with pytest.raises(ConfigError, match=said):
+        load_general([config], Stream("s", []))

@@ -10,6 +10,7 @@ from holdfast.config.evaluation import GeneralConfig
 from holdfast.data.choices import by_letter, read_choices
 from holdfast.data.files import read_rows, read_text, where
 from holdfast.data.formats import to_examples
+from holdfast.data.texts import no_path
 from holdfast.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
@@ -21,7 +22,7 @@ def load_general(configs: list[GeneralConfig] | None, stream: Stream) -> list[Ge
     """Load the measures of general ability; None: the stream's own.
 
     Raises:
-        ConfigError: two measures have one name.
+        ConfigError: two measures have one name, or a file is not there.
         DataError: a file or row cannot be used.
     """
     if configs is None:
@@ -42,6 +43,10 @@ def _check_names(names: list[str]) -> None:
 def _general(config: GeneralConfig) -> list[General]:
     """The measures of one entry of the configuration."""
     if config.kind != "lm_eval":
+        for key in ("path", "demonstrations"):
+            file = getattr(config, key)
+            if file is not None and not Path(file).exists():
+                raise ConfigError(f"evaluation.general: {config.name}: {key}: {no_path(Path(file))}")
         return [_from_file(config)]
     from holdfast.evaluation.harness import check_tasks
 
