@@ -62,9 +62,9 @@ def test_a_file_is_refused_with_its_name_and_line(case, tmp_path):
     ("override", "reason"),
     [
         ("seed=" + "1" * 5000, "a number of 5000 digits"),
-        ("seed=.inf", "seed: input should be a finite number, not inf"),
-        ("training.learning_rate=.inf", "training.learning_rate: input should be a finite number"),
-        ("training.learning_rate=1e999", "training.learning_rate: input should be a finite number"),
+        ("seed=.inf", "seed: must be a finite number, not inf"),
+        ("training.learning_rate=.inf", "training.learning_rate: must be a finite number"),
+        ("training.learning_rate=1e999", "training.learning_rate: must be a finite number"),
         ("output={a: 1, a: 2}", "the key 'a' stands in line 1 already"),
         ("output=" + "[" * 3000, "is nested too deeply"),
         (r'output="\ud800"', "belongs to no text"),

@@ -242,6 +242,7 @@ def test_the_command_line(made, tmp_path, capsys):
     ("arguments", "message"),
     [
         ((), "its configuration has no gate; give a limit, for example --max-forgetting 0.05"),
+        (("--max-forgetting", "-1"), "max_forgetting: what may be lost at most must be 0 or more, such as 5%, not -1"),
         (("--max-forgetting", "0.1", "--stage", "9"), "stage 9 cannot be judged; evaluated: 1, 2, 3, 4"),
         (("--max-general-loss-increase", "two"), "must be a number of nats a token"),
     ],
@@ -358,7 +359,13 @@ def test_an_adapter_that_grows_with_each_stage_is_rolled_back_with_it(folder, mo
     monkeypatch.setattr(
         "holdfast.records.gate._nothing_learned", lambda run, tasks: []
     )  # so short a run learns nothing
-    gate = {"max_task_forgetting": -1.0, "on_fail": "rollback"}  # the first stage passes, later ones fail
+
+    def strict(found: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
+        """The first stage passes, later ones fail."""
+        return judge(found, gate.model_copy(update={"max_task_forgetting": -1.0}), row)
+
+    monkeypatch.setattr("holdfast.runner.loop.judge", strict)
+    gate = {"max_task_forgetting": ANY, "on_fail": "rollback"}
     config = tiny_config(folder, method="o_lora", gate=gate, output=str(folder / "o_lora"))
     del config["tuner"]
     run(config | {"training": config["training"] | {"epochs": 1}}, QUIET)

@@ -285,11 +285,11 @@ REFUSED = {
     "two counts": ({"count": 2, "ratio": 0.5}, "not both"),
     "dynamic ce": ({"weight": "dynamic"}, "ce itself"),
     "negative weight": ({"weight": -1}, "must not be below 0"),
-    "temperature of zero": ({"loss": "kl", "temperature": 0}, "temperature: input should be greater than 0"),
+    "temperature of zero": ({"loss": "kl", "temperature": 0}, "temperature: must be greater than 0"),
     "temperature without kl": ({"loss": "l1", "temperature": 2.0}, "temperature: would change nothing"),
     "memory without past": ({"source": "general", "path": "x", "capacity": 5}, "capacity: would change nothing"),
     "no domain among several": ({"source": "self", "domain": []}, "domain: names none; leave it out"),
-    "unknown loss": ({"loss": "kll"}, "loss: input should be"),
+    "unknown loss": ({"loss": "kll"}, "loss: must be"),
 }
 
 

@@ -144,12 +144,12 @@ def test_an_answer_that_is_not_finite_is_asked_for_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate: input should be a finite number"),
+        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate: must be a finite number"),
         (
             {"training": {"arguments": {"adam_epsilon": float("nan")}}},
             "adam_epsilon: must be finite, not nan",
         ),
-        ({"method": {"name": "ewc", "strength": float("inf")}}, "strength: input should be a finite number, not inf"),
+        ({"method": {"name": "ewc", "strength": float("inf")}}, "strength: must be a finite number, not inf"),
     ],
 )
 def test_a_number_of_the_configuration_must_be_finite(tmp_path, change, message):

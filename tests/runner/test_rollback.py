@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 import holdfast
+from holdfast.config.gate import GateConfig
 from holdfast.deploy.export import export
 from holdfast.errors import ConfigError, GateFailed, RunDirectoryError
 from holdfast.records.directory import current_stage, learned_stages, open_directory, rolled_back
-from holdfast.records.read import read_run
+from holdfast.records.gate import Check, judge
+from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.stages import settled_stage
 from holdfast.runner.loop import run
 from holdfast.runner.reload import find_stage
@@ -96,8 +98,14 @@ def test_the_same_command_as_before_trains_nothing_and_keeps_the_rollback(made, 
 @pytest.fixture(scope="module")
 def stopped(folder) -> Path:
     """A run that its gate stopped."""
-    gate = {"max_task_forgetting": -1.0, "on_fail": "stop"}
-    with pytest.raises(GateFailed):
+
+    def strict(found: FinishedRun, gate: GateConfig, row: int) -> list[Check]:
+        """Whatever was forgotten is too much."""
+        return judge(found, gate.model_copy(update={"max_task_forgetting": -1.0}), row)
+
+    gate = {"max_task_forgetting": 1.0, "on_fail": "stop"}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(GateFailed):
+        patch.setattr("holdfast.runner.loop.judge", strict)
         run(config(folder, "stopped", gate=gate), QUIET)
     return folder / "stopped"
 

@@ -25,5 +25,5 @@ def test_any_seed_that_is_accepted_trains(tmp_path):
     config = tiny_config(tmp_path, **changes)
     config["training"] |= {"max_steps": 1}
     assert run(load_config(config), Progress(quiet=True))["tasks"] == ["red"]
-    with pytest.raises(ConfigError, match="seed: input should be less than 4294967296"):
+    with pytest.raises(ConfigError, match="seed: must be less than 4294967296"):
         load_config(config, ["seed=4294967296"])

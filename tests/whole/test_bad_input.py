@@ -43,7 +43,7 @@ CONFIGS = {
     "unknown option": ({"method": {"name": "ewc", "strenth": 1}}, "strenth: unknown key; did you mean 'strength'?"),
     "unknown tuner": ({"tuner": "lorra"}, "there is no tuner 'lorra'; did you mean 'lora'?"),
     "unknown lora option": ({"tuner": {"name": "lora", "lora_alhpa": 3}}, "did you mean 'lora_alpha'?"),
-    "wrong type": ({"training": {"batch_size": "many"}}, "training.batch_size: input should be a valid integer"),
+    "wrong type": ({"training": {"batch_size": "many"}}, "training.batch_size: must be a whole number, not 'many'"),
     "batch that does not divide": (
         {"training": {"batch_size": 10, "micro_batch_size": 4}},
         "batch_size 10 is not a multiple of micro_batch_size 4; 8 or 12 would be",
@@ -60,7 +60,7 @@ CONFIGS = {
     "texts as a corpus that a model wrote": ({"method": {"name": "kl_pre", "path": str(DOCS / "keep.md")}}, "keep.md"),
     "samples without end": (
         {"method": {"name": "replay", "ratio": 1e6}},
-        "ratio: input should be less than or equal to 100",
+        "ratio: must be less than or equal to 100",
     ),
     "samples beyond the context": (
         {"method": {"name": "kl_replay", "length": 100_000}},

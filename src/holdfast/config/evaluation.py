@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,8 @@ HARNESS = ("tasks", "include_path", "num_fewshot", "limit", "apply_chat_template
 
 class GeneralConfig(Section):
     """One measure of general ability, taken before training and after every stage."""
+
+    example: ClassVar[str] = "{name: wiki, path: wiki.txt}"
 
     name: str = Field(
         "", description="what it is called in the matrix and the report; of lm_eval, put before each task's name"
@@ -87,6 +89,8 @@ class GeneralConfig(Section):
 class JudgeConfig(Section):
     """The language model that metric judge asks, behind an OpenAI-compatible endpoint."""
 
+    example: ClassVar[str] = "{url: 'http://localhost:8000/v1', model: judge}"
+
     url: str = Field(description="base of the endpoint, for example http://localhost:8000/v1")
     model: str = Field(description="the judge's name at the endpoint")
     key_variable: str = Field("OPENAI_API_KEY", description="environment variable that holds the key, if one is needed")
@@ -122,6 +126,8 @@ class JudgeConfig(Section):
 
 class EvaluationConfig(Section):
     """What is measured after every stage."""
+
+    example: ClassVar[str] = "{batch_size: 32}"
 
     split: Literal["test", "dev"] = Field(
         "test", description="rows that the tasks are measured on: test, or their eval (dev) split, to choose settings"

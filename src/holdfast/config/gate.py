@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from holdfast.config.section import FREE, Section
+from holdfast.config.yaml_values import as_yaml
 
 
 def _limit(value: Any, what: str) -> Any:
@@ -20,7 +21,7 @@ def _limit(value: Any, what: str) -> Any:
     except ValueError:
         number = math.nan
     if not math.isfinite(number) or isinstance(value, bool):
-        raise ValueError(f"must be {what}, such as 0.05, or a share, such as 5%, not {value!r}")
+        raise ValueError(f"must be {what}, such as 0.05, or a share, such as 5%, not {as_yaml(value)}")
     return text if text.endswith("%") else number
 
 
@@ -36,6 +37,8 @@ Score = Annotated[float | str | None, BeforeValidator(lambda value: _limit(value
 
 class GateConfig(Section):
     """Limits on what may be forgotten, checked after every stage; the interval of a figure says how sure it is."""
+
+    example: ClassVar[str] = "{max_forgetting: 5%}"
 
     max_forgetting: Score = Field(
         None, description="forgetting at most, over the tasks learned so far", json_schema_extra=FREE
@@ -72,6 +75,23 @@ class GateConfig(Section):
         "max_general_loss_increase",
         json_schema_extra=FREE,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _in_range(cls, limit: Any, info: ValidationInfo) -> Any:
+        """A limit that some model could exceed, and some could keep, whatever its tasks are scored by."""
+        key = str(info.field_name)
+        if limit is None or not key.startswith(("max_", "min_")):
+            return limit
+        number = float(str(limit).removesuffix("%"))
+        if key.startswith("max_") and number < 0:
+            raise ValueError(
+                f"what may be lost at most must be 0 or more, such as 5%, not {str(limit).removesuffix('.0')}"
+            )
+        least = -100 if key == "min_learned" else 0
+        if isinstance(limit, str) and key != "max_general_loss_increase" and not least <= number <= 100:
+            raise ValueError(f"a share of a score must be from {least}% to 100%, not {limit}")
+        return limit
 
     @property
     def limits(self) -> dict[str, Any]:

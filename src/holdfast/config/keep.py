@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from holdfast.config.gate import increase
+from holdfast.config.gate import Increase
 from holdfast.config.section import FREE, Section
 
 
 class KeepConfig(Section):
     """What may be lost at most; multipliers weigh rehearsal so that a stage ends within it."""
 
-    general: Annotated[float | str | None, AfterValidator(increase)] = Field(
+    example: ClassVar[str] = "{general: 2%}"
+
+    general: Increase = Field(
         None,
         description="rise of the loss on general samples since before training at most: as a share of what it was, "
         "such as 2%, or in nats a token",
     )
-    tasks: Annotated[float | str | None, AfterValidator(increase)] = Field(
+    tasks: Increase = Field(
         None,
         description="fall of each past task since its own stage at most: of the mean probability of its answers, such "
         "as 0.02; or, as a share such as 2%, rise of the loss of its answers",
@@ -60,12 +62,20 @@ class KeepConfig(Section):
         json_schema_extra=FREE,
     )
 
+    @field_validator("general", "tasks")
+    @classmethod
+    def _can_be_kept(cls, budget: float | str | None, info: ValidationInfo) -> float | str | None:
+        if budget is not None and not float(str(budget).removesuffix("%")) > 0:
+            raise ValueError(f"a budget must be above 0, as 0.5% is; {budget} leaves no room to learn")
+        if info.field_name == "tasks" and isinstance(budget, float) and budget >= 1:
+            raise ValueError(
+                f"no probability falls by {budget:g}; two in a hundred are 0.02 of the mean probability of the "
+                "answers, or 2% more of their loss"
+            )
+        return budget
+
     @model_validator(mode="after")
     def _has_budget(self) -> KeepConfig:
         if self.general is None and self.tasks is None:
             raise ValueError("gives no budget; general (such as 2%) or tasks (such as 0.02) is needed")
-        for key in ("general", "tasks"):
-            limit = getattr(self, key)
-            if limit is not None and not float(str(limit).removesuffix("%")) > 0:
-                raise ValueError(f"{key}: a budget must be above 0, as 0.5% is; {limit} leaves no room to learn")
         return self

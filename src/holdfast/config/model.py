@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,9 @@ from holdfast.config.section import Section
 
 class ModelConfig(Section):
     """Which pretrained model to start from."""
+
+    example: ClassVar[str] = "{name: Qwen/Qwen3-0.6B}"
+    name_alone: ClassVar[bool] = True
 
     name: str = Field(description="folder, .gguf file or hub name of a causal language model with its tokenizer")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")

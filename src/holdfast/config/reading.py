@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
-from holdfast.config.section import section_of
-from holdfast.config.yaml_values import MOST_BYTES, YamlError, parse_yaml, refuse_unusable
-from holdfast.errors import ConfigError, did_you_mean
+from holdfast.config.wording import in_words
+from holdfast.config.yaml_values import MOST_BYTES, YamlError, as_yaml, parse_yaml, refuse_unusable
+from holdfast.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -58,8 +57,8 @@ def validate(cls: type[Model], values: dict[str, Any], where: str) -> Model:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        lines = [_in_words(cls, one) for one in error.errors()]
-        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+        lines = in_words(cls, values, error.errors())
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -86,8 +85,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{str(path)!r}: is no path of a file: {error}") from None
+    if values is None:
+        raise ConfigError(f"{path}: is empty; it must hold keys with their values, such as seed: 1")
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(values).__name__}")
+        raise ConfigError(f"{path}: must be a mapping of keys to values, such as seed: 1, not {as_yaml(values):.60}")
     return values
 
 
@@ -123,26 +124,7 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(below, str) and parent in ("model", "tuner", "method", "stream"):
             below = {"name": below}
         if below is not None and not isinstance(below, dict):
-            raise ConfigError(f"{parent} is not a section but {below!r}")
+            raise ConfigError(f"{parent} is not a section but {as_yaml(below):.200}")
         values[parent] = below = dict(below or {})
         values = below
     values[last] = value
-
-
-def _in_words(cls: type[BaseModel], error: ErrorDetails) -> str:
-    location = [part for part in error["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    key = ".".join(str(part) for part in location)
-    section: type[BaseModel] | None = cls
-    for part in location[:-1]:
-        if isinstance(part, str) and section is not None and part in section.model_fields:
-            section = section_of(section.model_fields[part].annotation)
-    keys = list(section.model_fields) if section is not None else []
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{key}: unknown key{did_you_mean(str(location[-1]), keys)}"
-        case "missing":
-            return f"{key}: is required but absent"
-        case "value_error":
-            return f"{key + ': ' if key else ''}{error['ctx']['error']}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key}: {message}, not {error['input']!r:.200}"

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.config import JsonDict
 
+from holdfast.config.yaml_values import as_yaml
 from holdfast.system.files import is_finite
 
 FREE: JsonDict = {"free": True}
@@ -18,15 +27,40 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys and numbers that are not finite are refused."""
+    """A part of the configuration: unknown keys, numbers that are not finite, and true for a number are refused."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    example: ClassVar[str] = ""
+    """How the section may look, for the message where something else stands in its place."""
+
+    name_alone: ClassVar[bool] = False
+    """Whether a name alone may stand for the section."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_is_no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes as true, which Python counts as 1."""
+        truth = next((one for one in (value if isinstance(value, list) else [value]) if isinstance(one, bool)), None)
+        types = set() if truth is None else _plain_types(cls.model_fields[str(info.field_name)].annotation)
+        if types & {int, float} and bool not in types:
+            raise ValueError(f"must be a {'whole ' if int in types else ''}number, not {as_yaml(truth)}")
+        return value
+
+
+def _plain_types(annotation: Any) -> set[type]:
+    """The classes in an annotation, looking through Annotated, unions and lists."""
+    parts = get_args(annotation)
+    return {annotation} if not parts else set().union(*map(_plain_types, parts))
 
 
 class Named(Section):
     """A tuner or method by name, with its options, which its own class checks."""
 
     model_config = ConfigDict(extra="allow")
+
+    example: ClassVar[str] = "{name: ...}"
+    name_alone: ClassVar[bool] = True
 
     name: str = Field(description="its name; `holdfast methods` and `holdfast tuners` list them")
 
@@ -39,7 +73,7 @@ class Named(Section):
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if not is_finite(value):
-            raise ValueError(f"{key}: must be finite, not {value!r}")
+            raise ValueError(f"{key}: must be finite, not {as_yaml(value)}")
     return values
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config.pattern import check_pattern
 from holdfast.config.section import FreeOptions, Section, TaskName, year_as_text
+from holdfast.config.yaml_values import as_yaml
 
 Columns = dict[str, str | None]
 COLUMNS = "renames columns of the source to those of a format, for example {text: sentence}; null leaves one out"
@@ -59,6 +60,8 @@ class TaskOptions(Section):
 class TaskConfig(TaskOptions):
     """One task of a stream that is composed by hand."""
 
+    example: ClassVar[str] = "{name: july, path: july.jsonl}"
+
     name: TaskName = Field(description="what the task is called in the matrix and the report")
     path: str | None = Field(None, description="folder with train, eval (or dev) and test files, or one data file")
     dataset: str | None = Field(None, description="a Hugging Face dataset: hub name or local folder")
@@ -77,18 +80,21 @@ def _order(value: Any) -> Any:
     if isinstance(value, list):
         value = [year_as_text(name) for name in value]
         if not all(isinstance(name, str) for name in value):
-            raise ValueError(f"must be names of tasks, not {value!r}")
+            raise ValueError(f"must be names of tasks, not {as_yaml(value)}")
         if len(value) == 0 or len(set(value)) != len(value):
             raise ValueError("must name at least one task, and each task once")
     elif isinstance(value, str) and value.startswith("random") and not re.fullmatch(r"random:\d+", value):
         raise ValueError(f"{value!r} must say its seed, for example random:0")
     elif value is not None and not isinstance(value, str):
-        raise ValueError(f"must be a list of tasks, reverse, random:SEED or an order by name, not {value!r}")
+        raise ValueError(f"must be a list of tasks, reverse, random:SEED or an order by name, not {as_yaml(value)}")
     return value
 
 
 class StreamConfig(Section):
     """Tasks in an order: a stream by name, a folder of task folders, or a list of tasks."""
+
+    example: ClassVar[str] = "{path: tasks}"
+    name_alone: ClassVar[bool] = True
 
     name: str | None = Field(None, description="a benchmark or the built-in stream (`holdfast streams` lists them)")
     path: str | None = Field(
@@ -130,6 +136,8 @@ class StreamConfig(Section):
 
 class DataConfig(Section):
     """How rows become tokens."""
+
+    example: ClassVar[str] = "{max_length: 512}"
 
     max_length: int | None = Field(
         None, ge=8, description="tokens of prompt and answer together; the model's context where absent"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -19,6 +19,8 @@ def _names(value: Any) -> Any:
 
 class BaseTrainingConfig(Section):
     """What the training of a stage and of a laboratory run have in common."""
+
+    example: ClassVar[str] = "{learning_rate: 3e-4}"
 
     batch_size: int = Field(16, ge=1, description="rows in one optimizer step, over all processes and accumulation")
     micro_batch_size: int | None = Field(

@@ -108,6 +108,20 @@ def refuse_unusable(text: str, mark: yaml.Mark | None = None) -> None:
         raise YamlError(f"the character U+{ord(bad.group()):04X} belongs to no text", mark)
 
 
+def as_yaml(value: Any) -> str:
+    """A value as a message shows it: true, false and null in YAML's words, text in quotes."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "{" + ", ".join(f"{key}: {as_yaml(below)}" for key, below in value.items()) + "}"
+        case list() | tuple():
+            return "[" + ", ".join(map(as_yaml, value)) + "]"
+    return repr(value)
+
+
 def parse_yaml(text: str) -> Any:
     """The value that a YAML text holds.
 
