@@ -41,11 +41,11 @@ def test_a_key_that_is_known_no_more_is_listed():
 
 def test_only_what_the_user_changed_is_listed():
     recorded = config().model_dump(mode="json")
-    kept = config(keep={"tasks": 2})
-    assert lines(recorded, kept) == ['keep: null -> {"tasks": 2.0}']
-    assert lines(kept.model_dump(mode="json"), config()) == ['keep: {"tasks": 2.0} -> null']
-    assert lines(kept.model_dump(mode="json"), config(keep={"tasks": 3, "on_fail": "continue"})) == [
-        "keep.tasks: 2.0 -> 3.0"
+    kept = config(keep={"tasks": 0.2})
+    assert lines(recorded, kept) == ['keep: null -> {"tasks": 0.2}']
+    assert lines(kept.model_dump(mode="json"), config()) == ['keep: {"tasks": 0.2} -> null']
+    assert lines(kept.model_dump(mode="json"), config(keep={"tasks": 0.3, "on_fail": "continue"})) == [
+        "keep.tasks: 0.2 -> 0.3"
     ]
     tuned = config(tuner={"name": "lora", "rank": 8}).model_dump(mode="json")
     assert lines(tuned, config(tuner="full")) == ['tuner.name: "lora" -> "full"']
