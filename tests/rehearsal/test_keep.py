@@ -161,7 +161,7 @@ def test_a_tight_budget_is_kept(tmp_path, texts, give_back):
         ({"name": "replay", "way": "replace"}, {"tasks": 0.02}, r"keep\.tasks: .*beside"),
         ("joint", {"tasks": 0.02}, r"keep\.tasks: .*replay"),
         ("replay", {}, r"keep: .*gives no budget"),
-        ("replay", {"tasks": "0%"}, r"keep: .*above 0"),
+        ("replay", {"tasks": "0%"}, r"keep\.tasks: .*above 0"),
         ("replay", {"tasks": "much"}, r"keep\.tasks: .*a share, such as 5%"),
         ("replay", {"task": 0.1}, r"keep\.task: .*tasks"),
     ],

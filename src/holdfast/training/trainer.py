@@ -89,7 +89,8 @@ class ContinualMixin(EngineMixin):
         with optimizer_not_saved((*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
         methods = _built(method)
-        if run_context is None:
+        if run_context is None:  # a run has checked its methods, beside which its tuner may have one of its own
+            check_together(methods)
             check_learns_stages(methods)
         if keep is not None:
             methods.append(Keep(keep if isinstance(keep, KeepConfig) else dict(keep), methods))
@@ -398,7 +399,6 @@ def _built(method: Choice | Sequence[Choice]) -> list[Method]:
                 f"0.1}}, a Method, or a list of these, not {choice!r:.200}"
             )
         methods += build([(options["name"], {key: value for key, value in options.items() if key != "name"})])
-    check_together(methods)
     return methods
 
 
