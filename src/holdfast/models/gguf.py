@@ -6,7 +6,9 @@ and could be neither trained nor saved. What quantisation lost stays lost.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,25 @@ def is_gguf(name: str | Path) -> bool:
     return Path(name).suffix.lower() == ".gguf" and Path(name).is_file()
 
 
+_read: dict[tuple[Any, ...], Any] = {}
+
+
+def read_once(name: str | Path, what: Any, read: Callable[[], Any]) -> Any:
+    """What is read from a model's folder or hub name; of a GGUF file a copy of what was read first, as long as the file
+    stays as it is, since reading its header alone takes seconds.
+
+    Args:
+        what: says it apart from other things that are read from the same file.
+    """
+    if not is_gguf(name):
+        return read()
+    file = Path(name).resolve()
+    key = (what, file, file.stat().st_mtime_ns, file.stat().st_size)
+    if key not in _read:
+        _read[key] = read()
+    return copy.deepcopy(_read[key])
+
+
 def located(name: str | Path) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` takes for a folder, a hub name, or a GGUF file.
 
@@ -53,6 +74,11 @@ def weight_types(file: Path) -> dict[str, float]:
     Raises:
         ConfigError, DataError: as :func:`located`.
     """
+    types: dict[str, float] = read_once(file, weight_types, lambda: _weight_types(file))
+    return types
+
+
+def _weight_types(file: Path) -> dict[str, float]:
     try:
         from gguf import GGUFReader
     except ImportError:

@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.config.model import ModelConfig
 from holdfast.errors import ConfigError, UserError
-from holdfast.models.gguf import located
+from holdfast.models.gguf import located, read_once
 from holdfast.system.files import read_json
 from holdfast.system.hub import unreachable
 
@@ -74,9 +75,8 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
         raise ConfigError(f"{key}: there is no folder {model.name!r} (looked from {Path.cwd()})")
     offline = "" if folder.exists() else unreachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            found, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
-        )
+        load = partial(AutoTokenizer.from_pretrained, found, **_hub_options(model), **options)
+        tokenizer = read_once(model.name, AutoTokenizer, load)
     except Exception as error:  # whatever a hub, a disk or a parser may raise
         place = (
             "has a tokenizer that cannot be read"
@@ -93,6 +93,10 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"{key}: the tokenizer of {model.name!r} has no padding, end or unknown token; name one")
     return tokenizer
+
+
+def _hub_options(model: ModelConfig) -> dict[str, Any]:
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
 def load_saved_tokenizer(folder: Path, kind: type[UserError], trust_remote_code: bool = False) -> Any:
@@ -143,9 +147,8 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     absent = "" if folder.exists() else f" (there is no such folder, looked from {Path.cwd()}{unreachable()})"
     with readable(f"model.name: {model.name!r} cannot be used as a model{absent}"):
         found, options = located(model.name)
-        return AutoConfig.from_pretrained(
-            found, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
-        )
+        load = partial(AutoConfig.from_pretrained, found, **_hub_options(model), **options)
+        return read_once(model.name, AutoConfig, load)
 
 
 def hub_commit(model: ModelConfig) -> str | None:

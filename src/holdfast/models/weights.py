@@ -109,8 +109,8 @@ def _load(name: str | Path, options: dict[str, Any]) -> tuple[PreTrainedModel, d
         place, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     if file:
-        sha256 = file_facts(Path(name))["sha256"]
-        loaded[0].config.converted_from = Origin(file=Path(name).name, sha256=sha256, weights=weight_types(Path(name)))
+        sha256, types = file_facts(Path(name))["sha256"], weight_types(Path(name))
+        loaded[0].config.converted_from = Origin(file=Path(name).name, sha256=sha256, weights=types)
         loaded[0].name_or_path = str(name)
     return loaded
 
