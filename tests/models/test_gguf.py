@@ -11,9 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast import run
+from holdfast.config.model import ModelConfig
 from holdfast.deploy.export import export
 from holdfast.errors import ConfigError, DataError, RunDirectoryError
 from holdfast.models.convert.gguf import convert_gguf
+from holdfast.models.gguf import weight_types
+from holdfast.models.pretrained import load_model_config
 from holdfast.runner.evaluate import evaluate
 from holdfast.system.files import read_json
 from holdfast.system.progress import Progress
@@ -110,6 +113,17 @@ def test_quantised_weights_are_computed_back_and_said(tmp_path):
     assert 1e-5 < far(model, tmp_path / "folder") < 0.05
     types = json.loads((tmp_path / "folder" / "config.json").read_text())["converted_from"]["weights"]
     assert types["Q8_0"] > 0.9 and set(types) == {"Q8_0", "F32"} and sum(types.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path):
+    file = tmp_path / "model.gguf"
+    write(file)
+    assert weight_types(file) == {"F32": 1.0}
+    write(file, gguf.GGMLQuantizationType.Q8_0)
+    assert "Q8_0" in weight_types(file)
+    loaded = [load_model_config(ModelConfig(name=str(file))) for _ in range(2)]
+    loaded[0].hidden_size = 1
+    assert loaded[1].hidden_size == SIZES["hidden_size"], "each caller has its own"
 
 
 def test_what_cannot_be_converted_is_one_message(tmp_path):
