@@ -79,6 +79,7 @@ def test_configuration(case, capsys, place, tmp_path):
     changes, message = CONFIGS[case]
     changes = json.loads(json.dumps(changes).replace("TASKS", str(place / "tasks")))
     assert message in refused(capsys, place, tmp_path, **changes)
+    assert not (tmp_path / "out" / "stages").exists(), "nothing is measured before"
 
 
 def broken_task(tmp_path: Path, train: bytes, test: bytes = b'[{"prompt": "a", "answer": "b"}]') -> dict:
