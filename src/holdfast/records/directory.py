@@ -173,7 +173,7 @@ class RunDirectory:
             RunDirectoryError: one did; the message lists the differences, or says that learn has taken the run over.
         """
         lines = unexplained(self.record, config) if self.record else []
-        if not learns and (self.path / LEARN).exists() and (lines or not self.record):
+        if not learns and self._learns and (lines or not self.record):
             raise RunDirectoryError(
                 f"{self.path}: this run is continued by learn now; go on with holdfast learn DATA --into "
                 f"{shlex.quote(str(self.path))}"
