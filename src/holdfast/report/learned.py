@@ -110,6 +110,6 @@ def _general(run: FinishedRun, stage: int) -> list[str]:
             continue
         first, last = general_loss(name, first), general_loss(name, last)
         what = "general loss on its own samples" if shown == "own" else f"general loss on {shown}"
-        share = f" ({(last - first) / first:+.1%} since the start)" if first else ""
+        share = f" ({round((last - first) / first, 3) + 0.0:+.1%} since the start)" if first else ""
         lines.append(f"  {what}  {number(first)} -> {number(last)}{share}")
     return lines
