@@ -132,6 +132,17 @@ class EvaluationConfig(Section):
     split: Literal["test", "dev"] = Field(
         "test", description="rows that the tasks are measured on: test, or their eval (dev) split, to choose settings"
     )
+    when: Literal["all", "learned", "last"] = Field(
+        "all",
+        description="tasks that are measured after a stage: all; learned, those learned so far and the next one; or "
+        "last, its own and the next one, and all after the last stage",
+        json_schema_extra=FREE,
+    )
+    general_when: Literal["all", "last"] = Field(
+        "all",
+        description="stages after which general abilities are measured: all, or the last; always before training",
+        json_schema_extra=FREE,
+    )
     batch_size: int = Field(32, ge=1, description="prompts generated together")
     max_new_tokens: int | None = Field(
         None,

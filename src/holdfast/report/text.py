@@ -68,7 +68,7 @@ def _first(tasks: Sequence[str]) -> str:
 def lacking(run: FinishedRun) -> list[str]:
     """The figures of a run that lack scores which were never measured, each with the reason."""
     reasons = run.matrix.get("missing", {})
-    return [f"{key} is null: {reason}." for key, reason in reasons.items() if "came later" in reason]
+    return [f"{key} is null: {reason}." for key, reason in reasons.items() if "--backfill" in reason]
 
 
 def in_markdown(text: str) -> str:

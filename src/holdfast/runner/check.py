@@ -15,6 +15,8 @@ from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import check_weights
 from holdfast.records.directory import check_directory
 from holdfast.runner.data import RunData
+from holdfast.runner.due import due
+from holdfast.runner.plan import START
 from holdfast.runner.setup import NEW, Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import check_training
 from holdfast.system.machine import free_gib
@@ -108,12 +110,14 @@ def plan_lines(setup: Setup) -> list[str]:
         lines.append(f"general samples of the stream, for methods that name no others: {setup.samples}")
     if not setup.stages:
         lines.append("no stages: the model stays as it is")
-    tests = sum(len(task.test) for task in setup.stream.tasks)
-    times = len(setup.stages) + 1 - len(setup.past.finished)
+    left = [stage for stage in (START, *setup.stages) if stage.index not in setup.past.finished]
+    planned = [due(config.evaluation, stage, setup.stages, setup.stream.tasks, setup.general) for stage in left]
+    tests = [sum(len(task.test) for task in of.tasks) for of in planned]
     size = model_bytes(setup)
     lines += [
         f"training sees {total:,} tokens of the tasks; methods may add rehearsal rows",
-        f"evaluation: {tests} test examples, {times} times, and {len(setup.general)} general measures",
+        f"evaluation: {_evaluations(tests, 'test examples')}, and "
+        f"{_evaluations([len(of.general) for of in planned], 'general measures')}",
         f"{setup.encoder.truncated} train examples were shortened to max_length"
         + (f", of {setup.encoder.cut_answers} the answer too" if setup.encoder.cut_answers else ""),
         *gate_lines(config.gate),
@@ -122,6 +126,13 @@ def plan_lines(setup: Setup) -> list[str]:
         f"{free_gib(Path(config.output)):.0f} GiB are free for {config.output}",
     ]
     return lines
+
+
+def _evaluations(counts: list[int], what: str) -> str:
+    """How much is measured, and how often."""
+    if len(set(counts)) <= 1:
+        return f"{sum(counts[:1])} {what}, {len(counts)} times"
+    return f"{sum(counts)} {what} in {len(counts)} measurements"
 
 
 def gate_lines(gate: GateConfig | None) -> list[str]:

@@ -18,6 +18,7 @@ from holdfast.models.endpoint import Endpoint, only_model
 from holdfast.records.directory import RunDirectory, keeps_rows, slug
 from holdfast.records.growth import Past
 from holdfast.records.shapes import read_json, read_jsonl
+from holdfast.runner.due import Due
 from holdfast.runner.measure import measure, responses_file
 from holdfast.runner.reload import StoredStage, find_stage
 from holdfast.runner.setup import Setup, prepare, resolve
@@ -190,8 +191,8 @@ class Remeasurement:
         measure(
             RunDirectory(self.output),
             self.output,
-            self.tasks,
-            self.general,
+            Due(self.tasks, self.general),
+            [task.name for task in self.tasks],
             evaluation=self._evaluation,
             longest=lambda task: self.stored.config.evaluation.max_new_tokens,
             bar=lambda title: self.interrupt.bar(self.progress, title),

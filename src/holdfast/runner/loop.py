@@ -28,6 +28,7 @@ from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.report.text import number
 from holdfast.runner.curves import Curves
 from holdfast.runner.data import RunData
+from holdfast.runner.due import Due, due
 from holdfast.runner.decisions import decide, must_judge, standing, strictest
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, load_weights, trained_weights
@@ -293,27 +294,36 @@ class RunLoop:
         """Measure and judge the last trained stage, and measure what is not measured of the model that the run goes on
         with: tasks that were appended since, and where the gate goes back. Then the trackers are told."""
         if self._current().index == stage.index:
-            self._measure(stage)
+            self._measure(stage, self._due(stage))
             if judge:
                 self._judge(stage)
-        self._measure(self._current())
+        self._measure(self._current(), self._due(stage))
         self.followers.catch_up()
 
+    def _due(self, stage: PlannedStage) -> Due:
+        """What is measured of the model that the run holds after a stage."""
+        everything = self._everything()
+        return due(self.config.evaluation, stage, self.setup.stages, everything.tasks, everything.general)
+
+    def _everything(self) -> Due:
+        return Due(self.setup.stream.tasks, self.setup.general)
+
     def _backfill(self) -> None:
-        """Measure the tasks that were appended later after each stage whose model is a row of the score matrix."""
+        """Measure what was left out, such as tasks that were appended later, after each stage whose model is a row of the
+        score matrix."""
         done = self._done()
         for stage in [done[t] for t in sorted({current_stage(self.directory.record, s.index) for s in done})]:
-            if is_measured(self.directory, self._folder(stage), self.setup.stream.tasks):
+            if is_measured(self.directory, self._folder(stage), self._everything(), self._names()):
                 continue
             self.setup, self._model = self.setup.renewed(), None
             self._model = self._load_model(stage)
-            self._measure(stage)
+            self._measure(stage, self._everything())
         self._model = None
 
-    def _measure(self, stage: PlannedStage) -> None:
-        """Measure every task and the general abilities after a stage whose model this is, unless that is done."""
-        folder = self._folder(stage)
-        if is_measured(self.directory, folder, self.setup.stream.tasks):
+    def _measure(self, stage: PlannedStage, of: Due) -> None:
+        """Measure the model of a stage, unless that is done."""
+        folder, names = self._folder(stage), self._names()
+        if is_measured(self.directory, folder, of, names):
             return
         self.directory.reopen()
         known = self._shown_before(folder)
@@ -321,32 +331,36 @@ class RunLoop:
         measure(
             self.directory,
             folder,
-            self.setup.stream.tasks,
-            self.setup.general,
+            of,
+            names,
             evaluation=self._evaluation,
             longest=self._longest,
             bar=self._bar,
             when=when,
             texts=self.config.evaluation.responses == "texts",
         )
-        self.progress.line(f"{when}: {self._changes(self._write_matrix(), stage, known)}")
+        new = ({task.name for task in of.tasks} | {matrix_name(one) for one in of.general}) - known
+        self.progress.line(f"{when}: {self._changes(self._write_matrix(), stage, new)}")
 
     def _shown_before(self, folder: Path) -> set[str]:
         """The tasks and general abilities that were measured when others were not known yet."""
         if not self.directory.exists(folder / "evaluation.json"):
             return set()
-        names = [task.name for task in self.setup.stream.tasks]
+        names = self._names()
         measured = {name for name in names if self.directory.exists(responses_file(folder, name, names))}
-        return measured | {matrix_name(one) for one in self.setup.general}
+        return measured | set(read_json(folder / "evaluation.json")["general"])
 
-    def _changes(self, matrix: dict[str, Any], stage: PlannedStage, known: set[str]) -> str:
-        """Each score and general ability that is not known, before a stage and after it."""
+    def _names(self) -> list[str]:
+        return [task.name for task in self.setup.stream.tasks]
+
+    def _changes(self, matrix: dict[str, Any], stage: PlannedStage, new: set[str]) -> str:
+        """Each score and general ability that is new, before a stage and after it."""
         rows = [s.row for s in (START, *self.setup.stages)][max(stage.index - 1, 0) : stage.index + 1]
         columns = zip(matrix["tasks"], zip(*matrix["scores"], strict=True), strict=True)
         shown = []
         for name, column in [*columns, *matrix["general"].items()]:
             values = [number(column[row]) for row in rows if row == stage.row or column[row] is not None]
-            if name not in known:
+            if name in new:
                 shown.append(f"{name} {' -> '.join(values)}")
         return ", ".join(shown)
 

@@ -40,6 +40,7 @@ class Outline:
         stages: in order, without the start.
         bootstrap: resamples of the intervals; 0: there are none.
         joint: whether one stage learns all tasks.
+        when: ``evaluation.when``, which may leave scores out.
     """
 
     tasks: list[Task]
@@ -48,6 +49,7 @@ class Outline:
     stages: list[PlannedStage]
     bootstrap: int
     joint: bool
+    when: str = "all"
 
     @classmethod
     def of(cls, setup: Setup) -> Outline:
@@ -59,6 +61,7 @@ class Outline:
             stages=setup.stages,
             bootstrap=setup.config.evaluation.bootstrap,
             joint=setup.methods[0].schedule == "joint",
+            when=setup.config.evaluation.when,
         )
 
     @classmethod
@@ -76,6 +79,7 @@ class Outline:
             stages=stages,
             bootstrap=run.config["evaluation"]["bootstrap"],
             joint=run.joint,
+            when=run.config["evaluation"].get("when", "all"),
         )
 
 
@@ -147,6 +151,7 @@ class Results:
             metrics=self._scorers,
             general=self.general,
             joint=self.outline.joint,
+            when=self.outline.when,
         )
 
     def beside(self) -> dict[str, dict[str, Column]]:

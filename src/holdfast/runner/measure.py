@@ -6,16 +6,17 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from holdfast.api.task import General, Task
+from holdfast.api.task import Task
 from holdfast.evaluation.general import general_statistics, general_value, matrix_name, refusal_records
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.records.directory import RunDirectory, file_name
 from holdfast.records.shapes import read_json, read_jsonl
+from holdfast.runner.due import Due
 from holdfast.scoring.score import without_texts
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 def measure(
     directory: RunDirectory,
     folder: Path,
-    tasks: Sequence[Task],
-    general: Sequence[General],
+    of: Due,
+    names: Sequence[str],
     *,
     evaluation: Callable[[AnswerCache], ModelEvaluation],
     longest: Callable[[Task], int | None],
@@ -39,13 +40,16 @@ def measure(
     """Write ``responses/TASK.jsonl`` for each task, ``responses/general/NAME.jsonl`` for each measure of refusals, and
     ``evaluation.json``: the values of general abilities, the statistics of their examples, and the seconds it took.
 
-    What is there already is not measured again, such as all but the tasks that were appended since; the seconds add up.
+    What is there already is not measured again, such as all but the tasks that were appended since; the seconds add
+    up.
     Tasks whose rows are gone are left out.
     Answers are saved in ``answers.jsonl`` until all of this is written. All ranks call this.
 
     Args:
         directory: writes the files.
         folder: holds them.
+        of: what is measured.
+        names: of all tasks that may be measured in this folder.
         evaluation: gives the model to be measured, which saves its answers in the cache; called only if something must
             be measured.
         longest: longest response to a task's examples, in tokens; None: it follows from the task's train answers.
@@ -56,25 +60,19 @@ def measure(
     started = time.monotonic()
     answers = AnswerCache(folder / "answers.jsonl" if texts else None, writes=directory.process.main)
     directory.process.wait()
-    names = [task.name for task in tasks]
-    for task in tasks:
+    for task in of.tasks:
         path = responses_file(folder, task.name, names)
         if task.gone is None and not directory.exists(path):
             with bar(f"evaluate {task.name} {when}".strip()) as on_batch:
                 records = evaluate_task(evaluation(answers), task, max_new_tokens=longest(task), on_batch=on_batch)
             directory.write_jsonl(path, records if texts else without_texts(records))
-    evaluation_file = folder / "evaluation.json"
-    if directory.exists(evaluation_file):
-        evaluated = read_json(evaluation_file)
-        evaluated["seconds"] += time.monotonic() - started
-        directory.write_json(evaluation_file, evaluated)
-        answers.remove()
-        return
-    statistics, refusals = {}, [one.name for one in general if one.kind == "refusals"]
-    if scored := [one for one in general if one.kind != "refusals"]:
+    evaluated = _evaluated(directory, folder)
+    left = [one for one in of.general if matrix_name(one) not in evaluated["general"]]
+    statistics, refusals = {}, [one.name for one in of.general if one.kind == "refusals"]
+    if scored := [one for one in left if one.kind != "refusals"]:
         with bar(f"evaluate general abilities {when}".strip()) as on_batch:
             statistics = general_statistics(evaluation(answers), scored, on_batch=on_batch)
-    for one in general:
+    for one in left:
         if one.kind == "refusals":
             path = responses_file(folder / "responses", one.name, refusals, "general")
             if not directory.exists(path):
@@ -84,21 +82,35 @@ def measure(
             statistics[matrix_name(one)] = np.array(
                 [[record["score"], 1.0] for record in read_jsonl(path)], dtype=float
             )
-    evaluated = {
-        "general": {name: general_value(name, examples) for name, examples in statistics.items()},
-        "general_examples": {name: examples.tolist() for name, examples in statistics.items()},
-        "seconds": time.monotonic() - started,
-    }
-    directory.write_json(evaluation_file, evaluated)
+    evaluated["general"] |= {name: general_value(name, examples) for name, examples in statistics.items()}
+    if statistics:
+        examples = {name: found.tolist() for name, found in statistics.items()}
+        evaluated["general_examples"] = evaluated.get("general_examples", {}) | examples
+    evaluated["seconds"] += time.monotonic() - started
+    directory.write_json(folder / "evaluation.json", evaluated)
     answers.remove()
 
 
-def is_measured(directory: RunDirectory, folder: Path, tasks: Sequence[Task]) -> bool:
-    """Whether :func:`measure` has nothing left to do in a folder; all ranks call this."""
-    names = [task.name for task in tasks]
-    measured = [task.name for task in tasks if task.gone is None]
+def _evaluated(directory: RunDirectory, folder: Path) -> dict[str, Any]:
+    """evaluation.json, or one in which nothing is measured yet."""
+    if directory.exists(folder / "evaluation.json"):
+        return cast(dict[str, Any], read_json(folder / "evaluation.json"))
+    return {"general": {}, "general_examples": {}, "seconds": 0.0}
+
+
+def is_measured(directory: RunDirectory, folder: Path, of: Due, names: Sequence[str]) -> bool:
+    """Whether :func:`measure` has nothing left to do in a folder; all ranks call this.
+
+    Args:
+        of: what is to be measured.
+        names: of all tasks of the run.
+    """
+    measured = [task.name for task in of.tasks if task.gone is None]
     files = [folder / "evaluation.json", *(responses_file(folder, name, names) for name in measured)]
-    return all(directory.exists(file) for file in files)
+    if not all(directory.exists(file) for file in files):
+        return False
+    known = _evaluated(directory, folder)["general"]
+    return all(matrix_name(one) in known for one in of.general)
 
 
 def responses_file(folder: Path, name: str, names: Sequence[str], kind: str = "responses") -> Path:

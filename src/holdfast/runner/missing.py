@@ -21,6 +21,7 @@ def why_missing(
     metrics: Metrics,
     general: Mapping[str, Sequence[float | None]],
     joint: bool = False,
+    when: str = "all",
 ) -> dict[str, str]:
     """The reason of each figure that is None.
 
@@ -31,6 +32,7 @@ def why_missing(
         metrics: as in :func:`holdfast.metrics.summarize`.
         general: the values of general abilities, T+1 each.
         joint: whether one stage learned all tasks.
+        when: ``evaluation.when``, which may leave scores out.
     """
     found = {}
     for figure in (key for key, value in figures.items() if value is None):
@@ -44,7 +46,7 @@ def why_missing(
             found[figure] = "there is one task only"
         else:
             places = NEEDS[figure](len(tasks))
-            found[figure] = _of_scores([p for p in places if scores[p[0]][p[1]] is None], scores, tasks)
+            found[figure] = _of_scores([p for p in places if scores[p[0]][p[1]] is None], scores, tasks, when)
     return found
 
 
@@ -56,13 +58,16 @@ def _of_general(general: Mapping[str, Sequence[float | None]]) -> str:
     return f"no value before training, or at the end, of {', '.join(lacking)}"
 
 
-def _of_scores(places: Sequence[Place], scores: Sequence[Sequence[float | None]], tasks: Sequence[str]) -> str:
+def _of_scores(
+    places: Sequence[Place], scores: Sequence[Sequence[float | None]], tasks: Sequence[str], when: str
+) -> str:
     if not places:
         return "it is not finite, or has no meaning for such scores"
     named = [f"{tasks[j]} {f'after stage {t}' if t else 'before training'}" for t, j in places[:NAMED]]
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     later = dict.fromkeys(tasks[j] for t, j in places if any(row[j] is not None for row in scores[t + 1 :]))
-    came = f"; {', '.join(later)} came later, and --backfill measures it" if later else ""
+    why = f"{', '.join(later)} came later" if when == "all" else f"evaluation.when: {when} left it out"
+    came = f"; {why}, and --backfill measures it" if later else ""
     return f"no score of {', '.join(named)}{more}{came}"
 
 

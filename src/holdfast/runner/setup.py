@@ -310,8 +310,29 @@ def check_watching(config: RunConfig, general: list[General], scorers: list[Scor
         raise ConfigError("evaluation.watch_general: the run measures no loss on general text; name one in general")
     if config.gate is not None:
         check_limits(config.gate, names, scorers)
+        check_left_out(config)
         if config.gate.stop_early and config.evaluation.watch_general is None:
             raise ConfigError("gate.stop_early: needs evaluation.watch_general (or --watch-general), which measures it")
+
+
+def check_left_out(config: RunConfig) -> None:
+    """Check that nothing which the gate judges after every stage is left out.
+
+    Raises:
+        ConfigError: something is.
+    """
+    settings, limits = config.evaluation, config.gate.limits if config.gate is not None else {}
+    for key in ("max_forgetting", "max_task_forgetting", "min_average"):
+        if key in limits and settings.when == "last":
+            raise ConfigError(
+                f"gate.{key}: needs all tasks learned so far, which evaluation.when: last leaves out; use learned, or all"
+            )
+    for key in ("max_general_drop", "max_general_loss_increase"):
+        if key in limits and settings.general_when == "last":
+            raise ConfigError(
+                f"gate.{key}: needs general abilities after every stage, which evaluation.general_when: last leaves "
+                "out; use all"
+            )
 
 
 def _with_samples(named: Named, samples: str) -> Named:
