@@ -27,9 +27,9 @@ def due(
 ) -> Due:
     """What is measured after a stage.
 
-    With ``when: learned`` these are the tasks of the stages so far, and those of the next one; with ``when: last`` those
-    of this stage and of the next one. The model before training and the last stage's model are measured by all general
-    abilities, and the last one by all tasks, whatever the settings say.
+    With ``when: learned`` these are the tasks of the stages so far, and those of the next one; with ``when: last``
+    those of this stage and of the next one. The model before training and the last stage's model are measured by all
+    general abilities, and the last one by all tasks, whatever the settings say.
 
     Args:
         settings: ``when`` and ``general_when`` say what is left out.

@@ -28,8 +28,8 @@ from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.report.text import number
 from holdfast.runner.curves import Curves
 from holdfast.runner.data import RunData
-from holdfast.runner.due import Due, due
 from holdfast.runner.decisions import decide, must_judge, standing, strictest
+from holdfast.runner.due import Due, due
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, load_weights, trained_weights
 from holdfast.runner.matrix import Outline, read_matrix
@@ -309,8 +309,8 @@ class RunLoop:
         return Due(self.setup.stream.tasks, self.setup.general)
 
     def _backfill(self) -> None:
-        """Measure what was left out, such as tasks that were appended later, after each stage whose model is a row of the
-        score matrix."""
+        """Measure what was left out, such as tasks that were appended later, after each stage whose model is a row of
+        the score matrix."""
         done = self._done()
         for stage in [done[t] for t in sorted({current_stage(self.directory.record, s.index) for s in done})]:
             if is_measured(self.directory, self._folder(stage), self._everything(), self._names()):

@@ -325,7 +325,8 @@ def check_left_out(config: RunConfig) -> None:
     for key in ("max_forgetting", "max_task_forgetting", "min_average"):
         if key in limits and settings.when == "last":
             raise ConfigError(
-                f"gate.{key}: needs all tasks learned so far, which evaluation.when: last leaves out; use learned, or all"
+                f"gate.{key}: needs all tasks learned so far, which evaluation.when: last leaves out; use learned, or "
+                "all"
             )
     for key in ("max_general_drop", "max_general_loss_increase"):
         if key in limits and settings.general_when == "last":
