@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,28 @@ def test_real_files() -> None:
     assert all(len(pieces) == 6 for pieces in mmlu.shown)
 
 
+@pytest.mark.parametrize("by", ["acc", "acc_norm", "acc_bytes"])
+def test_likelihoods_are_divided_by_the_choice(by: str) -> None:
+    """The pick of a plain loop over tokens, divided by 1, characters or bytes."""
+    chance = random.Random(1)
+    tokenizer, model = tiny_tokenizer(), tiny_model(initializer_range=0.5)
+    evaluation = ModelEvaluation(model, Encoder(tokenizer, max_length=64, template="plain"), batch_size=4)
+    length = {"acc": lambda _: 1, "acc_norm": len, "acc_bytes": lambda text: len(text.encode())}[by]
+    questions = []
+    for _ in range(24):
+        choices = [first + "".join(chance.choices("abcdé", k=chance.randint(1, 6))) for first in "efg"]
+        values = []
+        for choice in choices:
+            before = tokenizer("why?", add_special_tokens=False)["input_ids"]
+            ids = before + tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            values.append(sum(float(logs[k - 1, ids[k]]) for k in range(len(before), len(ids))) / length(choice))
+        questions.append(("why?", choices, values.index(max(values))))
+    measure = General("g", "choices", questions=questions, by=by)  # type: ignore[arg-type]
+    assert general_statistics(evaluation, [measure])["g"].tolist() == [[1, 1]] * 24
+
+
 # --- by letter ---
 
 
@@ -121,7 +144,7 @@ def test_too_few_demonstrations_and_questions_without_letters(tmp_path: Path) ->
     dev = write(tmp_path / "dev.jsonl", [asked("c?", 1)])
     with pytest.raises(DataError, match=r"test\.jsonl: row 2 .*dev\.jsonl holds 0 demonstrations of 'law', not the 1"):
         load(test, by="letter", shots=1, demonstrations=str(dev))
-    with pytest.raises(DataError, match=r"row 1 .*instruction: names its own answers \(true/false\)"):
+    with pytest.raises(DataError, match=r"row 1 .*instruction: names its own answers \(true/false\).*answers: texts"):
         load(write(tmp_path / "boolq.jsonl", [TRUE_FALSE | {"answer": "true"}]), by="letter")
 
 
@@ -130,6 +153,8 @@ def test_too_few_demonstrations_and_questions_without_letters(tmp_path: Path) ->
     [
         ({"kind": "perplexity", "by": "letter"}, "by: letter is for kind choices"),
         ({"kind": "refusals", "by": "acc_with_end"}, "by: acc_with_end is for kind choices"),
+        ({"kind": "perplexity", "by": "acc_norm"}, "by: acc_norm is for kind choices"),
+        ({"kind": "refusals", "answers": "texts"}, "answers: texts is for kind choices"),
         ({"shots": 5, "demonstrations": "dev.jsonl"}, "shots: needs by: letter"),
         ({"shots": 5, "by": "letter"}, "shots: needs by: letter, and the questions to show"),
         ({"by": "letter", "demonstrations": "dev.jsonl"}, "demonstrations: needs shots"),

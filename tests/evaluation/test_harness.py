@@ -132,6 +132,37 @@ def test_choices_by_acc_are_those_of_the_library(include: str, tmp_path: Path, t
     assert picks("acc_with_end") != theirs
 
 
+@pytest.mark.parametrize("template", ["", CHAT.replace(": ", ":")])
+def test_choices_by_length_are_those_of_the_library(include: str, tmp_path: Path, template: str):
+    """acc, acc_norm and acc_bytes find right what the library's metrics of these names do, and differ. The template's
+    prompt does not end in white space, whose likelihood the library would count."""
+    chance = random.Random(0)
+    rows = [
+        {
+            "question": "".join(chance.choices("abcdefgh", k=9)),
+            "choices": [first + "".join(chance.choices("abcdé", k=chance.randint(1, 5))) for first in "efgh"],
+            "answer": row % 4,
+        }
+        for row in range(48)
+    ]
+    (tmp_path / "lengths.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names: list[Any] = ["acc", "acc_norm", "acc_bytes"]
+    task = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
+    task["metric_list"] = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
+    files = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "lengths.jsonl")}}, "doc_to_text": "question"}
+    Path(include, "lengths.yaml").write_text(json.dumps({"task": "lengths"} | SHARED | files | task))
+    own, [measure] = evaluation(template), measures(include, "lengths", apply_chat_template=bool(template))
+    results = _results(own, measure.harness)
+    assert results is not None
+    questions = [(row["question"], row["choices"], row["answer"]) for row in rows]
+    found = []
+    for name in names:
+        right = general_statistics(own, [General("g", "choices", questions=questions, by=name)])["g"][:, 0].tolist()
+        assert right == [sample[name] for sample in results["samples"]["lengths"]]
+        found.append(tuple(right))
+    assert len(set(found)) == 3
+
+
 def test_a_split_that_the_data_lack_is_named(include: str):
     path = Path(include, "colour.yaml")
     path.write_text(path.read_text().replace('"test_split": "test"', '"test_split": "tset"'))

@@ -177,8 +177,9 @@ class General:
         questions: (question, choices, index of the right choice).
         shown: for each question the pieces of text that stand before it, or empty; the last ones are left out if they
             do not fit.
-        by: what is compared: the whole choices without (acc) or with (acc_with_end) the tokens that end an answer, or,
-            where the choices are letters, only the token in which they differ.
+        by: what is compared: the whole choices without (acc) or with (acc_with_end) the tokens that end an answer, the
+            former divided by the choice's characters (acc_norm) or UTF-8 bytes (acc_bytes), or, where the choices are
+            letters, only the token in which they differ.
         max_new_tokens: longest response to a prompt, in tokens.
         harness: the task of the library.
     """
@@ -188,7 +189,7 @@ class General:
     texts: list[str] = field(default_factory=list)
     questions: list[tuple[str, list[str], int]] = field(default_factory=list)
     shown: list[list[str]] = field(default_factory=list)
-    by: Literal["acc", "acc_with_end", "letter"] = "acc"
+    by: Literal["acc", "acc_norm", "acc_bytes", "acc_with_end", "letter"] = "acc"
     max_new_tokens: int = 64
     harness: HarnessTask | None = None
     rows: list[dict[str, list[int]]] = field(default_factory=list)

@@ -32,10 +32,16 @@ class GeneralConfig(Section):
         "tasks of lm-evaluation-harness",
     )
     rows: int | None = Field(None, ge=1, description="use only the first n rows")
-    by: Literal["acc", "acc_with_end", "letter"] = Field(
+    by: Literal["acc", "acc_norm", "acc_bytes", "acc_with_end", "letter"] = Field(
         "acc",
-        description="of choices, which likelihood is compared: that of the whole choice (acc of lm-eval), of "
-        "the choice and the end of the answer, or of its letter",
+        description="of choices, which likelihood is compared: that of the whole choice (acc of lm-eval), its "
+        "logarithm divided by the choice's characters or bytes (acc_norm, acc_bytes), that of the choice and the end "
+        "of the answer, or of its letter",
+    )
+    answers: Literal["names", "texts"] = Field(
+        "names",
+        description="of choices whose instruction names its answers (answer1/answer2), what is chosen from: these "
+        "names, after the whole instruction, or the texts that they stand for, after the question alone",
     )
     shots: int = Field(0, ge=0, description="of choices by letter, answered questions of the same subject shown before")
     demonstrations: str | None = Field(None, description="file of the questions that shots shows, such as MMLU's dev")
@@ -79,6 +85,8 @@ class GeneralConfig(Section):
     def _of_choices(self) -> GeneralConfig:
         if self.by != "acc" and self.kind != "choices":
             raise ValueError(f"by: {self.by} is for kind choices, not {self.kind}")
+        if self.answers != "names" and self.kind != "choices":
+            raise ValueError(f"answers: {self.answers} is for kind choices, not {self.kind}")
         if self.shots and (self.by != "letter" or self.demonstrations is None):
             raise ValueError("shots: needs by: letter, and the questions to show, such as demonstrations: dev.jsonl")
         if self.demonstrations is not None and not self.shots:

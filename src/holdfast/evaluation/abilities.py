@@ -89,11 +89,11 @@ def _from_file(config: GeneralConfig) -> General:
     if config.kind == "refusals":
         prompts = [_prompt(row, where(path, i, row)) for i, row in enumerate(rows)]
         return General(config.name, "refusals", texts=prompts, max_new_tokens=config.max_new_tokens)
-    questions = [read_choices(row, where(path, i, row)) for i, row in enumerate(rows)]
+    questions = [read_choices(row, where(path, i, row), config.answers) for i, row in enumerate(rows)]
     if config.by != "letter":
         return General(config.name, "choices", questions=questions, by=config.by)
     dev = [] if config.demonstrations is None else read_rows(Path(config.demonstrations))
-    lettered, shown = by_letter(rows, questions, dev, config.shots, path, config.demonstrations)
+    lettered, shown = by_letter(rows, questions, dev, config.shots, path, config.demonstrations, config.answers)
     return General(config.name, "choices", questions=lettered, shown=shown, by="letter")
 
 

@@ -49,10 +49,11 @@ def general_statistics(
     - perplexity: exp of the mean negative log-likelihood per token over all texts. A text longer than the encoder's
       ``max_length`` is read in windows; each begins with the last token of the one before.
     - choices: share of questions whose right choice is the likeliest. Question and choice are in training's template,
-      and a choice's likelihood is the plain sum of its tokens' log-probabilities, not divided by its length: by acc
-      without the tokens that end an answer, as ``acc`` of lm-evaluation-harness; by acc_with_end with them. By letter,
-      it is the log-probability of the first token in which the letters differ, and the text before a question loses
-      its last pieces if it does not fit. Of equal choices the first counts.
+      and a choice's likelihood is the sum of its tokens' log-probabilities: by acc without the tokens that end an
+      answer, as ``acc`` of lm-evaluation-harness; by acc_with_end with them. By acc_norm and acc_bytes, the sum of acc
+      is divided by the choice's characters or UTF-8 bytes, as the library's metrics of these names. By letter, it is
+      the log-probability of the first token in which the letters differ, and the text before a question loses its last
+      pieces if it does not fit. Of equal choices the first counts.
     - lm_eval: see :func:`~holdfast.evaluation.harness.harness_statistics`.
 
     Args:
@@ -83,7 +84,8 @@ def general_statistics(
             statistics[matrix_name(measure)] = np.stack([nats, counts], axis=1)
         else:
             ends = np.cumsum([len(choices) for _, choices, _ in measure.questions])
-            likeliest = [int(part.argmin()) for part in np.split(nats, ends)[:-1]]
+            lengths = [_length(measure.by, choice) for _, choices, _ in measure.questions for choice in choices]
+            likeliest = [int(part.argmin()) for part in np.split(nats / lengths, ends)[:-1]]
             right = [answer for _, _, answer in measure.questions]
             statistics[matrix_name(measure)] = np.stack([np.equal(likeliest, right), np.ones(len(right))], axis=1)
     return statistics | {matrix_name(measure): harness_statistics(evaluation, measure, on_batch) for measure in harness}
@@ -138,11 +140,21 @@ def _choices(encoder: Encoder, measure: General) -> Sequence[Sequence[TokenRow]]
         while pieces and not all(encoder.fits(example, encoder.answer_length(example)) for example in examples):
             pieces.pop()
             examples = [_with_choice(measure, row, pieces, choice) for choice in choices]
-        sequences = [encoder.choice(example, end=measure.by != "acc") for example in examples]
+        sequences = [encoder.choice(example, end=measure.by in ("acc_with_end", "letter")) for example in examples]
         if measure.by == "letter":
             _supervise_first_difference(measure.name, sequences)
         encoded += [[sequence] for sequence in sequences]
     return encoded
+
+
+def _length(by: str, choice: str) -> int:
+    """What a choice's nats are divided by: its characters by acc_norm, its UTF-8 bytes by acc_bytes, otherwise 1."""
+    match by:
+        case "acc_norm":
+            return len(choice)
+        case "acc_bytes":
+            return len(choice.encode())
+    return 1
 
 
 def _with_choice(measure: General, row: int, pieces: list[str], choice: str) -> Example:
