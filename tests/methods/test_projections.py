@@ -190,6 +190,60 @@ def test_gem_dual_of_many_tasks_leaves_no_constraint_violated(tasks):
         assert (past @ (g + past.T @ v) / np.linalg.norm(past, axis=1)).min() > -1e-12 * size
 
 
+def deficient(tasks, size, kind, chance, entries=200):
+    """Past gradients [tasks, entries] that span ``size`` dimensions but for float32's rounding, and a gradient."""
+    past, g = chance.normal(size=(tasks, size)) @ chance.normal(size=(size, entries)), chance.normal(size=entries)
+    if kind == "inside":
+        g = chance.normal(size=tasks) @ past
+    if kind == "duplicates":
+        past[1], past[2], past[3] = past[0], -past[0], 2 * past[0]
+    if kind == "zeros":
+        past[: tasks // 2] = 0
+    if kind == "nearly":
+        past += 1e-5 * chance.normal(size=past.shape)
+    return past.astype(np.float32), g.astype(np.float32)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["outside", "inside", "duplicates", "zeros", "nearly"])
+@pytest.mark.parametrize(("tasks", "size"), [(6, 3), (40, 10)])
+def test_gem_of_gradients_that_depend_on_each_other(tasks, size, kind, margin, monkeypatch):
+    """KKT conditions, to float32's rounding, of the gradient that the optimizer gets."""
+    chance, method, bound = np.random.default_rng(3), GEM(margin=margin), 0
+    method.memory.rows.append({})
+    for _ in range(15):
+        past, g = deficient(tasks, size, kind, chance)
+        if (past @ g >= 0).all():
+            g = -g
+        monkeypatch.setattr(method, "past_gradients", lambda step, past=past: Shards({"w": torch.tensor(past)}))
+        gradient = Shards({"w": torch.tensor(g)})
+        method.after_backward(None, gradient)
+        past, projected = past.astype(np.float64), gradient.tensors["w"].double().numpy()
+        lengths = np.linalg.norm(past, axis=1)
+        v = gem_dual(Shards({"w": torch.tensor(np.vstack([past, g]))}).gram().numpy(), margin)
+        whole = np.linalg.norm(g + margin * past.sum(axis=0))
+        multipliers = past @ projected / np.where(lengths == 0, 1.0, lengths) / whole
+        assert multipliers.min() >= -2e-7, "a constraint is violated"
+        assert (v >= margin).all() and (v * lengths).max() < 1e6 * whole, "coefficients without bound"
+        assert np.linalg.norm(projected) <= (1 + 1e-6) * whole
+        np.testing.assert_allclose(projected, g + v @ past, rtol=0, atol=1e-6 * whole)
+        gap = (v - margin) * lengths @ multipliers  # 0 at the optimum: |G^T u + d|^2 is this far above it
+        assert abs(gap) <= 1e-3 * whole
+        bound += int((v > margin).any())
+    assert bound, "no constraint was active"
+
+
+def test_gem_of_one_task_twice_is_gem_of_it_once():
+    chance = np.random.default_rng(4)
+    past, g = chance.normal(size=(3, 30)), chance.normal(size=30)
+    g -= past.sum(axis=0)
+    found = []
+    for rows in (past, past[[0, 1, 2, 0, 0, 2]]):
+        vectors = np.vstack([rows, g])
+        found.append(g + gem_dual(vectors @ vectors.T, 0.0) @ rows)
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-10)
+
+
 # --- GEM ---
 
 
@@ -319,6 +373,20 @@ def test_a_gem_leaves_a_gradient_without_conflict_untouched():
     assert values == {"a_gem/projected": 0.0}
     for name, p in model.named_parameters():
         assert torch.equal(p.grad, before.tensors[name])
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-30])
+def test_a_gem_of_a_memory_that_is_learned(size, monkeypatch):
+    """Its gradient is so small that its square is 0 in float32."""
+    model = tiny_model()
+    method, _ = a_gem_after_a_stage(model)
+    reference = Shards({"w": torch.tensor([3.0, 4.0]) * size})
+    step = next_step(model, 1)
+    monkeypatch.setattr(type(step.stage), "gradient", lambda self, rows: reference)
+    gradient = Shards({"w": torch.tensor([-2.0, 1.0])})
+    method.after_backward(step, gradient)
+    expected = [-1.76, 1.32] if size > 1e-38 else [-2.0, 1.0]
+    torch.testing.assert_close(gradient.tensors["w"], torch.tensor(expected))
 
 
 def test_gem_with_one_past_task_is_a_gem():

@@ -120,19 +120,16 @@ class Shards:
         Args:
             coefficients: [new count, count].
         """
-        vectors = {}
-        for name, t in self.tensors.items():
-            factors = coefficients.to(t.device, torch.float64)
-            parts = [(factors @ part.double()).float() for part in _rows(t).split(CHUNK, dim=1)]
-            vectors[name] = torch.cat(parts, dim=1).reshape(len(factors), *t.shape[1:])
-        return self.like(vectors)
+        return self.like({name: _combined(t, coefficients) for name, t in self.tensors.items()})
 
     @torch.no_grad()
     def add_combined_(self, stack: Shards, coefficients: Tensor) -> Shards:
-        """self += sum_k coefficients[k] * stack[k], in place, in float32; coefficients: [count]."""
+        """self += sum_k coefficients[k] * stack[k], in place; the sum is computed in float64; coefficients: [count].
+
+        Large coefficients may cancel each other.
+        """
         for name, t in self.tensors.items():
-            factors = coefficients.to(t.device, torch.float32)
-            t.add_((factors @ _rows(stack.tensors[name])).reshape(t.shape).to(t.dtype))
+            t.add_(_combined(stack.tensors[name], coefficients[None])[0].to(t.dtype))
         return self._changed()
 
     @torch.no_grad()
@@ -241,6 +238,13 @@ Value = tuple[str, Tensor]
 def _rows(t: Tensor) -> Tensor:
     """A stack's tensor [count, ...] as a matrix [count, entries]."""
     return t.reshape(len(t), -1)
+
+
+def _combined(t: Tensor, coefficients: Tensor) -> Tensor:
+    """Linear combinations of a stack's tensor [count, ...], computed in float64: float32 [new count, ...]."""
+    factors = coefficients.to(t.device, torch.float64)
+    parts = [(factors @ part.double()).float() for part in _rows(t).split(CHUNK, dim=1)]
+    return torch.cat(parts, dim=1).reshape(len(factors), *t.shape[1:])
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from holdfast.api.stage import Step
@@ -43,6 +44,10 @@ class AveragedGEM(GradientMemory):
             return {}
         count = self.reference_size(step, len(self.memory))
         reference = step.stage.gradient(self.memory.sample(count, step.random(self.name)))
+        size = float(reference.l1().sum())
+        if size < torch.finfo(torch.float32).tiny:  # 0 but for rounding
+            return {"a_gem/projected": 0.0}
+        reference.scale_(1 / size)  # the square of a small gradient would be 0 in float32
         product = gradients.dot(reference)
         if product >= 0:
             return {"a_gem/projected": 0.0}
