@@ -118,13 +118,13 @@ def test_counts_hold_in_every_optimizer_step(tmp_path, texts):
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["logits made again", "the task's logits"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_kl_on_current_rows_is_the_plain_formula_with_a_live_copy(temperature, made):
+@pytest.mark.parametrize(("temperature", "squared"), [(1.0, False), (2.0, False), (2.0, True)])
+def test_kl_on_current_rows_is_the_plain_formula_with_a_live_copy(temperature, squared, made):
     """LwF's term against a second model that was copied before the stage."""
     model, rows = tiny_model(), tiny_rows(5)
     teacher = tiny_model()
     teacher.load_state_dict(model.state_dict())
-    method = LwF(temperature=temperature)
+    method = LwF(temperature=temperature, temperature_squared=squared)
     stage = tiny_stage(model, rows)
     method.before_stage(stage)
     with torch.no_grad():
@@ -139,13 +139,18 @@ def test_kl_on_current_rows_is_the_plain_formula_with_a_live_copy(temperature, m
     term = method.loss_terms(step, batch, outputs)["lwf"]
     mask = predicting(batch["labels"])
     old = teacher(**inputs).logits
-    total, count = kl_divergence(outputs.logits, old, mask, Divergence(temperature))
+    total, count = kl_divergence(outputs.logits, old, mask, Divergence(temperature, temperature_squared=squared))
     torch.testing.assert_close(term, total / count, rtol=1e-4, atol=1e-6)
     by_hand = F.kl_div(
         F.log_softmax(outputs.logits[mask] / temperature, -1), F.softmax(old[mask] / temperature, -1), reduction="sum"
     )
-    torch.testing.assert_close(term, by_hand * temperature**2 / mask.sum(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(term, by_hand * (temperature**2 if squared else 1) / mask.sum(), rtol=1e-4, atol=1e-6)
     assert torch.equal(vector(model), vector(model)) and model.training
+
+
+def test_lwf_is_as_strong_as_its_paper_says():
+    assert LwF().options.divergence.factor == 1 and LwF().options.temperature == 2 and LwF().options.weight == 1
+    assert Rehearsal(loss="kl", temperature=2.0).options.divergence.factor == 4
 
 
 @pytest.mark.parametrize("loss", ["kl", "l1", "l2"])

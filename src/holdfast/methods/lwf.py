@@ -9,8 +9,9 @@ from holdfast.rehearsal.options import preset
 class LwF(Rehearsal):
     """Learning without forgetting (Li and Hoiem, 2016, arXiv 1606.09282): KL to the previous model on the task's rows.
 
-    L = CE(task) + weight * T^2 * KL(teacher | student) over the answers' tokens; T = 2 and weight 1 are the paper's.
+    L = CE(task) + weight * KL(teacher | student) over the answers' tokens, with T = 2 and weight 1 (equations 2 to 4,
+    whose cross-entropy differs from the KL by a constant). The paper and its code have no factor T^2.
     """
 
     name = "lwf"
-    Options = preset(source="current", loss="kl", temperature=2.0)
+    Options = preset(source="current", loss="kl", temperature=2.0, temperature_squared=False)
