@@ -11,9 +11,11 @@ import pytest
 import holdfast.runner.loop
 from holdfast.config.run import load_config
 from holdfast.errors import ConfigError, MethodError
+from holdfast.methods import build
 from holdfast.runner.setup import resolve
 from holdfast.system.progress import Progress
 from support.guards import GENERAL, TRAINED, case, configuration, terms, with_paths
+from support.resumed import results
 
 TOGETHER = [
     ("replay", "ewc"),
@@ -51,6 +53,25 @@ def test_two_together(pair, folder):
         alone["tuner"] = resolve(load_config(config)).config.tuner.model_dump()
         holdfast.runner.loop.run(alone, Progress(quiet=True))
         assert {term for event in terms(Path(alone["output"]), 2) for term in event} <= logged
+
+
+@pytest.mark.parametrize("pair", [("ewc", "si"), ("gem", "mas"), ("lwf", "cia")], ids="+".join)
+def test_the_order_of_a_list_says_nothing(pair, folder):
+    """Bit for bit: si sees the loss's gradient without ewc's, gem projects mas's, lwf's teacher has cia's weights."""
+    runs = []
+    for methods in (pair, pair[::-1]):
+        config = settings(folder, methods) | {"output": str(folder / ("order+" + "+".join(methods)))}
+        holdfast.runner.loop.run(config, Progress(quiet=True))
+        runs.append(results(Path(config["output"])))
+    for key in ("weights", "responses", "steps"):
+        assert runs[0][key] == runs[1][key], key
+    config["method"].reverse()
+    assert holdfast.runner.loop.run(config, Progress(quiet=True)), "a run goes on with the list in another order"
+
+
+def test_each_takes_its_turn():
+    names = ["gem", "replay", "si", "ewc"]
+    assert [method.name for method in build([(name, {}) for name in names])] == ["si", "ewc", "replay", "gem"]
 
 
 @pytest.mark.parametrize(

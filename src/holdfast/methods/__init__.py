@@ -50,14 +50,19 @@ def check(name: str, options: Collection[str]) -> None:
 
 
 def build(methods: list[tuple[str, dict[str, Any]]]) -> list[Method]:
-    """Make the methods of a run from (name, options).
+    """Make the methods of a run from (name, options), in the order in which they are called.
 
     Raises:
         ConfigError: a name or option is unknown, a method stands twice, or methods cannot be applied together.
     """
     built = [find(name)(**options) for name, options in methods]
     check_together(built)
-    return built
+    return in_turn(built)
+
+
+def in_turn(methods: list[Method]) -> list[Method]:
+    """Methods that are applied together, in the order in which they are called; that of the list says nothing."""
+    return sorted(methods, key=lambda method: (method.turn, method.name))
 
 
 def check_together(methods: list[Method]) -> None:

@@ -21,6 +21,7 @@ class AveragedGEM(GradientMemory):
     """
 
     name = "a_gem"
+    turn = 1
     not_with: ClassVar = {
         "gem": "A-GEM's projection would undo the constraints that GEM has satisfied",
         "ogd": "OGD's projection would undo the constraint that A-GEM has satisfied, and A-GEM would add back a "

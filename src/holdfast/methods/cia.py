@@ -40,6 +40,7 @@ class CIA(Method):
     """
 
     name = "cia"
+    turn = -2
 
     class Options(Section):
         strength: float = Field(1.0, ge=0, le=1, description="beta is multiplied by this; 0: theta* is theta")

@@ -26,6 +26,7 @@ class GEM(GradientMemory):
     """
 
     name = "gem"
+    turn = 1
     not_with: ClassVar = {
         "a_gem": "A-GEM's projection would undo the constraints that GEM has satisfied",
         "ogd": "OGD's projection would undo the constraints that GEM has satisfied, and GEM would add back gradients "

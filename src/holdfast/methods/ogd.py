@@ -31,6 +31,7 @@ class OGD(Method):
     """
 
     name = "ogd"
+    turn = 1
     not_with: ClassVar = {
         "gem": "OGD's projection would undo the constraints that GEM has satisfied, and GEM would add back gradients "
         "that OGD takes away",

@@ -60,6 +60,7 @@ class OSF(Method):
     """
 
     name = "osf"
+    turn = 1
     tuners = ("osf",)
     tuners_reason = "it sets which singular directions of that tuner's decomposition are trained"
     not_with: ClassVar = dict.fromkeys(

@@ -41,6 +41,7 @@ class SeqLoRAMerge(Method):
     """
 
     name = "seq_lora_merge"
+    turn = 2
     tuners = ("lora",)
     tuners_reason = "it merges the updates B A of LoRA adapters into one of another rank"
     not_with = dict.fromkeys(

@@ -25,6 +25,7 @@ class SI(QuadraticPenalty):
     """
 
     name = "si"
+    turn = -2
 
     class Options(QuadraticPenalty.Options):
         strength: float = Field(

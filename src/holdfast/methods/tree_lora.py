@@ -40,6 +40,7 @@ class TreeLoRA(Method):
     """
 
     name = "tree_lora"
+    turn = -1
     tuners = ("lora", "adalora", "moe_lora")
     tuners_reason = "it compares tasks by their gradients of LoRA's factors"
 

@@ -50,7 +50,7 @@ class ContinualState:
     """The methods of a trainer, and where its training stands.
 
     Attributes:
-        methods: those that are applied together, in this order.
+        methods: those that are applied together, in the order in which they are called.
         task: name of the task that the next call of ``train()`` learns.
         stage_index: number of the next stage, from 1.
         run: what a run adds.

@@ -19,7 +19,7 @@ from holdfast.data.collate import Collator
 from holdfast.engines.process import Process
 from holdfast.errors import ConfigError
 from holdfast.losses.next_token import supervised_tokens
-from holdfast.methods import build, check_together
+from holdfast.methods import build, check_together, in_turn
 from holdfast.models.likelihood import token_losses
 from holdfast.rehearsal.keep import Keep
 from holdfast.training.batches import count_rows, count_tokens, drop_repeated_rows, is_token_batch
@@ -399,7 +399,7 @@ def _built(method: Choice | Sequence[Choice]) -> list[Method]:
                 f"0.1}}, a Method, or a list of these, not {choice!r:.200}"
             )
         methods += build([(options["name"], {key: value for key, value in options.items() if key != "name"})])
-    return methods
+    return in_turn(methods)
 
 
 def _pad_token_id(tokenizer: Any, collator: Any) -> int:
