@@ -79,6 +79,7 @@ CASES: dict[str, Case] = {
     "lfpt5": Case(
         {"samples": 2}, {"weight": 0, "kl_weight": 0, "lm_weight": 0}, flops=3.3, margin=None, tuner="prompt"
     ),
+    "lines": Case({"alpha": 0.2}, {"alpha": 1.0}, margin=None),
     "lwf": Case(off={"weight": 0}, flops=1.5, margin=None),
     "mas": Case({"strength": 2.0, "samples": 8}, {"strength": 0}, flops=1.2, vectors=2, training=GENTLE),
     "mbpa": Case(
@@ -99,6 +100,7 @@ CASES: dict[str, Case] = {
     "seq_lora_merge": Case(off="it merges what its stages trained, and has no strength", vectors=3, margin=None),
     "si": Case({"strength": 1e4}, {"strength": 0}, vectors=2, training=GENTLE),
     "tree_lora": Case(off={"strength": 0}, vectors=2, margin=None),
+    "wise_ft": Case({"alpha": 0.5}, {"alpha": 1.0}),
 }
 METHODS = {name: cls for name, cls in known().items() if cls.__module__.startswith("holdfast.")}
 TRAINED = [name for name, cls in METHODS.items() if cls.schedule == "sequence" and name != "sequential"]

@@ -83,6 +83,11 @@ class Method(Registered):
         """
         return False
 
+    @property
+    def needs_dev(self) -> bool:
+        """Whether it reads the task's dev split (:attr:`Stage.dev`); a run then refuses a task without one."""
+        return False
+
     def plan(self, stages: int) -> None:
         """Take note of how many stages the run has, before there is a model; when it grows, more than before.
 

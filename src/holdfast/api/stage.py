@@ -39,6 +39,7 @@ class Stage:
         tokenizer: the model's tokenizer, if the trainer knows it.
         rows_a_step: task rows of a full optimizer step, over all processes.
         steps: optimizer steps of the stage, about; None if nobody knows.
+        dev: the task's dev split, on which nothing is trained; empty where there is none or no method asks for it.
         check_stop: for long work to call now and then: it raises Interrupted if the run was asked to stop and no step
             would be lost.
     """
@@ -54,6 +55,7 @@ class Stage:
     tokenizer: PreTrainedTokenizerBase | None = None
     rows_a_step: int = 1
     steps: int | None = None
+    dev: Sequence[TokenRow] = ()
     check_stop: Callable[[], None] = field(default_factory=lambda: _go_on)
 
     def random(self, purpose: str) -> Random:
@@ -93,6 +95,37 @@ class Stage:
                 states += [h[: len(row["input_ids"])] for h, row in zip(hidden, part, strict=True)]
         self.model.train(training)
         return states
+
+    def losses(self, rows: Sequence[TokenRow]) -> tuple[list[float], list[int]]:
+        """Negative log-likelihood of the supervised tokens of rows under the current weights, without dropout.
+
+        Each process computes its share of the rows.
+
+        Returns:
+            of each row the sum in nats, and the number of its supervised tokens.
+        """
+        import torch
+
+        from holdfast.engines.pieces import reshard
+        from holdfast.losses.next_token import token_nll
+
+        process, size = Process.this(), self.micro_batch_size
+        share, nats = rows[process.rank :: process.world], list[float]()
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            for start in range(0, math.ceil(len(rows) / process.world), size):
+                self.check_stop()
+                # A process without rows goes along, since the others may need its part of the weights.
+                batch = self.collate(share[start : start + size] or rows[:1])
+                labels = batch.pop("labels")
+                nats += token_nll(self.model(**batch, use_cache=False).logits, labels).double().sum(1).tolist()
+        self.model.train(training)
+        reshard(self.model)
+        total = [0.0] * len(rows)
+        for rank, part in enumerate(process.gather(nats[: len(share)])):
+            total[rank :: process.world] = part
+        return total, [sum(label != -100 for label in row["labels"][1:]) for row in rows]
 
     def gradient(self, rows: Sequence[TokenRow]) -> Shards:
         """Gradient of the mean next-token loss over all supervised tokens of ``rows`` at the current weights.

@@ -28,6 +28,22 @@ def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return nll, supervised_tokens(labels)
 
 
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each supervised token; :func:`next_token_nll` is the sum of these.
+
+    Args:
+        logits: [batch, seq, vocab], any floating type; the softmax is computed in float32 or wider.
+        labels: [batch, seq], int64; -100 where not supervised.
+
+    Returns:
+        [batch, seq], in nats, with gradient, float32 or wider: of the token in that place; 0 where it is not supervised
+        and in the first place, which nothing predicts.
+    """
+    supervised = labels[:, 1:] != -100
+    found = F.cross_entropy(wide(logits[:, :-1][supervised]), labels[:, 1:][supervised], reduction="none")
+    return F.pad(found.new_zeros(supervised.shape).masked_scatter(supervised, found), (1, 0))
+
+
 def chunked_next_token_nll(
     hidden: Tensor,
     head: Head,

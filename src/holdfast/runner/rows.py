@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from holdfast.api.task import Example, Stream
+from holdfast.api.method import Method
+from holdfast.api.task import Example, Stream, Task
 from holdfast.config.run import RunConfig
 from holdfast.data.encode import Encoder
 from holdfast.data.load import judge_bad_rows
-from holdfast.errors import DataError
+from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.respond import response_limit
 from holdfast.runner.plan import Rows
 from holdfast.scoring import find
@@ -46,6 +47,28 @@ def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[R
             task.test, _ = _usable(task.test, prompts, bad)
     judge_bad_rows(bad, stream, config.data)
     return rows, limits
+
+
+def encode_dev(tasks: Sequence[Task], encoder: Encoder, config: RunConfig, method: Method) -> Rows:
+    """Tokenise the dev split of every task, for a method that reads it.
+
+    Raises:
+        ConfigError: the run measures on the dev split, or a task has none.
+        DataError: rows cannot be encoded.
+    """
+    if config.evaluation.split == "dev":
+        raise ConfigError(
+            f"evaluation.split: dev measures on the rows that method {method.name} chooses by; measure on the test "
+            f"split, or give {method.name} no values to choose from"
+        )
+    for task in tasks:
+        if not task.eval:
+            raise ConfigError(
+                f"method {method.name}: chooses by the dev split of each task, and task {task.name!r} has none; give "
+                "it one (a file eval, dev or validation beside train), or the method one value instead of a list"
+            )
+    apart = encoder.apart()
+    return {task.name: apart.encode_all(task.eval) for task in tasks}
 
 
 def _usable(

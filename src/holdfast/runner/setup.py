@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from holdfast.records.growth import Past
 from holdfast.rehearsal.keep import Keep
 from holdfast.runner.data import RunData, load_data
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stage_training
-from holdfast.runner.rows import encode_tasks
+from holdfast.runner.rows import encode_dev, encode_tasks
 from holdfast.training.arguments import RESERVED, check_arguments
 
 NEW = Past()
@@ -75,6 +75,7 @@ class Setup:
         past: what the run did before this start.
         samples: the stream's own file of general samples, if it has one.
         keep: the budget, if there is one.
+        dev: tokenised dev rows of the tasks that are left, where a method reads them.
     """
 
     config: RunConfig
@@ -94,6 +95,7 @@ class Setup:
     past: Past
     samples: str | None = None
     keep: Keep | None = None
+    dev: Rows = field(default_factory=dict)
 
     @property
     def applied(self) -> list[Method]:
@@ -195,6 +197,8 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW) -
         method.plan(len(stages))
     training = stage_training(config.training, stages, past.training)
     rows, limits = encode_tasks(stream, encoder, config)
+    left = [task for stage in stages if stage.index not in past.finished for task in stage.tasks]
+    dev = next((encode_dev(left, encoder, config, method) for method in resolved.methods if method.needs_dev), {})
     steps = [
         optimizer_steps(settings, config.data, stage, rows, max_length)
         for settings, stage in zip(training, stages, strict=True)
@@ -217,6 +221,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW) -
         past=past,
         samples=resolved.samples,
         keep=resolved.keep,
+        dev=dev,
     )
     tuner.plan(config.training, setup.planned_steps)
     return replace(setup, companion=tuner.companion())

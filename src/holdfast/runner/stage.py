@@ -80,6 +80,7 @@ def train_stage(
         stage_index=len(learned_stages(directory.record, stage.index - 1)) + 1,
         run_context=RunContext(
             rows=rows,
+            dev=[row for task in stage.tasks for row in setup.dev.get(task.name, ())],
             describe_rows=lambda places: rows_by_file([origins[place] for place in places]),
             states=states,
             folder=directory.path / "rehearsal",

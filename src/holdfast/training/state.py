@@ -31,6 +31,7 @@ class RunContext:
 
     Attributes:
         rows: the task's train rows as methods see them; where absent, those of ``train_dataset``, each collated alone.
+        dev: the rows of its dev split; where absent, those of ``eval_dataset``.
         describe_rows: how a message names train rows, given by number from 0.
         states: folder that the methods' states were loaded from since the last stage; they are loaded once more after
             an engine has divided the model.
@@ -39,6 +40,7 @@ class RunContext:
     """
 
     rows: Sequence[TokenRow] | None = None
+    dev: Sequence[TokenRow] | None = None
     describe_rows: Callable[[list[int]], str] = list_row_numbers
     states: Path | None = None
     folder: Path | None = None

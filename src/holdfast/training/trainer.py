@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from holdfast.api.method import Method
+from holdfast.api.rows import TokenRow
 from holdfast.api.stage import Stage
 from holdfast.config.keep import KeepConfig
 from holdfast.data.collate import Collator
@@ -277,8 +278,15 @@ def _stage(trainer: Any) -> Stage:
         tokenizer=run.tokenizer or trainer.processing_class,
         rows_a_step=rows_a_step,
         steps=_steps(trainer, rows_a_step),
+        dev=run.dev if run.dev is not None else _dev_rows(trainer, collator),
         check_stop=state.check_stop,
     )
+
+
+def _dev_rows(trainer: Any, collator: Any) -> Sequence[TokenRow]:
+    """The rows of a trainer's ``eval_dataset``, if it has one dataset of a known length."""
+    dataset = trainer.eval_dataset
+    return CollatedRows(dataset, collator) if has_length(dataset) and not isinstance(dataset, Mapping) else ()
 
 
 def _steps(trainer: Any, rows_a_step: int) -> int | None:
