@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from holdfast.config.section import FREE, Section
+from holdfast.errors import did_you_mean
 from holdfast.system.url import split_login
 
 HARNESS = ("tasks", "include_path", "num_fewshot", "limit", "apply_chat_template", "metric")
 """Keys of a measure of general ability that only kind lm_eval has."""
+
+EVERYDAY = "everyday"
+"""The measure of general ability that is built in: questions with choices, of common knowledge."""
 
 
 class GeneralConfig(Section):
     """One measure of general ability, taken before training and after every stage."""
 
     example: ClassVar[str] = "{name: wiki, path: wiki.txt}"
+    name_alone: ClassVar[bool] = True
 
     name: str = Field(
-        "", description="what it is called in the matrix and the report; of lm_eval, put before each task's name"
+        "",
+        description="what it is called in the matrix and the report; everyday without a path is the built-in quiz; of "
+        "lm_eval, put before each task's name",
     )
     path: str = Field(
         "",
@@ -56,6 +63,26 @@ class GeneralConfig(Section):
         None, description="of lm_eval, such as acc_norm or exact_match,strict-match; where absent, each task's first"
     )
 
+    @property
+    def built_in(self) -> bool:
+        """Whether its questions are those of the package."""
+        return self.name == EVERYDAY and self.kind == "choices" and not self.path
+
+    @model_validator(mode="before")
+    @classmethod
+    def _built_in(cls, values: Any) -> Any:
+        """The built-in quiz by its name, alone or with options."""
+        if isinstance(values, str):
+            if values != EVERYDAY:
+                raise ValueError(
+                    f"there is no built-in measure {values!r}{did_you_mean(values, [EVERYDAY])}; a file of your own is "
+                    f"written {cls.example}"
+                )
+            values = {"name": values}
+        if isinstance(values, dict) and values.get("name") == EVERYDAY and not values.get("path"):
+            return {"kind": "choices"} | values
+        return values
+
     @model_validator(mode="before")
     @classmethod
     def _by_its_name_in_0_1(cls, values: Any) -> Any:
@@ -73,7 +100,7 @@ class GeneralConfig(Section):
             wrong = f"is not for kind lm_eval, which has {', '.join(HARNESS)}"
         else:
             for key in ("name", "path"):
-                if not getattr(self, key):
+                if not getattr(self, key) and not self.built_in:
                     raise ValueError(f"{key}: is required but absent")
             others, wrong = set(HARNESS), f"is for kind lm_eval, not {self.kind}"
         for key in sorted(others):  # they may be given with their defaults, as in run.json
@@ -92,6 +119,11 @@ class GeneralConfig(Section):
         if self.demonstrations is not None and not self.shots:
             raise ValueError("demonstrations: needs shots, the number of them to show before a question, for example 5")
         return self
+
+
+def _as_list(value: Any) -> Any:
+    """A list of the one measure that stands alone by its name; anything else as it is."""
+    return [value] if isinstance(value, str) else value
 
 
 class JudgeConfig(Section):
@@ -158,7 +190,7 @@ class EvaluationConfig(Section):
         description="longest response; where absent, the longest train answer of the task and 8 more, but no more than "
         "the task allows and half of data.max_length",
     )
-    general: list[GeneralConfig] | None = Field(
+    general: Annotated[list[GeneralConfig] | None, BeforeValidator(_as_list)] = Field(
         None, description="measures of general ability; where absent, those of the stream itself"
     )
     similarity_model: str = Field(

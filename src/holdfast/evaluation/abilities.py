@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from holdfast import data
 from holdfast.api.task import General, HarnessTask, Stream
 from holdfast.config.evaluation import GeneralConfig
 from holdfast.data.choices import by_letter, read_choices
@@ -15,6 +16,8 @@ from holdfast.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 """The file by which a folder is a corpus that a model wrote (:mod:`holdfast.rehearsal.corpus`)."""
+QUIZ = Path(data.__file__).with_name("everyday.jsonl")
+"""The questions of the built-in quiz."""
 TOKENS = ("input_ids", "labels")
 
 
@@ -45,7 +48,7 @@ def _general(config: GeneralConfig) -> list[General]:
     if config.kind != "lm_eval":
         for key in ("path", "demonstrations"):
             file = getattr(config, key)
-            if file is not None and not Path(file).exists():
+            if file and not Path(file).exists():
                 raise ConfigError(f"evaluation.general: {config.name}: {key}: {no_path(Path(file))}")
         return [_from_file(config)]
     from holdfast.evaluation.harness import check_tasks
@@ -71,7 +74,7 @@ def _harness_task(config: GeneralConfig, task: str) -> HarnessTask:
 
 def _from_file(config: GeneralConfig) -> General:
     assert config.kind != "lm_eval"
-    path = Path(config.path)
+    path = QUIZ if config.built_in else Path(config.path)
     if config.kind == "perplexity" and (path / MANIFEST).is_file():
         from holdfast.rehearsal.samples import corpus_rows  # torch comes with it
 
