@@ -191,7 +191,9 @@ class EvaluationConfig(Section):
         "the task allows and half of data.max_length",
     )
     general: Annotated[list[GeneralConfig] | None, BeforeValidator(_as_list)] = Field(
-        None, description="measures of general ability; where absent, those of the stream itself"
+        None,
+        description="measures of general ability; where absent, those of the stream itself, else the built-in quiz "
+        "(everyday) if the model has a chat template",
     )
     similarity_model: str = Field(
         "paraphrase-multilingual-MiniLM-L12-v2",

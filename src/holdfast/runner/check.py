@@ -13,10 +13,11 @@ from holdfast.config.keep import KeepConfig
 from holdfast.config.run import RunConfig
 from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import check_weights
-from holdfast.records.directory import check_directory
+from holdfast.records.directory import RunDirectory, check_directory
 from holdfast.runner.data import RunData
 from holdfast.runner.due import due
 from holdfast.runner.plan import START
+from holdfast.runner.quiz import as_begun
 from holdfast.runner.setup import NEW, Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import check_training
 from holdfast.system.machine import free_gib
@@ -31,9 +32,10 @@ def print_check(config: RunConfig, console: Console, data: RunData | None = None
     Raises:
         UserError: `holdfast run` would refuse the configuration or the data.
     """
-    resolved = resolve(config)
+    record = RunDirectory(Path(config.output)).record
+    resolved = resolve(as_begun(config, record))
     directory = check_directory(Path(config.output), resolved.config)
-    setup = prepare(resolved, data, directory.past() if directory else NEW)
+    setup = prepare(resolved, data, directory.past() if directory else NEW, begins=not record)
     appended = check_growth(setup, directory) if directory else []
     check_training(setup)
     checked = check_weights(config.model)

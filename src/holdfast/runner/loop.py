@@ -35,6 +35,7 @@ from holdfast.runner.load import load_model, load_weights, trained_weights
 from holdfast.runner.matrix import Outline, read_matrix
 from holdfast.runner.measure import is_measured, measure, responses_file
 from holdfast.runner.plan import START, PlannedStage
+from holdfast.runner.quiz import as_begun
 from holdfast.runner.setup import Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import Around, check_training, train_stage
 from holdfast.scoring.score import task_score
@@ -96,17 +97,17 @@ def run_in(
         learns: whether :func:`holdfast.learn` runs it.
         data: what :func:`holdfast.runner.data.load_data` would give, of a run that keeps no rows.
     """
-    resolved = resolve(config)
+    resolved = resolve(as_begun(config, directory.record))
     directory.check_config(resolved.config, learns=learns)
     trackers = chosen(resolved.config.training.report_to)
-    setup = prepare(resolved, data, directory.past())
+    setup = prepare(resolved, data, directory.past(), begins=not directory.record)
     appended = check_growth(setup, directory)
     check_training(setup)
     if not directory.record:
         check_weights(resolved.config.model)
     model_folder = directory.way_to(resolved.config.model.name)
     directory.begin(
-        resolved.config,
+        setup.config,
         setup.facts() | {"model_folder": model_folder},
         inputs=directory.process.broadcast(run_inputs(setup) if directory.process.main else None),
         accept_changes=accept_changes,

@@ -23,6 +23,7 @@ from holdfast.data.load import first_tasks_version
 from holdfast.data.texts import is_hub_name, no_path
 from holdfast.engines.profiles import check_engine
 from holdfast.errors import ConfigError, RunDirectoryError
+from holdfast.evaluation.abilities import load_general
 from holdfast.evaluation.general import matrix_name
 from holdfast.methods.compatibility import refusal
 from holdfast.models.pretrained import load_model_config, load_tokenizer
@@ -33,6 +34,7 @@ from holdfast.records.growth import Past
 from holdfast.rehearsal.keep import Keep
 from holdfast.runner.data import RunData, load_data
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stage_training
+from holdfast.runner.quiz import with_quiz
 from holdfast.runner.rows import encode_dev, encode_tasks
 from holdfast.training.arguments import RESERVED, check_arguments
 
@@ -168,12 +170,14 @@ def resolve(config: RunConfig) -> Resolved:
     return Resolved(config, chosen, build_tuner(config), samples, build_keep(config, chosen))
 
 
-def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW) -> Setup:
+def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *, begins: bool = False) -> Setup:
     """Check the rest of a configuration, and load and tokenise every task.
 
     Args:
         data: what :func:`load_data` gave, if it is loaded already.
         past: what the run did before, where it goes on.
+        begins: whether the run begins. On a model with a chat template it has the built-in quiz, if neither the
+            configuration nor the stream says what is measured of general ability.
 
     Raises:
         UserError: something in the configuration or the data cannot be used.
@@ -191,6 +195,9 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW) -
         method.try_samples(encoder.tokenizer, model_config)
     data = data or load_data(config)
     stream, general = data.stream, data.general
+    if begins and encoder.chat and config.evaluation.general is None and not general:
+        config = with_quiz(config)
+        general = load_general(config.evaluation.general, stream)
     check_watching(config, general, [data.scorers[task.metric] for task in stream.tasks])
     stages = plan(resolved.methods, stream)
     for method in resolved.methods:

@@ -240,19 +240,20 @@ def check(runs: Sequence[PlannedRun]) -> None:
             check_names(run.config)
 
     from holdfast.records.directory import RunDirectory
+    from holdfast.runner.quiz import as_begun
     from holdfast.runner.setup import check_growth, prepare, resolve
 
     seen = set()
     for run in runs:
         with _naming(run):
-            resolved = resolve(run.config)
             directory = RunDirectory(run.path)
+            resolved = resolve(as_begun(run.config, directory.record))
             directory.check_config(resolved.config)
             if run.state == "done":
                 directory.appended(resolved.config, list(directory.record["tasks"]))
             key = run.config.model_copy(update={"seed": 0, "output": ""}).model_dump_json()
             if key not in seen or run.state == "begun":
-                check_growth(prepare(resolved, past=directory.past()), directory)
+                check_growth(prepare(resolved, past=directory.past(), begins=not directory.record), directory)
                 seen.add(key)
 
 

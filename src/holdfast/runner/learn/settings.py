@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from holdfast.api.task import Example
+from holdfast.config.evaluation import EVERYDAY
 from holdfast.config.run import RUN, RunConfig
 from holdfast.config.section import Named
 from holdfast.config.training import TrainingConfig
@@ -37,6 +38,8 @@ OWN_SAMPLES = 32
 SHORTEST, LONGEST = 64, 512
 """Tokens of an own sample."""
 LONGEST_ON_A_CPU = 128
+QUIZ_ON_A_CPU = 100
+"""Questions of the built-in quiz, an even sample of them; elsewhere it has all."""
 LONGEST_RESPONSE = 256
 """Tokens of a response to an open question that is generated for the metrics beside the loss."""
 CHECKPOINTS = 10
@@ -109,6 +112,14 @@ def own_samples(config: RunConfig, length: int) -> dict[str, Any]:
             return {"length": request.length, "chat": bool(request.turn)}
     logger.warning("the model cannot write samples of itself, so none are rehearsed or measured: %s", reason)
     return {}
+
+
+def general_settings(config: RunConfig, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is measured of general ability: the loss on own samples and, of a model with a chat template, the quiz."""
+    measures: list[dict[str, Any]] = [{"name": "own", "path": f"{RUN}/{OWN}"}] if own else []
+    if config.data.template != "plain" and load_tokenizer(config.model).chat_template:
+        measures.append({"name": EVERYDAY} | ({} if torch.cuda.is_available() else {"rows": QUIZ_ON_A_CPU}))
+    return measures
 
 
 def rehearsal_settings(own: dict[str, Any], memory: bool) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from holdfast.runner.learn.settings import (
     OWN,
     Lengths,
     dtype_settings,
+    general_settings,
     machine_settings,
     memory_settings,
     own_samples,
@@ -252,8 +253,8 @@ class Taken:
             kept.own = own_samples(config, sample_length(Lengths(config, examples)))
         if not methods:
             kept.settled |= {"tuner": {"name": "lora"}, "method": rehearsal_settings(kept.own, kept.memory)}
-        if kept.own and not general:
-            kept.settled["evaluation"] = {"general": [{"name": "own", "path": f"{RUN}/{OWN}"}]}
+        if not general and (measures := general_settings(config, kept.own)):
+            kept.settled["evaluation"] = {"general": measures}
         if not kept.memory:
             kept.settled = merged(kept.settled, {"evaluation": {"responses": "scores"}})
 

@@ -1,0 +1,34 @@
+"""The built-in quiz, as what a run measures of general ability where nobody says what."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from holdfast.config.evaluation import EVERYDAY, EvaluationConfig, GeneralConfig
+from holdfast.config.run import RunConfig
+
+QUIZ = GeneralConfig.model_validate(EVERYDAY)
+
+
+def with_quiz(config: RunConfig) -> RunConfig:
+    """The configuration with the quiz as its measure of general ability."""
+    evaluation = config.evaluation.model_copy(update={"general": [QUIZ]})
+    return config.model_copy(update={"evaluation": evaluation})
+
+
+def as_begun(config: RunConfig, record: Mapping[str, Any]) -> RunConfig:
+    """The configuration with the quiz, if it names no measure and the run began with the quiz.
+
+    Args:
+        record: the content of run.json; empty if no run began. A run of an earlier version began without the quiz.
+    """
+    if config.evaluation.general is not None or not record:
+        return config
+    with contextlib.suppress(ValidationError):  # of another version, which is compared as it is
+        recorded = EvaluationConfig.model_validate(record["config"].get("evaluation", {}))
+        return with_quiz(config) if recorded.general == [QUIZ] else config
+    return config
