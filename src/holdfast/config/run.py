@@ -12,7 +12,7 @@ from holdfast.config.gate import GateConfig
 from holdfast.config.keep import KeepConfig
 from holdfast.config.model import ModelConfig
 from holdfast.config.reading import load
-from holdfast.config.section import FREE, UNORDERED, Named, NamedField, Section, Seed, as_named
+from holdfast.config.section import FREE, Named, NamedField, Section, Seed, as_named
 from holdfast.config.stream import DataConfig, StreamConfig
 from holdfast.config.training import TrainingConfig
 
@@ -47,7 +47,6 @@ class RunConfig(Section):
         [Named(name="sequential")],
         min_length=1,
         description="what is done against forgetting: a name, a section, or a list that is applied together",
-        json_schema_extra=UNORDERED,
     )
     stream: Annotated[StreamConfig, BeforeValidator(_stream)] = Field(description="the tasks, in order")
     data: DataConfig = Field(DataConfig(), description="how rows become tokens")

@@ -21,9 +21,6 @@ from holdfast.system.files import is_finite
 FREE: JsonDict = {"free": True}
 """Marks a key that may change between two starts of the same run, since no result depends on it."""
 
-UNORDERED: JsonDict = {"unordered": True}
-"""Marks a list of which no result depends on the order."""
-
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What torch, numpy and transformers all take as a seed."""

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config.reading import load
 from holdfast.config.run import as_methods, as_tuner
-from holdfast.config.section import FREE, UNORDERED, Named, NamedField, Section, Seed
+from holdfast.config.section import FREE, Named, NamedField, Section, Seed
 from holdfast.config.training import BaseTrainingConfig
 
 
@@ -130,10 +130,7 @@ class LabConfig(Section):
         Named(name="full"), description="which weights are trained: a name or a section"
     )
     method: Annotated[list[NamedField], BeforeValidator(as_methods)] = Field(
-        [Named(name="sequential")],
-        min_length=1,
-        description="what is done against forgetting, as in `holdfast run`",
-        json_schema_extra=UNORDERED,
+        [Named(name="sequential")], min_length=1, description="what is done against forgetting, as in `holdfast run`"
     )
     training: OptimizerConfig = Field(OptimizerConfig(), description="how the model is trained")
     stop: StopConfig = Field(description="when training ends")

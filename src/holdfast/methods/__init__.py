@@ -61,8 +61,9 @@ def build(methods: list[tuple[str, dict[str, Any]]]) -> list[Method]:
 
 
 def in_turn(methods: list[Method]) -> list[Method]:
-    """Methods that are applied together, in the order in which they are called; that of the list says nothing."""
-    return sorted(methods, key=lambda method: (method.turn, method.name))
+    """Methods that are applied together, in the order in which they are called: by their turns, and those of one turn
+    as the list has them, since dropout and rounding follow the order of their terms."""
+    return sorted(methods, key=lambda method: method.turn)
 
 
 def check_together(methods: list[Method]) -> None:
