@@ -18,7 +18,7 @@ from support.trained import vector
 
 def remembering(**options):
     """A method with a memory, and the model, moved since."""
-    method, model = DERpp(**{"capacity": 5, "ratio": 1.0} | options), tiny_model()
+    method, model = DERpp(**{"capacity": 5, "ratio": 1.0, "top": None} | options), tiny_model()
     stage = tiny_stage(model, tiny_rows(9))
     method.after_stage(stage)
     torch.manual_seed(1)
@@ -49,7 +49,7 @@ def test_both_terms_are_those_of_a_loop_over_rows_however_they_fall_into_micro_b
         answer = [s for s in range(1, len(labels)) if labels[s] != -100]
         for place, s in enumerate(answer):
             if sample < 5:
-                squares += float((logits[s - 1] - method.logits[sample][place]).square().mean().detach())
+                squares += float((logits[s - 1] - method.answers[sample].logits[place]).square().mean().detach())
                 counts[0] += 1
             else:
                 nats += float(F.cross_entropy(logits[s - 1], labels[s]).detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import product
 
 import pytest
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 
 from holdfast.api.stage import Rehearsed, Step
 from holdfast.errors import ConfigError, DataError
-from holdfast.losses import Divergence, kl_divergence
+from holdfast.losses import Divergence, kl_divergence, logit_mse
 from holdfast.methods import build
-from holdfast.methods.der import DER
+from holdfast.methods.der import DER, Answer, class_logits
 from holdfast.methods.lwf import LwF
 from holdfast.methods.rehearsal import Rehearsal
 from holdfast.rehearsal.cache import state_cache
@@ -182,32 +183,112 @@ def test_a_cached_teacher_equals_a_live_one(loss, tmp_path):
     torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-6)
 
 
-def test_der_stores_what_the_model_answered(tmp_path):
-    """The term is the squared distance to logits of a model that was copied when the samples were stored."""
-    model, rows = tiny_model(), tiny_rows(6)
+def by_hand(student, teacher, top):
+    """DER's term of two tables of logits [places, vocab], class by class; top None: all tokens are classes."""
+    total, classes = 0.0, len(student[0]) if top is None else top + 1
+    for h, z in zip(student.tolist(), teacher.tolist(), strict=True):
+        order = sorted(range(len(z)), key=lambda token: -z[token])
+        own = order if top is None else order[:top]
+        total += sum((z[token] - h[token]) ** 2 for token in own)
+        if top is not None:
+            others = [math.log(sum(math.exp(row[token]) for token in order[top:])) for row in (z, h)]
+            total += (others[0] - others[1]) ** 2
+    return total / classes / len(student)
+
+
+@pytest.mark.parametrize("top", [None, 3, 1000])
+def test_der_stores_what_the_model_answered(top, tmp_path):
+    model, rows = tiny_model(), tiny_rows(8)
     old = tiny_model()
-    der = DER(capacity=4, weight=1.0)
+    old.load_state_dict(model.state_dict())
+    der = DER(capacity=4, weight=1.0, top=top)
     stage = tiny_stage(model, rows)
     der.after_stage(stage)
-    assert len(der.logits) == len(der.memory) == 4
+    assert len(der.answers) == len(der.memory) == 4
     save_states([der], tmp_path)
-    again = DER(capacity=4, weight=1.0)
+    again = DER(capacity=4, weight=1.0, top=top)
     load_states([again], tmp_path, model)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    batch = pad_rows(again.memory.rows)
+    term, student, teacher = der_term(again, model, old)
+    expected = by_hand(student, teacher, top if top == 3 else None)
+    assert term.item() == pytest.approx(expected, rel=1e-4)
+    der.after_stage(tiny_stage(model, tiny_rows(6, seed=3), index=2))
+    assert len(der.answers) == 4 and set(der.memory.tasks) <= {1, 2}
+    lengths = [sum(label != -100 for label in row["labels"][1:]) for row in der.memory.rows]
+    assert [len(answer.logits) for answer in der.answers] == lengths
+
+
+def der_term(der, model, old):
+    """The term of all stored rows, and the logits of their answers of the model and of the old one."""
+    batch = pad_rows(der.memory.rows)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     logits = model(**inputs).logits
-    step = Step(stage, 0, 4, 1, True)
-    step.rehearsed = {"der": Rehearsed(list(range(4)), batch["labels"], logits, (), 1.0)}
-    term = again.loss_terms(step, batch, None)["der"]
+    step = Step(tiny_stage(model, []), 0, 4, 1, True)
+    step.rehearsed = {"der": Rehearsed(list(range(len(der.memory))), batch["labels"], logits, (), 1.0)}
     mask = predicting(batch["labels"])
-    torch.testing.assert_close(term, (logits[mask] - old(**inputs).logits[mask]).square().mean(), rtol=1e-4, atol=1e-7)
-    der.after_stage(tiny_stage(model, tiny_rows(6, seed=3), index=2))
-    assert len(der.logits) == 4 and set(der.memory.tasks) <= {1, 2}
-    answers = [sum(label != -100 for label in row["labels"][1:]) for row in der.memory.rows]
-    assert [len(logits) for logits in der.logits] == answers
+    return der.loss_terms(step, batch, None)["der"], logits[mask], old(**inputs).logits[mask]
+
+
+def test_der_stores_all_logits_in_the_models_type():
+    model = tiny_model().to(torch.bfloat16)
+    der = DER(capacity=3, top=None)
+    der.after_stage(tiny_stage(model, tiny_rows(4)))
+    logits = torch.cat([answer.logits for answer in der.answers])
+    assert logits.dtype == torch.bfloat16
+    batch = pad_rows(der.memory.rows)
+    with torch.no_grad():
+        live = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(logits, live[predicting(batch["labels"])], rtol=0.02, atol=0.02)
+
+
+def test_ders_strength_does_not_depend_on_the_vocabulary():
+    """Tokens that no model would choose change neither term nor gradient; as classes of their own they share it."""
+    torch.manual_seed(0)
+    logits, drift = 4 * torch.randn(5, 40, dtype=torch.float64), torch.randn(5, 40, dtype=torch.float64)
+    found = {}
+    for size in (40, 4000):
+        far = torch.full((5, size - 40), -40.0, dtype=torch.float64)
+        student = torch.cat([logits + drift, far], dim=1).requires_grad_()
+        for top in (10, None):
+            stored, tokens = Answer.of(torch.cat([logits, far], dim=1), top)
+            term = logit_mse(class_logits(student, tokens), stored) / stored.shape[-1]
+            [gradient] = torch.autograd.grad(term, student)
+            found[size, top] = torch.cat([term.detach()[None], gradient[:, :40].flatten()])
+    torch.testing.assert_close(found[40, 10], found[4000, 10], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[40, None], 100 * found[4000, None])
+    assert torch.autograd.gradcheck(lambda h: class_logits(h, tokens[:, :0]), (logits.requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda h: class_logits(h, torch.tensor([[3, 7]] * 5)), (logits,))
+
+
+def test_der_counts_all_other_tokens_as_one():
+    """The softmax over the classes is the model's distribution, with the others' probabilities added up."""
+    torch.manual_seed(1)
+    logits = torch.randn(3, 30, dtype=torch.float64)
+    stored, tokens = Answer.of(logits, 4)
+    probabilities = logits.softmax(-1)
+    strongest = probabilities.sort(dim=-1, descending=True).values
+    expected = torch.cat([strongest[:, :4], strongest[:, 4:].sum(-1, keepdim=True)], dim=-1)
+    torch.testing.assert_close(stored.softmax(-1), expected)
+    torch.testing.assert_close(probabilities.gather(-1, tokens.long()), strongest[:, :4])
+
+
+def test_der_reads_what_version_0_1_stored():
+    """The logits of the whole vocabulary, without numbers of tokens: they become those of classes."""
+    model, der = tiny_model(), DER(capacity=3)
+    der.after_stage(tiny_stage(model, tiny_rows(4)))
+    whole = DER(capacity=3, top=None)
+    whole.after_stage(tiny_stage(model, tiny_rows(4)))
+    old = whole.state()
+    del old["tokens"]
+    again = DER(capacity=3)
+    again.load_state(old, model)
+    for one, two in zip(again.answers, der.answers, strict=True):
+        assert torch.equal(one.tokens, two.tokens)
+        torch.testing.assert_close(one.logits, two.logits)
+    with pytest.raises(ValueError, match="10 a place were stored, and top is 4"):
+        DER(capacity=3, top=4).load_state(der.state(), model)
 
 
 def test_der_trains(tmp_path):

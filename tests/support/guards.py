@@ -54,9 +54,9 @@ SILENT = {"weight": 0, "ce_weight": 0}
 CASES: dict[str, Case] = {
     "a_gem": Case(off={"capacity": 0}, flops=2.1, margin=None, training=GENTLER),
     "cia": Case({"grouping": 0.9, "samples": 8}, {"strength": 0}, vectors=3, at_test=True),
-    "der": Case({"ratio": 1.0, "weight": 20.0}, {"weight": 0}, flops=2.2, vectors=2, training=GENTLE),
+    "der": Case({"ratio": 1.0, "weight": 4.0}, {"weight": 0}, flops=2.2, vectors=2, training=GENTLE),
     "der_pp": Case(
-        {"ratio": 1.0, "weight": 20.0}, {"weight": 0, "replay_weight": 0}, flops=3.3, vectors=2, training=GENTLE
+        {"ratio": 1.0, "weight": 4.0}, {"weight": 0, "replay_weight": 0}, flops=3.3, vectors=2, training=GENTLE
     ),
     "dual_prompt": Case(off={"strength": 0}, flops=1.6, margin=None),
     "ewc": Case({"strength": 2e4, "samples": 8}, {"strength": 0}, flops=1.2, vectors=2, training=GENTLE),

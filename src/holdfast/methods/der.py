@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -15,6 +16,7 @@ from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.saved import saved_tensor
 from holdfast.losses import logit_mse
+from holdfast.losses.common import wide
 from holdfast.models.head import base, whole_head
 from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory
@@ -25,10 +27,11 @@ from holdfast.system.shapes import of_shape
 class DER(Method):
     """Dark experience replay (Buzzega et al., 2020, arXiv 2004.07211, equation 6).
 
-    L = CE(task) + weight * mean over answer tokens of |z - h(x)|^2 / vocab, with z the logits that were stored with
-    the sample and h(x) the model's. The paper does not divide by the number of classes; its code does, and its weights
-    of 0.1 to 0.5 assume it. Samples and logits are stored at the end of their stage, in the model's data type: one
-    number a token of the vocabulary for every answer token, so a large vocabulary needs a small ``capacity``.
+    L = CE(task) + weight * mean over answer tokens of |z - h(x)|^2 / C, with z the logits of C classes that were stored
+    with the sample and h(x) the model's. The classes are the ``top`` tokens with the strongest stored logits and one
+    for all other tokens, whose logit is log sum exp of theirs: so the strength does not depend on the vocabulary. The
+    paper does not divide by the number of classes; its code does, and its weights of 0.1 to 0.5 are for 10 to 200
+    classes. Samples and logits are stored at the end of their stage.
     """
 
     name = "der"
@@ -42,13 +45,19 @@ class DER(Method):
         )
         ratio: float = Field(0.25, gt=0, le=100, description="replayed rows per task row")
         weight: float = Field(0.5, ge=0, description="alpha, the weight of the term")
+        top: int | None = Field(
+            10,
+            ge=1,
+            description="tokens whose logits are stored, the strongest, beside one for all others together; null: all "
+            "tokens of the vocabulary, each a class",
+        )
 
     options: Options
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.memory = Memory(self.options.capacity, self.options.policy)
-        self.logits: list[Tensor] = []  # of each memory row, [answer tokens, vocab], on the CPU
+        self.answers: list[Answer] = []  # of each memory row, on the CPU
 
     @property
     def needs_rows(self) -> bool:
@@ -74,42 +83,105 @@ class DER(Method):
             return {}
         assert rehearsed.logits is not None
         student = rehearsed.logits[predicting(rehearsed.labels)]
-        stored = torch.cat([self.logits[sample] for sample in rehearsed.samples]).to(student.device)
-        distance = logit_mse(student, stored) / student.shape[-1]
+        logits, tokens = (
+            torch.cat(parts).to(student.device)
+            for parts in zip(*(self.answers[sample] for sample in rehearsed.samples), strict=True)
+        )
+        distance = logit_mse(class_logits(student, tokens), logits) / logits.shape[-1]
         return {self.name: self.options.weight * rehearsed.share * distance}
 
     def after_stage(self, stage: Stage) -> None:
-        stored = dict(zip(self._keys(), self.logits, strict=True))
+        stored = dict(zip(self._keys(), self.answers, strict=True))
         self.memory.add(stage.index, stage.rows, stage.random(self.name))
         new = [row for key, row in zip(self._keys(), self.memory.rows, strict=True) if key not in stored]
-        fresh = iter(answer_logits(stage, new))
-        self.logits = [stored[key] if key in stored else next(fresh) for key in self._keys()]
+        fresh = answers(stage, new, self.options.top)
+        self.answers = [stored[key] if key in stored else next(fresh) for key in self._keys()]
 
     def _keys(self) -> list[tuple[int, int]]:
         """The stage and the place of each row of the memory."""
         return list(zip(self.memory.tasks, self.memory.places, strict=True))
 
     def state(self) -> State:
-        lengths = [len(logits) for logits in self.logits]
-        return self.memory.state() | ({"logits": torch.cat(self.logits), "answers": lengths} if lengths else {})
+        if not self.answers:
+            return self.memory.state()
+        logits, tokens = (torch.cat(parts) for parts in zip(*self.answers, strict=True))
+        lengths = [len(answer.logits) for answer in self.answers]
+        return self.memory.state() | {"logits": logits, "tokens": tokens, "answers": lengths}
 
     def load_state(self, state: State, model: nn.Module) -> None:
         self.memory.load_state(state, model)
         lengths = of_shape(list[int], state.get("answers", []), "answers")
         if lengths != [sum(label != IGNORED for label in row["labels"][1:]) for row in self.memory.rows]:
             raise ValueError("answers: must be the number of answer tokens of each row")
+        self.answers = []
+        if not lengths:
+            return
         vocabulary = getattr(base(model).get_output_embeddings(), "out_features", None)
-        logits = saved_tensor(state, "logits", sum(lengths), vocabulary) if lengths else torch.zeros(0)
-        self.logits = list(torch.split(logits, lengths))
+        if "tokens" not in state:  # version 0.1.0 stored the logits of all tokens
+            every = saved_tensor(state, "logits", sum(lengths), vocabulary)
+            self.answers = [Answer.of(part, self.options.top) for part in torch.split(every, lengths)]
+            return
+        tokens = saved_tensor(state, "tokens", sum(lengths), None, kind="counts")
+        count = tokens.shape[1]
+        if count != stored_tokens(vocabulary, self.options.top):
+            raise ValueError(f"tokens: {count or 'all'} a place were stored, and top is {self.options.top}")
+        if count and vocabulary is not None and int(tokens.max()) >= vocabulary:
+            raise ValueError(f"tokens: the model has {vocabulary} tokens, and {int(tokens.max())} is none of them")
+        logits = saved_tensor(state, "logits", sum(lengths), count + 1 if count else vocabulary)
+        parts = (torch.split(whole, lengths) for whole in (logits, tokens))
+        self.answers = [Answer(*pair) for pair in zip(*parts, strict=True)]
+
+
+class Answer(NamedTuple):
+    """What the model answered at the supervised places of a row.
+
+    Attributes:
+        logits: [places, classes]: of the tokens and of all others together, float32; or of the whole vocabulary, in the
+            model's type.
+        tokens: int32 [places, top]; [places, 0] where each token of the vocabulary is a class.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, top: int | None) -> Answer:
+        """Of logits [places, vocab]."""
+        count = stored_tokens(logits.shape[-1], top)
+        tokens = logits.topk(count, dim=-1).indices.int() if count else logits.new_empty(len(logits), 0).int()
+        return cls(class_logits(logits, tokens), tokens)
+
+
+def stored_tokens(vocabulary: int | None, top: int | None) -> int:
+    """How many tokens have a class of their own beside all others; 0 where all have, and no other is left."""
+    return 0 if top is None or (vocabulary is not None and vocabulary <= top) else top
+
+
+def class_logits(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Logits of classes: of each of the tokens, and in the last place of all others together.
+
+    The softmax of these is that of the vocabulary, with the other tokens' probabilities added up.
+
+    Args:
+        logits: [places, vocab].
+        tokens: int [places, top]; [places, 0]: all are classes, and the logits are returned as they are.
+
+    Returns:
+        [places, top + 1], float32 or wider.
+    """
+    if not tokens.shape[-1]:
+        return logits
+    logits, tokens = wide(logits), tokens.long()
+    others = logits.scatter(-1, tokens, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, tokens), others], dim=-1)
 
 
 @torch.no_grad()
-def answer_logits(stage: Stage, rows: Sequence[TokenRow]) -> list[Tensor]:
-    """The logits that predict the supervised tokens of each row, without dropout.
-
-    Returns:
-        one tensor a row, [answer tokens, vocab], in the model's data type, on the CPU.
-    """
+def answers(stage: Stage, rows: Sequence[TokenRow], top: int | None) -> Iterator[Answer]:
+    """What the model answers at the supervised places of each row, without dropout, on the CPU."""
     head = whole_head(stage.model)
-    states = zip(rows, stage.hidden_states(rows), strict=True)
-    return [head.logits(predicting_states(row, hidden)).cpu() for row, hidden in states]
+    for row, hidden in zip(rows, stage.hidden_states(rows), strict=True):
+        logits = head.logits(predicting_states(row, hidden))
+        if not stored_tokens(logits.shape[-1], top):
+            logits = logits.to(hidden.dtype)  # the head computed them in it
+        yield Answer(*(part.cpu() for part in Answer.of(logits, top)))
