@@ -206,6 +206,13 @@ class EvaluationConfig(Section):
         "not lie on this disk",
     )
     bootstrap: int = Field(1000, ge=0, description="resamples for 95 % intervals over test examples; 0 turns them off")
+    shift: int = Field(
+        16,
+        ge=0,
+        description="prompts of a stage's test rows on which is measured how far the stage moves the model, by KL; 0: "
+        "none",
+        json_schema_extra=FREE,
+    )
     every: int | None = Field(
         None,
         ge=1,

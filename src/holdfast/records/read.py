@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from holdfast.metrics.matrix import Total
 from holdfast.records.directory import current_stage, file_name
 from holdfast.records.growth import stage_settings
 from holdfast.records.shapes import check_matrix, damaged, read_appended, read_json, read_jsonl
+from holdfast.records.shift import Shift
 from holdfast.scoring.score import scorer
 
 REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
@@ -103,6 +104,19 @@ class FinishedRun:
         return sum(seconds.values()) / 60 if seconds else None
 
     @cached_property
+    def shifts(self) -> dict[int, Shift]:
+        """How far each trained stage moved the model on its own prompts, by number, where that was measured."""
+        records = {n: read_json(f / "stage.json") for n, f in self.folders.items() if (f / "stage.json").exists()}
+        return {number: record["shift"] for number, record in sorted(records.items()) if "shift" in record}
+
+    @property
+    def shift(self) -> float | None:
+        """The mean of :attr:`shifts`, nats a token; None where a stage lacks it, or there is none."""
+        trained = [folder for number, folder in self.folders.items() if number and (folder / "stage.json").exists()]
+        nats = [found["nats"] for found in self.shifts.values() if found["nats"] is not None]
+        return sum(nats) / len(nats) if nats and len(nats) == len(trained) else None
+
+    @cached_property
     def stage_settings(self) -> list[dict[str, Any]]:
         """The settings of training of each stage that began, by dotted keys; of a run in which none did, its own."""
         return stage_settings(self.path, self.info) or [flat({"training": self.config["training"]})]
@@ -114,8 +128,8 @@ class FinishedRun:
 
     def figure(self, key: str) -> float | None:
         """A figure of matrix.json or a cost of run.json, by its key; None if it is not known."""
-        if key == "minutes":
-            return self.minutes
+        if key in ("minutes", "shift"):
+            return cast(float | None, getattr(self, key))
         if key in self.matrix["summary"]:
             return self.matrix["summary"][key]
         return self.matrix.get(key, self.info.get(key))

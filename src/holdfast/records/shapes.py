@@ -14,6 +14,7 @@ from pydantic import AfterValidator, with_config
 from typing_extensions import TypedDict
 
 from holdfast.errors import RunDirectoryError
+from holdfast.records.shift import DRAWN, Drawn, Shift
 from holdfast.system import files, manifest
 from holdfast.system.shapes import AS_WRITTEN, Count, Facts, Number, of_shape
 
@@ -254,6 +255,7 @@ class StageRecord(TypedDict):
     peak_memory_gib: float
     weights: str
     keep: NotRequired[_Budget | None]
+    shift: NotRequired[Shift]
 
 
 @with_config(AS_WRITTEN)
@@ -363,6 +365,7 @@ SHAPES: dict[str, Any] = {
     "matrix.json": Matrix,
     "stage.json": StageRecord,
     "evaluation.json": Evaluation,
+    DRAWN: Drawn,
     "events.jsonl": list[Event],
     "curves.jsonl": list[CurvePoint],
     "responses": list[Row],

@@ -17,7 +17,7 @@ from holdfast.config.run import RunConfig
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.metrics.seeds import holm, mean_interval, seed_difference, seed_intervals
 from holdfast.records.read import FinishedRun, name_runs, read_runs, settings
-from holdfast.report.figures import COMPARED, COSTS, Figure, direction
+from holdfast.report.figures import COMPARED, COSTS, SHIFT, Figure, direction
 from holdfast.report.text import shorten
 
 
@@ -117,10 +117,10 @@ class Comparison:
     """Groups of runs side by side.
 
     Attributes:
-        rows: one a group, with ``run`` (its label), ``directories``, ``seeds``, the figures and costs by key (means
-            over the seeds, of memory the most; None where one is not known), ``intervals`` ({figure: [low, high]}),
-            ``reference`` (why it competes with nobody, or None), ``best`` (keys for which it is the best), ``rank`` (by
-            average, from 1, or None), ``difference`` (to the baseline, of
+        rows: one a group, with ``run`` (its label), ``directories``, ``seeds``, the figures, costs and shift by key
+            (means over the seeds, of memory the most; None where one is not known), ``intervals`` ({figure: [low,
+            high]}), ``reference`` (why it competes with nobody, or None), ``best`` (keys for which it is the best),
+            ``rank`` (by average, from 1, or None), ``difference`` (to the baseline, of
             :func:`holdfast.metrics.seed_difference` at the end of the run, with ``paired``, whether by seed, and
             ``p_holm``, corrected for the number of comparisons; or None), ``general`` ({name: (before training, at the
             end)}), ``gate`` (what it said, in words, or None), ``not_learned`` (tasks
@@ -154,7 +154,7 @@ def compare(runs: list[FinishedRun], baseline: str | None = None) -> Comparison:
     base = _baseline(groups, baseline)
     rows: list[dict[str, Any]] = []
     for group in groups:
-        means = {figure.key: _mean(group.values(figure.key)) for figure in (*COMPARED, *COSTS)}
+        means = {figure.key: _mean(group.values(figure.key)) for figure in (*COMPARED, *COSTS, SHIFT)}
         most = [value for value in group.values("peak_memory_gib") if value is not None]
         rows.append(
             {"run": group.label, "directories": [str(run.path) for run in group.runs], "seeds": group.seeds}

@@ -102,6 +102,16 @@ COSTS = (
 )
 
 
+SHIFT = Figure(
+    "shift",
+    "shift, nats a token",
+    "How far a stage moves the model on its own prompts: KL of the model before it to the one after it, mean over the "
+    "stages.",
+    "",
+    "low",
+)
+
+
 def direction(figure: Figure, lower: bool) -> Direction:
     """Which direction is good, where ``lower`` says whether that is so of the tasks' scores: a mean loss is good when
     low. Differences are turned round for losses, so that their sign keeps its meaning."""

@@ -13,7 +13,7 @@ from holdfast.records.growth import recorded_stages
 from holdfast.records.read import FinishedRun, changes, read_runs
 from holdfast.report import plots
 from holdfast.report.compare import compare
-from holdfast.report.figures import COSTS, FIGURES, Figure, direction
+from holdfast.report.figures import COSTS, FIGURES, SHIFT, Figure, direction
 from holdfast.report.html import render
 from holdfast.report.packed import pack_text
 from holdfast.report.rows import pack
@@ -102,11 +102,21 @@ class _Page:
                 for figure in COSTS
                 if all(row[figure.key] is not None for row in rows)
             ],
+            "shifted": self.shifted(rows),
             "seen": self.plot(
                 plots.seen_average_curves(runs),
                 "Average over the tasks learned so far, by stage, one curve a run",
             ),
         }
+
+    def shifted(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """What was forgotten against how far the stages moved the model, where two rows have both."""
+        known = [row for row in rows if row["shift"] is not None and row["forgetting"] is not None]
+        if len(known) < 2:
+            return None
+        [forgetting] = [figure for figure in FIGURES if figure.key == "forgetting"]
+        plot = plots.cost_points(known, forgetting, SHIFT)
+        return self.plot(plot, "Forgetting of every run against how far its stages moved the model")
 
     def budget(self, run: FinishedRun) -> list[dict[str, Any]]:
         """What was lost of each budget, and the multipliers; nothing where the run has no budget."""
@@ -264,7 +274,8 @@ def _stages(run: FinishedRun) -> list[dict[str, Any]]:
         first = run.stage_settings[0]
         other = {key: value for key, value in settings.items() if value != first.get(key)}
         facts = {key: stage[key] for key in ("stage", "task", "started", "finished")}
-        found.append(facts | {"appended": appended.get(stage["task"]), "settings": other})
+        shift = run.shifts.get(stage["stage"])
+        found.append(facts | {"appended": appended.get(stage["task"]), "settings": other, "shift": shift})
     return found
 
 

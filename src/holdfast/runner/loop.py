@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,12 @@ from holdfast.records.follow import Followers, followed
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
 from holdfast.records.shapes import read_json
+from holdfast.records.shift import DRAWN
 from holdfast.records.stages import is_older_than_the_gate
 from holdfast.records.trackers import chosen
 from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.report.text import number
+from holdfast.runner import shift
 from holdfast.runner.curves import Curves
 from holdfast.runner.data import RunData
 from holdfast.runner.decisions import decide, must_judge, standing, strictest
@@ -39,10 +42,12 @@ from holdfast.runner.quiz import as_begun
 from holdfast.runner.setup import Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import Around, check_training, train_stage
 from holdfast.scoring.score import task_score
+from holdfast.system.files import write_json
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import check
 from holdfast.system.progress import Later, Progress, clock
 from holdfast.training.method_state import load_states, save_states
+from holdfast.training.watch import checkpoint_to_continue
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -213,6 +218,7 @@ class RunLoop:
         model = self.model
         self._check_start(stage)
         self.directory.begin_stage(stage.index, stage.name, self.setup.config_of(stage), self.setup.fingerprint(stage))
+        drawn = self._drawn(stage)
         curves = self._curves(stage)
         around = Around(self.progress, self.interrupt, self.followers, curves, self._later(stage))
         trained = train_stage(self.setup, stage, self.directory, model, self._states, around)
@@ -231,11 +237,28 @@ class RunLoop:
                 self.setup.encoder.tokenizer.save_pretrained(partial)
         with self.directory.whole_folder(folder / "method") as partial:
             save_states(self.setup.applied, partial)
-        record = {"stage": stage.index, "task": stage.name} | trained | {"weights": trained_weights(model)}
+        moved = {} if drawn is None else {"shift": shift.measure(self.setup, drawn, model)}
+        record = {"stage": stage.index, "task": stage.name} | trained | moved | {"weights": trained_weights(model)}
         self.directory.write_json(folder / "stage.json", record)
         self.directory.end_stages([stage.index])
         if self.directory.process.main:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            (folder / DRAWN).unlink(missing_ok=True)
+
+    def _drawn(self, stage: PlannedStage) -> shift.Drawn | None:
+        """Responses of the model before a stage, which a run that was killed in it finds again.
+
+        Where the run keeps no texts, they are not written, and are lost with a kill.
+        """
+        folder = self._folder(stage)
+        if self.directory.exists(folder / DRAWN):
+            return shift.Drawn(**read_json(folder / DRAWN))
+        if checkpoint_to_continue(folder / "checkpoint")[0] is not None:
+            return None
+        drawn = shift.draw(self.setup, stage, self.model)
+        if drawn is not None and self.config.evaluation.responses == "texts" and self.directory.process.main:
+            write_json(folder / DRAWN, asdict(drawn))
+        return drawn
 
     def _later(self, stage: PlannedStage) -> Later:
         """What follows a stage's training: evaluations, each as long as the last one was, and the stages after it.
