@@ -59,7 +59,9 @@ CASES: dict[str, Case] = {
         {"ratio": 1.0, "weight": 4.0}, {"weight": 0, "replay_weight": 0}, flops=3.3, vectors=2, training=GENTLE
     ),
     "dual_prompt": Case(off={"strength": 0}, flops=1.6, margin=None),
+    "eaft": Case(off={"exponent": 0}, margin=None),
     "ewc": Case({"strength": 2e4, "samples": 8}, {"strength": 0}, flops=1.2, vectors=2, training=GENTLE),
+    "flow": Case(off="it weighs every row", flops=1.4, margin=None),
     "gem": Case(off={"capacity": 0}, flops=2.1, margin=None, training=GENTLER),
     "gere": Case(TEXTS | {"weight": 10.0, "reduction": "mean"}, TEXTS | SILENT, flops=2.5, margin=None),
     "gere_ce": Case(TEXTS, TEXTS | {"weight": 0}, flops=2.5, margin=None),
@@ -102,6 +104,7 @@ CASES: dict[str, Case] = {
     "self_replay": Case(CORPUS, CORPUS | {"weight": 0}, flops=2.5, margin=None),
     "seq_lora_merge": Case(off="it merges what its stages trained, and has no strength", vectors=3, margin=None),
     "si": Case({"strength": 1e4}, {"strength": 0}, vectors=2, training=GENTLE),
+    "talr": Case(off={"floor": 1.0}, flops=1.3, margin=None),
     "tree_lora": Case(off={"strength": 0}, vectors=2, margin=None),
     "wise_ft": Case({"alpha": 0.5}, {"alpha": 1.0}),
 }

@@ -128,6 +128,23 @@ class Method(Registered):
         """Rows that go with this optimizer step."""
         return None
 
+    def loss_weights(self, step: Step, batch: Batch, outputs: Any) -> Tensor | None:
+        """Weights in the task's loss, which becomes the sum of weight times negative log-likelihood over its tokens.
+
+        The sum is divided by what the plain loss is divided by, the number of supervised tokens in the step: weights
+        are not normalised. Those of several methods are multiplied. They get no gradient. Rehearsal rows beside the
+        batch have none; those that replace task rows do.
+
+        Args:
+            batch: the task's rows of this micro-batch.
+            outputs: ``logits``, [rows, seq, vocab], and what else the model returned for them.
+
+        Returns:
+            [rows, seq], of the token in each place (its logits are those of the place before), or [rows]; None: all
+            are 1.
+        """
+        return None
+
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         """Extra terms of the loss by name, each a scalar with gradient: the mean over this micro-batch.
 

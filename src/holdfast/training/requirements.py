@@ -55,7 +55,8 @@ def check_methods(methods: Sequence[Method], model: nn.Module, rows: Sequence[To
             or it needs the task's rows, and they are not tokens with a label for each, or cannot be chosen from.
     """
     for method in methods:
-        takes_rows = method.needs_rows or type(method).extra_rows is not Method.extra_rows
+        own = (type(method).extra_rows is not Method.extra_rows, type(method).loss_weights is not Method.loss_weights)
+        takes_rows = method.needs_rows or any(own)
         if takes_rows and (reason := _other_loss(model)):
             raise ConfigError(
                 f"method {method.name}: computes next-token losses, but {reason}; a causal language model would do, or "

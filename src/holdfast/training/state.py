@@ -22,6 +22,7 @@ from holdfast.errors import NonFiniteLossError
 from holdfast.training.batches import list_row_numbers
 from holdfast.training.cost import Cost
 from holdfast.training.extra_rows import ExtraRows
+from holdfast.training.loss_weights import aligned_logits, check_plain_loss, combined_weights, weighted_nll
 from holdfast.training.terms import Terms
 
 
@@ -74,6 +75,7 @@ class ContinualState:
         micro_batches: of the step, in this process.
         row_numbers: of the step's train rows, in this process, where they are known.
         skipped: whether the step is left out, since fp16's gradients overflow.
+        knows_loss: whether Trainer's loss was found to be the next-token loss, in this stage, where a method weighs it.
         gradient_norm: of the step, where DeepSpeed trains.
     """
 
@@ -99,6 +101,7 @@ class ContinualState:
     micro_batches: int = 1
     row_numbers: list[int] = field(default_factory=list)
     skipped: bool = False
+    knows_loss: bool = False
     gradient_norm: float | None = None
 
     @property
@@ -123,7 +126,8 @@ class ContinualState:
 
         Otherwise training is Trainer's own, which goes on.
         """
-        return self.is_run or self.any_overrides("extra_rows", "loss_terms", "after_backward", "after_step")
+        verbs = ("extra_rows", "loss_weights", "loss_terms", "after_backward", "after_step")
+        return self.is_run or self.any_overrides(*verbs)
 
     @property
     def adds_to_loss(self) -> bool:
@@ -138,6 +142,8 @@ class ContinualState:
     @property
     def reads_outputs(self) -> bool:
         """Whether a method needs the outputs of the task's forward pass, which some trainers make only on demand."""
+        if self.any_overrides("loss_weights"):
+            return True
         own_terms = (m for m in self.methods if type(m).loss_terms is not Method.loss_terms)
         return any(m.reads_outputs for m in own_terms) or any(
             extra.way == "task" for extra in self.extra_rows.by_method.values()
@@ -151,6 +157,29 @@ class ContinualState:
         self.micro_batches, self.row_numbers, self.skipped = len(sizes), [], False
         self.step = Step(stage=self.stage, index=index, rows=rows, micro_batches=micro_batches, logged=logged)
         return self.step
+
+    def weighted_loss(self, loss: Tensor, batch: Any, outputs: Any, longest: int, factor: float) -> Tensor:
+        """The task's loss with the methods' weights.
+
+        Args:
+            loss: without them.
+            longest: tokens of a row in the forward pass.
+            factor: what Trainer multiplies the sum over tokens by.
+
+        Raises:
+            ConfigError: it is not the next-token loss, or there are no logits.
+            MethodError: weights are of a wrong shape.
+        """
+        assert self.step is not None
+        names = self.names_of("loss_weights")
+        logits = outputs["logits"] = aligned_logits(outputs, batch, longest, names)
+        weights = combined_weights(self.methods, self.step, batch, outputs)
+        if weights is None:
+            return loss
+        if not self.knows_loss:
+            check_plain_loss(loss, logits, batch["labels"], factor, names)
+            self.knows_loss = True
+        return factor * weighted_nll(logits, batch["labels"], weights)
 
     def loss_terms(self, batch: Any, outputs: Any, scale: float) -> dict[str, Tensor]:
         """The methods' terms for a micro-batch, each multiplied by ``scale``.

@@ -164,6 +164,11 @@ class ContinualMixin(EngineMixin):
         # that training_step divides by the number of micro-batches. The methods' terms must come out the same.
         scaled = _is_scaled(self, num_items_in_batch)
         step.task_loss = _mean_loss(self, loss, inputs, num_items_in_batch) if scaled else loss.detach()
+        if state.any_overrides("loss_weights"):
+            longest = passed["labels"].shape[1] if is_token_batch(passed) else 0
+            loss = state.weighted_loss(
+                loss, inputs, outputs, longest, _loss_factor(self, inputs, num_items_in_batch, scaled)
+            )
         terms = {"task": loss} | state.loss_terms(inputs, outputs, 1 / state.micro_batches if scaled else 1.0)
         total = reach_all(model, sum(terms.values()))
         state.check_finite(total, terms, numbers, inputs.get("labels") if isinstance(inputs, Mapping) else None)
@@ -239,7 +244,7 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
     stage = state.stage = _stage(trainer)
     check_trainable(trainer.model)
     check_methods(state.methods, trainer.model, stage.rows)
-    state.engine = None
+    state.engine, state.knows_loss = None, False
     hand_to_engine(trainer)
     if state.engine is not None and state.run.states is not None:
         load_states(state.methods, state.run.states, trainer.model)  # again, divided as the weights are now
@@ -377,6 +382,17 @@ def _mean_loss(trainer: Any, loss: Tensor, inputs: Any, num_items_in_batch: Any)
         return loss.detach() * trainer._holdfast.micro_batches
     processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
     return loss.detach() * num_items_in_batch / (processes * supervised_tokens(inputs["labels"]).clamp(min=1))
+
+
+def _loss_factor(trainer: Any, inputs: Any, num_items_in_batch: Any, scaled: bool) -> float:
+    """What Trainer multiplies the sum of a micro-batch's token losses by, to get the loss."""
+    tokens = max(int(supervised_tokens(inputs["labels"])), 1) if is_token_batch(inputs) else 1
+    if not scaled:
+        return 1 / tokens
+    if num_items_in_batch is None:
+        return 1 / (tokens * trainer._holdfast.micro_batches)
+    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+    return float(processes / num_items_in_batch)
 
 
 def _general_loss(trainer: Any) -> float | None:
