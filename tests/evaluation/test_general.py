@@ -17,7 +17,7 @@ from holdfast.data.encode import Encoder
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.abilities import load_general
 from holdfast.evaluation.at_test import ModelEvaluation
-from holdfast.evaluation.general import general_statistics
+from holdfast.evaluation.general import choices_chance, general_statistics
 from holdfast.metrics.summary import harmonic_mean, summarize
 from holdfast.runner.loop import run
 from holdfast.scoring.refusal import is_refusal
@@ -115,6 +115,16 @@ def test_likelihoods_are_divided_by_the_choice(by: str) -> None:
         questions.append(("why?", choices, values.index(max(values))))
     measure = General("g", "choices", questions=questions, by=by)  # type: ignore[arg-type]
     assert general_statistics(evaluation, [measure])["g"].tolist() == [[1, 1]] * 24
+
+
+def test_chance_is_what_guesses_or_the_commonest_answer_get() -> None:
+    def chance(right: list[int], choices: list[str]) -> float:
+        return choices_chance(General("g", "choices", questions=[("?", choices, answer) for answer in right]))
+
+    assert chance([0, 0, 1], ["true", "false"]) == pytest.approx(2 / 3)
+    assert chance([0, 1], ["true", "false"]) == 0.5
+    own = [("?", [f"{k}{choice}" for choice in "abcd"], 0) for k in range(5)]
+    assert choices_chance(General("g", "choices", questions=own)) == 0.25
 
 
 # --- by letter ---

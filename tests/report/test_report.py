@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from plotly.offline import get_plotlyjs
 from holdfast.errors import RunDirectoryError
 from holdfast.records.read import changes, read_run, read_runs
 from holdfast.report import FIGURES, compare_table, write_report
+from holdfast.report.compare import compare
 from holdfast.report.packed import pack_text
 from holdfast.report.plots import POINTS, SCALE_DARK, SCALE_LIGHT, loss_curves, templates, thin
 from holdfast.report.rows import pack
+from holdfast.report.tables import notes
 from holdfast.report.text import interval, number, shorten
 from holdfast.system.files import read_json, write_json, write_jsonl
 from support.packed import unpack_text
@@ -279,6 +282,29 @@ def test_general_abilities_of_runs_stand_side_by_side(runs: list[Path], tmp_path
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     table = text[text.index('class="abilities"') :].partition("</table>")[0]
     assert table.count("0.620 → 0.420<small>−0.200</small>") == 3 and "9.500 → 25.500" in table
+
+
+def test_what_stood_at_chance_before_training_is_told(runs: list[Path], tmp_path: Path) -> None:
+    """The page, the table and the comparison name it; a directory from before this was known says nothing."""
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    matrix = read_json(run / "matrix.json")
+    name = next(name for name in matrix["general"] if "/" not in name)
+    report(run, tmp_path / "old.html")
+    assert "At chance" not in (tmp_path / "old.html").read_text(encoding="utf-8")
+    found = {"level": 0.25, "questions": 20, "interval": [0.2, 0.7], "at_chance": True}
+    write_json(run / "matrix.json", matrix | {"chance": {name: found}})
+    said = "At chance before training, so that a fall cannot show: "
+    report(run, tmp_path / "new.html")
+    value = number(matrix["general"][name][0])
+    assert f"{said}{name} {value} (0.200 to 0.700; chance 0.250)." in (tmp_path / "new.html").read_text(
+        encoding="utf-8"
+    )
+    assert f"{said}{name}." in notes(compare(read_runs([run])))
+    report([run, runs[1]], tmp_path / "two.html")
+    assert (tmp_path / "two.html").read_text(encoding="utf-8").count("at chance before: no fall can show") == 1
+    write_json(run / "matrix.json", matrix | {"chance": {name: found | {"interval": [0.2]}}})
+    with pytest.raises(RunDirectoryError, match=rf"chance\.{name} must be two numbers"):
+        read_runs([run])
 
 
 def test_tasks_scored_by_loss_have_a_reversed_scale_and_no_responses(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.metrics.chance import against_chance
+from holdfast.report.text import at_chance, number
+from holdfast.system.files import read_json
 from support.command import holdfast
 from support.tiny import tiny_config
 
@@ -55,6 +58,52 @@ def test_float16_weights_are_not_trained(config: Path, tmp_path: Path, capsys: p
     assert holdfast("check", config, f"model={{name: {model}, dtype: auto}}") == 2
     assert "float32 or bfloat16 would do" in capsys.readouterr().err
     assert holdfast("check", config, f"model={{name: {model}}}") == 0
+
+
+def test_general_abilities_are_measured_on_demand(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --general the questions and chance; with it what a run measures before training, and the verdict."""
+    questions = tmp_path / "questions.jsonl"
+    rows = [
+        {
+            "question": f"is it {k}?",
+            "choices": ["a", "b", "c", "d"][: 2 + 2 * (k % 2)],
+            "answer": k // 2 % 2 + 2 * (k % 2),
+        }
+        for k in range(8)
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "texts.txt").write_text("red and green\nblue\n")
+    measures = [
+        {"name": "quiz", "path": str(questions), "kind": "choices"},
+        {"name": "texts", "path": str(tmp_path / "texts.txt")},
+        {"name": "no", "path": str(tmp_path / "texts.txt"), "kind": "refusals"},
+    ]
+    general = f"evaluation.general={json.dumps(measures)}"
+    assert holdfast("check", config, general) == 0
+    said = capsys.readouterr().out
+    assert "quiz: 8 questions by acc, chance 0.375" in said
+    assert "texts: perplexity, 2 texts" in said and "no: refusals, 2 prompts" in said
+    assert holdfast("check", config, general, "--general") == 0
+    said = capsys.readouterr().out
+    output = tmp_path / "run"
+    assert holdfast("run", config, general, f"output={output}", "method=frozen") == 0
+    matrix = read_json(output / "matrix.json")
+    for name in ("quiz", "perplexity/texts", "refusals/no"):
+        assert f"{name}: {number(matrix['general'][name][0])}" in said
+    found = matrix["chance"]["quiz"]
+    right = round(8 * matrix["general"]["quiz"][0])
+    assert found == against_chance(right, 8, 0.375) and list(matrix["chance"]) == ["quiz"]
+    verdict = "at chance, so a fall cannot show" if found["at_chance"] else "above chance"
+    assert f"of 8 questions, chance 0.375: {verdict}" in said
+    assert (at_chance(matrix) is not None) is found["at_chance"]
+    assert (at_chance(matrix) or "") in capsys.readouterr().err
+
+
+def test_nothing_to_measure_is_told(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert holdfast("check", config, "--general") == 2
+    assert "evaluation.general: names no measure" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["gere", "kl_replay"])

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from holdfast.cli.run import Config, Overrides
+from holdfast.errors import ConfigError
 from holdfast.system.terminal import open_console
 
+Measured = Annotated[
+    bool, typer.Option("--general", help="Load the model and measure its general abilities, as before training.")
+]
 
-def check(config: Config, overrides: Overrides = None) -> None:
+
+def check(config: Config, overrides: Overrides = None, general: Measured = False) -> None:
     """Resolve the configuration, load every task, and show one example a task, the plan and its cost.
 
     Of a sweep, check every run and list them, as `holdfast sweep --dry-run` does.
@@ -16,9 +25,12 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from holdfast.sweep.plan import is_sweep
 
     if is_sweep(config):
+        if general:
+            raise ConfigError("--general measures the model of one run, and this is a sweep")
         sweep(config, overrides, dry_run=True)
         return
     from holdfast.runner.names import check_names
+    from holdfast.system.progress import Progress
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
@@ -30,4 +42,4 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     from holdfast.runner.check import print_check  # torch comes with it; names, files and rows have been checked by now
 
-    print_check(resolved, open_console(highlight=False), data)
+    print_check(resolved, open_console(highlight=False), data, Progress() if general else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from holdfast.api.rows import IGNORED, TokenRow
 from holdfast.api.task import Example, General, Turn
 from holdfast.errors import DataError
 from holdfast.evaluation.respond import respond, sequence_losses
+from holdfast.metrics.chance import chance_level
 from holdfast.scoring.refusal import is_refusal
 
 if TYPE_CHECKING:
@@ -89,6 +91,14 @@ def general_statistics(
             right = [answer for _, _, answer in measure.questions]
             statistics[matrix_name(measure)] = np.stack([np.equal(likeliest, right), np.ones(len(right))], axis=1)
     return statistics | {matrix_name(measure): harness_statistics(evaluation, measure, on_batch) for measure in harness}
+
+
+def choices_chance(measure: General) -> float:
+    """The share of right choices that needs no knowledge, of a measure of choices: that of guesses, or of always giving
+    the answer that is right most often, whichever is more."""
+    commonest = max(Counter(choices[right] for _, choices, right in measure.questions).values())
+    guessed = chance_level([len(choices) for _, choices, _ in measure.questions])
+    return max(guessed, commonest / len(measure.questions))
 
 
 def refusal_records(

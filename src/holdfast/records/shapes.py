@@ -210,6 +210,14 @@ def _has_logarithms(general: dict[str, Any]) -> dict[str, Any]:
 
 
 @with_config(AS_WRITTEN)
+class _Chance(TypedDict):
+    level: float
+    questions: int
+    interval: list[float]
+    at_chance: bool
+
+
+@with_config(AS_WRITTEN)
 class Matrix(TypedDict):
     """matrix.json."""
 
@@ -219,6 +227,7 @@ class Matrix(TypedDict):
     beside: NotRequired[dict[str, dict[str, list[Number]]]]
     floors: NotRequired[dict[str, Number]]
     general: Annotated[dict[str, list[Number]], AfterValidator(_has_logarithms)]
+    chance: NotRequired[dict[str, _Chance]]
     joint: list[Number] | None
     summary: _Summary
     by_task: NotRequired[dict[str, list[Number]]]
@@ -264,6 +273,7 @@ class Evaluation(TypedDict):
 
     general: Annotated[dict[str, Number], AfterValidator(_has_logarithms)]
     general_examples: NotRequired[dict[str, list[list[Number]]]]
+    general_chance: NotRequired[dict[str, float]]
     seconds: float
 
 
@@ -457,9 +467,11 @@ def check_matrix(path: Path, record: dict[str, Any], matrix: dict[str, Any]) -> 
     for name, values in lists:
         if len(values) != rows:
             raise damaged(file, f"{name!r} has {len(values)} values, not {rows}")
-    for name, ends in matrix["intervals"].items():
+    pairs = {f"intervals.{name}": ends for name, ends in matrix["intervals"].items()}
+    pairs |= {f"chance.{name}": found["interval"] for name, found in matrix.get("chance", {}).items()}
+    for name, ends in pairs.items():
         if ends is not None and len(ends) != 2:
-            raise damaged(file, f"intervals.{name} must be two numbers")
+            raise damaged(file, f"{name} must be two numbers")
     for name, curve in matrix.get("curves", {}).items():
         if name not in tasks or len(curve["steps"]) != len(curve["scores"]):
             raise damaged(file, f"curves.{name} must have a score a step, and be of a task")

@@ -52,6 +52,13 @@ class Group:
         }
 
     @property
+    def at_chance(self) -> list[str]:
+        """The general abilities that stood at chance before training in every run that tells."""
+        told = [run.matrix["chance"] for run in self.runs if run.matrix.get("chance")]
+        names = dict.fromkeys(name for chance in told for name in chance)
+        return [name for name in names if all(chance[name]["at_chance"] for chance in told if name in chance)]
+
+    @property
     def gate(self) -> str | None:
         """What the gates of the runs said, in words; None where there was none."""
         decisions = [decision for run in self.runs for decision in run.info.get("gate", [])]
@@ -123,8 +130,8 @@ class Comparison:
             ``rank`` (by average, from 1, or None), ``difference`` (to the baseline, of
             :func:`holdfast.metrics.seed_difference` at the end of the run, with ``paired``, whether by seed, and
             ``p_holm``, corrected for the number of comparisons; or None), ``general`` ({name: (before training, at the
-            end)}), ``gate`` (what it said, in words, or None), ``not_learned`` (tasks
-            that a run of it did not learn) and ``split`` (what was measured on).
+            end)}), ``at_chance`` (those of them that stood at chance before training), ``gate`` (what it said, in
+            words, or None), ``not_learned`` (tasks that a run of it did not learn) and ``split`` (measured on).
         baseline: label of the group with which the others are paired.
         different: why the runs cannot be compared; nobody is best or ranked then.
         lower: whether a lower score is better.
@@ -163,6 +170,7 @@ def compare(runs: list[FinishedRun], baseline: str | None = None) -> Comparison:
             | {"best": [], "rank": None, "difference": None if group is base else _paired(base, group)}
             | {
                 "general": group.general,
+                "at_chance": group.at_chance,
                 "gate": group.gate,
                 "not_learned": group.not_learned,
                 "unfinished": any(run.info.get("finished") is None for run in group.runs),

@@ -18,7 +18,7 @@ from holdfast.report.html import render
 from holdfast.report.packed import pack_text
 from holdfast.report.rows import pack
 from holdfast.report.tables import interval_notes
-from holdfast.report.text import NOT_MEASURED, learning, number
+from holdfast.report.text import NOT_MEASURED, at_chance, learning, number
 from holdfast.report.verdict import HEAD, decisions
 from holdfast.system.files import json_text
 from holdfast.system.output import write_output
@@ -235,6 +235,8 @@ def _headline(run: FinishedRun) -> list[str]:
             sentences.append("Nothing was forgotten.")
     if summary["general_change"] is not None:
         sentences.append(f"General ability has changed by {number(summary['general_change'], signed=True)}.")
+    if (note := at_chance(run.matrix)) is not None:
+        sentences.append(note)
     for back in run.info.get("rollbacks", []):
         to = f"stage {back['to']}" if back["to"] else "the model before training"
         sentences.append(f"At {back['at']}, after stage {back['after']}, the run was set to {to}.")

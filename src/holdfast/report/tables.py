@@ -31,6 +31,8 @@ def notes(comparison: Comparison) -> list[str]:
                 f"NOT LEARNED by {row['run']}: {', '.join(row['not_learned'])}; of these forgetting says nothing, "
                 "since the score did not rise beyond its interval in the task's own stage."
             )
+    if low := list(dict.fromkeys(name for row in rows for name in row["at_chance"])):
+        lines.append(f"At chance before training, so that a fall cannot show: {', '.join(low)}.")
     if any(row["reference"] for row in rows):
         lines.append("References, in brackets, compete with nobody.")
     return lines

@@ -20,14 +20,14 @@ def print_table(runs: list[Path], console: Console) -> None:
     """One row a run or a group of seeds: figures with 95 % intervals, and the minutes that it took."""
     from holdfast.records.read import read_runs
     from holdfast.report.compare import compare
-    from holdfast.report.text import lacking, learning
+    from holdfast.report.text import at_chance, lacking, learning
 
     found = read_runs(runs)
     print_quality(compare(found), console, minutes=True)
     for run in found:
         if (note := learning(run.learned, run.one_row)) is not None:
             console.print(f"{run.label}: {note}" if len(found) > 1 else note, markup=False, style="bold")
-        for line in lacking(run):
+        for line in [*filter(None, [at_chance(run.matrix)]), *lacking(run)]:
             console.print(f"{run.label}: {line}" if len(found) > 1 else line, markup=False, style="dim")
 
 

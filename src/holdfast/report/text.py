@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.system.terminal import printable
 
@@ -59,6 +59,20 @@ def learning(learned: Mapping[str, bool], one_row: Collection[str] = ()) -> str 
     if unknown:
         sentences.append(f"Not known: {_first(unknown)}; {ONE_ROW} of what was learned or forgotten.")
     return " ".join(sentences) or None
+
+
+def at_chance(matrix: Mapping[str, Any]) -> str | None:
+    """The general abilities that stood at chance before training; None where none did, or that is not known.
+
+    Args:
+        matrix: the content of matrix.json.
+    """
+    stand = [
+        f"{name} {number(matrix['general'][name][0])} ({interval(found['interval'])}; chance {number(found['level'])})"
+        for name, found in matrix.get("chance", {}).items()
+        if found["at_chance"] and name in matrix["general"]
+    ]
+    return f"At chance before training, so that a fall cannot show: {', '.join(stand)}." if stand else None
 
 
 def _first(tasks: Sequence[str]) -> str:

@@ -11,9 +11,11 @@ from holdfast.api.task import Task
 from holdfast.config.gate import GateConfig
 from holdfast.config.keep import KeepConfig
 from holdfast.config.run import RunConfig
+from holdfast.errors import ConfigError
 from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import check_weights
 from holdfast.records.directory import RunDirectory, check_directory
+from holdfast.runner.abilities import print_asked, print_general
 from holdfast.runner.data import RunData
 from holdfast.runner.due import due
 from holdfast.runner.plan import START
@@ -21,13 +23,18 @@ from holdfast.runner.quiz import as_begun
 from holdfast.runner.setup import NEW, Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import check_training
 from holdfast.system.machine import free_gib
+from holdfast.system.progress import Progress
 
 
-def print_check(config: RunConfig, console: Console, data: RunData | None = None) -> None:
+def print_check(
+    config: RunConfig, console: Console, data: RunData | None = None, measured: Progress | None = None
+) -> None:
     """Load everything but the weights, and print the plan.
 
     Args:
         data: of the run, if it is loaded already.
+        measured: load the weights too, measure the general abilities of the model before training, and show the
+            progress of this here.
 
     Raises:
         UserError: `holdfast run` would refuse the configuration or the data.
@@ -50,6 +57,14 @@ def print_check(config: RunConfig, console: Console, data: RunData | None = None
             console.print(note, markup=False, soft_wrap=True)
         console.print(f"first train example, {len(row['input_ids'])} tokens, [supervised] in brackets:", markup=False)
         console.print(masked(setup, row), markup=False, soft_wrap=True)
+    if setup.general:
+        console.rule("general abilities", align="left")
+        if measured is None:
+            print_asked(setup.general, console)
+        else:
+            print_general(setup, console, measured)
+    elif measured is not None:
+        raise ConfigError("evaluation.general: names no measure, so --general has nothing to measure")
     console.rule("plan", align="left")
     if appended:
         console.print(f"the run goes on with appended tasks: {', '.join(appended)}", markup=False, soft_wrap=True)

@@ -27,7 +27,7 @@ from holdfast.records.shift import DRAWN
 from holdfast.records.stages import is_older_than_the_gate
 from holdfast.records.trackers import chosen
 from holdfast.rehearsal.keep import budget_checks, verdict_text
-from holdfast.report.text import number
+from holdfast.report.text import at_chance, number
 from holdfast.runner import shift
 from holdfast.runner.curves import Curves
 from holdfast.runner.data import RunData
@@ -364,7 +364,10 @@ class RunLoop:
             texts=self.config.evaluation.responses == "texts",
         )
         new = ({task.name for task in of.tasks} | {matrix_name(one) for one in of.general}) - known
-        self.progress.line(f"{when}: {self._changes(self._write_matrix(), stage, new)}")
+        matrix = self._write_matrix()
+        self.progress.line(f"{when}: {self._changes(matrix, stage, new)}")
+        if not stage.index and (note := at_chance(matrix)) is not None:
+            self.progress.line(note)
 
     def _shown_before(self, folder: Path) -> set[str]:
         """The tasks and general abilities that were measured when others were not known yet."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from holdfast.api.scorer import Scorer
 from holdfast.api.task import Task
 from holdfast.evaluation.general import matrix_name
+from holdfast.metrics.chance import Chance, against_chance
 from holdfast.metrics.intervals import intervals
 from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward_transfer, summarize
 from holdfast.records.directory import RunDirectory, current_stage
@@ -117,6 +118,7 @@ class Results:
             "beside": self.beside(),
             "floors": self.floors(),
             "general": self.general,
+            "chance": self.chance(),
             "joint": self.joint(),
             "summary": self.summary,
             "clipped_backward_transfer": self.clipped,
@@ -168,6 +170,17 @@ class Results:
             task.name: score
             for task, scorer, score in zip(self._tasks, self._scorers, self.scores[0], strict=True)
             if scorer.floor
+        }
+
+    def chance(self) -> dict[str, Chance]:
+        """How the answers before training compare with guesses, of each general ability with choices."""
+        path = self.directory.stage(START.index, START.name) / "evaluation.json"
+        measured = read_json(path) if path.exists() else {}
+        examples = measured.get("general_examples", {})
+        return {
+            name: against_chance(sum(right == 1 for right, _ in examples[name]), len(examples[name]), level)
+            for name, level in measured.get("general_chance", {}).items()
+            if examples.get(name)
         }
 
     def joint(self) -> Column | None:

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from holdfast.api.task import Task
-from holdfast.evaluation.general import general_statistics, general_value, matrix_name, refusal_records
+from holdfast.evaluation.general import (
+    choices_chance,
+    general_statistics,
+    general_value,
+    matrix_name,
+    refusal_records,
+)
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.records.directory import RunDirectory, file_name
@@ -38,7 +44,8 @@ def measure(
     texts: bool = True,
 ) -> None:
     """Write ``responses/TASK.jsonl`` for each task, ``responses/general/NAME.jsonl`` for each measure of refusals, and
-    ``evaluation.json``: the values of general abilities, the statistics of their examples, and the seconds it took.
+    ``evaluation.json``: the values of general abilities, the statistics of their examples, of choices the share that
+    is right by chance, and the seconds it took.
 
     What is there already is not measured again, such as all but the tasks that were appended since; the seconds add
     up.
@@ -86,6 +93,9 @@ def measure(
     if statistics:
         examples = {name: found.tolist() for name, found in statistics.items()}
         evaluated["general_examples"] = evaluated.get("general_examples", {}) | examples
+    chance = {matrix_name(one): choices_chance(one) for one in left if one.kind == "choices"}
+    if chance:
+        evaluated["general_chance"] = evaluated.get("general_chance", {}) | chance
     evaluated["seconds"] += time.monotonic() - started
     directory.write_json(folder / "evaluation.json", evaluated)
     answers.remove()
