@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, with_config
+from pydantic import AfterValidator, Field, with_config
 from typing_extensions import TypedDict
 
 from holdfast.errors import RunDirectoryError
@@ -213,7 +213,7 @@ def _has_logarithms(general: dict[str, Any]) -> dict[str, Any]:
 class _Chance(TypedDict):
     level: float
     questions: int
-    interval: list[float]
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)]
     at_chance: bool
 
 
@@ -467,11 +467,9 @@ def check_matrix(path: Path, record: dict[str, Any], matrix: dict[str, Any]) -> 
     for name, values in lists:
         if len(values) != rows:
             raise damaged(file, f"{name!r} has {len(values)} values, not {rows}")
-    pairs = {f"intervals.{name}": ends for name, ends in matrix["intervals"].items()}
-    pairs |= {f"chance.{name}": found["interval"] for name, found in matrix.get("chance", {}).items()}
-    for name, ends in pairs.items():
+    for name, ends in matrix["intervals"].items():
         if ends is not None and len(ends) != 2:
-            raise damaged(file, f"{name} must be two numbers")
+            raise damaged(file, f"intervals.{name} must be two numbers")
     for name, curve in matrix.get("curves", {}).items():
         if name not in tasks or len(curve["steps"]) != len(curve["scores"]):
             raise damaged(file, f"curves.{name} must have a score a step, and be of a task")
