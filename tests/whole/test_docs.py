@@ -37,6 +37,8 @@ def folder(tmp_path, monkeypatch):
     for task, letters in {"july": "abcdef", "august": "ghijkl"}.items():
         rows = [{"prompt": f"ask {a}{b}?", "completion": f" {b}{a}"} for a in letters for b in "uvwxyz"]
         (tmp_path / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    pairs = [{"prompt": f"ask {a}{b}?", "chosen": f" {b}{a}", "rejected": f" {a}{b}"} for a in "abc" for b in "uvwxyz"]
+    (tmp_path / "preferences.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
     return tmp_path
 
 
@@ -83,6 +85,12 @@ def test_sft(folder):
     check_once(once["trainer"], once["report"])
     assert set(terms(one_after_another["trainer"])[-1]) == {"task", "replay"}
     assert sorted(set(one_after_another["replay"].memory.tasks)) == [1, 2]
+
+
+def test_preferences(folder):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    [once] = executed("preferences.md")
+    check_once(once["trainer"], once["report"])
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in PAGES.glob("*.md")))

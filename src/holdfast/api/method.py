@@ -88,6 +88,13 @@ class Method(Registered):
         """Whether it reads the task's dev split (:attr:`Stage.dev`); a run then refuses a task without one."""
         return False
 
+    @property
+    def needs_token_batches(self) -> bool:
+        """Whether it works on the task's rows within a trainer's batches: it takes their places, or compares what the
+        model makes of them. A trainer whose batches are of another kind, as TRL's DPOTrainer, then refuses it.
+        """
+        return False
+
     def plan(self, stages: int) -> None:
         """Take note of how many stages the run has, before there is a model; when it grows, more than before.
 

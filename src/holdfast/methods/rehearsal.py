@@ -20,6 +20,7 @@ from holdfast.losses import dynamic_weight, next_token_nll
 from holdfast.models.head import begin_token, context
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
 from holdfast.rehearsal.cache import cached_rows
+from holdfast.rehearsal.head_check import TOKENS as COMPARED
 from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory, Without
 from holdfast.rehearsal.options import RehearsalOptions
@@ -75,6 +76,10 @@ class Rehearsal(Method):
     def needs_rows(self) -> bool:
         return self.options.source in ("past", "current") or self.options.way == "replace"
 
+    @property
+    def needs_token_batches(self) -> bool:
+        return self.options.source == "current" or self.options.way == "replace"
+
     def try_samples(self, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
         options = self.options
         config = model_config.get_text_config()
@@ -99,7 +104,7 @@ class Rehearsal(Method):
         if options.drawn:
             self._draw(stage)
         if options.loss == "kl" and options.weight:
-            check_head(stage, (self.rows or stage.rows or self.held_out)[0], self.name)
+            check_head(stage, self._any_row(stage), self.name)
         if options.loss == "ce" or not options.weight or self.teacher is not None:
             return
         if options.source == "current" or options.drawn or self._is_token_file:
@@ -111,6 +116,12 @@ class Rehearsal(Method):
         self.teacher, key = cached_teacher(options, stage, rows, folder, self._start)
         if options.teacher == "start":
             self._start = key
+
+    def _any_row(self, stage: Stage) -> TokenRow:
+        """Some tokens, of a sample where there is one already."""
+        if self.rows or self.options.source == "current":
+            return (self.rows or stage.rows)[0]
+        return {"input_ids": [*range(COMPARED)], "labels": [*range(COMPARED)]}
 
     @property
     def _wanted(self) -> SampleOptions:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.api.rows import IGNORED
 from holdfast.engines.process import Process
 
 
@@ -23,20 +24,50 @@ def is_token_batch(batch: Any) -> bool:
     return isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.shape == labels.shape
 
 
+def is_preference_batch(batch: Any) -> bool:
+    """Whether a batch has completions that are judged, as TRL's DPOTrainer and KTOTrainer make them."""
+    ids, mask = (batch.get(key) for key in ("input_ids", "completion_mask")) if isinstance(batch, Mapping) else (0, 0)
+    return isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.shape == mask.shape
+
+
+def good_answers(batch: Any) -> Any:
+    """The token batch of the completions that a batch of preferences calls good, in the batch's order.
+
+    TRL's DPOTrainer has the chosen completions in the first half of a batch, and the rejected ones after them. Its
+    KTOTrainer says of each completion whether it is good (``label``).
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, int64 [good, seq]; a batch of another kind as it is.
+    """
+    if is_token_batch(batch) or not is_preference_batch(batch):
+        return batch
+    ids, mask = batch["input_ids"], batch["completion_mask"].bool()
+    good = batch["label"].bool() if "label" in batch else torch.arange(len(ids)) < len(ids) // 2
+    labels = ids.masked_fill(~mask, IGNORED)
+    return {"input_ids": ids[good], "attention_mask": batch["attention_mask"][good], "labels": labels[good]}
+
+
 def is_packed(batch: Any) -> bool:
     """Whether several rows of a token batch may share a sequence; each row counts its positions from 0."""
     return batch.get("position_ids") is not None and batch.get("attention_mask") is None
 
 
-def count_rows(batch: Any) -> int:
-    """Number of rows in a batch of any kind; 0 where it does not say."""
+def count_rows(batch: Any, most: int | None = None) -> int:
+    """Number of rows in a batch of any kind; 0 where it does not say.
+
+    Args:
+        most: rows of a micro-batch. TRL's GRPOTrainer is given a list of the rows of several micro-batches.
+    """
     if is_token_batch(batch) and is_packed(batch):
         number = (batch["position_ids"] == 0).flatten().cumsum(0)
         return len(number[batch["labels"].flatten() != -100].unique())
+    if is_preference_batch(batch) and "label" not in batch:
+        return len(batch["input_ids"]) // 2  # a chosen and a rejected completion a row
     if isinstance(batch, Mapping):
         tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
         return len(batch.get("input_ids", tensors[0])) if tensors else 0
-    return len(batch) if isinstance(batch, list | tuple) else 0
+    rows = len(batch) if isinstance(batch, list | tuple) else 0
+    return rows if most is None else min(rows, most)
 
 
 def count_tokens(batch: Any) -> int:
@@ -46,6 +77,12 @@ def count_tokens(batch: Any) -> int:
     mask = batch.get("attention_mask")  # of four dimensions where it keeps packed sequences apart
     tokens = int(mask.sum()) if isinstance(mask, Tensor) and mask.dim() == 2 else batch["input_ids"].numel()
     return tokens + sum(count_tokens(extra) for extra in batch.get("rehearsal", {}).values())
+
+
+def count_written(batch: Any) -> int:
+    """Number of tokens in a batch of answers that the model wrote while it trains, as TRL's GRPOTrainer has them."""
+    masks = [batch.get(f"{part}_mask") for part in ("prompt", "completion")] if isinstance(batch, Mapping) else [None]
+    return sum(int(mask.sum()) for mask in masks if mask is not None) if None not in masks else 0
 
 
 def drop_repeated_rows(batches: list[Any], process: Process, first: int, size: int, total: int) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import MutableMapping, Sequence
+from collections import deque
+from collections.abc import Callable, MutableMapping, Sequence
 from copy import copy
 from itertools import zip_longest
 from typing import Any
@@ -25,7 +26,7 @@ from holdfast.training.batches import is_packed, is_token_batch
 
 ROW_KEYS = {"input_ids", "attention_mask", "labels"}
 KEY = "rehearsal"
-"""Where a batch holds the extra rows beside it: by method name, their batch."""
+"""Where a batch that is a mapping holds the extra rows beside it: by method name, their batch."""
 
 
 def collate_tokens(pad: Collator, rows: Sequence[TokenRow]) -> Batch:
@@ -52,6 +53,7 @@ class ExtraRows:
         self.in_step = is_divided(model)  # whether all processes must make the same forward passes
         self.joint_tokens = 0 if self.in_step else joint_tokens
         self.by_method: dict[str, Extra] = {}  # of the current step
+        self.apart: deque[dict[str, Batch]] = deque()  # of its micro-batches that are no mappings, in order
 
     def put_into(self, batches: list[Any], sizes: Sequence[int], step: Step, methods: Sequence[Method]) -> list[Any]:
         """Ask the methods for the rows of a step, and put these into its batches, or beside them.
@@ -69,16 +71,25 @@ class ExtraRows:
         answers = {method.name: method.extra_rows(step) for method in methods}
         self.by_method = {name: extra for name, extra in answers.items() if extra is not None}
         for name, extra in self.by_method.items():
-            for batch in batches:
-                _check_kind(batch, name, extra)
+            if extra.way != "beside":
+                for batch in batches:
+                    check_tokens(batch, name)
+                    _check_replaced(batch, extra)
         for name, extra in self.by_method.items():
             if extra.way == "replace":
                 batches = self._replace(batches, sizes, extra, step.random(f"{name}/places"))
+        beside: list[dict[str, Batch]] = [{} for _ in batches]
         for name, extra in self.by_method.items():
             if extra.way == "task":
                 step.rehearsal_tokens[name] = self._sum([_tokens(batch) for batch in batches])
             elif extra.way == "beside":
-                step.rehearsal_tokens[name] = self._put_beside(batches, extra, name)
+                step.rehearsal_tokens[name] = self._put_beside(beside, extra, name)
+        self.apart.clear()
+        for batch, rows in zip(batches, beside, strict=True):
+            if not isinstance(batch, MutableMapping):
+                self.apart.append(rows)
+            elif rows:
+                batch[KEY] = rows
         return batches
 
     def _sum(self, counts: list[tuple[int, int]]) -> tuple[int, int]:
@@ -87,22 +98,22 @@ class ExtraRows:
         supervised, tokens = summed.long().tolist()
         return supervised, tokens
 
-    def _put_beside(self, batches: list[Any], extra: Extra, name: str) -> tuple[int, int]:
+    def _put_beside(self, beside: list[dict[str, Batch]], extra: Extra, name: str) -> tuple[int, int]:
         """Divide the rows among all micro-batches; return how many supervised tokens, and how many tokens, all
         processes have of them."""
         samples = list(extra.samples) if extra.samples is not None else list(range(len(extra.rows)))
         rank, world = (0, 1) if extra.per_process else (self.process.rank, self.process.world)
         # Where all processes have the same rows, each counts them all by itself, without waiting for the others.
         counts = [] if extra.per_process else [_tokens_of_row(row) for row in extra.rows]
-        for number, batch in enumerate(batches):
-            part = slice(number * world + rank, None, len(batches) * world)
+        for number, of_batch in enumerate(beside):
+            part = slice(number * world + rank, None, len(beside) * world)
             rows = extra.rows[part]
             if rows or self.in_step:
                 collated = collate_tokens(self.pad, rows or extra.rows[:1])
                 counts += [_tokens(collated)] if extra.per_process and rows else []
                 collated["sample"] = torch.tensor(samples[part] if rows else samples[:1])
                 collated["counts"] = bool(rows)  # False: the row only keeps the number of forward passes equal
-                batch.setdefault(KEY, {})[name] = collated
+                of_batch[name] = collated
         if extra.per_process:
             return self._sum(counts)
         return sum(supervised for supervised, _ in counts), sum(tokens for _, tokens in counts)
@@ -127,9 +138,16 @@ class ExtraRows:
             result.append(concat(parts[0], parts[1], self.pad.pad_token_id) if len(parts) == 2 else parts[0])
         return result
 
-    def take_from(self, inputs: Any) -> dict[str, Batch]:
-        """Remove the extra rows from a micro-batch and return them, by method name."""
-        return inputs.pop(KEY, {}) if self.by_method else {}
+    def take_from(self, inputs: Any, to_device: Callable[[Any], Any]) -> dict[str, Batch]:
+        """Remove the extra rows from a micro-batch and return them, by method name.
+
+        Args:
+            inputs: the micro-batch as the trainer has prepared it; the trainer may have made another one of it.
+            to_device: moves those to the model's device that did not go with the micro-batch.
+        """
+        if self.apart:
+            return to_device(self.apart.popleft())
+        return inputs.pop(KEY, {}) if self.by_method and isinstance(inputs, MutableMapping) else {}
 
     def joint(self, inputs: Any, extra: dict[str, Batch]) -> dict[str, Batch]:
         """The extra rows that share the task's forward pass: all of a micro-batch, or none."""
@@ -224,20 +242,18 @@ class ExtraRows:
         )
 
 
-def _check_kind(batch: Any, name: str, extra: Extra) -> None:
-    """ConfigError where a method's rows cannot go with such a batch."""
-    if extra.way == "beside":
-        if not isinstance(batch, MutableMapping):
-            raise ConfigError(
-                f"method {name}: its rows cannot go beside the batches of this trainer, which are of type "
-                f"{type(batch).__name__}; a trainer whose batches are dictionaries of tensors would do"
-            )
-    elif not is_token_batch(batch):
+def check_tokens(batch: Any, name: str) -> None:
+    """ConfigError if a method works on the task's rows in the batches, and these are no rows of the next-token loss."""
+    if not is_token_batch(batch):
         raise ConfigError(
-            f"method {name}: the batches of this trainer do not have input_ids and a label for each; a trainer of the "
-            "next-token loss, such as Trainer or TRL's SFTTrainer, would do"
+            f"method {name}: works on the task's rows in each batch, and the batches of this trainer do not have "
+            "input_ids and a label for each; a trainer of the next-token loss, such as Trainer or TRL's SFTTrainer, "
+            "would do, or a method whose rows go beside the task's (way beside)"
         )
-    elif extra.way == "replace" and is_packed(batch):
+
+
+def _check_replaced(batch: Any, extra: Extra) -> None:
+    if extra.way == "replace" and is_packed(batch):
         raise ConfigError(
             "way replace: rows that share a sequence cannot be replaced one by one; use way beside, or turn packing off"
         )

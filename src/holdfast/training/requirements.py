@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from holdfast.api.method import Method
 from holdfast.api.rows import TokenRow
 from holdfast.errors import ConfigError
 from holdfast.models.head import base
+from holdfast.training.batches import is_preference_batch
+from holdfast.training.extra_rows import check_tokens
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -70,6 +72,32 @@ def check_methods(methods: Sequence[Method], model: nn.Module, rows: Sequence[To
             assert not len(rows) or rows[0]
     except ConfigError as error:
         raise ConfigError(f"method {needing[0].name}: {error}") from None
+
+
+def check_batches(methods: Sequence[Method], first: Callable[[], Any]) -> None:
+    """Check that a trainer's batches are of the kind that the methods work with.
+
+    Args:
+        first: makes one of the trainer's batches; None if there is none to look at.
+
+    Raises:
+        ConfigError: a method works on the task's rows in the batches, or reads the outputs of the task's forward pass,
+            and there are none.
+    """
+    reading = [m for m in methods if m.reads_outputs and type(m).loss_terms is not Method.loss_terms]
+    if not reading and not any(method.needs_token_batches for method in methods):
+        return
+    batch = first()
+    if batch is None:
+        return
+    for method in methods:
+        if method.needs_token_batches:
+            check_tokens(batch, method.name)
+    if reading and (is_preference_batch(batch) or not isinstance(batch, Mapping)):
+        raise ConfigError(
+            f"method {reading[0].name}: reads what the model makes of the task's rows, and this trainer does not hand "
+            "that on; a method that changes weights or gradients, or whose rows go beside the task's, would do"
+        )
 
 
 def _other_loss(model: nn.Module) -> str:

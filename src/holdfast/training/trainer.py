@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
@@ -23,7 +24,7 @@ from holdfast.losses.next_token import supervised_tokens
 from holdfast.methods import build, check_together, in_turn
 from holdfast.models.likelihood import token_losses
 from holdfast.rehearsal.keep import Keep
-from holdfast.training.batches import count_rows, count_tokens, drop_repeated_rows, is_token_batch
+from holdfast.training.batches import count_rows, count_tokens, count_written, drop_repeated_rows, is_token_batch
 from holdfast.training.checkpoint import checkpoint_to_resume, read_complete
 from holdfast.training.collated_rows import CollatedRows
 from holdfast.training.cost import Cost
@@ -37,8 +38,9 @@ from holdfast.training.engine_mixin import (
     scales_loss,
 )
 from holdfast.training.extra_rows import ExtraRows, collate_tokens
+from holdfast.training.frozen_adapters import frozen_stays, reference_of_this_stage
 from holdfast.training.method_state import load_states
-from holdfast.training.requirements import check_learns_stages, check_methods, check_trainable
+from holdfast.training.requirements import check_batches, check_learns_stages, check_methods, check_trainable
 from holdfast.training.state import ContinualState, RunContext
 from holdfast.training.terms import Terms
 
@@ -87,7 +89,8 @@ class ContinualMixin(EngineMixin):
         run_context: RunContext | None = None,
         **kwargs: Any,
     ) -> None:
-        with optimizer_not_saved((*args, *kwargs.values())):
+        given = (*args, *kwargs.values())
+        with optimizer_not_saved(given), reference_of_this_stage(given):
             super().__init__(*args, **kwargs)
         methods = _built(method)
         if run_context is None:  # a run has checked its methods, beside which its tuner may have one of its own
@@ -116,7 +119,7 @@ class ContinualMixin(EngineMixin):
         state.cost.start()
         try:
             _begin_stage(self, checkpoint)
-            with _methods_after_step(self), ddp_expects_all(self):
+            with _methods_after_step(self), ddp_expects_all(self), frozen_stays(self.model):
                 result = super().train(checkpoint, *args, **kwargs)
             if not state.interrupted:
                 state.end_stage(self.state.log_history, self.state.global_step)
@@ -134,13 +137,14 @@ class ContinualMixin(EngineMixin):
             return batches, items
         if sizes := _drop_repeated_rows(self, batches):
             items = self._get_num_items_in_batch(batches, *args)
-        sizes = sizes or [count_rows(batch) for batch in batches]
+        sizes = sizes or [count_rows(batch, self._train_batch_size) for batch in batches]
         logged = (at + 1) % self.state.logging_steps == 0 or at + 1 == self.state.max_steps
         step = state.begin_step(at, sizes, logged)
         extended = state.extra_rows.put_into(batches, sizes, step, state.methods)
         if extended is not batches:
             items = self._get_num_items_in_batch(extended, *args)
-        state.cost.tokens += sum(count_tokens(batch) for batch in extended)
+        apart = [batch for rows in state.extra_rows.apart for batch in rows.values()]
+        state.cost.tokens += sum(count_tokens(batch) for batch in (*extended, *apart))
         return extended, items
 
     def compute_loss(
@@ -153,7 +157,8 @@ class ContinualMixin(EngineMixin):
             return super().compute_loss(model, inputs, **_return_outputs(return_outputs), **kwargs)
         numbers = _take_row_numbers(self, inputs)
         state.row_numbers += numbers
-        extra = state.extra_rows.take_from(inputs)
+        extra = state.extra_rows.take_from(inputs, self._prepare_input)
+        state.cost.tokens += count_written(inputs)
         joint = state.extra_rows.joint(inputs, extra)
         passed = state.extra_rows.joined(inputs, joint) if state.adds_to_loss else inputs
         needs_outputs = return_outputs or bool(joint) or state.reads_outputs
@@ -244,6 +249,7 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
     stage = state.stage = _stage(trainer)
     check_trainable(trainer.model)
     check_methods(state.methods, trainer.model, stage.rows)
+    check_batches(state.methods, lambda: _first_batch(trainer))
     state.engine, state.knows_loss = None, False
     hand_to_engine(trainer)
     if state.engine is not None and state.run.states is not None:
@@ -292,6 +298,15 @@ def _dev_rows(trainer: Any, collator: Any) -> Sequence[TokenRow]:
     """The rows of a trainer's ``eval_dataset``, if it has one dataset of a known length."""
     dataset = trainer.eval_dataset
     return CollatedRows(dataset, collator) if has_length(dataset) and not isinstance(dataset, Mapping) else ()
+
+
+def _first_batch(trainer: Any) -> Any:
+    """A batch of the first train row; None where it cannot be had without beginning to read the rows."""
+    dataset = trainer.train_dataset
+    if not has_length(dataset) or not len(dataset) or not hasattr(dataset, "__getitem__"):
+        return None
+    with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
+        return trainer._get_collator_with_removed_columns(trainer.data_collator)([dataset[0]])
 
 
 def _steps(trainer: Any, rows_a_step: int) -> int | None:
