@@ -94,6 +94,7 @@ CASES: dict[str, Case] = {
         vectors=1.2,
         at_test=True,
     ),
+    "mofo": Case(off={"fraction": 1.0}, margin=None),
     "ntp_pre": Case(DRAWN, DRAWN | {"weight": 0}, flops=2.5, margin=None),
     "o_lora": Case(off="it trains a new adapter in each stage, whatever its strengths are", flops=1.3, margin=None),
     "ogd": Case({"samples": 8, "capacity": 12}, {"capacity": 0}, flops=2.1, vectors=12.1, margin=None),

@@ -23,6 +23,10 @@ def _go_on() -> None:
     pass
 
 
+def _no_momentum() -> Shards:
+    raise AssertionError("no optimizer has stepped yet")
+
+
 @dataclass
 class Stage:
     """Training on one task.
@@ -200,6 +204,8 @@ class Step:
         rehearsed: the rehearsal rows of the current micro-batch after the forward pass, by method name.
         rehearsal_tokens: the numbers of supervised and of all rehearsal tokens in the whole step, by method name.
         task_loss: the mean loss of the current micro-batch's task rows, a scalar without gradient; None before it.
+        momentum: in :meth:`Method.after_step`, the optimizer's moving average of the gradients: a live view. It raises
+            ConfigError if the optimizer has none.
     """
 
     stage: Stage
@@ -210,6 +216,7 @@ class Step:
     rehearsed: dict[str, Rehearsed] = field(default_factory=dict)
     rehearsal_tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     task_loss: Tensor | None = None
+    momentum: Callable[[], Shards] = field(default_factory=lambda: _no_momentum)
 
     def random(self, purpose: str) -> Random:
         """A generator of random choices that depends on seed, stage, step and purpose alone."""

@@ -103,6 +103,9 @@ class Fsdp2(Layout):
         self.reshard(model)
         _join_tied(model)
 
+    def entry(self, value: Any) -> Tensor:
+        return value.to_local() if isinstance(value, DTensor) else value
+
     def state_to_save(self, p: Any, value: Tensor) -> Tensor:
         return value.full_tensor() if isinstance(value, DTensor) else value
 

@@ -144,6 +144,10 @@ class Layout:
         """
         return getattr(optimizer, "optimizer", optimizer)
 
+    def entry(self, value: Any) -> Tensor:
+        """A live view on this process's piece of an entry of the optimizer's state, as :meth:`weight` has it."""
+        return value
+
     def state_to_save(self, p: Any, value: Tensor) -> Tensor:
         """The whole tensor of an entry of a parameter's optimizer state, such as a moment."""
         return value

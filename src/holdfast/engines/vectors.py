@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from holdfast.engines.layout import Piece
 from holdfast.engines.pieces import WHOLE, layout_of, layout_of_model, trainable
 from holdfast.engines.process import Process
 from holdfast.engines.shards import Shards
+from holdfast.errors import ConfigError
 
 
 def weights(model: nn.Module) -> Shards:
@@ -48,6 +51,29 @@ def gradients(model: nn.Module) -> Shards:
     """A live view on the accumulated gradients; a parameter that got none gets a zero gradient."""
     parameters = trainable(model)
     return Shards({name: layout_of(p).gradient(p) for name, p in parameters.items()}, _pieces(parameters))
+
+
+def momentum(model: nn.Module, optimizer: Any) -> Shards:
+    """A live view on the optimizer's moving average of the gradients: AdamW's first moment, or SGD's momentum.
+
+    A parameter that never got a gradient has a momentum of zeros.
+
+    Raises:
+        ConfigError: the optimizer has none.
+    """
+    parameters, state = trainable(model), layout_of_model(model).torch_optimizer(model, optimizer).state
+    kinds = {kind for entries in state.values() for kind in entries}
+    kind = next((kind for kind in ("exp_avg", "momentum_buffer") if kind in kinds), None)
+    if kind is None:
+        raise ConfigError(
+            "training.optimizer: it keeps no moving average of the gradients, which a method needs (mofo); "
+            "adamw_torch, or sgd with training.arguments.optim_args: momentum=0.9, would do"
+        )
+    tensors = {}
+    for name, p in parameters.items():
+        found = state.get(p, {}).get(kind)
+        tensors[name] = torch.zeros_like(layout_of(p).weight(p)) if found is None else layout_of(p).entry(found)
+    return Shards(tensors, _pieces(parameters))
 
 
 def average_replicated(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from holdfast.api.stage import Stage, Step
 from holdfast.data.collate import Collator
 from holdfast.engines import zero
 from holdfast.engines.process import Process
-from holdfast.engines.vectors import average_replicated, gradients, weights
+from holdfast.engines.vectors import average_replicated, gradients, momentum, weights
 from holdfast.errors import NonFiniteLossError
 from holdfast.training.batches import list_row_numbers
 from holdfast.training.cost import Cost
@@ -225,10 +226,11 @@ class ContinualState:
             self.gradient_norm = math.sqrt(gradient.dot(gradient)) / loss_scale
             self.check_finite(self.gradient_norm, {"gradient norm": self.gradient_norm}, self.row_numbers)
 
-    def after_step(self, model: nn.Module) -> None:
+    def after_step(self, model: nn.Module, optimizer: Any) -> None:
         """Give the weights to the methods, after the optimizer's step, if it was not skipped."""
         self.terms.step()
         if self.step is not None and not self.skipped:
+            self.step.momentum = partial(momentum, model, optimizer)
             for method in self.methods:
                 if type(method).after_step is not Method.after_step:
                     method.after_step(self.step, weights(model))

@@ -353,7 +353,7 @@ class _AfterStep(TrainerCallback):
         holdfast = self.trainer._holdfast
         # A fused optimizer leaves the step out by itself, so that accelerate does not know; DeepSpeed does.
         holdfast.skipped |= getattr(self.trainer.optimizer, "step_was_skipped", False)
-        holdfast.after_step(self.trainer.model)
+        holdfast.after_step(self.trainer.model, self.trainer.optimizer)
 
 
 def _drop_repeated_rows(trainer: Any, batches: list[Any]) -> list[int]:
