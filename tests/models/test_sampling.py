@@ -14,7 +14,7 @@ from scipy.stats import chisquare, kstest
 from holdfast import tuners
 from holdfast.config.section import Named
 from holdfast.errors import ConfigError, DataError
-from holdfast.models.sampling import BLOCK, Draw, _has_plain_decoder, sample
+from holdfast.models.sampling import BLOCK, Draw, has_plain_decoder, sample
 from support.families import FAMILIES, family_model
 from support.tiny import VOCABULARY, tiny_model
 
@@ -95,7 +95,7 @@ def test_each_family_draws_what_its_forward_pass_says(family, prompts):
     the tokens those of generation without a cache, with the same numbers; beyond a sliding window, too."""
     model = family_model(family)
     found = sample(model, prompts, max_new_tokens=12, seed="a", hidden=True)
-    assert _has_plain_decoder(model)
+    assert has_plain_decoder(model)
     assert sample(model, prompts, max_new_tokens=12, seed="a", use_cache=False).tokens == found.tokens
     for prompt, new, log_p, hidden in zip(prompts, found.tokens, found.log_probs, found.hidden, strict=True):
         row = prompt + new
@@ -153,7 +153,7 @@ def test_an_adapted_model_draws_as_its_forward_pass_says(tuner, prompts):
                 p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     model.eval()
     found = sample(model, prompts, max_new_tokens=10, seed=1, hidden=True)
-    assert _has_plain_decoder(model) == (tuner not in ("prompt", "prefix", "p_tuning"))
+    assert has_plain_decoder(model) == (tuner not in ("prompt", "prefix", "p_tuning"))
     for prompt, new, log_p, hidden in zip(prompts, found.tokens, found.log_probs, found.hidden, strict=True):
         states, log_probs = forward(model, prompt + new)
         torch.testing.assert_close(hidden, states[:-1], rtol=1e-3, atol=1e-3)

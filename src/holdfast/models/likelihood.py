@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
+from holdfast.engines.pieces import is_divided
+from holdfast.models.cache import cache_name, cache_of
 from holdfast.models.generation import by_batch, inference
+from holdfast.models.head import base
+from holdfast.models.sampling import has_plain_decoder
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+Pair = tuple[float, int]
+"""Nats and supervised tokens of a sequence."""
+
+LEAST = 8
+"""Tokens that sequences must begin with in common for these to be read once."""
 
 
 def token_losses(
@@ -24,17 +37,19 @@ def token_losses(
     batch_size: int,
     pad_token_id: int,
     on_batch: Callable[[int, int], None] | None = None,
-    on_losses: Callable[[list[int], list[tuple[float, int]]], None] | None = None,
+    on_losses: Callable[[list[int], list[Pair]], None] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Negative log-likelihood of the supervised tokens of each sequence, teacher-forced.
 
-    Sequences that differ only in their last token, such as a question with one letter or another, are read once.
+    Sequences that differ only in their last token, such as a question with one letter or another, are read once. Where
+    others begin alike, such as a question with one answer or another, what comes before the first supervised token is
+    read once, if the model is a plain decoder with a cache. The head is applied from there on alone.
 
     Args:
         rows: sequences with ``input_ids`` and ``labels`` of equal length; a token with label -100 is not supervised,
             nor is the first token, which nothing predicts.
         batch_size: distinct sequences in one forward pass.
-        pad_token_id: fills short sequences on the right; it is masked, so any id of the vocabulary will do.
+        pad_token_id: fills short sequences; it is masked, so any id of the vocabulary will do.
         on_batch: called after every batch with (sequences done, all sequences); it may raise to stop.
         on_losses: called before it with the numbers of the batch's sequences, and nats and tokens of each.
 
@@ -42,39 +57,137 @@ def token_losses(
         Sums in nats (log-probabilities in float32, summed in float64) and counts of tokens, both ``[rows]``.
     """
     losses, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    done = 0
+    with inference(model):
+        reader = _Reader(model, rows, pad_token_id)
+        families = _families(rows) if reader.has_cache else [[one] for one in _distinct(rows)]
+        alone = [family for family in families if len(family) == 1]
+        shared = [family for family in families if len(family) > 1]
+        size = max(1, batch_size // max(map(len, shared), default=1))
+        for part, most, read in ((alone, batch_size, reader.alone), (shared, size, reader.shared)):
+            part.sort(key=lambda family: -max(len(one.ids) for one in family))
+            for batch, pairs in by_batch(range(len(part)), most, lambda batch: read([part[i] for i in batch])):  # noqa: B023
+                numbers = [number for i in batch for one in part[i] for number in one.numbers]
+                losses[numbers], counts[numbers] = zip(*pairs, strict=True)
+                done += len(numbers)
+                if on_losses is not None:
+                    on_losses(numbers, pairs)
+                if on_batch is not None:
+                    on_batch(done, len(rows))
+    return losses, counts
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Sequences that differ in their last token at most, and are read once.
+
+    Attributes:
+        numbers: of the rows.
+        ids: tokens of one of them.
+        first: place of the first token that is supervised in any of them, from 1.
+    """
+
+    numbers: list[int]
+    ids: list[int]
+    first: int
+
+
+def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[_Reading]:
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, row in enumerate(rows):
         alike.setdefault(tuple(row["input_ids"][:-1]), []).append(i)
-    groups = sorted(alike.values(), key=lambda group: -len(rows[group[0]]["input_ids"]))
-    with inference(model):
+    return [
+        _Reading(n, list(rows[n[0]]["input_ids"]), min(_first(rows[i]["labels"]) for i in n)) for n in alike.values()
+    ]
 
-        def answers(batch: list[int]) -> list[list[tuple[float, int]]]:
-            read = [list(rows[groups[number][0]]["input_ids"]) for number in batch]
-            padding = [len(read[0]) - len(ids) for ids in read]
-            ids, mask = (
-                torch.tensor(values, device=model.device)
-                for values in (
-                    [ids + [pad_token_id] * p for ids, p in zip(read, padding, strict=True)],
-                    [[1] * len(ids) + [0] * p for ids, p in zip(read, padding, strict=True)],
-                )
-            )
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [batch, seq, vocab]
-            return [[loss(i, logit) for i in groups[number]] for number, logit in zip(batch, logits, strict=True)]
 
-        def loss(i: int, logit: torch.Tensor) -> tuple[float, int]:
-            label = torch.tensor(rows[i]["labels"][1:], device=logit.device, dtype=torch.int64)
-            supervised = label != -100
-            nats = F.cross_entropy(logit[: len(label)][supervised].float(), label[supervised], reduction="none")
-            return float(nats.cpu().double().sum()), len(nats)
+def _first(labels: Sequence[int]) -> int:
+    return next((t for t, label in enumerate(labels) if t and label != -100), max(1, len(labels) - 1))
 
-        done = 0
-        for batch, computed in by_batch(range(len(groups)), batch_size, answers):
-            numbers = [i for number in batch for i in groups[number]]
-            pairs = [pair for group in computed for pair in group]
-            losses[numbers], counts[numbers] = zip(*pairs, strict=True)
-            done += len(numbers)
-            if on_losses is not None:
-                on_losses(numbers, pairs)
-            if on_batch is not None:
-                on_batch(done, len(rows))
-    return losses, counts
+
+def _families(rows: Sequence[Mapping[str, Any]]) -> list[list[_Reading]]:
+    """Sequences by what comes before the token that predicts their first supervised one; short ones by themselves."""
+    families: dict[tuple[int, ...], list[_Reading]] = {}
+    for number, one in enumerate(_distinct(rows)):
+        before = tuple(one.ids[: one.first - 1])
+        families.setdefault(before if len(before) >= LEAST else (-1, number), []).append(one)
+    return list(families.values())
+
+
+class _Reader:
+    """Reads sequences with a model.
+
+    Attributes:
+        has_cache: whether what sequences begin with in common can be read once.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, rows: Sequence[Mapping[str, Any]], pad_token_id: int):
+        self.model, self.rows, self.pad = model, rows, pad_token_id
+        plain = has_plain_decoder(model)
+        self._takes_tail = plain and "logits_to_keep" in inspect.signature(base(model).forward).parameters
+        # the processes of a divided model must call it equally often
+        self.has_cache = plain and cache_name(base(model)) is not None and not is_divided(model)
+
+    def alone(self, families: Sequence[Sequence[_Reading]]) -> list[Pair]:
+        """Nats and tokens of the rows of families of one."""
+        batch = [one for family in families for one in family]
+        ids, mask = self._padded([one.ids for one in batch])
+        before = min(one.first for one in batch) - 1 if self._takes_tail else 0
+        logits = self.model(
+            input_ids=ids, attention_mask=mask, use_cache=False, **self._tail(ids.shape[1] - before)
+        ).logits
+        return self._losses(batch, logits, [before] * len(batch))
+
+    def shared(self, families: Sequence[Sequence[_Reading]]) -> list[Pair]:
+        """Nats and tokens of the rows of families, whose common beginnings are read first."""
+        batch = [one for family in families for one in family]
+        owners = [place for place, family in enumerate(families) for _ in family]
+        lengths = [family[0].first - 1 for family in families]
+        ids, mask = self._padded(
+            [family[0].ids[:length] for family, length in zip(families, lengths, strict=True)], left=True
+        )
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        read = self.model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **self._tail(1))
+        cache, chosen = cache_of(read), torch.tensor(owners, device=ids.device)
+        cache.batch_select_indices(chosen)
+        ends, ends_mask = self._padded([one.ids[one.first - 1 :] for one in batch])
+        starts = torch.tensor(lengths, device=ids.device)[chosen]
+        logits = self.model(
+            input_ids=ends,
+            attention_mask=torch.cat([mask[chosen], ends_mask], dim=1),
+            position_ids=starts[:, None] + torch.arange(ends.shape[1], device=ids.device),
+            use_cache=True,
+            **{str(cache_name(base(self.model))): cache},
+        ).logits
+        return self._losses(batch, logits, [one.first - 1 for one in batch])
+
+    def _tail(self, tokens: int) -> dict[str, int]:
+        return {"logits_to_keep": tokens} if self._takes_tail else {}
+
+    def _padded(self, sequences: Sequence[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, both int64 [sequences, longest]."""
+        width = max(map(len, sequences))
+        ids, mask = [], []
+        for tokens in sequences:
+            fill = width - len(tokens)
+            parts = [([self.pad] * fill, [0] * fill), (tokens, [1] * len(tokens))]
+            (one, ones), (other, others) = parts if left else parts[::-1]
+            ids.append([*one, *other])
+            mask.append([*ones, *others])
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+    def _losses(self, batch: Sequence[_Reading], logits: Tensor, before: Sequence[int]) -> list[Pair]:
+        """Nats and tokens of the rows.
+
+        Args:
+            logits: [readings, seq, vocab], each reading's from the token after the first ``before``, which predicts the
+                one after it.
+        """
+        pairs = []
+        for one, logit, skipped in zip(batch, logits, before, strict=True):
+            for number in one.numbers:
+                label = torch.tensor(self.rows[number]["labels"][skipped + 1 :], device=logit.device, dtype=torch.int64)
+                supervised = label != -100
+                nats = F.cross_entropy(logit[: len(label)][supervised].float(), label[supervised], reduction="none")
+                pairs.append((float(nats.cpu().double().sum()), len(nats)))
+        return pairs

@@ -114,7 +114,7 @@ def sample(
     draw = Draw(_uniform(seed, chosen, max(limits)).to(device), temperature, on_token)
     stops = sorted(stop_token_ids)
     with inference(model):
-        if use_cache and _has_plain_decoder(model) and _has_known_head(model, ids[:1], mask[:1]):
+        if use_cache and has_plain_decoder(model) and _has_known_head(model, ids[:1], mask[:1]):
             tokens, states = _steps(model, ids, mask, draw, limits, stops, hidden)
         else:
             tokens, states = _generate(model, ids, mask, draw, stops, hidden, pad_token_id, use_cache)
@@ -204,7 +204,7 @@ def _steps(
     length = width + draw.steps
     cache = Cache(layers=[_Preallocated(length - 1) for _ in DynamicCache(config=inner.config).layers])
     cache_argument = cache_name(decoder)
-    assert cache_argument is not None, "_has_plain_decoder has looked"
+    assert cache_argument is not None, "has_plain_decoder has looked"
     padded = not bool(mask.all())
     mask = F.pad(mask, (0, draw.steps), value=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0) if padded else torch.arange(length, device=ids.device)[None]
@@ -271,7 +271,7 @@ class _Preallocated(CacheLayerMixin):
         return self.length
 
 
-def _has_plain_decoder(model: PreTrainedModel | PeftModel) -> bool:
+def has_plain_decoder(model: PreTrainedModel | PeftModel) -> bool:
     """Whether a step of the decoder alone, with a cache of keys and values, is a step of the whole model."""
     inner = base(model)
     decoder = inner.base_model
