@@ -87,3 +87,15 @@ def test_learn_measures_it_beside_own_samples(folder: Path, tmp_path: Path) -> N
         tmp_path / "red.jsonl", tmp_path / "run", folder / "model", progress=Progress(quiet=True), overrides=overrides
     )
     assert set(matrix["general"]) == {"perplexity/own", "everyday"}
+
+
+def test_a_model_that_cannot_be_asked_has_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer of the quiz has more tokens than the model reads."""
+    row = {"question": "which?", "choices": ["a", "b" * 200], "answer": 0}
+    (tmp_path / "quiz.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    monkeypatch.setattr(abilities, "QUIZ", tmp_path / "quiz.jsonl")
+    setup = prepare(resolve(configured(folder, tmp_path / "run")), begins=True)
+    assert setup.general == [] and setup.config.evaluation.general is None
+    assert "the built-in quiz cannot be asked, so it is left out: everyday: row 1" in caplog.text

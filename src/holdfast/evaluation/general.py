@@ -72,7 +72,7 @@ def general_statistics(
         raise ValueError("refusals are told from responses; refusal_records asks for them")
     from holdfast.evaluation.harness import harness_statistics
 
-    encode = {"perplexity": _texts, "choices": _choices}
+    encode = {"perplexity": _texts, "choices": encode_choices}
     harness = [measure for measure in measures if measure.kind == "lm_eval"]
     measures = [measure for measure in measures if measure.kind != "lm_eval"]
     encoded = [encode[measure.kind](evaluation.encoder, measure) for measure in measures]
@@ -141,8 +141,12 @@ def _texts(encoder: Encoder, measure: General) -> Sequence[Sequence[TokenRow]]:
     return [encoder.encode(Example(measure.name, row, text=text)) for row, text in enumerate(measure.texts)]
 
 
-def _choices(encoder: Encoder, measure: General) -> Sequence[Sequence[TokenRow]]:
-    """The sequences of each choice of each question."""
+def encode_choices(encoder: Encoder, measure: General) -> Sequence[Sequence[TokenRow]]:
+    """The sequences of each choice of each question.
+
+    Raises:
+        DataError: a question does not fit in the encoder's ``max_length``, or a choice has no token of its own.
+    """
     encoded = []
     for row, (_, choices, _) in enumerate(measure.questions):
         pieces = list(measure.shown[row]) if measure.shown else []

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from holdfast.api.task import General, Stream
 from holdfast.config.evaluation import EVERYDAY, EvaluationConfig, GeneralConfig
 from holdfast.config.run import RunConfig
+from holdfast.errors import DataError
+from holdfast.evaluation.abilities import load_general
+from holdfast.evaluation.general import encode_choices
+
+if TYPE_CHECKING:
+    from holdfast.data.encode import Encoder
+
+logger = logging.getLogger("holdfast")
 
 QUIZ = GeneralConfig.model_validate(EVERYDAY)
 
@@ -18,6 +28,20 @@ def with_quiz(config: RunConfig) -> RunConfig:
     """The configuration with the quiz as its measure of general ability."""
     evaluation = config.evaluation.model_copy(update={"general": [QUIZ]})
     return config.model_copy(update={"evaluation": evaluation})
+
+
+def askable(encoder: Encoder) -> list[General]:
+    """The quiz, if the encoder has a chat template and all questions fit; says why, where they do not."""
+    if not encoder.chat:
+        return []
+    quiz = load_general([QUIZ], Stream("quiz", [], []))
+    try:
+        for measure in quiz:
+            encode_choices(encoder, measure)
+    except DataError as error:
+        logger.warning("the built-in quiz cannot be asked, so it is left out: %s", error)
+        return []
+    return quiz
 
 
 def as_begun(config: RunConfig, record: Mapping[str, Any]) -> RunConfig:

@@ -23,7 +23,6 @@ from holdfast.data.load import first_tasks_version
 from holdfast.data.texts import is_hub_name, no_path
 from holdfast.engines.profiles import check_engine
 from holdfast.errors import ConfigError, RunDirectoryError
-from holdfast.evaluation.abilities import load_general
 from holdfast.evaluation.general import matrix_name
 from holdfast.methods.compatibility import refusal
 from holdfast.models.pretrained import load_model_config, load_tokenizer
@@ -34,7 +33,7 @@ from holdfast.records.growth import Past
 from holdfast.rehearsal.keep import Keep
 from holdfast.runner.data import RunData, load_data
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stage_training
-from holdfast.runner.quiz import with_quiz
+from holdfast.runner.quiz import askable, with_quiz
 from holdfast.runner.rows import encode_dev, encode_tasks
 from holdfast.training.arguments import RESERVED, check_arguments
 
@@ -195,9 +194,8 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
         method.try_samples(encoder.tokenizer, model_config)
     data = data or load_data(config)
     stream, general = data.stream, data.general
-    if begins and encoder.chat and config.evaluation.general is None and not general:
-        config = with_quiz(config)
-        general = load_general(config.evaluation.general, stream)
+    if begins and config.evaluation.general is None and not general and (quiz := askable(encoder)):
+        config, general = with_quiz(config), quiz
     check_watching(config, general, [data.scorers[task.metric] for task in stream.tasks])
     stages = plan(resolved.methods, stream)
     for method in resolved.methods:

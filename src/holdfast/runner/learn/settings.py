@@ -24,6 +24,7 @@ from holdfast.models.sampling import sample
 from holdfast.rehearsal.corpus import MANIFEST, write_corpus
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.runner.load import load_pretrained
+from holdfast.runner.quiz import askable
 from holdfast.runner.setup import build_tuner, resolve
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import folder_facts, note
@@ -68,6 +69,11 @@ def dtype_settings(config: RunConfig) -> dict[str, Any]:
     return {"model": {"dtype": "bfloat16"}} if config.model.dtype == "auto" and stored == "float16" else {}
 
 
+def _encoder(config: RunConfig) -> Encoder:
+    most = resolve_max_length(config.data.max_length, load_model_config(config.model))
+    return Encoder(load_tokenizer(config.model), max_length=most, template=config.data.template, long_answers="cut")
+
+
 class Lengths:
     """How many tokens rows have, from a choice of them that holds the longest.
 
@@ -77,9 +83,7 @@ class Lengths:
     """
 
     def __init__(self, config: RunConfig, examples: Sequence[Example]):
-        tokenizer = load_tokenizer(config.model)
-        most = resolve_max_length(config.data.max_length, load_model_config(config.model))
-        encoder = Encoder(tokenizer, max_length=most, template=config.data.template, long_answers="cut")
+        encoder = _encoder(config)
         by_length = sorted(examples, key=lambda example: len(example.text or example.question + example.answer))
         chosen = [*by_length[-64:], *by_length[:: math.ceil(len(by_length) / 256)]]
         found = []
@@ -87,7 +91,7 @@ class Lengths:
             try:
                 found += [len(row["input_ids"]) for row in encoder.encode(example)]
             except DataError:  # the run tells of it
-                found.append(most)
+                found.append(encoder.max_length)
         self.longest = max(found)
         spread = sorted(found[64:] or found)
         self.usual = spread[math.ceil(0.9 * len(spread)) - 1]
@@ -117,7 +121,7 @@ def own_samples(config: RunConfig, length: int) -> dict[str, Any]:
 def general_settings(config: RunConfig, own: dict[str, Any]) -> list[dict[str, Any]]:
     """What is measured of general ability: the loss on own samples and, of a model with a chat template, the quiz."""
     measures: list[dict[str, Any]] = [{"name": "own", "path": f"{RUN}/{OWN}"}] if own else []
-    if config.data.template != "plain" and load_tokenizer(config.model).chat_template:
+    if askable(_encoder(config)):
         measures.append({"name": EVERYDAY} | ({} if torch.cuda.is_available() else {"rows": QUIZ_ON_A_CPU}))
     return measures
 
