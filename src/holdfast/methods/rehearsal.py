@@ -24,6 +24,7 @@ from holdfast.rehearsal.head_check import TOKENS as COMPARED
 from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory, Without
 from holdfast.rehearsal.options import RehearsalOptions
+from holdfast.rehearsal.ranking import by_diversity, by_loss, by_surprise
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.samples import corpus_rows, general_rows, rows_fingerprint
 from holdfast.rehearsal.teacher import HiddenTeacher, LiveStates, StateTeacher, cached_teacher, live_teacher
@@ -60,6 +61,7 @@ class Rehearsal(Method):
         self.multipliers: dict[int, float] | None = None  # of a budget, by constraint; None: there is no budget
         self.reserve: Callable[[Stage], Sequence[int]] = lambda stage: ()  # places of train rows never rehearsed
         self.measured: int | None = None  # samples of a fixed set that a budget is measured on, at most
+        self._surprising: list[int] = []  # places of the stage's rows, the most surprising first
         self._is_token_file = False
         self._held_out: Sequence[TokenRow] = ()
         self._draw_held_out: Callable[[], list[TokenRow]] | None = None  # before the first step that follows
@@ -97,6 +99,8 @@ class Rehearsal(Method):
         options = self.options
         if options.source == "past":
             self.rows, self.size = list(self.memory.rows), len(self.memory)
+            if options.policy == "surprise":
+                self._surprising = by_surprise(stage, self._offered(stage))
         elif options.source != "current" and not options.drawn and not self.rows:
             self._read(stage)
         if self._is_off or not self._has_samples:
@@ -224,8 +228,24 @@ class Rehearsal(Method):
 
     def after_stage(self, stage: Stage) -> None:
         if self.options.source == "past":
-            self.memory.add(stage.index, Without(stage.rows, self.reserve(stage)), stage.random(self.name))
+            rows = self._offered(stage)
+            self.memory.add(stage.index, rows, stage.random(self.name), self._preferred(stage, rows))
         self.teacher = self.buffer = self._draw_held_out = None
+
+    def _offered(self, stage: Stage) -> Sequence[TokenRow]:
+        """The rows of a stage that the memory may keep."""
+        return Without(stage.rows, self.reserve(stage))
+
+    def _preferred(self, stage: Stage, rows: Sequence[TokenRow]) -> list[int] | None:
+        """The places of the rows that the memory keeps first, as its policy says; None: it takes random ones."""
+        match self.options.policy:
+            case "surprise":
+                return self._surprising
+            case "loss":
+                return by_loss(stage, rows)
+            case "diversity":
+                return by_diversity(stage, list(rows), self.options.capacity)
+        return None
 
     def state(self) -> State:
         return self.memory.state() | {"start": self._start, "seed": self._seed}

@@ -1,4 +1,4 @@
-"""Episodic memory: a bounded random choice of train rows of the tasks so far."""
+"""Episodic memory: a bounded choice of train rows of the tasks so far."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from holdfast.api.rows import IGNORED, TokenRow
 from holdfast.engines.saved import saved_tensor
 from holdfast.system.shapes import Count, of_shape
 
+Policy = Literal["quota", "reservoir", "surprise", "loss", "diversity"]
+
 
 class Memory:
     """At most ``capacity`` rows.
@@ -20,7 +22,8 @@ class Memory:
     Args:
         policy: quota: every task so far keeps the same number of rows, chosen at random (the ring buffer of Chaudhry et
             al., 2019, with a random choice); reservoir: every row so far is kept with the same probability (Vitter,
-            1985), so that a task holds rows in proportion to its size.
+            1985), so that a task holds rows in proportion to its size; any other: as quota, but the rows that
+            :meth:`add` is told to prefer.
 
     Attributes:
         rows: ``input_ids`` and ``labels``.
@@ -29,7 +32,7 @@ class Memory:
         seen: rows that were offered so far.
     """
 
-    def __init__(self, capacity: int, policy: Literal["quota", "reservoir"]):
+    def __init__(self, capacity: int, policy: Policy):
         self.capacity = capacity
         self.policy = policy
         self.rows: list[TokenRow] = []
@@ -40,12 +43,18 @@ class Memory:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, stage: int, rows: Sequence[TokenRow], chance: random.Random) -> None:
-        """Offer all train rows of a stage to the memory."""
-        if self.policy == "quota":
-            self._add_by_quota(stage, rows, chance)
-        else:
+    def add(
+        self, stage: int, rows: Sequence[TokenRow], chance: random.Random, preferred: Sequence[int] | None = None
+    ) -> None:
+        """Offer all train rows of a stage to the memory.
+
+        Args:
+            preferred: places of rows, the best first, as many as the memory may hold or all; absent: random ones.
+        """
+        if self.policy == "reservoir":
             self._add_by_reservoir(stage, rows, chance)
+        else:
+            self._add_by_quota(stage, rows, chance, preferred)
 
     def sample(self, count: int, chance: random.Random) -> list[TokenRow]:
         """``count`` rows at random; none comes twice unless the memory holds fewer."""
@@ -88,12 +97,16 @@ class Memory:
         if not len(self.rows) == len(self.tasks) == len(self.places):
             raise ValueError("tasks and places: must have an entry for each row")
 
-    def _add_by_quota(self, stage: int, rows: Sequence[TokenRow], chance: random.Random) -> None:
+    def _add_by_quota(
+        self, stage: int, rows: Sequence[TokenRow], chance: random.Random, preferred: Sequence[int] | None
+    ) -> None:
         stages = list(dict.fromkeys([*self.tasks, stage]))
         share, rest = divmod(self.capacity, len(stages))
         quota = {s: share + (position < rest) for position, s in enumerate(stages)}
-        # A task's rows are in random order, so its first ones are a random choice, too.
-        places = chance.sample(range(len(rows)), min(quota[stage], len(rows)))
+        # A task's rows are in random order, or the best first: its first ones are a random choice, or the best, too.
+        if preferred is None:
+            preferred = chance.sample(range(len(rows)), min(quota[stage], len(rows)))
+        places = preferred[: quota[stage]]
         offered = [(stage, place, rows[place]) for place in places]
         chosen, count = [], dict.fromkeys(stages, 0)
         for entry in [*zip(self.tasks, self.places, self.rows, strict=True), *offered]:

@@ -9,6 +9,7 @@ from pydantic import Field, create_model, model_validator
 
 from holdfast.config.section import Section
 from holdfast.losses import Divergence
+from holdfast.rehearsal.memory import Policy
 
 
 class RehearsalOptions(Section):
@@ -105,8 +106,11 @@ class RehearsalOptions(Section):
         return self
 
     capacity: int = Field(1000, ge=1, description="past samples that the memory holds, over all tasks")
-    policy: Literal["quota", "reservoir"] = Field(
-        "quota", description="quota: as many samples of each past task; reservoir: each past row equally likely"
+    policy: Policy = Field(
+        "quota",
+        description="quota: as many random samples of each past task; reservoir: each past row equally likely; as many "
+        "of each past task, namely surprise: the least likely before it was learned, loss: the least learned, "
+        "diversity: those that cover the others",
     )
 
     @model_validator(mode="after")
