@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from holdfast.config.run import load_config
 from holdfast.engines.shards import Shards
 from holdfast.errors import ConfigError
 from holdfast.methods import build
 from holdfast.methods.mofo import MoFO, kth_largest
+from holdfast.runner.setup import prepare, resolve
+from holdfast.runner.stage import check_training
 from holdfast.training.trainer import ContinualTrainer
-from support.tiny import pad_rows, tiny_model, tiny_rows
+from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows
 from support.trained import trained, vector
 
 ADAM = {"learning_rate": 0.01, "lr_scheduler_type": "constant", "max_grad_norm": 0.5}
@@ -71,6 +74,16 @@ def test_an_optimizer_without_momentum_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"keeps no moving average of the gradients, .*; adamw_torch, or sgd with"):
         trained(tmp_path, args={"optim": "sgd"}, method="mofo")
     trained(tmp_path, args={"optim": "sgd", "max_steps": 1}, method={"name": "mofo", "fraction": 1.0})
+
+
+def test_a_run_refuses_it_before_anything_is_measured(tmp_path):
+    config = tiny_config(tmp_path, method="mofo")
+    check_training(prepare(resolve(load_config(config))))
+    config["training"] |= {"optimizer": "sgd"}
+    with pytest.raises(ConfigError, match=r"training\.optimizer: it keeps no moving average of the gradients"):
+        check_training(prepare(resolve(load_config(config))))
+    config["training"] |= {"arguments": {"optim_args": "momentum=0.9"}}
+    check_training(prepare(resolve(load_config(config))))
 
 
 class Divided:

@@ -95,6 +95,11 @@ class Method(Registered):
         """
         return False
 
+    @property
+    def needs_momentum(self) -> bool:
+        """Whether it reads the optimizer's momentum (:attr:`Step.momentum`); a run then refuses one without it."""
+        return False
+
     def plan(self, stages: int) -> None:
         """Take note of how many stages the run has, before there is a model; when it grows, more than before.
 

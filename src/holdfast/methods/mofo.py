@@ -36,8 +36,12 @@ class MoFO(Method):
     before: Shards | None = None
     """The weights before the step under way."""
 
+    @property
+    def needs_momentum(self) -> bool:
+        return self.options.fraction < 1
+
     def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
-        if self.options.fraction < 1:
+        if self.needs_momentum:
             theta = weights(step.stage.model)
             self.before = theta.like({name: t.clone() for name, t in theta.tensors.items()})
         return {}

@@ -132,11 +132,12 @@ def check_training(setup: Setup) -> None:
     Raises:
         ConfigError: the arguments, the optimizer, the schedule or the data loader cannot be made.
     """
+    needs_momentum = any(method.needs_momentum for method in setup.methods)
     # an engine is checked by itself, where it is
     alone = replace(setup, training=[one.model_copy(update={"engine": None}) for one in setup.training])
     for stage, steps in zip(setup.stages, setup.steps, strict=True):
         if stage.index not in setup.past.finished:
-            check_settings(arguments(alone, stage, Path("checkpoint")), steps)
+            check_settings(arguments(alone, stage, Path("checkpoint")), steps, needs_momentum)
 
 
 def stage_seed(seed: int, stage: int) -> int:

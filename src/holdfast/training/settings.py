@@ -6,17 +6,20 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from holdfast.engines.vectors import momentum
 from holdfast.errors import ConfigError
 
 
-def check_settings(arguments: TrainingArguments, steps: int) -> None:
+def check_settings(arguments: TrainingArguments, steps: int, needs_momentum: bool = False) -> None:
     """Make the optimizer, the schedule and the data loader of a stage once, on a model of one small layer.
 
     Args:
         steps: optimizer steps of the stage.
+        needs_momentum: whether a method reads the optimizer's moving average of the gradients.
 
     Raises:
-        ConfigError: one of them cannot be made: a package is not installed, or a value is out of range.
+        ConfigError: one of them cannot be made: a package is not installed, or a value is out of range; or the
+            optimizer keeps no such average.
     """
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     key = "optimizer"
@@ -24,6 +27,11 @@ def check_settings(arguments: TrainingArguments, steps: int) -> None:
         made, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         groups = options.pop("params", None) or options.pop("optimizer_dict", None) or list(model.parameters())
         optimizer = made(groups, **{name: value for name, value in options.items() if name != "model"})
+        if needs_momentum:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            momentum(model, optimizer)
         key = "schedule"
         _schedule(arguments, optimizer, steps)
         key = "arguments"
