@@ -16,7 +16,7 @@ from holdfast.config.section import Named
 from holdfast.engines.vectors import gradients, weights
 from holdfast.errors import ConfigError
 from holdfast.methods import build
-from holdfast.methods.osf import OSF, layer_similarity, osf_layers
+from holdfast.methods.osf import OSF, Dominant, layer_similarity, osf_layers
 from holdfast.system.progress import Progress
 from support.resumed import results
 from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage
@@ -187,8 +187,7 @@ def test_bases_are_orthonormal_where_the_model_is_bfloat16():
 def finished(tmp_path_factory):
     """A run by name, and the logits of its model after each stage."""
     folder, logits = tmp_path_factory.mktemp("osf"), []
-    config = tiny_config(folder, method={"name": "osf", "target": 0.5})
-    del config["tuner"]
+    config = tiny_config(folder, method={"name": "osf", "target": 0.5}, tuner="osf")
     batch = {key: value for key, value in pad_rows(tiny_rows(6)).items() if key != "labels"}
     original = holdfast.runner.loop.save_states
 
@@ -222,8 +221,7 @@ class Killed(BaseException):
 
 def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(finished, monkeypatch):
     folder, *_ = finished
-    config = tiny_config(folder, method={"name": "osf", "target": 0.5}, output=str(folder / "broken"))
-    del config["tuner"]
+    config = tiny_config(folder, method={"name": "osf", "target": 0.5}, tuner="osf", output=str(folder / "broken"))
     watch = holdfast.runner.stage.StageWatch.on_step_end
     for stage, step in [(2, 5), (3, 2)]:
 
@@ -242,17 +240,95 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(finished, monkey
         assert one[key] == two[key], key
 
 
+# Whole matrices
+
+
+def whole(model):
+    """The matrices of the decoder layers, float64, and all other weights, by name."""
+    tensors = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    inner = {name for name, t in tensors.items() if t.dim() == 2 and ".layers." in name}
+    return {n: t for n, t in tensors.items() if n in inner}, {n: t for n, t in tensors.items() if n not in inner}
+
+
+def train_whole(model, method, index=1, steps=8, optimizer="adamw"):
+    """Train a stage of whole weights without a Trainer; return the matrices before and after it."""
+    rows = tiny_rows(8, seed=index)
+    stage = tiny_stage(model, rows, index=index)
+    (before, rest), kind = whole(model), {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
+    method.before_stage(stage)
+    rates = {"lr": 2e-2, "weight_decay": 0.1} if optimizer == "adamw" else {"lr": 1.0, "weight_decay": 1e-3}
+    stepper = kind(model.parameters(), **rates)
+    for i in range(steps):
+        stepper.zero_grad()
+        model(**stage.collate(rows[i % 4 : i % 4 + 4])).loss.backward()
+        step = Step(stage, i, 4, 1, False)
+        method.after_backward(step, gradients(model))
+        stepper.step()
+        method.after_step(step, weights(model))
+    method.final_weights(stage)
+    method.after_stage(stage)
+    after, rest_after = whole(model)
+    assert all(torch.equal(t, rest_after[name]) for name, t in rest.items()), "embeddings or norms moved"
+    return before, after
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("project", [None, "block", "both"])
+def test_what_is_projected_of_whole_matrices_stays_in_every_stage(project, optimizer):
+    """Against a separate decomposition of each stage's first weights."""
+    model, method = tiny_model(), OSF(target=0.5, project=project)
+    for index in (1, 2):
+        shares = {name: method._share(name, tiny_stage(model, [], index=index)) for name in whole(model)[0]}
+        before, after = train_whole(model, method, index, optimizer=optimizer)
+        assert len(before) == 14
+        for name, matrix in before.items():
+            u, _, vt = torch.linalg.svd(matrix)
+            k = round(shares[name] * min(matrix.shape))
+            change = u.T @ (after[name] - matrix) @ vt.T
+            size = change.norm()
+            assert size > 1e-3 * matrix.norm(), "nothing was learned"
+            assert change[:k, :k].norm() < 1e-4 * size
+            beside = max(change[:k, k:].norm(), change[k:, :k].norm())
+            assert beside < 1e-4 * size if project == "both" else beside > 0.05 * size, name
+
+
+@pytest.mark.parametrize(("project", "free"), [("block", 0.36), ("both", 0.04)])
+def test_what_a_square_matrix_is_left_at_the_papers_target(project, free):
+    """The rank of the projection, column by column; both projections give nothing more when applied again."""
+    dominant = Dominant.of(torch.randn(20, 20), 0.8)
+    basis = torch.eye(400).reshape(400, 20, 20).clone()
+    for row in basis:
+        (dominant.remove_block_ if project == "block" else dominant.remove_both_)(row)
+    projection = basis.reshape(400, 400).double()
+    assert float(projection.trace()) / 400 == pytest.approx(free, abs=1e-4)
+    torch.testing.assert_close(projection @ projection, projection, rtol=0, atol=1e-5)
+    torch.testing.assert_close(projection, projection.T, rtol=0, atol=1e-5)
+
+
+def test_the_printed_projection_is_the_papers():
+    torch.manual_seed(0)
+    matrix, gradient = torch.randn(6, 9), torch.randn(6, 9)
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    expected = gradient - u[:, :4] @ u[:, :4].T @ gradient @ vt[:4].T @ vt[:4]
+    Dominant.of(matrix, 4 / 6).remove_block_(gradient)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_block_is_refused_with_the_adapter(tmp_path):
+    with pytest.raises(ConfigError, match="works with full, not with 'osf', since project is block"):
+        holdfast.runner.loop.run(tiny_config(tmp_path, method={"name": "osf", "project": "block"}, tuner="osf"))
+    with pytest.raises(ConfigError, match="project block takes whole matrices"):
+        OSF(project="block").before_stage(tiny_stage(adapted(effective_rank=0.25), tiny_rows(2)))
+
+
 def test_a_model_without_the_adapter_is_refused():
-    stage = tiny_stage(tiny_model(), tiny_rows(2))
-    with pytest.raises(ConfigError, match="OSFConfig"):
-        OSF().before_stage(stage)
     stage = tiny_stage(get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear")), tiny_rows(2))
     with pytest.raises(ConfigError, match="OSFConfig"):
         OSF().before_stage(stage)
 
 
 def test_another_tuner_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="works with osf"):
+    with pytest.raises(ConfigError, match="works with full or osf"):
         holdfast.runner.loop.run(tiny_config(tmp_path, method="osf", tuner="lora"))
 
 

@@ -98,7 +98,7 @@ CASES: dict[str, Case] = {
     "ntp_pre": Case(DRAWN, DRAWN | {"weight": 0}, flops=2.5, margin=None),
     "o_lora": Case(off="it trains a new adapter in each stage, whatever its strengths are", flops=1.3, margin=None),
     "ogd": Case({"samples": 8, "capacity": 12}, {"capacity": 0}, flops=2.1, vectors=12.1, margin=None),
-    "osf": Case(off="it always decomposes and projects", flops=1.3, margin=None),
+    "osf": Case(off="it always decomposes and projects", flops=1.3, margin=None, tuner="osf"),
     "rehearsal": Case({"loss": "kl"}, {"weight": 0}, flops=1.7, seeds=3),
     "replace": Case(DRAWN, "it replaces at least one row in a batch", flops=2.5, margin=None),
     "replay": Case({"ratio": 0.5}, {"weight": 0}, flops=1.6),

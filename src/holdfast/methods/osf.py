@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -46,13 +46,63 @@ class Preserved:
         v.sub_(((v.float() @ self.right) @ self.right.T).to(v.dtype))
 
 
+@dataclass
+class Dominant:
+    """The dominant singular triplets of a whole matrix [..., out, in], as a stage begins with it, float32.
+
+    Attributes:
+        u, s, v: [..., out, k], [..., k] and [..., in, k].
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor, share: float) -> Dominant:
+        """The triplets of this share of the matrix's singular directions."""
+        u, s, vt = torch.linalg.svd(matrix.detach().float(), full_matrices=False)
+        count = min(s.shape[-1], max(0, round(share * s.shape[-1])))
+        return cls(u[..., :count].clone(), s[..., :count].clone(), vt[..., :count, :].mT.clone())
+
+    @torch.no_grad()
+    def remove_block_(self, gradient: Tensor) -> None:
+        """Remove what leads from dominant input directions to dominant output directions, in place."""
+        block = self.u.mT @ gradient.float() @ self.v
+        gradient.sub_((self.u @ block @ self.v.mT).to(gradient.dtype))
+
+    @torch.no_grad()
+    def remove_both_(self, gradient: Tensor) -> None:
+        """Remove dominant output directions and dominant input directions, in place."""
+        gradient.sub_((self.u @ (self.u.mT @ gradient.float())).to(gradient.dtype))
+        gradient.sub_(((gradient.float() @ self.v) @ self.v.mT).to(gradient.dtype))
+
+    @torch.no_grad()
+    def restore_block_(self, matrix: Tensor) -> None:
+        """Give back u^T matrix v its value of the stage's beginning, diag(s), in place."""
+        block = self.u.mT @ matrix.float() @ self.v - self.s.diag_embed()
+        matrix.sub_((self.u @ block @ self.v.mT).to(matrix.dtype))
+
+    @torch.no_grad()
+    def restore_both_(self, matrix: Tensor) -> None:
+        """Give back u^T matrix = diag(s) v^T and matrix v = u diag(s), in place."""
+        s = self.s[..., None, :]
+        matrix.sub_((self.u @ (self.u.mT @ matrix.float() - (self.v * s).mT)).to(matrix.dtype))
+        matrix.sub_(((matrix.float() @ self.v - self.u * s) @ self.v.mT).to(matrix.dtype))
+
+
 class OSF(Method):
     """Orthogonal subspace fine-tuning (Nayak et al., 2025, arXiv 2504.07097), a new decomposition before each stage.
 
-    W = U_high S_high V_high^T + U S V^T, where the first part holds the dominant singular triplets of W at the start of
-    the stage. U, S and V are trained, with U orthogonal to U_high and V to V_high: gradients are projected, and so are
-    the weights after each step, since Adam's step leaves the span of its gradients. Preserved are the directions that
-    the tuner never trains, and the strongest directions up to this share of all directions of the matrix:
+    W = U_high S_high V_high^T + the rest, where the first part holds the dominant singular triplets of W at the start
+    of the stage. Gradients are projected, and so are the weights after each step, since Adam's step leaves the span of
+    its gradients:
+
+        block: grad W <- grad W - U_high U_high^T grad W V_high V_high^T (the paper's equation; tuner full)
+        both: nothing of U_high on the left nor of V_high on the right is changed (the authors' and PEFT's code)
+
+    With the tuner osf, the rest is U S V^T, whose factors are trained. Preserved are the directions that this tuner
+    never trains, and the strongest directions up to this share of all directions of the matrix:
 
         r = minimum + I (target - minimum)
 
@@ -61,14 +111,19 @@ class OSF(Method):
 
     name = "osf"
     turn = 1
-    tuners = ("osf",)
-    tuners_reason = "it sets which singular directions of that tuner's decomposition are trained"
+    tuners: ClassVar[tuple[str, ...]] = ("full", "osf")
+    tuners_reason = "it projects whole matrices, or sets which singular directions of tuner osf are trained"
     not_with: ClassVar = dict.fromkeys(
         ("ewc", "si", "mas", "ogd"),
         "it remembers something of every trained weight, and osf takes other factors for them after each stage",
     ) | {"cia": "an average of singular vectors is none, so that osf would preserve other than the dominant directions"}
 
     class Options(Section):
+        project: Literal["both", "block"] | None = Field(
+            None,
+            description="block: what leads from dominant input to dominant output directions stays; both: what begins "
+            "at the former or ends at the latter; where absent, block with tuner full and both with tuner osf",
+        )
         minimum: float = Field(0.1, ge=0, le=1, description="mrr: share preserved where a layer has no importance")
         target: float = Field(0.8, ge=0, le=1, description="trr: share of singular directions preserved on average")
         growth: float = Field(0.0, ge=0, description="added to target after each stage")
@@ -80,14 +135,43 @@ class OSF(Method):
         super().__init__(**options)
         self.importance: list[float] = []  # of each decoder layer, 1 on average; empty before the first stage's end
         self.preserved: dict[str, Preserved] = {}  # by the name of the factors
+        self.dominant: dict[str, Dominant] = {}  # of whole matrices, by their names
+        self.held: dict[str, Tensor] = {}  # other trained weights, which stay as they are, beside whole matrices
+        if self.options.project == "block":
+            self.tuners = ("full",)  # type: ignore[misc]
+            self.tuners_reason = "project is block, which takes whole matrices"  # type: ignore[misc]
 
     def before_stage(self, stage: Stage) -> None:
+        self.preserved, self.dominant, self.held = {}, {}, {}
+        self._begin_factors(stage)
+        if not self.preserved:
+            self._begin_matrices(stage)
+
+    def _share(self, name: str, stage: Stage) -> float:
+        """The share of singular directions of a matrix that a stage preserves."""
         target = min(1.0, self.options.target + self.options.growth * (stage.index - 1))
-        self.preserved = {}
+        return self.options.minimum + self._importance(name) * (target - self.options.minimum)
+
+    def _begin_matrices(self, stage: Stage) -> None:
+        """Find the dominant triplets of the decoder layers' matrices, and hold all else."""
+        trained = weights(stage.model).whole().tensors
+        if not hasattr(stage.model, "peft_config"):
+            for name, t in trained.items():
+                if t.dim() >= 2 and re.search(r"\.\d+\.", name):
+                    self.dominant[name] = Dominant.of(t, self._share(name, stage))
+        if not self.dominant:
+            raise ConfigError(
+                "method osf: needs a model whose matrices are trained whole, or with PEFT's OSF adapter, as "
+                "peft.get_peft_model(model, peft.OSFConfig(...)) makes it"
+            )
+        self.held = {name: t.detach().clone() for name, t in trained.items() if name not in self.dominant}
+
+    def _begin_factors(self, stage: Stage) -> None:
+        """Decide which of the factors of PEFT's adapter are preserved."""
         for name, layer, adapter in osf_layers(stage.model):
             factors = layer.osf_svd_params[adapter]
             u, s, v = (full(factors[key]).detach() for key in ("U_low", "S_low", "V_low"))
-            share = self.options.minimum + self._importance(name) * (target - self.options.minimum)
+            share = self._share(name, stage)
             left, right = fixed_directions(layer, adapter)
             fixed = torch.linalg.svdvals(left.T @ full(layer.get_base_layer().weight).float() @ right)
             order = torch.cat([fixed, s.float()]).argsort(descending=True)
@@ -97,11 +181,8 @@ class OSF(Method):
                 orthonormal(torch.cat([right, v[:count].T.float()], dim=1)),
                 *(part.clone() for part in (u[:, :count], s[:count], v[:count])),
             )
-        if not self.preserved:
-            raise ConfigError(
-                "method osf: needs a model with PEFT's OSF adapter, as peft.get_peft_model(model, peft.OSFConfig(...)) "
-                "makes it"
-            )
+        if self.preserved and self.options.project == "block":
+            raise ConfigError("method osf: project block takes whole matrices, and the model has PEFT's OSF adapter")
 
     def _importance(self, name: str) -> float:
         """The importance of the decoder layer whose number is in a parameter's name; 1 if there is none."""
@@ -117,6 +198,11 @@ class OSF(Method):
             count = len(fixed.s)
             for part in (u[:, :count], s[:count], v[:count]):
                 part.zero_()
+        for name, dominant in self.dominant.items():
+            remove = dominant.remove_both_ if self.options.project == "both" else dominant.remove_block_
+            remove(whole.tensors[name])
+        for name in self.held:
+            whole.tensors[name].zero_()
         if gradients.pieces:
             gradients.load_(whole.tensors)
         return {}
@@ -128,6 +214,11 @@ class OSF(Method):
             fixed.project_(u, v)
             count = len(fixed.s)
             u[:, :count], s[:count], v[:count] = fixed.u, fixed.s, fixed.v
+        for name, dominant in self.dominant.items():
+            restore = dominant.restore_both_ if self.options.project == "both" else dominant.restore_block_
+            restore(whole.tensors[name])
+        for name, held in self.held.items():
+            whole.tensors[name].copy_(held)
         if weights.pieces:
             weights.load_(whole.tensors)
 
@@ -137,6 +228,9 @@ class OSF(Method):
 
         The sign of a triplet is the one with which U's largest entry is positive.
         """
+        self.dominant, self.held = {}, {}
+        if not self.preserved:
+            return
         trained = weights(stage.model)
         whole = trained.whole()
         for name, _, _ in osf_layers(stage.model):
