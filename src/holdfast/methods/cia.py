@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from holdfast.api.method import Method, State
@@ -32,19 +32,27 @@ class CIA(Method):
     After each optimizer step, for each tensor, with theta* = theta at the beginning of the stage,
 
         theta* <- beta theta* + (1 - beta) theta_t,
-        beta = |theta_t - theta_t-1| / |theta_t - theta*| * (|g_t| + 1) / |g_t - g_t-1|
+        equation: beta = |theta_t - theta_t-1| / |theta_t - theta*| * (|g_t| + 1) / |g_t - g_t-1|
+        published: 1 - beta = factor * (|g_t| + 1) / (|theta_t - theta*| |g_t - g_t-1|)
 
-    g_t is the step's gradient and |.| the L1 norm; beta is a constant if this is not between 0 and 1. At the end of the
-    stage theta* becomes the weights. With ``grouping``, tasks with similar instructions share weights, other tasks
+    g_t is the step's gradient and |.| the L1 norm; beta is a constant if the quotient is not between 0 and 1. The
+    authors' code is ``published``: its quotient weighs the new weights. At the end of the stage theta* becomes the
+    weights. With ``grouping``, tasks with similar instructions share weights, other tasks
     begin with the model's first ones, and a test row is answered with the weights of the most similar instruction.
     """
 
     name = "cia"
-    turn = -2
+    turn = -3
 
     class Options(Section):
+        variant: Literal["equation", "published"] = Field(
+            "published",
+            description="published: the quotient of the authors' code, which weighs the new weights; equation: that of "
+            "the paper, which weighs the average",
+        )
+        factor: float = Field(2.0, gt=0, description="published: of the quotient; Continual-NExT has 0.01")
         strength: float = Field(1.0, ge=0, le=1, description="beta is multiplied by this; 0: theta* is theta")
-        constant: float = Field(0.99, ge=0, lt=1, description="beta where the equation gives none between 0 and 1")
+        constant: float = Field(0.99, ge=0, lt=1, description="beta where the quotient is not between 0 and 1")
         grouping: float | None = Field(
             None,
             gt=0,
@@ -52,6 +60,12 @@ class CIA(Method):
             description="tasks whose instructions have this similarity, or more, share weights; where absent, all do",
         )
         samples: int = Field(64, ge=1, description="train rows of a task whose prompts show its instruction; grouping")
+
+        @model_validator(mode="after")
+        def _used(self) -> CIA.Options:
+            if self.variant == "equation" and "factor" in self.model_fields_set:
+                raise ValueError("factor: would change nothing, since variant is equation, which has none")
+            return self
 
     options: Options
 
@@ -97,9 +111,11 @@ class CIA(Method):
         if self._before is None:
             beta = torch.full((len(theta.tensors),), math.nan, dtype=torch.float64)
         else:
-            moved = self._before.add_(theta, -1.0).l1()
             away = theta.copy().add_(self.average, -1.0).l1()
-            beta = moved / away * self._pull
+            if self.options.variant == "equation":
+                beta = self._before.add_(theta, -1.0).l1() / away * self._pull
+            else:
+                beta = 1 - self.options.factor / away * self._pull
         usable = (beta > 0) & (beta < 1)  # False for a quotient by zero
         return self.options.strength * torch.where(usable, beta, self.options.constant)
 
