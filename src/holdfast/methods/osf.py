@@ -112,7 +112,7 @@ class OSF(Method):
     name = "osf"
     turn = 1
     tuners: ClassVar[tuple[str, ...]] = ("full", "osf")
-    tuners_reason = "it projects whole matrices, or sets which singular directions of tuner osf are trained"
+    tuners_reason = "it projects whole matrices, or sets which directions of tuner osf are trained"
     not_with: ClassVar = dict.fromkeys(
         ("ewc", "si", "mas", "ogd"),
         "it remembers something of every trained weight, and osf takes other factors for them after each stage",
