@@ -209,6 +209,10 @@ class ExtraRows:
             outputs["hidden_states"] = None
         return rehearsed
 
+    def task_pass(self, model: Any, batch: Batch) -> Any:
+        """A forward pass of the task's rows that gives logits of every token, with gradient."""
+        return self._forward(model, batch, Extra((), "task"))
+
     def _forward(self, model: Any, batch: Batch, request: Extra) -> Any:
         """A forward pass of extra rows by themselves.
 

@@ -21,6 +21,12 @@ NEAR = 1e-3
 """How far Trainer's loss may be from the next-token loss of its logits, as a share of it."""
 
 
+def has_logits(outputs: Any, longest: int) -> bool:
+    """Whether a forward pass gave logits of every token, with gradient."""
+    logits = None if outputs is None else outputs.get("logits")
+    return isinstance(logits, Tensor) and logits.requires_grad and logits.shape[1] >= longest
+
+
 def aligned_logits(outputs: Any, batch: Any, longest: int, names: str) -> Tensor:
     """The logits of a micro-batch's own rows and tokens, [rows, seq, vocab], with gradient.
 
@@ -31,16 +37,13 @@ def aligned_logits(outputs: Any, batch: Any, longest: int, names: str) -> Tensor
     Raises:
         ConfigError: there are none.
     """
-    logits = None if outputs is None else outputs.get("logits")
-    there = is_token_batch(batch) and isinstance(logits, Tensor) and logits.requires_grad
-    if not there or logits is None or logits.shape[1] < longest:
+    if not is_token_batch(batch) or not has_logits(outputs, longest):
         raise ConfigError(
-            f"method {names}: weighs the tokens of the task's loss, and this trainer does not compute it from logits "
-            "and labels of every token (a fused or chunked head, smoothed labels, another loss); Trainer with the "
-            "model's own loss would do"
+            f"method {names}: weighs the tokens of the next-token loss, and this trainer does not compute it from the "
+            "labels of every token (smoothed labels, or another loss); Trainer with the model's own loss would do"
         )
     rows, seq = batch["labels"].shape
-    return logits[:rows, -longest:][:, :seq]  # without the virtual tokens of a soft prompt
+    return outputs["logits"][:rows, -longest:][:, :seq]  # without the virtual tokens of a soft prompt
 
 
 def combined_weights(methods: Sequence[Method], step: Step, batch: Batch, outputs: Any) -> Tensor | None:

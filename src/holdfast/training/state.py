@@ -20,10 +20,10 @@ from holdfast.engines import zero
 from holdfast.engines.process import Process
 from holdfast.engines.vectors import average_replicated, gradients, momentum, weights
 from holdfast.errors import NonFiniteLossError
-from holdfast.training.batches import list_row_numbers
+from holdfast.training.batches import is_token_batch, list_row_numbers
 from holdfast.training.cost import Cost
 from holdfast.training.extra_rows import ExtraRows
-from holdfast.training.loss_weights import aligned_logits, check_plain_loss, combined_weights, weighted_nll
+from holdfast.training.loss_weights import aligned_logits, check_plain_loss, combined_weights, has_logits, weighted_nll
 from holdfast.training.terms import Terms
 
 
@@ -159,11 +159,14 @@ class ContinualState:
         self.step = Step(stage=self.stage, index=index, rows=rows, micro_batches=micro_batches, logged=logged)
         return self.step
 
-    def weighted_loss(self, loss: Tensor, batch: Any, outputs: Any, longest: int, factor: float) -> Tensor:
+    def weighted_loss(self, loss: Tensor, model: Any, batch: Any, outputs: Any, longest: int, factor: float) -> Tensor:
         """The task's loss with the methods' weights.
+
+        Where Trainer's loss made no logits of every token, as with a fused head, the rows pass through the model again.
 
         Args:
             loss: without them.
+            model: as the engine wraps it.
             longest: tokens of a row in the forward pass.
             factor: what Trainer multiplies the sum over tokens by.
 
@@ -173,6 +176,8 @@ class ContinualState:
         """
         assert self.step is not None
         names = self.names_of("loss_weights")
+        if is_token_batch(batch) and not has_logits(outputs, longest):
+            outputs, longest = self.extra_rows.task_pass(model, batch), batch["labels"].shape[1]
         logits = outputs["logits"] = aligned_logits(outputs, batch, longest, names)
         weights = combined_weights(self.methods, self.step, batch, outputs)
         if weights is None:

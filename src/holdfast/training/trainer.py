@@ -170,10 +170,9 @@ class ContinualMixin(EngineMixin):
         scaled = _is_scaled(self, num_items_in_batch)
         step.task_loss = _mean_loss(self, loss, inputs, num_items_in_batch) if scaled else loss.detach()
         if state.any_overrides("loss_weights"):
+            factor = _loss_factor(self, inputs, num_items_in_batch, scaled)
             longest = passed["labels"].shape[1] if is_token_batch(passed) else 0
-            loss = state.weighted_loss(
-                loss, inputs, outputs, longest, _loss_factor(self, inputs, num_items_in_batch, scaled)
-            )
+            loss = state.weighted_loss(loss, model, inputs, outputs, longest, factor)
         terms = {"task": loss} | state.loss_terms(inputs, outputs, 1 / state.micro_batches if scaled else 1.0)
         total = reach_all(model, sum(terms.values()))
         state.check_finite(total, terms, numbers, inputs.get("labels") if isinstance(inputs, Mapping) else None)
