@@ -314,6 +314,14 @@ def test_the_printed_projection_is_the_papers():
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_matrix_of_which_nothing_is_free_stays_bit_for_bit():
+    model, method = tiny_model(), OSF(target=1.0)
+    before, after = train_whole(model, method, steps=2)
+    square = [name for name, t in before.items() if t.shape[0] == t.shape[1]]
+    assert square and all(torch.equal(before[name], after[name]) for name in square)
+    assert any(not torch.equal(t, after[name]) for name, t in before.items()), "of others something is free"
+
+
 def test_block_is_refused_with_the_adapter(tmp_path):
     with pytest.raises(ConfigError, match="works with full, not with 'osf', since project is block"):
         holdfast.runner.loop.run(tiny_config(tmp_path, method={"name": "osf", "project": "block"}, tuner="osf"))

@@ -65,6 +65,11 @@ class Dominant:
         count = min(s.shape[-1], max(0, round(share * s.shape[-1])))
         return cls(u[..., :count].clone(), s[..., :count].clone(), vt[..., :count, :].mT.clone())
 
+    def leaves_something_free(self, both: bool) -> bool:
+        """Whether a projection leaves any change of the matrix."""
+        out, into, count = self.u.shape[-2], self.v.shape[-2], self.s.shape[-1]
+        return count < (min(out, into) if both else max(out, into))
+
     @torch.no_grad()
     def remove_block_(self, gradient: Tensor) -> None:
         """Remove what leads from dominant input directions to dominant output directions, in place."""
@@ -155,11 +160,13 @@ class OSF(Method):
     def _begin_matrices(self, stage: Stage) -> None:
         """Find the dominant triplets of the decoder layers' matrices, and hold all else."""
         trained = weights(stage.model).whole().tensors
-        if not hasattr(stage.model, "peft_config"):
-            for name, t in trained.items():
-                if t.dim() >= 2 and re.search(r"\.\d+\.", name):
-                    self.dominant[name] = Dominant.of(t, self._share(name, stage))
-        if not self.dominant:
+        whole = {} if hasattr(stage.model, "peft_config") else trained
+        matrices = {name: t for name, t in whole.items() if t.dim() >= 2 and re.search(r"\.\d+\.", name)}
+        for name, t in matrices.items():
+            dominant = Dominant.of(t, self._share(name, stage))
+            if dominant.leaves_something_free(self.options.project == "both"):
+                self.dominant[name] = dominant
+        if not matrices:
             raise ConfigError(
                 "method osf: needs a model whose matrices are trained whole, or with PEFT's OSF adapter, as "
                 "peft.get_peft_model(model, peft.OSFConfig(...)) makes it"
