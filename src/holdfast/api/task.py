@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+Kind = Literal["sft", "dpo", "kto", "grpo"]
+"""How the stage of a task is trained: on answers, on pairs of a better and a worse answer, on answers that are good or
+bad, or on answers that the model writes and that are rewarded."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Example:
         choices: the answers that the question offers.
         also_right: answers that are as good as the one given.
         tools: the tools that the assistant may call, as the JSON of a list in the form that chat templates read.
+        good: whether the answer is good, of a row that says so (kto).
+        columns: all columns of a row whose answers are rewarded (grpo), for its reward.
+        answered: False where the row has no answer of its own, so that the last turn only holds its place.
     """
 
     file: str
@@ -59,11 +66,14 @@ class Example:
     choices: tuple[str, ...] = ()
     also_right: tuple[str, ...] = ()
     tools: str | None = None
+    good: bool | None = None
+    columns: Mapping[str, Any] | None = None
+    answered: bool = True
 
     @property
     def answer(self) -> str:
-        """The right response: the last assistant turn, its calls of tools included; empty for plain text."""
-        return self.turns[-1].said if self.turns else ""
+        """The right response: the last assistant turn, its calls of tools included; empty where there is none."""
+        return self.turns[-1].said if self.turns and self.answered else ""
 
     @property
     def question(self) -> str:
@@ -102,6 +112,9 @@ class Task:
 
     Attributes:
         labels: all possible answers, if they are known.
+        kind: how its stage is trained.
+        options: of the trainer of its kind.
+        reward: of answers that the model writes (grpo): exact_match, or module:function.
         beside: further metrics of the same test examples.
         asked: how a row becomes a prompt: the prompt with {sentence} in its place, or the name of the rows' format.
         max_new_tokens: longest response that the task allows, in tokens.
@@ -123,6 +136,9 @@ class Task:
     counts: Counts = field(default_factory=Counts)
     notes: list[str] = field(default_factory=list)
     gone: tuple[int, int] | None = None
+    kind: Kind = "sft"
+    options: dict[str, Any] = field(default_factory=dict)
+    reward: str | None = None
 
 
 def fingerprint(train: Sequence[Example], eval_: Sequence[Example], test: Sequence[Example]) -> str:
@@ -135,6 +151,8 @@ def _content(row: Example) -> object:
     if row.text is not None:
         return row.text
     turns = [_said(turn) for turn in row.turns]
+    if row.good is not None or row.columns is not None:
+        return [turns, row.choices, row.tools, row.good, row.columns]
     if row.tools is not None:
         return [turns, row.choices, row.also_right, row.tools]
     return [turns, row.choices, row.also_right] if row.choices or row.also_right else turns

@@ -42,6 +42,31 @@ class TaskOptions(Section):
         "last", description="a test conversation is asked for its last answer, or for each after the true ones before"
     )
     max_new_tokens: int | None = Field(None, ge=1, description="longest response, where evaluation does not say")
+    kind: Literal["sft", "dpo", "kto", "grpo"] = Field(
+        "sft", description="how its stage is trained: on answers; on preferences (dpo, kto); on rewarded answers (grpo)"
+    )
+    reward: str | None = Field(
+        None, description="of grpo: exact_match with the column answer, or module:function, as TRL calls it"
+    )
+    options: FreeOptions = Field(
+        default_factory=dict, description="of a dpo, kto or grpo stage: fields of TRL's configuration, such as beta"
+    )
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> TaskOptions:
+        if self.kind == "sft" and self.options:
+            raise ValueError("options: belong to a kind of stage that TRL trains: kind: dpo, kto or grpo")
+        if (self.kind == "grpo") != (self.reward is not None):
+            raise ValueError(
+                "reward: says what an answer is worth, which only kind: grpo needs; it is exact_match, "
+                "or module:function"
+            )
+        if self.reward is not None and not re.fullmatch(r"exact_match|[\w.]+:\w+", self.reward):
+            raise ValueError(f"reward: {self.reward!r} must be exact_match or module:function")
+        for key in ("format", "labels", "instruction", "prompt", "input") if self.kind != "sft" else ():
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key}: belongs to tasks of kind sft; rows of kind {self.kind} have columns of TRL's")
+        return self
 
     @model_validator(mode="after")
     def _prompt_and_input(self) -> TaskOptions:

@@ -88,7 +88,8 @@ def detect(rows: list[dict[str, Any]], file: str | Path) -> tuple[Format, dict[s
     if {"chosen", "rejected"} <= found:
         raise DataError(
             f"{where(file, 0, rows[0])}: chosen and rejected are preference pairs; a task is trained on answers: "
-            f"columns: {{chosen: {_chosen_as(rows[0])}, rejected: null}} trains the chosen ones"
+            f"columns: {{chosen: {_chosen_as(rows[0])}, rejected: null}} trains the chosen ones, "
+            "and kind: dpo (stream.tasks) the preference"
         )
     known = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in KEYS.items())
     raise DataError(

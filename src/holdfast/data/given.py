@@ -161,6 +161,11 @@ def read_given(data: str, options: TaskConfig, settings: DataConfig, inherited: 
         ConfigError: there are no such data, or an option does not suit them.
         DataError: a file or a row cannot be used.
     """
+    if options.kind != "sft":
+        raise ConfigError(
+            f"task.kind: `holdfast learn` trains on answers; a task of kind {options.kind} goes into a stream of "
+            "`holdfast run` (stream.tasks)"
+        )
     try:
         return _read(data, options, settings)
     except ColumnsError as error:

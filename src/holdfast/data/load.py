@@ -224,7 +224,7 @@ def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
         rows, tests = (len({(_prompt(e), e.answer) for e in split}) for split in (task.train, task.test))
         task.counts = Counts(
             duplicate_train_rows=len(task.train) - rows,
-            contradicting_train_rows=rows - len(own),
+            contradicting_train_rows=rows - len(own) if task.kind == "sft" else 0,
             duplicate_test_rows=len(task.test) - tests,
             test_rows_in_train=len(overlap),
             test_rows_in_other_tasks=sum(askers[_prompt(e)] > (_prompt(e) in own) for e in task.test),

@@ -15,8 +15,10 @@ from holdfast.data.conversation import Noticed
 from holdfast.data.files import SUFFIXES, RawRow, read_json_file, read_rows, read_text, where
 from holdfast.data.formats import asked, detect, name_labels, to_examples
 from holdfast.data.layout import SPLITS, alone, split_files
+from holdfast.data.preferences import kind_examples, paired
 from holdfast.errors import ColumnsError, ConfigError, DataError, did_you_mean
 from holdfast.scoring import find
+from holdfast.scoring.reward import PREFIX, reward_function
 from holdfast.system.hub import unreachable
 
 SAVED = ("dataset_dict.json", "state.json")
@@ -89,6 +91,8 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
         task.train, task.test = task.train[: data.train_rows], task.test[: data.test_rows]
         return scored(task, options, bad=bad)
     splits, labels = read_parts(source, data, bad)
+    if options.kind != "sft":
+        return _of_kind(source, splits, data, bad)
     first = (splits.get("train") or splits["all"])[0]
     format, names = (options.format, {}) if options.format else detect(first.rows, first.file)
     way = _way(source, format, labels, first)
@@ -128,6 +132,40 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
     task = Task(source.name, "", train, test, examples.get("eval", []), way.labels, notes=notes)
     task.asked = asked(way.instruction, way.labels, options.prompt) if format == "sentence_label" else format
     return scored(task, options, default="loss" if format == "text" else "accuracy", bad=bad)
+
+
+def _of_kind(source: Source, splits: dict[str, list[Part]], data: DataConfig, bad: list[str] | None) -> Task:
+    """A task of a kind that TRL trains, from the rows of its splits."""
+    options, noticed, kind = source.options, Noticed(), source.options.kind
+    exact = options.reward == "exact_match"
+    if options.reward is not None and not exact:
+        reward_function(options.reward)
+    examples = {
+        name: [
+            example
+            for part in parts
+            for example in kind_examples(part.rows, kind, file=part.file, needs_answer=exact, bad=bad, noticed=noticed)
+        ]
+        for name, parts in splits.items()
+    }
+    notes = [*noticed.notes(), *([_draw_test(examples, data.hold_out)] if "all" in examples else [])]
+    default = {"dpo": "preference", "kto": "judged_likelihood", "grpo": f"{PREFIX}{options.reward}"}[kind]
+    default = "accuracy" if exact else default
+    if kind == "kto" and options.metric in (None, "preference"):
+        for name in ("test", "eval"):
+            pairs = paired(examples.get(name, []))
+            if name == "test" and not pairs:
+                notes.append("no prompt of the test split has a good and a bad answer, so each is scored by itself")
+                break
+            default = "preference"
+            if left := len(examples.get(name, [])) - 2 * len(pairs):
+                notes.append(f"{left} rows of the {name} split are in no pair of a good and a bad answer to one prompt")
+            examples[name] = pairs
+    if data.reasoning == "drop":
+        examples = {name: [without_reasoning(example) for example in split] for name, split in examples.items()}
+    task = Task(source.name, "", examples["train"], examples["test"], examples.get("eval", []), notes=notes)
+    task.kind, task.options, task.reward, task.asked = kind, dict(options.options), options.reward, kind
+    return scored(task, options, default=default, bad=bad)
 
 
 @dataclass
@@ -204,7 +242,8 @@ def read_parts(
                     for i, row in enumerate(part.rows)
                 ]
     first = next((part for parts in splits.values() for part in parts if part.rows), None)
-    if first is not None and (options.format or detect(first.rows, first.file)[0]) == "sentence_label":
+    sft = first is not None and options.kind == "sft"
+    if first is not None and sft and (options.format or detect(first.rows, first.file)[0]) == "sentence_label":
         for part in (part for parts in splits.values() for part in parts):
             part.rows = name_labels(part.rows, options.labels or labels, part.file, bad)
     for name, parts in splits.items():

@@ -81,7 +81,9 @@ def _pass(on_batch: OnBatch, number: int, count: int) -> OnBatch:
 def _losses(evaluation: ModelEvaluation, task: Task, on_batch: OnBatch) -> list[dict[str, Any]]:
     losses, counts = example_losses(evaluation, task.test, on_batch=on_batch)
     return [
-        named(example) | {"nats": float(nats), "tokens": int(tokens)}
+        named(example)
+        | {"nats": float(nats), "tokens": int(tokens)}
+        | ({} if example.good is None else {"good": example.good})
         for example, nats, tokens in zip(task.test, losses, counts, strict=True)
     ]
 

@@ -39,6 +39,11 @@ def require_trust(run: Path, config: RunConfig, trust: bool, *, measures: bool =
 
 def _code(config: RunConfig) -> list[str]:
     found = [f"method: runs the Python file {method.name}" for method in config.method if method.name.endswith(".py")]
+    found += [
+        f"stream.tasks: reward: runs the function {task.reward}"
+        for task in config.stream.tasks or []
+        if task.reward not in (None, "exact_match")
+    ]
     if config.model.trust_remote_code:
         found.append(f"model.trust_remote_code: runs the Python code that comes with {config.model.name}")
     return found

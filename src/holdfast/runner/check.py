@@ -25,6 +25,13 @@ from holdfast.runner.stage import check_training
 from holdfast.system.machine import free_gib
 from holdfast.system.progress import Progress
 
+KINDS = {
+    "dpo": "pairs of a chosen and a rejected answer; below, the chosen one, as methods see it",
+    "kto": "answers that are good or bad; below, the first good one, as methods see it",
+    "grpo": "answers that the model writes are rewarded",
+}
+"""What is said of a task of another kind than sft."""
+
 
 def print_check(
     config: RunConfig, console: Console, data: RunData | None = None, measured: Progress | None = None
@@ -48,15 +55,21 @@ def print_check(
     checked = check_weights(config.model)
     console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)
     for task in setup.stream.tasks:
-        row = setup.rows[task.name][0]
+        rows = setup.rows[task.name]
         console.rule(f"task {task.name}", align="left")
         beside = f", beside it {', '.join(task.beside)}" if task.beside else ""
         console.print(f"{len(task.train)} train and {len(task.test)} test examples, metric {task.metric}{beside}")
         console.print(noticed(task), soft_wrap=True)
         for note in task.notes:
             console.print(note, markup=False, soft_wrap=True)
-        console.print(f"first train example, {len(row['input_ids'])} tokens, [supervised] in brackets:", markup=False)
-        console.print(masked(setup, row), markup=False, soft_wrap=True)
+        if task.kind != "sft":
+            console.print(f"kind {task.kind}: {KINDS[task.kind]}", markup=False, soft_wrap=True)
+        if rows:
+            shown = f"first train example, {len(rows[0]['input_ids'])} tokens, [supervised] in brackets:"
+            console.print(shown, markup=False)
+            console.print(masked(setup, rows[0]), markup=False, soft_wrap=True)
+        else:
+            console.print(f"first prompt: {task.train[0].question}", markup=False, soft_wrap=True)
     if setup.general:
         console.rule("general abilities", align="left")
         if measured is None:
@@ -114,13 +127,14 @@ def plan_lines(setup: Setup) -> list[str]:
     total = 0
     for stage, training, steps in zip(setup.stages, setup.training, setup.steps, strict=True):
         rows = [row for task in stage.tasks for row in setup.rows[task.name]]
+        count = len(rows) if stage.tasks[0].kind == "sft" else len(stage.tasks[0].train)
         assert not isinstance(training.epochs, list)
-        passes = min(training.epochs, steps * training.batch_size / len(rows))
+        passes = min(training.epochs, steps * training.batch_size / count)
         seen = round(sum(len(row["input_ids"]) for row in rows) * passes)
         done = stage.index in setup.past.finished
         total += 0 if done else seen
         lines.append(
-            f"stage {stage.index} {stage.name}: {len(rows)} rows, {steps} steps, {seen:,} tokens"
+            f"stage {stage.index} {stage.name}: {count} rows, {steps} steps, {seen:,} tokens"
             + (", done" if done else "")
         )
     if setup.samples is not None:

@@ -194,7 +194,7 @@ class Remeasurement:
             Due(self.tasks, self.general),
             [task.name for task in self.tasks],
             evaluation=self._evaluation,
-            longest=lambda task: self.stored.config.evaluation.max_new_tokens,
+            longest=lambda task: self.setup.limits.get(task.name),
             bar=lambda title: self.interrupt.bar(self.progress, title),
         )
 

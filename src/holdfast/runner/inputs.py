@@ -18,6 +18,7 @@ from holdfast.data.tokens.build import TOKENS
 from holdfast.models.gguf import is_gguf
 from holdfast.models.pretrained import TOKENIZER_FILES, hub_commit
 from holdfast.records.inputs import ROWS, Inputs
+from holdfast.scoring.reward import reward_function
 from holdfast.system.manifest import file_facts, folder_facts
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def run_inputs(setup: Setup) -> Inputs:
         "tokenizer": tokenizer_inputs(config.model),
         **general,
         **_by_run(method_inputs(setup.methods), config.output),
+        **reward_inputs(task.reward for task in setup.stream.tasks),
         **code_inputs([*setup.methods, setup.tuner, *(setup.scorers[task.metric] for task in setup.stream.tasks)]),
     }
 
@@ -141,6 +143,17 @@ def code_inputs(extensions: Iterable[object]) -> Inputs:
                 inputs[what] = {file.name: file_facts(file)["sha256"]}
         except (OSError, TypeError):  # it was typed in, and stands in no file
             continue
+    return inputs
+
+
+def reward_inputs(rewards: Iterable[str | None]) -> Inputs:
+    """The file of each reward function that is not holdfast's own."""
+    inputs: Inputs = {}
+    for name in rewards:
+        if name not in (None, "exact_match"):
+            file = inspect.getsourcefile(inspect.unwrap(reward_function(name)))
+            if file is not None:
+                inputs[f"reward {name}"] = {Path(file).name: file_facts(Path(file))["sha256"]}
     return inputs
 
 

@@ -14,6 +14,7 @@ from holdfast.config.stream import DataConfig
 from holdfast.config.training import TrainingConfig
 from holdfast.data.collate import pack
 from holdfast.errors import ConfigError
+from holdfast.training.kinds import generations
 
 Rows = dict[str, list[dict[str, Any]]]
 """Each task's tokenised train rows."""
@@ -88,7 +89,29 @@ def optimizer_steps(
     assert not isinstance(training.epochs, list)
     if training.max_steps is not None:
         return training.max_steps
+    [kind] = {task.kind for task in stage.tasks}
+    if kind != "sft":
+        [task] = stage.tasks
+        return math.ceil(training.epochs * _steps_of_kind(task, training.batch_size))
     sequences = [row for task in stage.tasks for row in rows[task.name]]
     if data.packing:
         sequences = pack(sequences, max_length)
     return math.ceil(training.epochs * math.ceil(len(sequences) / training.batch_size))
+
+
+def _steps_of_kind(task: Task, batch_size: int) -> int:
+    """Optimizer steps of an epoch of a task of another kind than sft; of grpo, only whole steps are made.
+
+    Raises:
+        ConfigError: the prompts of grpo do not make one step.
+    """
+    if task.kind != "grpo":
+        return math.ceil(len(task.train) / batch_size)
+    prompts = max(1, batch_size // generations(task.options))
+    if len(task.train) < prompts:
+        raise ConfigError(
+            f"task {task.name!r}: {len(task.train)} train rows are fewer than the {prompts} prompts of a step "
+            f"(training.batch_size={batch_size} answers, {generations(task.options)} to each prompt); a smaller batch, "
+            "or a higher options.num_generations, would do"
+        )
+    return len(task.train) // prompts

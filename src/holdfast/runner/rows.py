@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from holdfast.api.method import Method
@@ -12,8 +13,10 @@ from holdfast.data.encode import Encoder
 from holdfast.data.load import judge_bad_rows
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.respond import response_limit
+from holdfast.runner.kinds import method_rows, trained_row
 from holdfast.runner.plan import Rows
 from holdfast.scoring import find
+from holdfast.training.kinds import completion_length
 
 
 def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[Rows, dict[str, int]]:
@@ -33,12 +36,19 @@ def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[R
     limits: dict[str, int] = {}
     apart = encoder.apart()  # the counts of rows that were cut are about train rows
     for task in stream.tasks:
-        task.train, rows[task.name] = _usable(task.train, encoder.encode_all, bad)
+        if task.kind == "sft":
+            task.train, rows[task.name] = _usable(task.train, encoder.encode_all, bad)
+        else:
+            task.train, _ = _usable(task.train, partial(_trained, task, apart), bad)
+            rows[task.name] = method_rows(task, encoder)
         reads = {find(name).reads for name in (task.metric, *task.beside)}
         if "loss" in reads:
             task.test, _ = _usable(task.test, apart.encode_all, bad)
         if "response" in reads and task.train:
-            limit = config.evaluation.max_new_tokens or response_limit(apart, task)
+            if task.kind == "grpo":
+                limit = completion_length(task.options, encoder.max_length)
+            else:
+                limit = config.evaluation.max_new_tokens or response_limit(apart, task)
             limits[task.name] = limit
 
             def prompts(examples: Sequence[Example], limit: int = limit) -> list[list[int]]:
@@ -47,6 +57,16 @@ def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[R
             task.test, _ = _usable(task.test, prompts, bad)
     judge_bad_rows(bad, stream, config.data)
     return rows, limits
+
+
+def _trained(task: Task, encoder: Encoder, examples: Sequence[Example]) -> list[Any]:
+    """Rows of another kind than sft; of grpo, their prompts are tried, too."""
+    rows = [row for example in examples for row in trained_row(task, encoder, example)]
+    if task.kind == "grpo":
+        limit = completion_length(task.options, encoder.max_length)
+        for example in examples:
+            encoder.prompt(example, limit)
+    return rows
 
 
 def encode_dev(tasks: Sequence[Task], encoder: Encoder, config: RunConfig, method: Method) -> Rows:

@@ -32,6 +32,7 @@ from holdfast.records.gate import check_limits, is_general_loss
 from holdfast.records.growth import Past
 from holdfast.rehearsal.keep import Keep
 from holdfast.runner.data import RunData, load_data
+from holdfast.runner.kinds import check_kinds
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stage_training
 from holdfast.runner.quiz import askable, with_quiz
 from holdfast.runner.rows import encode_dev, encode_tasks
@@ -197,6 +198,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
     if begins and config.evaluation.general is None and not general and (quiz := askable(encoder)):
         config, general = with_quiz(config), quiz
     check_watching(config, general, [data.scorers[task.metric] for task in stream.tasks])
+    check_kinds(stream.tasks, resolved.methods, tuner.name, config, max_length)
     stages = plan(resolved.methods, stream)
     for method in resolved.methods:
         method.plan(len(stages))

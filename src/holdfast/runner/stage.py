@@ -11,8 +11,10 @@ from transformers import TrainingArguments
 
 from holdfast.data.collate import Collator, pack
 from holdfast.records.directory import learned_stages
+from holdfast.runner.kinds import prompt_tokens, reward_of, trained_rows
 from holdfast.runner.plan import PlannedStage
 from holdfast.training.arguments import training_arguments
+from holdfast.training.kinds import as_before, config_class, make_trainer, own_arguments
 from holdfast.training.settings import check_settings
 from holdfast.training.state import RunContext
 from holdfast.training.trainer import ContinualTrainer
@@ -70,15 +72,11 @@ def train_stage(
     checkpoints = directory.stage(stage.index, stage.name) / "checkpoint"
     checkpoint, step = checkpoint_to_continue(checkpoints)
     directory.trim_events(stage.index, step)
-    trainer = ContinualTrainer(
-        model=model,
-        args=arguments(setup, stage, checkpoints),
-        train_dataset=pack(rows, setup.max_length) if setup.config.data.packing else rows,
-        data_collator=Collator(setup.encoder.tokenizer.pad_token_id),
-        method=setup.applied,
-        task=stage.name,
-        stage_index=len(learned_stages(directory.record, stage.index - 1)) + 1,
-        run_context=RunContext(
+    context: dict[str, Any] = {
+        "method": setup.applied,
+        "task": stage.name,
+        "stage_index": len(learned_stages(directory.record, stage.index - 1)) + 1,
+        "run_context": RunContext(
             rows=rows,
             dev=[row for task in stage.tasks for row in setup.dev.get(task.name, ())],
             describe_rows=lambda places: rows_by_file([origins[place] for place in places]),
@@ -86,18 +84,50 @@ def train_stage(
             folder=directory.path / "rehearsal",
             tokenizer=setup.encoder.tokenizer,
         ),
-    )
-    watch = StageWatch(
-        trainer,
-        f"stage {stage.index}/{len(setup.stages)} {stage.name}",
-        directory.path / "events.jsonl",
-        stage,
-        around,
-    )
-    steps = watch.train(checkpoint)
+    }
+    with as_before(model):
+        trainer = _trainer(setup, stage, model, rows, arguments(setup, stage, checkpoints), context)
+        watch = StageWatch(
+            trainer,
+            f"stage {stage.index}/{len(setup.stages)} {stage.name}",
+            directory.path / "events.jsonl",
+            stage,
+            around,
+        )
+        steps = watch.train(checkpoint)
     stopped = {"stopped_early": around.curves.stopped} if around.curves.stopped else {}
     kept = {} if setup.keep is None else {"keep": setup.keep.verdict}
     return {"steps": steps} | trainer.cost.of_all(directory.process) | stopped | kept
+
+
+def _trainer(
+    setup: Setup,
+    stage: PlannedStage,
+    model: Any,
+    rows: list[dict[str, Any]],
+    args: TrainingArguments,
+    context: dict[str, Any],
+) -> Any:
+    """The trainer of a stage's kind."""
+    task, encoder = stage.tasks[0], setup.encoder
+    if task.kind == "sft":
+        return ContinualTrainer(
+            model=model,
+            args=args,
+            train_dataset=pack(rows, setup.max_length) if setup.config.data.packing else rows,
+            data_collator=Collator(encoder.tokenizer.pad_token_id),
+            **context,
+        )
+    return make_trainer(
+        task.kind,
+        model,
+        trained_rows(task, encoder.apart()),
+        encoder.tokenizer,
+        args=args,
+        reward=reward_of(task, encoder),
+        prompt_tokens=prompt_tokens(task, encoder.apart(), setup.limits.get(task.name, 0)),
+        **context,
+    )
 
 
 def rows_by_file(rows: list[tuple[str, int]]) -> str:
@@ -123,7 +153,9 @@ def arguments(setup: Setup, stage: PlannedStage, checkpoints: Path) -> TrainingA
         "optim": training.optimizer,
         "seed": stage_seed(setup.config.seed, stage.index),
     }
-    return training_arguments(training, checkpoints, fields)
+    task = stage.tasks[0]
+    fields |= own_arguments(task.kind, task.options, setup.max_length) | task.options
+    return training_arguments(training, checkpoints, fields, config_class(task.kind))
 
 
 def check_training(setup: Setup) -> None:

@@ -26,13 +26,19 @@ GRADIENT_CHECKPOINTING = (
 """The name of this switch changed within transformers 5."""
 
 
-def training_arguments(training: BaseTrainingConfig, checkpoints: Path, fields: dict[str, Any]) -> TrainingArguments:
+def training_arguments(
+    training: BaseTrainingConfig,
+    checkpoints: Path,
+    fields: dict[str, Any],
+    make: type[TrainingArguments] = TrainingArguments,
+) -> TrainingArguments:
     """TrainingArguments of a stage or a laboratory run.
 
     Args:
         checkpoints: folder of the checkpoints.
         fields: fields of TrainingArguments beside those that follow from the keys that all training shares; the
             user's ``training.arguments`` come over all of them.
+        make: TrainingArguments, or TRL's subclass for a kind of stage.
 
     Raises:
         ConfigError: the batch cannot be divided among the processes, or transformers does not take a value.
@@ -62,7 +68,7 @@ def training_arguments(training: BaseTrainingConfig, checkpoints: Path, fields: 
     profile = profile_of(getattr(training, "engine", None))
     values |= profile.arguments()
     try:
-        arguments = TrainingArguments(**values | fields | training.arguments)
+        arguments = make(**values | fields | training.arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from None
     profile.complete(arguments, training.precision == "bfloat16")

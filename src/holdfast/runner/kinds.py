@@ -1,0 +1,150 @@
+"""Stages of other kinds than sft in a run: what is refused, and the rows that TRL's trainers get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from holdfast.api.method import Method
+from holdfast.api.rows import IGNORED
+from holdfast.api.task import Example, Task
+from holdfast.config.run import RunConfig
+from holdfast.data.encode import Encoder
+from holdfast.data.files import where
+from holdfast.errors import ConfigError, DataError
+from holdfast.scoring import find
+from holdfast.scoring.reward import reward_function
+from holdfast.training.kinds import check_options, completion_length, prompt_key
+
+TUNERS = ("full", "freeze", "lora", "ia3", "adapter")
+"""The tuners whose weights are part of the modules that TRL's losses go through."""
+
+
+def check_kinds(
+    tasks: Sequence[Task], methods: Sequence[Method], tuner: str, config: RunConfig, max_length: int
+) -> None:
+    """Check that tasks of other kinds than sft can be trained so.
+
+    Raises:
+        ConfigError: an option is none, TRL is not installed, or a method, the tuner or another key cannot be used.
+    """
+    others = [task for task in tasks if task.kind != "sft"]
+    for task in others:
+        check_options(task.name, task.kind, task.options)
+        if task.kind == "grpo" and (longest := completion_length(task.options, max_length)) >= max_length:
+            raise ConfigError(
+                f"task {task.name!r}: options.max_completion_length: {longest} tokens leave no room for a prompt in "
+                f"data.max_length={max_length}"
+            )
+        what = f"task {task.name!r} is of kind {task.kind}"
+        if config.data.packing:
+            raise ConfigError(f"data.packing: {what}, whose rows cannot share a sequence; turn packing off")
+        if config.training.engine not in (None, "ddp"):
+            raise ConfigError(
+                f"training.engine: {what}, which is trained without {config.training.engine}; leave it out"
+            )
+        if tuner not in TUNERS:
+            raise ConfigError(f"tuner: {what}, which works with {', '.join(TUNERS)}, not with {tuner}")
+        for method in methods:
+            if reason := _refusal(method, task):
+                raise ConfigError(f"method {method.name}: {what}, and {reason}")
+
+
+def _refusal(method: Method, task: Task) -> str:
+    """Why a method cannot work in a task's stage; empty where it can."""
+    if method.schedule == "joint":
+        return "all tasks would be one stage, which has one kind; learn them one after another"
+    if method.schedule == "none":
+        return ""
+    reads = type(method).loss_terms is not Method.loss_terms and method.reads_outputs
+    if method.needs_token_batches or type(method).loss_weights is not Method.loss_weights:
+        return "it works on the task's rows in each batch, which are none of the next-token loss there"
+    if reads:
+        return "it reads what the model makes of the task's rows, which TRL's trainer does not hand on"
+    if method.needs_rows and task.kind == "grpo" and not all(example.answered for example in task.train):
+        return (
+            "it reads the answers of a task's rows, and these have none (a column answer); a method such as si, or one "
+            "that rehearses general or self-generated text, would do"
+        )
+    return ""
+
+
+def method_rows(task: Task, encoder: Encoder) -> list[dict[str, Any]]:
+    """The train rows of a task as methods see them: rows of the next-token loss, of good answers alone.
+
+    Raises:
+        DataError: a row cannot be encoded.
+    """
+    return encoder.encode_all([example for example in task.train if example.good is not False and example.answered])
+
+
+def trained_rows(task: Task, encoder: Encoder) -> list[dict[str, Any]]:
+    """The train rows of a task of another kind than sft as TRL's trainers read them.
+
+    Raises:
+        DataError: a row cannot be encoded.
+    """
+    return [row for example in task.train for row in trained_row(task, encoder, example)]
+
+
+def trained_row(task: Task, encoder: Encoder, example: Example) -> list[dict[str, Any]]:
+    """One of :func:`trained_rows`, in a list.
+
+    Raises:
+        DataError: it cannot be encoded.
+    """
+    match task.kind:
+        case "dpo":
+            parts = [_divided(encoder, example, answer) for answer in example.choices]
+            (prompt, chosen), (other, rejected) = parts
+            if prompt != other:
+                raise DataError(
+                    f"{where(example.file, example.row)}: does not fit into data.max_length={encoder.max_length}; its "
+                    "prompt would be cut differently before the chosen and the rejected answer. Raise it, or shorten "
+                    "the row"
+                )
+            return [{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}]
+        case "kto":
+            prompt, completion = _divided(encoder, example, example.answer)
+            return [{"prompt_ids": prompt, "completion_ids": completion, "label": example.good}]
+        case _:
+            assert example.columns is not None
+            return [dict(example.columns)]
+
+
+def _divided(encoder: Encoder, example: Example, answer: str) -> tuple[list[int], list[int]]:
+    """The tokens before an answer and those of the answer, its end included."""
+    from dataclasses import replace
+
+    turns = (*example.turns[:-1], replace(example.turns[-1], content=answer, calls=(), reasoning=None))
+    row = encoder.choice(replace(example, turns=turns), end=True)
+    first = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
+    return row["input_ids"][:first], row["input_ids"][first:]
+
+
+def reward_of(task: Task, encoder: Encoder) -> Callable[..., Any] | None:
+    """What TRL's trainer rewards answers by; None where the kind has no reward."""
+    if task.reward is None:
+        return None
+    if task.reward != "exact_match":
+        return reward_function(task.reward)
+    accuracy = find("accuracy")
+
+    def exact_match(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        records = ({"response": encoder.answer(text), "answer": right.strip()} for text, right in zip(texts, answer))  # noqa: B905
+        return [accuracy.row(record) for record in records]
+
+    return exact_match
+
+
+def prompt_tokens(task: Task, encoder: Encoder, reserve: int) -> Callable[[Any], list[int]] | None:
+    """The tokens of each train row's prompt, as a test row's are; None where answers are not written.
+
+    Args:
+        reserve: tokens of the longest answer.
+    """
+    if task.kind != "grpo":
+        return None
+    known = {prompt_key((row.columns or {})["prompt"]): encoder.prompt(row, reserve) for row in task.train}
+    return lambda prompt: known[prompt_key(prompt)]

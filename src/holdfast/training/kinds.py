@@ -1,0 +1,248 @@
+"""Stages that TRL's trainers train: on preferences (DPO, KTO), and on rewarded answers of the model's own (GRPO)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from holdfast.api.task import Kind
+from holdfast.errors import ConfigError, did_you_mean
+from holdfast.models.head import base
+from holdfast.training.trainer import continual
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NAMES = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO"}
+"""What TRL calls a kind's trainer and its configuration."""
+
+OWN: dict[str, dict[str, str]] = {
+    "dpo": {
+        "precompute_ref_log_probs": "the reference is the model as the stage began, and is always computed beforehand",
+        "sync_ref_model": "the reference is the model as the stage began",
+        "max_length": "use data.max_length",
+        "truncation_mode": "rows are cut as data.max_length says",
+    },
+    "kto": {
+        "precompute_ref_log_probs": "the reference is the model as the stage began, and is always computed beforehand",
+        "max_length": "use data.max_length",
+    },
+    "grpo": {
+        "beta": "its reference would be the model before the run, not the stage's start; methods keep the model near",
+        "num_iterations": "a stopped stage could not go on between two steps on the same answers",
+        "steps_per_generation": "answers are written for each step, so that a stopped stage goes on exactly",
+        "generation_batch_size": "it is training.batch_size",
+        "use_vllm": "answers are written by the model that trains",
+    },
+}
+"""Fields of a kind's configuration that a run decides, each with what to do or the reason."""
+
+
+def trl() -> Any:
+    """TRL.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import trl
+    except ImportError:
+        raise ConfigError("kind: dpo, kto and grpo are trained by TRL: pip install 'holdfast[trl]'") from None
+    return trl
+
+
+def config_class(kind: Kind) -> type[TrainingArguments]:
+    """The class of a stage's arguments; raises ConfigError if TRL is needed and not installed."""
+    return TrainingArguments if kind == "sft" else getattr(trl(), f"{NAMES[kind]}Config")
+
+
+def check_options(task: str, kind: Kind, options: Mapping[str, Any]) -> None:
+    """Check that the options of a task are fields of its kind's configuration that a run leaves to the user.
+
+    Raises:
+        ConfigError: one is not, or TRL is not installed.
+    """
+    shared = {field.name for field in dataclasses.fields(TrainingArguments)}
+    known = {field.name for field in dataclasses.fields(config_class(kind)) if field.init} - shared - OWN[kind].keys()
+    for key in options:
+        where = f"task {task!r}: options.{key}"
+        if key in OWN[kind]:
+            raise ConfigError(f"{where}: cannot be given: {OWN[kind][key]}")
+        if key in shared:
+            raise ConfigError(f"{where}: belongs to training, for all stages alike (training, training.arguments)")
+        if key not in known:
+            raise ConfigError(f"{where}: TRL's {NAMES[kind]}Config has no such field{did_you_mean(key, known)}")
+
+
+def own_arguments(kind: Kind, options: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    """What a run sets of a kind's configuration, whose options the user gives."""
+    match kind:
+        case "sft":
+            return {}
+        case "grpo":
+            return {"max_completion_length": completion_length(options, max_length)}
+    return {"precompute_ref_log_probs": True, "max_length": None}
+
+
+@cache
+def trainer_class(kind: Kind) -> Any:
+    """TRL's trainer of a kind, continual, of rows that are tokenised already."""
+    cls: Any = getattr(trl(), f"{NAMES[kind]}Trainer")
+
+    class StageTrainer(cls):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """A run writes no card into its checkpoints."""
+
+    class GeneratingTrainer(StageTrainer):
+        prompt_tokens: Callable[[Any], list[int]]
+
+        def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+            return [self.prompt_tokens(prompt) for prompt in prompts], None, {}
+
+        def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+            """Write answers from random numbers that depend on stage and step alone."""
+            with torch.random.fork_rng():
+                torch.manual_seed(random.Random(f"{self.args.seed}/{self.state.global_step}").getrandbits(63))
+                return super()._prepare_inputs(*args, **kwargs)
+
+    return continual(GeneratingTrainer if kind == "grpo" else StageTrainer)
+
+
+def make_trainer(
+    kind: Kind,
+    model: Any,
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    args: TrainingArguments,
+    reward: Callable[..., Any] | None = None,
+    prompt_tokens: Callable[[Any], list[int]] | None = None,
+    **continual_arguments: Any,
+) -> Any:
+    """The trainer of a stage; the model has the weights that the stage begins with, which are the reference's.
+
+    Args:
+        rows: dpo: ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``; kto: ``prompt_ids``, ``completion_ids`` and
+            ``label``; grpo: ``prompt`` and what the reward needs.
+        reward: of grpo.
+        prompt_tokens: of grpo: the tokens of a row's prompt.
+        continual_arguments: those that :func:`continual` adds.
+    """
+    from datasets import Dataset
+
+    given: dict[str, Any] = {"model": model, "args": args, "processing_class": copy.deepcopy(tokenizer)}
+    if kind == "grpo":
+        given["reward_funcs"] = reward
+    else:
+        # A view with the same modules, so that TRL neither loads a second model nor adds an adapter.
+        given["ref_model"] = copy.copy(base(model))
+    if kind == "kto":
+        rows = _with_mismatched(rows, args)
+    with _without_bars():
+        trainer = trainer_class(kind)(train_dataset=Dataset.from_list(list(rows)), **given, **continual_arguments)
+    if kind == "grpo":
+        trainer.prompt_tokens = prompt_tokens
+    else:
+        trainer.ref_model = None  # its likelihoods are in the rows
+    return trainer
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Inside, TRL shows no bar of its own for the reference's likelihoods."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
+
+
+def _with_mismatched(rows: Sequence[Mapping[str, Any]], args: TrainingArguments) -> list[dict[str, Any]]:
+    """KTO's rows in random order, each with the answer of another prompt of its micro-batch (the paper's section 3.3).
+
+    TRL's KTOTrainer reads them in this order, since the reference point of a batch is estimated from these answers.
+    """
+    mixed = random.Random(f"{args.seed}/order").sample(list(rows), len(rows))
+    size, result = args.per_device_train_batch_size, []
+    for start in range(0, len(mixed), size):
+        batch = mixed[start : start + size]
+        result += [
+            {**row, "KL_completion_ids": batch[number - 1]["completion_ids"]} for number, row in enumerate(batch)
+        ]
+    return result
+
+
+@contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Inside, a trainer of TRL works with a model; afterwards, what it has changed beside the weights is as it was.
+
+    TRL replaces the forward pass, takes dropout out and changes the configuration, which the next stage would keep
+    until it were stopped and went on.
+    """
+    inner: Any = base(model)
+    forward = vars(inner).get("forward")
+    dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+    configs = [config for config in (inner.config, getattr(inner, "generation_config", None)) if config is not None]
+    before, tags = [dict(vars(config)) for config in configs], vars(inner).get("model_tags")
+    try:
+        yield
+    finally:
+        for name, value in (("forward", forward), ("model_tags", tags)):
+            if value is not None:
+                setattr(inner, name, value)
+            elif name in vars(inner):
+                delattr(inner, name)
+        for module, p in dropouts:
+            module.p = p
+        for config, values in zip(configs, before, strict=True):
+            vars(config).clear()
+            vars(config).update(values)
+
+
+def completion_length(options: Mapping[str, Any], max_length: int) -> int:
+    """Tokens of the longest answer that the model writes while a grpo stage trains.
+
+    Where it is not said, it is TRL's default, but no more than half of ``max_length``, since prompts need room, too.
+    """
+    return _number(options, "max_completion_length") or min(_default("max_completion_length"), max_length // 2)
+
+
+def generations(options: Mapping[str, Any]) -> int:
+    """Answers to each prompt in a grpo stage; TRL's default where not said."""
+    return _number(options, "num_generations") or _default("num_generations")
+
+
+def _number(options: Mapping[str, Any], name: str) -> int | None:
+    value = options.get(name)
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ConfigError(f"options.{name}: must be a whole number above 0, not {value!r:.40}")
+    return value
+
+
+def _default(name: str) -> int:
+    [field] = [one for one in dataclasses.fields(config_class("grpo")) if one.name == name]
+    assert isinstance(field.default, int)
+    return field.default
+
+
+def prompt_key(prompt: Any) -> str:
+    """A key for a prompt that is a text or a list of messages."""
+    return json.dumps(prompt, sort_keys=True)

@@ -1,0 +1,363 @@
+"""Streams of several kinds of tasks: answers, preferences and rewarded answers, one after another."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from holdfast import load_config, run
+from holdfast.errors import ConfigError, DataError
+from holdfast.runner.setup import prepare, resolve
+from holdfast.runner.stage import stage_seed
+from holdfast.system.progress import Progress
+from support.resumed import finish, results, start
+from support.tiny import tiny_config, tiny_tokenizer, write_model, write_tasks
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+
+LETTERS = "abcdefgh"
+
+
+def pair_rows(count=12, start=0):
+    """The better answer is the prompt's first letter, the worse one its second."""
+    pairs = [(a, b) for a in LETTERS for b in LETTERS if a != b][start : start + count]
+    return [{"prompt": f"first: {a}{b}?", "chosen": a, "rejected": b} for a, b in pairs]
+
+
+def judged_rows(count=6, start=0):
+    return [
+        {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
+        for row in pair_rows(count, start)
+        for key in ("chosen", "rejected")
+    ]
+
+
+def rewarded_rows(count=8, start=0):
+    return [{"prompt": row["prompt"], "answer": row["chosen"]} for row in pair_rows(count, start)]
+
+
+MAKERS = {"dpo": pair_rows, "kto": judged_rows, "grpo": rewarded_rows}
+
+
+def stream_of(folder, *kinds, **changes):
+    """A run of an sft task and tasks of other kinds."""
+    write_model(folder / "model")
+    write_tasks(folder / "tasks", ["red"], train=16)
+    tasks = [{"name": "red", "path": str(folder / "tasks" / "red")}]
+    for kind in kinds:
+        make, place = MAKERS[kind], folder / "tasks" / kind
+        place.mkdir()
+        for split, rows in (("train", make()), ("test", make(4, 20))):
+            (place / f"{split}.json").write_text(json.dumps(rows))
+        options = {"num_generations": 4, "max_completion_length": 3} if kind == "grpo" else {"beta": 0.3}
+        reward = {"reward": "exact_match"} if kind == "grpo" else {}
+        tasks.append({"name": kind, "path": str(place), "kind": kind, "options": options} | reward)
+    training = {"epochs": 1, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-2, "log_every": 1}
+    return tiny_config(folder) | {
+        "stream": {"tasks": tasks},
+        "training": training | {"save_every": 1},
+        "output": str(folder / "run"),
+        **changes,
+    }
+
+
+def done(config, *overrides):
+    return run(load_config(config, list(overrides)), Progress(quiet=True))
+
+
+def prepared(config):
+    return prepare(resolve(load_config(config)))
+
+
+@pytest.mark.parametrize(
+    ("tuner", "points"),
+    [
+        ("full", [("step", 6), ("step", 4)]),  # in the stages of KTO and GRPO
+        ({"name": "lora", "r": 2, "lora_dropout": 0.2}, [("step", 4), ("step", 5)]),  # of DPO and GRPO
+    ],
+    ids=["full", "lora"],
+)
+def test_a_killed_stream_of_kinds_ends_as_an_unbroken_one(tuner, points, tmp_path):
+    """SFT, DPO, KTO, GRPO and SFT again: the same weights bit for bit."""
+    config = stream_of(tmp_path, "dpo", "kto", "grpo", tuner=tuner, method=["replay", "ewc"])
+    config["stream"]["tasks"][3]["reward"] = "support.rewards:early_letters"
+    write_tasks(tmp_path / "tasks", ["blue"], train=16)
+    config["stream"]["tasks"].append({"name": "blue", "path": str(tmp_path / "tasks" / "blue")})
+    for name in ("whole", "killed"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config | {"output": str(tmp_path / name)}))
+    assert finish(start(tmp_path / "whole.json")) == 0
+    for point, count in points:
+        assert finish(start(tmp_path / "killed.json", point, count)) == -signal.SIGKILL
+    assert finish(start(tmp_path / "killed.json")) == 0
+    whole, killed = results(tmp_path / "whole"), results(tmp_path / "killed")
+    assert whole["matrix"] == killed["matrix"] and whole["weights"] == killed["weights"]
+    assert whole["responses"] == killed["responses"] and whole["steps"] == killed["steps"]
+    matrix = whole["matrix"]
+    assert matrix["metrics"] == {
+        "red": "accuracy",
+        "dpo": "preference",
+        "kto": "preference",
+        "grpo": "reward:support.rewards:early_letters",
+        "blue": "accuracy",
+    }
+    assert all(score is not None for row in matrix["scores"] for score in row)
+    learned = [terms["task"] for stage, _, terms in whole["steps"] if stage == 4]
+    assert any(abs(loss) > 1e-3 for loss in learned)  # answers of one prompt differ in their reward
+    files = {path.name for path in (tmp_path / "whole" / "stages").glob("*/*/*")}
+    assert not any("ref" in name for name in files)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_stage_is_what_trl_trains(kind, tmp_path):
+    """The same loss in every step, and the same weights, as TRL's own trainer on the same rows."""
+    config = stream_of(tmp_path, kind)
+    config["stream"]["tasks"] = config["stream"]["tasks"][1:]
+    if kind == "kto":  # whose order and mismatched answers the run draws by itself
+        config["training"] |= {"batch_size": 12, "micro_batch_size": 12, "epochs": 3}
+        config["stream"]["tasks"][0]["options"]["loss_type"] = "apo_zero_unpaired"
+    done(config)
+    rows = MAKERS[kind]()
+    for row in rows:
+        row |= {key: f" {row[key]}" for key in ("chosen", "rejected", "completion") if key in row}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    arguments = getattr(trl, f"{kind.upper()}Config")(
+        output_dir=str(tmp_path / "plain"),
+        per_device_train_batch_size=config["training"]["micro_batch_size"],
+        gradient_accumulation_steps=config["training"]["batch_size"] // config["training"]["micro_batch_size"],
+        num_train_epochs=config["training"]["epochs"],
+        learning_rate=1e-2,
+        lr_scheduler_type=load_config(config).training.schedule,
+        warmup_steps=load_config(config).training.warmup,
+        weight_decay=load_config(config).training.weight_decay,
+        beta=0.3,
+        seed=stage_seed(0, 1),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        loss_type=["sigmoid"] if kind == "dpo" else "apo_zero_unpaired",
+    )
+    plain = getattr(trl, f"{kind.upper()}Trainer")(
+        model=model,
+        ref_model=copy.deepcopy(model),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+    )
+    plain.train()
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in plain.state.log_history if "loss" in line]
+    assert [event["loss"] for event in events] == pytest.approx(losses, rel=1e-6)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stages" / f"01-{kind}" / "model").state_dict()
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.allclose(ours[name], tensor, atol=1e-6), name
+
+
+def logprob(model, prompt, answer):
+    """The sum of the log-probabilities of an answer's tokens and its end, and their number, written plainly."""
+    tokenizer = tiny_tokenizer()
+    before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f" {answer}"))
+    ids = torch.tensor([[*before, *after, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        logs = model(ids).logits[0, :-1].log_softmax(-1)
+    values = logs[torch.arange(len(logs)), ids[0, 1:]][len(before) - 1 :]
+    return float(values.sum()), len(values)
+
+
+def test_the_metric_of_pairs_by_brute_force(tmp_path):
+    config = stream_of(tmp_path, "dpo", method="frozen")
+    rows = pair_rows(24, 20)
+    (tmp_path / "tasks" / "dpo" / "test.json").write_text(json.dumps(rows))
+    matrix = done(config)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    right = [
+        logprob(model, row["prompt"], row["chosen"])[0] > logprob(model, row["prompt"], row["rejected"])[0]
+        for row in rows
+    ]
+    assert matrix["scores"][0][1] == pytest.approx(sum(right) / len(right)) and 0 < sum(right) < len(right)
+
+
+def test_answers_without_a_pair_are_scored_one_by_one(tmp_path):
+    config = stream_of(tmp_path, "kto", method="frozen")
+    rows = judged_rows(8)[::3]  # no two to one prompt
+    (tmp_path / "tasks" / "kto" / "test.json").write_text(json.dumps(rows))
+    matrix = done(config)
+    assert matrix["metrics"]["kto"] == "judged_likelihood"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    likely = []
+    for row in rows:
+        total, tokens = logprob(model, row["prompt"], row["completion"])
+        p = torch.tensor(total / tokens).exp().item()
+        likely.append(p if row["label"] else 1 - p)
+    assert matrix["scores"][0][1] == pytest.approx(sum(likely) / len(likely), rel=1e-5)
+    [note] = [note for note in prepared(config).stream.tasks[1].notes if "no prompt" in note]
+    assert "each is scored by itself" in note
+
+
+def test_the_metric_of_rewarded_answers_is_their_mean_reward(tmp_path, monkeypatch):
+    """A function of the user's trains the stage, with the columns of its rows, and scores the greedy answers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "worth.py").write_text(
+        "def length(prompts, completions, least, **columns):\n"
+        "    assert len(prompts) == len(completions) == len(least)\n"
+        "    return [len(text) - low for text, low in zip(completions, least)]\n"
+    )
+    config = stream_of(tmp_path, "grpo", tuner="full")
+    for split in ("train", "test"):
+        file = tmp_path / "tasks" / "grpo" / f"{split}.json"
+        rows = [{"prompt": row["prompt"], "least": 1} for row in json.loads(file.read_text())]
+        file.write_text(json.dumps(rows))
+    config["stream"]["tasks"][1] |= {"reward": "worth:length"}
+    matrix = done(config)
+    assert matrix["metrics"]["grpo"] == "reward:worth:length"
+    for stage, row in (("00-start", 0), ("02-grpo", 2)):
+        file = tmp_path / "run" / "stages" / stage / "responses" / "grpo.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [record["score"] for record in records] == [len(record["response"]) - 1 for record in records]
+        assert matrix["scores"][row][1] == pytest.approx(sum(record["score"] for record in records) / len(records))
+    assert set(json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]["reward worth:length"]) == {"worth.py"}
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match=r"method ewc: task 'grpo' is of kind grpo, and it reads the answers"):
+        prepared(config | {"method": "ewc"})
+
+
+def test_rows_of_methods_are_prompts_with_good_answers(tmp_path):
+    """They are what replay stores of a task: rows of the next-token loss."""
+    setup = prepared(stream_of(tmp_path, "dpo", "kto", "grpo"))
+    decode = setup.encoder.tokenizer.decode
+    for kind in ("dpo", "kto", "grpo"):
+        pairs = pair_rows({"dpo": 12, "kto": 6, "grpo": 8}[kind])
+        rows = setup.rows[kind]
+        assert [decode(row["input_ids"]) for row in rows] == [f"{p['prompt']} {p['chosen']}</s>" for p in pairs]
+        assert all([token for token in row["labels"] if token != -100] == row["input_ids"][-3:] for row in rows)
+
+
+def test_nothing_of_trl_stays_on_the_model(tmp_path):
+    from holdfast.runner.loop import RunLoop
+
+    seen = []
+    train = RunLoop._train
+
+    def watched(loop, stage):
+        train(loop, stage)
+        model = loop.model
+        dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+        seen.append((list(model.peft_config), set(dropouts), "forward" in vars(model.get_base_model())))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLoop, "_train", watched)
+        done(stream_of(tmp_path, "dpo", "grpo", tuner={"name": "lora", "r": 2, "lora_dropout": 0.2}))
+    assert seen == [(["default"], {0.2}, False)] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        ("dpo", {"prompt": "a?", "chosen": "b"}, "rejected: is missing"),
+        ("dpo", {"prompt": "a?", "chosen": "b", "rejected": " b"}, "chosen and rejected are the same answer"),
+        ("dpo", {"chosen": "b", "rejected": "c"}, "prompt: is missing or null"),
+        (
+            "dpo",
+            {"prompt": "a?", "chosen": [{"role": "assistant", "content": "b"}] * 2, "rejected": "c"},
+            "one message",
+        ),
+        (
+            "dpo",
+            {"prompt": [{"role": "assistant", "content": "b"}], "chosen": "b", "rejected": "c"},
+            "prompt: must begin",
+        ),
+        ("kto", {"prompt": "a?", "completion": "b", "label": 1}, "label: must be true .* or false, not a number"),
+        ("kto", {"prompt": "a?", "completion": "", "label": True}, "completion: is empty"),
+        ("grpo", {"prompt": "a?"}, "answer: is missing or null; reward exact_match compares with it"),
+        ("grpo", {"prompt": 3, "answer": "b"}, "prompt: must be text"),
+    ],
+)
+def test_a_bad_row_is_named(kind, row, reason, tmp_path):
+    config = stream_of(tmp_path, kind)
+    file = tmp_path / "tasks" / kind / "train.json"
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps([*rows[:2], row, *rows[2:]]))
+    with pytest.raises(DataError, match=rf"train\.json: row 3.*{reason}"):
+        prepared(config)
+
+
+def test_conversations_whose_last_messages_differ(tmp_path):
+    config = stream_of(tmp_path, "dpo")
+    file = tmp_path / "tasks" / "dpo" / "train.json"
+    rows = [
+        {
+            key: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[key]}]
+            for key in ("chosen", "rejected")
+        }
+        for row in pair_rows()
+    ]
+    before = prepared(config).rows["dpo"]
+    file.write_text(json.dumps(rows))
+    assert prepared(config).rows["dpo"] == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"method": "lwf"}, "method lwf: task 'dpo' is of kind dpo, and it works on the task's rows in each batch"),
+        ({"method": {"name": "replay", "way": "replace"}}, "method replay: task 'dpo' .* works on the task's rows"),
+        ({"method": "joint"}, "method joint: task 'dpo' .* all tasks would be one stage"),
+        ({"tuner": "prompt"}, "tuner: task 'dpo' is of kind dpo, which works with full, .*, not with prompt"),
+        ({"data": {"packing": True}}, "data.packing: task 'dpo' is of kind dpo"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_run(changes, reason, tmp_path):
+    with pytest.raises(ConfigError, match=reason):
+        prepared(stream_of(tmp_path, "dpo", **changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("dpo", {"betta": 0.1}, "options.betta: TRL's DPOConfig has no such field; did you mean 'beta'"),
+        ("dpo", {"learning_rate": 0.1}, "options.learning_rate: belongs to training"),
+        ("dpo", {"max_length": 3}, "options.max_length: cannot be given: use data.max_length"),
+        ("grpo", {"num_iterations": 2}, "options.num_iterations: cannot be given: a stopped stage"),
+        ("grpo", {"num_generations": 3}, "must be divisible by num_generations"),
+        ("grpo", {"num_generations": "many"}, "options.num_generations: must be a whole number above 0, not 'many'"),
+        ("grpo", {"max_completion_length": 128}, "128 tokens leave no room for a prompt in data.max_length=128"),
+    ],
+)
+def test_options_of_a_kind(kind, options, reason, tmp_path):
+    from holdfast.runner.stage import check_training
+
+    config = stream_of(tmp_path, kind)
+    config["stream"]["tasks"][1]["options"] = options
+    with pytest.raises(ConfigError, match=reason):
+        check_training(prepared(config))
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ({"kind": "grpo"}, "reward: says what an answer is worth"),
+        ({"kind": "dpo", "reward": "exact_match"}, "reward: says what an answer is worth"),
+        ({"options": {"beta": 1}}, "options: belong to a kind of stage that TRL trains"),
+        ({"kind": "dpo", "instruction": "Say"}, "instruction: belongs to tasks of kind sft"),
+        ({"kind": "grpo", "reward": "worth"}, "must be exact_match or module:function"),
+        ({"kind": "dpp"}, "kind: .*dpp"),
+    ],
+)
+def test_keys_of_a_kind(task, reason, tmp_path):
+    with pytest.raises(ConfigError, match=reason):
+        load_config(tiny_config(tmp_path) | {"stream": {"tasks": [{"name": "a", "path": "a"} | task]}})
+
+
+def test_without_trl_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "trl", None)
+    with pytest.raises(ConfigError, match=r"pip install 'holdfast\[trl\]'"):
+        prepared(stream_of(tmp_path, "dpo"))
