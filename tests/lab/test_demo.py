@@ -18,7 +18,7 @@ def small(monkeypatch):
     """A small world, a short pretraining and two methods of one epoch."""
     monkeypatch.setattr(demo, "SIZE", 4)
     monkeypatch.setitem(demo.PRETRAINING, "stop", {"tokens": 10 * 8 * 64})
-    monkeypatch.setattr(demo, "METHODS", {name: demo.METHODS[name] for name in ("sequential", "replay")})
+    monkeypatch.setattr(demo, "METHODS", {name: demo.METHODS[name] for name in ("sequential", "replay+gere_kl")})
     configuration = demo.configuration
 
     def short(*args):
@@ -54,12 +54,12 @@ def test_the_model_is_that_of_a_laboratory_run_and_the_seed_decides_it(tmp_path)
 def test_the_demo_compares_its_runs_and_does_nothing_twice(tmp_path):
     told = io.StringIO()
     runs = demo.run_demo(tmp_path, 0, Console(file=told, width=200))
-    assert runs == [tmp_path / "sequential-0", tmp_path / "replay-0"]
+    assert runs == [tmp_path / "sequential-0", tmp_path / "replay+gere_kl-0"]
     assert all(read_json(run / "matrix.json")["summary"]["forgetting"] is not None for run in runs)
     page = tmp_path / "report-0.html"
     assert "replay" in page.read_text(encoding="utf-8")
     assert "sequential" in told.getvalue() and str(page) in told.getvalue()
-    (tmp_path / "pretrain-0" / "text.jsonl").unlink()
+    (tmp_path / "pretrain-0" / "tokens" / "tokens.bin").unlink(missing_ok=True)
     before = made(tmp_path)
     assert demo.run_demo(tmp_path, 0, Console(file=told)) == runs
     assert made(tmp_path) == before

@@ -1,4 +1,4 @@
-"""The demo: a small model is pretrained on chronicle's general text, then learns four years with four methods."""
+"""The demo: a small model is pretrained on chronicle's general text, then learns four years with five methods."""
 
 from __future__ import annotations
 
@@ -37,9 +37,13 @@ PRETRAINING: dict[str, Any] = {
 }
 """Of `holdfast lab pretrain`: 800 steps, the first tenth of them warm-up."""
 
+REPLAY = {"name": "replay", "capacity": 600, "ratio": 1.0}
+GENERAL = {"name": "gere_kl", "ratio": 0.5, "weight": 0.1, "ce_weight": 0.0, "max_tokens": 64}
+"""Keeps the general ability: KL to the model before training, on the text that it was pretrained on."""
 METHODS: dict[str, Any] = {
     "sequential": "sequential",
-    "replay": {"name": "replay", "capacity": 600, "ratio": 1.0},
+    "replay": REPLAY,
+    "replay+gere_kl": [REPLAY, GENERAL],
     "ewc": {"name": "ewc", "strength": 1e4},
     "joint": "joint",
 }
@@ -102,10 +106,12 @@ def make_model(folder: Path, seed: int, progress: Progress) -> None:
 
 def configuration(model: Path, output: Path, seed: int, method: Any) -> dict[str, Any]:
     """A run of the demo."""
+    text = model.with_name(f"pretrain-{seed}") / "text.jsonl"
+    methods = method if isinstance(method, list) else [method]
     return {
         "model": str(model),
         "tuner": "full",
-        "method": method,
+        "method": [one | {"path": str(text)} if one is GENERAL else one for one in methods],
         "stream": {"name": "chronicle", "options": {"size": SIZE, "seed": seed}},
         "training": {"epochs": 8, "batch_size": 16, "learning_rate": 2e-3, "warmup": 0.1},
         "evaluation": {"batch_size": 128},
