@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from holdfast import load_config, run
 from holdfast.errors import ConfigError, DataError
+from holdfast.runner.evaluate import evaluate
 from holdfast.runner.setup import prepare, resolve
 from holdfast.runner.stage import stage_seed
+from holdfast.scoring.reward import rewards
 from holdfast.system.progress import Progress
 from support.resumed import finish, results, start
 from support.tiny import tiny_config, tiny_tokenizer, write_model, write_tasks
@@ -361,3 +363,60 @@ def test_without_trl_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "trl", None)
     with pytest.raises(ConfigError, match=r"pip install 'holdfast\[trl\]'"):
         prepared(stream_of(tmp_path, "dpo"))
+
+
+def test_a_reward_is_called_as_trl_calls_it():
+    seen = {}
+
+    def reward(prompts, completions, **columns):
+        seen.update(columns, prompts=prompts, completions=completions)
+        return [1.0] * len(prompts)
+
+    asked = [{"role": "user", "content": "a?"}]
+    rows = [{"prompt": asked, "least": 1}, {"prompt": asked, "most": [2, "3"]}]
+    assert rewards(reward, rows, ["b", "c"], completion_ids=[[4], [5]]) == [1.0, 1.0]
+    assert seen == {
+        "prompts": [asked, asked],
+        "completions": [[{"role": "assistant", "content": "b"}], [{"role": "assistant", "content": "c"}]],
+        "least": [1, None],
+        "most": [None, [2, "3"]],
+        "completion_ids": [[4], [5]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("reward", "reason"),
+    [
+        ("nowhere:f", "reward: module 'nowhere' cannot be imported"),
+        ("support.rewards:late_letters", "has no function 'late_letters'"),
+    ],
+)
+def test_a_reward_that_is_not_there(reward, reason, tmp_path):
+    config = stream_of(tmp_path, "grpo")
+    config["stream"]["tasks"][1]["reward"] = reward
+    with pytest.raises(ConfigError, match=reason):
+        prepared(config)
+
+
+def test_a_run_whose_record_names_a_reward_asks_for_trust(tmp_path):
+    config = stream_of(tmp_path, "grpo", method="frozen")
+    config["stream"]["tasks"][1]["reward"] = "support.rewards:early_letters"
+    done(config)
+    with pytest.raises(ConfigError, match=r"reward: runs the function support\.rewards:early_letters(.|\n)*--trust"):
+        evaluate(tmp_path / "run")
+    found = evaluate(tmp_path / "run", trust=True)
+    score, before = found.scores["grpo"]
+    assert score == before
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_each_kind_learns_what_it_is_measured_by(kind, tmp_path):
+    config = stream_of(tmp_path, kind)
+    config["stream"]["tasks"] = config["stream"]["tasks"][1:]
+    if kind == "grpo":
+        config["stream"]["tasks"][0]["reward"] = "support.rewards:early_letters"
+    config["training"] |= {"epochs": 15, "save_every": 100, "learning_rate": 2e-2}
+    folder = tmp_path / "tasks" / kind  # a model so small learns its rows by heart
+    (folder / "test.json").write_text((folder / "train.json").read_text())
+    [[before], [after]] = done(config)["scores"]
+    assert after > 0.7 > before

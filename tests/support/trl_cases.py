@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, LlamaForSeque
 from support.tiny import tiny_model, tiny_tokenizer, write_model
 
 PLAIN = ("Trainer", "Seq2SeqTrainer")
-TRL = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer")
+TRL = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer", "DistillationTrainer")
 CASES = PLAIN + TRL
 PAIRS = [(f"ask {a}{b}?", f" {b}{a}") for a in "abc" for b in "uvwxyz"]
 
@@ -42,6 +42,8 @@ def trainer_arguments(case: str, folder: Path, **changes: Any) -> dict[str, Any]
         settings["bf16"] = False
     if case in ("GRPOTrainer", "RLOOTrainer"):
         settings |= {"num_generations": 4, "max_completion_length": 6}
+    if case == "DistillationTrainer":
+        settings["max_completion_length"] = 6
     config = {"Trainer": "TrainingArguments", "Seq2SeqTrainer": "Seq2SeqTrainingArguments"}
     config_class = getattr(_library(case), config.get(case, case.replace("Trainer", "Config")))
     tokenizer = tiny_tokenizer()
@@ -55,6 +57,8 @@ def trainer_arguments(case: str, folder: Path, **changes: Any) -> dict[str, Any]
         given["data_collator"] = DataCollatorForSeq2Seq(tokenizer)
     if case in ("GRPOTrainer", "RLOOTrainer"):
         given["reward_funcs"] = count_vowels
+    if case == "DistillationTrainer":
+        given["teacher_model"] = tiny_model(seed=1)
     return given
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from holdfast.api.method import Method
@@ -13,8 +14,8 @@ from holdfast.data.encode import Encoder
 from holdfast.data.files import where
 from holdfast.errors import ConfigError, DataError
 from holdfast.scoring import find
-from holdfast.scoring.reward import reward_function
-from holdfast.training.kinds import check_options, completion_length, prompt_key
+from holdfast.scoring.reward import reward_function, rewards
+from holdfast.training.kinds import check_options, completion_length
 
 TUNERS = ("full", "freeze", "lora", "ia3", "adapter")
 """The tuners whose weights are part of the modules that TRL's losses go through."""
@@ -81,14 +82,18 @@ def method_rows(task: Task, encoder: Encoder) -> list[dict[str, Any]]:
 def trained_rows(task: Task, encoder: Encoder) -> list[dict[str, Any]]:
     """The train rows of a task of another kind than sft as TRL's trainers read them.
 
+    Of grpo they are numbers: columns of any types need no place in a table, and TRL asks for a prompt's tokens.
+
     Raises:
         DataError: a row cannot be encoded.
     """
+    if task.kind == "grpo":
+        return [{"prompt": str(number)} for number in range(len(task.train))]
     return [row for example in task.train for row in trained_row(task, encoder, example)]
 
 
 def trained_row(task: Task, encoder: Encoder, example: Example) -> list[dict[str, Any]]:
-    """One of :func:`trained_rows`, in a list.
+    """One of :func:`trained_rows`, in a list; of grpo there is nothing to encode.
 
     Raises:
         DataError: it cannot be encoded.
@@ -108,14 +113,11 @@ def trained_row(task: Task, encoder: Encoder, example: Example) -> list[dict[str
             prompt, completion = _divided(encoder, example, example.answer)
             return [{"prompt_ids": prompt, "completion_ids": completion, "label": example.good}]
         case _:
-            assert example.columns is not None
-            return [dict(example.columns)]
+            return []
 
 
 def _divided(encoder: Encoder, example: Example, answer: str) -> tuple[list[int], list[int]]:
     """The tokens before an answer and those of the answer, its end included."""
-    from dataclasses import replace
-
     turns = (*example.turns[:-1], replace(example.turns[-1], content=answer, calls=(), reasoning=None))
     row = encoder.choice(replace(example, turns=turns), end=True)
     first = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
@@ -123,28 +125,37 @@ def _divided(encoder: Encoder, example: Example, answer: str) -> tuple[list[int]
 
 
 def reward_of(task: Task, encoder: Encoder) -> Callable[..., Any] | None:
-    """What TRL's trainer rewards answers by; None where the kind has no reward."""
+    """What TRL's trainer rewards the answers to rows of :func:`trained_rows` by; None where nothing is rewarded."""
     if task.reward is None:
         return None
-    if task.reward != "exact_match":
-        return reward_function(task.reward)
+    function = reward_function(task.reward) if task.reward != "exact_match" else _exact_match(encoder)
+    rows = [example.columns or {} for example in task.train]
+
+    def reward(prompts: list[str], completions: list[str], **more: Any) -> Any:
+        return rewards(function, [rows[int(number)] for number in prompts], completions, **more)
+
+    return reward
+
+
+def _exact_match(encoder: Encoder) -> Callable[..., list[float]]:
+    """1 for an answer that the metric accuracy counts as right, otherwise 0."""
     accuracy = find("accuracy")
 
     def exact_match(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-        records = ({"response": encoder.answer(text), "answer": right.strip()} for text, right in zip(texts, answer))  # noqa: B905
-        return [accuracy.row(record) for record in records]
+        texts = [encoder.answer(text if isinstance(text, str) else text[0]["content"]) for text in completions]
+        pairs = zip(texts, answer, strict=True)
+        return [accuracy.row({"response": text, "answer": right.strip()}) for text, right in pairs]
 
     return exact_match
 
 
-def prompt_tokens(task: Task, encoder: Encoder, reserve: int) -> Callable[[Any], list[int]] | None:
-    """The tokens of each train row's prompt, as a test row's are; None where answers are not written.
+def prompt_tokens(task: Task, encoder: Encoder, reserve: int) -> Callable[[str], list[int]] | None:
+    """The tokens of the prompts of :func:`trained_rows`, as a test row's are; None where answers are not written.
 
     Args:
         reserve: tokens of the longest answer.
     """
     if task.kind != "grpo":
         return None
-    known = {prompt_key((row.columns or {})["prompt"]): encoder.prompt(row, reserve) for row in task.train}
-    return lambda prompt: known[prompt_key(prompt)]
+    tokens = [encoder.prompt(example, reserve) for example in task.train]
+    return lambda number: tokens[int(number)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def train_stage(
             tokenizer=setup.encoder.tokenizer,
         ),
     }
-    with as_before(model):
+    with nullcontext() if stage.tasks[0].kind == "sft" else as_before(model):
         trainer = _trainer(setup, stage, model, rows, arguments(setup, stage, checkpoints), context)
         watch = StageWatch(
             trainer,

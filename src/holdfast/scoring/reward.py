@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,25 +32,36 @@ class Reward(Scorer):
         self.function = name.removeprefix(PREFIX)
 
     def rows(self, records: Sequence[Record], cache: AnswerCache | None = None) -> list[float]:
-        rows = [record["columns"] for record in records]
-        names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
-        completions = [
-            [{"role": "assistant", "content": record["response"]}]
-            if isinstance(row["prompt"], list)
-            else record["response"]
-            for record, row in zip(records, rows, strict=True)
-        ]
-        given: Any = reward_function(self.function)(
-            prompts=[row["prompt"] for row in rows],
-            completions=completions,
-            completion_ids=[None] * len(rows),
-            **{name: [row.get(name) for row in rows] for name in names},
+        given = rewards(
+            reward_function(self.function),
+            [record["columns"] for record in records],
+            [record["response"] for record in records],
+            completion_ids=[None] * len(records),
         )
-        if len(given) != len(rows) or not all(isinstance(value, int | float) for value in given):
+        if len(given) != len(records) or not all(isinstance(value, int | float) for value in given):
             raise ConfigError(
-                f"reward {self.function}: must return a number for each of the {len(rows)} answers, not {given!r:.80}"
+                f"reward {self.function}: must return a number for each of the {len(records)} answers, not "
+                f"{given!r:.80}"
             )
         return [float(value) for value in given]
+
+
+def rewards(
+    function: Callable[..., Any], rows: Sequence[Mapping[str, Any]], responses: Sequence[str], **more: Any
+) -> Any:
+    """What a function gives responses, called as TRL's GRPOTrainer calls it.
+
+    Args:
+        rows: all columns of each response's row.
+        more: further arguments of the function.
+    """
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
+    said = [
+        [{"role": "assistant", "content": response}] if isinstance(row["prompt"], list) else response
+        for response, row in zip(responses, rows, strict=True)
+    ]
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return function(prompts=[row["prompt"] for row in rows], completions=said, **columns, **more)
 
 
 def reward_function(name: str) -> Callable[..., Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,7 +107,7 @@ def trainer_class(kind: Kind) -> Any:
             """A run writes no card into its checkpoints."""
 
     class GeneratingTrainer(StageTrainer):
-        prompt_tokens: Callable[[Any], list[int]]
+        prompt_tokens: Callable[[str], list[int]]
 
         def _tokenize_prompts(self, prompts: list[Any]) -> Any:
             return [self.prompt_tokens(prompt) for prompt in prompts], None, {}
@@ -130,14 +129,14 @@ def make_trainer(
     *,
     args: TrainingArguments,
     reward: Callable[..., Any] | None = None,
-    prompt_tokens: Callable[[Any], list[int]] | None = None,
+    prompt_tokens: Callable[[str], list[int]] | None = None,
     **continual_arguments: Any,
 ) -> Any:
     """The trainer of a stage; the model has the weights that the stage begins with, which are the reference's.
 
     Args:
         rows: dpo: ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``; kto: ``prompt_ids``, ``completion_ids`` and
-            ``label``; grpo: ``prompt`` and what the reward needs.
+            ``label``; grpo: ``prompt``, by which the reward and the tokens know the row.
         reward: of grpo.
         prompt_tokens: of grpo: the tokens of a row's prompt.
         continual_arguments: those that :func:`continual` adds.
@@ -241,8 +240,3 @@ def _default(name: str) -> int:
     [field] = [one for one in dataclasses.fields(config_class("grpo")) if one.name == name]
     assert isinstance(field.default, int)
     return field.default
-
-
-def prompt_key(prompt: Any) -> str:
-    """A key for a prompt that is a text or a list of messages."""
-    return json.dumps(prompt, sort_keys=True)

@@ -85,14 +85,14 @@ def check_batches(methods: Sequence[Method], first: Callable[[], Any]) -> None:
             and there are none.
     """
     reading = [m for m in methods if m.reads_outputs and type(m).loss_terms is not Method.loss_terms]
-    if not reading and not any(method.needs_token_batches for method in methods):
+    on_rows = [m for m in methods if m.needs_token_batches or type(m).loss_weights is not Method.loss_weights]
+    if not reading and not on_rows:
         return
     batch = first()
     if batch is None:
         return
-    for method in methods:
-        if method.needs_token_batches:
-            check_tokens(batch, method.name)
+    for method in on_rows:
+        check_tokens(batch, method.name)
     if reading and (is_preference_batch(batch) or not isinstance(batch, Mapping)):
         raise ConfigError(
             f"method {reading[0].name}: reads what the model makes of the task's rows, and this trainer does not hand "
