@@ -9,15 +9,18 @@ import signal
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from holdfast import load_config, run
 from holdfast.errors import ConfigError, DataError
+from holdfast.runner import stage as stages
 from holdfast.runner.evaluate import evaluate
 from holdfast.runner.setup import prepare, resolve
 from holdfast.runner.stage import stage_seed
 from holdfast.scoring.reward import rewards
 from holdfast.system.progress import Progress
+from holdfast.training.kinds import make_trainer
 from support.resumed import finish, results, start
 from support.tiny import tiny_config, tiny_tokenizer, write_model, write_tasks
 
@@ -89,6 +92,7 @@ def test_a_killed_stream_of_kinds_ends_as_an_unbroken_one(tuner, points, tmp_pat
     """SFT, DPO, KTO, GRPO and SFT again: the same weights bit for bit."""
     config = stream_of(tmp_path, "dpo", "kto", "grpo", tuner=tuner, method=["replay", "ewc"])
     config["stream"]["tasks"][3]["reward"] = "support.rewards:early_letters"
+    config["stream"]["tasks"][3]["options"]["beta"] = 0.1
     write_tasks(tmp_path / "tasks", ["blue"], train=16)
     config["stream"]["tasks"].append({"name": "blue", "path": str(tmp_path / "tasks" / "blue")})
     for name in ("whole", "killed"):
@@ -255,10 +259,39 @@ def test_nothing_of_trl_stays_on_the_model(tmp_path):
         dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
         seen.append((list(model.peft_config), set(dropouts), "forward" in vars(model.get_base_model())))
 
+    config = stream_of(tmp_path, "dpo", "grpo", tuner={"name": "lora", "r": 2, "lora_dropout": 0.2})
+    config["stream"]["tasks"][2]["options"]["beta"] = 0.1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLoop, "_train", watched)
-        done(stream_of(tmp_path, "dpo", "grpo", tuner={"name": "lora", "r": 2, "lora_dropout": 0.2}))
+        done(config)
     assert seen == [(["default"], {0.2}, False)] * 3
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_the_reference_is_the_start_of_the_stage(tuner, tmp_path, monkeypatch):
+    """With beta of grpo; that of dpo is compared with TRL's own above."""
+    references = []
+
+    def watched(kind, model, *args, **options):
+        trainer = make_trainer(kind, model, *args, **options)
+        reference = model if tuner == "lora" else trainer.ref_model
+        references.append(
+            {name: t.clone() for name, t in reference.state_dict().items() if tuner == "full" or ".ref." in name}
+        )
+        return trainer
+
+    monkeypatch.setattr(stages, "make_trainer", watched)
+    config = stream_of(tmp_path, "grpo", tuner=tuner)
+    config["stream"]["tasks"][1]["options"]["beta"] = 0.1
+    done(config)
+    folder = tmp_path / "run" / "stages" / "01-red" / ("model" if tuner == "full" else "adapter")
+    [file] = folder.glob("*.safetensors")
+    saved = load_file(file)
+    [reference] = references
+    assert reference
+    for name, tensor in reference.items():
+        if name != "lm_head.weight":  # tied
+            assert torch.equal(tensor, saved[name.replace(".ref.", ".")]), name
 
 
 @pytest.mark.parametrize(

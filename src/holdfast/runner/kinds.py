@@ -21,6 +21,10 @@ TUNERS = ("full", "freeze", "lora", "ia3", "adapter")
 """The tuners whose weights are part of the modules that TRL's losses go through."""
 
 
+REFERRED = ("full", "freeze", "lora")
+"""The tuners with which grpo has a reference, which TRL keeps in a second model or in a second adapter."""
+
+
 def check_kinds(
     tasks: Sequence[Task], methods: Sequence[Method], tuner: str, config: RunConfig, max_length: int
 ) -> None:
@@ -46,6 +50,8 @@ def check_kinds(
             )
         if tuner not in TUNERS:
             raise ConfigError(f"tuner: {what}, which works with {', '.join(TUNERS)}, not with {tuner}")
+        if task.kind == "grpo" and task.options.get("beta") and tuner not in REFERRED:
+            raise ConfigError(f"task {task.name!r}: options.beta: works with {', '.join(REFERRED)}, not with {tuner}")
         for method in methods:
             if reason := _refusal(method, task):
                 raise ConfigError(f"method {method.name}: {what}, and {reason}")
@@ -62,6 +68,8 @@ def _refusal(method: Method, task: Task) -> str:
         return "it works on the task's rows in each batch, which are none of the next-token loss there"
     if reads:
         return "it reads what the model makes of the task's rows, which TRL's trainer does not hand on"
+    if task.kind == "grpo" and task.options.get("beta") and "lora" in method.tuners:
+        return "it wants the LoRA adapter alone, beside which options.beta keeps the reference; leave beta out"
     if method.needs_rows and task.kind == "grpo" and not all(example.answered for example in task.train):
         return (
             "it reads the answers of a task's rows, and these have none (a column answer); a method such as si, or one "

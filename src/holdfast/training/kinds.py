@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from holdfast.api.task import Kind
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.models.head import base
+from holdfast.training.frozen_adapters import REFERENCE
 from holdfast.training.trainer import continual
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ OWN: dict[str, dict[str, str]] = {
         "max_length": "use data.max_length",
     },
     "grpo": {
-        "beta": "its reference would be the model before the run, not the stage's start; methods keep the model near",
+        "sync_ref_model": "the reference is the model as the stage began",
         "num_iterations": "a stopped stage could not go on between two steps on the same answers",
         "steps_per_generation": "answers are written for each step, so that a stopped stage goes on exactly",
         "generation_batch_size": "it is training.batch_size",
@@ -155,6 +156,8 @@ def make_trainer(
         trainer = trainer_class(kind)(train_dataset=Dataset.from_list(list(rows)), **given, **continual_arguments)
     if kind == "grpo":
         trainer.prompt_tokens = prompt_tokens
+        if trainer.ref_model is not None:  # TRL has read it from the model's folder
+            trainer.ref_model.load_state_dict(base(model).state_dict())
     else:
         trainer.ref_model = None  # its likelihoods are in the rows
     return trainer
@@ -190,11 +193,11 @@ def _with_mismatched(rows: Sequence[Mapping[str, Any]], args: TrainingArguments)
 
 
 @contextmanager
-def as_before(model: nn.Module) -> Iterator[None]:
+def as_before(model: Any) -> Iterator[None]:
     """Inside, a trainer of TRL works with a model; afterwards, what it has changed beside the weights is as it was.
 
     TRL replaces the forward pass, takes dropout out and changes the configuration, which the next stage would keep
-    until it were stopped and went on.
+    until it were stopped and went on. An adapter that it keeps as grpo's reference is removed.
     """
     inner: Any = base(model)
     forward = vars(inner).get("forward")
@@ -204,6 +207,9 @@ def as_before(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        if REFERENCE in getattr(model, "peft_config", {}):
+            model.delete_adapter(REFERENCE)
+            del model._holdfast_reference
         for name, value in (("forward", forward), ("model_tags", tags)):
             if value is not None:
                 setattr(inner, name, value)
