@@ -453,3 +453,10 @@ def test_each_kind_learns_what_it_is_measured_by(kind, tmp_path):
     (folder / "test.json").write_text((folder / "train.json").read_text())
     [[before], [after]] = done(config)["scores"]
     assert after > 0.7 > before
+
+
+def test_answers_that_are_all_worth_the_same_stop_no_run(tmp_path, caplog):
+    """No weight moves, so that the penalty on moving is zero in all steps."""
+    config = stream_of(tmp_path, "grpo", tuner="full", method="si")  # no answer of this model is right
+    assert [row[1] for row in done(config)["scores"]] == [0, 0, 0]
+    assert "stage 2 (grpo): the loss term 'si' was exactly zero in all 4 steps" in caplog.text

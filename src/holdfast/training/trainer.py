@@ -261,9 +261,12 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
     renew_optimizer(trainer)
     if state.general_loss_before is None and not state.is_run:  # of which nobody asks for a forgetting_report
         state.general_loss_before = _general_loss(trainer)
+    declared = [name for method in state.methods for name in method.declares(stage)]
+    # Answers that are all worth the same move no weight, so that a distance from past weights stays zero.
+    rewarded = declared if hasattr(trainer, "reward_funcs") else []
     state.terms = Terms(
-        (name for method in state.methods for name in method.declares(stage)),
-        may_rest=(name for method in state.methods for name in method.may_rest(stage)),
+        declared,
+        may_rest=[*rewarded, *(name for method in state.methods for name in method.may_rest(stage))],
         may_be_absent=(name for method in state.methods for name in method.may_be_absent(stage)),
     )
     if checkpoint is not None:
