@@ -11,6 +11,7 @@ table grows over several machines and days. `holdfast sweep SWEEP.yaml` does the
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import time
@@ -20,7 +21,7 @@ from typing import Any
 from holdfast.lab.derived import interval
 from holdfast.runner.loop import run
 from holdfast.sweep.plan import PlannedRun, expand, load_sweep
-from holdfast.system.files import read_json, write_text
+from holdfast.system.files import read_json
 from holdfast.system.progress import Progress
 from holdfast.system.quiet import silence_libraries
 
@@ -87,28 +88,30 @@ def facts(sweep: str, planned: PlannedRun) -> dict[str, Any]:
 
 
 def show() -> None:
-    """Print a table of each sweep, means over its seeds, and write it as table.csv."""
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """Print the table, means over seeds, and write it as table.csv."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines():
-        columns = {key: value for key, value in line["columns"].items() if key != "seed"}
-        rows.setdefault((line["sweep"], json.dumps(columns, sort_keys=True)), []).append(line)
-    heads = ["sweep", "run", "seeds", "learned", "average", "backward_transfer", "general", "minutes", "GiB"]
-    table = [",".join(heads)]
-    for (sweep, columns), same in rows.items():
-        cells = [sweep, columns.replace('"', "'"), str(len(same))]
-        cells += [spread([one["summary"][key] for one in same]) for key in ("learned", "average", "backward_transfer")]
-        names = same[0]["general"]
-        cells.append("; ".join(f"{name} {spread([change(one, name) for one in same])}" for name in names))
+        method = line["columns"]["method"]
+        groups.setdefault((line["sweep"], method if isinstance(method, str) else json.dumps(method)), []).append(line)
+    abilities = list(dict.fromkeys(name for line in lines() for name in line["general"]))
+    figures = ["learned", "average", "forgetting", "backward_transfer"]
+    table = [["sweep", "method", "seeds", *figures, *(f"change of {name}" for name in abilities), "minutes", "GiB"]]
+    for (sweep, method), same in groups.items():
+        cells = [sweep, method, str(len(same))]
+        cells += [spread([one["summary"][key] for one in same]) for key in figures]
+        cells += [spread([change(one, name) for one in same]) for name in abilities]
         cells.append(spread([sum(one["seconds"].values()) / 60 for one in same]))
         cells.append(spread([one["peak_memory_gib"] for one in same]))
+        table.append(cells)
+    for cells in table:
         print(" | ".join(cells))
-        table.append(",".join(f'"{cell}"' for cell in cells))
-    write_text(HERE / "table.csv", "\n".join(table) + "\n")
+    with (HERE / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(table)
 
 
 def change(line: dict[str, Any], name: str) -> float | None:
     """What a general ability changed by; of a perplexity, of its logarithm, in nats a token."""
-    first, last = line["general"][name]
+    first, last = line["general"].get(name, (None, None))
     if first is None or last is None:
         return None
     return math.log(last / first) if name.startswith("perplexity") else last - first

@@ -65,6 +65,7 @@ def movement(folder, method, options, micro, tuner="full"):
                 "gradient_accumulation_steps": 8 // micro,
                 "max_grad_norm": 0,
                 "optim": "sgd",
+                "optim_args": "momentum=0.9" if any(one.needs_momentum for one in methods) else None,
                 "learning_rate": 0.3,
             },
         )

@@ -131,7 +131,7 @@ def test_what_the_arguments_say_stays_while_a_method_trains(tmp_path):
     """DDP is told for the time of training alone that it need not look for unused parameters."""
 
     class Look(Method):
-        name = "look"
+        name = "look_at_ddp"
 
         def extra_rows(self, step):
             seen.append(handler.find_unused_parameters)

@@ -25,7 +25,7 @@ class MoFO(Method):
     """
 
     name = "mofo"
-    turn = -3  # before methods that read the weights after a step
+    turn = -4  # before methods that read the weights after a step
 
     class Options(Section):
         fraction: float = Field(
