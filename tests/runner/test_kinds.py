@@ -83,7 +83,7 @@ def prepared(config):
 @pytest.mark.parametrize(
     ("tuner", "points"),
     [
-        ("full", [("step", 6), ("step", 4)]),  # in the stages of KTO and GRPO
+        pytest.param("full", [("step", 6), ("step", 4)], marks=pytest.mark.slow),  # in the stages of KTO and GRPO
         ({"name": "lora", "r": 2, "lora_dropout": 0.2}, [("step", 4), ("step", 5)]),  # of DPO and GRPO
     ],
     ids=["full", "lora"],
