@@ -25,6 +25,13 @@ from support.tiny import tiny_config, tiny_model
 QUIET = Progress(quiet=True)
 
 
+def configured(folder):
+    """A run of the tiny model that measures the shift as runs do by themselves."""
+    config = tiny_config(folder)
+    del config["evaluation"]["shift"]
+    return config
+
+
 def shifts(path):
     return [read_json(file).get("shift") for file in sorted(path.glob("stages/*/stage.json"))]
 
@@ -81,7 +88,7 @@ def test_it_estimates_the_divergence_over_all_responses(tmp_path, monkeypatch):
 
 
 def test_a_run_has_it_for_each_stage_and_shows_it(tmp_path):
-    config = tiny_config(tmp_path)
+    config = configured(tmp_path)
     for name, rate in (("slow", 1e-4), ("fast", 3e-2)):
         config |= {"output": str(tmp_path / name)}
         config["training"] |= {"learning_rate": rate}
@@ -97,7 +104,7 @@ def test_a_run_has_it_for_each_stage_and_shows_it(tmp_path):
 
 
 def test_a_stage_without_prompts_or_with_none_wanted_has_none(tmp_path):
-    config = tiny_config(tmp_path)
+    config = configured(tmp_path)
     config["evaluation"] |= {"shift": 0}
     run(config, QUIET)
     assert shifts(tmp_path / "run") == [None] * 3 and read_run(tmp_path / "run").shift is None
@@ -105,7 +112,7 @@ def test_a_stage_without_prompts_or_with_none_wanted_has_none(tmp_path):
 
 @pytest.mark.parametrize("texts", ["texts", "scores"])
 def test_a_killed_run_compares_with_the_same_responses(tmp_path, texts):
-    config = tiny_config(tmp_path)
+    config = configured(tmp_path)
     config["evaluation"] |= {"responses": texts}
     config["training"] |= {"save_every": 2}
     run(config | {"output": str(tmp_path / "whole")}, QUIET)
