@@ -47,6 +47,13 @@ def train(model, method, index=1, steps=12, optimizer="adamw", seed=None):
     trained = [p for p in model.parameters() if p.requires_grad]
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
     stepper = kind(trained, lr=2e-2, weight_decay=0.1)
+    take_steps(stage, method, stepper, rows, steps)
+    return before, dense(model)
+
+
+def take_steps(stage, method, stepper, rows, steps):
+    """The steps and the end of a stage that has begun, without a Trainer."""
+    model = stage.model
     for i in range(steps):
         stepper.zero_grad()
         model(**stage.collate(rows[i % 4 : i % 4 + 4])).loss.backward()
@@ -56,7 +63,6 @@ def train(model, method, index=1, steps=12, optimizer="adamw", seed=None):
         method.after_step(step, weights(model))
     method.final_weights(stage)
     method.after_stage(stage)
-    return before, dense(model)
 
 
 def leak(before, after, share):
@@ -257,16 +263,7 @@ def train_whole(model, method, index=1, steps=8, optimizer="adamw"):
     (before, rest), kind = whole(model), {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
     method.before_stage(stage)
     rates = {"lr": 2e-2, "weight_decay": 0.1} if optimizer == "adamw" else {"lr": 1.0, "weight_decay": 1e-3}
-    stepper = kind(model.parameters(), **rates)
-    for i in range(steps):
-        stepper.zero_grad()
-        model(**stage.collate(rows[i % 4 : i % 4 + 4])).loss.backward()
-        step = Step(stage, i, 4, 1, False)
-        method.after_backward(step, gradients(model))
-        stepper.step()
-        method.after_step(step, weights(model))
-    method.final_weights(stage)
-    method.after_stage(stage)
+    take_steps(stage, method, kind(model.parameters(), **rates), rows, steps)
     after, rest_after = whole(model)
     assert all(torch.equal(t, rest_after[name]) for name, t in rest.items()), "embeddings or norms moved"
     return before, after

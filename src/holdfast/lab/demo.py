@@ -69,12 +69,28 @@ def run_demo(output: Path, seed: int, console: Console) -> list[Path]:
     model = output / f"model-{seed}"
     if not model.exists():
         make_model(model, seed, progress)
-    runs = []
-    for name, method in METHODS.items():
+    configs = {name: configuration(model, output / f"{name}-{seed}", seed, method) for name, method in METHODS.items()}
+    return run_and_compare(configs, output / f"report-{seed}.html", started, progress, console)
+
+
+def run_and_compare(
+    configs: dict[str, dict[str, Any]], page: Path, started: float, progress: Progress, console: Console
+) -> list[Path]:
+    """Do the runs of a demo that are not done, print their table and write their page.
+
+    Args:
+        configs: of the runs, by the names that are shown.
+        page: gets the comparison.
+        started: when the demo began, by ``time.monotonic``.
+
+    Returns:
+        the runs' directories.
+    """
+    for name, config in configs.items():
         progress.line(f"\n{name}")
-        runs.append(output / f"{name}-{seed}")
-        run(load_config(configuration(model, runs[-1], seed, method)), progress)
-    page = write_report(runs, output / f"report-{seed}.html")
+        run(load_config(config), progress)
+    runs = [Path(config["output"]) for config in configs.values()]
+    write_report(runs, page)
     print_table(runs, console)
     console.print(f"The page that compares them: {page}", soft_wrap=True)
     progress.line(f"All of it took {(time.monotonic() - started) / 60:.1f} minutes.")

@@ -14,15 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
-from holdfast.config.run import load_config
 from holdfast.data.streams.chronicle.stream import chronicle
 from holdfast.errors import ConfigError
+from holdfast.lab.demo import run_and_compare
 from holdfast.models.convert.gguf import convert_gguf
 from holdfast.rehearsal.replay import replay
 from holdfast.rehearsal.request import SampleOptions
-from holdfast.report import write_report
-from holdfast.report.terminal import print_table
-from holdfast.runner.loop import run
 from holdfast.system.files import write_jsonl
 from holdfast.system.progress import Progress
 
@@ -79,17 +76,12 @@ def run_real_demo(output: Path, seed: int, console: Console, model: Path | None 
             seed=seed,
             on_progress=lambda done, total: bar.update(done, total=total),
         )
-    runs = []
-    for name, method in METHODS.items():
-        progress.line(f"\n{name}")
-        runs.append(output / f"{name}-{seed}")
-        stream = {"tasks": [{"name": task, "path": str(data / task)} for task in tasks]}
-        run(load_config(configuration(model, stream, own, runs[-1], seed, method)), progress)
-    page = write_report(runs, output / f"report-{seed}.html")
-    print_table(runs, console)
-    console.print(f"The page that compares them: {page}", soft_wrap=True)
-    progress.line(f"All of it took {(time.monotonic() - started) / 60:.1f} minutes.")
-    return runs
+    stream = {"tasks": [{"name": task, "path": str(data / task)} for task in tasks]}
+    configs = {
+        name: configuration(model, stream, own, output / f"{name}-{seed}", seed, method)
+        for name, method in METHODS.items()
+    }
+    return run_and_compare(configs, output / f"report-{seed}.html", started, progress, console)
 
 
 def get_model(folder: Path, package: Path, progress: Progress) -> None:
