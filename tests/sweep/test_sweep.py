@@ -74,6 +74,21 @@ def test_a_grid_changes_any_key_and_several_grids_are_all_run(tmp_path):
     assert expand(load_sweep(tiny_sweep(tmp_path, grid={})))[0].name == "run"
 
 
+def test_a_base_gives_what_a_file_does_not_say(tmp_path):
+    def names(below: Any, **own: Any) -> list[str]:
+        (tmp_path / "below.yaml").write_text(yaml.safe_dump(tiny_sweep(tmp_path, grid=below)))
+        runs = expand(load_sweep(write(tmp_path, {"base": "below.yaml", "run": {"training.epochs": 7}} | own)))
+        assert {run.config.training.epochs for run in runs} == {7}
+        return [run.name for run in runs]
+
+    few, seeds = {"method": ["ewc"]}, {"seed": [0, 1]}
+    assert names(few, grid=seeds) == ["method=ewc,seed=0", "method=ewc,seed=1"]
+    assert names([few, seeds]) == ["method=ewc", "seed=0", "seed=1"]
+    assert names([few], grid=seeds) == names(few, grid=[seeds]) == ["seed=0", "seed=1"]
+    with pytest.raises(ConfigError, match=r"sweep\.yaml: base: run of a sweep with a base, and .*, must be mappings"):
+        names(few, run=["training.epochs=7"])
+
+
 def test_wrong_sweeps_are_told(tmp_path):
     values = tiny_sweep(tmp_path)
     with pytest.raises(ConfigError, match=r"gird: unknown key; did you mean 'grid'"):

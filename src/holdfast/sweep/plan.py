@@ -133,7 +133,8 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: list[str] | None 
     """Read a sweep: a YAML file or the mapping that it holds, with ``key.path=value`` changes.
 
     A file may name another file as its ``base``. Then its ``run`` holds changes to the base's run ({dotted key:
-    value}), its ``grid`` replaces or adds columns, and its other keys replace those of the base.
+    value}), its ``grid`` replaces or adds columns (or, where one of the two is a list of grids, replaces the base's),
+    and its other keys replace those of the base.
 
     Raises:
         ConfigError: a key is unknown, missing or wrong; the message names it and a near name.
@@ -156,11 +157,14 @@ def _read(path: Path) -> dict[str, Any]:
     if "base" not in values:
         return values
     below = _read(path.parent / str(values.pop("base")))
-    if not isinstance(below.get("run"), dict) or not isinstance(values.get("grid", {}), dict):
-        raise ConfigError(f"{path}: base: run and grid of a sweep with a base, and of its base, must be mappings")
-    for key, value in values.pop("run", {}).items():
+    changes, grids = values.pop("run", {}), [below.get("grid", {}), values.get("grid", {})]
+    if not isinstance(below.get("run"), dict) or not isinstance(changes, dict):
+        raise ConfigError(f"{path}: base: run of a sweep with a base, and of its base, must be mappings")
+    for key, value in changes.items():
         set_key(below["run"], key, value)
-    return below | values | {"grid": below.get("grid", {}) | values.get("grid", {})}
+    if all(isinstance(grid, dict) for grid in grids):
+        values["grid"] = grids[0] | grids[1]
+    return below | values
 
 
 def expand(sweep: Sweep, folder: Path | None = None) -> list[PlannedRun]:
