@@ -294,6 +294,26 @@ def test_the_reference_is_the_start_of_the_stage(tuner, tmp_path, monkeypatch):
             assert torch.equal(tensor, saved[name.replace(".ref.", ".")]), name
 
 
+def test_each_process_writes_answers_of_its_own(tmp_path, monkeypatch):
+    """The answers to one prompt may be divided among processes, where the same numbers would write them twice."""
+    drawn = {}
+
+    def watched(kind, *args, **options):
+        trainer, rng = make_trainer(kind, *args, **options), torch.get_rng_state()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trl.GRPOTrainer, "_prepare_inputs", lambda *_: torch.initial_seed())
+            for rank in (0, 1):
+                patch.setattr(type(trainer.accelerator), "process_index", rank)
+                drawn[rank] = [trainer._prepare_inputs([]) for _ in range(2)]
+        assert torch.equal(torch.get_rng_state(), rng)
+        return trainer
+
+    monkeypatch.setattr(stages, "make_trainer", watched)
+    done(stream_of(tmp_path, "grpo"), "training.max_steps=1")
+    (first, again), (other, _) = drawn.values()
+    assert first == again != other
+
+
 @pytest.mark.parametrize(
     ("kind", "row", "reason"),
     [

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import TrainingArguments
 
@@ -20,6 +19,7 @@ from holdfast.errors import ConfigError, did_you_mean
 from holdfast.models.head import base
 from holdfast.training.frozen_adapters import REFERENCE
 from holdfast.training.trainer import continual
+from holdfast.tuners.lora_factors import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,9 +114,12 @@ def trainer_class(kind: Kind) -> Any:
             return [self.prompt_tokens(prompt) for prompt in prompts], None, {}
 
         def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
-            """Write answers from random numbers that depend on stage and step alone."""
-            with torch.random.fork_rng():
-                torch.manual_seed(random.Random(f"{self.args.seed}/{self.state.global_step}").getrandbits(63))
+            """Write answers from random numbers that depend on stage, step and rank alone.
+
+            The answers to a prompt may be divided among the processes, where the same numbers would write them twice.
+            """
+            seed = f"{self.args.seed}/{self.state.global_step}/{self.accelerator.process_index}"
+            with seeded(random.Random(seed)):
                 return super()._prepare_inputs(*args, **kwargs)
 
     return continual(GeneratingTrainer if kind == "grpo" else StageTrainer)
