@@ -16,6 +16,7 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.scoring import find
 from holdfast.scoring.reward import reward_function, rewards
 from holdfast.training.kinds import check_options, completion_length
+from holdfast.training.requirements import reads_outputs, works_on_batches
 
 TUNERS = ("full", "freeze", "lora", "ia3", "adapter")
 """The tuners whose weights are part of the modules that TRL's losses go through."""
@@ -63,10 +64,9 @@ def _refusal(method: Method, task: Task) -> str:
         return "all tasks would be one stage, which has one kind; learn them one after another"
     if method.schedule == "none":
         return ""
-    reads = type(method).loss_terms is not Method.loss_terms and method.reads_outputs
-    if method.needs_token_batches or type(method).loss_weights is not Method.loss_weights:
+    if works_on_batches(method):
         return "it works on the task's rows in each batch, which are none of the next-token loss there"
-    if reads:
+    if reads_outputs(method):
         return "it reads what the model makes of the task's rows, which TRL's trainer does not hand on"
     if task.kind == "grpo" and task.options.get("beta") and "lora" in method.tuners:
         return "it wants the LoRA adapter alone, beside which options.beta keeps the reference; leave beta out"

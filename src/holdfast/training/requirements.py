@@ -84,8 +84,8 @@ def check_batches(methods: Sequence[Method], first: Callable[[], Any]) -> None:
         ConfigError: a method works on the task's rows in the batches, or reads the outputs of the task's forward pass,
             and there are none.
     """
-    reading = [m for m in methods if m.reads_outputs and type(m).loss_terms is not Method.loss_terms]
-    on_rows = [m for m in methods if m.needs_token_batches or type(m).loss_weights is not Method.loss_weights]
+    reading = [method for method in methods if reads_outputs(method)]
+    on_rows = [method for method in methods if works_on_batches(method)]
     if not reading and not on_rows:
         return
     batch = first()
@@ -98,6 +98,16 @@ def check_batches(methods: Sequence[Method], first: Callable[[], Any]) -> None:
             f"method {reading[0].name}: reads what the model makes of the task's rows, and this trainer does not hand "
             "that on; a method that changes weights or gradients, or whose rows go beside the task's, would do"
         )
+
+
+def reads_outputs(method: Method) -> bool:
+    """Whether a method reads the outputs of the task's forward pass for terms of its own."""
+    return method.reads_outputs and type(method).loss_terms is not Method.loss_terms
+
+
+def works_on_batches(method: Method) -> bool:
+    """Whether a method works on the task's rows within a trainer's batches, or weighs their tokens."""
+    return method.needs_token_batches or type(method).loss_weights is not Method.loss_weights
 
 
 def _other_loss(model: nn.Module) -> str:

@@ -24,6 +24,7 @@ from holdfast.training.batches import is_token_batch, list_row_numbers
 from holdfast.training.cost import Cost
 from holdfast.training.extra_rows import ExtraRows
 from holdfast.training.loss_weights import aligned_logits, check_plain_loss, combined_weights, has_logits, weighted_nll
+from holdfast.training.requirements import reads_outputs
 from holdfast.training.terms import Terms
 
 
@@ -145,8 +146,7 @@ class ContinualState:
         """Whether a method needs the outputs of the task's forward pass, which some trainers make only on demand."""
         if self.any_overrides("loss_weights"):
             return True
-        own_terms = (m for m in self.methods if type(m).loss_terms is not Method.loss_terms)
-        return any(m.reads_outputs for m in own_terms) or any(
+        return any(map(reads_outputs, self.methods)) or any(
             extra.way == "task" for extra in self.extra_rows.by_method.values()
         )
 
