@@ -68,7 +68,7 @@ def combined_weights(methods: Sequence[Method], step: Step, batch: Batch, output
     return product
 
 
-def check_plain_loss(loss: Tensor, logits: Tensor, labels: Tensor, factor: float, names: str) -> None:
+def check_plain_loss(loss: Tensor, logits: Tensor, labels: Tensor, factor: Tensor | float, names: str) -> None:
     """Check that Trainer's loss is the next-token loss that is to be weighed.
 
     Args:
@@ -77,7 +77,7 @@ def check_plain_loss(loss: Tensor, logits: Tensor, labels: Tensor, factor: float
     Raises:
         ConfigError: it is another one.
     """
-    plain = factor * float(token_nll(logits.detach(), labels).sum())
+    plain = float(factor * token_nll(logits.detach(), labels).sum())
     if abs(float(loss.detach()) - plain) > NEAR * abs(plain) + 1e-6:
         raise ConfigError(
             f"method {names}: weighs the tokens of the next-token loss, and this trainer's loss is another one "

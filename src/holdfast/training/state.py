@@ -159,7 +159,9 @@ class ContinualState:
         self.step = Step(stage=self.stage, index=index, rows=rows, micro_batches=micro_batches, logged=logged)
         return self.step
 
-    def weighted_loss(self, loss: Tensor, model: Any, batch: Any, outputs: Any, longest: int, factor: float) -> Tensor:
+    def weighted_loss(
+        self, loss: Tensor, model: Any, batch: Any, outputs: Any, longest: int, factor: Tensor | float
+    ) -> Tensor:
         """The task's loss with the methods' weights.
 
         Where Trainer's loss made no logits of every token, as with a fused head, the rows pass through the model again.

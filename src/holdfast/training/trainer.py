@@ -397,19 +397,17 @@ def _mean_loss(trainer: Any, loss: Tensor, inputs: Any, num_items_in_batch: Any)
     """The mean over a micro-batch's own tokens of a loss that Trainer takes for a share of the step's mean."""
     if num_items_in_batch is None or not is_token_batch(inputs):
         return loss.detach() * trainer._holdfast.micro_batches
-    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-    return loss.detach() * num_items_in_batch / (processes * supervised_tokens(inputs["labels"]).clamp(min=1))
+    factor = _loss_factor(trainer, inputs, num_items_in_batch, scaled=True)
+    return loss.detach() / (factor * supervised_tokens(inputs["labels"]).clamp(min=1))
 
 
-def _loss_factor(trainer: Any, inputs: Any, num_items_in_batch: Any, scaled: bool) -> float:
-    """What Trainer multiplies the sum of a micro-batch's token losses by, to get the loss."""
-    tokens = max(int(supervised_tokens(inputs["labels"])), 1) if is_token_batch(inputs) else 1
-    if not scaled:
-        return 1 / tokens
-    if num_items_in_batch is None:
-        return 1 / (tokens * trainer._holdfast.micro_batches)
-    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-    return float(processes / num_items_in_batch)
+def _loss_factor(trainer: Any, inputs: Any, num_items_in_batch: Any, scaled: bool) -> Tensor | float:
+    """What Trainer multiplies the sum of a micro-batch's token losses by, to get the loss; nothing waits for a GPU."""
+    if scaled and num_items_in_batch is not None:
+        processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+        return processes / num_items_in_batch
+    tokens = supervised_tokens(inputs["labels"]).clamp(min=1) if is_token_batch(inputs) else 1
+    return 1 / (tokens * trainer._holdfast.micro_batches if scaled else tokens)
 
 
 def _general_loss(trainer: Any) -> float | None:
