@@ -18,7 +18,7 @@ from holdfast.runner import stage as stages
 from holdfast.runner.evaluate import evaluate
 from holdfast.runner.kinds import prompt_tokens, reward_of, trained_rows
 from holdfast.runner.setup import prepare, resolve
-from holdfast.runner.stage import stage_seed
+from holdfast.runner.stage import check_training, stage_seed
 from holdfast.scoring.reward import rewards
 from holdfast.system.progress import Progress
 from holdfast.training.kinds import make_trainer
@@ -395,12 +395,26 @@ def test_what_cannot_work_is_refused_before_the_run(changes, reason, tmp_path):
     ],
 )
 def test_options_of_a_kind(kind, options, reason, tmp_path):
-    from holdfast.runner.stage import check_training
-
     config = stream_of(tmp_path, kind)
     config["stream"]["tasks"][1]["options"] = options
     with pytest.raises(ConfigError, match=reason):
         check_training(prepared(config))
+
+
+@pytest.mark.parametrize(
+    ("training", "reason"),
+    [
+        ({"micro_batch_size": 1}, "training.micro_batch_size: task 'kto' is of kind kto, .* at least 2 rows"),
+        ({"arguments": {"train_sampling_strategy": "random"}}, "train_sampling_strategy: .* leave it out"),
+    ],
+)
+def test_rows_that_kto_could_not_mismatch_are_refused_before_the_run(training, reason, tmp_path):
+    config = stream_of(tmp_path, "kto")
+    config["training"] |= training
+    with pytest.raises(ConfigError, match=reason):
+        check_training(prepared(config))
+    config["stream"]["tasks"][1]["options"]["loss_type"] = "apo_zero_unpaired"  # which mismatches none
+    check_training(prepared(config))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from holdfast.records.directory import learned_stages
 from holdfast.runner.kinds import prompt_tokens, reward_of, trained_rows
 from holdfast.runner.plan import PlannedStage
 from holdfast.training.arguments import training_arguments
-from holdfast.training.kinds import as_before, config_class, make_trainer, own_arguments
+from holdfast.training.kinds import as_before, check_mismatched, config_class, make_trainer, own_arguments
 from holdfast.training.settings import check_settings
 from holdfast.training.state import RunContext
 from holdfast.training.trainer import ContinualTrainer
@@ -170,7 +170,10 @@ def check_training(setup: Setup) -> None:
     alone = replace(setup, training=[one.model_copy(update={"engine": None}) for one in setup.training])
     for stage, steps in zip(setup.stages, setup.steps, strict=True):
         if stage.index not in setup.past.finished:
-            check_settings(arguments(alone, stage, Path("checkpoint")), steps, needs_momentum)
+            args = arguments(alone, stage, Path("checkpoint"))
+            if stage.tasks[0].kind == "kto":
+                check_mismatched(stage.tasks[0].name, args)
+            check_settings(args, steps, needs_momentum)
 
 
 def stage_seed(seed: int, stage: int) -> int:

@@ -85,6 +85,24 @@ def check_options(task: str, kind: Kind, options: Mapping[str, Any]) -> None:
             raise ConfigError(f"{where}: TRL's {NAMES[kind]}Config has no such field{did_you_mean(key, known)}")
 
 
+def check_mismatched(task: str, args: Any) -> None:
+    """Check that a kto stage can give each row the answer of another one of its micro-batch.
+
+    Args:
+        args: a KTOConfig.
+
+    Raises:
+        ConfigError: a micro-batch has one row, or its rows would not stay together.
+    """
+    if args.loss_type == "apo_zero_unpaired":  # the loss that has no reference point
+        return
+    why = f"task {task!r} is of kind kto, which compares each row with the answers of others in its micro-batch"
+    if args.per_device_train_batch_size < 2:
+        raise ConfigError(f"training.micro_batch_size: {why}; a process needs at least 2 rows of a batch")
+    if args.train_sampling_strategy != "sequential":
+        raise ConfigError(f"training.arguments.train_sampling_strategy: {why}; leave it out")
+
+
 def own_arguments(kind: Kind, options: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     """What a run sets of a kind's configuration, whose options the user gives."""
     match kind:
