@@ -70,6 +70,23 @@ def test_so_many_weights_of_each_tensor_move_in_a_step(optim, tmp_path):
         assert 0 < int((p != q).sum()) <= max(1, int(0.1 * p.numel()))
 
 
+def test_a_weight_without_momentum_stays_though_weight_decay_would_move_it(tmp_path):
+    """Almost all may move, and the embeddings of tokens that no row has never got a gradient."""
+    rows, start = tiny_rows(16), tiny_model(tie_word_embeddings=False).model.embed_tokens.weight
+    unseen = sorted(set(range(len(start))) - {token for row in rows for token in row["input_ids"]})
+    args = {"max_steps": 2, "learning_rate": 0.1, "weight_decay": 0.5}
+    ours = trained(
+        tmp_path,
+        model=tiny_model(tie_word_embeddings=False),
+        rows=rows,
+        args=args,
+        method={"name": "mofo", "fraction": 0.999},
+    )
+    after = ours.model.model.embed_tokens.weight
+    assert unseen and torch.equal(after[unseen], start[unseen])
+    assert not torch.equal(after, start)
+
+
 def test_an_optimizer_without_momentum_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"keeps no moving average of the gradients, .*; adamw_torch, or sgd with"):
         trained(tmp_path, args={"optim": "sgd"}, method="mofo")

@@ -53,22 +53,24 @@ class MoFO(Method):
         sizes = step.momentum()
         sizes = sizes.like({name: m.detach().float().abs() for name, m in sizes.tensors.items()})
         least = kth_largest(sizes, self.options.fraction)
-        moved = {}
-        for name, t in weights.tensors.items():
+        for name, before in self.before.tensors.items():
             size = sizes.tensors[name]
-            moved[name] = torch.where((size >= least[name]) & (size > 0), t, self.before.tensors[name])
-        weights.copy_(weights.like(moved))
+            before.copy_(torch.where((size >= least[name]) & (size > 0), weights.tensors[name], before))
+        weights.copy_(self.before)
         self.before = None
 
 
-def kth_largest(vector: Shards, fraction: float) -> dict[str, float]:
+def kth_largest(vector: Shards, fraction: float) -> dict[str, Tensor]:
     """The k-th largest entry of each tensor, with k the share ``fraction`` of its entries, rounded down, at least 1.
 
     Args:
         vector: float32, no entry below 0. Of tensors that are divided among processes, the entry is that of the whole.
             It is found bit by bit, with one small sum over the processes for each bit and for all of them.
+
+    Returns:
+        float32 scalars by name; those of divided tensors lie on the CPU.
     """
-    found: dict[str, float] = {}
+    found: dict[str, Tensor] = {}
     divided: list[tuple[str, Tensor]] = []
     wanted: list[int] = []
     for name, t in vector.tensors.items():
@@ -78,14 +80,14 @@ def kth_largest(vector: Shards, fraction: float) -> dict[str, float]:
             divided.append((name, t.contiguous().view(torch.int32)))
             wanted.append(rank)
         else:
-            found[name] = float(t.flatten().kthvalue(size - rank + 1).values)
+            found[name] = t.flatten().kthvalue(size - rank + 1).values
     if not divided:
         return found
     least = torch.zeros(len(divided), dtype=torch.int64)
     for bit in reversed(range(BITS)):
         higher = least + (1 << bit)
-        counts = [int((bits >= at).sum()) for at, (_, bits) in zip(higher.tolist(), divided, strict=True)]
-        enough = Process.this().all_reduce_sum(torch.tensor(counts, dtype=torch.float64)) >= torch.tensor(wanted)
+        counts = torch.stack([(bits >= at).sum() for at, (_, bits) in zip(higher.tolist(), divided, strict=True)])
+        enough = Process.this().all_reduce_sum(counts.double().cpu()) >= torch.tensor(wanted)
         least = torch.where(enough, higher, least)
-    values = least.to(torch.int32).view(torch.float32).tolist()
+    values = least.to(torch.int32).view(torch.float32)
     return found | {name: value for (name, _), value in zip(divided, values, strict=True)}
