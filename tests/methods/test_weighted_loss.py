@@ -96,6 +96,24 @@ def test_the_temperature_of_talr_goes_on_after_a_restart(tmp_path):
     again = TALR()
     load_states([again], tmp_path, tiny_model())
     assert again.tau == method.tau
+    given = TALR(temperature=0.7)
+    load_states([given], tmp_path, tiny_model())
+    assert given.tau == 0.7
+
+
+def test_the_temperature_of_talr_is_of_rows_with_an_answer_and_above_zero():
+    model, rows = sharp(), tiny_rows(5)
+    rows[2] = rows[2] | {"labels": [-100] * len(rows[2]["labels"])}
+    method, batch = TALR(), pad_rows(rows)
+    stage, step = step_of(model, rows)
+    method.before_stage(stage)
+    first = method.tau
+    method.loss_weights(step, batch, outputs_of(model, batch))
+    method.after_step(step, None)
+    assert method.tau == pytest.approx(first, rel=1e-5)  # both over the four rows
+    method.means = [0.0] * 3  # all is known by heart
+    method.after_step(step, None)
+    assert method.loss_weights(step, batch, outputs_of(model, batch)).isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [None, 0.7])

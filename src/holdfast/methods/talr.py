@@ -82,7 +82,7 @@ class TALR(Method):
         return {"tau": self.tau}
 
     def load_state(self, state: State, model: nn.Module) -> None:
-        self.tau = of_shape(float, state["tau"], "tau")
+        self.tau = self.options.temperature or of_shape(float, state["tau"], "tau")
 
     def _set(self, means: Sequence[float]) -> None:
         """Take the temperature of the next step; without any row it stays."""
