@@ -104,17 +104,17 @@ class FinishedRun:
         return sum(seconds.values()) / 60 if seconds else None
 
     @cached_property
-    def shifts(self) -> dict[int, Shift]:
-        """How far each trained stage moved the model on its own prompts, by number, where that was measured."""
-        records = {n: read_json(f / "stage.json") for n, f in self.folders.items() if (f / "stage.json").exists()}
-        return {number: record["shift"] for number, record in sorted(records.items()) if "shift" in record}
+    def shifts(self) -> dict[int, Shift | None]:
+        """How far each trained stage moved the model on its own prompts, by number; None where none was measured."""
+        files = {number: folder / "stage.json" for number, folder in sorted(self.folders.items())}
+        return {number: read_json(file).get("shift") for number, file in files.items() if file.exists()}
 
     @property
     def shift(self) -> float | None:
         """The mean of :attr:`shifts`, nats a token; None where a stage lacks it, or there is none."""
-        trained = [folder for number, folder in self.folders.items() if number and (folder / "stage.json").exists()]
-        nats = [found["nats"] for found in self.shifts.values() if found["nats"] is not None]
-        return sum(nats) / len(nats) if nats and len(nats) == len(trained) else None
+        nats = [found["nats"] if found else None for found in self.shifts.values()]
+        known = [value for value in nats if value is not None]
+        return sum(known) / len(known) if known and len(known) == len(nats) else None
 
     @cached_property
     def stage_settings(self) -> list[dict[str, Any]]:
