@@ -52,7 +52,8 @@ class Method(Registered):
     turn: ClassVar[int] = 0
     """Methods that are applied together are called by their turns, those of one turn in the list's order, which then
     changes no more than rounding and the draws of dropout. Below 0: reads the weights and the loss's gradient before
-    others change them; 1: projects the gradient that the others have made."""
+    others change them; 1: projects the gradient that the others have made; 2: sets the weights that a stage ends with,
+    after all others."""
 
     reads_outputs: ClassVar[bool] = True
     """Whether :meth:`loss_terms` reads ``outputs``; some trainers compute them only on request."""

@@ -25,6 +25,11 @@ def prompt(row: Mapping[str, Any]) -> list[int]:
     return list(row["input_ids"][:first] if first > 1 else row["input_ids"])
 
 
+def count_supervised(row: TokenRow) -> int:
+    """How many tokens of a row are supervised; the first one never is, since nothing predicts it."""
+    return sum(label != IGNORED for label in row["labels"][1:])
+
+
 def learned(batch: Batch) -> int:
     """The number of the task's own rows in a batch, which come first: 0 if no token in it is supervised."""
     return len(batch["input_ids"]) if bool((batch["labels"] != IGNORED).any()) else 0

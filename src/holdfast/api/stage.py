@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Literal
 
-from holdfast.api.rows import Batch, TokenRow
+from holdfast.api.rows import Batch, TokenRow, count_supervised
 from holdfast.engines.process import Process
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Stage:
         total = [0.0] * len(rows)
         for rank, part in enumerate(process.gather(nats[: len(share)])):
             total[rank :: process.world] = part
-        return total, [sum(label != -100 for label in row["labels"][1:]) for row in rows]
+        return total, [count_supervised(row) for row in rows]
 
     def gradient(self, rows: Sequence[TokenRow]) -> Shards:
         """Gradient of the mean next-token loss over all supervised tokens of ``rows`` at the current weights.
@@ -152,7 +152,7 @@ class Stage:
 
         assert rows, "no rows"
         process, size = Process.this(), self.micro_batch_size
-        tokens = sum(label != -100 for row in rows for label in row["labels"][1:])
+        tokens = sum(map(count_supervised, rows))
         share = rows[process.rank :: process.world]
         for start in range(0, math.ceil(len(rows) / process.world), size):
             # A process without rows goes along, since the others may need its part of the weights.

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.api.method import Method, State
-from holdfast.api.rows import IGNORED, Batch, TokenRow
+from holdfast.api.rows import Batch, TokenRow, count_supervised
 from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.saved import saved_tensor
@@ -111,7 +111,7 @@ class DER(Method):
     def load_state(self, state: State, model: nn.Module) -> None:
         self.memory.load_state(state, model)
         lengths = of_shape(list[int], state.get("answers", []), "answers")
-        if lengths != [sum(label != IGNORED for label in row["labels"][1:]) for row in self.memory.rows]:
+        if lengths != [count_supervised(row) for row in self.memory.rows]:
             raise ValueError("answers: must be the number of answer tokens of each row")
         self.answers = []
         if not lengths:

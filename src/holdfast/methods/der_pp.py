@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from holdfast.api.rows import IGNORED, Batch
+from holdfast.api.rows import Batch, count_supervised
 from holdfast.api.stage import Extra, Rehearsed, Stage, Step
-from holdfast.losses import next_token_nll
+from holdfast.losses import next_token_nll, supervised_tokens
 from holdfast.methods.der import DER
 
 
@@ -49,7 +49,7 @@ class DERpp(DER):
             for purpose, weight in zip((self.name, f"{self.name}/replay"), weights, strict=True)
         ]
         dark, replayed = ([self.memory.rows[i] for i in part] for part in places)
-        self.tokens = (_tokens(dark), _tokens(replayed))
+        self.tokens = (sum(map(count_supervised, dark)), sum(map(count_supervised, replayed)))
         return Extra([*dark, *replayed], "beside", [*places[0], *(size + i for i in places[1])])
 
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
@@ -71,16 +71,11 @@ class DERpp(DER):
         return terms
 
 
-def _tokens(rows: list[Any]) -> int:
-    """Supervised tokens of rows."""
-    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
-
-
 def _part(rehearsed: Rehearsed, places: list[int], tokens: int, step: Step) -> Rehearsed:
     """Some of the rows of a micro-batch, as if they were all; ``tokens`` is how many such rows the whole step has."""
     assert rehearsed.logits is not None
     labels = rehearsed.labels[places]
-    here = int((labels[:, 1:] != IGNORED).sum())
+    here = int(supervised_tokens(labels))
     return replace(
         rehearsed,
         samples=[rehearsed.samples[i] for i in places],

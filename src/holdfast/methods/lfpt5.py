@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.api.method import Method, State
-from holdfast.api.rows import IGNORED, Batch, TokenRow
+from holdfast.api.rows import Batch, TokenRow, count_supervised
 from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.saved import saved_tensor
@@ -100,11 +100,11 @@ class LFPT5(Method):
             count = max(1, round(options.ratio * step.rows))
             samples = step.random("lfpt5/pseudo").choices(range(len(self.memory)), k=count)
             rows = [self.memory.rows[i] for i in samples]
-        self.tokens["pseudo"] = sum(map(_supervised, rows))
+        self.tokens["pseudo"] = sum(map(count_supervised, rows))
         if options.lm_weight:
             places = range(len(step.stage.rows) + len(self.memory))
             written = [self._written(step.stage, i) for i in step.random("lfpt5/lm").choices(places, k=step.rows)]
-            self.tokens["written"] = sum(map(_supervised, written))
+            self.tokens["written"] = sum(map(count_supervised, written))
             rows, samples = [*rows, *written], [*samples, *[WRITTEN] * len(written)]
         return Extra(rows, "beside", samples) if rows else None
 
@@ -154,7 +154,7 @@ class LFPT5(Method):
         if len(self.tasks) != len(self.lengths):
             raise ValueError("learned and longest: must have an entry for each past task")
         now, rows, answers = head(model), self.memory.rows, of_shape(list[int], state.get("answers", []), "answers")
-        if "before" in state and answers != [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]:
+        if "before" in state and answers != [count_supervised(row) for row in rows]:
             raise ValueError("answers: must be the number of answer tokens of each row")
         hidden = base(model).config.get_text_config().hidden_size
         before = saved_tensor(state, "before", sum(answers), hidden) if "before" in state else torch.zeros(0)
@@ -190,7 +190,3 @@ class LFPT5(Method):
         row = stage.rows[place] if sample < 0 else self.memory.rows[sample]
         writing = self.writings[-1 if sample < 0 else self.memory.tasks[sample]]
         return {key: tokens[: self.room] for key, tokens in writing.write(row).items()}
-
-
-def _supervised(row: TokenRow) -> int:
-    return sum(label != IGNORED for label in row["labels"][1:])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from holdfast.api.method import Method, State
-from holdfast.api.rows import IGNORED, TokenRow
+from holdfast.api.rows import TokenRow, count_supervised
 from holdfast.api.stage import Stage, Step
 from holdfast.config.keep import KeepConfig
 from holdfast.config.reading import validate
@@ -230,7 +230,7 @@ class Keep(Method, registered=False):
     def _base_loss(self, k: int) -> float:
         """The loss that constraint k began with, in nats a token."""
         places = self._places(k)
-        tokens = sum(label != IGNORED for i in places for label in self.samples.rows[i]["labels"][1:])
+        tokens = sum(count_supervised(self.samples.rows[i]) for i in places)
         return sum(self.base[i] for i in places) / tokens
 
     def _limit(self, k: int) -> float:

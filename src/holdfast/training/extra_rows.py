@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.api.method import Method
-from holdfast.api.rows import IGNORED, Batch, TokenRow, token_mask
+from holdfast.api.rows import Batch, TokenRow, count_supervised, token_mask
 from holdfast.api.stage import Extra, Rehearsed, Step
 from holdfast.data.collate import Collator, concat
 from holdfast.engines.pieces import is_divided
@@ -269,7 +269,7 @@ def _tokens(batch: Batch) -> tuple[int, int]:
 
 
 def _tokens_of_row(row: TokenRow) -> tuple[int, int]:
-    return sum(label != IGNORED for label in row["labels"][1:]), len(row["input_ids"])
+    return count_supervised(row), len(row["input_ids"])
 
 
 def _has_all(outputs: Any, request: Extra) -> bool:
