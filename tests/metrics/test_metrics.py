@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -279,7 +280,9 @@ def test_intervals_resample_the_same_examples_at_every_stage():
     assert result["average"][0] < result["average"][1]
 
 
-def test_intervals_equal_a_plain_loop_over_the_same_draws():
+@pytest.mark.parametrize("together", [1, 200, 100_000])
+def test_intervals_equal_a_plain_loop_over_the_same_draws(together, monkeypatch):
+    monkeypatch.setattr(sys.modules["holdfast.metrics.intervals"], "DRAWN_TOGETHER", together)
     T, resamples = 3, 60
     examples = random_examples(T, 17)
     weights = [np.arange(1.0, 18 + j) for j in range(T)]

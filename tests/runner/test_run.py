@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from holdfast import __version__, load_config, run
 from holdfast.errors import RunDirectoryError
 from holdfast.metrics.summary import summarize
+from holdfast.runner import matrix as matrices
 from holdfast.runner.load import trained_weights
 from holdfast.scoring.match import accuracy
 from holdfast.system.files import read_json, read_jsonl, write_jsonl
@@ -22,13 +23,25 @@ QUIET = Progress(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def scored():
+    """The files of responses that the finished run read for its matrices, each as often as it did."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(scored, tmp_path_factory):
     """A finished run with replay and EWC, shared by the tests that only read it."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "general.txt").write_text("red and green\nblue is not red\n")
     config = tiny_config(folder, method=["replay", {"name": "ewc", "strength": 0.1, "samples": 4}])
     config["evaluation"]["general"] = [{"name": "colours", "path": str(folder / "general.txt")}]
-    return run(config, QUIET), folder / "run", config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrices, "read_jsonl", lambda path: [scored.append(path), read_jsonl(path)][1])
+        return run(config, QUIET), folder / "run", config
+
+
+def test_responses_are_read_once_for_all_matrices(scored, finished):
+    assert sorted(scored) == sorted((finished[1] / "stages").glob("*/responses/*.jsonl")) and len(scored) == 12
 
 
 def test_what_it_returns_is_matrix_json_and_follows_from_the_responses(finished):

@@ -30,6 +30,9 @@ Totals = Sequence[Total | None] | None
 scores that are no means over examples, such as a macro F1 or a corpus BLEU. Where it is given, a task's entries are
 statistics, ``[examples, k]``, in place of scores."""
 
+DRAWN_TOGETHER = 1_000_000
+"""Examples that are drawn in one call: a bound on its memory."""
+
 
 def intervals(
     scores: Examples,
@@ -220,8 +223,12 @@ def resampled_sums(statistics: NDArray[np.float64], resamples: int, rng: np.rand
     entries, n, k = statistics.shape
     by_example = statistics.swapaxes(0, 1).reshape(n, entries * k)
     sums = np.empty((resamples, entries * k))
-    for r in range(resamples):
-        sums[r] = np.bincount(rng.integers(n, size=n), minlength=n).astype(float) @ by_example
+    together = max(1, DRAWN_TOGETHER // n)
+    for start in range(0, resamples, together):
+        part = sums[start : start + together]
+        places = rng.integers(n, size=(len(part), n)) + n * np.arange(len(part))[:, None]
+        counts = np.bincount(places.ravel(), minlength=places.size).reshape(places.shape)
+        np.matmul(counts.astype(float), by_example, out=part)
     return sums.reshape(resamples, entries, k)
 
 

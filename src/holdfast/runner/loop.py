@@ -35,7 +35,7 @@ from holdfast.runner.decisions import decide, must_judge, standing, strictest
 from holdfast.runner.due import Due, due
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, load_weights, trained_weights
-from holdfast.runner.matrix import Outline, read_matrix
+from holdfast.runner.matrix import MeasuredFiles, Outline, read_matrix
 from holdfast.runner.measure import is_measured, measure, responses_file
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.quiz import as_begun
@@ -140,6 +140,7 @@ class RunLoop:
         self.directory = directory
         self.progress = progress
         self.interrupt = interrupt
+        self._files = MeasuredFiles()
         self._model: PreTrainedModel | PeftModel | None = None
         self._states: Path | None = None  # where the methods' states were loaded from, before an engine has the model
 
@@ -458,7 +459,7 @@ class RunLoop:
     # --- report ---
 
     def _write_matrix(self) -> dict[str, Any]:
-        matrix = read_matrix(Outline.of(self.setup), self.directory)
+        matrix = read_matrix(Outline.of(self.setup), self.directory, self._files)
         self.directory.write_json(self.directory.path / "matrix.json", matrix)
         return matrix
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.api.scorer import Scorer
@@ -25,7 +26,6 @@ from holdfast.runner.setup import Setup
 from holdfast.scoring.score import beside_score, task_score
 from holdfast.system.files import finite
 
-Records = list[dict[str, Any]]
 Column = list[float | None]
 """One value a row of the score matrix, [T+1]; None where not measured."""
 
@@ -84,9 +84,58 @@ class Outline:
         )
 
 
-def read_matrix(outline: Outline, directory: RunDirectory) -> dict[str, Any]:
-    """What matrix.json holds; numbers that are not finite are None."""
-    return cast(dict[str, Any], finite(Results(outline, directory).matrix()))
+@dataclass(frozen=True)
+class Measured:
+    """What the results need of the responses to one task after one stage.
+
+    Attributes:
+        rows: how many there are.
+        score: by the task's metric.
+        beside: by its further metrics.
+        statistics: [rows, k], of its metric.
+    """
+
+    rows: int
+    score: float
+    beside: dict[str, float]
+    statistics: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, path: Path, task: Task, scorer: Scorer) -> Measured:
+        """Read a file of responses."""
+        records = read_jsonl(path)
+        if not records:
+            raise damaged(path, "it must have one row at least")
+        return cls(
+            rows=len(records),
+            score=task_score(records, task.metric),
+            beside={name: beside_score(records, name) for name in task.beside},
+            statistics=scorer.statistics(records),
+        )
+
+
+class MeasuredFiles:
+    """The files of responses that a run at work has read; one is read again only after it was written again."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, int, int], Measured]] = {}
+
+    def read(self, path: Path, task: Task, scorer: Scorer) -> Measured:
+        """That of a file."""
+        stat = path.stat()
+        written = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        if path not in self._known or self._known[path][0] != written:
+            self._known[path] = (written, Measured.of(path, task, scorer))
+        return self._known[path][1]
+
+
+def read_matrix(outline: Outline, directory: RunDirectory, files: MeasuredFiles | None = None) -> dict[str, Any]:
+    """What matrix.json holds; numbers that are not finite are None.
+
+    Args:
+        files: what was read before, and gets what is read now.
+    """
+    return cast(dict[str, Any], finite(Results(outline, directory, files or MeasuredFiles()).matrix()))
 
 
 class Results:
@@ -97,16 +146,16 @@ class Results:
     rows are the first one.
     """
 
-    def __init__(self, outline: Outline, directory: RunDirectory):
-        self.outline, self.directory = outline, directory
+    def __init__(self, outline: Outline, directory: RunDirectory, files: MeasuredFiles):
+        self.outline, self.directory, self._files = outline, directory, files
         self._tasks = outline.tasks
         self._scorers = [outline.scorers[task.metric] for task in self._tasks]
-        self._records: list[list[Records | None]] = [[None] * len(self._tasks) for _ in range(len(self._tasks) + 1)]
-        self.general: dict[str, Column] = {name: [None] * len(self._records) for name in outline.general}
+        self._cells: list[list[Measured | None]] = [[None] * len(self._tasks) for _ in range(len(self._tasks) + 1)]
+        self.general: dict[str, Column] = {name: [None] * len(self._cells) for name in outline.general}
         for stage in (START, *outline.stages):
             self._read(stage)
         if not outline.stages:
-            self._records = [self._records[0]] * len(self._records)
+            self._cells = [self._cells[0]] * len(self._cells)
             self.general = {name: values[:1] * len(values) for name, values in self.general.items()}
 
     def matrix(self) -> dict[str, Any]:
@@ -131,10 +180,7 @@ class Results:
     @cached_property
     def scores(self) -> list[Column]:
         """S, [T+1][T]."""
-        return [
-            [None if r is None else task_score(r, task.metric) for task, r in zip(self._tasks, row, strict=True)]
-            for row in self._records
-        ]
+        return [[None if cell is None else cell.score for cell in row] for row in self._cells]
 
     @cached_property
     def summary(self) -> dict[str, float | None]:
@@ -159,8 +205,8 @@ class Results:
     def beside(self) -> dict[str, dict[str, Column]]:
         """The further metrics of each task that has any."""
         return {
-            task.name: {name: [None if r is None else beside_score(r, name) for r in column] for name in task.beside}
-            for task, column in zip(self._tasks, zip(*self._records, strict=True), strict=True)
+            task.name: {name: [None if cell is None else cell.beside[name] for cell in column] for name in task.beside}
+            for task, column in zip(self._tasks, zip(*self._cells, strict=True), strict=True)
             if task.beside
         }
 
@@ -192,10 +238,7 @@ class Results:
         resamples = self.outline.bootstrap
         if not resamples:
             return {}
-        statistics: list[list[NDArray[Any] | None]] = [
-            [None if r is None else scorer.statistics(r) for scorer, r in zip(self._scorers, row, strict=True)]
-            for row in self._records
-        ]
+        statistics = [[None if cell is None else cell.statistics for cell in row] for row in self._cells]
         totals = [scorer.total for scorer in self._scorers]
         return intervals(statistics, metrics=self._scorers, totals=totals, resamples=resamples)
 
@@ -215,12 +258,15 @@ class Results:
         """Steps, scores and the area under them, from the model that the stage began with to the one that it made."""
         last = read_json(folder / "stage.json")["steps"]
         before = self.scores[stage.index - 1][[other.name for other in self._tasks].index(task.name)]
-        after = task_score(read_jsonl(self._responses(folder, task)), task.metric)
+        after = self._measured(self._responses(folder, task), task).score
         if any(task.name not in line["scores"] for line in measured):
             raise damaged(self.directory.path / "curves.jsonl", f"a line of stage {stage.index} lacks {task.name!r}")
         between = [(line["step"], line["scores"][task.name]) for line in measured if line["step"] < last]
         steps, scores = [list(column) for column in zip((0, before), *between, (last, after), strict=True)]
         return {"steps": steps, "scores": scores, "area": area_under_curve(steps, scores)}
+
+    def _measured(self, path: Path, task: Task) -> Measured:
+        return self._files.read(path, task, self.outline.scorers[task.metric])
 
     def _responses(self, folder: Path, task: Task) -> Path:
         return responses_file(folder, task.name, [other.name for other in self._tasks])
@@ -231,10 +277,9 @@ class Results:
         folder = self.directory.stage(current.index, current.name)
         for j, task in enumerate(self._tasks):
             if (path := self._responses(folder, task)).exists():
-                self._records[stage.row][j] = rows = read_jsonl(path)
-                counts = {len(measured[j] or ()) for measured in self._records if measured[j] is not None}
-                if not rows or len(counts) > 1:
-                    raise damaged(path, "it must have as many rows as after other stages, at least one")
+                self._cells[stage.row][j] = self._measured(path, task)
+                if len({cell.rows for row in self._cells if (cell := row[j]) is not None}) > 1:
+                    raise damaged(path, "it must have as many rows as after other stages")
         if (path := folder / "evaluation.json").exists():
             for name, value in read_json(path)["general"].items():
                 if name not in self.general:
