@@ -491,7 +491,9 @@ def test_rewarded_rows_are_known_by_their_number(tmp_path):
     assert [encoder.tokenizer.decode(tokens(number)) for number in numbers] == [row["prompt"] for row in rows]
     right = [f" {row['answer']}" for row in rows]
     assert reward(prompts=numbers[::-1], completions=right[::-1]) == [1.0] * len(rows)
-    assert reward(prompts=numbers, completions=right[::-1]) == [float(a == b) for a, b in zip(right, right[::-1])]
+    assert reward(prompts=numbers, completions=right[::-1]) == [
+        float(a == b) for a, b in zip(right, right[::-1], strict=True)
+    ]
 
 
 @pytest.mark.parametrize("kind", MAKERS)
