@@ -13,6 +13,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 import pytest
 import torch
 
+import support.unsynced  # noqa: F401
+
 torch.set_num_threads(1)
 
 

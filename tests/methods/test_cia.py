@@ -243,7 +243,7 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(tmp_path, monkey
     """Killed twice: after a checkpoint, and before a stage's first one. With dropout every step depends on the last."""
     tuner = {"name": "lora", "r": 4, "lora_dropout": 0.3}
     config = tiny_config(tmp_path, method={"name": "cia", "grouping": 0.9}, tuner=tuner)
-    config["training"]["epochs"] = 2  # 6 steps a stage, saved every 4
+    config["training"] |= {"epochs": 2, "save_every": 4}  # 6 steps a stage
     holdfast.runner.loop.run(config | {"output": str(tmp_path / "whole")}, Progress(quiet=True))
     watch = holdfast.runner.stage.StageWatch.on_step_end
     for stage, step in [(2, 5), (3, 2)]:

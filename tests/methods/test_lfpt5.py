@@ -381,6 +381,7 @@ def test_killed_with_pseudo_samples_in_hand_and_continued_it_is_the_unbroken_run
     unbroken = tmp_path / "unbroken"
     run(config_of(tmp_path, options, epochs=2, output=str(unbroken)))
     broken = config_of(tmp_path, options, epochs=2, output=str(tmp_path / "broken"))
+    broken["training"]["save_every"] = 4
     watch = holdfast.runner.stage.StageWatch.on_step_end
 
     def dying(self, args, state, control, **kwargs):

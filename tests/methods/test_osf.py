@@ -228,6 +228,7 @@ class Killed(BaseException):
 def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(finished, monkeypatch):
     folder, *_ = finished
     config = tiny_config(folder, method={"name": "osf", "target": 0.5}, tuner="osf", output=str(folder / "broken"))
+    config["training"]["save_every"] = 4
     watch = holdfast.runner.stage.StageWatch.on_step_end
     for stage, step in [(2, 5), (3, 2)]:
 

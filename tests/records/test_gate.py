@@ -544,7 +544,7 @@ def test_a_run_records_its_cost_over_every_restart(watched, plain, folder, monke
     with monkeypatch.context() as patch:
         patch.setattr(StageWatch, "on_step_end", dying)
         with pytest.raises(KeyboardInterrupt):
-            run(watched | {"output": str(directory)}, QUIET)
+            run(watched | {"output": str(directory), "training": watched["training"] | {"save_every": 4}}, QUIET)
     (manifest,) = directory.glob("stages/01-red/checkpoint/*/complete.json")
     saved = read_json(manifest)
     del saved["checksum"]

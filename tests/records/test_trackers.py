@@ -69,7 +69,7 @@ def followed(folder: Path, *names: str, **changes: Any) -> Any:
     (folder / "general.txt").write_text("red and green\nblue is not red\n")
     config = tiny_config(folder, method="replay", **changes)
     config["stream"]["order"] = ["red", "green"]
-    config["training"] |= {"max_steps": 6, "report_to": list(names)}
+    config["training"] |= {"max_steps": 6, "save_every": 4, "report_to": list(names)}
     config["evaluation"] |= {"every": 4, "general": [{"name": "colours", "path": str(folder / "general.txt")}]}
     return load_config(config)
 

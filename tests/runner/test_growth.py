@@ -160,7 +160,9 @@ def test_killed_at_any_point_it_ends_with_the_same_numbers(folder, tmp_path):
     """Before the appended task is measured, amid its stage, and amid the backfill."""
     shutil.copytree(folder / "short", tmp_path / "broken")
     file = tmp_path / "broken.json"
-    file.write_text(json.dumps(configuration(folder, "", TASKS) | {"output": str(tmp_path / "broken")}))
+    config = configuration(folder, "", TASKS) | {"output": str(tmp_path / "broken")}
+    config["training"]["save_every"] = 4
+    file.write_text(json.dumps(config))
     for point in (("response", 1), ("step", 5), ("response", 1, "backfill")):
         assert finish(start(file, *point)) == -signal.SIGKILL, f"{point} was never reached"
     assert finish(start(file, "backfill")) == 0

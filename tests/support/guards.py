@@ -120,7 +120,7 @@ def case(name: str) -> Case:
 def configuration(folder: Path, output: Path, name: str, options: Any, tuner: Any, seed: int, training: Any) -> Any:
     config = tiny_config(folder, method={"name": name} | with_paths(options, folder), seed=seed, output=str(output))
     config["stream"]["order"] = ["red", "green"]
-    config["training"] |= {"epochs": 3, "save_every": 3} | training
+    config["training"] |= {"epochs": 3, "save_every": 100} | training
     del config["tuner"]
     return config | ({} if tuner is None else {"tuner": tuner})
 

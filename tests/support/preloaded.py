@@ -12,8 +12,9 @@ import holdfast.cli
 import holdfast.lab.pretrain
 import holdfast.report.page
 import holdfast.runner.loop
+import support.unsynced
 
-__all__ = ["holdfast", "transformers"]
+__all__ = ["holdfast", "support", "transformers"]
 
 torch.set_num_threads(1)
 gc.freeze()

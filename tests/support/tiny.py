@@ -110,7 +110,7 @@ def tiny_config(folder: Path, **changes: Any) -> dict[str, Any]:
         "tuner": "full",
         "method": "sequential",
         "stream": {"path": str(folder / "tasks"), "order": ["red", "green", "blue"]},
-        "training": {"epochs": 6, "batch_size": 8, "learning_rate": 3e-2, "log_every": 1, "save_every": 4},
+        "training": {"epochs": 6, "batch_size": 8, "learning_rate": 3e-2, "log_every": 1, "save_every": 100},
         "evaluation": {"max_new_tokens": 3, "bootstrap": 50, "shift": 0},
         "output": str(folder / "run"),
     } | changes

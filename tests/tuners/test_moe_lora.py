@@ -370,7 +370,7 @@ def test_killed_in_the_second_stage_and_continued(tmp_path):
     tuner = {"name": "moe_lora", "r": 8, "lora_dropout": 0.3}
     config = tiny_config(tmp_path, tuner=tuner, method="replay")
     config["stream"]["order"] = ["green", "blue"]
-    config["training"]["epochs"] = 4
+    config["training"] |= {"epochs": 4, "save_every": 4}
     files = {name: tmp_path / f"{name}.json" for name in ("whole", "broken")}
     for name, file in files.items():
         file.write_text(json.dumps(config | {"output": str(tmp_path / name)}))

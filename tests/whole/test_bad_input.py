@@ -195,6 +195,7 @@ main()
 @pytest.mark.parametrize("writes", [3, 30])
 def test_no_space_left(writes, place, tmp_path):
     config = tiny_config(place) | {"output": str(tmp_path / "out"), "stream": {"path": str(place / "tasks")}}
+    config["training"]["save_every"] = 4
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config))
     run = forked.run("-c", FULL_DISK, writes, "run", file)

@@ -187,7 +187,7 @@ def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained,
     options, tuner = case(name).options, tuner_of(name)
     unbroken = trained(name, options, tuner)
     output = folder / f"killed-{name}"
-    config = configuration(folder, output, name, options, tuner, 0, {})
+    config = configuration(folder, output, name, options, tuner, 0, {"save_every": 3})
     watch = holdfast.runner.stage.StageWatch.on_step_end
     kill = Kill(2, 5)  # after the checkpoint of step 3
 

@@ -52,6 +52,7 @@ def test_killed_at_every_kind_of_point(case, tmp_path):
     (tmp_path / "general.txt").write_text("red and green\nblue is not red\na tide comes\n" * 8)
     changes = json.loads(json.dumps(changes).replace("GENERAL", str(tmp_path / "general.txt")))
     config = tiny_config(tmp_path, **changes)
+    config["training"]["save_every"] = 4
     whole, broken = (tmp_path / f"{kind}.json" for kind in ("whole", "broken"))
     whole.write_text(json.dumps(config | {"output": str(tmp_path / "whole")}))
     broken.write_text(json.dumps(config | {"output": str(tmp_path / "broken")}))
@@ -71,6 +72,7 @@ def test_killed_at_every_kind_of_point(case, tmp_path):
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     config = tiny_config(tmp_path, method=["replay", "ewc"])
+    config["training"]["save_every"] = 4
     whole, broken = (tmp_path / f"{kind}.json" for kind in ("whole", "broken"))
     whole.write_text(json.dumps(config | {"output": str(tmp_path / "whole")}))
     broken.write_text(json.dumps(config | {"output": str(tmp_path / "broken")}))
