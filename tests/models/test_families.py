@@ -123,20 +123,21 @@ def test_what_stacked_experts_cannot_take_is_refused(name):
 
 
 @experts
-def test_plain_lora_on_stacked_experts_leaves_dropout_out_and_says_so(name, caplog):
-    model = build(Named(name="lora")).prepare(family_model(name)).train()
-    assert "stacked experts take no dropout, so lora_dropout is 0 instead of 0.05" in caplog.text
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": "former"}], ids=["default", "former"])
+def test_plain_lora_on_stacked_experts_leaves_dropout_out(name, options):
+    model = build(Named(name="lora", **options)).prepare(family_model(name)).train()
     assert model.peft_config["default"].lora_dropout == 0
     assert not any(isinstance(part, torch.nn.Dropout) and part.p for part in model.modules())
 
 
-def test_the_default_dropout_is_pefts_elsewhere(caplog):
+@pytest.mark.parametrize(("given", "dropout"), [({}, 0.0), ({"lora_dropout": "former"}, 0.05)])
+def test_the_dropout_is_pefts_elsewhere(given, dropout):
     """Equal logits and configuration of the tuner with nothing but defaults and of PEFT that is told of them."""
     found = []
-    for tuner in (build(Named(name="lora")), None):
+    for tuner in (build(Named(name="lora", **given)), None):
         torch.manual_seed(1)
         if tuner is None:
-            options = {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+            options = {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "lora_dropout": dropout}
             model = get_peft_model(family_model("llama3"), LoraConfig(**options, target_modules="all-linear"))
         else:
             model = tuner.prepare(family_model("llama3"))
@@ -145,7 +146,7 @@ def test_the_default_dropout_is_pefts_elsewhere(caplog):
                 torch.nn.init.normal_(p)
         torch.manual_seed(2)
         found.append((model.peft_config["default"].to_dict(), model.train()(**pad_rows(tiny_rows(4))).logits))
-    assert found[0][0] == found[1][0] and not caplog.text
+    assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
 
 

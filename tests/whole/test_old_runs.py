@@ -11,9 +11,15 @@ import httpx2
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from holdfast.config.run import load_config
+from holdfast.errors import RunDirectoryError
+from holdfast.records.directory import RunDirectory
 from holdfast.records.read import read_run
-from holdfast.system.files import read_json, read_jsonl
+from holdfast.runner.begun import as_begun
+from holdfast.runner.setup import resolve
+from holdfast.system.files import read_json, read_jsonl, write_json
 from holdfast.system.machine import hardware, versions
 from support.command import holdfast
 from support.json_files import json_below
@@ -84,6 +90,25 @@ def test_an_unfinished_run_ends_as_it_would_have(place, capsys):
     assert not (stage / "checkpoint").exists()
     assert read_json(place / "run" / "run.json")["finished"]
     json_below(place / "run")
+
+
+@pytest.mark.parametrize("place", [UNFINISHED], indirect=True)
+def test_without_a_dropout_of_its_own_it_keeps_the_former_default(place):
+    """A run of 0.1.0 that names no dropout had 0.05; a new one has none, and says so in its record."""
+    config = load_config("config.yaml", ["tuner={name: lora, r: 4}"])
+    assert resolve(config).tuner.options.lora_dropout == 0 and resolve(config).config.tuner.lora_dropout == 0
+    record = read_json(Path("run", "run.json"))
+    del record["config"]["tuner"]["lora_dropout"]
+    write_json(Path("run", "run.json"), record)
+    directory = RunDirectory(Path("run"))
+    resolved = resolve(as_begun(config, directory.record))
+    directory.check_config(resolved.config)
+    model = resolved.tuner.prepare(AutoModelForCausalLM.from_pretrained("model"))
+    assert model.peft_config["default"].lora_dropout == 0.05
+    for name in ("lora_dropout=0.0", "lora_dropout=0.1"):
+        other = resolve(as_begun(load_config("config.yaml", [f"tuner.{name}"]), directory.record))
+        with pytest.raises(RunDirectoryError, match="lora_dropout"):
+            directory.check_config(other.config)
 
 
 @pytest.mark.parametrize("place", [FINISHED], indirect=True)

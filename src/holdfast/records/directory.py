@@ -17,6 +17,7 @@ from typing import Any
 from holdfast.config.section import Section
 from holdfast.engines.process import Process
 from holdfast.errors import RunDirectoryError
+from holdfast.records.former import with_former_defaults
 from holdfast.records.growth import (
     Past,
     not_begun,
@@ -60,7 +61,9 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = path
         self.process = Process.this()
-        self.record: dict[str, Any] = read_json(path / "run.json") if (path / "run.json").exists() else {}
+        self.record: dict[str, Any] = {}
+        if (path / "run.json").exists():
+            self.record = with_former_defaults(read_json(path / "run.json"))
 
     def begin(
         self,

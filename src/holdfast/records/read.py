@@ -19,6 +19,7 @@ from holdfast.errors import RunDirectoryError
 from holdfast.metrics.intervals import paired_difference
 from holdfast.metrics.matrix import Total
 from holdfast.records.directory import current_stage, file_name
+from holdfast.records.former import with_former_defaults
 from holdfast.records.growth import stage_settings
 from holdfast.records.shapes import check_matrix, damaged, read_appended, read_json, read_jsonl
 from holdfast.records.shift import Shift
@@ -292,7 +293,7 @@ def read_run(path: Path) -> FinishedRun:
         if not (path / name).is_file():
             raise RunDirectoryError(f"{path}: {lacks}: there is no {name}; give a directory that `holdfast run` wrote")
     events = path / "events.jsonl"
-    record, matrix = read_json(path / "run.json"), read_json(path / "matrix.json")
+    record, matrix = with_former_defaults(read_json(path / "run.json")), read_json(path / "matrix.json")
     check_matrix(path, record, matrix)
     return FinishedRun(path, record, matrix, _read_events(events))
 

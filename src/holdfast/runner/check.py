@@ -16,10 +16,10 @@ from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import check_weights
 from holdfast.records.directory import RunDirectory, check_directory
 from holdfast.runner.abilities import print_asked, print_general
+from holdfast.runner.begun import as_begun
 from holdfast.runner.data import RunData
 from holdfast.runner.due import due
 from holdfast.runner.plan import START
-from holdfast.runner.quiz import as_begun
 from holdfast.runner.setup import NEW, Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import check_training
 from holdfast.system.machine import free_gib

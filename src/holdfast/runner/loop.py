@@ -29,6 +29,7 @@ from holdfast.records.trackers import chosen
 from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.report.text import at_chance, number
 from holdfast.runner import shift
+from holdfast.runner.begun import as_begun
 from holdfast.runner.curves import Curves
 from holdfast.runner.data import RunData
 from holdfast.runner.decisions import decide, must_judge, standing, strictest
@@ -38,7 +39,6 @@ from holdfast.runner.load import load_model, load_weights, trained_weights
 from holdfast.runner.matrix import MeasuredFiles, Outline, read_matrix
 from holdfast.runner.measure import is_measured, measure, responses_file
 from holdfast.runner.plan import START, PlannedStage
-from holdfast.runner.quiz import as_begun
 from holdfast.runner.setup import Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import Around, check_training, train_stage
 from holdfast.scoring.score import task_score

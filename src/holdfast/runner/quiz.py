@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING
 
 from holdfast.api.task import General, Stream
-from holdfast.config.evaluation import EVERYDAY, EvaluationConfig, GeneralConfig
+from holdfast.config.evaluation import EVERYDAY, GeneralConfig
 from holdfast.config.run import RunConfig
 from holdfast.errors import DataError
 from holdfast.evaluation.abilities import load_general
@@ -42,17 +38,3 @@ def askable(encoder: Encoder) -> list[General]:
         logger.warning("the built-in quiz cannot be asked, so it is left out: %s", error)
         return []
     return quiz
-
-
-def as_begun(config: RunConfig, record: Mapping[str, Any]) -> RunConfig:
-    """The configuration with the quiz, if it names no measure and the run began with the quiz.
-
-    Args:
-        record: the content of run.json; empty if no run began. A run of an earlier version began without the quiz.
-    """
-    if config.evaluation.general is not None or not record:
-        return config
-    with contextlib.suppress(ValidationError):  # of another version, which is compared as it is
-        recorded = EvaluationConfig.model_validate(record["config"].get("evaluation", {}))
-        return with_quiz(config) if recorded.general == [QUIZ] else config
-    return config

@@ -167,7 +167,11 @@ def resolve(config: RunConfig) -> Resolved:
     for method in chosen:
         if reason := refusal(method, config.tuner.name):
             raise ConfigError(f"tuner: {reason}")
-    return Resolved(config, chosen, build_tuner(config), samples, build_keep(config, chosen))
+    tuner = build_tuner(config)
+    if tuner.name == "lora":  # a record without it is that of a run with the former default
+        named = Named(**config.tuner.model_dump() | {"lora_dropout": tuner.options.lora_dropout})
+        config = config.model_copy(update={"tuner": named})
+    return Resolved(config, chosen, tuner, samples, build_keep(config, chosen))
 
 
 def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *, begins: bool = False) -> Setup:

@@ -244,7 +244,7 @@ def check(runs: Sequence[PlannedRun]) -> None:
             check_names(run.config)
 
     from holdfast.records.directory import RunDirectory
-    from holdfast.runner.quiz import as_begun
+    from holdfast.runner.begun import as_begun
     from holdfast.runner.setup import check_growth, prepare, resolve
 
     seen = set()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
@@ -21,8 +20,7 @@ from holdfast.errors import ConfigError, did_you_mean
 from holdfast.tuners.lora_factors import SHAPE, TRAINED, Factors, exchange_adapters, factors, times_rank
 from holdfast.tuners.peft import PeftTuner
 
-logger = logging.getLogger("holdfast")
-
+FORMER_DROPOUT = 0.05
 INITS = ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4")
 MOVES_BASE = re.compile(r"olora|pissa(_niter_\d+)?")
 
@@ -40,12 +38,10 @@ class Lora(PeftTuner):
 
         r: int = Field(16, ge=1, description="rank")
         lora_alpha: float = Field(32, gt=0, description="the update is scaled by lora_alpha / r")
-        lora_dropout: float = Field(
-            0.05,
-            ge=0,
-            lt=1,
-            description="dropout on the adapter's input; unless it is given, 0 where a Mixture-of-Experts' stacked "
-            "experts are adapted, which take none",
+        lora_dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["former"] = Field(
+            0.0,
+            description="dropout on the adapter's input; former: the default of earlier runs, 0.05, or 0 where a "
+            "Mixture-of-Experts' stacked experts are adapted, which take none",
         )
         target_modules: str | list[str] = Field(
             "all-linear", description="names of the layers to adapt; all-linear: every linear layer but the head"
@@ -75,8 +71,8 @@ class Lora(PeftTuner):
 
     def wrap(self, model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         moves_base = MOVES_BASE.fullmatch(str(config.init_lora_weights))
-        has_dropout = "lora_dropout" in self.options.model_fields_set
-        if not has_dropout:
+        former = config.lora_dropout == "former"
+        if former:
             config.lora_dropout = 0.0
         try:
             wrapped: Any = MovedBase(model, config) if moves_base else get_peft_model(model, config)
@@ -87,20 +83,19 @@ class Lora(PeftTuner):
                 f"tuner lora: stacked experts take plain LoRA alone ({error}): leave lora_dropout, use_dora and "
                 "init_lora_weights out, or name the layers to adapt in target_modules"
             ) from None
-        if not has_dropout:
+        if former:
             self._add_dropout(wrapped)
         return wrapped
 
     def _add_dropout(self, model: Any) -> None:
-        """Give the adapter the default dropout, unless it adapts stacked experts, which take none."""
-        config, dropout = model.peft_config[TRAINED], self.options.lora_dropout
+        """Give the adapter the former default's dropout, unless it adapts stacked experts, which take none."""
+        config = model.peft_config[TRAINED]
         if config.target_parameters:
-            logger.warning("tuner lora: stacked experts take no dropout, so lora_dropout is 0 instead of %s", dropout)
             return
-        config.lora_dropout = dropout
+        config.lora_dropout = FORMER_DROPOUT
         for layer in model.modules():
             if TRAINED in getattr(layer, "lora_dropout", ()):
-                layer.lora_dropout[TRAINED] = nn.Dropout(dropout)
+                layer.lora_dropout[TRAINED] = nn.Dropout(FORMER_DROPOUT)
 
     def load(self, model: Any, folder: Path) -> None:
         """Take over the saved rank and scaling, too, which a method may have changed.
