@@ -7,20 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, OSFConfig, PeftConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    OSFConfig,
+    PeftConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from holdfast.api.stage import Rehearsed, Step
 from holdfast.errors import ConfigError
 from holdfast.losses import chunked_kl, kl_divergence
+from holdfast.losses.next_token import predicting
 from holdfast.methods.der import DER
 from holdfast.methods.lwf import LwF
 from holdfast.models.head import bounded, head, trained_head, whole_head
 from holdfast.models.sampling import sample
+from holdfast.models.supervised import OneRow, head_on, keeps_its_loss, predictions
 from holdfast.rehearsal.head_check import check_head
 from holdfast.system.files import read_jsonl
 from holdfast.tuners.moe_lora.config import MoeLoraConfig
+from holdfast.tuners.soft_prompts import SoftPromptModel
 from support.engine_jobs import alone, error, job, launch
 from support.tiny import VOCABULARY, pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage
 
@@ -218,3 +229,56 @@ def test_an_adapter_on_the_head_on_engines_that_divide_it(tmp_path: Path) -> Non
     assert max(terms(one)) > 0.1
     for config in divided:
         assert terms(config) == pytest.approx(terms(one), rel=1e-3, abs=1e-5)
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
+    model.zero_grad()
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same_on_supervised_tokens(model: Any) -> None:
+    """The model's own loss, its gradients and the logits are those of a head that is applied to every position."""
+    assert keeps_its_loss(model)
+    batch = pad_rows(tiny_rows(5))
+    row, mask = OneRow.of(batch["labels"]), predicting(batch["labels"])
+    expected = loss_and_gradients(model, batch)
+    with head_on(model, row) as gathered:
+        found = loss_and_gradients(model, batch | {"labels": row.labels})
+    assert gathered.done and len(found) == len(expected) > 1
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    labels = batch.pop("labels")
+    logits = predictions(model, batch, labels, use_cache=False)
+    assert logits.shape == (int(mask.sum()), VOCABULARY)
+    torch.testing.assert_close(logits, model(**batch, use_cache=False).logits[mask], rtol=1e-5, atol=1e-6)
+    assert predictions(model, batch, torch.full_like(labels, -100), use_cache=False).shape == (0, VOCABULARY)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_on_supervised_tokens_alone_is_the_models_own(kind: str) -> None:
+    assert_same_on_supervised_tokens(model_of(kind, **KINDS[kind]))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_on_the_head_acts_on_supervised_tokens(name: str) -> None:
+    assert_same_on_supervised_tokens(adapted(ADAPTERS[name]).eval())
+
+
+def test_what_the_loss_of_other_models_needs_stays_as_it_is() -> None:
+    class Mine(type(tiny_model())):  # type: ignore[misc]
+        """A forward pass of the user's own may do anything with the labels."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model = tiny_model()
+    model.__class__ = Mine
+    assert not keeps_its_loss(model)
+    prompts = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert not keeps_its_loss(prompts)
+    batch = pad_rows(tiny_rows(3))
+    labels = batch.pop("labels")
+    found = predictions(SoftPromptModel(tiny_model(), prompts.active_peft_config), batch, labels)
+    assert found.shape == (int(predicting(labels).sum()), VOCABULARY)

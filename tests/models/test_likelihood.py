@@ -70,18 +70,21 @@ def test_a_question_is_read_once_and_the_head_applied_to_its_answers_alone(monke
     asked = list(range(3, 33))
     rows = [{"input_ids": [*asked, a, b], "labels": [-100] * 30 + [a, b]} for a, b in ((4, 5), (6, 7), (8, 9))]
     read, logits = [], []
-    forward = type(model).forward
+    forward, head = type(model).forward, model.lm_head.forward
 
     @functools.wraps(forward)
     def watched(self, *args, **kwargs):
-        found = forward(self, *args, **kwargs)
         read.append(kwargs["input_ids"].numel())
-        logits.append(found.logits.shape[0] * found.logits.shape[1])
-        return found
+        return forward(self, *args, **kwargs)
+
+    def applied(hidden):
+        logits.append(hidden.shape[:-1].numel())
+        return head(hidden)
 
     monkeypatch.setattr(type(model), "forward", watched)
+    monkeypatch.setattr(model.lm_head, "forward", applied)
     token_losses(model, rows, batch_size=8, pad_token_id=0)
     assert read == [29, 3 * 3] and logits == [1, 3 * 3]
     read.clear(), logits.clear()
     token_losses(model, rows[:1], batch_size=8, pad_token_id=0)
-    assert read == [32] and logits == [3]
+    assert read == [32] and logits == [2, 1, 1]  # the last one also by the model, which shows what its logits are

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from holdfast.api.stage import Rehearsed, Step
 from holdfast.errors import ConfigError, DataError
 from holdfast.losses import Divergence, kl_divergence, logit_mse
+from holdfast.losses.next_token import predicting
 from holdfast.methods import build
 from holdfast.methods.der import DER, Answer, class_logits
 from holdfast.methods.lwf import LwF
 from holdfast.methods.rehearsal import Rehearsal
 from holdfast.rehearsal.cache import state_cache
 from holdfast.rehearsal.samples import rows_fingerprint
-from holdfast.rehearsal.teacher import predicting
 from holdfast.system.files import read_json, write_json
 from holdfast.training.extra_rows import ExtraRows
 from holdfast.training.method_state import load_states, save_states
@@ -135,10 +135,10 @@ def test_kl_on_current_rows_is_the_plain_formula_with_a_live_copy(temperature, s
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     outputs = model(**inputs, output_hidden_states=True)
     step = Step(stage, 0, 5, 1, True)
-    hidden, logits = (outputs.hidden_states[-1],), outputs.logits
+    mask = predicting(batch["labels"])
+    hidden, logits = (outputs.hidden_states[-1],), outputs.logits[mask]
     step.rehearsed = {"lwf": Rehearsed([], batch["labels"], logits, hidden, 1.0, logits if made else None)}
     term = method.loss_terms(step, batch, outputs)["lwf"]
-    mask = predicting(batch["labels"])
     old = teacher(**inputs).logits
     total, count = kl_divergence(outputs.logits, old, mask, Divergence(temperature, temperature_squared=squared))
     torch.testing.assert_close(term, total / count, rtol=1e-4, atol=1e-6)

@@ -14,11 +14,12 @@ from holdfast.engines.process import Process
 from holdfast.errors import ConfigError
 from holdfast.lab.tokenizer import train_tokenizer
 from holdfast.losses import kl_divergence
+from holdfast.losses.next_token import predicting
 from holdfast.methods.rehearsal import Rehearsal
 from holdfast.models.sampling import sample
 from holdfast.rehearsal.buffer import HELD_OUT, SampleBuffer, drawn_states_are_exact
 from holdfast.rehearsal.request import Request, SampleOptions
-from holdfast.rehearsal.teacher import LiveStates, predicting
+from holdfast.rehearsal.teacher import LiveStates
 from holdfast.runner.loop import run
 from holdfast.system.progress import Progress
 from support.families import FAMILIES, family_model, family_tokenizer

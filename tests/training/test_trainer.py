@@ -19,9 +19,10 @@ from support.tiny import tiny_model, tiny_rows
 from support.trained import options, trained, vector
 
 
-def test_without_a_method_it_is_the_plain_trainer_bit_for_bit(tmp_path):
+def test_without_a_method_it_is_the_plain_trainer(tmp_path):
+    """Up to rounding, since the head is applied to supervised tokens alone."""
     plain, ours = trained(tmp_path, Trainer), trained(tmp_path)
-    assert torch.equal(vector(plain.model), vector(ours.model))
+    torch.testing.assert_close(vector(plain.model), vector(ours.model), rtol=1e-5, atol=1e-6)
 
 
 def test_each_stage_begins_with_a_new_optimizer(tmp_path):

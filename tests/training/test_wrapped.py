@@ -46,7 +46,11 @@ def test_construction_adds_one_attribute_and_changes_none(case, tmp_path):
 
 
 def test_training_with_sequential_is_training_with_the_plain_class(case, tmp_path):
-    """The same weights bit for bit, the same log but for the terms, and no attribute of the class replaced."""
+    """The same weights, the same log but for the terms, and no attribute of the class replaced.
+
+    Where the loss is Trainer's own, weights and log are the same up to rounding, since the head is applied to
+    supervised tokens alone; where it is the class's, bit for bit.
+    """
     trainers = []
     for wrapped in (False, True):
         trainer = constructed(case, tmp_path, wrapped)
@@ -54,12 +58,16 @@ def test_training_with_sequential_is_training_with_the_plain_class(case, tmp_pat
         trainer.train()
         trainers.append(trainer)
     plain, ours = trainers
-    assert torch.equal(vector(plain.model), vector(ours.model)) and not torch.equal(vector(plain.model), before)
+    close = {"rtol": 1e-5, "atol": 1e-6} if ours._holdfast.gathers else {"rtol": 0, "atol": 0}
+    assert ours._holdfast.gathers == (case in ("Trainer", "Seq2SeqTrainer"))
+    torch.testing.assert_close(vector(plain.model), vector(ours.model), **close)
+    assert not torch.equal(vector(plain.model), before)
     assert vars(ours).keys() - vars(plain).keys() == {"_holdfast"}
     for one, other in zip(plain.state.log_history, ours.state.log_history, strict=True):
         assert other.keys() - one.keys() <= {"term/task"}
         for key in one.keys() - TIMES:
-            assert other[key] == one[key], key
+            near = pytest.approx(one[key], rel=1e-4) if ours._holdfast.gathers else one[key]
+            assert other[key] == near, key
     assert getattr(ours, "_step", None) == getattr(plain, "_step", None)  # GRPO and RLOO count with it
     assert type(getattr(ours, "_tokenizer", None)) is type(getattr(plain, "_tokenizer", None))
 

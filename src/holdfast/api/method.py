@@ -58,6 +58,11 @@ class Method(Registered):
     reads_outputs: ClassVar[bool] = True
     """Whether :meth:`loss_terms` reads ``outputs``; some trainers compute them only on request."""
 
+    reads_all_logits: ClassVar[bool] = True
+    """Whether :meth:`loss_weights` or :meth:`loss_terms` read the logits of every position in ``outputs``. If no method
+    does, the head may be applied to supervised tokens alone: the logits are then [supervised tokens, vocab], row by
+    row, those that predict these tokens. :func:`holdfast.losses.next_token.supervised_logits` gives them either way."""
+
     inputs: ClassVar[tuple[str, ...]] = ("path",)
     """Options that name files or folders whose content the method reads: a run goes on only with the same content."""
 
@@ -150,7 +155,8 @@ class Method(Registered):
 
         Args:
             batch: the task's rows of this micro-batch.
-            outputs: ``logits``, [rows, seq, vocab], and what else the model returned for them.
+            outputs: ``logits``, [rows, seq, vocab], and what else the model returned for them; see
+                :attr:`reads_all_logits`.
 
         Returns:
             [rows, seq], of the token in each place (its logits are those of the place before), or [rows]; None: all
@@ -165,7 +171,8 @@ class Method(Registered):
 
         Args:
             batch: the task's rows of this micro-batch.
-            outputs: what the model returned for them: ``logits``, and what else the model or the tuner adds.
+            outputs: what the model returned for them: ``logits``, and what else the model or the tuner adds; see
+                :attr:`reads_outputs` and :attr:`reads_all_logits`.
         """
         return {}
 

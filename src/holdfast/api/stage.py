@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Literal
@@ -111,7 +111,8 @@ class Stage:
         import torch
 
         from holdfast.engines.pieces import reshard
-        from holdfast.losses.next_token import token_nll
+        from holdfast.losses.next_token import predicting, prediction_nll
+        from holdfast.models.supervised import predictions
 
         process, size = Process.this(), self.micro_batch_size
         share, nats = rows[process.rank :: process.world], list[float]()
@@ -123,7 +124,9 @@ class Stage:
                 # A process without rows goes along, since the others may need its part of the weights.
                 batch = self.collate(share[start : start + size] or rows[:1])
                 labels = batch.pop("labels")
-                nats += token_nll(self.model(**batch, use_cache=False).logits, labels).double().sum(1).tolist()
+                nll = prediction_nll(predictions(self.model, batch, labels, use_cache=False), labels).double()
+                owners = predicting(labels).nonzero()[:, 0]
+                nats += nll.new_zeros(len(labels)).index_add(0, owners, nll).tolist()
         self.model.train(training)
         reshard(self.model)
         total = [0.0] * len(rows)
@@ -148,7 +151,8 @@ class Stage:
 
     def _losses(self, rows: Sequence[TokenRow]) -> Iterator[Tensor]:
         """This process's share of the mean next-token loss of rows, one micro-batch at a time."""
-        from holdfast.losses.next_token import next_token_nll
+        from holdfast.losses.next_token import prediction_nll
+        from holdfast.models.supervised import predictions
 
         assert rows, "no rows"
         process, size = Process.this(), self.micro_batch_size
@@ -158,7 +162,7 @@ class Stage:
             # A process without rows goes along, since the others may need its part of the weights.
             batch = self.collate(share[start : start + size] or rows[:1])
             labels = batch.pop("labels")
-            nll, _ = next_token_nll(self.model(**batch).logits, labels)
+            nll = prediction_nll(predictions(self.model, batch, labels), labels).sum()
             yield nll * (1 / tokens if start < len(share) else 0.0)
 
 
@@ -169,12 +173,14 @@ class Rehearsed:
     Attributes:
         samples: the number of each row, as :class:`Extra` gave them.
         labels: int64 [rows, seq]; -100 where not supervised.
-        logits: [rows, seq, vocab], with gradient; None if the method asked for hidden states only.
+        logits: with gradient, as the method asked for them: [rows, seq, vocab], of every position; [supervised tokens,
+            vocab], row by row, of those that predict a supervised token; None if it asked for hidden states only.
         hidden: [rows, seq, hidden], with gradient, of each layer that the method asked for, in its order.
         share: factor on a mean over this micro-batch's supervised tokens, such that the mean over all micro-batches is
             the mean over all tokens of the step, however its rows fall into micro-batches.
-        task_logits: [rows, seq, vocab], with gradient: the logits that the task's own loss computed of these rows,
-            whether or not the method asked for logits; None if there are none.
+        task_logits: [supervised tokens, vocab], with gradient: the logits that the task's own loss computed of these
+            rows and that predict a supervised token, whether or not the method asked for logits; None if there are
+            none.
         batch: the rows themselves.
         token_share: the same as ``share`` for a mean over all tokens, supervised or not.
         counts: False, with share 0, in a process that goes along only because others need its part of the weights.
@@ -189,6 +195,25 @@ class Rehearsed:
     batch: Batch = field(default_factory=dict)
     token_share: float = 1.0
     counts: bool = True
+
+    def predictions(self) -> Tensor:
+        """The logits that predict the supervised tokens: [supervised tokens, vocab], row by row, with gradient."""
+        from holdfast.losses.next_token import supervised_logits
+
+        assert self.logits is not None, "the method asked for no logits"
+        return supervised_logits(self.logits, self.labels)
+
+    def of_rows(self, places: Sequence[int]) -> Rehearsed:
+        """Some of the rows as if they were all, in ascending order, with their predictions; ``share`` stays."""
+        import torch
+
+        from holdfast.losses.next_token import predicting
+
+        rows = torch.tensor(places, device=self.labels.device)
+        owners = predicting(self.labels).nonzero()[:, 0]
+        samples = [self.samples[place] for place in places]
+        logits = self.predictions()[torch.isin(owners, rows)]
+        return replace(self, samples=samples, labels=self.labels[rows], logits=logits)
 
 
 @dataclass
@@ -234,7 +259,8 @@ class Extra:
             come back as :class:`Rehearsed`.
         samples: a number for each row, by which the method finds it again; 0, 1, ... where absent.
         layers: the hidden states that the method needs, as in :meth:`Stage.hidden_states`.
-        logits: whether the method needs logits.
+        logits: whether the method needs logits: of every position (True); of those that predict a supervised token,
+            to which the head is then applied alone (``supervised``); or none (False).
         per_process: whether each process gives its share of the rows; otherwise all of them give the same rows.
     """
 
@@ -242,5 +268,5 @@ class Extra:
     way: Literal["beside", "replace", "task"]
     samples: Sequence[int] | None = None
     layers: tuple[int, ...] = ()
-    logits: bool = True
+    logits: bool | Literal["supervised"] = True
     per_process: bool = False

@@ -28,20 +28,33 @@ def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return nll, supervised_tokens(labels)
 
 
-def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+def prediction_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each supervised token; :func:`next_token_nll` is the sum of these.
 
     Args:
-        logits: [batch, seq, vocab], any floating type; the softmax is computed in float32 or wider.
+        logits: [supervised tokens, vocab], those that predict them, row by row, any floating type; the softmax is
+            computed in float32 or wider.
+        labels: [batch, seq], int64; -100 where not supervised.
+
+    Returns:
+        [supervised tokens], in nats, with gradient, float32 or wider.
+    """
+    return F.cross_entropy(wide(logits), labels[:, 1:][labels[:, 1:] != -100], reduction="none")
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """:func:`prediction_nll` of all logits, each in the place of its token.
+
+    Args:
+        logits: [batch, seq, vocab], or those that predict supervised tokens alone, [supervised tokens, vocab]; any
+            floating type. The softmax is computed in float32 or wider.
         labels: [batch, seq], int64; -100 where not supervised.
 
     Returns:
         [batch, seq], in nats, with gradient, float32 or wider: of the token in that place; 0 where it is not supervised
         and in the first place, which nothing predicts.
     """
-    supervised = labels[:, 1:] != -100
-    found = F.cross_entropy(wide(logits[:, :-1][supervised]), labels[:, 1:][supervised], reduction="none")
-    return F.pad(found.new_zeros(supervised.shape).masked_scatter(supervised, found), (1, 0))
+    return in_places(prediction_nll(supervised_logits(logits, labels), labels), labels)
 
 
 def chunked_next_token_nll(
@@ -80,6 +93,26 @@ def chunked_next_token_nll(
         return total, log_p.exp_().scatter_add_(-1, target, torch.full_like(target, -1, dtype=log_p.dtype))
 
     return chunked_loss(hidden[:, :-1][supervised], head.cast(), loss, chunk_size), supervised_tokens(labels)
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """The positions that predict a supervised token, bool [rows, seq]: the next token has a label."""
+    return F.pad(labels[:, 1:] != -100, (0, 1))
+
+
+def supervised_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logits that predict the supervised tokens of labels [batch, seq]: [supervised tokens, vocab], row by row.
+
+    Args:
+        logits: of all positions, [batch, seq, vocab]; or these already.
+    """
+    return logits if logits.dim() == 2 else logits[predicting(labels)]
+
+
+def in_places(values: Tensor, labels: Tensor) -> Tensor:
+    """A value for each supervised token, [supervised tokens], in the token's place: [batch, seq], 0 elsewhere."""
+    supervised = labels[:, 1:] != -100
+    return F.pad(values.new_zeros(supervised.shape).masked_scatter(supervised, values), (1, 0))
 
 
 def supervised_tokens(labels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from holdfast.losses.common import wide
 from holdfast.models.head import base, whole_head
 from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory
-from holdfast.rehearsal.teacher import predicting, predicting_states
+from holdfast.rehearsal.teacher import predicting_states
 from holdfast.system.shapes import of_shape
 
 
@@ -75,14 +75,13 @@ class DER(Method):
             return None
         count = max(1, round(self.options.ratio * step.rows))
         samples = step.random(self.name).choices(range(len(self.memory)), k=count)
-        return Extra([self.memory.rows[i] for i in samples], "beside", samples)
+        return Extra([self.memory.rows[i] for i in samples], "beside", samples, logits="supervised")
 
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         rehearsed = step.rehearsed.get(self.name)
         if rehearsed is None:
             return {}
-        assert rehearsed.logits is not None
-        student = rehearsed.logits[predicting(rehearsed.labels)]
+        student = rehearsed.predictions()
         logits, tokens = (
             torch.cat(parts).to(student.device)
             for parts in zip(*(self.answers[sample] for sample in rehearsed.samples), strict=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from holdfast.api.rows import Batch, count_supervised
 from holdfast.api.stage import Extra, Rehearsed, Stage, Step
-from holdfast.losses import next_token_nll, supervised_tokens
+from holdfast.losses import prediction_nll, supervised_tokens
 from holdfast.methods.der import DER
 
 
@@ -50,7 +50,8 @@ class DERpp(DER):
         ]
         dark, replayed = ([self.memory.rows[i] for i in part] for part in places)
         self.tokens = (sum(map(count_supervised, dark)), sum(map(count_supervised, replayed)))
-        return Extra([*dark, *replayed], "beside", [*places[0], *(size + i for i in places[1])])
+        samples = [*places[0], *(size + i for i in places[1])]
+        return Extra([*dark, *replayed], "beside", samples, logits="supervised")
 
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         rehearsed = step.rehearsed.get(self.name)
@@ -65,21 +66,13 @@ class DERpp(DER):
             terms |= super().loss_terms(replace(step, rehearsed={self.name: part}), batch, outputs)
         if replayed:
             part = _part(rehearsed, replayed, self.tokens[1], step)
-            assert part.logits is not None
-            nll, tokens = next_token_nll(part.logits, part.labels)
-            terms[f"{self.name}/replay"] = self.options.replay_weight * part.share * nll / tokens.clamp(min=1)
+            mean = prediction_nll(part.predictions(), part.labels).sum() / supervised_tokens(part.labels).clamp(min=1)
+            terms[f"{self.name}/replay"] = self.options.replay_weight * part.share * mean
         return terms
 
 
 def _part(rehearsed: Rehearsed, places: list[int], tokens: int, step: Step) -> Rehearsed:
     """Some of the rows of a micro-batch, as if they were all; ``tokens`` is how many such rows the whole step has."""
-    assert rehearsed.logits is not None
-    labels = rehearsed.labels[places]
-    here = int(supervised_tokens(labels))
-    return replace(
-        rehearsed,
-        samples=[rehearsed.samples[i] for i in places],
-        labels=labels,
-        logits=rehearsed.logits[places],
-        share=rehearsed.counts * step.micro_batches * here / max(tokens, 1),
-    )
+    part = rehearsed.of_rows(places)
+    share = rehearsed.counts * step.micro_batches * int(supervised_tokens(part.labels)) / max(tokens, 1)
+    return replace(part, share=share)

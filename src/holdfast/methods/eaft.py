@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from holdfast.api.rows import Batch
 from holdfast.api.stage import Step
 from holdfast.config.section import Section
 from holdfast.losses.common import wide
+from holdfast.losses.next_token import in_places, supervised_logits
 
 
 class EAFT(Method):
@@ -25,6 +25,7 @@ class EAFT(Method):
     """
 
     name = "eaft"
+    reads_all_logits = False
 
     class Options(Section):
         top_k: int = Field(20, ge=2, description="K, the tokens of whose probabilities the entropy is taken")
@@ -35,8 +36,9 @@ class EAFT(Method):
     def loss_weights(self, step: Step, batch: Batch, outputs: Any) -> Tensor | None:
         if not self.options.exponent:
             return None
-        entropy = top_entropy(outputs.logits.detach(), self.options.top_k)
-        return torch.nn.functional.pad(entropy[:, :-1], (1, 0)).pow(self.options.exponent)
+        labels = batch["labels"]
+        entropy = top_entropy(supervised_logits(outputs.logits.detach(), labels), self.options.top_k)
+        return in_places(entropy.pow(self.options.exponent), labels)
 
 
 def top_entropy(logits: Tensor, count: int) -> Tensor:

@@ -32,6 +32,7 @@ class FLOW(Method):
     """
 
     name = "flow"
+    reads_all_logits = False
 
     class Options(Section):
         temperature: float | None = Field(

@@ -15,13 +15,13 @@ from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.saved import saved_tensor
 from holdfast.errors import ConfigError
-from holdfast.losses import kl_divergence, next_token_nll
+from holdfast.losses import kl_divergence, prediction_nll
 from holdfast.losses.chunked import Head
 from holdfast.models.head import base, context, head, trained_head
 from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.pseudo import Writing, write_samples
-from holdfast.rehearsal.teacher import predicting, predicting_states
+from holdfast.rehearsal.teacher import predicting_states
 from holdfast.system.shapes import Count, of_shape
 
 logger = logging.getLogger("holdfast")
@@ -106,29 +106,28 @@ class LFPT5(Method):
             written = [self._written(step.stage, i) for i in step.random("lfpt5/lm").choices(places, k=step.rows)]
             self.tokens["written"] = sum(map(count_supervised, written))
             rows, samples = [*rows, *written], [*samples, *[WRITTEN] * len(written)]
-        return Extra(rows, "beside", samples) if rows else None
+        return Extra(rows, "beside", samples, logits="supervised") if rows else None
 
     def loss_terms(self, step: Step, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         rehearsed = step.rehearsed.get(self.name)
         if rehearsed is None:
             return {}
-        assert rehearsed.logits is not None
-        options, logits, labels = self.options, rehearsed.logits, rehearsed.labels
-        written = torch.tensor([sample == WRITTEN for sample in rehearsed.samples], device=labels.device)
-        terms = {}
+        options, terms = self.options, dict[str, Tensor]()
+        written = [place for place, sample in enumerate(rehearsed.samples) if sample == WRITTEN]
+        pseudo = [place for place, sample in enumerate(rehearsed.samples) if sample != WRITTEN]
         counts = step.micro_batches if rehearsed.counts else 0
-        if options.lm_weight and written.any():
-            nll, _ = next_token_nll(logits[written], labels[written])
+        if options.lm_weight and written:
+            part = rehearsed.of_rows(written)
+            nll = prediction_nll(part.predictions(), part.labels).sum()
             terms["lfpt5/lm"] = options.lm_weight * nll * counts / self.tokens["written"]
-        if written.all():
+        if not pseudo:
             return terms
-        share = counts / self.tokens["pseudo"]
+        share, part = counts / self.tokens["pseudo"], rehearsed.of_rows(pseudo)
+        student = part.predictions()
         if options.weight:
-            nll, _ = next_token_nll(logits[~written], labels[~written])
-            terms["lfpt5"] = options.weight * nll * share
+            terms["lfpt5"] = options.weight * prediction_nll(student, part.labels).sum() * share
         if options.kl_weight:
-            hidden = torch.cat([self.before[i] for i in rehearsed.samples if i != WRITTEN]).to(logits.device)
-            student = logits[~written][predicting(labels[~written])]
+            hidden = torch.cat([self.before[i] for i in part.samples]).to(student.device)
             divergence, _ = kl_divergence(student, (self.head or head(step.stage.model)).logits(hidden))
             terms["lfpt5/kl"] = options.kl_weight * divergence * share
         return terms

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
@@ -17,10 +16,11 @@ from holdfast.config.section import Section
 from holdfast.engines.saved import saved_tensor
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import borrowed, gradient_of, snapshot
-from holdfast.losses.common import wide
+from holdfast.losses.next_token import predicting, prediction_nll
 from holdfast.methods.parts.queries import prompt_queries
 from holdfast.models.generation import evaluating
 from holdfast.models.head import base
+from holdfast.models.supervised import predictions
 from holdfast.rehearsal.memory import Memory
 from holdfast.system.shapes import Count, of_shape
 
@@ -167,11 +167,11 @@ def neighbours_gradient(evaluation: Evaluation, rows: Sequence[TokenRow]) -> Sha
     total: Shards | None = None
     for start in range(0, len(rows), evaluation.batch_size):
         batch = evaluation.collate(rows[start : start + evaluation.batch_size])
-        targets = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
-        logits = evaluation.model(**batch, use_cache=False).logits
-        nll = F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-        means = nll.view(targets.shape).sum(dim=1) / (targets != -100).sum(dim=1).clamp(min=1)
-        part = gradient_of(means.sum() / len(rows), evaluation.model)
+        labels = batch.pop("labels")
+        nll = prediction_nll(predictions(evaluation.model, batch, labels, use_cache=False), labels)
+        places = predicting(labels)
+        counts = places.sum(dim=1)[places.nonzero()[:, 0]]  # of each token's row
+        part = gradient_of((nll / counts).sum() / len(rows), evaluation.model)
         total = part if total is None else total.add_(part)
     assert total is not None, "no neighbours"
     return total

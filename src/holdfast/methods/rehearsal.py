@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from holdfast.api.stage import Extra, Rehearsed, Stage, Step
 from holdfast.data.tokens.build import TOKENS
 from holdfast.data.tokens.file import TokenFile
 from holdfast.errors import ConfigError
-from holdfast.losses import dynamic_weight, next_token_nll
+from holdfast.losses import dynamic_weight, prediction_nll, supervised_tokens
 from holdfast.models.head import begin_token, context
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
 from holdfast.rehearsal.cache import cached_rows
@@ -163,7 +163,8 @@ class Rehearsal(Method):
         if self._is_off or not self._has_samples or not self._multiplier:
             return None
         layers = () if options.loss == "ce" else (options.compared_layer,)
-        logits = options.loss == "ce" or options.ce_weight > 0 or options.weight == "dynamic"
+        needs_logits = options.loss == "ce" or options.ce_weight > 0 or options.weight == "dynamic"
+        logits: Literal["supervised", False] = "supervised" if needs_logits else False
         if options.source == "current":
             return Extra((), "task", layers=layers, logits=logits)
         count = self._count(step.rows)
@@ -324,6 +325,5 @@ class Rehearsal(Method):
 
 
 def _mean_nll(rehearsed: Rehearsed) -> Tensor:
-    assert rehearsed.logits is not None
-    nll, tokens = next_token_nll(rehearsed.logits, rehearsed.labels)
-    return nll / tokens.clamp(min=1)
+    nll = prediction_nll(rehearsed.predictions(), rehearsed.labels)
+    return nll.sum() / supervised_tokens(rehearsed.labels).clamp(min=1)

@@ -31,6 +31,7 @@ class TALR(Method):
     """
 
     name = "talr"
+    reads_all_logits = False
 
     class Options(Section):
         floor: float = Field(0.01, ge=0, le=1, description="the least weight of a token; 1: every token counts 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from holdfast.models.cache import cache_name, cache_of
 from holdfast.models.generation import by_batch, inference
 from holdfast.models.head import base
 from holdfast.models.sampling import has_plain_decoder
+from holdfast.models.supervised import OneRow, by_chunk
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +45,8 @@ def token_losses(
 
     Sequences that differ only in their last token, such as a question with one letter or another, are read once. Where
     others begin alike, such as a question with one answer or another, what comes before the first supervised token is
-    read once, if the model is a plain decoder with a cache. The head is applied from there on alone.
+    read once, if the model is a plain decoder with a cache. Logits are made where they predict a supervised token, and
+    of a few tokens at a time.
 
     Args:
         rows: sequences with ``input_ids`` and ``labels`` of equal length; a token with label -100 is not supervised,
@@ -84,12 +87,17 @@ class _Reading:
     Attributes:
         numbers: of the rows.
         ids: tokens of one of them.
-        first: place of the first token that is supervised in any of them, from 1.
+        places: of the tokens that are supervised in any of them, from 1, in order.
     """
 
     numbers: list[int]
     ids: list[int]
-    first: int
+    places: list[int]
+
+    @property
+    def first(self) -> int:
+        """The place of the first of these tokens; where there is none, of the last token."""
+        return self.places[0] if self.places else max(1, len(self.ids) - 1)
 
 
 def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[_Reading]:
@@ -97,12 +105,13 @@ def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[_Reading]:
     for i, row in enumerate(rows):
         alike.setdefault(tuple(row["input_ids"][:-1]), []).append(i)
     return [
-        _Reading(n, list(rows[n[0]]["input_ids"]), min(_first(rows[i]["labels"]) for i in n)) for n in alike.values()
+        _Reading(n, list(rows[n[0]]["input_ids"]), sorted({t for i in n for t in _supervised(rows[i]["labels"])}))
+        for n in alike.values()
     ]
 
 
-def _first(labels: Sequence[int]) -> int:
-    return next((t for t, label in enumerate(labels) if t and label != -100), max(1, len(labels) - 1))
+def _supervised(labels: Sequence[int]) -> list[int]:
+    return [t for t, label in enumerate(labels) if t and label != -100]
 
 
 def _families(rows: Sequence[Mapping[str, Any]]) -> list[list[_Reading]]:
@@ -132,11 +141,30 @@ class _Reader:
         """Nats and tokens of the rows of families of one."""
         batch = [one for family in families for one in family]
         ids, mask = self._padded([one.ids for one in batch])
-        before = min(one.first for one in batch) - 1 if self._takes_tail else 0
-        logits = self.model(
-            input_ids=ids, attention_mask=mask, use_cache=False, **self._tail(ids.shape[1] - before)
-        ).logits
-        return self._losses(batch, logits, [before] * len(batch))
+        marks = torch.full_like(ids, -100)
+        for place, one in enumerate(batch):
+            marks[place, one.places] = 0
+        predicted, owner = itertools.count(), itertools.count()
+        wanted: list[tuple[int, int, int]] = []  # of each token: its prediction, which may be several rows', label, row
+        for one in batch:
+            number_of = {t: next(predicted) for t in one.places}
+            for number in one.numbers:
+                labels, row = self.rows[number]["labels"], next(owner)
+                wanted += [(number_of[t], labels[t], row) for t in _supervised(labels)]
+        places, targets, owners = torch.tensor(wanted, dtype=torch.int64).view(-1, 3).T
+
+        def losses(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+            """The rows of the tokens that this chunk predicts, and their losses in nats."""
+            here = (places >= chunk.start) & (places < chunk.stop)
+            at = (part[here].to(logits.device) for part in (places - chunk.start, targets))
+            return owners[here], -logits.log_softmax(-1)[tuple(at)].cpu().double()
+
+        count = sum(len(one.numbers) for one in batch)
+        sums = torch.zeros(count, dtype=torch.float64)
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        for rows, nats in by_chunk(self.model, inputs, OneRow.of(marks), losses):
+            sums.index_add_(0, rows, nats)
+        return list(zip(sums.tolist(), torch.bincount(owners, minlength=count).tolist(), strict=True))
 
     def shared(self, families: Sequence[Sequence[_Reading]]) -> list[Pair]:
         """Nats and tokens of the rows of families, whose common beginnings are read first."""

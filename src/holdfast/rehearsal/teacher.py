@@ -24,6 +24,7 @@ from holdfast.engines.whole import model_fingerprint
 from holdfast.errors import DataError, RunDirectoryError
 from holdfast.losses import chunked_kl, l1_loss, l2_loss, margin_sums
 from holdfast.losses.chunked import Head
+from holdfast.losses.next_token import predicting
 from holdfast.models.generation import evaluating
 from holdfast.models.head import head, hidden_only
 from holdfast.models.pretrained import tokenizer_fingerprint
@@ -46,11 +47,6 @@ def padded(states: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
     result = torch.stack([nn.functional.pad(s.to(like.device), (0, 0, 0, seq - len(s))) for s in states])
     lengths = torch.tensor([len(s) for s in states], device=like.device)
     return result, torch.arange(seq, device=like.device) < lengths[:, None]
-
-
-def predicting(labels: Tensor) -> Tensor:
-    """The positions that predict a supervised token, bool [rows, seq]: the next token has a label."""
-    return nn.functional.pad(labels[:, 1:] != -100, (0, 1))
 
 
 def predicting_states(row: TokenRow, hidden: Tensor) -> Tensor:
@@ -79,13 +75,13 @@ class HiddenTeacher:
             loss = l1_loss if self.options.loss == "l1" else l2_loss
             entries = torch.count_nonzero(mask) * student.shape[-1]
             return loss(student, target, mask) * entries, entries
-        student_head = head(model)
+        student_head, places = head(model), predicting(rehearsed.labels)
         return chunked_kl(
-            student,
+            student[places],
             student_head,
-            target,
+            target[places],
             self.teacher_head or student_head,
-            predicting(rehearsed.labels),
+            None,
             self.options.divergence,
             student_logits=rehearsed.task_logits,
         )

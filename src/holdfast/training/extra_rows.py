@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from copy import copy
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from holdfast.data.collate import Collator, concat
 from holdfast.engines.pieces import is_divided
 from holdfast.engines.process import Process
 from holdfast.errors import ConfigError
-from holdfast.losses.next_token import supervised_tokens
+from holdfast.losses.next_token import predicting, supervised_tokens
 from holdfast.models.head import hidden_only
+from holdfast.models.supervised import OneRow, head_on
 from holdfast.training.batches import is_packed, is_token_batch
 
 ROW_KEYS = {"input_ids", "attention_mask", "labels"}
@@ -32,6 +33,21 @@ KEY = "rehearsal"
 def collate_tokens(pad: Collator, rows: Sequence[TokenRow]) -> Batch:
     """Make a batch of tokens and labels alone, whatever else the rows hold."""
     return pad([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
+
+
+class Passed(NamedTuple):
+    """What a forward pass made of some rows.
+
+    Attributes:
+        gathered: whether its logits are those of supervised tokens alone, [1, at least so many tokens, vocab].
+        row: the first of the rows in the pass.
+        token: the first of their supervised tokens in the pass.
+    """
+
+    outputs: Any
+    gathered: bool = False
+    row: int = 0
+    token: int = 0
 
 
 class ExtraRows:
@@ -162,58 +178,67 @@ class ExtraRows:
         return tokens <= self.joint_tokens
 
     def joined(self, inputs: Any, joint: dict[str, Batch]) -> Any:
-        """A new batch for the task's forward pass: the task's rows, and the extra rows that share it.
-
-        Extra rows get no labels, so that the task's loss leaves them out.
-        """
+        """A new batch for the task's forward pass: the task's rows, and the extra rows that share it."""
         batch = copy(inputs)
         for extra in joint.values():
-            unlabelled = {key: extra[key] for key in ROW_KEYS} | {"labels": torch.full_like(extra["labels"], -100)}
-            batch = concat(batch, unlabelled, 0)
-        shared = [extra for name, extra in self.by_method.items() if name in joint or extra.way == "task"]
-        if any(extra.layers for extra in shared):
+            batch = concat(batch, {key: extra[key] for key in ROW_KEYS}, 0)
+        if any(request.layers for request in self._sharing(joint)):
             batch["output_hidden_states"] = True
         return batch
 
+    def _sharing(self, joint: dict[str, Batch]) -> list[Extra]:
+        """The requests whose rows go through the task's forward pass."""
+        return [extra for name, extra in self.by_method.items() if name in joint or extra.way == "task"]
+
+    def needs_all_logits(self, joint: dict[str, Batch]) -> bool:
+        """Whether a method needs logits of every position in the task's forward pass."""
+        return any(request.logits is True for request in self._sharing(joint))
+
     def rehearsed(
-        self, model: Any, inputs: Any, outputs: Any, extra: dict[str, Batch], joint: dict[str, Batch], step: Step
+        self, model: Any, inputs: Any, task: Passed, extra: dict[str, Batch], joint: dict[str, Batch], step: Step
     ) -> dict[str, Rehearsed]:
         """What the model made of the extra rows, by method: in the task's forward pass, or in one of their own.
 
         Args:
             model: as the engine wraps it.
             inputs: the task's rows.
-            outputs: of the task's forward pass; extra rows are cut off.
+            task: the task's forward pass. Extra rows are cut off its outputs, whose logits are then [rows, seq, vocab]
+                or, where they were gathered, [supervised tokens, vocab].
             extra: the extra rows beside this micro-batch.
             joint: those that shared the pass.
         """
+        outputs = task.outputs
         if joint and not _has_gradient(outputs.get("logits")):
             # This trainer's loss makes no logits, or logits without gradient (TRL's fused head). From now on extra rows
             # have a forward pass of their own.
             self.joint_tokens, joint = 0, {}
         rehearsed = {}
-        place = first = len(inputs["input_ids"]) if joint else 0
+        first, token = (len(inputs["input_ids"]), int(supervised_tokens(inputs["labels"]))) if joint else (0, 0)
+        place = first
         for name, request in self.by_method.items():
             batch = inputs if request.way == "task" else extra.get(name)
             if batch is None:
                 continue
             if name in joint:
-                rehearsed[name] = self._of_method(name, batch, outputs, place, step)
-                place += len(batch["input_ids"])
+                rehearsed[name] = self._of_method(name, batch, Passed(outputs, task.gathered, place, token), step)
+                place, token = place + len(batch["input_ids"]), token + int(supervised_tokens(batch["labels"]))
             else:
                 shared = request.way == "task" and _has_all(outputs, request)
-                made = outputs if shared else self._forward(model, batch, request)
-                rehearsed[name] = self._of_method(name, batch, made, 0, step)
+                passed = task if shared else self._forward(model, batch, request)
+                rehearsed[name] = self._of_method(name, batch, passed, step)
         if joint:
-            outputs["logits"] = outputs.logits[:first]
             outputs["hidden_states"] = None
+        if joint and not task.gathered:
+            outputs["logits"] = outputs.logits[:first]
+        if task.gathered and outputs is not None:
+            outputs["logits"] = _predictions(task, inputs["labels"])
         return rehearsed
 
     def task_pass(self, model: Any, batch: Batch) -> Any:
-        """A forward pass of the task's rows that gives logits of every token, with gradient."""
-        return self._forward(model, batch, Extra((), "task"))
+        """The outputs of a forward pass of the task's rows that gives logits of every token, with gradient."""
+        return self._forward(model, batch, Extra((), "task")).outputs
 
-    def _forward(self, model: Any, batch: Batch, request: Extra) -> Any:
+    def _forward(self, model: Any, batch: Batch, request: Extra) -> Passed:
         """A forward pass of extra rows by themselves.
 
         It bypasses DDP: in DDP's forward pass processes wait for each other, and not every process has such rows. DDP
@@ -223,12 +248,17 @@ class ExtraRows:
         options = {"output_hidden_states": True} if request.layers else {}
         options |= {} if request.logits else hidden_only(self.model)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        return model(**inputs, use_cache=False, **options)
+        if request.logits != "supervised":
+            return Passed(model(**inputs, use_cache=False, **options))
+        with head_on(self.model, OneRow.of(batch["labels"])) as gathered:
+            outputs = model(**inputs, use_cache=False, **options)
+        return Passed(outputs, gathered.done)
 
-    def _of_method(self, name: str, batch: Batch, outputs: Any, start: int, step: Step) -> Rehearsed:
+    def _of_method(self, name: str, batch: Batch, passed: Passed, step: Step) -> Rehearsed:
         request, labels, counts = self.by_method[name], batch["labels"], batch.get("counts", True)
-        rows, seq = labels.shape
-        part = slice(start, start + rows)
+        outputs, (rows, seq) = passed.outputs, labels.shape
+        part = slice(passed.row, passed.row + rows)
+        has_task_logits = request.way == "task" and (passed.gathered or _has_all_logits(outputs, labels))
         share, token_share = (
             counts * step.micro_batches * here / max(in_step, 1)
             for here, in_step in zip(_tokens(batch), step.rehearsal_tokens[name], strict=True)
@@ -236,11 +266,11 @@ class ExtraRows:
         return Rehearsed(
             samples=batch["sample"].tolist() if "sample" in batch else [],
             labels=labels,
-            logits=outputs.logits[part, :seq] if request.logits else None,
+            logits=_logits(passed, labels, request) if request.logits else None,
             hidden=tuple(outputs.hidden_states[layer][part, :seq] for layer in request.layers),
             share=share,
             counts=counts,
-            task_logits=outputs.logits if request.way == "task" and _has_all_logits(outputs, labels) else None,
+            task_logits=_predictions(passed, labels) if has_task_logits else None,
             batch=batch,
             token_share=token_share,
         )
@@ -270,6 +300,23 @@ def _tokens(batch: Batch) -> tuple[int, int]:
 
 def _tokens_of_row(row: TokenRow) -> tuple[int, int]:
     return count_supervised(row), len(row["input_ids"])
+
+
+def _logits(passed: Passed, labels: Tensor, request: Extra) -> Tensor:
+    """The logits of some rows, with labels [rows, seq], as a method asked for them."""
+    if request.logits == "supervised":
+        return _predictions(passed, labels)
+    rows, seq = labels.shape
+    return passed.outputs.logits[passed.row : passed.row + rows, :seq]
+
+
+def _predictions(passed: Passed, labels: Tensor) -> Tensor:
+    """The logits that predict the supervised tokens of some rows."""
+    rows, seq = labels.shape
+    logits = passed.outputs.logits
+    if passed.gathered:
+        return logits[0, passed.token : passed.token + int(supervised_tokens(labels))]
+    return logits[passed.row : passed.row + rows, :seq][predicting(labels)]
 
 
 def _has_all(outputs: Any, request: Extra) -> bool:

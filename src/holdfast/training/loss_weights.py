@@ -14,7 +14,7 @@ from holdfast.api.rows import IGNORED, Batch
 from holdfast.api.stage import Step
 from holdfast.errors import ConfigError, MethodError
 from holdfast.losses.chunked import CHUNK_SIZE, chunked_loss_of_logits
-from holdfast.losses.next_token import token_nll
+from holdfast.losses.next_token import supervised_logits, token_nll
 from holdfast.training.batches import is_token_batch
 
 NEAR = 1e-3
@@ -22,13 +22,14 @@ NEAR = 1e-3
 
 
 def has_logits(outputs: Any, longest: int) -> bool:
-    """Whether a forward pass gave logits of every token, with gradient."""
+    """Whether a forward pass gave logits of every token, or of all supervised ones, with gradient."""
     logits = None if outputs is None else outputs.get("logits")
-    return isinstance(logits, Tensor) and logits.requires_grad and logits.shape[1] >= longest
+    return isinstance(logits, Tensor) and logits.requires_grad and (logits.dim() == 2 or logits.shape[1] >= longest)
 
 
 def aligned_logits(outputs: Any, batch: Any, longest: int, names: str) -> Tensor:
-    """The logits of a micro-batch's own rows and tokens, [rows, seq, vocab], with gradient.
+    """The logits of a micro-batch's own rows and tokens, [rows, seq, vocab], with gradient; or those that predict its
+    supervised tokens, [supervised tokens, vocab], where the pass gave no others.
 
     Args:
         longest: tokens of a row in the forward pass, in which longer extra rows may have taken part.
@@ -42,6 +43,8 @@ def aligned_logits(outputs: Any, batch: Any, longest: int, names: str) -> Tensor
             f"method {names}: weighs the tokens of the next-token loss, and this trainer does not compute it from the "
             "labels of every token (smoothed labels, or another loss); Trainer with the model's own loss would do"
         )
+    if outputs["logits"].dim() == 2:
+        return outputs["logits"]
     rows, seq = batch["labels"].shape
     return outputs["logits"][:rows, -longest:][:, :seq]  # without the virtual tokens of a soft prompt
 
@@ -90,7 +93,7 @@ def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Sum over supervised tokens of weight times negative log-likelihood: a scalar with gradient to the logits.
 
     Args:
-        logits: [rows, seq, vocab].
+        logits: [rows, seq, vocab], or [supervised tokens, vocab].
         labels: int64 [rows, seq]; -100 where not supervised.
         weights: float32 [rows, seq], of the token in each place; that of the first one never counts.
     """
@@ -104,4 +107,4 @@ def weighted_nll(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         gradient = log_p.exp_().scatter_add_(-1, target, torch.full_like(factor, -1.0))
         return total, gradient.mul_(factor)
 
-    return chunked_loss_of_logits(logits[:, :-1][supervised], loss, CHUNK_SIZE)
+    return chunked_loss_of_logits(supervised_logits(logits, labels), loss, CHUNK_SIZE)

@@ -77,6 +77,7 @@ class ContinualState:
         micro_batches: of the step, in this process.
         row_numbers: of the step's train rows, in this process, where they are known.
         skipped: whether the step is left out, since fp16's gradients overflow.
+        gathers: whether the task's loss is Trainer's own, and the same with the head on supervised tokens alone.
         knows_loss: whether Trainer's loss was found to be the next-token loss, in this stage, where a method weighs it.
         gradient_norm: of the step, where DeepSpeed trains.
     """
@@ -103,6 +104,7 @@ class ContinualState:
     micro_batches: int = 1
     row_numbers: list[int] = field(default_factory=list)
     skipped: bool = False
+    gathers: bool = False
     knows_loss: bool = False
     gradient_norm: float | None = None
 
@@ -142,13 +144,19 @@ class ContinualState:
         return [row for method in self.methods for row in method.held_out]
 
     @property
+    def reads_logits(self) -> bool:
+        """Whether a method may read the logits of every position of the task's rows."""
+        return any(m.reads_all_logits for m in self._reading)
+
+    @property
     def reads_outputs(self) -> bool:
         """Whether a method needs the outputs of the task's forward pass, which some trainers make only on demand."""
-        if self.any_overrides("loss_weights"):
-            return True
-        return any(map(reads_outputs, self.methods)) or any(
-            extra.way == "task" for extra in self.extra_rows.by_method.values()
-        )
+        return bool(self._reading) or any(extra.way == "task" for extra in self.extra_rows.by_method.values())
+
+    @property
+    def _reading(self) -> list[Method]:
+        """The methods that read the outputs of the task's forward pass."""
+        return [m for m in self.methods if reads_outputs(m) or type(m).loss_weights is not Method.loss_weights]
 
     def begin_step(self, index: int, sizes: Sequence[int], logged: bool) -> Step:
         """Begin an optimizer step of micro-batches with so many task rows each, in this process."""

@@ -37,11 +37,12 @@ from holdfast.training.engine_mixin import (
     renew_optimizer,
     scales_loss,
 )
-from holdfast.training.extra_rows import ExtraRows, collate_tokens
+from holdfast.training.extra_rows import ExtraRows, Passed, collate_tokens
 from holdfast.training.frozen_adapters import frozen_stays, reference_of_this_stage
 from holdfast.training.method_state import load_states
 from holdfast.training.requirements import check_batches, check_learns_stages, check_methods, check_trainable
 from holdfast.training.state import ContinualState, RunContext
+from holdfast.training.supervised_pass import may_gather, task_pass
 from holdfast.training.terms import Terms
 
 Choice = str | Mapping[str, Any] | Method
@@ -162,9 +163,13 @@ class ContinualMixin(EngineMixin):
         joint = state.extra_rows.joint(inputs, extra)
         passed = state.extra_rows.joined(inputs, joint) if state.adds_to_loss else inputs
         needs_outputs = return_outputs or bool(joint) or state.reads_outputs
-        result = super().compute_loss(model, passed, **_return_outputs(needs_outputs), **kwargs)
+        needs_logits = return_outputs or state.reads_logits or state.extra_rows.needs_all_logits(joint)
+        gather = state.gathers and not needs_logits and is_token_batch(inputs)
+        with task_pass(self.model, passed, len(inputs["labels"]) if joint else None, gather) as (batch, gathered):
+            result = super().compute_loss(model, batch, **_return_outputs(needs_outputs), **kwargs)
         loss, outputs = result if needs_outputs else (result, None)
-        step.rehearsed = state.extra_rows.rehearsed(model, inputs, outputs, extra, joint, step)
+        made = Passed(outputs, gathered.done)
+        step.rehearsed = state.extra_rows.rehearsed(model, inputs, made, extra, joint, step)
         # The task's loss is this micro-batch's share of the step's mean if Trainer has scaled it so; otherwise a mean
         # that training_step divides by the number of micro-batches. The methods' terms must come out the same.
         scaled = _is_scaled(self, num_items_in_batch)
@@ -259,6 +264,7 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
         method.before_stage(stage)
         hand_to_engine(trainer)
     renew_optimizer(trainer)
+    state.gathers = may_gather(trainer, super(ContinualMixin, trainer).compute_loss)
     if state.general_loss_before is None and not state.is_run:  # of which nobody asks for a forgetting_report
         state.general_loss_before = _general_loss(trainer)
     declared = [name for method in state.methods for name in method.declares(stage)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import gradient_of, weights
-from holdfast.models.head import base
+from holdfast.models.supervised import predictions
 from holdfast.system.shapes import of_shape
 
 
@@ -123,16 +122,11 @@ def row_gradients(
         float32, one tensor a trainable parameter, for each row in turn.
     """
     model = stage.model
-    takes_tail = "logits_to_keep" in inspect.signature(base(model).forward).parameters
     training = model.training
     model.eval()
     for row in rows:
         batch = stage.collate([row])
-        labels = batch.pop("labels")[0]
-        places = (labels[1:] != -100).nonzero().squeeze(-1)  # each predicts the token after it
-        first = min(places.tolist(), default=0)
-        # Do not apply the head to the prompt: prompts are long, and vocabularies are large.
-        tail = len(labels) - first
-        logits = model(**batch, use_cache=False, **({"logits_to_keep": tail} if takes_tail else {})).logits[0, -tail:]
-        yield gradient_of(scalar(logits[places - first], labels[places + 1]), model)
+        labels = batch.pop("labels")
+        logits = predictions(model, batch, labels, use_cache=False)
+        yield gradient_of(scalar(logits, labels[:, 1:][labels[:, 1:] != -100]), model)
     model.train(training)

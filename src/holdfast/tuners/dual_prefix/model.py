@@ -29,11 +29,13 @@ class DualPrefixModel(BaseTuner):
         asks: whether outputs in training mode also have ``key_similarity``, float32 [rows]: the cosine of ``key`` and
             the frozen model's mean last hidden state over the tokens before each row's answer, with gradient to the
             key.
+        reads_labels: its forward pass reads the labels of each token.
     """
 
     prefix = "dual_prefix_"
     tuner_layer_cls = PrefixAttention
     asks = False
+    reads_labels = True
 
     @property
     def prefixes(self) -> list[PrefixAttention]:
