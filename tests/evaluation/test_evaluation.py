@@ -52,6 +52,9 @@ class Letters:
     def prompt(self, example: Example, reserve: int) -> list[int]:
         return [BOS, *self.ids(example.question + " ")]
 
+    def asked(self, prompt: list[int]) -> dict:
+        return {"input_ids": prompt}
+
     def choice(self, example: Example, end: bool) -> dict:
         [row] = self.encode(example)
         return row if end else {key: row[key][:-1] for key in ("input_ids", "labels")}

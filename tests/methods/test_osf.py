@@ -120,7 +120,7 @@ def test_each_stage_preserves_the_dominant_directions_of_the_weights_it_begins_w
     model, method = adapted(effective_rank=1), OSF(target=0.4, growth=0.2, minimum=0.0)
     first, moved = None, 0.0
     for index, target in ((1, 0.4), (2, 0.6), (3, 0.8)):
-        shares = {name: target * method._importance(name) for name in dense(model)}
+        shares = {name: target * method._importance(name, model) for name in dense(model)}
         before, after = train(model, method, index=index, steps=30)
         first = first or before
         for name, matrix in before.items():

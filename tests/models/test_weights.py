@@ -26,7 +26,7 @@ from holdfast.deploy.export import export
 from holdfast.deploy.serve import application
 from holdfast.errors import ConfigError
 from holdfast.lab.pretrain import pretrain
-from holdfast.models.weights import check_weights, load_causal_lm
+from holdfast.models.weights import check_weights, load_language_model
 from holdfast.rehearsal.replay import replay
 from holdfast.runner.evaluate import evaluate
 from holdfast.runner.loop import run
@@ -83,7 +83,7 @@ def test_what_lacks_weights_is_refused_with_their_names(case, tmp_path):
     spoil, message = LACKING[case]
     spoil(untied(tmp_path / "model"))
     with pytest.raises(ConfigError, match=f"model.name: .*{message}"):
-        load_causal_lm(tmp_path / "model")
+        load_language_model(tmp_path / "model")
     with pytest.raises(ConfigError, match=f"model.name: .*{message}"):
         check_weights(ModelConfig(name=str(tmp_path / "model")))
 
@@ -91,7 +91,7 @@ def test_what_lacks_weights_is_refused_with_their_names(case, tmp_path):
 def test_weights_that_cannot_be_read_are_refused(tmp_path):
     file = untied(tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    for load in (load_causal_lm, lambda name: check_weights(ModelConfig(name=str(name)))):
+    for load in (load_language_model, lambda name: check_weights(ModelConfig(name=str(name)))):
         with pytest.raises(ConfigError, match=r"model.name: the weights of .* cannot be loaded"):
             load(tmp_path)
 
@@ -136,14 +136,14 @@ WHOLE = {
 def test_a_whole_model_is_loaded(case, tmp_path):
     WHOLE[case](tmp_path)
     assert check_weights(ModelConfig(name=str(tmp_path)))
-    loaded = load_causal_lm(tmp_path).state_dict()
+    loaded = load_language_model(tmp_path).state_dict()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in loaded.items())
 
 
 def test_weights_that_a_model_does_not_use_are_told(tmp_path, caplog):
     change_config(untied(tmp_path), num_hidden_layers=1)
-    load_causal_lm(tmp_path)
+    load_language_model(tmp_path)
     [told] = [record.getMessage() for record in caplog.records if record.name == "holdfast"]
     assert "does not use 9 tensors" in told and "model.layers.1." in told
 

@@ -15,7 +15,7 @@ from holdfast.config.run import RunConfig
 from holdfast.deploy.export import export
 from holdfast.deploy.serve import application
 from holdfast.errors import RunDirectoryError
-from holdfast.models.weights import load_causal_lm
+from holdfast.models.weights import load_language_model
 from holdfast.records.read import read_run
 from holdfast.report import write_report
 from holdfast.runner.evaluate import evaluate
@@ -233,10 +233,10 @@ def test_an_export_and_a_stage_s_model_are_compared_where_they_are_loaded(tmp_pa
     export(tmp_path / "run", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "holdfast.json").read_text())["files"].keys() >= {"config.json", "README.md"}
     for folder in (stage, tmp_path / "out"):
-        load_causal_lm(folder)
+        load_language_model(folder)
         flip(folder / "model.safetensors")
         with pytest.raises(RunDirectoryError, match=r"model\.safetensors: is damaged"):
-            load_causal_lm(folder)
+            load_language_model(folder)
         with pytest.raises(RunDirectoryError, match=r"model\.safetensors: is damaged"):
             run(config | {"model": str(folder), "output": str(tmp_path / f"next-{folder.name}")}, QUIET)
 

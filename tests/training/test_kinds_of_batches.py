@@ -14,8 +14,6 @@ from transformers import (
     BertForTokenClassification,
     DataCollatorWithPadding,
     LlamaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     default_data_collator,
@@ -321,12 +319,8 @@ BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "in
         (lambda: BertForMaskedLM(BertConfig(**BERT)), r"the loss of BertForMaskedLM is not one \(ForMaskedLM\)"),
         (lambda: BertForTokenClassification(BertConfig(**BERT, num_labels=64)), "ForTokenClassification"),
         (classifier, "ForSequenceClassification"),
-        (
-            lambda: T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_ff=8, num_layers=1)),
-            "decoder's tokens",
-        ),
     ],
-    ids=["masked", "tokens", "classifier", "encoder-decoder"],
+    ids=["masked", "tokens", "classifier"],
 )
 def test_a_model_of_another_loss_is_refused_before_training(make_model, reason, tmp_path):
     """Labels of a masked model lie at their tokens, so a next-token loss of its rows would be another one."""

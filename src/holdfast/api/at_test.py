@@ -17,7 +17,7 @@ class Evaluation(Protocol):
     """A model that is being measured.
 
     Attributes:
-        model: a causal language model, with or without adapters.
+        model: a language model, with or without adapters.
         batch_size: sequences in one forward pass.
         seed: of the run; a method's random choices at test time depend on it.
     """

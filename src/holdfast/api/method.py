@@ -49,6 +49,9 @@ class Method(Registered):
     not_with: ClassVar[Mapping[str, str]] = {}
     """The methods that it cannot be applied together with, by name, each with the reason."""
 
+    causal_only: ClassVar[str] = ""
+    """Why it works with no sequence-to-sequence model, after "and"; empty where it does."""
+
     turn: ClassVar[int] = 0
     """Methods that are applied together are called by their turns, those of one turn in the list's order, which then
     changes no more than rounding and the draws of dropout. Below 0: reads the weights and the loss's gradient before

@@ -12,14 +12,42 @@ IGNORED = -100
 """The label of a token that is not supervised."""
 
 TokenRow = Mapping[str, Any]
-"""A tokenised row: ``input_ids`` and ``labels``, lists of int; -100 where a token is not supervised."""
+"""A tokenised row: ``input_ids`` and ``labels``, lists of int; -100 where a token is not supervised.
+
+A row of a sequence-to-sequence model also has ``encoder_ids``, the prompt; the others are then the decoder's
+(:mod:`holdfast.models.seq2seq`).
+"""
 
 Batch = dict[str, Any]
-"""Collated rows: ``input_ids``, ``attention_mask``, ``labels``, int64 tensors [batch, seq], on the model's device."""
+"""Collated rows: ``input_ids``, ``attention_mask``, ``labels``, int64 tensors [batch, seq], on the model's device; of a
+sequence-to-sequence model also ``encoder_ids`` and ``encoder_mask``, [batch, prompt]."""
+
+TOKENS = ("input_ids", "labels", "encoder_ids")
+"""The columns of a row that hold tokens; the last one is a sequence-to-sequence model's alone."""
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "encoder_ids", "encoder_mask")
+"""What a forward pass without labels takes of a batch."""
+
+
+def bare(row: TokenRow) -> dict[str, list[int]]:
+    """The row without further columns."""
+    return {key: list(row[key]) for key in TOKENS if key in row}
+
+
+def row_length(row: TokenRow) -> int:
+    """The tokens of a row, prompt and answer."""
+    return len(row["input_ids"]) + len(row.get("encoder_ids", ()))
+
+
+def model_inputs(batch: Mapping[str, Any]) -> Batch:
+    """A batch without labels and other columns."""
+    return {key: batch[key] for key in INPUTS if key in batch}
 
 
 def prompt(row: Mapping[str, Any]) -> list[int]:
     """The tokens of a row before its answer; all tokens of a text, whose first or second token is supervised."""
+    if "encoder_ids" in row:
+        return list(row["encoder_ids"])
     labels = row.get("labels", ())
     first = next((place for place, label in enumerate(labels) if label != IGNORED), len(row["input_ids"]))
     return list(row["input_ids"][:first] if first > 1 else row["input_ids"])

@@ -36,6 +36,9 @@ class Tuner(Registered, ABC):
     lacks: ClassVar[str] = ""
     """What its folder lacks where plain libraries load it, for a model card; empty where it lacks nothing."""
 
+    causal_only: ClassVar[str] = ""
+    """Why it trains no sequence-to-sequence model, after "and"; empty where it does."""
+
     class Options(Section):
         """The tuner's options; a key that it does not know is refused."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.api.rows import IGNORED
+from holdfast.models.seq2seq import encoder_inputs
 
 
 class Collator:
@@ -28,8 +29,8 @@ class Collator:
 
         Returns:
             ``input_ids`` and ``labels`` (-100 where padded), int64 [batch, seq]; ``attention_mask`` (1 where not
-            padded) or, for packed rows, ``position_ids``, int64 [batch, seq]; ``row``, int64 [batch], where every
-            row has it.
+            padded) or, for packed rows, ``position_ids``, int64 [batch, seq]; ``encoder_ids`` and ``encoder_mask``,
+            int64 [batch, prompt], of rows with a prompt apart; ``row``, int64 [batch], where every row has it.
         """
         width = max(len(row["input_ids"]) for row in rows)
         spare = [width - len(row["input_ids"]) for row in rows]
@@ -41,6 +42,8 @@ class Collator:
             batch["position_ids"] = _padded([row["position_ids"] for row in rows], [range(n) for n in spare])
         else:
             batch["attention_mask"] = _padded([[1] * (width - n) for n in spare], [[0] * n for n in spare])
+        if "encoder_ids" in rows[0]:
+            batch |= encoder_inputs([row["encoder_ids"] for row in rows], self.pad_token_id)
         if all("row" in row for row in rows):
             batch["row"] = torch.tensor([row["row"] for row in rows])
         return batch
@@ -81,11 +84,8 @@ def concat(a: Mapping[str, Tensor], b: Mapping[str, Tensor], pad_token_id: int) 
     """
     if ("position_ids" in a) != ("position_ids" in b):
         a, b = _positioned(a), _positioned(b)
-    width = max(a["input_ids"].shape[1], b["input_ids"].shape[1])
     joint = {key: (a[key], b[key]) for key in a if key in b}
-    return {
-        key: torch.cat([_widened(key, part, width, pad_token_id) for part in parts]) for key, parts in joint.items()
-    }
+    return {key: torch.cat(_of_one_width(key, parts, pad_token_id)) for key, parts in joint.items()}
 
 
 def _padded(rows: Sequence[Sequence[int]], padding: Sequence[Sequence[int]]) -> Tensor:
@@ -98,10 +98,19 @@ def _positioned(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand_as(ids), **batch}
 
 
+FILL = {"labels": IGNORED, "attention_mask": 0, "encoder_mask": 0}
+"""What fills the columns of short rows; those of tokens take padding."""
+
+
+def _of_one_width(key: str, parts: Sequence[Tensor], pad_token_id: int) -> list[Tensor]:
+    """The parts of a column, padded on the right to the longest of them."""
+    return [_widened(key, part, max(p.shape[-1] for p in parts), pad_token_id) for part in parts]
+
+
 def _widened(key: str, values: Tensor, width: int, pad_token_id: int) -> Tensor:
     if key == "row":
         return values
     spare = torch.arange(width - values.shape[1], device=values.device)
     if key != "position_ids":
-        spare = torch.full_like(spare, {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}[key])
+        spare = torch.full_like(spare, FILL.get(key, pad_token_id))
     return torch.cat([values, spare.expand(len(values), -1)], dim=1)

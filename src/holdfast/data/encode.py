@@ -177,6 +177,14 @@ class Encoder:
         [tokens] = self._tokenise([pieces])
         return len(self._joined(pieces, [part.ids for part in tokens])[0]) <= self.max_length - reserve
 
+    def asked(self, prompt: list[int]) -> dict[str, list[int]]:
+        """The row of :meth:`prompt`'s tokens, without an answer."""
+        return {"input_ids": prompt}
+
+    def of_text(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The model's row of a text's ``input_ids`` and ``labels``."""
+        return row
+
     def answer_length(self, example: Example) -> int:
         """Tokens of the last answer with its end."""
         pieces = self._pieces(example)[-1]
@@ -295,7 +303,11 @@ class Encoder:
                 f"data.max_length={self.max_length}"
                 + (f" less {reserve} for the response (evaluation.max_new_tokens)" if reserve else "")
                 + "; raise data.max_length, or shorten the row"
-                + ("" if reserve or self._cuts_answers else "; data.long_answers=cut cuts the end of its answer")
+                + (
+                    ""
+                    if reserve or self._cuts_answers or not pieces[-1].answer
+                    else "; data.long_answers=cut cuts the end of its answer"
+                )
             )
         self._shortened.add((example.file, example.row))
         for (index, first, last), keep in reversed(list(zip(spans, _levelled(sizes, excess), strict=True))):
@@ -380,7 +392,10 @@ def resolve_max_length(requested: int | None, model_config: Any, taken: int = 0)
     Raises:
         ConfigError: more is requested than the model's context, or neither is known; or soft prompts fill the context.
     """
-    context: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    text_config = model_config.get_text_config()
+    context: int | None = getattr(text_config, "max_position_embeddings", None)
+    if requested is None and context is None:
+        requested = getattr(text_config, "n_positions", None)  # T5 reads more, but was trained with so many
     if context is not None and taken >= context:
         raise ConfigError(f"tuner: a soft prompt of {taken} tokens leaves nothing of the model's context of {context}")
     if context is not None:

@@ -10,10 +10,12 @@ from holdfast import methods, tuners
 from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig, load_config
 from holdfast.data.encode import Encoder
+from holdfast.data.encode_apart import encoder_of
 from holdfast.deploy.exported import Exported
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.models.gguf import is_gguf
 from holdfast.models.pretrained import load_saved_tokenizer, readable
+from holdfast.models.seq2seq import is_seq2seq
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
@@ -25,7 +27,7 @@ from holdfast.system.machine import versions
 from holdfast.system.manifest import EXPORT, check, folder_facts
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from holdfast.api.tuner import Tuner
 
@@ -87,9 +89,9 @@ def export(
             "can load; push one model with --merge, or run on the hub's name of the base model"
         )
     tokenizer = load_saved_tokenizer(saved, RunDirectoryError, config.model.trust_remote_code)
-    chat = config.data.template != "plain" and bool(tokenizer.chat_template)
-    encoder = Encoder(tokenizer, max_length=finished.max_length, template=config.data.template)
-    settings = _generation_settings(pretrained, saved if kind == "model" else None, encoder)
+    model_config = _model_config(pretrained, saved if kind == "model" else None)
+    encoder = encoder_of(model_config, tokenizer, max_length=finished.max_length, template=config.data.template)
+    settings = _generation_settings(pretrained, saved if kind == "model" else None, model_config, encoder)
     merged = _merged(pretrained, tuner, saved) if kind == "merged" else None
     exported = Exported(
         run=finished,
@@ -100,7 +102,8 @@ def export(
         base=base,
         tuner=tuner,
         kind=kind,
-        chat=chat,
+        chat=encoder.chat,
+        seq2seq=is_seq2seq(model_config),
         lacks=[*method_lacks(config), *_folder_lacks(config, tuner, kind, base, tokenizer)],
     )
     try:
@@ -139,25 +142,34 @@ def _check_target(to: Path) -> None:
         raise ConfigError(f"--to: {to} holds other files than an earlier export (no {MANIFEST}); choose another folder")
 
 
-def _generation_settings(model: ModelConfig, folder: Path | None, encoder: Encoder) -> GenerationConfig:
-    """The model's own settings, with the tokens at which the run's responses end, and the padding token.
-
-    Args:
-        folder: the trained model; if None, the settings are the base model's.
+def _model_config(model: ModelConfig, folder: Path | None) -> PretrainedConfig:
+    """The configuration of the trained model in a folder; if None, of the base model.
 
     Raises:
         ConfigError: the base model is not found.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     from holdfast.models.pretrained import load_model_config
 
     if folder is None:
-        name, revision, config = model.name, model.revision, load_model_config(model)
-    else:
-        with readable(f"{folder}: its config.json cannot be used", RunDirectoryError):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-        name, revision = str(folder), None
+        return load_model_config(model)
+    with readable(f"{folder}: its config.json cannot be used", RunDirectoryError):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+
+
+def _generation_settings(
+    model: ModelConfig, folder: Path | None, config: PretrainedConfig, encoder: Encoder
+) -> GenerationConfig:
+    """The model's own settings, with the tokens at which the run's responses end, and the padding token.
+
+    Args:
+        folder: the trained model; if None, the settings are the base model's.
+        config: of the model.
+    """
+    from transformers import GenerationConfig
+
+    name, revision = (model.name, model.revision) if folder is None else (str(folder), None)
     try:
         with readable(f"{name}: its generation_config.json cannot be used", RunDirectoryError):
             settings = GenerationConfig.from_pretrained(name, revision=revision)
@@ -188,9 +200,9 @@ def _merged(config: ModelConfig, tuner: Tuner, adapter: Path) -> PreTrainedModel
     """
     from peft import PeftModel
 
-    from holdfast.models.weights import load_causal_lm, whole_adapter
+    from holdfast.models.weights import load_language_model, whole_adapter
 
-    model = load_causal_lm(
+    model = load_language_model(
         config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype=config.dtype
     )
     try:

@@ -24,6 +24,7 @@ class Exported:
         tuner: the run's.
         kind: ``model``: a whole model; ``merged``: a model into which an adapter was merged; ``adapter``.
         chat: whether prompts are made by the tokenizer's chat template.
+        seq2seq: whether it is a sequence-to-sequence model.
         lacks: what of the run this folder cannot do, or not everywhere, a line each.
     """
 
@@ -36,6 +37,7 @@ class Exported:
     tuner: Tuner
     kind: str
     chat: bool
+    seq2seq: bool
     lacks: list[str]
 
     @property

@@ -86,25 +86,31 @@ def _use(exported: Exported) -> str:
     assert config.tuner is not None
     dtype = "" if config.model.dtype == "auto" else f", dtype={_quoted(config.model.dtype)}"
     remote = ", trust_remote_code=True" if config.model.trust_remote_code else ""
+    auto = "AutoModelForSeq2SeqLM" if exported.seq2seq else "AutoModelForCausalLM"
     lines = ["## Use", ""]
     if exported.kind == "adapter":
         revision = "" if config.model.revision is None else f", revision={_quoted(config.model.revision)}"
         load = [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {auto}",
             "",
-            f"base = AutoModelForCausalLM.from_pretrained({_quoted(exported.base)}{revision}{dtype}{remote})",
+            f"base = {auto}.from_pretrained({_quoted(exported.base)}{revision}{dtype}{remote})",
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     else:
         load = [
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {auto}",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{dtype}{remote})',
+            f'model = {auto}.from_pretrained("FOLDER"{dtype}{remote})',
         ]
     lines += ["```python", *load, "```", "", *_serve(exported), ""]
     if exported.chat:
         lines.append("Prompts are made by the tokenizer's chat template, which this folder holds.")
+    elif exported.seq2seq:
+        lines.append(
+            "Prompts are plain text, turns joined by newlines: the encoder reads them as the tokenizer makes them, and "
+            "the decoder answers."
+        )
     else:
         lines.append(
             "Prompts are plain text: turns joined by newlines, and the answer comes after one space. There is no chat "
@@ -120,6 +126,8 @@ def _use(exported: Exported) -> str:
 
 def _serve(exported: Exported) -> list[str]:
     """How to serve the folder, if a server takes it."""
+    if exported.seq2seq:
+        return ["`model.generate` answers prompts. `vllm serve` takes causal models alone."]
     if exported.kind != "adapter":
         return ["It can be served by `vllm serve FOLDER` and `transformers serve FOLDER`."]
     if exported.tuner.served_by_vllm:

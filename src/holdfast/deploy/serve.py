@@ -18,7 +18,8 @@ from holdfast.deploy.follow import Follower, held_stage
 from holdfast.deploy.openai.limits import Limits
 from holdfast.errors import ConfigError
 from holdfast.models.batcher import Batcher
-from holdfast.models.pretrained import begin_tokens, load_tokenizer
+from holdfast.models.pretrained import begin_tokens, load_model_config, load_tokenizer
+from holdfast.models.seq2seq import is_seq2seq, start_of
 from holdfast.runner.inputs import model_inputs, tokenizer_inputs
 from holdfast.runner.reload import StoredStage, check_inputs, find_stage
 from holdfast.system.progress import Progress
@@ -204,6 +205,7 @@ def backend(stored: StoredStage, limits: Limits, *, follow: bool = False) -> Bac
         context=resolve_max_length(None if known else measured, model.config, tuner.virtual_tokens),
         vocabulary=text_config.vocab_size,
         max_tokens=limits.max_tokens,
+        start=start_of(model),
     )
     batcher = Batcher(
         model,
@@ -222,6 +224,8 @@ def _exec_vllm(stored: StoredStage, host: str, port: int, accept_changes: bool) 
     program = shutil.which("vllm")
     if program is None:
         raise ConfigError("--engine: vllm is not installed; pip install vllm, or use --engine transformers")
+    if is_seq2seq(load_model_config(stored.config.model)):
+        raise ConfigError("--engine: vllm serves causal models; a sequence-to-sequence one takes --engine transformers")
     if not stored.number:
         raise ConfigError("--stage: 0 is the base model itself, which vllm serves without holdfast")
     folder = stored.run.path / "served" / stored.folder.name

@@ -28,7 +28,7 @@ class ModelEvaluation:
     """A model to be measured, with the methods that act at test time.
 
     Attributes:
-        model: a causal language model, with or without adapters.
+        model: a language model, with or without adapters.
         encoder: turns examples into tokens.
         batch_size: sequences in one forward pass.
         methods: applied in this order.
@@ -63,12 +63,12 @@ class ModelEvaluation:
 
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
         """Rows padded on the right: ``input_ids``, ``attention_mask``, ``labels``, int64 [rows, seq], on the model's
-        device; the tokens of a row without labels are not supervised."""
+        device, and what their encoder reads; the tokens of a row without labels are not supervised."""
         from holdfast.data.collate import Collator
 
         pad: Any = self.encoder.tokenizer.pad_token_id
         batch = Collator(pad)([{"labels": [IGNORED] * len(row["input_ids"])} | dict(row) for row in rows])
-        return {key: batch[key].to(self.model.device) for key in ("input_ids", "attention_mask", "labels")}
+        return {key: values.to(self.model.device) for key, values in batch.items() if key != "row"}
 
 
 def _parts(evaluation: ModelEvaluation, methods: Sequence[Method], rows: Sequence[TokenRow]) -> Iterator[list[int]]:

@@ -137,7 +137,7 @@ def matrix_name(measure: General) -> str:
 def _texts(encoder: Encoder, measure: General) -> Sequence[Sequence[TokenRow]]:
     """The sequences of each text, or the rows."""
     if measure.rows:
-        return [[row] for row in measure.rows]
+        return [[encoder.of_text(row)] for row in measure.rows]
     return [encoder.encode(Example(measure.name, row, text=text)) for row, text in enumerate(measure.texts)]
 
 

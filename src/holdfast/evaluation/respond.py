@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.api.rows import TokenRow
+from holdfast.api.rows import TOKENS, TokenRow
 from holdfast.api.task import Example, Task, Turn
 from holdfast.models.answers import Add, AnswerCache
 from holdfast.models.generation import generate
@@ -149,7 +149,7 @@ def respond(
             on_responses=on_responses,
         )
 
-    ask = _in_parts(evaluation, [{"input_ids": ids} for ids in prompts], on_batch, work)
+    ask = _in_parts(evaluation, [encoder.asked(ids) for ids in prompts], on_batch, work)
     responses = answers.complete([["response", ids, max_new_tokens] for ids in prompts], ask)
     return [encoder.decode(tokens) for tokens in responses]
 
@@ -196,7 +196,7 @@ def sequence_losses(
         )
 
     answers, ask = evaluation.answers or AnswerCache(), _in_parts(evaluation, rows, on_batch, work)
-    losses = answers.complete([["loss", row["input_ids"], row["labels"]] for row in rows], ask)
+    losses = answers.complete([["loss", *(row[key] for key in TOKENS if key in row)] for row in rows], ask)
     loss_sums, token_sums = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
     np.add.at(loss_sums, owner, [nats for nats, _ in losses])
     np.add.at(token_sums, owner, [tokens for _, tokens in losses])

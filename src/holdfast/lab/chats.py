@@ -15,7 +15,7 @@ from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.respond import example_losses
 from holdfast.lab.tokenizer import train_tokenizer
 from holdfast.models.head import context
-from holdfast.models.weights import load_causal_lm
+from holdfast.models.weights import load_language_model
 from holdfast.system.files import whole_folder, write_jsonl
 
 TEMPLATE = (
@@ -74,7 +74,7 @@ def measure_chats(folder: Path, chats: Path) -> dict[str, float]:
         folder: of the model and its tokenizer.
         chats: the folder ``chats`` that :func:`write_chats` wrote.
     """
-    model, tokenizer = load_causal_lm(folder, key="model"), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_language_model(folder, key="model"), AutoTokenizer.from_pretrained(folder)
     evaluation = ModelEvaluation(
         model, Encoder(tokenizer, max_length=context(model) or 64, template="chat"), batch_size=128
     )

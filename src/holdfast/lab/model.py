@@ -20,7 +20,7 @@ from holdfast.lab.measure import Weights, weights_of
 from holdfast.lab.shapes import Note
 from holdfast.models.attention import fastest
 from holdfast.models.pretrained import load_tokenizer, readable
-from holdfast.models.weights import load_causal_lm
+from holdfast.models.weights import load_language_model
 from holdfast.records.directory import RunDirectory
 from holdfast.records.shapes import checked
 from holdfast.system.files import read_json, write_json
@@ -58,7 +58,7 @@ def make_model(
         model = new_model(size, tokenizer, config.context, config.seed, attention)
         start = weights_of(model)
         return _divided(model, options, directory), start, start
-    model = load_causal_lm(size.path, key="model.path", dtype="float32", **options)
+    model = load_language_model(size.path, key="model.path", dtype="float32", **options)
     reads = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if reads is not None and reads < config.context:
         raise ConfigError(f"context: {config.context} is more than the {reads} tokens that {size.path!r} reads")
@@ -74,7 +74,7 @@ def _divided(model: Any, options: dict[str, Any], directory: RunDirectory) -> An
     if directory.process.main:
         model.save_pretrained(folder)
     directory.process.wait()
-    divided = load_causal_lm(folder, dtype="float32", **options)
+    divided = load_language_model(folder, dtype="float32", **options)
     prepare_loaded(divided)
     directory.process.wait()
     if directory.process.main:

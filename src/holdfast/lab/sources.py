@@ -178,9 +178,9 @@ class Arithmetic(Data):
         """``accuracy_TASK``: share of test rows whose answer greedy decoding gets right."""
         from holdfast.data.tokens.file import TokenFile
         from holdfast.lab import arithmetic
-        from holdfast.models.weights import load_causal_lm
+        from holdfast.models.weights import load_language_model
 
-        network = load_causal_lm(model, key="model")
+        network = load_language_model(model, key="model")
         right = {}
         for task in arithmetic.TASKS:
             rows = TokenFile.open(files[f"{task}_valid"]).rows(arithmetic.row_length(self.digits))

@@ -38,6 +38,7 @@ class DualPrompt(Method):
     """
 
     name = "dual_prompt"
+    causal_only = "its prefixes are placed in the layers of one stack of decoder blocks"
     tuners = ("dual_prefix",)
     tuners_reason = "it trains that tuner's prefixes and keys"
 

@@ -54,7 +54,7 @@ class FLOW(Method):
         rows = list(stage.rows)
         losses = [loss / max(count, 1) for loss, count in zip(*stage.losses(rows), strict=True)]
         tau = self.options.temperature or max(statistics.median(losses), torch.finfo(torch.float32).tiny)
-        keys = (row_key(row["input_ids"], row["labels"]) for row in rows)
+        keys = (row_key(row["input_ids"], row["labels"], row.get("encoder_ids", ())) for row in rows)
         self.weights = {key: math.exp(-loss / tau) for key, loss in zip(keys, losses, strict=True)}
         self.seen = self.found = False
 
@@ -63,7 +63,8 @@ class FLOW(Method):
         factors = torch.ones(batch["labels"].shape)
         for number, places in row_places(batch):
             part = [labels[number][place] for place in places]
-            weight = self.weights.get(row_key([ids[number][place] for place in places], part))
+            prompt = encoder_prompt(batch, number)
+            weight = self.weights.get(row_key([ids[number][place] for place in places], part, prompt))
             self.seen |= any(label != IGNORED for label in part[1:])
             if weight is not None:
                 factors[number, places] = weight
@@ -98,7 +99,19 @@ def row_places(batch: Batch) -> list[tuple[int, list[int]]]:
     return found
 
 
-def row_key(ids: Sequence[int], labels: Sequence[int]) -> Key:
-    """What identifies a row: its tokens, and which of them are supervised; the first is never."""
+def encoder_prompt(batch: Batch, number: int) -> list[int]:
+    """What a sequence-to-sequence model's encoder reads of a row of a batch; empty for a causal model."""
+    if "encoder_ids" not in batch:
+        return []
+    return batch["encoder_ids"][number][batch["encoder_mask"][number].bool()].tolist()
+
+
+def row_key(ids: Sequence[int], labels: Sequence[int], prompt: Sequence[int] = ()) -> Key:
+    """What identifies a row: its tokens, and which of them are supervised; the first is never.
+
+    Args:
+        prompt: what the encoder of a sequence-to-sequence model reads.
+    """
     supervised = [label != IGNORED for label in labels[1:]]
-    return hashlib.blake2b(repr((list(ids), supervised)).encode(), digest_size=16).digest()
+    shown = (list(ids), supervised, list(prompt)) if prompt else (list(ids), supervised)
+    return hashlib.blake2b(repr(shown).encode(), digest_size=16).digest()

@@ -35,6 +35,7 @@ class L2P(Method):
     """
 
     name = "l2p"
+    causal_only = "its prompts are chosen and placed in the one sequence that a causal model reads"
     tuners = ("prompt_pool",)
     tuners_reason = "it trains that tuner's prompts and keys"
     lacks = (

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from holdfast.api.method import Method, State
-from holdfast.api.rows import Batch, TokenRow, count_supervised
+from holdfast.api.rows import Batch, TokenRow, count_supervised, row_length
 from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.saved import saved_tensor
@@ -18,6 +18,7 @@ from holdfast.errors import ConfigError
 from holdfast.losses import kl_divergence, prediction_nll
 from holdfast.losses.chunked import Head
 from holdfast.models.head import base, context, head, trained_head
+from holdfast.models.seq2seq import start_of
 from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory
 from holdfast.rehearsal.pseudo import Writing, write_samples
@@ -30,7 +31,7 @@ WRITTEN = -1  # the number of an extra row that is no pseudo sample but a row in
 
 
 class LFPT5(Method):
-    """LFPT5 (Qin and Joty, 2022, arXiv 2110.07298) for causal models: prompt tuning that generates its rehearsal rows.
+    """LFPT5 (Qin and Joty, 2022, arXiv 2110.07298): prompt tuning that generates its rehearsal rows.
 
     L = L_task + lm_weight * CE(x y | mark of the task) + weight * CE(y' | x') + kl_weight * KL(p_before | p)(y' | x')
 
@@ -72,7 +73,8 @@ class LFPT5(Method):
             raise ConfigError("method 'lfpt5': writes samples, so the trainer needs processing_class, the tokenizer")
         longest = context(stage.model)
         self.room = longest - getattr(stage.model, "virtual_tokens", 0) if longest else None
-        self.writings = [Writing.of(stage.tokenizer, task) for task in [*self.tasks, stage.task]]
+        start = start_of(stage.model)
+        self.writings = [Writing.of(stage.tokenizer, task, start) for task in [*self.tasks, stage.task]]
         options = self.options
         if options.kl_weight:
             check_head(stage, stage.rows[0], self.name)
@@ -134,7 +136,7 @@ class LFPT5(Method):
 
     def after_stage(self, stage: Stage) -> None:
         self.tasks.append(stage.task)
-        self.lengths.append(max(len(row["input_ids"]) for row in stage.rows))
+        self.lengths.append(max(map(row_length, stage.rows)))
 
     def state(self) -> State:
         state = self.memory.state() | {"learned": self.tasks, "longest": self.lengths}

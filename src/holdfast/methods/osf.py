@@ -20,7 +20,8 @@ from holdfast.engines.pieces import full
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
-from holdfast.models.head import hidden_only
+from holdfast.models.head import base, hidden_only
+from holdfast.models.seq2seq import decoder_depth, reads_apart
 from holdfast.system.shapes import of_shape
 
 
@@ -138,7 +139,7 @@ class OSF(Method):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.importance: list[float] = []  # of each decoder layer, 1 on average; empty before the first stage's end
+        self.importance: list[float] = []  # of each layer, 1 on average; empty before the first stage's end
         self.preserved: dict[str, Preserved] = {}  # by the name of the factors
         self.dominant: dict[str, Dominant] = {}  # of whole matrices, by their names
         self.held: dict[str, Tensor] = {}  # other trained weights, which stay as they are, beside whole matrices
@@ -155,7 +156,7 @@ class OSF(Method):
     def _share(self, name: str, stage: Stage) -> float:
         """The share of singular directions of a matrix that a stage preserves."""
         target = min(1.0, self.options.target + self.options.growth * (stage.index - 1))
-        return self.options.minimum + self._importance(name) * (target - self.options.minimum)
+        return self.options.minimum + self._importance(name, stage.model) * (target - self.options.minimum)
 
     def _begin_matrices(self, stage: Stage) -> None:
         """Find the dominant triplets of the decoder layers' matrices, and hold all else."""
@@ -191,10 +192,12 @@ class OSF(Method):
         if self.preserved and self.options.project == "block":
             raise ConfigError("method osf: project block takes whole matrices, and the model has PEFT's OSF adapter")
 
-    def _importance(self, name: str) -> float:
-        """The importance of the decoder layer whose number is in a parameter's name; 1 if there is none."""
+    def _importance(self, name: str, model: nn.Module) -> float:
+        """The importance of the layer whose number is in a parameter's name; 1 if there is none."""
         number = re.search(r"\.(\d+)\.", name)
         layer = int(number[1]) if number is not None else len(self.importance)
+        if reads_apart(model) and re.search(r"(^|\.)encoder\.", name):
+            layer += decoder_depth(base(model).config)
         return self.importance[layer] if layer < len(self.importance) else 1.0
 
     def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
@@ -305,7 +308,10 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 
 def layer_similarity(stage: Stage, rows: Sequence[TokenRow]) -> Tensor:
-    """Cosine similarity of each decoder layer's input and output, averaged over tokens and then rows, [layers]."""
+    """Cosine similarity of each layer's input and output, averaged over tokens and then rows, [layers].
+
+    Of a sequence-to-sequence model, the decoder's layers come before the encoder's.
+    """
     model = stage.model
     training = model.training
     model.eval()
@@ -314,9 +320,21 @@ def layer_similarity(stage: Stage, rows: Sequence[TokenRow]) -> Tensor:
         for start in range(0, len(rows), stage.micro_batch_size):
             batch = stage.collate(rows[start : start + stage.micro_batch_size])
             batch.pop("labels")
-            states = model(**batch, output_hidden_states=True, **hidden_only(model)).hidden_states
-            mask = batch["attention_mask"]
-            layers = [nn.functional.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairwise(states)]
-            total = total + ((torch.stack(layers) * mask).sum(dim=2) / mask.sum(dim=1)).sum(dim=1)
+            outputs = model(**batch, output_hidden_states=True, **hidden_only(model))
+            found = [_similarity(outputs.hidden_states, batch["attention_mask"])]
+            if "encoder_mask" in batch:
+                found.append(_similarity(outputs.encoder_hidden_states, batch["encoder_mask"]))
+            total = total + torch.cat(found)
     model.train(training)
     return (total / len(rows)).double().cpu()
+
+
+def _similarity(states: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """The cosine similarity of neighbouring states, averaged over tokens, and summed over rows, [layers].
+
+    Args:
+        states: of each layer, [rows, seq, hidden].
+        mask: [rows, seq], 1 where there is a token.
+    """
+    layers = [nn.functional.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairwise(states)]
+    return ((torch.stack(layers) * mask).sum(dim=2) / mask.sum(dim=1)).sum(dim=1)

@@ -18,6 +18,7 @@ from holdfast.data.tokens.file import TokenFile
 from holdfast.errors import ConfigError
 from holdfast.losses import dynamic_weight, prediction_nll, supervised_tokens
 from holdfast.models.head import begin_token, context
+from holdfast.models.seq2seq import decoder_start, empty_prompt, is_seq2seq, start_of, text_row
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
 from holdfast.rehearsal.cache import cached_rows
 from holdfast.rehearsal.head_check import TOKENS as COMPARED
@@ -87,7 +88,8 @@ class Rehearsal(Method):
         config = model_config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         if options.drawn:
-            Request.of(tokenizer, most, getattr(config, "bos_token_id", None), self._wanted)
+            start = decoder_start(config) if is_seq2seq(config) else None
+            Request.of(tokenizer, most, getattr(config, "bos_token_id", None), self._wanted, start)
         elif options.source == "self" and options.path is not None:
             corpus_rows(options.path, tokenizer, most)
         elif options.path is not None and Path(options.path, TOKENS).exists():
@@ -125,7 +127,16 @@ class Rehearsal(Method):
         """Some tokens, of a sample where there is one already."""
         if self.rows or self.options.source == "current":
             return (self.rows or stage.rows)[0]
-        return {"input_ids": [*range(COMPARED)], "labels": [*range(COMPARED)]}
+        [row] = self._as_read(stage, [{"input_ids": [*range(COMPARED)], "labels": [*range(COMPARED)]}])
+        return row
+
+    def _as_read(self, stage: Stage, texts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of texts as the model reads them: a sequence-to-sequence one as answers to an empty prompt."""
+        start = start_of(stage.model)
+        if start is None:
+            return texts
+        prompt = empty_prompt(self._tokenizer(stage))
+        return [text_row(row, start, prompt) for row in texts]
 
     @property
     def _wanted(self) -> SampleOptions:
@@ -259,7 +270,8 @@ class Rehearsal(Method):
     def _draw(self, stage: Stage) -> None:
         """Prepare to draw samples, and take the hidden states that they are drawn from as the teacher's if exact."""
         options = self.options
-        request = Request.of(self._tokenizer(stage), context(stage.model), begin_token(stage.model), self._wanted)
+        model = stage.model
+        request = Request.of(self._tokenizer(stage), context(model), begin_token(model), self._wanted, start_of(model))
         self._draw_held_out = partial(held_out, request, stage)
         before = LiveStates(stage.model, options.compared_layer)
         hidden = options.loss == "kl" and drawn_states_are_exact(request, stage)
@@ -274,18 +286,25 @@ class Rehearsal(Method):
         for a budget a random choice of at most a fifth."""
         options, tokenizer = self.options, self._tokenizer(stage)
         seed = self._seed = stage.seed if self._seed is None else self._seed
-        most = context(stage.model)
+        most, apart = context(stage.model), start_of(stage.model) is not None
+        if most is not None and apart:
+            most -= 1  # the decoder's start token takes a place
         length = min(options.max_tokens, most or options.max_tokens)
         most_held = options.samples // 10 if self.measured is None else self.measured
         if options.source == "self":
             assert options.path is not None
-            rows: Sequence[TokenRow] = corpus_rows(options.path, tokenizer, most)
+            rows: Sequence[TokenRow] = self._as_read(stage, corpus_rows(options.path, tokenizer, most))
             held = self._held(len(rows))
         elif options.path is not None and Path(options.path, TOKENS).exists():
+            if apart:
+                raise ConfigError(
+                    f"method {self.name}: path: {options.path} is a token file, which holds one stream of tokens for a "
+                    "causal model; give a sequence-to-sequence model texts"
+                )
             rows = TokenFile.open(options.path, tokenizer).rows(length)
             held, self._is_token_file = min(self._held(len(rows)), most_held), True
         else:
-            rows = general_rows(
+            texts = general_rows(
                 tokenizer,
                 path=options.path,
                 dataset=options.dataset,
@@ -293,6 +312,7 @@ class Rehearsal(Method):
                 max_tokens=length,
                 seed=seed,
             )
+            rows = self._as_read(stage, texts)
             held = max(self._held(len(rows)), len(rows) - options.samples)
         self.rows, self.size = rows, len(rows) - held
         self._held_out = list(rows[self.size :])

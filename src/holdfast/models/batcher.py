@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from holdfast.models.seq2seq import beginning, prompted
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -167,11 +169,11 @@ class Batcher:
     take turns after every token: a sequence that arrives begins at once, however long the others are.
 
     Args:
-        model: a causal language model in eval mode, with or without adapters.
+        model: a language model in eval mode, with or without adapters.
         batch_size: sequences of a batch, and sequences of one owner under way, at most.
         batch_tokens: tokens of a batch with its padding, at most, where it has more than one sequence.
         concurrency: sequences under way at once; further ones wait in order.
-        pad_token_id: fills short prompts on the left; it is masked.
+        pad_token_id: fills short prompts; it is masked.
     """
 
     def __init__(
@@ -281,28 +283,19 @@ class Batcher:
             self._start()
 
     def _generate(self, batch: list[Job]) -> None:
-        width = max(len(job.prompt) for job in batch)
-        padding = [width - len(job.prompt) for job in batch]
         config = GenerationConfig(
             max_new_tokens=max(job.max_tokens for job in batch),
             do_sample=False,
             num_beams=1,
             use_cache=True,
             pad_token_id=self._pad,
+            **beginning(self._model),
         )
         steps = _Steps(self, batch)
         try:
             with torch.inference_mode():
-                ids, mask = (
-                    torch.tensor(rows, device=self._model.device)
-                    for rows in (
-                        [[self._pad] * p + job.prompt for job, p in zip(batch, padding, strict=True)],
-                        [[0] * p + [1] * len(job.prompt) for job, p in zip(batch, padding, strict=True)],
-                    )
-                )
                 self._model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
+                    **prompted(self._model, [job.prompt for job in batch], self._pad).inputs,
                     generation_config=config,
                     logits_processor=LogitsProcessorList([_Choice(steps)]),
                     stopping_criteria=StoppingCriteriaList([_End(steps)]),

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from holdfast.engines.pieces import is_divided
 from holdfast.engines.process import Process
+from holdfast.models.seq2seq import beginning, prompted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,12 +37,12 @@ def generate(
     rounding the responses do not depend on ``batch_size``. Modes, settings and random states stay as they were.
 
     Args:
-        model: a causal language model, with or without adapters.
+        model: a language model, with or without adapters.
         prompts: token ids, at least one a prompt.
         max_new_tokens: longest response, in tokens, including its end token.
         batch_size: prompts generated together.
         eos_token_ids: tokens that end a response.
-        pad_token_id: fills short prompts on the left; it is masked, so any id of the vocabulary will do.
+        pad_token_id: fills short prompts; it is masked, so any id of the vocabulary will do.
         on_batch: called after every batch with (prompts done, all prompts); it may raise to stop.
         on_responses: called before it with the numbers of the batch's prompts and their responses.
 
@@ -55,22 +56,16 @@ def generate(
         use_cache=True,
         eos_token_id=eos_token_ids or None,
         pad_token_id=pad_token_id,
+        **beginning(model),
     )
     responses: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with inference(model), generation_config(model, greedy):
 
         def answers(batch: list[int]) -> list[list[int]]:
-            width = len(prompts[batch[0]])
-            padding = [width - len(prompts[i]) for i in batch]
-            tokens = model.generate(
-                input_ids=torch.tensor(
-                    [[pad_token_id] * p + prompts[i] for i, p in zip(batch, padding, strict=True)], device=model.device
-                ),
-                attention_mask=torch.tensor([[0] * p + [1] * (width - p) for p in padding], device=model.device),
-                generation_config=greedy,
-            )
-            return [until(eos_token_ids, new) for new in tokens[:, width:].tolist()]
+            asked = prompted(model, [prompts[i] for i in batch], pad_token_id)
+            tokens = model.generate(**asked.inputs, generation_config=greedy)
+            return [until(eos_token_ids, new) for new in tokens[:, asked.width :].tolist()]
 
         done = 0
         for batch, new in by_batch(order, batch_size, answers):

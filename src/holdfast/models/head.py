@@ -1,4 +1,4 @@
-"""The head, the context and the begin token of a causal language model."""
+"""The head, the context and the begin token of a language model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def head(model: PreTrainedModel | PeftModel) -> Head:
-    """The output head of a causal language model.
+    """The output head of a language model.
 
     An adapter on it counts: the weight is then that of the whole layer, computed anew, with gradient to the adapter's
     parameters; its dropout does not act. Every process must ask for it.
@@ -40,16 +40,32 @@ def head(model: PreTrainedModel | PeftModel) -> Head:
     Raises:
         ConfigError: the head has an adapter of a kind that is no matrix.
     """
-    layer = _active(base(model).get_output_embeddings())
+    inner: Any = base(model)
+    layer = _active(inner.get_output_embeddings())
     if isinstance(layer, BaseTunerLayer):
-        return _with_adapter(layer)._replace(**_bounds(model))
-    bias = getattr(layer, "bias", None)
-    return Head(for_compute(layer.weight), None if bias is None else for_compute(bias), **_bounds(model))
+        found = _with_adapter(layer)
+    else:
+        bias = getattr(layer, "bias", None)
+        found = Head(for_compute(layer.weight), None if bias is None else for_compute(bias))
+    more = _more_bias(inner)
+    if more is not None:
+        found = found._replace(bias=more if found.bias is None else found.bias + more)
+    found = found._replace(**_bounds(model))
+    if getattr(inner.config, "scale_decoder_outputs", False):  # T5 scales what the layer gets
+        found = found._replace(logit_scale=inner.config.d_model**-0.5)
+    return found
+
+
+def _more_bias(inner: Any) -> Tensor | None:
+    """What BART adds to the logits after the head's layer, [vocab]."""
+    bias = getattr(inner, "final_logits_bias", None)
+    return None if bias is None else bias[0]
 
 
 def bounded(model: PreTrainedModel | PeftModel, logits: Tensor) -> Tensor:
     """What the head's layer gives -> the model's logits, float32 or wider."""
-    return Head(logits, **_bounds(model)).bounded(wide(logits))
+    found, more = Head(logits, **_bounds(model)).bounded(wide(logits)), _more_bias(base(model))
+    return found if more is None else found + more
 
 
 class _Bounds(TypedDict):

@@ -19,6 +19,7 @@ from holdfast.models.cache import cache_name, cache_of
 from holdfast.models.generation import by_batch, inference
 from holdfast.models.head import base
 from holdfast.models.sampling import has_plain_decoder
+from holdfast.models.seq2seq import encoder_inputs, reads_apart
 from holdfast.models.supervised import OneRow, by_chunk
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def token_losses(
     of a few tokens at a time.
 
     Args:
-        rows: sequences with ``input_ids`` and ``labels`` of equal length; a token with label -100 is not supervised,
-            nor is the first token, which nothing predicts.
+        rows: sequences with ``input_ids`` and ``labels`` of equal length, and ``encoder_ids`` of a sequence-to-sequence
+            model; a token with label -100 is not supervised, nor is the first token, which nothing predicts.
         batch_size: distinct sequences in one forward pass.
         pad_token_id: fills short sequences; it is masked, so any id of the vocabulary will do.
         on_batch: called after every batch with (sequences done, all sequences); it may raise to stop.
@@ -68,7 +69,7 @@ def token_losses(
         shared = [family for family in families if len(family) > 1]
         size = max(1, batch_size // max(map(len, shared), default=1))
         for part, most, read in ((alone, batch_size, reader.alone), (shared, size, reader.shared)):
-            part.sort(key=lambda family: -max(len(one.ids) for one in family))
+            part.sort(key=lambda family: -max(len(one.ids) + len(one.prompt) for one in family))
             for batch, pairs in by_batch(range(len(part)), most, lambda batch: read([part[i] for i in batch])):  # noqa: B023
                 numbers = [number for i in batch for one in part[i] for number in one.numbers]
                 losses[numbers], counts[numbers] = zip(*pairs, strict=True)
@@ -88,11 +89,13 @@ class _Reading:
         numbers: of the rows.
         ids: tokens of one of them.
         places: of the tokens that are supervised in any of them, from 1, in order.
+        prompt: what the encoder of a sequence-to-sequence model reads.
     """
 
     numbers: list[int]
     ids: list[int]
     places: list[int]
+    prompt: list[int]
 
     @property
     def first(self) -> int:
@@ -101,12 +104,12 @@ class _Reading:
 
 
 def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[_Reading]:
-    alike: dict[tuple[int, ...], list[int]] = {}
+    alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for i, row in enumerate(rows):
-        alike.setdefault(tuple(row["input_ids"][:-1]), []).append(i)
+        alike.setdefault((tuple(row["input_ids"][:-1]), tuple(row.get("encoder_ids", ()))), []).append(i)
     return [
-        _Reading(n, list(rows[n[0]]["input_ids"]), sorted({t for i in n for t in _supervised(rows[i]["labels"])}))
-        for n in alike.values()
+        _Reading(n, list(rows[n[0]]["input_ids"]), sorted({t for i in n for t in _supervised(rows[i]["labels"])}), [*p])
+        for (_, p), n in alike.items()
     ]
 
 
@@ -132,6 +135,7 @@ class _Reader:
 
     def __init__(self, model: PreTrainedModel | PeftModel, rows: Sequence[Mapping[str, Any]], pad_token_id: int):
         self.model, self.rows, self.pad = model, rows, pad_token_id
+        self._apart = reads_apart(model)
         plain = has_plain_decoder(model)
         self._takes_tail = plain and "logits_to_keep" in inspect.signature(base(model).forward).parameters
         # the processes of a divided model must call it equally often
@@ -162,6 +166,7 @@ class _Reader:
         count = sum(len(one.numbers) for one in batch)
         sums = torch.zeros(count, dtype=torch.float64)
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        inputs |= encoder_inputs([one.prompt for one in batch], self.pad, ids.device) if self._apart else {}
         for rows, nats in by_chunk(self.model, inputs, OneRow.of(marks), losses):
             sums.index_add_(0, rows, nats)
         return list(zip(sums.tolist(), torch.bincount(owners, minlength=count).tolist(), strict=True))

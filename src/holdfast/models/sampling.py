@@ -1,4 +1,4 @@
-"""Batched sampling from a causal language model, one token of every row at a time, with a preallocated cache."""
+"""Batched sampling from a language model, one token of every row at a time, with a preallocated cache."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.models.cache import cache_name
 from holdfast.models.generation import generation_config, inference
 from holdfast.models.head import base, bounded, hidden_only
+from holdfast.models.seq2seq import Prompted, beginning, prompted, reads_apart
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,7 +36,8 @@ class Samples:
         tokens: the new tokens of each prompt, including a stop token.
         log_probs: log-probability of each prompt's new tokens together under the model, in nats.
         hidden: if asked for, the last hidden states, after the final norm, of prompt and new tokens as they were
-            computed: [tokens - 1, hidden] each, in the model's data type; the last token is no input.
+            computed: [tokens - 1, hidden] each, in the model's data type; the last token is no input. Those of a
+            sequence-to-sequence model are of the decoder's start token and new tokens.
     """
 
     tokens: list[list[int]]
@@ -84,14 +86,14 @@ def sample(
     prompts, other caches) goes through ``model.generate``.
 
     Args:
-        model: a causal language model, with or without adapters.
-        prompts: token ids, at least one a prompt.
+        model: a language model, with or without adapters.
+        prompts: token ids, at least one a prompt; of a sequence-to-sequence model, what its encoder reads.
         max_new_tokens: most tokens to draw for a prompt, or for each.
         seed: of the choices.
         numbers: one number a prompt; 0, 1, ... where absent.
         temperature: above 0.
         stop_token_ids: tokens that end a sample; without any, each sample has ``max_new_tokens``.
-        pad_token_id: fills short prompts on the left; it is masked, so any id of the vocabulary will do.
+        pad_token_id: fills short prompts; it is masked, so any id of the vocabulary will do.
         hidden: whether to return the hidden states.
         use_cache: False reads the whole row again for every token, for models without a cache.
         on_token: called before each token; it may raise, which ends the sampling.
@@ -104,28 +106,25 @@ def sample(
         raise ConfigError(f"temperature: {temperature} cannot divide logits; it must be above 0")
     if not prompts:
         return Samples([], [], [])
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    device = base(model).device
-    ids = torch.tensor([[pad_token_id] * p + list(row) for p, row in zip(padding, prompts, strict=True)], device=device)
-    mask = (torch.arange(width, device=device) >= torch.tensor(padding, device=device)[:, None]).long()
+    asked = prompted(model, prompts, pad_token_id)
+    ids, mask = asked.inputs["input_ids"], asked.inputs["attention_mask"]
     chosen = range(len(prompts)) if numbers is None else numbers
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    draw = Draw(_uniform(seed, chosen, max(limits)).to(device), temperature, on_token)
+    draw = Draw(_uniform(seed, chosen, max(limits)).to(ids.device), temperature, on_token)
     stops = sorted(stop_token_ids)
     with inference(model):
         if use_cache and has_plain_decoder(model) and _has_known_head(model, ids[:1], mask[:1]):
             tokens, states = _steps(model, ids, mask, draw, limits, stops, hidden)
         else:
-            tokens, states = _generate(model, ids, mask, draw, stops, hidden, pad_token_id, use_cache)
+            tokens, states = _generate(model, asked, draw, stops, hidden, pad_token_id, use_cache)
     log_probs = torch.cat(draw.log_probs, dim=1).cpu()
     if not torch.isfinite(log_probs).all():
         raise DataError("the model's logits are not finite, so nothing can be sampled from it")
-    new = [_until_stop(row[:n], stops) for row, n in zip(tokens[:, width:].tolist(), limits, strict=True)]
+    new = [_until_stop(row[:n], stops) for row, n in zip(tokens[:, asked.width :].tolist(), limits, strict=True)]
     sums = [float(row[: len(drawn)].sum()) for row, drawn in zip(log_probs, new, strict=True)]
     if states is None:
         return Samples(new, sums, [])
-    inputs = [row[p : width + len(drawn) - 1] for row, p, drawn in zip(states, padding, new, strict=True)]
+    inputs = [row[p : asked.width + len(drawn) - 1] for row, p, drawn in zip(states, asked.padding, new, strict=True)]
     return Samples(new, sums, inputs)
 
 
@@ -278,7 +277,14 @@ def has_plain_decoder(model: PreTrainedModel | PeftModel) -> bool:
     prompts = hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
     hooks = inner._forward_pre_hooks or inner._forward_hooks
     parameters = inspect.signature(decoder.forward).parameters
-    if prompts or hooks or decoder is inner or "position_ids" not in parameters or cache_name(decoder) is None:
+    if (
+        reads_apart(model)
+        or prompts
+        or hooks
+        or decoder is inner
+        or "position_ids" not in parameters
+        or cache_name(decoder) is None
+    ):
         return False
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=inner.config).layers
@@ -297,8 +303,7 @@ def _has_known_head(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tenso
 
 def _generate(
     model: PreTrainedModel | PeftModel,
-    ids: Tensor,
-    mask: Tensor,
+    asked: Prompted,
     draw: Draw,
     stops: list[int],
     hidden: bool,
@@ -315,15 +320,15 @@ def _generate(
         pad_token_id=pad_token_id,
         return_dict_in_generate=True,
         output_hidden_states=hidden,
+        **beginning(model, forced=False),
     )
     with generation_config(model, settings):
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=[_Drawn(draw)]
-        )
+        output = model.generate(**asked.inputs, generation_config=settings, logits_processor=[_Drawn(draw)])
     if not hidden:
         return output.sequences, None
-    first, *rest = (states[-1] for states in output.hidden_states)
-    return output.sequences, torch.cat([first[:, -ids.shape[1] :], *(states[:, -1:] for states in rest)], dim=1)
+    steps = output.decoder_hidden_states if reads_apart(model) else output.hidden_states
+    first, *rest = (states[-1] for states in steps)
+    return output.sequences, torch.cat([first[:, -asked.width :], *(states[:, -1:] for states in rest)], dim=1)
 
 
 class _Drawn(LogitsProcessor):

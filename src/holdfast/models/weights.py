@@ -14,6 +14,7 @@ from holdfast.engines.profiles import loading_options
 from holdfast.errors import ConfigError
 from holdfast.models.gguf import Origin, is_gguf, located, weight_types
 from holdfast.models.pretrained import load_model_config, readable
+from holdfast.models.seq2seq import auto_class
 from holdfast.system.manifest import check_weights_files, file_facts
 
 if TYPE_CHECKING:
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("holdfast")
 
+HUB_OPTIONS = ("revision", "trust_remote_code", "local_files_only")
+"""Options of loading that say where a model's files are, and whether its code may run."""
+
 NAMED = 20
 """So many tensors are named in a message; of more, the number is told."""
 
 
-def load_causal_lm(name: str | Path, *, key: str = "model.name", **options: Any) -> PreTrainedModel:
-    """Load a causal language model with its weights.
+def load_language_model(name: str | Path, *, key: str = "model.name", **options: Any) -> PreTrainedModel:
+    """Load a language model with its weights: a sequence-to-sequence one where its configuration says so, or causal.
 
     transformers fills tensors that the files lack with random numbers. Tied weights, and those that the architecture
     makes itself, are not lacking. Tensors of the files that the model does not use are told in a warning.
@@ -37,7 +41,7 @@ def load_causal_lm(name: str | Path, *, key: str = "model.name", **options: Any)
     Args:
         name: folder, hub name, or GGUF file.
         key: where the name comes from, for messages.
-        options: of ``AutoModelForCausalLM.from_pretrained``.
+        options: of ``from_pretrained``.
 
     Raises:
         ConfigError: the weights cannot be loaded, or the files lack tensors of the model, or hold some of another
@@ -59,7 +63,7 @@ def check_weights(model: ModelConfig, key: str = "model.name") -> bool:
         format of their own, or of a model with code of its own, may be checked only when they are loaded.
 
     Raises:
-        ConfigError: as :func:`load_causal_lm`.
+        ConfigError: as :func:`load_language_model`.
     """
     loading_options(None)  # ZeRO-3 may have trained the last model in this process, and would divide the next
     is_folder = Path(model.name).is_dir()
@@ -100,14 +104,16 @@ def whole_adapter(place: str) -> Iterator[None]:
 
 def _load(name: str | Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Collection[Any]]]:
     """The model, and transformers' report of what it did not find in the files."""
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     place, file = located(name)
     if file:
         options = options | file | {"quantization_config": GgufConfig(dequantize=True)}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        place, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+        kind: Any = AutoModelForCausalLM
+    else:
+        reading = {key: options[key] for key in HUB_OPTIONS if key in options}
+        kind = auto_class(AutoConfig.from_pretrained(place, **reading))
+    loaded: Any = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     if file:
         sha256, types = file_facts(Path(name))["sha256"], weight_types(Path(name))
         loaded[0].config.converted_from = Origin(file=Path(name).name, sha256=sha256, weights=types)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from holdfast.api.method import Method, State
-from holdfast.api.rows import TokenRow, count_supervised
+from holdfast.api.rows import TokenRow, bare, count_supervised
 from holdfast.api.stage import Stage, Step
 from holdfast.config.keep import KeepConfig
 from holdfast.config.reading import validate
@@ -244,7 +244,7 @@ class Keep(Method, registered=False):
 
     def _hold(self, k: int, rows: Sequence[TokenRow], stage: Stage) -> None:
         """Keep samples to measure constraint k on, and what the model makes of them now."""
-        rows = [{key: list(row[key]) for key in ("input_ids", "labels")} for row in rows]
+        rows = [bare(row) for row in rows]
         nats, _ = _losses(stage, rows)
         self.samples.rows += rows
         self.samples.tasks += [k] * len(rows)

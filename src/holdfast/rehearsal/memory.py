@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from holdfast.api.rows import IGNORED, TokenRow
+from holdfast.api.rows import IGNORED, TokenRow, bare
 from holdfast.engines.saved import saved_tensor
 from holdfast.system.shapes import Count, of_shape
 
@@ -26,7 +26,7 @@ class Memory:
             :meth:`add` is told to prefer.
 
     Attributes:
-        rows: ``input_ids`` and ``labels``.
+        rows: ``input_ids`` and ``labels``, and ``encoder_ids`` of a sequence-to-sequence model.
         tasks: the stage that each row came from.
         places: the place of each row among the train rows of its stage.
         seen: rows that were offered so far.
@@ -63,14 +63,20 @@ class Memory:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values that :meth:`load_state` takes back."""
-        return {
+        state = {
             "input_ids": _flat(self.rows, "input_ids"),
             "labels": _flat(self.rows, "labels"),
-            "lengths": torch.tensor([len(row["input_ids"]) for row in self.rows], dtype=torch.int64),
+            "lengths": _lengths(self.rows, "input_ids"),
             "tasks": self.tasks,
             "places": self.places,
             "seen": self.seen,
         }
+        if any("encoder_ids" in row for row in self.rows):
+            state |= {
+                "encoder_ids": _flat(self.rows, "encoder_ids"),
+                "encoder_lengths": _lengths(self.rows, "encoder_ids"),
+            }
+        return state
 
     def load_state(self, state: dict[str, Any], model: nn.Module) -> None:
         """Restore what :meth:`state` returned.
@@ -86,12 +92,20 @@ class Memory:
         labels = state["labels"]
         if labels.shape != tokens.shape or not bool(((labels == tokens) | (labels == IGNORED)).all()):
             raise ValueError(f"labels: must be those of input_ids, or {IGNORED}")
+        columns = {"input_ids": torch.split(tokens, lengths), "labels": torch.split(labels, lengths)}
+        if "encoder_ids" in state:
+            of_prompts = saved_tensor(state, "encoder_lengths", len(lengths), kind="counts").tolist()
+            prompts = saved_tensor(state, "encoder_ids", sum(of_prompts), kind="counts")
+            columns["encoder_ids"] = torch.split(prompts, of_prompts)
+            tokens = torch.cat([tokens, prompts])
         embeddings = cast(Any, model).get_input_embeddings()
         size = getattr(embeddings, "num_embeddings", None) if len(tokens) else None
         if size is not None and int(tokens.max()) >= size:
             raise ValueError(f"input_ids: the model has {size} tokens, and {int(tokens.max())} is none of them")
-        split = (torch.split(column, lengths) for column in (tokens, labels))
-        self.rows = [{"input_ids": i.tolist(), "labels": y.tolist()} for i, y in zip(*split, strict=True)]
+        self.rows = [
+            {key: part.tolist() for key, part in zip(columns, parts, strict=True)}
+            for parts in zip(*columns.values(), strict=True)
+        ]
         self.tasks, self.places = (list(of_shape(list[Count], state[key], key)) for key in ("tasks", "places"))
         self.seen = of_shape(Count, state["seen"], "seen")
         if not len(self.rows) == len(self.tasks) == len(self.places):
@@ -114,18 +128,18 @@ class Memory:
                 count[entry[0]] += 1
                 chosen.append(entry)
         self.tasks, self.places = [stage for stage, _, _ in chosen], [place for _, place, _ in chosen]
-        self.rows = [_bare(row) for _, _, row in chosen]
+        self.rows = [bare(row) for _, _, row in chosen]
         self.seen += len(rows)
 
     def _add_by_reservoir(self, stage: int, rows: Sequence[TokenRow], chance: random.Random) -> None:
         for place, row in enumerate(rows):
             self.seen += 1
             if len(self.rows) < self.capacity:
-                self.rows.append(_bare(row))
+                self.rows.append(bare(row))
                 self.tasks.append(stage)
                 self.places.append(place)
             elif (slot := chance.randrange(self.seen)) < self.capacity:
-                self.rows[slot], self.tasks[slot], self.places[slot] = _bare(row), stage, place
+                self.rows[slot], self.tasks[slot], self.places[slot] = bare(row), stage, place
 
 
 class Without(Sequence[TokenRow]):
@@ -143,11 +157,11 @@ class Without(Sequence[TokenRow]):
         return self._rows[self._places[number]]
 
 
-def _bare(row: TokenRow) -> TokenRow:
-    """The row without further columns."""
-    return {key: list(row[key]) for key in ("input_ids", "labels")}
-
-
 def _flat(rows: list[TokenRow], key: str) -> torch.Tensor:
     """A column of all rows, one after another, int32 [tokens]."""
     return torch.tensor([token for row in rows for token in row[key]], dtype=torch.int32)
+
+
+def _lengths(rows: list[TokenRow], key: str) -> torch.Tensor:
+    """The tokens of a column in each row, int64 [rows]."""
+    return torch.tensor([len(row[key]) for row in rows], dtype=torch.int64)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from holdfast.api.rows import IGNORED, TokenRow
 from holdfast.errors import ConfigError
@@ -14,6 +15,7 @@ from holdfast.models.cache import NAMES, cache_name, cache_of
 from holdfast.models.generation import inference
 from holdfast.models.head import base
 from holdfast.models.pretrained import begin_tokens
+from holdfast.models.seq2seq import answered_row, encoder_inputs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,17 +28,25 @@ TRIES = 4  # for each wanted sample
 class Writing:
     """The form in which a model learns to generate rows of a task: begin, mark, prompt, separator, answer, end.
 
-    Mark, separator and end are ordinary tokens of the tokenizer, so that no model needs a larger vocabulary.
+    Mark, separator and end are ordinary tokens of the tokenizer, so that no model needs a larger vocabulary. The
+    encoder of a sequence-to-sequence model reads begin and mark, and its decoder writes the rest, as in the paper.
+
+    Attributes:
+        decoder: the start token of a sequence-to-sequence model's decoder; None: the model is causal.
     """
 
     begin: list[int]
     mark: list[int]
     separator: list[int]
     end: list[int]
+    decoder: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, task: str) -> Writing:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, task: str, decoder: int | None = None) -> Writing:
         """The form of a task's rows.
+
+        Args:
+            decoder: the start token of a sequence-to-sequence model's decoder.
 
         Raises:
             ConfigError: the tokenizer gives separator and end the same tokens.
@@ -45,7 +55,7 @@ class Writing:
         mark, separator, end = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
         if separator == end:
             raise ConfigError(f"the tokenizer cannot tell {texts[1]!r} from {texts[2]!r}, the marks of pseudo samples")
-        return cls(begin_tokens(tokenizer), mark, separator, end)
+        return cls(begin_tokens(tokenizer), mark, separator, end, decoder)
 
     @property
     def start(self) -> list[int]:
@@ -64,6 +74,9 @@ class Writing:
             row: a task's row; its answer is the last run of supervised tokens.
         """
         ids, labels = list(row["input_ids"]), list(row["labels"])
+        if self.decoder is not None:
+            written = [*row["encoder_ids"], *self.separator, *ids[1:], *self.end]
+            return answered_row(self.start, written, self.decoder)
         stop = max(place for place, label in enumerate(labels) if label != IGNORED) + 1
         first = max((place for place in range(stop) if labels[place] == IGNORED), default=-1) + 1
         prompt = ids[:first][len(self.begin) if ids[: len(self.begin)] == self.begin else 0 :]
@@ -77,9 +90,11 @@ class Writing:
         separators = _places(tokens[: ends[0]], self.separator) if ends else []
         if len(separators) != 1:
             return None
-        prompt = self.begin + tokens[: separators[0]]
+        prompt = tokens[: separators[0]]
         answer = tokens[separators[0] + len(self.separator) : ends[0]]
-        row = {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+        if self.decoder is not None:
+            return answered_row(prompt, answer, self.decoder) if prompt and answer else None
+        row = answered_row(self.begin + prompt, answer, None)
         return row if any(label != IGNORED for label in row["labels"][1:]) else None
 
 
@@ -122,11 +137,14 @@ def _sample(
     """Generate ``count`` texts after the start, until each has its end or is ``length`` tokens long with the start."""
     texts: list[list[int]] = [[] for _ in range(count)]
     done = [False] * count
-    tokens = torch.tensor([writing.start] * count, device=model.device)
+    start, apart = writing.start, dict[str, Tensor]()
+    if writing.decoder is not None:
+        start, apart = [writing.decoder], encoder_inputs([writing.start] * count, 0, model.device)
+    tokens = torch.tensor([start] * count, device=model.device)
     cache, cache_argument = None, cache_name(base(model)) or NAMES[0]
     with inference(model):
-        for _ in range(length - len(writing.start)):
-            outputs = model(input_ids=tokens, use_cache=True, **{cache_argument: cache})
+        for _ in range(length - len(start)):
+            outputs = model(input_ids=tokens, use_cache=True, **apart, **{cache_argument: cache})
             cache = cache_of(outputs)
             logits, ids = outputs.logits[:, -1].float().topk(min(top_k, outputs.logits.shape[-1]))
             drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=chance).to(ids.device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from holdfast.api.rows import TokenRow
+from holdfast.api.rows import TokenRow, bare
 from holdfast.api.stage import Stage
 
 
@@ -15,9 +15,9 @@ def by_surprise(stage: Stage, rows: Sequence[TokenRow]) -> list[int]:
     """Places of rows, the most surprising first (SuRe, Hazard et al., 2025, arXiv 2511.22367).
 
     Surprise is the mean negative log-likelihood of all tokens of a row, prompt and answer, under the current weights:
-    those before the stage.
+    those before the stage. Of a sequence-to-sequence model, it is that of the answer, since no prompt is predicted.
     """
-    return _descending(stage, [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows])
+    return _descending(stage, [bare(row) | {"labels": row["input_ids"]} for row in rows])
 
 
 def by_loss(stage: Stage, rows: Sequence[TokenRow]) -> list[int]:

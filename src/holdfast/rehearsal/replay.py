@@ -16,8 +16,9 @@ from holdfast.errors import ConfigError, did_you_mean
 from holdfast.models.head import begin_token, context
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import Sampler, sample
+from holdfast.models.seq2seq import is_seq2seq
 from holdfast.models.vllm_engine import ADAPTER, vllm_engine
-from holdfast.models.weights import check_weights, load_causal_lm, whole_adapter
+from holdfast.models.weights import check_weights, load_language_model, whole_adapter
 from holdfast.rehearsal.corpus import write_corpus
 from holdfast.rehearsal.request import PLAIN, Request, SampleOptions
 from holdfast.system.manifest import check_weights_files
@@ -60,6 +61,11 @@ def replay(
         raise ConfigError(f"engine: there is no engine {engine!r}{did_you_mean(engine, ENGINES)}")
     tokenizer = load_tokenizer(ModelConfig(name=model), key="MODEL")
     check_weights_files(Path(model))
+    if not Path(model, ADAPTER).exists() and is_seq2seq(load_model_config(ModelConfig(name=model))):
+        raise ConfigError(
+            f"MODEL: {model!r} is a sequence-to-sequence model, which answers prompts and writes no texts of itself; "
+            "rehearsal draws its samples while it trains (self_replay and kl_replay without a path)"
+        )
     draw: Sampler
     fingerprint = None
     if engine == "vllm":
@@ -108,7 +114,7 @@ def _load(name: str) -> PreTrainedModel | PeftModel:
 
     model: Any
     if not Path(name, ADAPTER).exists():
-        model = load_causal_lm(name, key="MODEL")
+        model = load_language_model(name, key="MODEL")
     else:
         try:
             config: Any = PeftConfig.from_pretrained(name)

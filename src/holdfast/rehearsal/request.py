@@ -15,6 +15,7 @@ from holdfast.data.encode import Encoder
 from holdfast.data.tokens.domains import domain_ids, domain_token
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.models.sampling import Sampler, Samples
+from holdfast.models.seq2seq import answered_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +75,8 @@ class Request:
             answer.
         stops: tokens that end an answer.
         temperature: of the draws.
+        decoder: the start token of a sequence-to-sequence model's decoder, which answers an encoder that reads
+            ``start``; the end token ends a sample. None: the model is causal.
     """
 
     start: tuple[int, ...]
@@ -81,6 +84,7 @@ class Request:
     turn: tuple[int, ...] = ()
     stops: tuple[int, ...] = ()
     temperature: float = 1.0
+    decoder: int | None = None
 
     @classmethod
     def of(
@@ -89,6 +93,7 @@ class Request:
         context: int | None,
         begin: int | None = None,
         options: SampleOptions = PLAIN,
+        decoder: int | None = None,
     ) -> Request:
         """The request for a model.
 
@@ -98,6 +103,7 @@ class Request:
             begin: the begin token of the model's configuration; it is used where it is a domain's, as in a model of the
                 laboratory, or where the tokenizer has none.
             options: what the user wants.
+            decoder: the start token of a sequence-to-sequence model's decoder.
 
         Raises:
             ConfigError: the tokenizer has no such domain or token, no begin token or no chat template, the template
@@ -116,12 +122,15 @@ class Request:
         if token is not None and not 0 <= token < len(tokenizer):
             raise ConfigError(f"prompt token: {token} is none of the tokenizer's {len(tokenizer)} tokens")
         length = length or min(context or LENGTH, LENGTH)
+        if chat and decoder is not None:
+            raise ConfigError("chat: a sequence-to-sequence model answers, and does not speak for both; leave it out")
         if chat is None:
-            chat = bool(tokenizer.chat_template) and domain is None and token is None
+            chat = decoder is None and bool(tokenizer.chat_template) and domain is None and token is None
         if not chat:
             domains = [domain] if domain is None or isinstance(domain, str) else domain
             firsts = [token] if token is not None else [_first(tokenizer, name, begin) for name in domains]
-            request = cls(tuple(firsts), length, temperature=options.temperature)
+            ends = () if decoder is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+            request = cls(tuple(firsts), length, (), ends, options.temperature, decoder)
         elif domain is not None or token is not None:
             raise ConfigError("chat: a chat begins as its template does, so it takes no domain")
         else:
@@ -144,9 +153,13 @@ class Request:
             seed=seed,
             numbers=numbers,
             temperature=self.temperature,
+            stop_token_ids=self.stops,
             hidden=hidden,
         )
-        return [_sample(texts, i, [(first, texts.tokens[i])]) for i, first in enumerate(firsts)]
+        if self.decoder is None:
+            return [_sample(texts, i, [(first, texts.tokens[i])]) for i, first in enumerate(firsts)]
+        rows = [answered_row(first, texts.tokens[i], self.decoder) for i, first in enumerate(firsts)]
+        return [_own(row, texts, i) for i, row in enumerate(rows)]
 
     def _write_chats(self, draw: Sampler, seed: int | str, numbers: Sequence[int], hidden: bool) -> list[OwnSample]:
         """Draw the user's words, and then the answers to those that ended in time."""
@@ -189,6 +202,10 @@ def _sample(last: Samples, number: int, parts: list[tuple[list[int], list[int]]]
         "input_ids": [token for given, drawn in parts for token in given + drawn],
         "labels": [label for given, drawn in parts for label in [IGNORED] * len(given) + drawn],
     }
+    return _own(row, last, number, log_prob)
+
+
+def _own(row: TokenRow, last: Samples, number: int, log_prob: float = 0.0) -> OwnSample:
     return OwnSample(row, log_prob + last.log_probs[number], last.hidden[number] if last.hidden else None)
 
 

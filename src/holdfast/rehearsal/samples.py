@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from holdfast.api.rows import IGNORED, TokenRow
+from holdfast.api.rows import IGNORED, TOKENS, TokenRow
 from holdfast.data.files import read_rows, where
 from holdfast.data.texts import dataset_texts, file_texts, row_text, text_files
 from holdfast.errors import ConfigError, DataError
@@ -148,7 +148,7 @@ def rows_fingerprint(rows: Sequence[TokenRow]) -> str:
     """SHA-256 (hexadecimal) over the tokens and labels of all rows, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        for key in ("input_ids", "labels"):
+        for key in (key for key in TOKENS if key in row):
             values = np.asarray(row[key], dtype="<i8")
             digest.update(len(values).to_bytes(8, "little"))
             digest.update(values.tobytes())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.api.rows import Batch, TokenRow, token_mask
+from holdfast.api.rows import Batch, TokenRow, model_inputs, token_mask
 from holdfast.api.stage import Rehearsed, Stage
 from holdfast.engines.pieces import full, is_divided, trainable
 from holdfast.engines.process import Process
@@ -123,7 +123,7 @@ class LiveStates:
 
     def __call__(self, rehearsed: Rehearsed, batch: Batch) -> tuple[Tensor, Tensor]:
         batch = rehearsed.batch or batch
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        inputs = model_inputs(batch)
         with self.in_place(), evaluating(self.model), torch.no_grad():
             outputs = self.model(**inputs, output_hidden_states=True, use_cache=False, **hidden_only(self.model))
         hidden = outputs.hidden_states[self.layer]

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from holdfast.api.rows import row_length
 from holdfast.api.task import Task
 from holdfast.config.gate import GateConfig
 from holdfast.config.keep import KeepConfig
@@ -65,7 +66,7 @@ def print_check(
         if task.kind != "sft":
             console.print(f"kind {task.kind}: {KINDS[task.kind]}", markup=False, soft_wrap=True)
         if rows:
-            shown = f"first train example, {len(rows[0]['input_ids'])} tokens, [supervised] in brackets:"
+            shown = f"first train example, {row_length(rows[0])} tokens, [supervised] in brackets:"
             console.print(shown, markup=False)
             console.print(masked(setup, rows[0]), markup=False, soft_wrap=True)
         else:
@@ -105,14 +106,21 @@ def noticed(task: Task) -> str:
 
 
 def masked(setup: Setup, row: dict[str, Any]) -> str:
-    """An example as the model sees it, with the tokens that the loss counts in brackets."""
+    """An example as the model sees it, with the tokens that the loss counts in brackets.
+
+    Of a sequence-to-sequence model, what the encoder reads and what the decoder reads.
+    """
+    tokenizer = setup.encoder.tokenizer
+    if "encoder_ids" in row:
+        encoder = tokenizer.decode(row["encoder_ids"], skip_special_tokens=False)
+        answer = masked(setup, {key: row[key] for key in ("input_ids", "labels")})
+        return f"encoder: {encoder}\ndecoder: {answer}"
     pieces: list[tuple[bool, list[int]]] = []
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         supervised = label != -100
         if not pieces or pieces[-1][0] != supervised:
             pieces.append((supervised, []))
         pieces[-1][1].append(token)
-    tokenizer = setup.encoder.tokenizer
     texts = ((supervised, tokenizer.decode(ids, skip_special_tokens=False)) for supervised, ids in pieces)
     return "".join(f"[{text}]" if supervised else text for supervised, text in texts)
 
@@ -130,7 +138,7 @@ def plan_lines(setup: Setup) -> list[str]:
         count = len(rows) if stage.tasks[0].kind == "sft" else len(stage.tasks[0].train)
         assert not isinstance(training.epochs, list)
         passes = min(training.epochs, steps * training.batch_size / count)
-        seen = round(sum(len(row["input_ids"]) for row in rows) * passes)
+        seen = round(sum(map(row_length, rows)) * passes)
         done = stage.index in setup.past.finished
         total += 0 if done else seen
         lines.append(
@@ -186,10 +194,11 @@ def keep_lines(keep: KeepConfig | None) -> list[str]:
 def model_bytes(setup: Setup) -> int:
     """Bytes of the model's weights, from its shapes alone."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model_config = load_model_config(setup.config.model)
+    from holdfast.models.seq2seq import auto_class
+
+    model_config, trust = load_model_config(setup.config.model), setup.config.model.trust_remote_code
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=setup.config.model.trust_remote_code)
+        model = auto_class(model_config).from_config(model_config, trust_remote_code=trust)
     width = 2 if setup.config.model.dtype == "bfloat16" else 4
     return width * sum(p.numel() for p in model.parameters())

@@ -17,7 +17,8 @@ from holdfast.errors import RunDirectoryError
 from holdfast.models.attention import fastest
 from holdfast.models.pretrained import readable
 from holdfast.models.quantization import ready_for_training, weight_options
-from holdfast.models.weights import load_causal_lm
+from holdfast.models.seq2seq import callable_as_causal
+from holdfast.models.weights import load_language_model
 from holdfast.runner.setup import Setup
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftMo
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     options |= weight_options(model, device) | loading_options(config.training.engine)
     set_seed(config.seed)
-    pretrained = load_causal_lm(
+    pretrained = load_language_model(
         model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
     )
     if model.quantization:
@@ -57,7 +58,7 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftMo
     reshard(prepared)  # a tuner may have tried a pass, after which weights are whole, and frozen these, not the shards
     for name, p in prepared.named_parameters():
         p.requires_grad_(trained[name])
-    return prepared
+    return callable_as_causal(prepared)
 
 
 def trained_weights(model: nn.Module, former: bool = False) -> str:

@@ -19,6 +19,7 @@ from holdfast.config.section import Named
 from holdfast.config.training import TrainingConfig
 from holdfast.data.benchmark import general_samples
 from holdfast.data.encode import Encoder, resolve_max_length
+from holdfast.data.encode_apart import encoder_of
 from holdfast.data.load import first_tasks_version
 from holdfast.data.texts import is_hub_name, no_path
 from holdfast.engines.profiles import check_engine
@@ -36,6 +37,7 @@ from holdfast.runner.kinds import check_kinds
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stage_training
 from holdfast.runner.quiz import askable, with_quiz
 from holdfast.runner.rows import encode_dev, encode_tasks
+from holdfast.runner.seq2seq import check_answers, check_seq2seq
 from holdfast.training.arguments import RESERVED, check_arguments
 
 NEW = Past()
@@ -193,6 +195,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
     check_texts(resolved.methods)
     model_config = load_model_config(config.model)
     check_dtype(config.model, model_config)
+    check_seq2seq(model_config, config, resolved.methods, tuner)
     encoder = build_encoder(resolved)
     max_length = encoder.max_length
     for method in resolved.methods:
@@ -202,6 +205,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
     if begins and config.evaluation.general is None and not general and (quiz := askable(encoder)):
         config, general = with_quiz(config), quiz
     check_watching(config, general, [data.scorers[task.metric] for task in stream.tasks])
+    check_answers(model_config, stream.tasks)
     check_kinds(stream.tasks, resolved.methods, tuner.name, config, max_length)
     stages = plan(resolved.methods, stream)
     for method in resolved.methods:
@@ -286,9 +290,11 @@ def check_dtype(model: ModelConfig, model_config: Any) -> None:
 def build_encoder(resolved: Resolved) -> Encoder:
     """Make the encoder of a run's rows."""
     model, data = resolved.config.model, resolved.config.data
-    return Encoder(
+    model_config = load_model_config(model)
+    return encoder_of(
+        model_config,
         load_tokenizer(model),
-        max_length=resolve_max_length(data.max_length, load_model_config(model), resolved.tuner.virtual_tokens),
+        max_length=resolve_max_length(data.max_length, model_config, resolved.tuner.virtual_tokens),
         template=data.template,
         supervise=data.supervise,
         long_answers=data.long_answers,

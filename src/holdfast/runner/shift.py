@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from holdfast.api.method import Method
-from holdfast.api.rows import IGNORED
 from holdfast.metrics.intervals import paired_difference
 from holdfast.models.likelihood import token_losses
 from holdfast.models.sampling import sample
+from holdfast.models.seq2seq import answered_row, start_of
 from holdfast.records.shift import Shift
 from holdfast.runner.plan import PlannedStage
 from holdfast.runner.setup import Setup
@@ -35,7 +35,7 @@ class Drawn:
     """Responses of the model before a stage.
 
     Attributes:
-        rows: prompts and responses, with ``input_ids`` and ``labels``; the responses are supervised.
+        rows: prompts and responses, which are supervised.
         nats: the negative log-likelihood of each response under that model.
     """
 
@@ -71,7 +71,7 @@ def draw(setup: Setup, stage: PlannedStage, model: Any) -> Drawn | None:
             pad_token_id=tokenizer.pad_token_id,
         )
         for prompt, tokens in zip(part, samples.tokens, strict=True):
-            rows.append({"input_ids": [*prompt, *tokens], "labels": [IGNORED] * len(prompt) + tokens})
+            rows.append(answered_row(prompt, tokens, start_of(model)))
         nats += [-log_prob for log_prob in samples.log_probs]
     return Drawn(rows, nats)
 

@@ -76,6 +76,8 @@ def count_tokens(batch: Any) -> int:
         return 0
     mask = batch.get("attention_mask")  # of four dimensions where it keeps packed sequences apart
     tokens = int(mask.sum()) if isinstance(mask, Tensor) and mask.dim() == 2 else batch["input_ids"].numel()
+    if "encoder_mask" in batch:
+        tokens += int(batch["encoder_mask"].sum())
     return tokens + sum(count_tokens(extra) for extra in batch.get("rehearsal", {}).values())
 
 

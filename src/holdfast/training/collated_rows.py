@@ -66,4 +66,7 @@ class CollatedRows(Sequence[TokenRow]):
         if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
             real = batch["attention_mask"][0].bool()
             ids, labels = ids[real], labels[real]
-        return {"input_ids": ids.tolist(), "labels": labels.tolist()}
+        row = {"input_ids": ids.tolist(), "labels": labels.tolist()}
+        if "encoder_ids" in batch:
+            row["encoder_ids"] = batch["encoder_ids"][0][batch["encoder_mask"][0].bool()].tolist()
+        return row

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.api.method import Method
-from holdfast.api.rows import Batch, TokenRow, count_supervised, token_mask
+from holdfast.api.rows import Batch, TokenRow, bare, count_supervised, model_inputs, token_mask
 from holdfast.api.stage import Extra, Rehearsed, Step
 from holdfast.data.collate import Collator, concat
 from holdfast.engines.pieces import is_divided
@@ -26,13 +26,15 @@ from holdfast.models.supervised import OneRow, head_on
 from holdfast.training.batches import is_packed, is_token_batch
 
 ROW_KEYS = {"input_ids", "attention_mask", "labels"}
+ENCODER_KEYS = {"encoder_ids", "encoder_mask"}
+"""What batches of a sequence-to-sequence model have beside them."""
 KEY = "rehearsal"
 """Where a batch that is a mapping holds the extra rows beside it: by method name, their batch."""
 
 
 def collate_tokens(pad: Collator, rows: Sequence[TokenRow]) -> Batch:
     """Make a batch of tokens and labels alone, whatever else the rows hold."""
-    return pad([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
+    return pad([bare(row) for row in rows])
 
 
 class Passed(NamedTuple):
@@ -171,7 +173,7 @@ class ExtraRows:
 
     def fits_one_pass(self, inputs: Any, extra: dict[str, Batch]) -> bool:
         """Whether task rows and extra rows may share a forward pass, and one pass is cheaper than two."""
-        if not extra or set(inputs) != ROW_KEYS or inputs["attention_mask"].dim() > 2:
+        if not extra or set(inputs) - ENCODER_KEYS != ROW_KEYS or inputs["attention_mask"].dim() > 2:
             return False
         sizes = [batch["input_ids"].shape for batch in (inputs, *extra.values())]
         tokens = sum(rows for rows, _ in sizes) * max(seq for _, seq in sizes)
@@ -181,7 +183,7 @@ class ExtraRows:
         """A new batch for the task's forward pass: the task's rows, and the extra rows that share it."""
         batch = copy(inputs)
         for extra in joint.values():
-            batch = concat(batch, {key: extra[key] for key in ROW_KEYS}, 0)
+            batch = concat(batch, model_inputs(extra) | {"labels": extra["labels"]}, 0)
         if any(request.layers for request in self._sharing(joint)):
             batch["output_hidden_states"] = True
         return batch
@@ -247,7 +249,7 @@ class ExtraRows:
         model = self.model if isinstance(model, DistributedDataParallel) else model
         options = {"output_hidden_states": True} if request.layers else {}
         options |= {} if request.logits else hidden_only(self.model)
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        inputs = model_inputs(batch)
         if request.logits != "supervised":
             return Passed(model(**inputs, use_cache=False, **options))
         with head_on(self.model, OneRow.of(batch["labels"])) as gathered:

@@ -29,13 +29,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from holdfast.api.tuner import Tuner
 from holdfast.config.training import TrainingConfig
 from holdfast.errors import ConfigError
 from holdfast.models.head import base
+from holdfast.models.seq2seq import auto_class, reads_apart
 
 NF4_BITS = 4.127
 """Bits a weight in QLoRA's NF4 with double quantisation (Dettmers et al., 2023, arXiv 2305.14314, section 3)."""
@@ -106,9 +107,9 @@ class Estimate:
     ):
         """
         Args:
-            config: of a causal language model of transformers; its weights are float32.
+            config: of a language model of transformers; its weights are float32.
             tuner: which weights are trained.
-            max_length: tokens of a row.
+            max_length: tokens of a row; of a sequence-to-sequence model, of a prompt and of an answer.
             precision: bfloat16 is mixed precision, as ``training.precision``.
             device: where training would run, cpu or cuda.
 
@@ -229,10 +230,11 @@ def _saved(model: Any, rows: int, length: int, precision: str, device: str) -> S
     hooks += [block.register_forward_hook(leave) for block in blocks]
     hooks += [base(model).get_output_embeddings().register_forward_hook(head)]
     ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
+    answers = {"decoder_input_ids": ids} if reads_apart(model) else {}
     mixed = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mixed:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **answers)
     finally:
         for hook in hooks:
             hook.remove()
@@ -247,7 +249,7 @@ def _prepared(config: PretrainedConfig, tuner: Tuner) -> Any:
     """The model with its tuner on the meta device, in training mode."""
 
     def new_model() -> Any:
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        return auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
 
     with torch.device("meta"):
         try:

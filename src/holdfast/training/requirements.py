@@ -14,6 +14,7 @@ from holdfast.api.method import Method
 from holdfast.api.rows import TokenRow
 from holdfast.errors import ConfigError
 from holdfast.models.head import base
+from holdfast.models.seq2seq import is_seq2seq
 from holdfast.training.batches import is_preference_batch
 from holdfast.training.extra_rows import check_tokens
 
@@ -116,8 +117,8 @@ def _other_loss(model: nn.Module) -> str:
     if not isinstance(inner, PreTrainedModel):
         return ""
     name = type(inner).__name__
-    if getattr(inner.config, "is_encoder_decoder", False):
-        return f"the labels of {name} are a decoder's tokens, beside input_ids of their own"
+    if is_seq2seq(inner.config):
+        return ""
     kind = getattr(inner, "loss_type", None)
     other = kind in LOSS_MAPPING and LOSS_MAPPING[kind] is not ForCausalLMLoss
     return f"the loss of {name} is not one ({kind})" if other else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from holdfast.training.extra_rows import ExtraRows, Passed, collate_tokens
 from holdfast.training.frozen_adapters import frozen_stays, reference_of_this_stage
 from holdfast.training.method_state import load_states
 from holdfast.training.requirements import check_batches, check_learns_stages, check_methods, check_trainable
+from holdfast.training.seq2seq import as_rows, take_seq2seq, to_pass
 from holdfast.training.state import ContinualState, RunContext
 from holdfast.training.supervised_pass import may_gather, task_pass
 from holdfast.training.terms import Terms
@@ -93,6 +94,7 @@ class ContinualMixin(EngineMixin):
         given = (*args, *kwargs.values())
         with optimizer_not_saved(given), reference_of_this_stage(given):
             super().__init__(*args, **kwargs)
+        take_seq2seq(self)
         methods = _built(method)
         if run_context is None:  # a run has checked its methods, beside which its tuner may have one of its own
             check_together(methods)
@@ -133,6 +135,7 @@ class ContinualMixin(EngineMixin):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> tuple[list[Any], Any]:
         """Get the micro-batches of an optimizer step, and add the rows of methods."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)
+        batches = [as_rows(self, batch) for batch in batches]
         state, at = self._holdfast, self.state.global_step
         if state.stage is None or not batches:
             return batches, items
@@ -152,7 +155,7 @@ class ContinualMixin(EngineMixin):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
         """Compute the loss of a micro-batch, and add the terms of methods."""
-        state, step = self._holdfast, self._holdfast.step
+        state, step, inputs = self._holdfast, self._holdfast.step, as_rows(self, inputs)
         kwargs |= {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         if step is None or not model.training:
             return super().compute_loss(model, inputs, **_return_outputs(return_outputs), **kwargs)
@@ -161,7 +164,7 @@ class ContinualMixin(EngineMixin):
         extra = state.extra_rows.take_from(inputs, self._prepare_input)
         state.cost.tokens += count_written(inputs)
         joint = state.extra_rows.joint(inputs, extra)
-        passed = state.extra_rows.joined(inputs, joint) if state.adds_to_loss else inputs
+        passed = state.extra_rows.joined(inputs, joint) if state.adds_to_loss else to_pass(self, inputs)
         needs_outputs = return_outputs or bool(joint) or state.reads_outputs
         needs_logits = return_outputs or state.reads_logits or state.extra_rows.needs_all_logits(joint)
         gather = state.gathers and not needs_logits and is_token_batch(inputs)
@@ -281,9 +284,14 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
             state.cost.load(read_complete(Path(checkpoint), files=False)["cost"])
 
 
+def _collator(trainer: Any) -> Callable[[list[Any]], Any]:
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    return lambda rows: as_rows(trainer, collate(rows))
+
+
 def _stage(trainer: Any) -> Stage:
     state, run, args = trainer._holdfast, trainer._holdfast.run, trainer.args
-    collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    collator = _collator(trainer)
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * state.process.world
     return Stage(
         index=state.stage_index,
@@ -314,7 +322,7 @@ def _first_batch(trainer: Any) -> Any:
     if not has_length(dataset) or not len(dataset) or not hasattr(dataset, "__getitem__"):
         return None
     with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
-        return trainer._get_collator_with_removed_columns(trainer.data_collator)([dataset[0]])
+        return _collator(trainer)([dataset[0]])
 
 
 def _steps(trainer: Any, rows_a_step: int) -> int | None:

@@ -18,6 +18,7 @@ from holdfast.config.section import Section
 from holdfast.config.training import BaseTrainingConfig
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
+from holdfast.models.seq2seq import task_type
 from holdfast.tuners.peft import PeftTuner
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class AdaLora(PeftTuner):
                 f"tuner adalora: tinit {options['tinit']} and tfinal {options['tfinal']} leave none of {steps} steps "
                 "in which the budget could fall"
             )
-        return AdaLoraConfig(task_type="CAUSAL_LM", **options)
+        return AdaLoraConfig(task_type=task_type(model), **options)
 
     def wrap(self, model: PreTrainedModel, config: Any) -> Any:
         """PEFT's model without its term of the loss, which :class:`Allocation` adds instead."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from holdfast.config.section import Section
 from holdfast.errors import ConfigError
+from holdfast.models.seq2seq import decoder_depth, is_seq2seq
 from holdfast.tuners.full import Full
 
 
@@ -43,13 +44,16 @@ class Freeze(Full):
 
 
 def decoder(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
-    """A causal language model's decoder blocks and the norm after the last one.
+    """A language model's decoder blocks and the norm after the last one.
 
     Raises:
         ConfigError: they are not found.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    config, whole = model.config.get_text_config(), model
+    count = config.num_hidden_layers
+    if is_seq2seq(config):
+        whole, count = model.get_decoder(), decoder_depth(config)
+    for module in whole.modules():
         for blocks in module.children():
             if isinstance(blocks, nn.ModuleList) and len(blocks) == count:
                 norm = next((part for name, part in module.named_children() if name in FINAL_NORMS), None)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from holdfast.api.tuner import Tuner
 from holdfast.engines.vectors import weights
-from holdfast.models.weights import load_causal_lm
+from holdfast.models.weights import load_language_model
 
 
 class Full(Tuner):
@@ -22,5 +22,5 @@ class Full(Tuner):
         return model.requires_grad_(True)
 
     def load(self, model: PreTrainedModel, folder: Path) -> None:
-        saved = load_causal_lm(folder, key="model", dtype=model.dtype)
+        saved = load_language_model(folder, key="model", dtype=model.dtype)
         weights(model).load_(dict(saved.named_parameters()))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from holdfast.config.section import Section
 from holdfast.errors import ConfigError
+from holdfast.models.seq2seq import task_type
 from holdfast.tuners.peft import PeftTuner
 
 
@@ -47,7 +48,7 @@ class IA3(PeftTuner):
         options: dict[str, Any] = self.options.model_dump()
         if options["target_modules"] is None:
             options |= scaled_layers(model)
-        return IA3Config(task_type="CAUSAL_LM", **options)
+        return IA3Config(task_type=task_type(model), **options)
 
 
 def scaled_layers(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -9,8 +9,9 @@ from pydantic import ConfigDict, Field
 from transformers import PreTrainedModel
 
 from holdfast.config.section import Section
+from holdfast.tuners.encoder_prompts import soft_prompts
 from holdfast.tuners.peft import PeftTuner
-from holdfast.tuners.soft_prompts import NOT_MERGED, PADDED, SoftPromptModel
+from holdfast.tuners.soft_prompts import NOT_MERGED, PADDED
 
 
 class PTuning(PeftTuner):
@@ -38,5 +39,5 @@ class PTuning(PeftTuner):
     def virtual_tokens(self) -> int:
         return self.options.num_virtual_tokens
 
-    def wrap(self, model: PreTrainedModel, config: Any) -> SoftPromptModel:
-        return SoftPromptModel(model, config)
+    def wrap(self, model: PreTrainedModel, config: Any) -> Any:
+        return soft_prompts(model, config)

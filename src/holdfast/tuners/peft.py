@@ -13,6 +13,7 @@ from holdfast.api.tuner import Tuner
 from holdfast.config.section import Section
 from holdfast.errors import ConfigError, UserError, did_you_mean
 from holdfast.models.pretrained import readable
+from holdfast.models.seq2seq import task_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ class PeftTuner(Tuner):
 
     def config(self, model: PreTrainedModel) -> Any:
         """The PEFT configuration for a model."""
-        return self.config_class(task_type="CAUSAL_LM", **self.options.model_dump())
+        return self.config_class(task_type=task_type(model), **self.options.model_dump())
 
     def wrap(self, model: PreTrainedModel, config: Any) -> Any:
         """The PEFT model."""

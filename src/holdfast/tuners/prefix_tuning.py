@@ -32,6 +32,7 @@ class PrefixTuning(PeftTuner):
     config_class = PrefixTuningConfig
     not_merged = NOT_MERGED
     lacks = PADDED.format(name=name)
+    causal_only = "PEFT puts its prefix before the decoder alone, not before the encoder, where the paper has one too"
 
     class Options(Section):
         """Prefix tuning's options; any other field of peft.PrefixTuningConfig may be given by its name."""

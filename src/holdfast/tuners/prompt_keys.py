@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.api.rows import IGNORED
 from holdfast.models.generation import inference
-from holdfast.models.head import base
+from holdfast.models.seq2seq import reader
 
 
 def prompt_mask(mask: Tensor, labels: Tensor) -> Tensor:
@@ -35,20 +35,22 @@ def prompt_mask(mask: Tensor, labels: Tensor) -> Tensor:
 def batch_queries(model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
     """q(x) of the rows of a batch: the mean over a row's tokens of the model's last hidden state, after the final norm.
 
+    Of a sequence-to-sequence model it is the encoder's.
+
     Soft prompts that a holdfast tuner puts before the input are left out. Other adapters take part unless the caller
     turns them off. There is no dropout and no gradient, and no random number is drawn.
 
     Args:
-        model: a causal language model, or the PEFT model around it.
+        model: a language model, or the PEFT model around it.
         input_ids: [rows, seq], padded on either side.
         mask: [rows, seq], not zero for the tokens that the query may look at.
 
     Returns:
         float32 [rows, hidden].
     """
-    backbone = base(model).base_model
+    backbone = reader(model)
     seen = mask.to(torch.int64)
-    inputs = {"input_ids": input_ids, "attention_mask": seen, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": seen, "use_cache": False}
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
     with inference(backbone):

@@ -9,8 +9,10 @@ from pydantic import ConfigDict, Field, model_validator
 from transformers import PreTrainedModel
 
 from holdfast.config.section import Section
+from holdfast.models.seq2seq import task_type
+from holdfast.tuners.encoder_prompts import soft_prompts
 from holdfast.tuners.peft import PeftTuner
-from holdfast.tuners.soft_prompts import NOT_MERGED, PADDED, SoftPromptModel
+from holdfast.tuners.soft_prompts import NOT_MERGED, PADDED
 
 
 class PromptTuning(PeftTuner):
@@ -53,7 +55,7 @@ class PromptTuning(PeftTuner):
         options: dict[str, Any] = self.options.model_dump()
         if options["prompt_tuning_init"] == "TEXT":
             options = {"tokenizer_name_or_path": model.name_or_path} | options
-        return PromptTuningConfig(task_type="CAUSAL_LM", **options)
+        return PromptTuningConfig(task_type=task_type(model), **options)
 
-    def wrap(self, model: PreTrainedModel, config: Any) -> SoftPromptModel:
-        return SoftPromptModel(model, config)
+    def wrap(self, model: PreTrainedModel, config: Any) -> Any:
+        return soft_prompts(model, config)

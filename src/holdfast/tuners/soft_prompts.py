@@ -48,7 +48,36 @@ KEYS = "prompt_keys.safetensors"
 POOL = "prompt_pool.json"
 
 
-class SoftPromptModel(PeftModelForCausalLM):
+_PeftModel: Any = object
+"""Any PEFT model: the class that stands behind."""
+
+
+class SavedPrompts(_PeftModel):
+    """Saves prompts, and the network that makes them (P-tuning's), so that training continues."""
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        encoder = self.prompt_encoder[self.active_adapter]
+        with evaluating(encoder):
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        weights = {key: full(w).detach() for key, w in encoder.state_dict(keep_vars=True).items()}
+        if is_main_process and len(weights) > 1:  # a single one is the prompt itself, which PEFT has saved
+            save_file({key: w.cpu().contiguous() for key, w in weights.items()}, Path(save_directory, ENCODER))
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        path = Path(model_id, ENCODER)
+        if not path.exists():
+            return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        saved = load_peft_weights(str(model_id), device="cpu")
+        own: dict[str, Tensor] = {}
+        for name, module in self.named_modules():  # modules_to_save
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                names = module.adapter_state_dict_load_map(adapter_name)
+                own |= {f"{name}.{loaded}": saved[f"{name}.{key}"] for key, loaded in names.items()}
+        self.load_state_dict(own, strict=False)
+        return self.prompt_encoder[adapter_name].load_state_dict(load_file(path))
+
+
+class SoftPromptModel(SavedPrompts, PeftModelForCausalLM):
     """A causal language model with PEFT's prompt tuning (Lester et al., 2021, arXiv 2104.08691) or P-tuning.
 
     ``model(input_ids, attention_mask, labels)`` returns the loss, logits [rows, seq, vocab] and hidden states
@@ -83,27 +112,6 @@ class SoftPromptModel(PeftModelForCausalLM):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model.generate(*args, **kwargs)
-
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
-        encoder = self.prompt_encoder[self.active_adapter]
-        with evaluating(encoder):
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        weights = {key: full(w).detach() for key, w in encoder.state_dict(keep_vars=True).items()}
-        if is_main_process and len(weights) > 1:  # a single one is the prompt itself, which PEFT has saved
-            save_file({key: w.cpu().contiguous() for key, w in weights.items()}, Path(save_directory, ENCODER))
-
-    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        path = Path(model_id, ENCODER)
-        if not path.exists():
-            return super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        saved = load_peft_weights(str(model_id), device="cpu")
-        own: dict[str, Tensor] = {}
-        for name, module in self.named_modules():  # modules_to_save
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                names = module.adapter_state_dict_load_map(adapter_name)
-                own |= {f"{name}.{loaded}": saved[f"{name}.{key}"] for key, loaded in names.items()}
-        self.load_state_dict(own, strict=False)
-        return self.prompt_encoder[adapter_name].load_state_dict(load_file(path))
 
     def _put(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Insert the prompts before the base model's forward pass, unless the cache holds them already."""

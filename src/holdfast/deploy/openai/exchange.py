@@ -146,7 +146,7 @@ class Exchange:
 
         answer = Answer(
             prompts.decoder,
-            prompt.ids,
+            prompt.before,
             ends=prompts.ends,
             stops=self.request.stops,
             max_tokens=prompt.max_tokens,

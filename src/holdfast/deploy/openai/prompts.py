@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.api.task import Example
 from holdfast.data.conversation import BadRowError, Noticed, conversation
 from holdfast.data.encode import Encoder
+from holdfast.data.encode_apart import ApartEncoder
 from holdfast.data.files import where
 from holdfast.deploy.openai.errors import RequestError, too_long
 from holdfast.deploy.openai.request import MOST_ANSWERS, Body, ChatBody, CompletionBody
@@ -33,12 +34,15 @@ class Prompt:
         text: what is echoed.
         begin: how many of the tokens, at the beginning, are not of the text.
         max_tokens: of an answer to it.
+        before: the tokens before an answer to it: the same, or the start token of a sequence-to-sequence model's
+            decoder.
     """
 
     ids: list[int]
     text: str
     begin: int
     max_tokens: int
+    before: list[int]
 
 
 class Prompts:
@@ -50,6 +54,8 @@ class Prompts:
         context: tokens of a prompt with its answer, at most.
         vocabulary: the model's; token ids are below it.
         max_tokens: the most tokens of an answer that a request may ask for; None: what the context holds.
+        start: the start token of a sequence-to-sequence model's decoder, whose prompts and answers have the context
+            each; None: the model is causal.
     """
 
     def __init__(
@@ -60,12 +66,18 @@ class Prompts:
         context: int,
         vocabulary: int,
         max_tokens: int | None = None,
+        start: int | None = None,
     ):
-        self.context, self.vocabulary, self._most = context, vocabulary, max_tokens
+        self.context, self.vocabulary, self._most, self._start = context, vocabulary, max_tokens, start
         self._lock = threading.Lock()
         # The tokenizer's library allows no change of a setting, which encoding makes, while something is decoded.
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._encoder = Encoder(self._tokenizer, max_length=2**40, template=template)  # its own refusals are about rows
+        most = 2**40  # its own refusals are about rows
+        self._encoder = (
+            Encoder(self._tokenizer, max_length=most, template=template)
+            if start is None
+            else ApartEncoder(self._tokenizer, max_length=most, start=start, template=template)
+        )
         self.decoder = Decoder(tokenizer)
         self.chat = self._encoder.chat
         self.ends = frozenset(self._encoder.stop_ids)
@@ -82,6 +94,12 @@ class Prompts:
             if isinstance(request, ChatBody):
                 return [self._prompt(request, self._conversation(request), "", 0)]
             assert isinstance(request, CompletionBody)
+            if self._start is not None and request.echo and request.logprobs is not None:
+                raise RequestError(
+                    "echo: a sequence-to-sequence model reads its prompt and gives it no likelihood; leave echo or "
+                    "logprobs out",
+                    "echo",
+                )
             return [self._prompt(request, *read) for read in self._completions(request.prompt)]
 
     def _prompt(self, request: Body, ids: list[int], text: str, begin: int) -> Prompt:
@@ -89,15 +107,18 @@ class Prompts:
         param, key = ("messages" if chat else "prompt"), "max_tokens"
         if chat and request.max_tokens is None:
             key = "max_completion_tokens"
-        room, asked = self.context - len(ids), request.limit
+        before = ids if self._start is None else [self._start]
+        room, asked = self.context - len(before), request.limit
+        if len(ids) > self.context:
+            room = self.context - len(ids)
         if self._most is not None and (asked or 0) > self._most:
             raise RequestError(f"{key}: {asked} is more than the {self._most} that this server allows", key)
         if asked is None:
             asked = room if chat else min(room, SHORT)
             asked = max(1, asked if self._most is None else min(asked, self._most))
         if asked > room:
-            raise too_long(self.context, len(ids), asked, key if len(ids) < self.context else param)
-        return Prompt(ids, text, begin, asked)
+            raise too_long(self.context, max(len(ids), len(before)), asked, key if len(ids) < self.context else param)
+        return Prompt(ids, text, begin, asked, before)
 
     def _conversation(self, request: ChatBody) -> list[int]:
         if len(request.messages) > MOST_TURNS:

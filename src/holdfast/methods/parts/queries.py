@@ -16,8 +16,8 @@ def prompt_queries(
 ) -> Tensor:
     """The mean of the model's last hidden states over a row's prompt, after the final norm, without dropout.
 
-    Equal prompts get equal vectors; up to float rounding these do not depend on ``batch_size`` or the other rows. A
-    soft prompt before the input does not count.
+    Of a sequence-to-sequence model they are the encoder's. Equal prompts get equal vectors; up to float rounding these
+    do not depend on ``batch_size`` or the other rows. A soft prompt before the input does not count.
 
     Args:
         rows: at least one; ``input_ids`` and perhaps ``labels``; in a row without a prompt (a text) all tokens count.

@@ -7,14 +7,14 @@ from pathlib import Path
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.gguf import located, weight_types
 from holdfast.models.pretrained import check_tokenizer, readable
-from holdfast.models.weights import load_causal_lm
+from holdfast.models.weights import load_language_model
 from holdfast.system.files import whole_folder
 
 
 def convert_gguf(source: Path, target: Path) -> Path:
     """Write a GGUF file's model, tokenizer and chat template as a folder of safetensors in float32.
 
-    ``config.json`` says where the weights come from (:func:`.load_causal_lm`).
+    ``config.json`` says where the weights come from (:func:`.load_language_model`).
 
     Args:
         source: one file that holds a whole causal language model.
@@ -39,7 +39,7 @@ def convert_gguf(source: Path, target: Path) -> Path:
     with readable(f"{source}: its tokenizer cannot be read", DataError):
         tokenizer = AutoTokenizer.from_pretrained(folder, **place)
         check_tokenizer(tokenizer)
-    model = load_causal_lm(source, key="FILE", dtype=torch.float32)
+    model = load_language_model(source, key="FILE", dtype=torch.float32)
     with readable(f"{source}: cannot be converted", DataError, passing=(OSError,)), whole_folder(target) as written:
         model.save_pretrained(written)
         tokenizer.save_pretrained(written)

@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 
+from holdfast.api.rows import row_length
 from holdfast.api.task import Example
 from holdfast.config.evaluation import EVERYDAY
 from holdfast.config.run import RUN, RunConfig
 from holdfast.config.section import Named
 from holdfast.config.training import TrainingConfig
 from holdfast.data.encode import Encoder, resolve_max_length
+from holdfast.data.encode_apart import encoder_of
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.head import begin_token, context
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import sample
+from holdfast.models.seq2seq import is_seq2seq
 from holdfast.rehearsal.corpus import MANIFEST, write_corpus
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.runner.load import load_pretrained
@@ -70,8 +73,15 @@ def dtype_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _encoder(config: RunConfig) -> Encoder:
-    most = resolve_max_length(config.data.max_length, load_model_config(config.model))
-    return Encoder(load_tokenizer(config.model), max_length=most, template=config.data.template, long_answers="cut")
+    model_config = load_model_config(config.model)
+    most = resolve_max_length(config.data.max_length, model_config)
+    return encoder_of(
+        model_config,
+        load_tokenizer(config.model),
+        max_length=most,
+        template=config.data.template,
+        long_answers="cut",
+    )
 
 
 class Lengths:
@@ -86,10 +96,10 @@ class Lengths:
         encoder = _encoder(config)
         by_length = sorted(examples, key=lambda example: len(example.text or example.question + example.answer))
         chosen = [*by_length[-64:], *by_length[:: math.ceil(len(by_length) / 256)]]
-        found = []
+        found: list[int] = []
         for example in chosen:
             try:
-                found += [len(row["input_ids"]) for row in encoder.encode(example)]
+                found += map(row_length, encoder.encode(example))
             except DataError:  # the run tells of it
                 found.append(encoder.max_length)
         self.longest = max(found)
@@ -106,6 +116,11 @@ def sample_length(lengths: Lengths) -> int:
 def own_samples(config: RunConfig, length: int) -> dict[str, Any]:
     """How the model writes samples of itself: as chats, or else from its first token; empty where it cannot."""
     tokenizer, model_config = load_tokenizer(config.model), load_model_config(config.model).get_text_config()
+    if is_seq2seq(model_config):
+        logger.warning(
+            "a sequence-to-sequence model only answers prompts, so it writes no samples to rehearse or measure"
+        )
+        return {}
     most, begin = (getattr(model_config, key, None) for key in ("max_position_embeddings", "bos_token_id"))
     for chat in (None, False):
         try:

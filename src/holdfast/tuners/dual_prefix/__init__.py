@@ -33,6 +33,7 @@ class DualPrefix(Tuner):
     """
 
     name = "dual_prefix"
+    causal_only = "its prefixes are placed in the layers of one stack of decoder blocks"
     folder = "adapter"
     not_merged = "its trained prefixes stand before the input and change no weight"
     lacks = UNKNOWN.format(name=name, module=__name__)

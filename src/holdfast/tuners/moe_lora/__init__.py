@@ -24,6 +24,7 @@ class MoeLora(PeftTuner):
     """
 
     name = "moe_lora"
+    causal_only = "its routers' losses count the tokens of the one sequence that a causal model reads"
     config_class = MoeLoraConfig
     not_merged = "its router weighs the experts anew for each token"
     lacks = UNKNOWN.format(name=name, module=__name__)

@@ -1,0 +1,197 @@
+"""Runs on sequence-to-sequence models: every method and tuner that can work with one does, the others are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+import holdfast.runner.loop
+from holdfast import methods, tuners
+from holdfast.system.files import read_jsonl
+from holdfast.system.progress import Progress
+from support.command import holdfast as command
+from support.guards import GENERAL, case, responses, same, terms, tuner_of, weights, with_paths
+from support.resumed import finish, results, start
+from support.seq2seq import seq2seq_config, write_seq2seq
+
+OWN = {name: methods.find(name) for name in sorted(methods.METHODS.own)}
+TUNERS = {name: tuners.find(name) for name in sorted(tuners.TUNERS.own)}
+WORKING = [name for name, cls in OWN.items() if not cls.causal_only]
+FAST = ("kl_pre", "lfpt5", "o_lora")
+LORA = {"name": "lora", "r": 2, "lora_dropout": 0.1}
+STEPS = {"max_steps": 3, "save_every": 2, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "warmup": 0}
+OPTIONS = {"gere": {"multiple": 0.1}, "lfpt5": {"samples": 2, "top_k": 4}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("seq2seq")
+    seq2seq_config(path, dropout_rate=0.1)
+    (path / "general.txt").write_text(GENERAL)
+    (path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in GENERAL.splitlines()))
+    return path
+
+
+def config_of(folder: Path, output: Path, method: Any, tuner: Any = "full", **changes: Any) -> dict[str, Any]:
+    config = seq2seq_config(folder) | {"method": method, "tuner": tuner, "output": str(output)} | changes
+    return config | {"training": STEPS}
+
+
+def run(config: dict[str, Any]) -> dict[str, Any]:
+    return holdfast.runner.loop.run(config, Progress(quiet=True))
+
+
+def check_goes_on(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str) -> None:
+    """What lies on the disk at the last step of the last stage, after a checkpoint, goes on to the same end."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    watch = holdfast.runner.stage.StageWatch.on_step_end
+
+    def copying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        watch(self, args, state, control, **kwargs)
+        if Path(args.output_dir).parent.name == last and state.global_step == 3:
+            shutil.copytree(whole, broken)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", copying)
+        matrix = run(config | {"output": str(whole)})
+    assert None not in matrix["scores"][0] + matrix["scores"][-1]
+    assert run(config | {"output": str(broken)}) == matrix
+    assert same(weights(broken, last), weights(whole, last)) and weights(whole, last)
+    stage = int(last[:2])
+    assert responses(broken) == responses(whole) and terms(broken, stage) == terms(whole, stage)
+    for path in whole.glob("stages/*/method/*.safetensors"):
+        assert same(load_file(broken / path.relative_to(whole)), load_file(path)), path.name
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in WORKING])
+def test_a_method_trains_saves_and_continues(name, folder, tmp_path, monkeypatch):
+    options = with_paths(case(name).options | OPTIONS.get(name, {}), folder)
+    tuner = tuner_of(name)
+    config = config_of(folder, tmp_path, {"name": name} | options, LORA if isinstance(tuner, dict) else tuner)
+    last = {"none": "", "joint": "01-joint", "sequence": "02-green"}[OWN[name].schedule]
+    if last:
+        check_goes_on(config, tmp_path, monkeypatch, last)
+    else:
+        assert None not in run(config)["scores"][0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n == "p_tuning" else pytest.mark.slow)
+        for n, cls in TUNERS.items()
+        if not cls.causal_only
+    ],
+)
+def test_a_tuner_trains_saves_and_continues(name, folder, tmp_path, monkeypatch):
+    method = ["replay", {"name": "gere_kl", "path": str(folder / "general.txt")}]
+    check_goes_on(config_of(folder, tmp_path, method, name), tmp_path, monkeypatch, "02-green")
+
+
+REFUSED = [(name, {"method": name}) for name, cls in OWN.items() if cls.causal_only]
+REFUSED += [(name, {"method": "sequential", "tuner": name}) for name, cls in TUNERS.items() if cls.causal_only]
+
+
+@pytest.mark.parametrize(("name", "changes"), REFUSED)
+def test_what_needs_a_causal_model_is_refused_by_name_with_the_reason(name, changes, folder, tmp_path, capsys):
+    config = config_of(folder, tmp_path / "run", **{"method": "sequential"} | changes)
+    if "tuner" not in changes:
+        del config["tuner"]
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    assert command("run", tmp_path / "run.yaml") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    cls = OWN[name] if name in OWN else TUNERS[name]
+    assert f"{cls.kind} {name}: the model is a sequence-to-sequence one (t5), and {cls.causal_only}" in said
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("data.packing=true", "data.packing: the model is a sequence-to-sequence one (t5)"),
+        ("training.engine=fsdp2", "training.engine: the model is a sequence-to-sequence one (t5)"),
+    ],
+)
+def test_keys_that_need_a_causal_model_are_refused(key, said, folder, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(json.dumps(config_of(folder, tmp_path / "run", "sequential")))
+    assert command("check", tmp_path / "run.yaml", key) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_tasks_of_texts_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "texts" / f"{split}.json").write_text(json.dumps([{"text": "the red one"}] * 2))
+    config = config_of(folder, tmp_path / "run", "sequential")
+    config["stream"] = {"tasks": [{"name": "texts", "path": str(tmp_path / "texts")}]}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    assert command("check", tmp_path / "run.yaml") == 2
+    assert "rows of prompt and answer would do" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_check_shows_both_sides(name, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(json.dumps(seq2seq_config(tmp_path, name)))
+    assert command("check", tmp_path / "run.yaml") == 0
+    said = capsys.readouterr().out
+    assert {"t5": "decoder: <pad>[r</s>]", "bart": "decoder: </s>[<s>r</s>]"}[name] in said
+    assert "encoder: " in said and "?</s>" in said
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_an_unbroken_one(tmp_path):
+    """Dropout makes the weights depend on the state of the random number generators."""
+    config = seq2seq_config(tmp_path, dropout_rate=0.3) | {"method": ["replay", {"name": "der", "capacity": 6}]}
+    whole, broken = (tmp_path / f"{kind}.json" for kind in ("whole", "broken"))
+    whole.write_text(json.dumps(config | {"output": str(tmp_path / "whole")}))
+    broken.write_text(json.dumps(config | {"output": str(tmp_path / "broken")}))
+    unbroken = start(whole)
+    for point in (("step", 4), ("answers", 2), ("checkpoint", 1)):
+        assert finish(start(broken, *point)) == -signal.SIGKILL, f"{point} was never reached"
+    assert finish(start(broken)) == 0 and finish(unbroken) == 0
+    one, two = results(tmp_path / "whole"), results(tmp_path / "broken")
+    for key in one:
+        assert one[key] == two[key], key
+
+
+@pytest.mark.parametrize(
+    ("name", "tuner"),
+    [("t5", "lora"), *(pytest.param(*c, marks=pytest.mark.slow) for c in (("t5", "full"), ("bart", "lora")))],
+)
+def test_what_a_run_saved_answers_alike_in_plain_transformers(name, tuner, tmp_path):
+    config = seq2seq_config(tmp_path, name) | {"tuner": LORA if tuner == "lora" else tuner, "method": "replay"}
+    run(config | {"training": config["training"] | {"epochs": 6, "learning_rate": 1e-2}})
+    stage = tmp_path / "run" / "stages" / "02-green"
+    assert command("export", tmp_path / "run", "--to", tmp_path / "export", *["--merge"] * (tuner == "lora")) == 0
+    loaded: list[Any] = [AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "export")]
+    if tuner == "lora":
+        base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+        loaded.append(PeftModel.from_pretrained(base, stage / "adapter"))
+        assert json.loads((stage / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    records = read_jsonl(stage / "responses" / "green.jsonl")
+    for model in loaded:
+        for record in records:
+            with torch.no_grad():
+                ids = tokenizer(record["prompt"], return_tensors="pt")
+                out = model.eval().generate(**ids, max_new_tokens=3, do_sample=False)[0]
+            assert tokenizer.decode(out, skip_special_tokens=True).strip() == record["response"]
+    assert "AutoModelForSeq2SeqLM" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_a_model_of_another_kind_is_the_same_to_a_folder(tmp_path):
+    """A folder as T5-small's: SentencePiece pieces in tokenizer.json, sentinels, and the decoder's start token."""
+    write_seq2seq(tmp_path / "model", "t5")
+    described = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert described["decoder_start_token_id"] == 0 and described["is_encoder_decoder"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("red ab")["input_ids"][-1] == 1 and "<extra_id_0>" in tokenizer.all_special_tokens
