@@ -77,6 +77,7 @@ CASES: dict[str, Case] = {
         training={"epochs": 12, "learning_rate": 0.04},
         tuner=LORA,
     ),
+    "inflora": Case(off="it always chooses A and trains B alone", flops=1.7, vectors=3, margin=None),
     "kl_dwn": Case(off={"weight": 0}, flops=1.5, margin=None),
     "kl_pre": Case(DRAWN, DRAWN | {"weight": 0}, flops=2.5, margin=None),
     "kl_replay": Case(CORPUS, CORPUS | {"weight": 0}, flops=2.5, margin=None),

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from holdfast.api.method import Method, State
 from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.shards import Shards
-from holdfast.errors import ConfigError
-from holdfast.system.shapes import Count, of_shape
-from holdfast.tuners.lora_factors import TRAINED, exchange_adapters, factors, plain_lora, seeded, times_rank
-
-PAST = "past"
-"""The frozen adapter that holds the factors of all earlier stages side by side during a stage."""
+from holdfast.methods.parts.stacked_lora import EXCHANGES, NOT_WITH, PAST, StackedLoRA
+from holdfast.tuners.lora_factors import TRAINED, factors
 
 
-class OLoRA(Method):
+class OLoRA(StackedLoRA):
     """Orthogonal low-rank adaptation (Wang et al., 2023, arXiv 2310.14152): a new LoRA a stage, orthogonal to the past.
 
     L = L_task + lambda_1 * sum_{i<t} sum_{j,k} (A_i A_t^T)[j,k]^2 + lambda_2 * sum |A_t|_2 + |B_t|_2
@@ -32,15 +26,7 @@ class OLoRA(Method):
     """
 
     name = "o_lora"
-    tuners = ("lora",)
-    tuners_reason = "it lays the LoRA factors of all stages side by side, in one adapter whose rank grows"
-    not_with = dict.fromkeys(
-        ("ewc", "si", "mas", "ogd", "cia", "tree_lora"),
-        "it remembers something of every trained weight, and o_lora trains new ones in each stage",
-    ) | {
-        "lwf": "its teacher is the trained adapter as it was, and o_lora exchanges it before a stage",
-        "seq_lora_merge": "each decides what becomes of a stage's adapter",
-    }
+    not_with = {"inflora": EXCHANGES} | NOT_WITH
 
     class Options(Section):
         lambda_1: float = Field(0.5, ge=0, description="weight of the orthogonality loss; 0: none (IncLoRA)")
@@ -50,23 +36,6 @@ class OLoRA(Method):
         )
 
     options: Options
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.stages = 0  # the number of stages whose factors the model's adapter holds
-
-    def before_stage(self, stage: Stage) -> None:
-        config = plain_lora(stage.model, self.name)
-        self.stages = max(self.stages, stage.index - 1)
-        if self.stages:
-            if config.r % self.stages:
-                raise ConfigError(
-                    f"method {self.name}: stage {self.stages + 1} begins with an adapter of rank {config.r}, which is "
-                    f"not {self.stages} times a stage's rank; is the trainer's stage_index right?"
-                )
-            past = replace(config, lora_dropout=0.0), factors(stage.model)
-            with seeded(stage.random(self.name)):
-                exchange_adapters(stage.model, {TRAINED: (times_rank(config, 1, self.stages), None), PAST: past})
 
     def declares(self, stage: Stage) -> tuple[str, ...]:
         orthogonality = (self.name,) if self.options.lambda_1 and self.stages else ()
@@ -104,18 +73,3 @@ class OLoRA(Method):
             gradients.add_whole_(f"{key}.{TRAINED}.weight", slope, self.options.lambda_2)
             total += norm
         return self.options.lambda_2 * total
-
-    def final_weights(self, stage: Stage) -> None:
-        if self.stages:
-            model: Any = stage.model
-            past, new = factors(model, PAST), factors(model)
-            joined = {key: torch.cat([past[key], w], dim=0 if key.endswith("lora_A") else 1) for key, w in new.items()}
-            config = times_rank(model.peft_config[TRAINED], self.stages + 1)
-            exchange_adapters(model, {TRAINED: (config, joined)})
-        self.stages += 1
-
-    def state(self) -> State:
-        return {"stages": self.stages}
-
-    def load_state(self, state: State, model: nn.Module) -> None:
-        self.stages = of_shape(Count, state["stages"], "stages")

@@ -62,7 +62,8 @@ class EngineMixin(_Trainer):
         super()._sync_replicated_trainable_parameters(model)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer loads all adapters of a model, but would leave only the first of several active ones active."""
+        """Trainer loads all adapters of a model, but would leave only the first of several active ones active, and PEFT
+        would train all of it."""
         with _readable(args[0]):
             active: Any = getattr(self.model, "active_adapters", None)
             if is_divided(self.model) and not hasattr(self.model, "peft_config"):
@@ -76,8 +77,8 @@ class EngineMixin(_Trainer):
                 super()._load_from_checkpoint(*args, **kwargs)
             if several:
                 self.model.base_model.set_adapter(active)
-                for name, p in self.model.named_parameters():
-                    p.requires_grad_(name in trained)
+            for name, p in self.model.named_parameters():
+                p.requires_grad_(name in trained)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_deepspeed_enabled:

@@ -12,14 +12,14 @@ from torch import nn
 
 @contextmanager
 def frozen_stays(model: nn.Module) -> Iterator[None]:
-    """Inside, what is not trained of a model with several adapters stays untrained.
+    """Inside, what is not trained of a model with adapters stays untrained.
 
-    PEFT takes every active adapter for trained. Whenever adapters were switched off for a moment, as TRL's trainers do
-    for the reference of DPO and KTO, it would train those, too, that a method keeps as they are.
+    PEFT takes every active adapter for trained, all of it. Whenever adapters were switched off for a moment, as TRL's
+    trainers do for the reference of DPO and KTO, it would train those, too, that a method keeps as they are.
     """
     tuner: Any = getattr(model, "base_model", None)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    if len(getattr(model, "peft_config", ())) < 2 or not hasattr(tuner, "enable_adapter_layers") or not frozen:
+    if not hasattr(model, "peft_config") or not hasattr(tuner, "enable_adapter_layers") or not frozen:
         yield
         return
 
