@@ -224,3 +224,29 @@ def test_batches_of_transformers_collators_become_rows(name):
         seq2seq_model(name)(**native).logits.flatten(0, 1), native["labels"].flatten(), reduction="sum"
     )
     assert int(tokens) == int((native["labels"] != -100).sum()) and float(nll) == pytest.approx(float(plain), rel=1e-5)
+
+
+# --- general abilities ---
+
+
+@names
+def test_choices_and_texts_are_measured_as_lm_evaluation_harness_does(name):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-evaluation-harness is not installed")
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    model, own = seq2seq_model(name), encoder(name)
+    harness = huggingface.HFLM(
+        pretrained=seq2seq_model(name), tokenizer=TOKENIZERS[name](), batch_size=2, max_length=64
+    )
+    questions = [("is the red one? ", "green"), ("red:", "12"), ("the", "red one")]
+    rows = [own.choice(asked(question, choice), end=False) for question, choice in questions]
+    pairs = [(question, f" {choice}") for question, choice in questions]
+    found, _ = token_losses(callable_as_causal(model), rows, batch_size=2, pad_token_id=0)
+    requests = [instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    expected = [-total for total, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    texts = ["the red one is green", "red"]
+    rows = [row for text in texts for row in own.encode(Example("texts.txt", 0, text=text))]
+    found, _ = token_losses(model, rows, batch_size=2, pad_token_id=0)
+    requests = [instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
+    expected = [-total for total in harness.loglikelihood_rolling(requests, disable_tqdm=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)

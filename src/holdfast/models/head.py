@@ -147,8 +147,12 @@ def hidden_only(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
 
 
 def context(model: PreTrainedModel | PeftModel) -> int | None:
-    """Tokens that a model reads at most, without the places of soft prompts; None if its configuration does not say."""
-    most = getattr(base(model).config.get_text_config(), "max_position_embeddings", None)
+    """Tokens that a model reads at most, without the places of soft prompts; None if its configuration does not say.
+
+    A T5 could read more than its ``n_positions``, with which it was trained.
+    """
+    config = base(model).config.get_text_config()
+    most = getattr(config, "max_position_embeddings", getattr(config, "n_positions", None))
     return None if most is None else most - getattr(model, "virtual_tokens", 0)
 
 

@@ -16,11 +16,12 @@ from holdfast.errors import ConfigError, did_you_mean
 from holdfast.models.head import begin_token, context
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import Sampler, sample
-from holdfast.models.seq2seq import is_seq2seq
+from holdfast.models.seq2seq import TASK_TYPES, is_seq2seq
 from holdfast.models.vllm_engine import ADAPTER, vllm_engine
 from holdfast.models.weights import check_weights, load_language_model, whole_adapter
 from holdfast.rehearsal.corpus import write_corpus
 from holdfast.rehearsal.request import PLAIN, Request, SampleOptions
+from holdfast.system.files import read_json
 from holdfast.system.manifest import check_weights_files
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def replay(
         raise ConfigError(f"engine: there is no engine {engine!r}{did_you_mean(engine, ENGINES)}")
     tokenizer = load_tokenizer(ModelConfig(name=model), key="MODEL")
     check_weights_files(Path(model))
-    if not Path(model, ADAPTER).exists() and is_seq2seq(load_model_config(ModelConfig(name=model))):
+    if _answers(Path(model)):
         raise ConfigError(
             f"MODEL: {model!r} is a sequence-to-sequence model, which answers prompts and writes no texts of itself; "
             "rehearsal draws its samples while it trains (self_replay and kl_replay without a path)"
@@ -102,6 +103,13 @@ def folder_fingerprint(folder: Path) -> str | None:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _answers(model: Path) -> bool:
+    """Whether it is a sequence-to-sequence model, or an adapter of one."""
+    if Path(model, ADAPTER).exists():
+        return read_json(Path(model, ADAPTER)).get("task_type") == TASK_TYPES[True]
+    return is_seq2seq(load_model_config(ModelConfig(name=str(model))))
 
 
 def _load(name: str) -> PreTrainedModel | PeftModel:

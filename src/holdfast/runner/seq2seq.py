@@ -11,6 +11,7 @@ from holdfast.api.tuner import Tuner
 from holdfast.config.run import RunConfig
 from holdfast.errors import ConfigError
 from holdfast.models.seq2seq import is_seq2seq
+from holdfast.training.requirements import check_kind, kind_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,11 +25,8 @@ def check_seq2seq(model_config: PretrainedConfig, config: RunConfig, methods: Se
     """
     if not is_seq2seq(model_config):
         return
-    what = _what(model_config)
-    reasons = {f"method {method.name}": method.causal_only for method in methods}
-    for key, reason in (reasons | {f"tuner {tuner.name}": tuner.causal_only}).items():
-        if reason:
-            raise ConfigError(f"{key}: {what}, and {reason}")
+    what = kind_of(model_config)
+    check_kind(model_config, [*methods, tuner])
     if config.data.packing:
         raise ConfigError(f"data.packing: {what}, which reads each prompt by itself; turn packing off")
     if config.training.engine not in (None, "ddp"):
@@ -46,7 +44,7 @@ def check_answers(model_config: PretrainedConfig, tasks: Sequence[Task]) -> None
     """
     if not is_seq2seq(model_config):
         return
-    what = _what(model_config)
+    what = kind_of(model_config)
     for task in tasks:
         if task.kind != "sft":
             raise ConfigError(f"task {task.name!r}: {what}, and TRL trains kind {task.kind} on causal models alone")
@@ -55,7 +53,3 @@ def check_answers(model_config: PretrainedConfig, tasks: Sequence[Task]) -> None
                 f"task {task.name!r}: {what}, which learns answers to prompts, and the task's rows are texts; rows of "
                 "prompt and answer would do"
             )
-
-
-def _what(model_config: PretrainedConfig) -> str:
-    return f"the model is a sequence-to-sequence one ({model_config.model_type})"

@@ -37,6 +37,7 @@ from holdfast.config.training import TrainingConfig
 from holdfast.errors import ConfigError
 from holdfast.models.head import base
 from holdfast.models.seq2seq import auto_class, reads_apart
+from holdfast.training.requirements import check_kind
 
 NF4_BITS = 4.127
 """Bits a weight in QLoRA's NF4 with double quantisation (Dettmers et al., 2023, arXiv 2305.14314, section 3)."""
@@ -116,6 +117,7 @@ class Estimate:
         Raises:
             ConfigError: the tuner does not support this model.
         """
+        check_kind(config, [tuner])
         tuner.plan(TrainingConfig(), STEPS)
         self.tuner = tuner
         self.max_length, self.precision, self.device = max_length, precision, device

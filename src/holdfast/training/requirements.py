@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from holdfast.api.method import Method
 from holdfast.api.rows import TokenRow
+from holdfast.api.tuner import Tuner
 from holdfast.errors import ConfigError
 from holdfast.models.head import base
 from holdfast.models.seq2seq import is_seq2seq
@@ -47,6 +48,18 @@ def check_learns_stages(methods: Sequence[Method]) -> None:
             )
 
 
+def check_kind(model_config: Any, parts: Sequence[Method | Tuner]) -> None:
+    """ConfigError if the model is a sequence-to-sequence one, and a method or tuner works with causal ones alone."""
+    for part in parts if is_seq2seq(model_config) else ():
+        if part.causal_only:
+            raise ConfigError(f"{part.kind} {part.name}: {kind_of(model_config)}, and {part.causal_only}")
+
+
+def kind_of(model_config: Any) -> str:
+    """What a refusal says of a sequence-to-sequence model."""
+    return f"the model is a sequence-to-sequence one ({model_config.model_type})"
+
+
 def check_methods(methods: Sequence[Method], model: nn.Module, rows: Sequence[TokenRow]) -> None:
     """Check that the model and the task's rows are of the kind that the methods work with.
 
@@ -54,9 +67,11 @@ def check_methods(methods: Sequence[Method], model: nn.Module, rows: Sequence[To
         rows: the task's; the first one is looked at if a method needs rows.
 
     Raises:
-        ConfigError: a method goes through the model with rows of the next-token loss, and the model has another loss;
-            or it needs the task's rows, and they are not tokens with a label for each, or cannot be chosen from.
+        ConfigError: a method works with causal models alone, and this is none; it goes through the model with rows of
+            the next-token loss, and the model has another loss; or it needs the task's rows, and they are not tokens
+            with a label for each, or cannot be chosen from.
     """
+    check_kind(getattr(base(model), "config", None), methods)
     for method in methods:
         own = (type(method).extra_rows is not Method.extra_rows, type(method).loss_weights is not Method.loss_weights)
         takes_rows = method.needs_rows or any(own)
