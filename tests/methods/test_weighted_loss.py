@@ -180,6 +180,9 @@ def test_micro_batches_change_nothing(name, tmp_path):
         config["stream"]["order"] = ["red"]
         config["training"] |= {"epochs": 1, "learning_rate": 1e-2} | changes
         run(config, Progress(quiet=True))
-        events = (tmp_path / f"run{number}" / "events.jsonl").read_text().splitlines()
-        ends.append([json.loads(line)["terms"]["task"] for line in events])
+        events = [json.loads(line) for line in (tmp_path / f"run{number}" / "events.jsonl").read_text().splitlines()]
+        ends.append([event["terms"]["task"] for event in events])
+        assert [[*event.get("watched", ())] for event in events] == [["talr/temperature"] * (name == "talr")] * len(
+            events
+        )
     assert ends[0] == pytest.approx(ends[1], rel=1e-4)

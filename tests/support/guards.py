@@ -103,6 +103,13 @@ CASES: dict[str, Case] = {
     "rehearsal": Case({"loss": "kl"}, {"weight": 0}, flops=1.7, seeds=3),
     "replace": Case(DRAWN, "it replaces at least one row in a batch", flops=2.5, margin=None),
     "replay": Case({"ratio": 0.5}, {"weight": 0}, flops=1.6),
+    "sdft": Case(
+        {"shown": " ={demonstration}=", "max_new_tokens": 2},
+        "it replaces the task's loss",
+        flops=1.8,
+        margin=None,  # the tiny model learns nothing from a demonstration
+        training={},
+    ),
     "self_replay": Case(CORPUS, CORPUS | {"weight": 0}, flops=2.5, margin=None),
     "seq_lora_merge": Case(off="it merges what its stages trained, and has no strength", vectors=3, margin=None),
     "si": Case({"strength": 1e4}, {"strength": 0}, vectors=2, training=GENTLE),

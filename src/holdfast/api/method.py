@@ -105,6 +105,11 @@ class Method(Registered):
         return False
 
     @property
+    def needs_rows_apart(self) -> bool:
+        """Whether it needs every row in a sequence of its own; packed rows are then refused before training."""
+        return False
+
+    @property
     def needs_momentum(self) -> bool:
         """Whether it reads the optimizer's momentum (:attr:`Step.momentum`); a run then refuses one without it."""
         return False
@@ -121,6 +126,22 @@ class Method(Registered):
 
         Raises:
             UserError: the first stage would be refused for it.
+        """
+
+    def try_rows(
+        self,
+        rows: Sequence[TokenRow],
+        describe: Callable[[int], str],
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: PretrainedConfig,
+    ) -> None:
+        """Try a task's train rows, before there is a model.
+
+        Args:
+            describe: how a message names a row, given by number from 0.
+
+        Raises:
+            UserError: the task's stage would be refused for one of them.
         """
 
     def before_stage(self, stage: Stage) -> None:

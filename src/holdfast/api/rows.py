@@ -58,6 +58,24 @@ def count_supervised(row: TokenRow) -> int:
     return sum(label != IGNORED for label in row["labels"][1:])
 
 
+def token_rows(batch: Batch) -> list[TokenRow]:
+    """The rows of a batch without padding."""
+    parts = zip(batch["input_ids"], batch["labels"], token_mask(batch).bool(), strict=True)
+    return [{"input_ids": ids[real].tolist(), "labels": labels[real].tolist()} for ids, labels, real in parts]
+
+
+def last_answer(row: TokenRow) -> tuple[list[int], list[int]]:
+    """A row's last answer, which is its last run of supervised tokens, and all tokens before it.
+
+    Returns:
+        (the tokens before the answer, those of the answer); both are empty where no token is supervised.
+    """
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    end = max((place for place, label in enumerate(labels) if label != IGNORED), default=-1) + 1
+    start = max((place for place in range(end) if labels[place] == IGNORED), default=-1) + 1
+    return ids[:start], ids[start:end]
+
+
 def learned(batch: Batch) -> int:
     """The number of the task's own rows in a batch, which come first: 0 if no token in it is supervised."""
     return len(batch["input_ids"]) if bool((batch["labels"] != IGNORED).any()) else 0

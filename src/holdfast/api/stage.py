@@ -224,6 +224,8 @@ class Step:
         stage: the stage that it belongs to.
         index: 0 for the first optimizer step of the stage.
         rows: task rows in this step, over all processes.
+        batches: the task's rows in this process, a batch for each micro-batch, as the trainer made them. Processes take
+            turns: the first micro-batch of each, then the second.
         micro_batches: micro-batches in this step, over all processes.
         logged: whether this step's values are logged; otherwise they need not be computed.
         rehearsed: the rehearsal rows of the current micro-batch after the forward pass, by method name.
@@ -242,6 +244,7 @@ class Step:
     rehearsal_tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     task_loss: Tensor | None = None
     momentum: Callable[[], Shards] = field(default_factory=lambda: _no_momentum)
+    batches: Sequence[Batch] = ()
 
     def random(self, purpose: str) -> Random:
         """A generator of random choices that depends on seed, stage, step and purpose alone."""
@@ -256,7 +259,9 @@ class Extra:
         rows: tokenised rows.
         way: ``beside``: they go through the model along with the task's rows, and come back as :class:`Rehearsed`;
             ``replace``: they take the places of as many task rows; ``task``: there are none, and the task's own rows
-            come back as :class:`Rehearsed`.
+            come back as :class:`Rehearsed`; ``instead``: one for each task row in :attr:`Step.batches`, in their order.
+            These take the places of all task rows and come back as :class:`Rehearsed`, and the task's loss does not
+            count.
         samples: a number for each row, by which the method finds it again; 0, 1, ... where absent.
         layers: the hidden states that the method needs, as in :meth:`Stage.hidden_states`.
         logits: whether the method needs logits: of every position (True); of those that predict a supervised token,
@@ -265,7 +270,7 @@ class Extra:
     """
 
     rows: Sequence[TokenRow]
-    way: Literal["beside", "replace", "task"]
+    way: Literal["beside", "replace", "task", "instead"]
     samples: Sequence[int] | None = None
     layers: tuple[int, ...] = ()
     logits: bool | Literal["supervised"] = True

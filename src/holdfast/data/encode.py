@@ -170,6 +170,11 @@ class Encoder:
         [tokens] = self._tokenise([pieces])
         return self._joined(pieces, self._fit(example, len(sequences) - 1, pieces, tokens, reserve))[0]
 
+    def inside(self, text: str) -> list[int]:
+        """Tokens of a text that stands within another."""
+        [[_, tokens]] = self._tokenise([[Piece(""), Piece(text)]])
+        return tokens.ids
+
     def fits(self, example: Example, reserve: int) -> bool:
         """Whether nothing of what stands before the last answer has to be cut to leave ``reserve`` tokens free."""
         pieces = self._pieces(example)[-1]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from holdfast.api.rows import IGNORED, TokenRow
+from holdfast.api.rows import IGNORED, TokenRow, last_answer
 from holdfast.errors import ConfigError
 from holdfast.models.cache import NAMES, cache_name, cache_of
 from holdfast.models.generation import inference
@@ -73,14 +73,12 @@ class Writing:
         Args:
             row: a task's row; its answer is the last run of supervised tokens.
         """
-        ids, labels = list(row["input_ids"]), list(row["labels"])
         if self.decoder is not None:
-            written = [*row["encoder_ids"], *self.separator, *ids[1:], *self.end]
+            written = [*row["encoder_ids"], *self.separator, *row["input_ids"][1:], *self.end]
             return answered_row(self.start, written, self.decoder)
-        stop = max(place for place, label in enumerate(labels) if label != IGNORED) + 1
-        first = max((place for place in range(stop) if labels[place] == IGNORED), default=-1) + 1
-        prompt = ids[:first][len(self.begin) if ids[: len(self.begin)] == self.begin else 0 :]
-        written = prompt + self.separator + ids[first:stop] + self.end
+        before, answer = last_answer(row)
+        prompt = before[len(self.begin) if before[: len(self.begin)] == self.begin else 0 :]
+        written = prompt + self.separator + answer + self.end
         return {"input_ids": self.start + written, "labels": [IGNORED] * len(self.start) + written}
 
     def read(self, generated: Sequence[int]) -> dict[str, list[int]] | None:

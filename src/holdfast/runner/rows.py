@@ -10,13 +10,16 @@ from holdfast.api.method import Method
 from holdfast.api.task import Example, Stream, Task
 from holdfast.config.run import RunConfig
 from holdfast.data.encode import Encoder
+from holdfast.data.files import where
 from holdfast.data.load import judge_bad_rows
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.respond import response_limit
+from holdfast.models.pretrained import load_model_config
 from holdfast.runner.kinds import method_rows, trained_row
 from holdfast.runner.plan import Rows
 from holdfast.scoring import find
 from holdfast.training.kinds import completion_length
+from holdfast.training.requirements import packed
 
 
 def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[Rows, dict[str, int]]:
@@ -67,6 +70,27 @@ def _trained(task: Task, encoder: Encoder, examples: Sequence[Example]) -> list[
         for example in examples:
             encoder.prompt(example, limit)
     return rows
+
+
+def try_rows(method: Method, tasks: Sequence[Task], rows: Rows, config: RunConfig, encoder: Encoder) -> None:
+    """Let a method try the train rows of tasks, before there is a model.
+
+    Raises:
+        ConfigError: the rows are packed, and the method needs them apart.
+        UserError: the method cannot learn one of them.
+    """
+    if config.data.packing and method.needs_rows_apart:
+        raise ConfigError(f"data.packing: {packed(method)}; turn packing off")
+    model_config = load_model_config(config.model)
+    for task in tasks:
+        files = {example.file for example in task.train}
+        file = files.pop() if len(files) == 1 else f"the files of task {task.name}"
+        described = partial(_place, file, rows[task.name])
+        method.try_rows(rows[task.name], described, encoder.tokenizer, model_config)
+
+
+def _place(file: str, rows: Sequence[dict[str, Any]], number: int) -> str:
+    return where(file, rows[number]["row"])
 
 
 def encode_dev(tasks: Sequence[Task], encoder: Encoder, config: RunConfig, method: Method) -> Rows:

@@ -36,7 +36,7 @@ from holdfast.runner.data import RunData, load_data
 from holdfast.runner.kinds import check_kinds
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stage_training
 from holdfast.runner.quiz import askable, with_quiz
-from holdfast.runner.rows import encode_dev, encode_tasks
+from holdfast.runner.rows import encode_dev, encode_tasks, try_rows
 from holdfast.runner.seq2seq import check_answers, check_seq2seq
 from holdfast.training.arguments import RESERVED, check_arguments
 
@@ -213,6 +213,8 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
     training = stage_training(config.training, stages, past.training)
     rows, limits = encode_tasks(stream, encoder, config)
     left = [task for stage in stages if stage.index not in past.finished for task in stage.tasks]
+    for method in resolved.methods:
+        try_rows(method, left, rows, config, encoder)
     dev = next((encode_dev(left, encoder, config, method) for method in resolved.methods if method.needs_dev), {})
     steps = [
         optimizer_steps(settings, config.data, stage, rows, max_length)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from holdfast.api.rows import TokenRow
+from holdfast.api.rows import TokenRow, token_rows
 from holdfast.errors import ConfigError
 from holdfast.training.batches import good_answers, is_preference_batch, is_token_batch
 
@@ -62,11 +62,7 @@ class CollatedRows(Sequence[TokenRow]):
                 "that stores or measures rows of a task needs answers to learn from, as Trainer and TRL's SFTTrainer, "
                 "DPOTrainer and KTOTrainer have them"
             )
-        ids, labels = batch["input_ids"][0], batch["labels"][0]
-        if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
-            real = batch["attention_mask"][0].bool()
-            ids, labels = ids[real], labels[real]
-        row = {"input_ids": ids.tolist(), "labels": labels.tolist()}
+        [row] = token_rows(batch)
         if "encoder_ids" in batch:
-            row["encoder_ids"] = batch["encoder_ids"][0][batch["encoder_mask"][0].bool()].tolist()
+            return {**row, "encoder_ids": batch["encoder_ids"][0][batch["encoder_mask"][0].bool()].tolist()}
         return row

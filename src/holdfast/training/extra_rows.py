@@ -6,7 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from copy import copy
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,9 @@ from holdfast.training.batches import is_packed, is_token_batch
 ROW_KEYS = {"input_ids", "attention_mask", "labels"}
 ENCODER_KEYS = {"encoder_ids", "encoder_mask"}
 """What batches of a sequence-to-sequence model have beside them."""
+OWN = ("task", "instead")
+"""The ways in which the rows of the task's own forward pass come back to a method."""
+
 KEY = "rehearsal"
 """Where a batch that is a mapping holds the extra rows beside it: by method name, their batch."""
 
@@ -72,6 +75,12 @@ class ExtraRows:
         self.joint_tokens = 0 if self.in_step else joint_tokens
         self.by_method: dict[str, Extra] = {}  # of the current step
         self.apart: deque[dict[str, Batch]] = deque()  # of its micro-batches that are no mappings, in order
+        self.samples: deque[Tensor] = deque()  # of its micro-batches whose task rows were all replaced, in order
+
+    @property
+    def instead(self) -> bool:
+        """Whether rows of a method stand in the places of all task rows of the step."""
+        return any(extra.way == "instead" for extra in self.by_method.values())
 
     def put_into(self, batches: list[Any], sizes: Sequence[int], step: Step, methods: Sequence[Method]) -> list[Any]:
         """Ask the methods for the rows of a step, and put these into its batches, or beside them.
@@ -93,12 +102,15 @@ class ExtraRows:
                 for batch in batches:
                     check_tokens(batch, name)
                     _check_replaced(batch, extra)
+        _check_places(self.by_method)
         for name, extra in self.by_method.items():
             if extra.way == "replace":
                 batches = self._replace(batches, sizes, extra, step.random(f"{name}/places"))
+            elif extra.way == "instead":
+                batches = self._put_instead(batches, extra)
         beside: list[dict[str, Batch]] = [{} for _ in batches]
         for name, extra in self.by_method.items():
-            if extra.way == "task":
+            if extra.way in OWN:
                 step.rehearsal_tokens[name] = self._sum([_tokens(batch) for batch in batches])
             elif extra.way == "beside":
                 step.rehearsal_tokens[name] = self._put_beside(beside, extra, name)
@@ -156,6 +168,20 @@ class ExtraRows:
             result.append(concat(parts[0], parts[1], self.pad.pad_token_id) if len(parts) == 2 else parts[0])
         return result
 
+    def _put_instead(self, batches: list[Any], extra: Extra) -> list[Any]:
+        """Put a row in the place of each task row of this process; what else a batch says of its rows is left out but
+        for their numbers."""
+        rows, samples = iter(extra.rows), iter(extra.samples or range(len(extra.rows)))
+        self.samples.clear()
+        result = []
+        for batch in batches:
+            size, device = len(batch["input_ids"]), batch["input_ids"].device
+            new = collate_tokens(self.pad, list(islice(rows, size)))
+            numbers = {"row": batch["row"]} if "row" in batch else {}
+            result.append({key: value.to(device) for key, value in new.items()} | numbers)
+            self.samples.append(torch.tensor(list(islice(samples, size))))
+        return result
+
     def take_from(self, inputs: Any, to_device: Callable[[Any], Any]) -> dict[str, Batch]:
         """Remove the extra rows from a micro-batch and return them, by method name.
 
@@ -190,7 +216,7 @@ class ExtraRows:
 
     def _sharing(self, joint: dict[str, Batch]) -> list[Extra]:
         """The requests whose rows go through the task's forward pass."""
-        return [extra for name, extra in self.by_method.items() if name in joint or extra.way == "task"]
+        return [extra for name, extra in self.by_method.items() if name in joint or extra.way in OWN]
 
     def needs_all_logits(self, joint: dict[str, Batch]) -> bool:
         """Whether a method needs logits of every position in the task's forward pass."""
@@ -218,14 +244,17 @@ class ExtraRows:
         first, token = (len(inputs["input_ids"]), int(supervised_tokens(inputs["labels"]))) if joint else (0, 0)
         place = first
         for name, request in self.by_method.items():
-            batch = inputs if request.way == "task" else extra.get(name)
+            own = request.way in OWN
+            batch = inputs if own else extra.get(name)
             if batch is None:
                 continue
+            if request.way == "instead":
+                batch = {**inputs, "sample": self.samples.popleft()}
             if name in joint:
                 rehearsed[name] = self._of_method(name, batch, Passed(outputs, task.gathered, place, token), step)
                 place, token = place + len(batch["input_ids"]), token + int(supervised_tokens(batch["labels"]))
             else:
-                shared = request.way == "task" and _has_all(outputs, request)
+                shared = own and _has_all(outputs, request)
                 passed = task if shared else self._forward(model, batch, request)
                 rehearsed[name] = self._of_method(name, batch, passed, step)
         if joint:
@@ -260,7 +289,7 @@ class ExtraRows:
         request, labels, counts = self.by_method[name], batch["labels"], batch.get("counts", True)
         outputs, (rows, seq) = passed.outputs, labels.shape
         part = slice(passed.row, passed.row + rows)
-        has_task_logits = request.way == "task" and (passed.gathered or _has_all_logits(outputs, labels))
+        has_task_logits = request.way in OWN and (passed.gathered or _has_all_logits(outputs, labels))
         share, token_share = (
             counts * step.micro_batches * here / max(in_step, 1)
             for here, in_step in zip(_tokens(batch), step.rehearsal_tokens[name], strict=True)
@@ -288,10 +317,23 @@ def check_tokens(batch: Any, name: str) -> None:
         )
 
 
-def _check_replaced(batch: Any, extra: Extra) -> None:
-    if extra.way == "replace" and is_packed(batch):
+def _check_places(extras: dict[str, Extra]) -> None:
+    """ConfigError if rows of several methods would take the same places."""
+    ways = {name: extra.way for name, extra in extras.items() if extra.way in ("replace", "instead")}
+    if len(ways) > 1 and "instead" in ways.values():
+        first = next(name for name, way in ways.items() if way == "instead")
+        others = ", ".join(name for name in ways if name != first)
         raise ConfigError(
-            "way replace: rows that share a sequence cannot be replaced one by one; use way beside, or turn packing off"
+            f"method {first}: its rows take the places of all task rows, so that none is left for those of {others} "
+            "(way replace); way beside would do"
+        )
+
+
+def _check_replaced(batch: Any, extra: Extra) -> None:
+    if extra.way in ("replace", "instead") and is_packed(batch):
+        raise ConfigError(
+            f"way {extra.way}: rows that share a sequence cannot be replaced one by one; use way beside, or turn "
+            "packing off"
         )
 
 

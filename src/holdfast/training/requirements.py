@@ -16,7 +16,7 @@ from holdfast.api.tuner import Tuner
 from holdfast.errors import ConfigError
 from holdfast.models.head import base
 from holdfast.models.seq2seq import is_seq2seq
-from holdfast.training.batches import is_preference_batch
+from holdfast.training.batches import is_packed, is_preference_batch
 from holdfast.training.extra_rows import check_tokens
 
 
@@ -98,17 +98,20 @@ def check_batches(methods: Sequence[Method], first: Callable[[], Any]) -> None:
 
     Raises:
         ConfigError: a method works on the task's rows in the batches, or reads the outputs of the task's forward pass,
-            and there are none.
+            and there are none; or it needs rows apart, and they are packed.
     """
     reading = [method for method in methods if reads_outputs(method)]
     on_rows = [method for method in methods if works_on_batches(method)]
-    if not reading and not on_rows:
+    apart = [method for method in methods if method.needs_rows_apart]
+    if not reading and not on_rows and not apart:
         return
     batch = first()
     if batch is None:
         return
     for method in on_rows:
         check_tokens(batch, method.name)
+    if apart and is_packed(batch):
+        raise ConfigError(f"{packed(apart[0])}; turn the trainer's packing off")
     if reading and (is_preference_batch(batch) or not isinstance(batch, Mapping)):
         raise ConfigError(
             f"method {reading[0].name}: reads what the model makes of the task's rows, and this trainer does not hand "
@@ -124,6 +127,11 @@ def reads_outputs(method: Method) -> bool:
 def works_on_batches(method: Method) -> bool:
     """Whether a method works on the task's rows within a trainer's batches, or weighs their tokens."""
     return method.needs_token_batches or type(method).loss_weights is not Method.loss_weights
+
+
+def packed(method: Method) -> str:
+    """Why a method refuses rows that share a sequence."""
+    return f"method {method.name}: needs every row in a sequence of its own, and several rows share one"
 
 
 def _other_loss(model: nn.Module) -> str:

@@ -22,7 +22,7 @@ from holdfast.engines.vectors import average_replicated, gradients, momentum, we
 from holdfast.errors import NonFiniteLossError
 from holdfast.training.batches import is_token_batch, list_row_numbers
 from holdfast.training.cost import Cost
-from holdfast.training.extra_rows import ExtraRows
+from holdfast.training.extra_rows import OWN, ExtraRows
 from holdfast.training.loss_weights import aligned_logits, check_plain_loss, combined_weights, has_logits, weighted_nll
 from holdfast.training.requirements import reads_outputs
 from holdfast.training.terms import Terms
@@ -151,20 +151,20 @@ class ContinualState:
     @property
     def reads_outputs(self) -> bool:
         """Whether a method needs the outputs of the task's forward pass, which some trainers make only on demand."""
-        return bool(self._reading) or any(extra.way == "task" for extra in self.extra_rows.by_method.values())
+        return bool(self._reading) or any(extra.way in OWN for extra in self.extra_rows.by_method.values())
 
     @property
     def _reading(self) -> list[Method]:
         """The methods that read the outputs of the task's forward pass."""
         return [m for m in self.methods if reads_outputs(m) or type(m).loss_weights is not Method.loss_weights]
 
-    def begin_step(self, index: int, sizes: Sequence[int], logged: bool) -> Step:
-        """Begin an optimizer step of micro-batches with so many task rows each, in this process."""
+    def begin_step(self, index: int, sizes: Sequence[int], logged: bool, batches: Sequence[Any] = ()) -> Step:
+        """Begin an optimizer step of these micro-batches with so many task rows each, in this process."""
         assert self.stage is not None
         counts = self.process.all_reduce_sum(torch.tensor([sum(sizes), len(sizes)], dtype=torch.float64))
         rows, micro_batches = counts.long().tolist()
         self.micro_batches, self.row_numbers, self.skipped = len(sizes), [], False
-        self.step = Step(stage=self.stage, index=index, rows=rows, micro_batches=micro_batches, logged=logged)
+        self.step = Step(self.stage, index, rows, micro_batches, logged, batches=tuple(batches))
         return self.step
 
     def weighted_loss(

@@ -143,7 +143,7 @@ class ContinualMixin(EngineMixin):
             items = self._get_num_items_in_batch(batches, *args)
         sizes = sizes or [count_rows(batch, self._train_batch_size) for batch in batches]
         logged = (at + 1) % self.state.logging_steps == 0 or at + 1 == self.state.max_steps
-        step = state.begin_step(at, sizes, logged)
+        step = state.begin_step(at, sizes, logged, batches)
         extended = state.extra_rows.put_into(batches, sizes, step, state.methods)
         if extended is not batches:
             items = self._get_num_items_in_batch(extended, *args)
@@ -177,6 +177,8 @@ class ContinualMixin(EngineMixin):
         # that training_step divides by the number of micro-batches. The methods' terms must come out the same.
         scaled = _is_scaled(self, num_items_in_batch)
         step.task_loss = _mean_loss(self, loss, inputs, num_items_in_batch) if scaled else loss.detach()
+        if state.extra_rows.instead:  # whatever the trainer made of the rows that took the places of the task's
+            loss = 0.0 * loss
         if state.any_overrides("loss_weights"):
             factor = _loss_factor(self, inputs, num_items_in_batch, scaled)
             longest = passed["labels"].shape[1] if is_token_batch(passed) else 0

@@ -130,6 +130,7 @@ class Watch(TrainerCallback):
             "loss": logs["loss"],
             "terms": terms,
             **_kept(logs),
+            **self._watched(),
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": round((tokens - self._tokens) / max(seconds - self._seconds, 1e-9), 1),
@@ -140,6 +141,12 @@ class Watch(TrainerCallback):
             self.followers.line(self.events, event)
         shown = {"loss": logs["loss"]} | (terms if len(terms) > 1 else {})
         self.note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+
+    def _watched(self) -> dict[str, dict[str, float]]:
+        """``watched``: what methods say beside their terms, but for a budget, which :func:`_kept` has."""
+        found = {name: value for method in self.trainer._holdfast.methods for name, value in method.watched().items()}
+        own = {name: value for name, value in found.items() if not name.startswith("keep/")}
+        return {"watched": own} if own else {}
 
 
 def _kept(logs: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
