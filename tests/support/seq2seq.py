@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    T5Tokenizer,
 )
 
 from support.tiny import VOCABULARY, tiny_config, tiny_tokenizer, write_tasks
@@ -21,8 +22,8 @@ EXTRA = 4
 """Sentinel tokens of the tiny T5; the published ones have 100."""
 
 
-def t5_tokenizer() -> PreTrainedTokenizerFast:
-    """T5's layout: 0 pad, 1 end, 2 unknown, SentencePiece pieces of which each has a score, and sentinels at the end.
+def t5_tokenizer() -> T5Tokenizer:
+    """T5's own class and layout: 0 pad, 1 end, 2 unknown, SentencePiece pieces with their scores, sentinels at the end.
 
     There is no begin token; the end token stands after every text.
     """
@@ -30,18 +31,7 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((sign, -4.0) for sign in signs)]
     pieces += [(f"▁{word}", -5.0) for word in ("red", "green", "the")]
     pieces += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(EXTRA))]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=[f"<extra_id_{i}>" for i in range(EXTRA)],
-        model_max_length=512,
-    )
+    return T5Tokenizer(vocab=pieces, extra_ids=EXTRA, model_max_length=512)
 
 
 def bart_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,10 +12,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import holdfast.runner.loop
 from holdfast import methods, tuners
+from holdfast.api.task import Example, Turn
+from holdfast.config.model import ModelConfig
+from holdfast.data.encode_apart import encoder_of
+from holdfast.models.pretrained import load_tokenizer
 from holdfast.system.files import read_jsonl
 from holdfast.system.progress import Progress
 from support.command import holdfast as command
@@ -188,10 +192,45 @@ def test_what_a_run_saved_answers_alike_in_plain_transformers(name, tuner, tmp_p
     assert "AutoModelForSeq2SeqLM" in (tmp_path / "export" / "README.md").read_text()
 
 
-def test_a_model_of_another_kind_is_the_same_to_a_folder(tmp_path):
-    """A folder as T5-small's: SentencePiece pieces in tokenizer.json, sentinels, and the decoder's start token."""
+def test_a_folder_as_t5s(tmp_path):
+    """SentencePiece pieces in tokenizer.json, sentinels at the end, and the decoder's start token in config.json."""
     write_seq2seq(tmp_path / "model", "t5")
     described = json.loads((tmp_path / "model" / "config.json").read_text())
     assert described["decoder_start_token_id"] == 0 and described["is_encoder_decoder"]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert tokenizer("red ab")["input_ids"][-1] == 1 and "<extra_id_0>" in tokenizer.all_special_tokens
+    assert json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())["tokenizer_class"] == "T5Tokenizer"
+    tokenizer = load_tokenizer(ModelConfig(name=str(tmp_path / "model")))
+    encoder = encoder_of(AutoConfig.from_pretrained(tmp_path / "model"), tokenizer, max_length=32)
+    turns = (Turn("user", "the <extra_id_0> sea\nis red"), Turn("assistant", "<extra_id_0> green"))
+    [row] = encoder.encode(Example("rows.json", 0, turns))
+    [sentinel] = tokenizer.convert_tokens_to_ids(["<extra_id_0>"])
+    assert sentinel in row["encoder_ids"] and sentinel in row["labels"]
+    assert tokenizer.decode(row["labels"][1:]).split() == ["<extra_id_0>", "green</s>"]
+
+
+def trained(folder: Path, output: Path, method: Any, epochs: int) -> dict[str, Any]:
+    config = seq2seq_config(folder) | {"method": method, "tuner": "full", "output": str(output)}
+    more = {"epochs": epochs, "learning_rate": 1e-2, "save_every": 100}
+    return run(config | {"training": config["training"] | more})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["replay", "ewc", "kl_pre", "lfpt5"])
+def test_a_method_that_is_switched_off_is_sequential(name, folder, tmp_path):
+    options = {key: value for key, value in case(name).options.items() if key in ("length", "buffer", "samples")}
+    off = case(name).off
+    assert isinstance(off, dict)
+    trained(folder, tmp_path / "plain", "sequential", 2)
+    trained(folder, tmp_path / "off", {"name": name} | options | off, 2)
+    for stage in ("01-red", "02-green"):
+        assert same(weights(tmp_path / "off", stage), weights(tmp_path / "plain", stage))
+
+
+@pytest.mark.slow
+def test_replay_forgets_less_than_plain_training(tmp_path):
+    seq2seq_config(tmp_path)
+    plain, replayed = (
+        trained(tmp_path, tmp_path / f"out-{n}", method, 25)["summary"]
+        for n, method in enumerate(("sequential", {"name": "replay", "ratio": 1.0}))
+    )
+    assert plain["new_task"] >= 0.75 and replayed["new_task"] >= 0.75
+    assert replayed["forgetting"] <= plain["forgetting"] - 0.25
