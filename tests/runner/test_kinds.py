@@ -22,55 +22,11 @@ from holdfast.runner.stage import check_training, stage_seed
 from holdfast.scoring.reward import rewards
 from holdfast.system.progress import Progress
 from holdfast.training.kinds import make_trainer
+from support.kinds import MAKERS, judged_rows, pair_rows, rewarded_rows, stream_of
 from support.resumed import finish, results, start
-from support.tiny import tiny_config, tiny_tokenizer, write_model, write_tasks
+from support.tiny import tiny_config, tiny_tokenizer, write_tasks
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
-
-LETTERS = "abcdefgh"
-
-
-def pair_rows(count=12, start=0):
-    """The better answer is the prompt's first letter, the worse one its second."""
-    pairs = [(a, b) for a in LETTERS for b in LETTERS if a != b][start : start + count]
-    return [{"prompt": f"first: {a}{b}?", "chosen": a, "rejected": b} for a, b in pairs]
-
-
-def judged_rows(count=6, start=0):
-    return [
-        {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
-        for row in pair_rows(count, start)
-        for key in ("chosen", "rejected")
-    ]
-
-
-def rewarded_rows(count=8, start=0):
-    return [{"prompt": row["prompt"], "answer": row["chosen"]} for row in pair_rows(count, start)]
-
-
-MAKERS = {"dpo": pair_rows, "kto": judged_rows, "grpo": rewarded_rows}
-
-
-def stream_of(folder, *kinds, **changes):
-    """A run of an sft task and tasks of other kinds."""
-    write_model(folder / "model")
-    write_tasks(folder / "tasks", ["red"], train=16)
-    tasks = [{"name": "red", "path": str(folder / "tasks" / "red")}]
-    for kind in kinds:
-        make, place = MAKERS[kind], folder / "tasks" / kind
-        place.mkdir()
-        for split, rows in (("train", make()), ("test", make(4, 20))):
-            (place / f"{split}.json").write_text(json.dumps(rows))
-        options = {"num_generations": 4, "max_completion_length": 3} if kind == "grpo" else {"beta": 0.3}
-        reward = {"reward": "exact_match"} if kind == "grpo" else {}
-        tasks.append({"name": kind, "path": str(place), "kind": kind, "options": options} | reward)
-    training = {"epochs": 1, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-2, "log_every": 1}
-    return tiny_config(folder) | {
-        "stream": {"tasks": tasks},
-        "training": training | {"save_every": 1},
-        "output": str(folder / "run"),
-        **changes,
-    }
 
 
 def done(config, *overrides):
@@ -246,7 +202,7 @@ def test_rows_of_methods_are_prompts_with_good_answers(tmp_path):
     setup = prepared(stream_of(tmp_path, "dpo", "kto", "grpo"))
     decode = setup.encoder.tokenizer.decode
     for kind in ("dpo", "kto", "grpo"):
-        pairs = pair_rows({"dpo": 12, "kto": 6, "grpo": 8}[kind])
+        pairs = pair_rows({"dpo": 16, "kto": 6, "grpo": 8}[kind])
         rows = setup.rows[kind]
         assert [decode(row["input_ids"]) for row in rows] == [f"{p['prompt']} {p['chosen']}</s>" for p in pairs]
         assert all([token for token in row["labels"] if token != -100] == row["input_ids"][-3:] for row in rows)

@@ -36,6 +36,8 @@ from support.engine_table import (
     rows,
     settings,
 )
+from support.guards import LORA
+from support.kinds import stream_of
 from support.paths import DOCS
 
 PAGE = DOCS / "engines.md"
@@ -61,6 +63,9 @@ GOES_ON = {
     ("sgd", "zero3"): "ddp",
 }
 """The engine on which a run of an optimizer and an engine goes on; the slow tests take every pair."""
+
+THERE = importlib.util.find_spec("trl") is not None
+needs_trl = pytest.mark.skipif(not THERE, reason="TRL is not installed")
 
 BREAKS_AT = 5
 """The step of the last stage from which a run goes on, with the state of the checkpoint after the third."""
@@ -104,6 +109,49 @@ def budget(folder: Path, engine: str | None, processes: int) -> Config:
     return config | {"keep": {"general": "20%", "tasks": 0.05, "every": 2, "on_fail": "continue"}}
 
 
+def of_kind(folder: Path, kind: str, tuner: str, engine: str | None, processes: int) -> Config:
+    """A run whose second stage is of another kind; its answers have rewards that differ."""
+    place = folder / f"{kind}-{tuner}-{engine}-{processes}"
+    place.mkdir(exist_ok=True)
+    config = stream_of(place, kind) | {"tuner": LORA if tuner == "lora" else tuner}
+    if kind == "grpo":
+        config["stream"]["tasks"][1]["reward"] = "support.rewards:early_letters"
+    config["training"] |= {"engine": engine, "save_every": 100}
+    return config
+
+
+Pairs = list[tuple[Config, Config]]
+
+
+def kinds_on(folder: Path, tuner: str, engine: str, kinds: Iterable[str] = ("dpo", "grpo")) -> Pairs:
+    """Pairs of runs with the same numbers: of preferences by pairs on one process and on two, of others on two.
+
+    Each process writes rewarded answers of its own, and KTO compares the rows of a process's micro-batch.
+    """
+    firsts = {"dpo": (None, 1)}
+    return [
+        (of_kind(folder, kind, tuner, *firsts.get(kind, ("ddp", 2))), of_kind(folder, kind, tuner, engine, 2))
+        for kind in kinds
+    ]
+
+
+KINDS = {"fsdp2": "full", "zero3": "lora"}
+"""The engines on which `make test` trains stages of other kinds, and their tuners; the slow tests take all."""
+
+
+def kind_jobs(pairs: Pairs) -> list[dict[str, Any]]:
+    """Do the runs of one process, and give what two are to do."""
+    runs = [config for pair in pairs for config in pair]
+    alone([config for config in runs if not config["training"]["engine"]])
+    return [job(config) for config in runs if config["training"]["engine"]]
+
+
+def check_kinds(pairs: Pairs) -> None:
+    for one, two in pairs:
+        assert apart(one, two).equal, apart(one, two)
+        assert max(event["norm"] for event in logged(Path(one["output"]), 2)) > 1e-3, "nothing was learned"
+
+
 FAULTS = ("gradients are summed", "moments are lost", "gradients are not averaged")
 """The last one ends its processes."""
 
@@ -121,7 +169,9 @@ def selection(folder: Path) -> dict[tuple[Row, str], Apart]:
     alone([*(plain(folder, optimizer, None, 1) for optimizer in sorted(optimizers)), budget(folder, None, 1)])
     faults = [job(with_fault(folder, fault), **{"break": fault}) for fault in FAULTS]
     faults[1]["of"] = copy_of(plain(folder, "adamw_torch", "fsdp2", 2))
-    return prove(folder, cells, beside=([*optimizer_runs(folder, cases), job(budget(folder, "ddp", 2)), *faults], ()))
+    others = kind_jobs([pair for e in needed(KINDS) if THERE for pair in kinds_on(folder, KINDS[e], e)])
+    beside = [*optimizer_runs(folder, cases), job(budget(folder, "ddp", 2)), *others, *faults]
+    return prove(folder, cells, beside=(beside, ()))
 
 
 def test_two_processes_are_where_one_is(selection):
@@ -130,6 +180,24 @@ def test_two_processes_are_where_one_is(selection):
 
 def test_two_processes_keep_a_budget_as_one_does(folder, selection):
     check_budget(folder, "ddp")
+
+
+@needs_trl
+@pytest.mark.parametrize("engine", KINDS)
+def test_stages_of_other_kinds_are_trained_on_an_engine(engine, folder, selection):
+    needs(engine)
+    check_kinds(kinds_on(folder, KINDS[engine], engine))
+
+
+@needs_trl
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_so_they_are_on_every_engine(tuner, engine, folder):
+    needs(engine)
+    pairs = kinds_on(folder, tuner, engine, ("dpo", "kto", "grpo"))
+    launch(kind_jobs(pairs), 2, folder)
+    check_kinds(pairs)
 
 
 @pytest.mark.slow

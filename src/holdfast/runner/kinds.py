@@ -45,10 +45,6 @@ def check_kinds(
         what = f"task {task.name!r} is of kind {task.kind}"
         if config.data.packing:
             raise ConfigError(f"data.packing: {what}, whose rows cannot share a sequence; turn packing off")
-        if config.training.engine not in (None, "ddp"):
-            raise ConfigError(
-                f"training.engine: {what}, which is trained without {config.training.engine}; leave it out"
-            )
         if tuner not in TUNERS:
             raise ConfigError(f"tuner: {what}, which works with {', '.join(TUNERS)}, not with {tuner}")
         if task.kind == "grpo" and task.options.get("beta") and tuner not in REFERRED:

@@ -6,12 +6,15 @@ import copy
 import dataclasses
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from holdfast.api.task import Kind
@@ -23,6 +26,9 @@ from holdfast.tuners.lora_factors import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+REFERENCE_COLUMNS = {"dpo": ("ref_chosen_logps", "ref_rejected_logps"), "kto": ("ref_logps", "ref_KL_logps")}
+"""Where TRL looks for the likelihoods of the reference."""
 
 NAMES = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO"}
 """What TRL calls a kind's trainer and its configuration."""
@@ -125,6 +131,17 @@ def trainer_class(kind: Kind) -> Any:
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """A run writes no card into its checkpoints."""
 
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            """Add the likelihoods of the model as it is; TRL keeps them in a file that one process alone would see."""
+            loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
+            found: list[list[Tensor]] = []
+            for batch in self.accelerator.prepare_data_loader(loader):
+                values = [v for v in self.compute_ref_log_probs(self.ref_model, batch) if v is not None]
+                found.append([v.cpu() for v in self.accelerator.gather_for_metrics(values)])
+            for column, parts in zip(REFERENCE_COLUMNS[kind], zip(*found, strict=True), strict=False):
+                dataset = dataset.add_column(column, torch.cat(parts).tolist())
+            return dataset
+
     class GeneratingTrainer(StageTrainer):
         prompt_tokens: Callable[[str], list[int]]
 
@@ -169,11 +186,10 @@ def make_trainer(
     if kind == "grpo":
         given["reward_funcs"] = reward
     else:
-        # A view with the same modules, so that TRL neither loads a second model nor adds an adapter.
-        given["ref_model"] = copy.copy(base(model))
+        given["ref_model"] = _view(base(model))
     if kind == "kto":
         rows = _with_mismatched(rows, args)
-    with _without_bars():
+    with _without_bars(), _reference_as_it_is(kind):
         trainer = trainer_class(kind)(train_dataset=Dataset.from_list(list(rows)), **given, **continual_arguments)
     if kind == "grpo":
         trainer.prompt_tokens = prompt_tokens
@@ -182,6 +198,38 @@ def make_trainer(
     else:
         trainer.ref_model = None  # its likelihoods are in the rows
     return trainer
+
+
+def _view(model: nn.Module) -> nn.Module:
+    """An object of its own with the model's modules, so that TRL neither loads a second model nor adds an adapter.
+
+    The classes of FSDP2 cannot be copied.
+    """
+    view: nn.Module = object.__new__(type(model))
+    view.__setstate__(model.__dict__)
+    return view
+
+
+@contextmanager
+def _reference_as_it_is(kind: Kind) -> Iterator[None]:
+    """Inside, TRL does not prepare the reference for an engine, which has its modules already."""
+    if kind == "grpo":
+        yield
+        return
+    module = sys.modules[getattr(trl(), f"{NAMES[kind]}Trainer").__module__]
+    ours = {"prepare_deepspeed": _as_it_is, "prepare_fsdp": _as_it_is, "hash_module": lambda model: ""}
+    before = {name: getattr(module, name) for name in ours}
+    try:
+        for name, function in ours.items():
+            setattr(module, name, function)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+
+
+def _as_it_is(model: nn.Module, accelerator: Any) -> nn.Module:
+    return model
 
 
 @contextmanager
