@@ -22,9 +22,16 @@ from support.engine_jobs import Config, alone, copy_of, done, error, follows, jo
 from support.guards import GENERAL, LORA, METHODS, case, configuration, tuner_of, weights
 
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3_offload")
-TRAINING = {"epochs": 3, "batch_size": 10, "micro_batch_size": 5, "learning_rate": 0.03, "weight_decay": 0.1}
+TRAINING = {
+    "epochs": 3,
+    "batch_size": 10,
+    "micro_batch_size": 5,
+    "learning_rate": 0.03,
+    "weight_decay": 0.1,
+    "save_every": 3,
+}
 """Steps of 10, 10 and 4 rows, so that with two processes the last one is uneven. One process takes two micro-batches to
-a step, two processes one each. All else is as a user has it who sets nothing."""
+a step, two processes one each. All else that changes a number is as a user has it who sets nothing."""
 
 OTHER = {"micro_batch_size": 2}
 """The same run of one process with its sums in another order: what rounding does to a row."""
