@@ -70,8 +70,13 @@ OGD_DIRECTIONS = 100
 METHODS = (
     MethodCost("sequential"),
     MethodCost("replay, gere (ratio 0.25)", passes=lambda T: 0.25),
+    MethodCost("der_pp (ratio 0.25 each)", passes=lambda T: 0.5),
     MethodCost("kl_replay (ratio 0.25)", lambda T: 1, lambda T: 0, lambda T: 0.25, forwards=0.25),
     MethodCost("lwf", lambda T: 1, forwards=1),
+    MethodCost("sdft", lambda T: 1, forwards=1),
+    MethodCost("eaft, talr, flow"),
+    MethodCost("wise_ft, lines", lambda T: 1),
+    MethodCost("mofo", lambda T: 2),
     MethodCost("ewc, mas", lambda T: 3, lambda T: 2, numbers=lambda T: 1),
     MethodCost("si", lambda T: 5, lambda T: 2, numbers=lambda T: 1),
     MethodCost("cia", lambda T: 4, numbers=lambda T: 3),
