@@ -71,6 +71,23 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution():
     assert (drawn[:, 0] == 0).all() and (drawn[:, 1] == logits.shape[1] - 6).all()
 
 
+def test_top_p_draws_from_the_likeliest_tokens_alone_in_proportion():
+    """Evenly spaced uniform numbers give each token its share of the nucleus, the fewest tokens that have top_p."""
+    logits = 2 * torch.randn(2, BLOCK + 9, generator=torch.Generator().manual_seed(0))
+    steps = 4000
+    uniform = ((torch.arange(steps, dtype=torch.float64) + 0.5) / steps).expand(2, steps)
+    draw, p = Draw(uniform, 0.8, None, 0.6), (logits.double() / 0.8).softmax(-1)
+    drawn = torch.cat([draw(logits) for _ in range(steps)], dim=1)
+    for row, likely in zip(drawn, p, strict=True):
+        order = likely.argsort(descending=True)
+        nucleus = order[: int((likely[order].cumsum(0) < 0.6).sum()) + 1]
+        counts = row.bincount(minlength=len(likely)).double() / steps
+        expected = torch.zeros_like(likely).scatter(0, nucleus, likely[nucleus] / likely[nucleus].sum())
+        torch.testing.assert_close(counts, expected, rtol=0, atol=1.5 / steps)
+    own = logits.double().log_softmax(-1).gather(1, drawn)
+    torch.testing.assert_close(torch.cat(draw.log_probs, dim=1), own, rtol=0, atol=1e-5)  # under the model
+
+
 @pytest.fixture(scope="module")
 def prompts():
     chance = random.Random(3)

@@ -113,6 +113,13 @@ CASES: dict[str, Case] = {
     "self_replay": Case(CORPUS, CORPUS | {"weight": 0}, flops=2.5, margin=None),
     "seq_lora_merge": Case(off="it merges what its stages trained, and has no strength", vectors=3, margin=None),
     "si": Case({"strength": 1e4}, {"strength": 0}, vectors=2, training=GENTLE),
+    "ssr": Case(
+        {"samples": 4, "candidates": 12, "shots": 1, "input": "=", "output": "!", "temperature": 1.5, "top_p": 1.0},
+        {"weight": 0},
+        flops=3.0,
+        vectors=1.1,
+        margin=None,  # an untrained model writes few rows that look like the task's
+    ),
     "talr": Case(off={"floor": 1.0}, flops=1.3, margin=None),
     "tree_lora": Case(off={"strength": 0}, vectors=2, margin=None),
     "wise_ft": Case({"alpha": 0.5}, {"alpha": 1.0}),

@@ -70,6 +70,7 @@ def sample(
     seed: int | str,
     numbers: Sequence[int] | None = None,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     stop_token_ids: Collection[int] = (),
     pad_token_id: int = 0,
     hidden: bool = False,
@@ -92,6 +93,7 @@ def sample(
         seed: of the choices.
         numbers: one number a prompt; 0, 1, ... where absent.
         temperature: above 0.
+        top_p: draw from the likeliest tokens that have this much probability together.
         stop_token_ids: tokens that end a sample; without any, each sample has ``max_new_tokens``.
         pad_token_id: fills short prompts; it is masked, so any id of the vocabulary will do.
         hidden: whether to return the hidden states.
@@ -110,7 +112,7 @@ def sample(
     ids, mask = asked.inputs["input_ids"], asked.inputs["attention_mask"]
     chosen = range(len(prompts)) if numbers is None else numbers
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    draw = Draw(_uniform(seed, chosen, max(limits)).to(ids.device), temperature, on_token)
+    draw = Draw(_uniform(seed, chosen, max(limits)).to(ids.device), temperature, on_token, top_p)
     stops = sorted(stop_token_ids)
     with inference(model):
         if use_cache and has_plain_decoder(model) and _has_known_head(model, ids[:1], mask[:1]):
@@ -134,13 +136,16 @@ class Draw:
     Args:
         uniform: float64 [rows, steps], in [0, 1).
         on_token: called before each draw.
+        top_p: draw from the likeliest tokens that have this much probability together.
 
     Attributes:
         log_probs: of the drawn tokens under softmax(logits), float64 [rows, 1] a step.
     """
 
-    def __init__(self, uniform: Tensor, temperature: float, on_token: Callable[[], None] | None = None):
-        self.uniform, self.temperature, self.steps = uniform, temperature, uniform.shape[1]
+    def __init__(
+        self, uniform: Tensor, temperature: float, on_token: Callable[[], None] | None = None, top_p: float = 1.0
+    ):
+        self.uniform, self.temperature, self.steps, self.top_p = uniform, temperature, uniform.shape[1], top_p
         self.on_token = on_token
         self.log_probs: list[Tensor] = []
 
@@ -148,8 +153,12 @@ class Draw:
         """The next tokens: logits, float32 [rows, vocab] -> int64 [rows, 1]."""
         if self.on_token is not None:
             self.on_token()
-        plain = self.temperature == 1
+        plain = self.temperature == 1 and self.top_p == 1
         p = (logits if plain else logits / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            ordered, order = p.sort(descending=True, stable=True)
+            before = ordered.cumsum(-1) - ordered  # the likeliest one always stays
+            p = torch.zeros_like(p).scatter(-1, order, ordered * (before < self.top_p))
         short = -p.shape[-1] % BLOCK
         blocks = (F.pad(p, (0, short)) if short else p).unflatten(-1, (-1, BLOCK))
         up_to = blocks.sum(-1).double().cumsum(-1)  # block by block: little rounding, and fast sums

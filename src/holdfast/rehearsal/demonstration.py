@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from holdfast.api.rows import TokenRow, last_answer
 from holdfast.api.task import Example, Turn
@@ -12,6 +12,8 @@ from holdfast.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T", int, str)
 
 PLACE = "{demonstration}"
 LONG = 1 << 20  # tokens; nothing here is cut
@@ -44,13 +46,8 @@ class Demonstration:
         Raises:
             DataError: the row has no prompt or no answer, or does not show where the user's words end.
         """
-        prompt, answer = last_answer(row)
+        prompt, answer = asked(row, self.tokenizer)
         said = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        if len(prompt) < 1 or len(answer) < 1 or prompt == [self.tokenizer.bos_token_id]:
-            raise DataError(
-                "has no prompt before its answer: it is a text, or all of its tokens are supervised (data.supervise: "
-                "all); a row of a prompt and an answer would do"
-            )
         end = next((frame.end for frame in self.frames if frame.ends(prompt)), [])
         if not end and not self._marks.isdisjoint(prompt[1:]):
             raise DataError(
@@ -82,6 +79,17 @@ class Demonstration:
                 )
 
 
+def asked(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The prompt and the answer of a row; DataError if it has not both."""
+    prompt, answer = last_answer(row)
+    if not prompt or not answer or prompt == [tokenizer.bos_token_id]:
+        raise DataError(
+            "has no prompt before its answer: it is a text, or all of its tokens are supervised (data.supervise: all); "
+            "a row of a prompt and an answer would do"
+        )
+    return prompt, answer
+
+
 class Frame(NamedTuple):
     """The tokens of a chat template around the user's words in a prompt."""
 
@@ -111,13 +119,13 @@ def chat_frames(encoder: Encoder) -> list[Frame]:
     return sorted(found, key=lambda frame: len(frame.end), reverse=True)
 
 
-def common_start(parts: Sequence[list[int]]) -> list[int]:
+def common_start(parts: Sequence[list[T]]) -> list[T]:
     """The longest beginning that all of some lists have, at least one."""
     first, last = min(parts), max(parts)
     length = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return first[:length]
 
 
-def common_end(parts: Sequence[list[int]]) -> list[int]:
+def common_end(parts: Sequence[list[T]]) -> list[T]:
     """The longest end that all of some lists have, at least one."""
     return common_start([part[::-1] for part in parts])[::-1]
