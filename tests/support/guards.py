@@ -54,6 +54,7 @@ SILENT = {"weight": 0, "ce_weight": 0}
 CASES: dict[str, Case] = {
     "a_gem": Case(off={"capacity": 0}, flops=2.1, margin=None, training=GENTLER),
     "cia": Case({"grouping": 0.9, "samples": 8}, {"strength": 0}, vectors=3, at_test=True),
+    "clora": Case(off={"strength": 0}, flops=1.3, margin=None),
     "der": Case({"ratio": 1.0, "weight": 4.0}, {"weight": 0}, flops=2.2, vectors=2, training=GENTLE),
     "der_pp": Case(
         {"ratio": 1.0, "weight": 4.0}, {"weight": 0, "replay_weight": 0}, flops=3.3, vectors=2, training=GENTLE
@@ -96,6 +97,7 @@ CASES: dict[str, Case] = {
         at_test=True,
     ),
     "mofo": Case(off={"fraction": 1.0}, margin=None),
+    "n_lora": Case(off="it trains a new adapter in each stage, whatever its strength is", flops=1.3, margin=None),
     "ntp_pre": Case(DRAWN, DRAWN | {"weight": 0}, flops=2.5, margin=None),
     "o_lora": Case(off="it trains a new adapter in each stage, whatever its strengths are", flops=1.3, margin=None),
     "ogd": Case({"samples": 8, "capacity": 12}, {"capacity": 0}, flops=2.1, vectors=12.1, margin=None),
