@@ -73,7 +73,7 @@ METHODS = (
     MethodCost("der_pp (ratio 0.25 each)", passes=lambda T: 0.5),
     MethodCost("kl_replay (ratio 0.25)", lambda T: 1, lambda T: 0, lambda T: 0.25, forwards=0.25),
     MethodCost("lwf", lambda T: 1, forwards=1),
-    MethodCost("sdft", lambda T: 1, forwards=1),
+    MethodCost("sdft", lambda T: 2, forwards=1),
     MethodCost("eaft, talr, flow"),
     MethodCost("wise_ft, lines", lambda T: 1),
     MethodCost("mofo", lambda T: 2),
