@@ -1,10 +1,13 @@
 """The head on supervised tokens alone beside the head on every position: time a step and peak memory, in one process.
 
-usage: python benchmarks/supervised.py --model FOLDER [--rounds 5] [--steps 4] [--methods sequential replay lwf]
+usage: python benchmarks/supervised.py --model FOLDER [--rounds 5] [--steps 4] [--methods sequential lwf] [--plain]
+       [--dropout 0.05]
 
 Instruction rows: 8 x 110 tokens, of which the last 5 are supervised; LoRA of rank 16 without dropout. The sides have
-turns, with one model. Time is the processor's, of one thread. Memory is the most that is resident in a turn beyond what
-was resident before it, with the weights (Linux, glibc). Plain Trainer is the third side of `sequential`.
+turns, with one model, after a turn that does not count. Time is the processor's, of one thread. Memory is the most that
+is resident in a turn beyond what was resident before it, with the weights (Linux, glibc); with
+MALLOC_MMAP_THRESHOLD_=65536 in the environment, without the holes of glibc's heap. --plain adds plain Trainer,
+and --dropout the head on every position with a dropout of LoRA.
 """
 
 from __future__ import annotations
@@ -56,6 +59,12 @@ def resident(key: str) -> int:
     return 1024 * int(kib)
 
 
+def set_dropout(model: Any, p: float) -> None:
+    for layer in model.modules():
+        if "default" in getattr(layer, "lora_dropout", ()):
+            layer.lora_dropout["default"] = torch.nn.Dropout(p) if p else torch.nn.Identity()
+
+
 def turn(model: Any, side: str, method: Any, rows: list[Any], steps: int, folder: str) -> tuple[float, int]:
     """Train a few steps: median seconds of one, and peak memory beyond that before, bytes."""
     clock = Clock()
@@ -89,6 +98,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of a causal language model")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side has its turn")
     parser.add_argument("--steps", type=int, default=4, help="counted steps in a turn")
+    parser.add_argument("--plain", action="store_true", help="plain Trainer, too")
+    parser.add_argument("--dropout", type=float, help="LoRA's, on a further side")
     parser.add_argument("--methods", nargs="*", default=["sequential"], choices=list(METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,13 +112,16 @@ def main() -> None:
     print("| method | side | ms a step | time / every position (min..max) | peak memory, MiB | / every position |")
     print("|---|---|---|---|---|---|")
     for name in options.methods:
-        sides = ["every position", "supervised alone", *(["plain"] if name == "sequential" else [])]
+        sides = ["every position", "supervised alone", *(["plain"] if options.plain else [])]
+        sides += ["every position, dropout"] if options.dropout else []
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         memory: dict[str, list[int]] = {side: [] for side in sides}
         with tempfile.TemporaryDirectory() as folder:
+            turn(model, "every position", METHODS[name], rows, 1, folder)
             for _ in range(options.rounds):
                 for side in sides:
                     setattr(training, "may_gather", ours if side == "supervised alone" else lambda *args: False)  # noqa: B010
+                    set_dropout(model, options.dropout if side.endswith("dropout") else 0.0)
                     found = turn(model, side, METHODS[name], rows, options.steps, folder)
                     seconds[side].append(found[0])
                     memory[side].append(found[1])
