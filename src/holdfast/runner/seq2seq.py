@@ -29,10 +29,10 @@ def check_seq2seq(model_config: PretrainedConfig, config: RunConfig, methods: Se
     check_kind(model_config, [*methods, tuner])
     if config.data.packing:
         raise ConfigError(f"data.packing: {what}, which reads each prompt by itself; turn packing off")
-    if config.training.engine not in (None, "ddp"):
+    if config.training.engine == "fsdp2":
         raise ConfigError(
-            f"training.engine: {what}, and {config.training.engine} is laid out for one stack of decoder blocks; leave "
-            "it out, or take ddp"
+            f"training.engine: {what}, and fsdp2 gathers weights where the whole model is called, while an answer "
+            "calls its encoder by itself; take ddp, or zero3 to divide the weights"
         )
 
 
