@@ -25,7 +25,7 @@ from holdfast.system.progress import Progress
 from support.command import holdfast as command
 from support.guards import GENERAL, case, responses, same, terms, tuner_of, weights, with_paths
 from support.resumed import finish, results, start
-from support.seq2seq import seq2seq_config, write_seq2seq
+from support.seq2seq import seq2seq_config, seq2seq_model, write_seq2seq
 
 OWN = {name: methods.find(name) for name in sorted(methods.METHODS.own)}
 TUNERS = {name: tuners.find(name) for name in sorted(tuners.TUNERS.own)}
@@ -99,6 +99,13 @@ def test_a_method_trains_saves_and_continues(name, folder, tmp_path, monkeypatch
 def test_a_tuner_trains_saves_and_continues(name, folder, tmp_path, monkeypatch):
     method = ["replay", {"name": "gere_kl", "path": str(folder / "general.txt")}]
     check_goes_on(config_of(folder, tmp_path, method, name), tmp_path, monkeypatch, "02-green")
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_adapters_come_after_each_attention_and_mlp_of_encoder_and_decoder(name):
+    for placement, count in (("houlsby", 2 * (2 + 3)), ("pfeiffer", 2 * (1 + 1))):
+        model = TUNERS["adapter"](placement=placement, bottleneck=2).prepare(seq2seq_model(name))
+        assert sum("adapter_down" in key for key, _ in model.named_parameters() if key.endswith("weight")) == count
 
 
 REFUSED = [(name, {"method": name}) for name, cls in OWN.items() if cls.causal_only]

@@ -24,7 +24,6 @@ class Adapter(PeftTuner):
     """
 
     name = "adapter"
-    causal_only = "it finds attention and MLP by their names in the blocks of one decoder"
     config_class = AdapterConfig
     not_merged = "a non-linearity stands between its two matrices and the model's"
     lacks = UNKNOWN.format(name=name, module=__name__)

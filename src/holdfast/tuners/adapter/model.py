@@ -11,12 +11,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from holdfast.errors import ConfigError
+from holdfast.models.seq2seq import is_seq2seq
 from holdfast.tuners.adapter.config import AdapterConfig
 from holdfast.tuners.adapter.layer import AdapterLayer
 
 ATTENTION, MLP = "attention|attn", "mlp|ffn|feed_?forward|moe|fc2"
 """Parts of the names of a block's attention and MLP in transformers' models. OPT's blocks have no MLP module, only its
 two layers."""
+
+
+APART = {ATTENTION: ("SelfAttention", "EncDecAttention", "self_attn", "encoder_attn"), MLP: ("DenseReluDense", "fc2")}
+"""The names of the same modules in the blocks of sequence-to-sequence models: T5's, and BART's."""
 
 
 class AdapterModel(BaseTuner):
@@ -66,11 +71,14 @@ class AdapterModel(BaseTuner):
 def placed(model: Any, placement: str) -> list[str]:
     """Names of the modules that get an adapter: attention (houlsby only) and MLP of each block.
 
-    A block is a member of the list of modules that is as long as the model is deep.
+    A block is a member of the list of modules that is as long as the model is deep. In a sequence-to-sequence model,
+    whose encoder and decoder both have blocks, the modules have known names.
 
     Raises:
         ConfigError: some block has no such module by name.
     """
+    if is_seq2seq(model.config):
+        return _placed_apart(model, placement)
     depth = model.config.get_text_config().num_hidden_layers
     blocks = {
         f"{name}.{number}": block
@@ -95,6 +103,19 @@ def placed(model: Any, placement: str) -> list[str]:
             f"target_modules: no list of {depth} blocks is found in {type(model).__name__}; name the modules that get "
             "an adapter"
         )
+    return targets
+
+
+def _placed_apart(model: Any, placement: str) -> list[str]:
+    targets = []
+    for pattern in (ATTENTION, MLP) if placement == "houlsby" else (MLP,):
+        found = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in APART[pattern]]
+        if not found:
+            raise ConfigError(
+                f"target_modules: {type(model).__name__} has no module called {' or '.join(APART[pattern])}; name what "
+                "gets an adapter"
+            )
+        targets += found
     return targets
 
 
