@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 
 from holdfast.api.rows import model_inputs, prompt
 from holdfast.api.task import Example, Turn
@@ -20,13 +21,16 @@ from holdfast.models.sampling import sample
 from holdfast.models.seq2seq import (
     answered_row,
     callable_as_causal,
+    encoder_inputs,
     native_rows,
     next_token_loss,
     start_of,
 )
+from holdfast.rehearsal.pseudo import Writing, _sample
 from support.seq2seq import TOKENIZERS, seq2seq_model
 
 NAMES = ("t5", "bart")
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 names = pytest.mark.parametrize("name", NAMES)
 PAIRS = [("red: ab?", "r"), ("green: a longer one, xyz?", "green g"), ("the", "12 and 7"), ("a?", "d"), ("ab cd?", "b")]
 
@@ -250,3 +254,20 @@ def test_choices_and_texts_are_measured_as_lm_evaluation_harness_does(name):
     requests = [instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
     expected = [-total for total in harness.loglikelihood_rolling(requests, disable_tqdm=True)]
     assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@names
+def test_pseudo_samples_are_what_the_decoder_writes_after_a_tasks_mark(name):
+    model, tokenizer = callable_as_causal(seq2seq_model(name)), TOKENIZERS[name]()
+    writing = Writing.of(tokenizer, "red", start_of(model))
+    [text] = _sample(model, writing, 1, 9, 1, torch.Generator())
+    inputs = encoder_inputs([writing.start], 0)
+    found = seq2seq_model(name).generate(
+        inputs["encoder_ids"],
+        generation_config=GenerationConfig(**GREEDY | {"decoder_start_token_id": start_of(model)}),
+    )
+    assert text == found[0, 1:].tolist()
+    row = rows_of(name)[1]
+    written = writing.write(row)
+    assert written["encoder_ids"] == writing.start and written["input_ids"][0] == start_of(model)
+    assert writing.read(written["input_ids"][1:]) == {key: row[key] for key in ("input_ids", "labels", "encoder_ids")}
