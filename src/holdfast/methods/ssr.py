@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from holdfast.api.method import Method, State
-from holdfast.api.rows import Batch, TokenRow, last_answer
+from holdfast.api.rows import Batch, TokenRow, count_supervised, last_answer
 from holdfast.api.stage import Extra, Stage, Step
 from holdfast.config.section import Section
 from holdfast.data.encode import Encoder
+from holdfast.engines.pieces import reshard
 from holdfast.engines.process import Process
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import borrowed, snapshot
@@ -50,7 +51,7 @@ class SSR(Method):
     reads_outputs = False
     causal_only = "its rows are written as one text, prompt and answer"
     not_with = dict.fromkeys(
-        ("inflora", "o_lora", "osf", "seq_lora_merge"),
+        ("hide_lora", "inflora", "n_lora", "o_lora", "osf", "seq_lora_merge"),
         "ssr writes with the trained weights of before the first stage, and the other exchanges what is trained",
     )
 
@@ -165,10 +166,9 @@ class SSR(Method):
                 pad_token_id=0,
                 on_batch=lambda done, of: stage.check_stop(),
             )
-            ended = [len(answer) <= self.longest for answer in answers]
-            rows = [
-                form.row(*pair) for pair, kept in zip(zip(prompts, answers, strict=True), ended, strict=True) if kept
-            ]
+            pairs = zip(prompts, answers, strict=True)
+            found = [form.row(prompt, answer) for prompt, answer in pairs if len(answer) <= self.longest]
+            rows = [row for row in found if count_supervised(row)]
         log = logger.info if len(rows) == options.samples else logger.warning
         log("ssr: %d new rows of the task of stage %d (%d asked for)", len(rows), task, options.samples)
         self.memory.capacity = options.samples * len({*self.memory.tasks, task})
@@ -199,6 +199,7 @@ class SSR(Method):
                     stop_token_ids=form.encoder.stop_ids,
                     on_token=stage.check_stop,
                 ).tokens
+            reshard(stage.model)  # as the weights are exchanged
         stored = {form.input(row) for row in self.pool.rows}
         found = dict.fromkeys(text for one in tokens for text in form.read(one))
         return Process.this().broadcast([text for text in found if text not in stored])
