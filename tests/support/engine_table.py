@@ -66,7 +66,7 @@ LONGER = {"gem": 8, "a_gem": 8}
 
 GENTLER = {("gem", "full"): 3, ("a_gem", "full"): 3, ("gem", "lora"): 2, ("a_gem", "lora"): 2}
 GENTLER |= {("gere", "full"): 3, ("gere", "lora"): 3, ("replace", "full"): 3, ("replace", "lora"): 3}
-GENTLER |= {("kl_dwn", "lora"): 3, ("inflora", "lora"): 3}
+GENTLER |= {("kl_dwn", "lora"): 3, ("inflora", "lora"): 3, ("gain_lora", "lora"): 3}
 """The learning rate is divided by it, so that rounding decides no constraint, takes no state across a margin, and does
 not grow from step to step."""
 
@@ -296,7 +296,8 @@ def settings() -> str:
         f"{chosen.schedule} with a warm-up of {chosen.warmup:g}, and gradients are clipped at "
         f"{chosen.max_grad_norm:.1f}: the defaults, but for the weight decay. The learning rate is "
         f"{chosen.learning_rate:g}, and that of adapters and prompts {SLOWER:g}; `gem`, `a_gem`, `gere`, "
-        f"`replace`, `kl_dwn` and `inflora` have a half or a third of it, and the steps of `mbpa` before an answer "
+        f"`replace`, `kl_dwn`, `inflora` and `gain_lora` have a half or a third of it, and the steps of `mbpa` "
+        f"before an answer "
         f"{OPTIONS['mbpa']['learning_rate']:g}."
     )
 

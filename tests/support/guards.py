@@ -63,6 +63,13 @@ CASES: dict[str, Case] = {
     "eaft": Case(off={"exponent": 0}, margin=None),
     "ewc": Case({"strength": 2e4, "samples": 8}, {"strength": 0}, flops=1.2, vectors=2, training=GENTLE),
     "flow": Case(off="it weighs every row", flops=1.4, margin=None),
+    "gain_lora": Case(
+        {"threshold": 0.5, "gate_threshold": 0.5, "gate_width": 8},
+        "it always trains a branch and a gate",
+        flops=2.0,
+        vectors=3,
+        margin=None,
+    ),
     "gem": Case(off={"capacity": 0}, flops=2.1, margin=None, training=GENTLER),
     "gere": Case(TEXTS | {"weight": 10.0, "reduction": "mean"}, TEXTS | SILENT, flops=2.5, margin=None),
     "gere_ce": Case(TEXTS, TEXTS | {"weight": 0}, flops=2.5, margin=None),

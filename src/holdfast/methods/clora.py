@@ -31,7 +31,9 @@ class CLoRA(Method):
     name = "clora"
     tuners = ("lora",)
     tuners_reason = "its penalty is one of LoRA's factors A and B"
-    not_with: ClassVar = {"inflora": "it sets A by the task's inputs and keeps it, and clora would change it"}
+    not_with: ClassVar = dict.fromkeys(
+        ("inflora", "gain_lora"), "it sets A by the task's inputs and keeps it, and clora would change it"
+    )
 
     class Options(Section):
         strength: float = Field(1.0, ge=0, description="lambda, the weight of the penalty, which has a factor 1/2")

@@ -27,7 +27,7 @@ class InfLoRA(StackedLoRA):
     """
 
     name = "inflora"
-    not_with = {"o_lora": EXCHANGES, "n_lora": EXCHANGES} | NOT_WITH
+    not_with = {"o_lora": EXCHANGES, "n_lora": EXCHANGES, "gain_lora": EXCHANGES} | NOT_WITH
     causal_only = "it measures the inputs of layers that all receive the same tokens"
 
     class Options(Section):

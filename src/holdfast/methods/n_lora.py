@@ -23,7 +23,7 @@ class NLoRA(StackedLoRA):
     """
 
     name = "n_lora"
-    not_with = {"o_lora": EXCHANGES, "inflora": EXCHANGES} | NOT_WITH
+    not_with = {"o_lora": EXCHANGES, "inflora": EXCHANGES, "gain_lora": EXCHANGES} | NOT_WITH
 
     class Options(Section):
         strength: float = Field(1e-4, ge=0, description="lambda, the weight of the update's absolute entries")

@@ -26,7 +26,7 @@ class OLoRA(StackedLoRA):
     """
 
     name = "o_lora"
-    not_with = {"inflora": EXCHANGES, "n_lora": EXCHANGES} | NOT_WITH
+    not_with = {"inflora": EXCHANGES, "n_lora": EXCHANGES, "gain_lora": EXCHANGES} | NOT_WITH
 
     class Options(Section):
         lambda_1: float = Field(0.5, ge=0, description="weight of the orthogonality loss; 0: none (IncLoRA)")

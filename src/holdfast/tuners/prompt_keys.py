@@ -5,9 +5,12 @@ Wang et al., 2022, Learning to Prompt, arXiv 2112.08654, equations 3 and 4.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +33,37 @@ def prompt_mask(mask: Tensor, labels: Tensor) -> Tensor:
     tokens = mask.bool()
     before = tokens & ((labels != IGNORED).cumsum(1) == 0)
     return torch.where(before.sum(1, keepdim=True) > 1, before, tokens)
+
+
+def before_answer(ids: Tensor, mask: Tensor | None, labels: Tensor | None, lengths: Mapping[int, int]) -> Tensor:
+    """The tokens of each row that a choice may look at: those before its answer.
+
+    Args:
+        ids: [rows, seq].
+        mask: [rows, seq], not zero where there is a token; None: everywhere.
+        labels: [rows, seq]; of a row in which something is supervised, they say where its answer begins.
+        lengths: of the other rows, how many tokens stand before the answer, by :func:`row_fingerprint`; where it is
+            not known, all of a row's tokens count.
+
+    Returns:
+        bool [rows, seq].
+    """
+    mask = torch.ones_like(ids) if mask is None else mask
+    labels = torch.full_like(ids, IGNORED) if labels is None else labels
+    labelled, seen = (labels != IGNORED).any(1), prompt_mask(mask, labels)
+    if lengths and not labelled.all():
+        tokens = mask.bool()
+        rows = [row[is_token].tolist() for row, is_token in zip(ids, tokens, strict=True)]
+        known = [lengths.get(row_fingerprint(row), len(row)) for row in rows]
+        told = tokens & (tokens.cumsum(1) <= torch.tensor(known, device=ids.device)[:, None])
+        seen = torch.where(labelled[:, None], seen, told)
+    return seen
+
+
+def row_fingerprint(ids: Sequence[int]) -> int:
+    """A hash of 64 bits of a sequence of tokens, the same on every machine."""
+    digest = hashlib.blake2b(np.asarray(ids, dtype="<i8").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def batch_queries(model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:

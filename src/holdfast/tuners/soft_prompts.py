@@ -7,14 +7,12 @@ row b of the batch as given, so that losses, evaluation and generation need not 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModelForCausalLM, PromptTuningConfig
 from peft.config import PromptLearningConfig
@@ -31,7 +29,7 @@ from holdfast.models.cache import cache_of
 from holdfast.models.generation import evaluating
 from holdfast.models.head import with_tensors
 from holdfast.system.files import read_json, write_json
-from holdfast.tuners.prompt_keys import batch_queries, nearest, prompt_mask, similarity
+from holdfast.tuners.prompt_keys import batch_queries, before_answer, nearest, row_fingerprint, similarity
 
 NOT_MERGED = "its trained prompts stand before the input and change no weight"
 """Why soft prompts cannot be merged into a model."""
@@ -210,7 +208,7 @@ class PromptPoolModel(SoftPromptModel):
         mask = torch.ones_like(ids) if mask is None else mask
         labels = torch.full_like(ids, IGNORED) if labels is None else labels
         labelled = (labels != IGNORED).any(1)
-        queries = batch_queries(self, ids, self._before_answer(ids, mask, labels, labelled))
+        queries = batch_queries(self, ids, before_answer(ids, mask, labels, self.prompt_lengths))
         cosines = similarity(queries, self.prompt_keys(torch.arange(self.size, device=ids.device)))
         frequency = None
         if self.training and self.frequency is not None:
@@ -229,7 +227,7 @@ class PromptPoolModel(SoftPromptModel):
         Returns:
             what was added to :attr:`prompt_lengths`.
         """
-        lengths = {_fingerprint(row["input_ids"]): len(prompt(row)) for row in rows}
+        lengths = {row_fingerprint(row["input_ids"]): len(prompt(row)) for row in rows}
         self.prompt_lengths |= lengths
         return lengths
 
@@ -265,25 +263,8 @@ class PromptPoolModel(SoftPromptModel):
         pool.load_adapter(str(folder), pool.active_adapter)
         return pool
 
-    def _before_answer(self, ids: Tensor, mask: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
-        """The tokens that the query may look at, bool [rows, seq]."""
-        seen = prompt_mask(mask, labels)
-        if self.prompt_lengths and not labelled.all():
-            tokens = mask.bool()
-            rows = [row[is_token].tolist() for row, is_token in zip(ids, tokens, strict=True)]
-            lengths = [self.prompt_lengths.get(_fingerprint(row), len(row)) for row in rows]
-            told = tokens & (tokens.cumsum(1) <= torch.tensor(lengths, device=ids.device)[:, None])
-            seen = torch.where(labelled[:, None], seen, told)
-        return seen
-
     def _cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         outputs = super()._cut(module, args, kwargs, outputs)
         if self.training and not self._adapters_disabled:
             return with_tensors(outputs, **self._chosen)
         return outputs
-
-
-def _fingerprint(ids: Sequence[int]) -> int:
-    """A hash of 64 bits of a sequence of tokens, the same on every machine."""
-    digest = hashlib.blake2b(np.asarray(ids, dtype="<i8").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
