@@ -345,8 +345,8 @@ def test_replay_beside_it_never_shows_an_answer_to_the_keys(tmp_path, monkeypatc
     seen: list[tuple[int, int]] = []
     original = PromptPoolModel._before_answer
 
-    def watch(self, ids, mask, labels, labelled):
-        found = original(self, ids, mask, labels, labelled)
+    def watch(self, ids, mask, labels):
+        found = original(self, ids, mask, labels)
         if self.training:
             seen.extend((int(n), int(m)) for n, m in zip(found.sum(1), mask.sum(1), strict=True))
         return found

@@ -208,7 +208,7 @@ class PromptPoolModel(SoftPromptModel):
         mask = torch.ones_like(ids) if mask is None else mask
         labels = torch.full_like(ids, IGNORED) if labels is None else labels
         labelled = (labels != IGNORED).any(1)
-        queries = batch_queries(self, ids, before_answer(ids, mask, labels, self.prompt_lengths))
+        queries = batch_queries(self, ids, self._before_answer(ids, mask, labels))
         cosines = similarity(queries, self.prompt_keys(torch.arange(self.size, device=ids.device)))
         frequency = None
         if self.training and self.frequency is not None:
@@ -262,6 +262,10 @@ class PromptPoolModel(SoftPromptModel):
         pool = cls(model, PromptTuningConfig.from_pretrained(str(folder)), **shape)
         pool.load_adapter(str(folder), pool.active_adapter)
         return pool
+
+    def _before_answer(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """The tokens that the query may look at, bool [rows, seq]."""
+        return before_answer(ids, mask, labels, self.prompt_lengths)
 
     def _cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         outputs = super()._cut(module, args, kwargs, outputs)
