@@ -116,11 +116,14 @@ def of_kind(folder: Path, kind: str, tuner: str, engine: str | None, processes: 
     config = stream_of(place, kind) | {"tuner": LORA if tuner == "lora" else tuner}
     if kind == "grpo":
         config["stream"]["tasks"][1]["reward"] = "support.rewards:early_letters"
-    config["training"] |= {"engine": engine, "save_every": 100}
+    config["training"] |= {"engine": engine, "save_every": 1}
     return config
 
 
 Pairs = list[tuple[Config, Config]]
+
+NEXT = {"fsdp2": "zero3", "zero3": "ddp"}
+"""The engine on which a run of preferences goes on."""
 
 
 def kinds_on(folder: Path, tuner: str, engine: str, kinds: Iterable[str] = ("dpo", "grpo")) -> Pairs:
@@ -143,10 +146,20 @@ def kind_jobs(pairs: Pairs) -> list[dict[str, Any]]:
     """Do the runs of one process, and give what two are to do."""
     runs = [config for pair in pairs for config in pair]
     alone([config for config in runs if not config["training"]["engine"]])
-    return [job(config) for config in runs if config["training"]["engine"]]
+    first = pairs[0][1]
+    other = goes_on(first)
+    return [*(job(config, copy=2) for config in runs if config["training"]["engine"]), job(other, of=copy_of(first))]
+
+
+def goes_on(config: Config) -> Config:
+    """The run that goes on from the second step of a run's last stage, on another engine."""
+    other = NEXT.get(config["training"]["engine"], "fsdp2")
+    return follows(config, other, other)
 
 
 def check_kinds(pairs: Pairs) -> None:
+    one, two = pairs[0]
+    assert apart(one, goes_on(two)).equal, apart(one, goes_on(two))
     for one, two in pairs:
         assert apart(one, two).equal, apart(one, two)
         assert max(event["norm"] for event in logged(Path(one["output"]), 2)) > 1e-3, "nothing was learned"
@@ -169,7 +182,7 @@ def selection(folder: Path) -> dict[tuple[Row, str], Apart]:
     alone([*(plain(folder, optimizer, None, 1) for optimizer in sorted(optimizers)), budget(folder, None, 1)])
     faults = [job(with_fault(folder, fault), **{"break": fault}) for fault in FAULTS]
     faults[1]["of"] = copy_of(plain(folder, "adamw_torch", "fsdp2", 2))
-    others = kind_jobs([pair for e in needed(KINDS) if THERE for pair in kinds_on(folder, KINDS[e], e)])
+    others = [one for e in needed(KINDS) if THERE for one in kind_jobs(kinds_on(folder, KINDS[e], e))]
     beside = [*optimizer_runs(folder, cases), job(budget(folder, "ddp", 2)), *others, *faults]
     return prove(folder, cells, beside=(beside, ()))
 

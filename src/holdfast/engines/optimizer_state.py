@@ -48,24 +48,33 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         write_json(folder / VALUES, values, exact=True)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> list[int | None]:
     """Read back what :func:`save_optimizer` wrote; each process takes its pieces.
+
+    Returns:
+        for each group of the optimizer its number among the saved ones, which may lack groups without parameters, as
+        DeepSpeed does; None for such a group.
 
     Raises:
         ValueError: it is no state of such an optimizer.
     """
     saved, values = load_file(folder / TENSORS), of_shape(dict[str, Any], read_json(folder / VALUES))
     of_shape(list[Facts], values["groups"], "groups"), of_shape(dict[str, Facts], values["states"], "states")
-    settings_of = {name: group for group in values["groups"] for name in of_shape(list[str], group["params"], "params")}
+    group_of = {
+        name: number
+        for number, group in enumerate(values["groups"])
+        for name in of_shape(list[str], group["params"], "params")
+    }
     former = former_names(model)
-    names = {id(p): name if name in settings_of else former.get(name, name) for name, p in trainable(model).items()}
+    names = {id(p): name if name in group_of else former.get(name, name) for name, p in trainable(model).items()}
     states: dict[str, dict[str, Any]] = {name: dict(state) for name, state in values["states"].items()}
     for entry, value in saved.items():
         name, _, key = entry.rpartition("/")
         states.setdefault(name, {})[key] = value
-    number, state, groups = 0, {}, []
+    number, state, groups, numbers = 0, {}, [], list[int | None]()
     for group in optimizer.param_groups:
-        settings = settings_of[names[id(group["params"][0])]] if group["params"] else {}
+        numbers.append(group_of[names[id(group["params"][0])]] if group["params"] else None)
+        settings = {} if numbers[-1] is None else values["groups"][numbers[-1]]
         if other := [
             key for key, v in settings.items() if key in group.keys() - {"params"} and not alike(v, group[key])
         ]:
@@ -82,6 +91,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
                 }
             number += 1
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return numbers
 
 
 def _check_entries(p: Tensor, entries: dict[str, Any]) -> None:

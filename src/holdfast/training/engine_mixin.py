@@ -100,8 +100,9 @@ class EngineMixin(_Trainer):
         if checkpoint is None or not Path(checkpoint, SCHEDULER_NAME).exists():
             return
         with _readable(checkpoint):
-            load_optimizer(_torch_optimizer(self), self.model, Path(checkpoint))
+            groups = load_optimizer(_torch_optimizer(self), self.model, Path(checkpoint))
             saved = of_shape(Facts, torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+            saved = _of_groups(saved, groups, self.lr_scheduler.state_dict())
             _check_schedule(self.lr_scheduler, saved)
             self.lr_scheduler.load_state_dict(saved)
         super()._load_optimizer_and_scheduler(checkpoint)  # finds no optimizer, but a subclass may load more
@@ -275,6 +276,22 @@ class _Reach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return (*gradients, *[None] * ctx.count)
+
+
+def _of_groups(saved: Facts, groups: list[int | None], now: Facts) -> Facts:
+    """A saved schedule, with its entries for each group of parameters in the order of the groups that there are now.
+
+    Args:
+        groups: the number of each group among the saved ones, None for one without parameters, which may not be there.
+        now: the schedule's state, of which such a group keeps its entries.
+    """
+    found = dict(saved)
+    for key, values in now.items():
+        theirs = saved.get(key)
+        if isinstance(values, list) and isinstance(theirs, list) and len(theirs) != len(values) == len(groups):
+            places = zip(groups, values, strict=True)
+            found[key] = [theirs[g] if g is not None and g < len(theirs) else value for g, value in places]
+    return found
 
 
 def _check_schedule(scheduler: Any, saved: Facts) -> None:

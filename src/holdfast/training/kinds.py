@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from holdfast.api.task import Kind
+from holdfast.engines.pieces import is_divided
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.models.head import base
 from holdfast.training.frozen_adapters import REFERENCE
@@ -135,9 +137,10 @@ def trainer_class(kind: Kind) -> Any:
             """Add the likelihoods of the model as it is; TRL keeps them in a file that one process alone would see."""
             loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
             found: list[list[Tensor]] = []
-            for batch in self.accelerator.prepare_data_loader(loader):
-                values = [v for v in self.compute_ref_log_probs(self.ref_model, batch) if v is not None]
-                found.append([v.cpu() for v in self.accelerator.gather_for_metrics(values)])
+            with _gathered_as_it_lies(self):
+                for batch in self.accelerator.prepare_data_loader(loader):
+                    values = [v for v in self.compute_ref_log_probs(self.ref_model, batch) if v is not None]
+                    found.append([v.cpu() for v in self.accelerator.gather_for_metrics(values)])
             for column, parts in zip(REFERENCE_COLUMNS[kind], zip(*found, strict=True), strict=False):
                 dataset = dataset.add_column(column, torch.cat(parts).tolist())
             return dataset
@@ -226,6 +229,20 @@ def _reference_as_it_is(kind: Kind) -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(module, name, function)
+
+
+@contextmanager
+def _gathered_as_it_lies(trainer: Any) -> Iterator[None]:
+    """Inside, TRL does not gather weights that ZeRO-3 will divide when training begins."""
+    config = getattr(trainer.args, "hf_deepspeed_config", None)
+    if config is None or is_divided(trainer.model):
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 def _as_it_is(model: nn.Module, accelerator: Any) -> nn.Module:
