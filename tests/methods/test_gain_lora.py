@@ -8,15 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from holdfast import load_config
 from holdfast.api.rows import prompt
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
 from holdfast.methods.gain_lora import GATE, GainLoRA
 from holdfast.methods.inflora import adapted
 from holdfast.methods.parts.gates import LAYERS, Gate, coefficients, features, pooled_prompts
+from holdfast.runner.setup import prepare, resolve
 from holdfast.tuners.lora_factors import factors
 from support.lora import lora_model
-from support.tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
+from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage
 from support.trained import trained
 
 
@@ -209,6 +211,24 @@ def test_a_state_gives_the_same_answers():
     a, b = method.state(), again.state()
     assert a.keys() == b.keys()
     assert all(torch.equal(t, b[key]) if isinstance(t, torch.Tensor) else t == b[key] for key, t in a.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"training": {"gradient_checkpointing": True}},
+            r"training\.gradient_checkpointing: method gain_lora: a branch",
+        ),
+        ({"data": {"packing": True}}, r"data\.packing: method gain_lora: needs every row in a sequence of its own"),
+    ],
+)
+def test_a_run_that_it_cannot_work_with_is_refused_before_there_is_a_model(changes, said, tmp_path):
+    config = tiny_config(tmp_path, method="gain_lora", tuner={"name": "lora", "r": 4})
+    for section, values in changes.items():
+        config[section] = config.get(section, {}) | values
+    with pytest.raises(ConfigError, match=said):
+        prepare(resolve(load_config(config)))
 
 
 def test_what_it_cannot_work_with_is_refused(tmp_path):

@@ -52,6 +52,9 @@ class Method(Registered):
     causal_only: ClassVar[str] = ""
     """Why it works with no sequence-to-sequence model, after "and"; empty where it does."""
 
+    no_checkpointing: ClassVar[str] = ""
+    """Why it cannot work where activations are recomputed in the backward pass; a run then refuses that."""
+
     turn: ClassVar[int] = 0
     """Methods that are applied together are called by their turns, those of one turn in the list's order, which then
     changes no more than rounding and the draws of dropout. Below 0: reads the weights and the loss's gradient before

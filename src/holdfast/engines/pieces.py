@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from holdfast.engines.fsdp2 import Fsdp2
 from holdfast.engines.layout import Layout
@@ -27,6 +28,11 @@ def layout_of_model(model: nn.Module) -> Layout:
 def prepare_loaded(model: nn.Module) -> None:
     """Make a model that was just loaded ready for its tuner."""
     layout_of_model(model).prepare_loaded(model)
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of a module as it was before an engine put one of its own before it."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def reshard(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from holdfast.errors import ConfigError
 from holdfast.methods.inflora import InfLoRA, adapted
 from holdfast.methods.parts.gates import (
     LAYERS,
+    RECOMPUTED,
     Gate,
     GateWeights,
     Gating,
@@ -58,6 +59,7 @@ class GainLoRA(InfLoRA):
     name = "gain_lora"
     not_with = {"o_lora": EXCHANGES, "n_lora": EXCHANGES, "inflora": EXCHANGES} | NOT_WITH
     causal_only = "its gates read the prompt in the one sequence that a causal model reads"
+    no_checkpointing = RECOMPUTED
     lacks = (
         "weighs the branch of each stage by a gate that reads the prompt: here all branches count fully, whatever the "
         "prompt, which is not what was trained"
@@ -70,6 +72,10 @@ class GainLoRA(InfLoRA):
         gate_width: int = Field(100, ge=1, description="units of a gate's hidden layer")
 
     options: Options
+
+    @property
+    def needs_rows_apart(self) -> bool:
+        return True
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

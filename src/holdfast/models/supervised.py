@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from holdfast.engines.pieces import own_class
 from holdfast.losses.chunked import CHUNK_SIZE
 from holdfast.losses.common import wide
 from holdfast.losses.next_token import predicting
@@ -161,7 +161,7 @@ def keeps_its_loss(model: Any) -> bool:
     all processes of a divided model call this together.
     """
     inner: Any = base(model)
-    own: Any = next(cls for cls in type(inner).__mro__ if not issubclass(cls, FSDPModule))
+    own: Any = own_class(inner)
     known = own.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if not known or not own.forward.__module__.startswith("transformers.models.") or _reads_labels(model):
         return False

@@ -49,7 +49,7 @@ class Demonstration:
         prompt, answer = asked(row, self.tokenizer)
         said = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
         end = next((frame.end for frame in self.frames if frame.ends(prompt)), [])
-        if not end and not self._marks.isdisjoint(prompt[1:]):
+        if self.frames and not end and not self._marks.isdisjoint(prompt[1:]):
             raise DataError(
                 "its prompt does not end with the user's words in the tokenizer's chat template (but with a tool's "
                 "answer, say), so that nothing shows where the demonstration belongs"

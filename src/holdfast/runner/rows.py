@@ -76,11 +76,16 @@ def try_rows(method: Method, tasks: Sequence[Task], rows: Rows, config: RunConfi
     """Let a method try the train rows of tasks, before there is a model.
 
     Raises:
-        ConfigError: the rows are packed, and the method needs them apart.
+        ConfigError: the rows are packed, and the method needs them apart; or activations would be recomputed, with
+            which it cannot work.
         UserError: the method cannot learn one of them.
     """
     if config.data.packing and method.needs_rows_apart:
         raise ConfigError(f"data.packing: {packed(method)}; turn packing off")
+    if config.training.gradient_checkpointing and method.no_checkpointing:
+        raise ConfigError(
+            f"training.gradient_checkpointing: method {method.name}: {method.no_checkpointing}; turn it off"
+        )
     model_config = load_model_config(config.model)
     for task in tasks:
         files = {example.file for example in task.train}

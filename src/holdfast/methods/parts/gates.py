@@ -23,6 +23,11 @@ from holdfast.tuners.prompt_keys import before_answer
 LAYERS = ("first", "second", "last")
 """A gate's weights: G_1 [hidden, embedding], G_2 [embedding, hidden] and G_3 [1, embedding]."""
 
+RECOMPUTED = (
+    "a branch that is computed again in the backward pass would have the coefficients of another micro-batch"
+)
+"""Why gates cannot work with gradient checkpointing."""
+
 GateWeights = dict[str, Tensor]
 """Weights by the names of LAYERS, float32."""
 
@@ -156,10 +161,7 @@ class Gating:
         if self.fixed is None and (inputs.get("position_ids") is not None and mask is None and module.training):
             raise ConfigError("data.packing: a gate weighs a whole row, so several rows cannot share a sequence")
         if module.training and getattr(module, "is_gradient_checkpointing", False):
-            raise ConfigError(
-                "training.gradient_checkpointing: a branch that is computed again in the backward pass would have the "
-                "coefficients of another micro-batch; turn it off"
-            )
+            raise ConfigError(f"training.gradient_checkpointing: {RECOMPUTED}; turn it off")
         self._inputs = inputs
 
     def _end(self, *args: Any) -> None:

@@ -18,6 +18,7 @@ from holdfast.engines.pieces import reshard
 from holdfast.engines.process import Process
 from holdfast.engines.saved import saved_tensor
 from holdfast.errors import ConfigError
+from holdfast.losses.common import wide
 from holdfast.models.head import hidden_only
 
 ROUNDING = 1e-9
@@ -149,7 +150,7 @@ def input_covariances(
                     f"method {method}: {name} does not receive every token, as an expert of a mixture; leave it out of "
                     "the tuner's target_modules"
                 )
-            x = x.reshape(-1, x.shape[-1])[counted.bool().flatten()].float()
+            x = wide(x.reshape(-1, x.shape[-1])[counted.bool().flatten()])
             sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
         return add
