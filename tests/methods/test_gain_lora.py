@@ -10,6 +10,7 @@ import torch
 
 from holdfast import load_config
 from holdfast.api.rows import prompt
+from holdfast.data.collate import pack
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
 from holdfast.methods.gain_lora import GATE, GainLoRA
@@ -236,6 +237,8 @@ def test_what_it_cannot_work_with_is_refused(tmp_path):
         trained(tmp_path, model=tiny_model(), method="gain_lora")
     with pytest.raises(ConfigError, match=r"training\.gradient_checkpointing: .*turn it off"):
         trained(tmp_path, model=lora_model(), method="gain_lora", args={"gradient_checkpointing": True})
+    with pytest.raises(ConfigError, match=r"method gain_lora: needs every row in a sequence of its own"):
+        trained(tmp_path, model=lora_model(), method="gain_lora", rows=pack(tiny_rows(6), 32))
     trainer = trained(tmp_path, model=lora_model(), method={"name": "gain_lora", "gate_threshold": 1.0})
     with pytest.raises(ConfigError, match="fill every input of the gate's last layer"):
         trainer.train()

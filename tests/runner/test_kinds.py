@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,17 +14,19 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from holdfast import load_config, run
+from holdfast import load_config, methods, run
 from holdfast.errors import ConfigError, DataError
 from holdfast.runner import stage as stages
 from holdfast.runner.evaluate import evaluate
-from holdfast.runner.kinds import prompt_tokens, reward_of, trained_rows
+from holdfast.runner.kinds import check_kinds, prompt_tokens, reward_of, trained_rows
 from holdfast.runner.setup import prepare, resolve
 from holdfast.runner.stage import check_training, stage_seed
 from holdfast.scoring.reward import rewards
 from holdfast.system.progress import Progress
 from holdfast.training.kinds import make_trainer
+from support.guards import case
 from support.kinds import MAKERS, judged_rows, pair_rows, rewarded_rows, stream_of
+from support.paths import DOCS
 from support.resumed import finish, results, start
 from support.tiny import tiny_config, tiny_tokenizer, write_tasks
 
@@ -323,6 +327,45 @@ def test_conversations_whose_last_messages_differ(tmp_path):
     assert prepared(config).rows["dpo"] == before
 
 
+def page_of_kinds():
+    """What the page says of each method in stages of dpo and kto, and of grpo."""
+    page = (DOCS / "preferences.md").read_text(encoding="utf-8").partition("## Methods")[2]
+    rows = [line.strip("|").split(" | ") for line in page.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    found = [(name, [cell.strip() for cell in said]) for names, *said in rows for name in re.findall(r"`(\w+)`", names)]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def refused(name, kind, answered=True, **options):
+    """Why a method cannot be in a run with a task of a kind; empty where it can."""
+    needed = {key: value for key, value in case(name).options.items() if key in ("path", "source")}
+    method = methods.find(name)(**needed)
+    tuner = method.tuners[0] if method.tuners else "lora"
+    examples = [SimpleNamespace(answered=answered)]
+    task = SimpleNamespace(name=kind, kind=kind, options=options, train=examples)
+    try:
+        check_kinds([task], [method], tuner, load_config({"model": "m", "stream": "chronicle", "output": "o"}), 64)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS.own))
+def test_the_page_says_what_becomes_of_every_method(name):
+    preferences, rewarded = page_of_kinds()[name]
+    for kind in ("dpo", "kto"):
+        assert bool(refused(name, kind)) == preferences.startswith("refused")
+    assert bool(refused(name, "grpo")) == rewarded.startswith("refused")
+    assert bool(refused(name, "grpo", answered=False)) == (not rewarded.startswith(("yes", "nothing")))
+
+
+def test_the_page_names_the_methods_that_want_the_adapter_alone():
+    page = (DOCS / "preferences.md").read_text(encoding="utf-8")
+    named = re.search(r"the methods of LoRA alone \(([^)]*)\)", page)[1]
+    found = [name for name in methods.METHODS.own if not refused(name, "grpo") and refused(name, "grpo", beta=0.1)]
+    assert sorted(re.findall(r"`(\w+)`", named)) == sorted(found)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -345,8 +388,10 @@ def test_what_cannot_work_is_refused_before_the_run(changes, reason, tmp_path):
         ("dpo", {"learning_rate": 0.1}, "options.learning_rate: belongs to training"),
         ("dpo", {"max_length": 3}, "options.max_length: cannot be given: use data.max_length"),
         ("grpo", {"num_iterations": 2}, "options.num_iterations: cannot be given: a stopped stage"),
-        ("grpo", {"num_generations": 3}, "must be divisible by num_generations"),
-        ("grpo", {"num_generations": "many"}, "options.num_generations: must be a whole number above 0, not 'many'"),
+        ("grpo", {"num_generations": 3}, "3 answers to each prompt do not divide the 8 of a step .*; 9 would do"),
+        ("dpo", {"beta": "high"}, "options.beta: must be a number, such as 0.1, not 'high'"),
+        ("grpo", {"num_generations": "many"}, "options.num_generations: must be a number, such as 8, not 'many'"),
+        ("grpo", {"num_generations": 0}, "options.num_generations: must be a whole number above 0, not 0"),
         ("grpo", {"max_completion_length": 128}, "128 tokens leave no room for a prompt in data.max_length=128"),
     ],
 )

@@ -79,6 +79,7 @@ def test_each_takes_its_turn():
         (("o_lora", "ewc"), "cannot be applied together"),
         (("joint", "replay"), "learns all tasks at once"),
         (("icl", "replay"), "trains nothing"),
+        (("ssr", "gain_lora"), "exchanges what is trained"),
         (("l2p", "o_lora"), "no tuner suits them all: .*'l2p' needs prompt_pool"),
         (("replay", "replay"), "stands twice"),
     ],

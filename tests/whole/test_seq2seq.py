@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -24,6 +25,7 @@ from holdfast.system.files import read_jsonl
 from holdfast.system.progress import Progress
 from support.command import holdfast as command
 from support.guards import GENERAL, case, responses, same, terms, tuner_of, weights, with_paths
+from support.paths import DOCS
 from support.resumed import finish, results, start
 from support.seq2seq import seq2seq_config, seq2seq_model, write_seq2seq
 
@@ -123,6 +125,13 @@ def test_what_needs_a_causal_model_is_refused_by_name_with_the_reason(name, chan
     cls = OWN[name] if name in OWN else TUNERS[name]
     assert f"{cls.kind} {name}: the model is a sequence-to-sequence one (t5), and {cls.causal_only}" in said
     assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_the_page_names_every_method_and_tuner_that_is_refused():
+    page = (DOCS / "models.md").read_text(encoding="utf-8")
+    table = page.partition("Refused before training")[2].partition("\n## ")[0]
+    named = re.findall(r"(?:method|tuner) `(\w+)`", table)
+    assert sorted(named) == sorted(name for name, cls in (OWN | TUNERS).items() if cls.causal_only)
 
 
 @pytest.mark.parametrize(

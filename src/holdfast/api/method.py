@@ -102,8 +102,9 @@ class Method(Registered):
 
     @property
     def needs_token_batches(self) -> bool:
-        """Whether it works on the task's rows within a trainer's batches: it takes their places, or compares what the
-        model makes of them. A trainer whose batches are of another kind, as TRL's DPOTrainer, then refuses it.
+        """Whether it works on the task's rows within a trainer's batches: it takes their places, compares what the
+        model makes of them, or reads where their answers begin. A trainer whose batches are of another kind, as TRL's
+        DPOTrainer, then refuses it.
         """
         return False
 

@@ -84,6 +84,14 @@ class GainLoRA(InfLoRA):
         self.start: GateWeights = {}  # the new gate as its stage began
         self.gating = Gating()
 
+    @property
+    def needs_token_batches(self) -> bool:
+        return True
+
+    @property
+    def needs_rows_apart(self) -> bool:
+        return True
+
     def before_stage(self, stage: Stage) -> None:
         model = stage.model
         self.gating.lengths |= {row_fingerprint(row["input_ids"]): len(prompt(row)) for row in stage.rows}

@@ -51,7 +51,7 @@ class SSR(Method):
     reads_outputs = False
     causal_only = "its rows are written as one text, prompt and answer"
     not_with = dict.fromkeys(
-        ("hide_lora", "inflora", "n_lora", "o_lora", "osf", "seq_lora_merge"),
+        ("gain_lora", "hide_lora", "inflora", "n_lora", "o_lora", "osf", "seq_lora_merge"),
         "ssr writes with the trained weights of before the first stage, and the other exchanges what is trained",
     )
 

@@ -157,9 +157,6 @@ class Gating:
 
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-        mask = inputs.get("attention_mask")
-        if self.fixed is None and (inputs.get("position_ids") is not None and mask is None and module.training):
-            raise ConfigError("data.packing: a gate weighs a whole row, so several rows cannot share a sequence")
         if module.training and getattr(module, "is_gradient_checkpointing", False):
             raise ConfigError(f"training.gradient_checkpointing: {RECOMPUTED}; turn it off")
         self._inputs = inputs
