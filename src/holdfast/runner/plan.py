@@ -103,15 +103,21 @@ def _steps_of_kind(task: Task, batch_size: int) -> int:
     """Optimizer steps of an epoch of a task of another kind than sft; of grpo, only whole steps are made.
 
     Raises:
-        ConfigError: the prompts of grpo do not make one step.
+        ConfigError: the prompts of grpo do not make one step, or the answers to a prompt do not divide a step's.
     """
     if task.kind != "grpo":
         return math.ceil(len(task.train) / batch_size)
-    prompts = max(1, batch_size // generations(task.options))
+    answers = generations(task.options)
+    if batch_size % answers:
+        raise ConfigError(
+            f"task {task.name!r}: options.num_generations: {answers} answers to each prompt do not divide the "
+            f"{batch_size} of a step (training.batch_size); {-(-batch_size // answers) * answers} would do"
+        )
+    prompts = batch_size // answers
     if len(task.train) < prompts:
         raise ConfigError(
             f"task {task.name!r}: {len(task.train)} train rows are fewer than the {prompts} prompts of a step "
-            f"(training.batch_size={batch_size} answers, {generations(task.options)} to each prompt); a smaller batch, "
+            f"(training.batch_size={batch_size} answers, {answers} to each prompt); a smaller batch, "
             "or a higher options.num_generations, would do"
         )
     return len(task.train) // prompts

@@ -79,11 +79,12 @@ def check_options(task: str, kind: Kind, options: Mapping[str, Any]) -> None:
     """Check that the options of a task are fields of its kind's configuration that a run leaves to the user.
 
     Raises:
-        ConfigError: one is not, or TRL is not installed.
+        ConfigError: one is not, it is no number where one is needed, or TRL is not installed.
     """
     shared = {field.name for field in dataclasses.fields(TrainingArguments)}
-    known = {field.name for field in dataclasses.fields(config_class(kind)) if field.init} - shared - OWN[kind].keys()
-    for key in options:
+    fields = {field.name: field for field in dataclasses.fields(config_class(kind)) if field.init}
+    known = fields.keys() - shared - OWN[kind].keys()
+    for key, value in options.items():
         where = f"task {task!r}: options.{key}"
         if key in OWN[kind]:
             raise ConfigError(f"{where}: cannot be given: {OWN[kind][key]}")
@@ -91,6 +92,8 @@ def check_options(task: str, kind: Kind, options: Mapping[str, Any]) -> None:
             raise ConfigError(f"{where}: belongs to training, for all stages alike (training, training.arguments)")
         if key not in known:
             raise ConfigError(f"{where}: TRL's {NAMES[kind]}Config has no such field{did_you_mean(key, known)}")
+        if type(default := fields[key].default) in (int, float) and type(value) not in (int, float):
+            raise ConfigError(f"{where}: must be a number, such as {default}, not {value!r:.40}")
 
 
 def check_mismatched(task: str, args: Any) -> None:
