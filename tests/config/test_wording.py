@@ -10,7 +10,7 @@ from holdfast.config.evaluation import GeneralConfig
 from holdfast.config.reading import load, read_yaml
 from holdfast.config.run import RunConfig, load_config
 from holdfast.config.section import Section, section_of
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, did_you_mean
 from holdfast.methods import build
 
 SMALLEST = {"model": "m", "stream": "trace", "output": "o"}
@@ -45,6 +45,15 @@ REFUSED = {
     "more, such as 5%, not -2%",
     "gate.min_average=101%": "gate.min_average: a share of a score must be from 0% to 100%, not 101%",
 }
+
+
+def test_a_list_with_too_few_entries():
+    with pytest.raises(ConfigError, match=r"alpha: must have at least 2 entries, not \[0\.5\]"):
+        build([("wise_ft", {"alpha": [0.5]})])
+
+
+def test_a_name_in_other_letters_is_suggested():
+    assert did_you_mean("OSF", ["clora", "osf", "lines"]) == "; did you mean 'osf'?"
 
 
 @pytest.mark.parametrize("override", REFUSED)

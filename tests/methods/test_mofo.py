@@ -97,7 +97,7 @@ def test_a_run_refuses_it_before_anything_is_measured(tmp_path):
     config = tiny_config(tmp_path, method="mofo")
     check_training(prepare(resolve(load_config(config))))
     config["training"] |= {"optimizer": "sgd"}
-    with pytest.raises(ConfigError, match=r"training\.optimizer: it keeps no moving average of the gradients"):
+    with pytest.raises(ConfigError, match=r"^training\.optimizer: it keeps no moving average of the gradients"):
         check_training(prepare(resolve(load_config(config))))
     config["training"] |= {"arguments": {"optim_args": "momentum=0.9"}}
     check_training(prepare(resolve(load_config(config))))

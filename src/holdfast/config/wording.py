@@ -131,6 +131,9 @@ def _line(cls: type[BaseModel], fault: _Fault) -> str:
             return f"{key + ': ' if key else ''}{error['ctx']['error']}"
         case "model_type" | "model_attributes_type":
             return _refusal(fault, f"must be {_section_in_words(fault.section)}")
+        case "too_short" if isinstance(error["input"], list):
+            least = error["ctx"]["min_length"]
+            return _refusal(fault, f"must have at least {least} {'entry' if least == 1 else 'entries'}")
     if _is_of_type(fault):
         said = _WANTED.get(error["type"]) or error["ctx"]["expected"]
         return _refusal(fault, f"must be {said}")

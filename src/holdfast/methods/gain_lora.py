@@ -74,6 +74,10 @@ class GainLoRA(InfLoRA):
     options: Options
 
     @property
+    def needs_token_batches(self) -> bool:
+        return True
+
+    @property
     def needs_rows_apart(self) -> bool:
         return True
 
@@ -83,14 +87,6 @@ class GainLoRA(InfLoRA):
         self.gate_spaces: dict[str, InputSpace] = {}  # M_l, by the names of LAYERS
         self.start: GateWeights = {}  # the new gate as its stage began
         self.gating = Gating()
-
-    @property
-    def needs_token_batches(self) -> bool:
-        return True
-
-    @property
-    def needs_rows_apart(self) -> bool:
-        return True
 
     def before_stage(self, stage: Stage) -> None:
         model = stage.model

@@ -42,6 +42,8 @@ def check_settings(arguments: TrainingArguments, steps: int, needs_momentum: boo
             prefetch_factor=arguments.dataloader_prefetch_factor,
             persistent_workers=arguments.dataloader_persistent_workers,
         )
+    except ConfigError:
+        raise
     except (ImportError, ValueError, TypeError, RuntimeError, AssertionError) as error:
         what = {"optimizer": arguments.optim, "schedule": arguments.lr_scheduler_type, "arguments": ""}[key]
         name = f" {getattr(what, 'value', what)!r}" if what else ""

@@ -23,9 +23,7 @@ from holdfast.tuners.prompt_keys import before_answer
 LAYERS = ("first", "second", "last")
 """A gate's weights: G_1 [hidden, embedding], G_2 [embedding, hidden] and G_3 [1, embedding]."""
 
-RECOMPUTED = (
-    "a branch that is computed again in the backward pass would have the coefficients of another micro-batch"
-)
+RECOMPUTED = "a branch that is computed again in the backward pass would have the coefficients of another micro-batch"
 """Why gates cannot work with gradient checkpointing."""
 
 GateWeights = dict[str, Tensor]
