@@ -54,6 +54,18 @@ def test_directions_are_orthonormal_of_the_right_number_and_of_each_layer_its_ow
     assert len(of_one_shape) > 3 and not any(torch.equal(of_one_shape[0], p) for p in of_one_shape[1:])
 
 
+def test_a_factor_that_is_not_trained_has_no_term():
+    model, method = lora_model(), CLoRA()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_B" in name)
+    stage = tiny_stage(model, [])
+    method.before_stage(stage)
+    shake(model, seed=1)
+    [value] = method.after_backward(Step(stage, 0, 4, 1, logged=True), gradients(model)).values()
+    expected = sum((method.fixed[key].T @ w).square().sum() / 2 for key, w in factors(model).items() if "lora_B" in key)
+    assert value == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_they_are_those_of_the_runs_first_seed_in_every_stage_and_process():
     model, method, stage = begun()
     first = dict(method.fixed)

@@ -61,6 +61,13 @@ def test_a_gate_that_is_orthogonal_is_closed_and_its_gradient_is_that_of_differe
         assert p.grad[0, 1].item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-8)
 
 
+def test_autocast_does_not_change_a_coefficient():
+    weights, pooled = gate(), torch.randn(3, 16)
+    expected = coefficients(weights, pooled)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(coefficients(weights, pooled), expected)
+
+
 def trained_by_hand(stages, rows, **options):
     """Stages whose branches and gates move at random, as far as the method lets them."""
     model, method = lora_model(), GainLoRA(gate_width=8, **options)

@@ -67,6 +67,14 @@ def test_inputs_that_are_held_already_add_nothing():
     assert space.grown(torch.zeros(8, 8).double(), 1.0).free_directions == 5
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_space_on_a_gpu_grows():
+    first = InputSpace.empty(10).grown(covariance(inputs(10, 2, seed=0)), 1.0)
+    second = covariance(inputs(10, 2, seed=1))
+    grown = InputSpace(first.basis.cuda(), first.is_free).grown(second.cuda(), 1.0)
+    torch.testing.assert_close(projector(grown.basis), projector(first.grown(second, 1.0).basis), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("old_rank", [0, 3, 7])
 def test_a_holds_the_strongest_right_singular_vectors_of_the_projected_inputs(old_rank):
     width, rank = 10, 2

@@ -145,7 +145,12 @@ def test_the_first_model_writes_and_the_newest_answers(monkeypatch):
     for row in found:
         prompt, answer = last_answer(row)
         assert form.input(row) in known and answer == greedy(model, prompt, 31) and answer[-1] == 2
+        assert len(answer) <= method.longest
     assert method.declares(stage) == ("ssr",)
+
+
+def test_the_newest_model_answers_before_a_group_of_cia_takes_its_place():
+    assert [method.name for method in build([("cia", {"grouping": 0.5}), ("ssr", {})])] == ["ssr", "cia"]
 
 
 def test_its_state_is_read_back(tmp_path):
@@ -170,8 +175,9 @@ def test_what_cannot_work_is_refused_with_the_reason_before_training(tmp_path):
         trained(tmp_path, rows=talks, method=SSR(), processing_class=tokenizer)
     with pytest.raises(ConfigError, match="needs processing_class, the tokenizer"):
         trained(tmp_path, rows=rows_of(tokenizer)[1], method=SSR())
-    with pytest.raises(ConfigError, match="exchanges what is trained"):
-        build([("ssr", {}), ("o_lora", {})])
+    for other in ("o_lora", "gain_lora"):
+        with pytest.raises(ConfigError, match="exchanges what is trained"):
+            build([("ssr", {}), (other, {})])
     config = tiny_config(tmp_path, method="ssr", data={"supervise": "all"})
     with pytest.raises(DataError, match=r"train.json: row 1: has no prompt before its answer: .*supervise"):
         prepare(resolve(load_config(config)))

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
-from holdfast import load_config, run
+from holdfast import load_config, methods, run
 from holdfast.api.task import Example, Turn
 from holdfast.config.model import ModelConfig
 from holdfast.config.section import Named
@@ -120,6 +120,14 @@ def test_what_stacked_experts_cannot_take_is_refused(name):
     assert not any(
         "experts" in key for key, p in attention.prepare(family_model(name)).named_parameters() if p.requires_grad
     )
+
+
+@pytest.mark.parametrize("name", ["gain_lora", "inflora", "n_lora", "o_lora", "seq_lora_merge"])
+def test_methods_that_lay_adapters_together_refuse_stacked_experts(name):
+    stage = tiny_stage(build(Named(name="lora")).prepare(family_model("mixtral")), tiny_rows(4))
+    [method] = methods.build([(name, {})])
+    with pytest.raises(ConfigError, match=f"method '{name}': needs adapters of linear layers, not of stacked experts"):
+        method.before_stage(stage)
 
 
 @experts

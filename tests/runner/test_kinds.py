@@ -261,6 +261,27 @@ def test_the_reference_is_the_start_of_the_stage(tuner, tmp_path, monkeypatch):
             assert torch.equal(tensor, saved[name.replace(".ref.", ".")]), name
 
 
+def test_the_reference_has_no_dropout_where_the_training_has(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(kind, model, *args, **options):
+        training = model.training
+        model.eval()
+        expected = [logprob(model, row["prompt"], row["chosen"])[0] for row in pair_rows()]
+        model.train()
+        trainer = make_trainer(kind, model, *args, **options)
+        seen.append((trainer.train_dataset["ref_chosen_logps"], expected, model.training))
+        model.train(training)
+        return trainer
+
+    monkeypatch.setattr(stages, "make_trainer", watched)
+    config = stream_of(tmp_path, "dpo", tuner={"name": "lora", "r": 2, "lora_dropout": 0.5})
+    config["stream"]["tasks"][1]["options"]["disable_dropout"] = False
+    done(config)
+    [(found, expected, training)] = seen
+    assert list(found) == pytest.approx(expected, abs=1e-4) and training
+
+
 def test_each_process_writes_answers_of_its_own(tmp_path, monkeypatch):
     """The answers to one prompt may be divided among processes, where the same numbers would write them twice."""
     drawn = {}

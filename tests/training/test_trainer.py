@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,11 @@ from transformers import Trainer
 
 from holdfast.api.method import Method
 from holdfast.api.stage import Extra
+from holdfast.data.collate import Collator
 from holdfast.engines.process import Process
 from holdfast.errors import ConfigError, MethodError, NonFiniteLossError
 from holdfast.methods.replay import Replay
+from holdfast.training.extra_rows import ExtraRows
 from holdfast.training.terms import Terms
 from holdfast.training.trainer import continual
 from support.tiny import tiny_model, tiny_rows
@@ -117,6 +120,15 @@ def test_replace_keeps_the_size_of_a_step_and_counts_the_tokens_that_are_there(t
         assert (sum(len(ids) for ids, _, _ in batches), replaced) == (8, 2)
         supervised = sum(int((labels[:, 1:] != -100).sum()) for _, labels, _ in batches)
         assert all(int(items) == supervised for _, _, items in batches)
+
+
+def test_rows_that_replace_others_lie_where_these_do():
+    """On a device that is not the one on which rows are collated."""
+    batch = {key: t.to("meta") for key, t in Collator(0)(tiny_rows(4)).items()}
+    extra_rows = ExtraRows(tiny_model(), Collator(0), Process.this(), 0)
+    for count in (1, 4):
+        [found] = extra_rows._replace([batch], [4], Extra(tiny_rows(count, seed=1), "replace"), random.Random(0))
+        assert len(found["labels"]) == 4 and {t.device.type for t in found.values()} == {"meta"}
 
 
 class Penalty(Method):

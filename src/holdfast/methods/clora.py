@@ -13,6 +13,7 @@ from holdfast.api.method import Method, State
 from holdfast.api.stage import Stage, Step
 from holdfast.config.section import Section
 from holdfast.engines.shards import Shards
+from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
 from holdfast.system.shapes import of_shape
 from holdfast.tuners.lora_factors import TRAINED, Factors, factors
@@ -50,8 +51,10 @@ class CLoRA(Method):
 
     def before_stage(self, stage: Stage) -> None:
         self.seed = stage.seed if self.seed is None else self.seed
-        self.fixed = {}
+        self.fixed, trained = {}, weights(stage.model).tensors
         for key, w in factors(stage.model).items():
+            if f"{key}.{TRAINED}.weight" not in trained:
+                continue
             width = w.shape[1] if key.endswith("lora_A") else len(w)
             count = self.options.directions or max(1, width // 2)
             if count > width:
@@ -59,10 +62,11 @@ class CLoRA(Method):
                     f"method {self.name}: directions is {count}, but {key} has {width} dimensions: at most {width}; "
                     "leave it out for half of each layer's"
                 )
-            self.fixed[key] = random_directions(width, count, Random(f"{self.seed}/{self.name}/{key}")).to(w)
+            chance = Random(f"{self.seed}/{self.name}/{key}")
+            self.fixed[key] = random_directions(width, count, chance, w.device).to(w)
         if not self.fixed:
             raise ConfigError(
-                f"method {self.name}: needs LoRA adapters, and the model has no lora_A and lora_B of an adapter "
+                f"method {self.name}: needs LoRA adapters, and the model has no trained lora_A or lora_B of an adapter "
                 f"{TRAINED!r}; wrap it with peft.get_peft_model(model, LoraConfig(...)), or set tuner: lora"
             )
 
@@ -79,8 +83,9 @@ class CLoRA(Method):
     def penalty(self, model: nn.Module, gradients: Shards) -> Tensor:
         """Add the penalty's gradient; return its value, a scalar."""
         total: Any = 0.0
-        for key, w in factors(model).items():
-            p = self.fixed[key]
+        now = factors(model)
+        for key, p in self.fixed.items():
+            w = now[key]
             if key.endswith("lora_A"):
                 part = w @ p  # [r, k]
                 slope = part @ p.T
@@ -101,8 +106,8 @@ class CLoRA(Method):
         self.seed = of_shape(int | None, state["seed"], "seed")
 
 
-def random_directions(width: int, count: int, chance: Random) -> Tensor:
+def random_directions(width: int, count: int, chance: Random, device: torch.device) -> Tensor:
     """Random orthonormal columns, uniformly distributed, float32 [width, count]."""
     generator = torch.Generator().manual_seed(chance.getrandbits(63))
-    q, r = torch.linalg.qr(torch.randn(width, count, generator=generator))
+    q, r = torch.linalg.qr(torch.randn(width, count, generator=generator).to(device))
     return q * r.diagonal().sign()

@@ -48,12 +48,7 @@ class InfLoRA(StackedLoRA):
         return True
 
     def before_stage(self, stage: Stage) -> None:
-        config = plain_lora(stage.model, self.name)
-        if config.target_parameters:
-            raise ConfigError(
-                f"method {self.name}: needs adapters of linear layers, not of stacked experts; leave target_parameters "
-                "out, and name the layers to adapt in the tuner's target_modules"
-            )
+        plain_lora(stage.model, self.name)
         self._check(stage)
         designed = self._designed(stage)
         super().before_stage(stage)

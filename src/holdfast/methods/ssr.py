@@ -48,6 +48,7 @@ class SSR(Method):
     """
 
     name = "ssr"
+    turn = -4  # the newest model answers: before cia puts another group's weights into it
     reads_outputs = False
     causal_only = "its rows are written as one text, prompt and answer"
     not_with = dict.fromkeys(
@@ -167,7 +168,8 @@ class SSR(Method):
                 on_batch=lambda done, of: stage.check_stop(),
             )
             pairs = zip(prompts, answers, strict=True)
-            found = [form.row(prompt, answer) for prompt, answer in pairs if len(answer) <= self.longest]
+            ends = len(form.end)
+            found = [form.row(prompt, answer) for prompt, answer in pairs if len(answer) + ends <= self.longest]
             rows = [row for row in found if count_supervised(row)]
         log = logger.info if len(rows) == options.samples else logger.warning
         log("ssr: %d new rows of the task of stage %d (%d asked for)", len(rows), task, options.samples)

@@ -164,7 +164,8 @@ class ExtraRows:
             new = [chosen[b, process.rank, r] for r in range(size) if (b, process.rank, r) in chosen]
             parts = [{key: value[stay] for key, value in batch.items()}] if stay else []
             if new:
-                parts.append(collate_tokens(self.pad, new))
+                device = batch["input_ids"].device
+                parts.append({key: value.to(device) for key, value in collate_tokens(self.pad, new).items()})
             result.append(concat(parts[0], parts[1], self.pad.pad_token_id) if len(parts) == 2 else parts[0])
         return result
 

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from holdfast.api.task import Kind
 from holdfast.engines.pieces import is_divided
 from holdfast.errors import ConfigError, did_you_mean
+from holdfast.models.generation import evaluating
 from holdfast.models.head import base
 from holdfast.training.frozen_adapters import REFERENCE
 from holdfast.training.trainer import continual
@@ -137,10 +138,13 @@ def trainer_class(kind: Kind) -> Any:
             """A run writes no card into its checkpoints."""
 
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            """Add the likelihoods of the model as it is; TRL keeps them in a file that one process alone would see."""
+            """Add the likelihoods of the model as it is, without dropout.
+
+            TRL keeps them in a file that one process alone would see.
+            """
             loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
             found: list[list[Tensor]] = []
-            with _gathered_as_it_lies(self):
+            with evaluating(self.model), _gathered_as_it_lies(self):
                 for batch in self.accelerator.prepare_data_loader(loader):
                     values = [v for v in self.compute_ref_log_probs(self.ref_model, batch) if v is not None]
                     found.append([v.cpu() for v in self.accelerator.gather_for_metrics(values)])

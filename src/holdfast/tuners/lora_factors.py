@@ -32,7 +32,8 @@ def plain_lora(model: nn.Module, method: str) -> LoraConfig:
     """The configuration of a model's one adapter.
 
     Raises:
-        ConfigError: the model has no adapter or several, or something else than LoRA's factors is trained.
+        ConfigError: the model has no adapter or several, something else than LoRA's factors is trained, or stacked
+            experts are adapted.
     """
     from peft import PeftModel, PeftType
 
@@ -44,6 +45,11 @@ def plain_lora(model: nn.Module, method: str) -> LoraConfig:
             f"peft.get_peft_model(model, peft.LoraConfig(...)) makes it; the adapters of this model: {adapters}"
         )
     config: Any = configs[TRAINED]
+    if config.target_parameters:  # whose factors hold those of all experts, rank by rank
+        raise ConfigError(
+            f"method {method!r}: needs adapters of linear layers, not of stacked experts; leave target_parameters out, "
+            "and name the layers to adapt in the tuner's target_modules"
+        )
     layers = factors(model)
     suffix = f".{TRAINED}.weight"
     for name, p in model.named_parameters():

@@ -42,14 +42,17 @@ def features(gate: Mapping[str, Tensor], pooled: Tensor) -> dict[str, Tensor]:
     Returns:
         by the layer's name, [rows, its inputs].
     """
-    hidden = F.silu(pooled @ gate["first"].T)
-    return {"first": pooled, "second": hidden, "last": F.silu(hidden @ gate["second"].T)}
+    with torch.autocast(pooled.device.type, enabled=False):
+        hidden = F.silu(pooled @ gate["first"].T.to(pooled.dtype))
+        return {"first": pooled, "second": hidden, "last": F.silu(hidden @ gate["second"].T.to(pooled.dtype))}
 
 
 def coefficients(gate: Mapping[str, Tensor], pooled: Tensor) -> Tensor:
     """a = |2 sigmoid(4 cos(G_3, p_2)) - 1|, between 0 and 1, and 0 where p_2 is orthogonal to G_3: [rows, 1]."""
-    cosine = F.normalize(features(gate, pooled)["last"], dim=-1) @ F.normalize(gate["last"], dim=-1).T
-    return (2 * torch.sigmoid(SHARPNESS * cosine) - 1).abs()
+    keys = features(gate, pooled)["last"]
+    with torch.autocast(pooled.device.type, enabled=False):  # so that they are those of test time
+        cosine = F.normalize(keys, dim=-1) @ F.normalize(gate["last"].to(keys.dtype), dim=-1).T
+        return (2 * torch.sigmoid(SHARPNESS * cosine) - 1).abs()
 
 
 class Gate(nn.Module):

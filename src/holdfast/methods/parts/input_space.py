@@ -82,6 +82,9 @@ class InputSpace:
 
         Args:
             covariance: mean of x x^T over inputs x, float64 [in, in].
+
+        Returns:
+            a space whose basis lies on the CPU, wherever this one's and the covariance do.
         """
         energies, directions = self._sorted_free(covariance)
         total = covariance.trace()
@@ -90,7 +93,7 @@ class InputSpace:
         spanned = self.basis.shape[0] - self.free_directions + count
         if self.is_free or spanned > self.basis.shape[0] / 2:
             return InputSpace(directions[:, count:].float().cpu(), True)
-        return InputSpace(torch.cat([self.basis, directions[:, :count].float().cpu()], dim=1), False)
+        return InputSpace(torch.cat([self.basis.cpu(), directions[:, :count].float().cpu()], dim=1), False)
 
     def _sorted_free(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squared inputs along orthogonal directions of the complement, descending, [free], and these [in, free].
