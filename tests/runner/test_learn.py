@@ -323,7 +323,7 @@ def test_another_model_is_refused_and_one_that_moved_is_not(copy: Path, place: P
         ({"model": "model", "overrides": ["task=text"]}, "task: must be a section .*, not 'text'"),
         ({"model": "model", "overrides": ["task.path=x"]}, "task.path: is not for learn: DATA says it"),
         ({"model": "model", "overrides": ["task.name=x"]}, "task.name: is not for learn: --name says it"),
-        ({"model": "model", "overrides": ["task.labels=[]"]}, "task: labels: list should have at least 1 item"),
+        ({"model": "model", "overrides": ["task.labels=[]"]}, "task: labels: must have at least 1 entry"),
     ],
 )
 def test_what_cannot_be_used_is_told_before_anything_is_written(place, tmp_path, options: dict[str, Any], said: str):
