@@ -15,14 +15,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from steps import Clock, arguments, busy_time, wall_time
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from holdfast import ContinualTrainer
 from holdfast.api.method import Method
@@ -55,25 +55,7 @@ def specs(corpus: str, lora: bool) -> dict[str, tuple[Any, float]]:
     }
 
 
-class Clock(TrainerCallback):
-    """Seconds of every optimizer step but the first, which warms up."""
-
-    now: ClassVar[Callable[[], float]] = time.perf_counter
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._last: float | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = type(self).now()
-        if self._last is not None:
-            self.seconds.append(now - self._last)
-        self._last = now
-
-
-def make(name: str, method: Any, folder: Path, steps: int, lora: bool) -> tuple[Any, Clock]:
+def make(name: str, method: Any, folder: Path, steps: int, lora: bool, now: Callable[[], float]) -> tuple[Any, Clock]:
     """A trainer that has a past: its methods saw a stage before."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -90,17 +72,8 @@ def make(name: str, method: Any, folder: Path, steps: int, lora: bool) -> tuple[
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     tokens = torch.randint(3, VOCAB, (BATCH * (steps + 1), SEQ)).tolist()
     rows = [{"input_ids": ids, "labels": ids} for ids in tokens]
-    clock = Clock()
-    args = TrainingArguments(
-        output_dir=str(folder / name.replace(" ", "-")),
-        per_device_train_batch_size=BATCH,
-        max_steps=steps + 1,
-        save_strategy="no",
-        logging_steps=100,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+    clock = Clock(now)
+    args = arguments(folder / name.replace(" ", "-"), BATCH, steps)
     shared = {"model": model, "args": args, "train_dataset": rows, "data_collator": Collator(0), "callbacks": [clock]}
     if name == "plain":
         return Trainer(**shared), clock
@@ -130,8 +103,8 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="CPU seconds of one thread, for a machine with other work")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    now = busy_time if options.busy else wall_time
     if options.busy:
-        Clock.now = time.process_time
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -142,7 +115,7 @@ def main() -> None:
         if options.methods:
             chosen = {k: v for k, v in chosen.items() if k == "plain" or k in options.methods}
         if options.one:
-            make(options.one, chosen[options.one][0], folder, 2, options.lora)[0].train()
+            make(options.one, chosen[options.one][0], folder, 2, options.lora, now)[0].train()
             print(peak_kib())
             return
         seconds: dict[str, list[float]] = {name: [] for name in chosen}
@@ -150,7 +123,7 @@ def main() -> None:
         for _ in range(options.rounds):
             turn = {}
             for method, (spec, _) in chosen.items():
-                trainer, clock = make(method, spec, folder, options.steps, options.lora)
+                trainer, clock = make(method, spec, folder, options.steps, options.lora, now)
                 trainer.train()
                 turn[method] = statistics.median(clock.seconds)
             for method, value in turn.items():

@@ -18,13 +18,13 @@ import gc
 import re
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from steps import Clock, arguments
+from transformers import AutoModelForCausalLM, Trainer
 
 from holdfast import ContinualTrainer
 from holdfast.data.collate import Collator
@@ -37,20 +37,6 @@ METHODS: dict[str, Any] = {
     "lwf": "lwf",
     "der": {"name": "der", "ratio": 0.5},
 }
-
-
-class Clock(TrainerCallback):
-    """Seconds of every optimizer step but the first, which warms up."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._last: float | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.process_time()
-        if self._last is not None:
-            self.seconds.append(now - self._last)
-        self._last = now
 
 
 def resident(key: str) -> int:
@@ -68,17 +54,7 @@ def set_dropout(model: Any, p: float) -> None:
 def turn(model: Any, side: str, method: Any, rows: list[Any], steps: int, folder: str) -> tuple[float, int]:
     """Train a few steps: median seconds of one, and peak memory beyond that before, bytes."""
     clock = Clock()
-    args = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=ROWS,
-        max_steps=steps + 1,
-        save_strategy="no",
-        logging_steps=100,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        use_cpu=True,
-    )
+    args = arguments(folder, ROWS, steps, use_cpu=True)
     shared = {"model": model, "args": args, "train_dataset": rows, "data_collator": Collator(0), "callbacks": [clock]}
     trainer: Any = Trainer(**shared) if side == "plain" else ContinualTrainer(**shared, method=method)
     if side != "plain" and method != "sequential":  # it has a past

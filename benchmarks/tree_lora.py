@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from steps import Clock, arguments, busy_time
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdfast import ContinualTrainer
 from holdfast.api.stage import Stage, Step
@@ -28,28 +28,6 @@ from holdfast.methods.tree_lora import TreeLoRA
 VOCAB, HIDDEN, LAYERS, SEQ, BATCH = 8192, 256, 6, 256, 8
 
 
-def now() -> float:
-    """Seconds on the device's clock."""
-    if not torch.cuda.is_available():
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class Clock(TrainerCallback):
-    """Seconds of every optimizer step but the first, which warms up."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._last: float | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        at = now()
-        if self._last is not None:
-            self.seconds.append(at - self._last)
-        self._last = at
-
-
 class TimedTreeLoRA(TreeLoRA):
     """tree_lora that knows how long its hook took in each step."""
 
@@ -58,9 +36,9 @@ class TimedTreeLoRA(TreeLoRA):
         self.seconds: list[float] = []
 
     def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
-        started = now()
+        started = busy_time()
         values = super().after_backward(step, gradients)
-        self.seconds.append(now() - started)
+        self.seconds.append(busy_time() - started)
         return values
 
 
@@ -80,16 +58,7 @@ def make(method: Any, folder: Path, steps: int, rank: int) -> tuple[Any, Clock]:
     model: Any = get_peft_model(LlamaForCausalLM(config), lora)
     tokens = torch.randint(3, VOCAB, (BATCH * (steps + 1), SEQ)).tolist()
     clock = Clock()
-    args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        max_steps=steps + 1,
-        save_strategy="no",
-        logging_steps=100,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+    args = arguments(folder, BATCH, steps)
     rows = [{"input_ids": ids, "labels": ids} for ids in tokens]
     trainer = ContinualTrainer(
         model=model, args=args, train_dataset=rows, data_collator=Collator(0), callbacks=[clock], method=method
