@@ -11,7 +11,7 @@ from holdfast.errors import ConfigError
 from holdfast.methods import build
 from holdfast.methods.clora import CLoRA
 from holdfast.tuners.lora_factors import factors
-from support.lora import lora_model, shake
+from support.lora import equals_penalty, lora_model, shake
 from support.tiny import tiny_model, tiny_stage
 from support.trained import trained
 
@@ -33,15 +33,7 @@ def test_value_and_gradient_are_those_of_a_plain_loop(directions):
         for row in w if key.endswith("lora_A") else w.T:
             for direction in method.fixed[key].T:
                 loss = loss + 0.7 / 2 * (row * direction).sum() ** 2
-    loss.backward()
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 2.0) if p.requires_grad else None
-    values = method.after_backward(Step(stage, 0, 4, 1, logged=True), gradients(model))
-    assert method.declares(stage) == tuple(values) == ("clora",)
-    assert values["clora"] == pytest.approx(loss.item(), rel=1e-4)
-    found = dict(model.named_parameters())
-    for key, w in new.items():
-        torch.testing.assert_close(found[f"{key}.default.weight"].grad, 2.0 + w.grad, rtol=1e-4, atol=1e-5)
+    equals_penalty(method, stage, new, loss)
 
 
 def test_directions_are_orthonormal_of_the_right_number_and_of_each_layer_its_own():

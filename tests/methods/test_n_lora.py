@@ -10,7 +10,7 @@ from holdfast.engines.vectors import gradients
 from holdfast.methods.n_lora import NLoRA
 from holdfast.methods.parts.stacked_lora import PAST
 from holdfast.tuners.lora_factors import factors
-from support.lora import lora_model, shake
+from support.lora import equals_penalty, lora_model, shake
 from support.tiny import tiny_stage
 from support.trained import trained
 
@@ -38,15 +38,7 @@ def test_value_and_gradient_are_those_of_a_plain_loop_over_all_entries(stages):
             for row in b:
                 for column in a.T:
                     loss = loss + 0.3 * (row * column).sum().abs()
-    loss.backward()
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 2.0) if p.requires_grad else None
-    values = method.after_backward(Step(stage, 0, 4, 1, logged=True), gradients(model))
-    assert method.declares(stage) == tuple(values) == ("n_lora",)
-    assert values["n_lora"] == pytest.approx(loss.item(), rel=1e-4)
-    found = dict(model.named_parameters())
-    for key, w in new.items():
-        torch.testing.assert_close(found[f"{key}.default.weight"].grad, 2.0 + w.grad, rtol=1e-4, atol=1e-4)
+    equals_penalty(method, stage, new, loss, atol=1e-4)
 
 
 def test_a_new_adapter_begins_without_a_gradient_of_its_own():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import signal
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from holdfast.api.stage import Step
+from holdfast.engines.vectors import gradients
 from holdfast.runner.loop import run
 from holdfast.system.progress import Progress
 from holdfast.tuners.lora_factors import factors
@@ -74,3 +77,20 @@ def killed_in_stage_2_equals_unbroken(folder, method):
 
 def saved_ranks(directory):
     return [json.loads(p.read_text())["r"] for p in sorted(directory.glob("stages/*/adapter/adapter_config.json"))]
+
+
+def equals_penalty(method, stage, new, loss, atol=1e-5):
+    """A method's declared term and what it adds to gradients are a penalty's value and gradient.
+
+    Args:
+        new: leaves with gradient, the factors by name, of which ``loss`` is the penalty.
+    """
+    loss.backward()
+    for p in stage.model.parameters():
+        p.grad = torch.full_like(p, 2.0) if p.requires_grad else None
+    values = method.after_backward(Step(stage, 0, 4, 1, logged=True), gradients(stage.model))
+    assert method.declares(stage) == tuple(values) == (method.name,)
+    assert values[method.name] == pytest.approx(loss.item(), rel=1e-4)
+    found = dict(stage.model.named_parameters())
+    for key, w in new.items():
+        torch.testing.assert_close(found[f"{key}.default.weight"].grad, 2.0 + w.grad, rtol=1e-4, atol=atol)

@@ -9,17 +9,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.api.method import Method, State
-from holdfast.api.stage import Stage, Step
-from holdfast.config.section import Section
+from holdfast.api.method import State
+from holdfast.api.stage import Stage
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
+from holdfast.methods.parts.factor_penalty import FactorPenalty
 from holdfast.system.shapes import of_shape
 from holdfast.tuners.lora_factors import TRAINED, Factors, factors
 
 
-class CLoRA(Method):
+class CLoRA(FactorPenalty):
     """Controlled LoRA (Lu et al., 2024, arXiv 2410.16801): a subspace regularisation of the factors.
 
     L = L_task + strength * sum over layers of (|A P_A|_F^2 + |P_B^T B|_F^2) / 2
@@ -36,7 +36,7 @@ class CLoRA(Method):
         ("inflora", "gain_lora"), "it sets A by the task's inputs and keeps it, and clora would change it"
     )
 
-    class Options(Section):
+    class Options(FactorPenalty.Options):
         strength: float = Field(1.0, ge=0, description="lambda, the weight of the penalty, which has a factor 1/2")
         directions: int | None = Field(
             None, ge=1, description="k, columns of P_A and P_B; absent: half of a layer's inputs and of its outputs"
@@ -69,15 +69,6 @@ class CLoRA(Method):
                 f"method {self.name}: needs LoRA adapters, and the model has no trained lora_A or lora_B of an adapter "
                 f"{TRAINED!r}; wrap it with peft.get_peft_model(model, LoraConfig(...)), or set tuner: lora"
             )
-
-    def declares(self, stage: Stage) -> tuple[str, ...]:
-        return (self.name,) if self.options.strength else ()
-
-    def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
-        if not self.options.strength:
-            return {}
-        value = self.penalty(step.stage.model, gradients)
-        return {self.name: float(value)} if step.logged else {}
 
     @torch.no_grad()
     def penalty(self, model: nn.Module, gradients: Shards) -> Tensor:

@@ -6,14 +6,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.api.stage import Stage, Step
-from holdfast.config.section import Section
 from holdfast.engines.shards import Shards
+from holdfast.methods.parts.factor_penalty import FactorPenalty
 from holdfast.methods.parts.stacked_lora import EXCHANGES, NOT_WITH, StackedLoRA
 from holdfast.tuners.lora_factors import TRAINED, factors
 
 
-class NLoRA(StackedLoRA):
+class NLoRA(FactorPenalty, StackedLoRA):
     """Non-collision low-rank adaptation (Yang et al., 2024, arXiv 2410.10179): the new stage's update is sparse.
 
     L = L_task + strength * sum |B_t A_t|_1, over the entries of the update and the adapted layers
@@ -25,19 +24,10 @@ class NLoRA(StackedLoRA):
     name = "n_lora"
     not_with = {"o_lora": EXCHANGES, "inflora": EXCHANGES, "gain_lora": EXCHANGES} | NOT_WITH
 
-    class Options(Section):
+    class Options(FactorPenalty.Options):
         strength: float = Field(1e-4, ge=0, description="lambda, the weight of the update's absolute entries")
 
     options: Options
-
-    def declares(self, stage: Stage) -> tuple[str, ...]:
-        return (self.name,) if self.options.strength else ()
-
-    def after_backward(self, step: Step, gradients: Shards) -> dict[str, float]:
-        if not self.options.strength:
-            return {}
-        value = self.penalty(step.stage.model, gradients)
-        return {self.name: float(value)} if step.logged else {}
 
     @torch.no_grad()
     def penalty(self, model: nn.Module, gradients: Shards) -> Tensor:
