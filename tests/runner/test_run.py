@@ -10,10 +10,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast import __version__, load_config, run
+from holdfast.api.task import Task
 from holdfast.errors import RunDirectoryError
 from holdfast.metrics.summary import summarize
 from holdfast.runner import matrix as matrices
 from holdfast.runner.load import trained_weights
+from holdfast.scoring import find
 from holdfast.scoring.match import accuracy
 from holdfast.system.files import read_json, read_jsonl, write_jsonl
 from holdfast.system.progress import Progress
@@ -60,6 +62,16 @@ def test_what_it_returns_is_matrix_json_and_follows_from_the_responses(finished)
     assert len(matrix["general"]["perplexity/colours"]) == 4 and matrix["summary"]["general_change"] is None
     low, high = matrix["intervals"]["average"]
     assert low <= matrix["summary"]["average"] <= high
+
+
+def test_responses_that_were_written_again_are_read_again(finished, tmp_path):
+    file = tmp_path / "responses" / "red.jsonl"
+    file.parent.mkdir()
+    rows = read_jsonl(finished[1] / "stages" / "03-blue" / "responses" / "red.jsonl")
+    files, task, scorer = matrices.MeasuredFiles(), Task("red", "accuracy", [], []), find("accuracy")
+    for score in (1.0, 0.0):
+        write_jsonl(file, [row | {"score": score} for row in rows])
+        assert files.read(file, task, scorer).score == score
 
 
 def test_events_name_every_term_and_their_sum_is_the_loss(finished):
