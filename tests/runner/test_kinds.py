@@ -536,3 +536,24 @@ def test_answers_that_are_all_worth_the_same_stop_no_run(tmp_path, caplog):
     config = stream_of(tmp_path, "grpo", tuner="full", method="si")  # no answer of this model is right
     assert [row[1] for row in done(config)["scores"]] == [0, 0, 0]
     assert "stage 2 (grpo): the loss term 'si' was exactly zero in all 4 steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("dpo", {"loss_type": "sigmiod"}, r"options\.loss_type: TRL's DPOTrainer has no 'sigmiod': .*'sigmoid'"),
+        ("kto", {"loss_type": "kot"}, r"options\.loss_type: TRL's KTOTrainer has no 'kot'"),
+        ("grpo", {"loss_type": "gpro"}, r"options\.loss_type: TRL's GRPOTrainer has no 'gpro'"),
+        (
+            "dpo",
+            {"f_divergence_type": "js_divergence", "loss_type": "apo_zero"},
+            "options: TRL's DPOTrainer does not take",
+        ),
+    ],
+)
+def test_what_trl_alone_knows_to_be_wrong_is_told_by_its_key(kind, options, said, tmp_path):
+    config = stream_of(tmp_path, kind)
+    [task] = config["stream"]["tasks"] = config["stream"]["tasks"][1:]
+    task["options"] |= options
+    with pytest.raises(ConfigError, match=said):
+        done(config)

@@ -29,7 +29,7 @@ from holdfast.system.progress import Progress
 KINDS = {
     "dpo": "pairs of a chosen and a rejected answer; below, the chosen one, as methods see it",
     "kto": "answers that are good or bad; below, the first good one, as methods see it",
-    "grpo": "answers that the model writes are rewarded",
+    "grpo": "answers that the model writes are rewarded; an answer below is the row's own, which methods alone see",
 }
 """What is said of a task of another kind than sft."""
 

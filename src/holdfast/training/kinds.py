@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from holdfast.api.task import Kind
 from holdfast.engines.pieces import is_divided
-from holdfast.errors import ConfigError, did_you_mean
+from holdfast.errors import ConfigError, UserError, did_you_mean
 from holdfast.models.generation import evaluating
 from holdfast.models.head import base
 from holdfast.training.frozen_adapters import REFERENCE
@@ -134,6 +134,15 @@ def trainer_class(kind: Kind) -> Any:
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
+        def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super()._compute_loss(*args, **kwargs)
+            except (ValueError, UnboundLocalError) as error:  # the second is KTO's
+                if "loss type" in str(error).lower() or isinstance(error, UnboundLocalError):
+                    loss = ", ".join(repr(one) for one in _listed(self.args.loss_type))
+                    raise ConfigError(f"options.loss_type: TRL's {NAMES[kind]}Trainer has no {loss}: {error}") from None
+                raise
+
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """A run writes no card into its checkpoints."""
 
@@ -200,7 +209,12 @@ def make_trainer(
     if kind == "kto":
         rows = _with_mismatched(rows, args)
     with _without_bars(), _reference_as_it_is(kind):
-        trainer = trainer_class(kind)(train_dataset=Dataset.from_list(list(rows)), **given, **continual_arguments)
+        try:
+            trainer = trainer_class(kind)(train_dataset=Dataset.from_list(list(rows)), **given, **continual_arguments)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"options: TRL's {NAMES[kind]}Trainer does not take them: {error}") from None
     if kind == "grpo":
         trainer.prompt_tokens = prompt_tokens
         if trainer.ref_model is not None:  # TRL has read it from the model's folder
@@ -208,6 +222,10 @@ def make_trainer(
     else:
         trainer.ref_model = None  # its likelihoods are in the rows
     return trainer
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _view(model: nn.Module) -> nn.Module:
