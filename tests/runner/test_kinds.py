@@ -541,13 +541,17 @@ def test_answers_that_are_all_worth_the_same_stop_no_run(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("dpo", {"loss_type": "sigmiod"}, r"options\.loss_type: TRL's DPOTrainer has no 'sigmiod': .*'sigmoid'"),
+        (
+            "dpo",
+            {"loss_type": "sigmiod"},
+            r"task 'dpo': options\.loss_type: TRL's DPOTrainer has no 'sigmiod': .*'sigmoid'",
+        ),
         ("kto", {"loss_type": "kot"}, r"options\.loss_type: TRL's KTOTrainer has no 'kot'"),
         ("grpo", {"loss_type": "gpro"}, r"options\.loss_type: TRL's GRPOTrainer has no 'gpro'"),
         (
             "dpo",
             {"f_divergence_type": "js_divergence", "loss_type": "apo_zero"},
-            "options: TRL's DPOTrainer does not take",
+            "task 'dpo': options: TRL's DPOTrainer does not take",
         ),
     ],
 )

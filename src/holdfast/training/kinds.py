@@ -140,7 +140,8 @@ def trainer_class(kind: Kind) -> Any:
             except (ValueError, UnboundLocalError) as error:  # the second is KTO's
                 if "loss type" in str(error).lower() or isinstance(error, UnboundLocalError):
                     loss = ", ".join(repr(one) for one in _listed(self.args.loss_type))
-                    raise ConfigError(f"options.loss_type: TRL's {NAMES[kind]}Trainer has no {loss}: {error}") from None
+                    where = f"task {self._holdfast.task_name!r}: options.loss_type"
+                    raise ConfigError(f"{where}: TRL's {NAMES[kind]}Trainer has no {loss}: {error}") from None
                 raise
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -214,7 +215,8 @@ def make_trainer(
         except UserError:
             raise
         except ValueError as error:
-            raise ConfigError(f"options: TRL's {NAMES[kind]}Trainer does not take them: {error}") from None
+            where = f"task {continual_arguments.get('task')!r}: options"
+            raise ConfigError(f"{where}: TRL's {NAMES[kind]}Trainer does not take them: {error}") from None
     if kind == "grpo":
         trainer.prompt_tokens = prompt_tokens
         if trainer.ref_model is not None:  # TRL has read it from the model's folder
