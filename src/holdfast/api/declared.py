@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from inspect import getdoc
@@ -73,12 +73,14 @@ class DeclaredClass:
         """Whether it inherits from a class of holdfast's."""
         return any((cls.source.module, cls.node.name) == (base.__module__, base.__name__) for cls in self.lineage())
 
-    def lineage(self) -> Iterator[DeclaredClass]:
-        """The class and those of holdfast that it inherits from, depth first."""
-        yield self
-        for base in self.node.bases:
-            cls = self.source.cls(base.id) if isinstance(base, ast.Name) else None
-            yield from cls.lineage() if cls is not None else ()
+    def lineage(self) -> list[DeclaredClass]:
+        """The class and those of holdfast that it inherits from, a base that several of them share after them all.
+
+        A method that inherits from two classes of one base is read so as Python reads it.
+        """
+        bases = [self.source.cls(base.id) for base in self.node.bases if isinstance(base, ast.Name)]
+        every = [self, *chain.from_iterable(cls.lineage() for cls in bases if cls is not None)]
+        return list(reversed(dict.fromkeys(reversed(every))))
 
     def page(self) -> Page:
         """What is shown of it.
@@ -92,7 +94,7 @@ class DeclaredClass:
             holders = (cls for cls in self.lineage() if isinstance(_assigned(cls.node, fact), ast.expr))
             if (holder := next(holders, None)) is not None:
                 facts[fact] = holder.source.literal(_assigned(holder.node, fact))
-        fields = _options(list(self.lineage()))
+        fields = _options(self.lineage())
         extra = fields.pop("model_config", ("", ""))[0] == "allow"
         return Page(self.name, doc, facts, [(key, *rest) for key, rest in fields.items()], extra)
 
@@ -246,7 +248,7 @@ def _fields_named(source: Source, name: ast.expr) -> Fields:
                 return _fields(section)
         case ast.Attribute(value=ast.Name(id=owner), attr="Options"):
             if (cls := source.cls(owner)) is not None:
-                return _options(list(cls.lineage()))
+                return _options(cls.lineage())
     raise Unreadable(ast.unparse(name))
 
 
