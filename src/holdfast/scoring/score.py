@@ -83,10 +83,10 @@ def beside_score(records: Sequence[Record], metric: str) -> float:
 
     Records of an older run, whose stream had other metrics beside its own, are scored now, from their responses.
     """
-    own = scorer(metric)
     scores = [record.get("beside", {}).get(metric) for record in records]
-    pairs = zip(records, scores, strict=True)
-    return task_score([{**r, "score": own.row(r) if score is None else score} for r, score in pairs], metric)
+    if None in scores:
+        scores = [new if old is None else old for old, new in zip(scores, scorer(metric).rows(records), strict=True)]
+    return task_score([{**record, "score": score} for record, score in zip(records, scores, strict=True)], metric)
 
 
 def scorer(metric: str) -> Scorer:
