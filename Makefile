@@ -10,7 +10,7 @@ LOWEST_TESTS := tests/whole/test_project.py tests/whole/test_bad_input.py tests/
 	tests/rehearsal/test_rehearsal.py tests/tuners/test_tuners.py tests/scoring/test_scorers.py \
 	tests/evaluation/test_evaluation.py tests/report/test_report.py
 
-.PHONY: demo real test test-all test-lowest wheel lint format clean
+.PHONY: demo real test test-all test-lowest wheel docs lint format clean
 
 demo: $(READY)
 	$(BIN)/holdfast demo
@@ -33,6 +33,11 @@ test-lowest: $(LOWEST)/.ready
 wheel:
 	PYTHON=$(PYTHON) .ci/wheel
 
+# The site, in build/docs/site. A dead link, a missing page and a page that no navigation names fail.
+docs: .venv/.docs
+	$(BIN)/python .ci/pages.py build/docs
+	$(BIN)/zensical build --strict --clean --config-file build/docs/zensical.yml
+
 lint: $(READY)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -51,10 +56,14 @@ $(READY): pyproject.toml constraints.txt
 		--no-build-isolation deepspeed
 	touch $@
 
+.venv/.docs: $(READY)
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --disable-pip-version-check --constraint constraints-lowest.txt --editable . pytest
 	touch $@
 
 clean:
-	rm -rf .venv $(LOWEST) dist runs
+	rm -rf .venv $(LOWEST) build dist runs
