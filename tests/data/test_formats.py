@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from holdfast.api.task import Turn
+from holdfast.data.conversation import Noticed
 from holdfast.data.files import read_rows
 from holdfast.data.formats import detect, to_examples
 from holdfast.errors import ConfigError, DataError
@@ -199,6 +200,37 @@ def test_an_empty_system_turn_says_nothing() -> None:
     assert [turn.role for turn in one({"messages": said}, "messages")] == ["user", "assistant"]
 
 
+@pytest.mark.parametrize(
+    ("right", "also"),
+    [
+        (None, ()),
+        ([], ()),
+        (["two", "2 ", "2", "two"], ("two", "2", "two")),  # its own is one of them, once
+        (["two"], ("two",)),
+    ],
+)
+def test_a_row_may_have_several_right_answers(right: Any, also: tuple[str, ...]) -> None:
+    row = {"prompt": "How many?", "answer": "2", "right_answers": right}
+    noticed = Noticed()
+    [example] = to_examples([row], "prompt_answer", file="a.json", noticed=noticed)
+    assert (example.answer, example.also_right) == ("2", also)
+    assert not noticed.unused
+
+
+def test_right_answers_are_those_to_the_last_question_of_a_conversation() -> None:
+    row = {
+        "conversations": [
+            {"from": "human", "value": "How many?"},
+            {"from": "gpt", "value": "2"},
+            {"from": "human", "value": "And what?"},
+            {"from": "gpt", "value": "dogs"},
+        ],
+        "right_answers": ["dogs", "puppies"],
+    }
+    first, last = to_examples([row], "sharegpt", file="a.json", each=True)
+    assert (first.also_right, last.also_right) == ((), ("puppies",))
+
+
 def test_text() -> None:
     [example] = to_examples([{"text": " as it is \n"}], "text", file="f")
     assert (example.text, example.turns) == (" as it is \n", ())
@@ -229,6 +261,16 @@ def messages(*said: tuple[Any, Any]) -> dict[str, Any]:
         ),
         ({"sentence": "s", "label": "-"}, "sentence_label", ["'-' is not one of the labels (positive, negative)"]),
         ({"instruction": "i", "input": 3, "output": "o"}, "alpaca", ["input: must be text, not a number"]),
+        (
+            {"prompt": "p", "answer": "a", "right_answers": "a"},
+            "prompt_answer",
+            ["right_answers: must be a list of all texts that are right, not text ('a')"],
+        ),
+        (
+            {"prompt": "p", "answer": "a", "right_answers": ["a", 3]},
+            "prompt_answer",
+            ["right_answers: number 2: must be text, not a number (3)"],
+        ),
         ({"text": "\n"}, "text", ["text: is empty"]),
         ({"messages": "hi"}, "messages", ["messages: must be a list of turns, not text"]),
         ({"messages": ["hi"]}, "messages", ["messages, turn 1: must be an object with role and content, not text"]),

@@ -40,12 +40,13 @@ OTHER_NAMES: tuple[tuple[Format, dict[str, str]], ...] = (
 OPTIONAL = {"context", "input"}
 
 _EARLIER = ("system", "system_prompt", "history")
+RIGHT = "right_answers"
 USED: dict[str, set[str]] = {
-    "messages": {"messages", "tools", "system", "system_prompt"},
-    "sharegpt": {"conversations", "tools", "system", "system_prompt"},
-    "prompt_answer": {"prompt", "answer", "tools", *_EARLIER},
-    "sentence_label": {"sentence", "label"},
-    "alpaca": {"instruction", "input", "output", "tools", *_EARLIER},
+    "messages": {"messages", "tools", "system", "system_prompt", RIGHT},
+    "sharegpt": {"conversations", "tools", "system", "system_prompt", RIGHT},
+    "prompt_answer": {"prompt", "answer", "tools", *_EARLIER, RIGHT},
+    "sentence_label": {"sentence", "label", RIGHT},
+    "alpaca": {"instruction", "input", "output", "tools", *_EARLIER, RIGHT},
     "text": {"text"},
 }
 """The columns that a format reads."""
@@ -167,8 +168,16 @@ def to_examples(
             chosen = list(enumerate(ends)) if each else [(None, end) for end in ends[-1:]]
             for _, end in chosen:
                 _check_label(turns[end - 1].said, labels)
+            also_right = _also_right(row, turns[ends[-1] - 1].said) if ends else ()
             examples += [
-                Example(file=str(file), row=index, turns=turns[:end], number=number, tools=tools)
+                Example(
+                    file=str(file),
+                    row=index,
+                    turns=turns[:end],
+                    number=number,
+                    also_right=also_right if end == ends[-1] else (),
+                    tools=tools,
+                )
                 for number, end in chosen
             ]
         except BadRowError as error:
@@ -271,6 +280,21 @@ def _earlier(row: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         before.append(Turn("user", said, (0, len(said))))
         before.append(Turn("assistant", text_field(pair, "answer", f"history, pair {number}").strip()))
     return (*before, *turns)
+
+
+def _also_right(row: dict[str, Any], answer: str) -> tuple[str, ...]:
+    """The row's right answers without its own, which is one of them; where it is not, it is right beside them."""
+    values = row.get(RIGHT)
+    if values is None:
+        return ()
+    if not isinstance(values, list):
+        found = f"{type_name(values)} ({values!r:.40})"
+        raise BadRowError(f"{RIGHT}: must be a list of all texts that are right, not {found}")
+    numbered = {f"number {number}": value for number, value in enumerate(values, 1)}
+    right = [text_field(numbered, number, RIGHT).strip() for number in numbered]
+    if answer in right:
+        right.remove(answer)
+    return tuple(right)
 
 
 def _refuse_meaning(row: Mapping[str, Any], format: str) -> None:
