@@ -38,6 +38,9 @@ class TaskOptions(Section):
         description="regular expression whose group 1 is what a prompt is about: what sari compares with, and what is "
         "cut where a row is too long",
     )
+    images: str | None = Field(
+        None, description="folder that the paths of pictures start from; where absent, that of the row's file"
+    )
     turns: Literal["last", "each"] = Field(
         "last", description="a test conversation is asked for its last answer, or for each after the true ones before"
     )
@@ -127,6 +130,9 @@ class StreamConfig(Section):
         description="folder of the named stream's data; alone, one in which every task is a folder, or one data file",
     )
     columns: Columns = Field(default_factory=dict, description=f"of all tasks of a path alone: {COLUMNS}")
+    images: str | None = Field(
+        None, description="of all tasks of a path or a named stream: folder that the paths of pictures start from"
+    )
     paths: dict[TaskName, str] = Field(
         default_factory=dict, description="folders of single tasks of a named stream whose data lie elsewhere"
     )
@@ -152,6 +158,8 @@ class StreamConfig(Section):
             raise ValueError("give name (a stream, with the path of its data), or path (a folder), or tasks (a list)")
         if self.columns and (self.path is None or self.name is not None):
             raise ValueError("columns: belongs to a path alone; tasks that are listed have columns of their own")
+        if self.images is not None and self.path is None:
+            raise ValueError("images: belongs to a path; tasks that are listed have images of their own")
         if self.name is None:
             for key in ("paths", "scoring"):  # they may be given with their defaults, as in run.json
                 if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):

@@ -133,7 +133,11 @@ def _folders(path: Path, config: StreamConfig) -> list[Source]:
     if path.is_file() and suffix(path) in SUFFIXES:
         name = stem(path)
         ordered([name], order)
-        return [Source(name, TaskConfig(name=name, path=str(path), columns=config.columns), folder=path)]
+        return [
+            Source(
+                name, TaskConfig(name=name, path=str(path), columns=config.columns, images=config.images), folder=path
+            )
+        ]
     if not path.is_dir():
         raise ConfigError(f"stream.path: there is no folder or data file {str(path)!r} (looked from {Path.cwd()})")
     found = {
@@ -162,7 +166,7 @@ def _folders(path: Path, config: StreamConfig) -> list[Source]:
     return [
         Source(
             name := folder_name if names.count(folder_name) == 1 else key[2:].replace("/", "-"),
-            TaskConfig(name=name, path=str(found[key]), columns=config.columns),
+            TaskConfig(name=name, path=str(found[key]), columns=config.columns, images=config.images),
             folder=found[key],
             instructions=path / "instruction_config.json",
             instruction=instructions.get(found[key].parent.resolve().name),
