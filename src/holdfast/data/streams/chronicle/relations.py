@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
-Thing = TypeVar("Thing")
 Wordings = tuple[str, ...]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from holdfast.api.task import Example, General, Stream, Task, Turn, fingerprint
@@ -23,8 +21,8 @@ from holdfast.data.streams.chronicle.relations import (
     TRADES,
     Attribute,
     Relation,
-    Thing,
 )
+from holdfast.data.streams.draw import Draw
 from holdfast.errors import ConfigError
 
 VERSION = "chronicle 1"
@@ -33,24 +31,6 @@ SIZE = 50
 
 LASTING_SHARE = 0.2  # of the facts that are asked about in every year, those that never change
 ROUNDS = 16  # times that the general text goes through the world
-
-
-class Draw:
-    """Random choices that are the same on every platform and Python version: all come from ``Random.random()``."""
-
-    def __init__(self, seed: int, purpose: str):
-        digest = hashlib.sha256(f"{VERSION}/{seed}/{purpose}".encode()).digest()
-        self._random = random.Random(int.from_bytes(digest[:8], "big"))
-
-    def index(self, n: int) -> int:
-        return int(self._random.random() * n)
-
-    def choice(self, things: Sequence[Thing]) -> Thing:
-        return things[self.index(len(things))]
-
-    def shuffled(self, things: Iterable[Thing]) -> list[Thing]:
-        rest = list(things)
-        return [rest.pop(self.index(len(rest))) for _ in range(len(rest))]
 
 
 class Names:
@@ -122,7 +102,7 @@ def chronicle(size: int = SIZE, years: Sequence[int] = YEARS, seed: int = 0) -> 
     world = _world(size, years, seed)
     tasks = []
     for year, facts in _year_facts(world, seed).items():
-        draw = Draw(seed, f"rows of {year}")
+        draw = Draw(VERSION, seed, f"rows of {year}")
         train, dev, test = (
             [
                 Example(f"chronicle/{year}", row, (Turn("user", question), Turn("assistant", answer)))
@@ -162,7 +142,7 @@ def lasting_questions(size: int = SIZE, years: Sequence[int] = YEARS, seed: int 
 
 def _world(size: int, years: Sequence[int], seed: int) -> World:
     _check(size, years, seed)
-    draw = Draw(seed, "world")
+    draw = Draw(VERSION, seed, "world")
     names = Names(draw)
     regions, rivers = ([names.new(kind) for _ in range(6)] for kind in ("region", "river"))
     towns = [names.new("town") for _ in range(8 + size // 6)]
@@ -203,11 +183,11 @@ def _check(size: int, years: Sequence[int], seed: int) -> None:
 
 def _year_facts(world: World, seed: int) -> dict[int, list[tuple[Subject, str]]]:
     """Each year's facts as (subject, answer); a fact that does not last differs from the year before."""
-    steady = Draw(seed, "lasting answers")
+    steady = Draw(VERSION, seed, "lasting answers")
     answers = [_answer(world, subject, steady) for subject in world.subjects]
     facts = {}
     for year, events in world.events.items():
-        draw = Draw(seed, f"answers of {year}")
+        draw = Draw(VERSION, seed, f"answers of {year}")
         for i, subject in enumerate(world.subjects):
             previous = answers[i]
             while not subject.lasting and answers[i] == previous:
@@ -244,10 +224,10 @@ def _asked(facts: list[tuple[Subject, str]], split: str, year: int) -> list[tupl
 
 def _texts(world: World, seed: int) -> tuple[list[str], list[str]]:
     """The general text's documents: those to pretrain on, and those held out."""
-    draw = Draw(seed, "general text")
+    draw = Draw(VERSION, seed, "general text")
     documents = [document for _ in range(ROUNDS) for document in _round(world, draw)]
     known = set(documents)
-    held_out = [document for document in _round(world, Draw(seed, "held-out text")) if document not in known]
+    held_out = [document for document in _round(world, Draw(VERSION, seed, "held-out text")) if document not in known]
     return documents, held_out
 
 
@@ -274,7 +254,7 @@ def _round(world: World, draw: Draw) -> list[str]:
 
 def _choices(world: World, seed: int) -> list[tuple[str, list[str], int]]:
     """A question with four choices about every lasting fact, in a wording that the general text does not have."""
-    draw = Draw(seed, "choices")
+    draw = Draw(VERSION, seed, "choices")
     questions = []
     for fact in (fact for facts in world.entities for fact in facts):
         wrong = draw.shuffled([value for value in fact.values if value != fact.value])[:3]
