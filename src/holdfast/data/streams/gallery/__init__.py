@@ -1,0 +1,1 @@
+"""gallery: generated pictures, and questions about them whose answers belong to rooms."""
