@@ -3,8 +3,10 @@
 Run with the environment's own Python and the folder of the source as argument.
 """
 
+import re
 import subprocess
 import sys
+from importlib.metadata import metadata
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,6 +39,8 @@ def main(source: Path) -> None:
     wanted = {path.relative_to(source) for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     if missing := [path for path in wanted if not (installed / path).is_file()]:
         sys.exit(f"not in the wheel: {', '.join(sorted(map(str, missing)))}")
+    if relative := re.findall(r"\]\((?!https://)[^)\s]+\)", str(metadata("holdfast").get_payload())):
+        sys.exit(f"a package index would show dead links: {', '.join(relative)}")
     if answer("--version") != f"holdfast {__version__}\n":
         sys.exit(f"holdfast --version says {answer('--version')!r}")
     asked = [(), *commands(typer.main.get_command(app))]
