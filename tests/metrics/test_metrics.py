@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from holdfast.metrics import intervals, paired_difference, seed_intervals, task_intervals
+from holdfast.metrics.intervals import rise_intervals
 from holdfast.metrics.matrix import BY_TASK, FIGURES
 from holdfast.metrics.seeds import seed_difference
 from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward_transfer, summarize
@@ -283,7 +284,7 @@ def test_intervals_resample_the_same_examples_at_every_stage():
 @pytest.mark.parametrize("together", [1, 200, 100_000])
 def test_intervals_equal_a_plain_loop_over_the_same_draws(together, monkeypatch):
     monkeypatch.setattr(sys.modules["holdfast.metrics.intervals"], "DRAWN_TOGETHER", together)
-    T, resamples = 3, 60
+    T, resamples = 4, 60
     examples = random_examples(T, 17)
     weights = [np.arange(1.0, 18 + j) for j in range(T)]
     draws = [np.random.default_rng([5, j]) for j in range(T)]
@@ -298,6 +299,18 @@ def test_intervals_equal_a_plain_loop_over_the_same_draws(together, monkeypatch)
     result = intervals(examples, metrics="loss", weights=weights, resamples=resamples, seed=5)
     for name in FIGURES:
         assert result[name] == pytest.approx(np.percentile(values[name], [2.5, 97.5]).tolist()), name
+
+
+def test_rises_have_the_intervals_of_each_pair_alone():
+    rng = np.random.default_rng(2)
+    sizes = [20, 30, 20, 1, 20]
+    pairs = [tuple(rng.random((n, 3)) for _ in range(2)) for n in sizes]
+    totals = [geometric, geometric, geometric, geometric, lambda sums: sums[..., 0] / sums[..., 2]]
+    found = rise_intervals([*pairs, None], [*totals, geometric])
+    assert found[3] is None and found[5] is None
+    for j in (0, 1, 2, 4):
+        alone = paired_difference([pairs[j][0]], [pairs[j][1]], totals=[totals[j]], permutations=1)
+        assert found[j] == pytest.approx(alone["interval"])
 
 
 def geometric(sums: np.ndarray) -> np.ndarray:

@@ -106,6 +106,14 @@ def test_the_minimum_detectable_difference_is_found_as_often_as_it_says(seeds: i
     assert np.mean(found) == pytest.approx(0.8, abs=0.03)
 
 
+@pytest.mark.parametrize("freedom", [1.0, 2.7, 9.0, 1000.0])
+def test_the_minimum_detectable_difference_has_its_power(freedom: float):
+    spread = Spread(seeds=0.04, examples=0.0, seed_freedom=freedom)
+    shift = spread.detectable / spread.error * np.sqrt(stats.chi2.ppf(0.5, freedom) / freedom)
+    assert stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, shift) == pytest.approx(0.8, abs=1e-6)
+    assert spread.p(0.5) == pytest.approx(2 * stats.t.sf(0.5 / 0.2, freedom))
+
+
 def test_the_variance_is_that_of_a_plain_loop():
     rng = np.random.default_rng(0)
     values, again = rng.normal(size=4), rng.normal(size=(4, 50))

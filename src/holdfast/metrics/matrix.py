@@ -37,44 +37,50 @@ def figures_of(matrices: NDArray[np.float64], better: int) -> dict[str, NDArray[
 
     ``better`` is 1 where higher scores are better and -1 where lower ones are.
     """
-    T = matrices.shape[-1]
-    terms = task_terms(matrices, np.full(T, better))
-    own = np.arange(T)
-    figures = {
-        "average": matrices[..., T, :].mean(axis=-1),
-        "new_task": matrices[..., own + 1, own].mean(axis=-1),
-    }
-    if T == 1:
-        return figures | {name: values[..., 0] for name, values in terms.items()}
-    return figures | {
-        "learned": terms["learned"].mean(axis=-1),
-        "forgetting": terms["forgetting"][..., :-1].mean(axis=-1),
-        "backward_transfer": terms["backward_transfer"][..., :-1].mean(axis=-1),
-        "forward_transfer": terms["forward_transfer"][..., 1:].mean(axis=-1),
+    return means_of(task_terms(matrices, np.full(matrices.shape[-1], better)))
+
+
+def means_of(terms: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    """The figures, each ``[...]``, from their terms ``[..., T]``; NaN where there is no term."""
+    T = terms["average"].shape[-1]
+    parts = {"forgetting": slice(-1), "backward_transfer": slice(-1), "forward_transfer": slice(1, None)}
+    return {
+        name: values[..., 0] if T == 1 else values[..., parts.get(name, slice(None))].mean(axis=-1)
+        for name, values in terms.items()
     }
 
 
 def task_terms(matrices: NDArray[np.float64], signs: NDArray[np.int_]) -> dict[str, NDArray[np.float64]]:
-    """The terms of :func:`by_task`, each ``[..., T]``; NaN where a score is missing or there is no term.
+    """The terms of all figures, each ``[..., T]``; NaN where a score is missing or there is no term.
 
     ``signs`` are 1 for the tasks of which higher scores are better and -1 for the others.
     """
     T = matrices.shape[-1]
-    gains = signs * matrices
-    own = np.arange(T)
-    last, just_learned, just_before = gains[..., T, :], gains[..., own + 1, own], gains[..., own, own]
-    best = np.full_like(last, np.nan)
-    for j in range(T - 1):
-        best[..., j] = gains[..., j + 1 : T, j].max(axis=-1)
+    terms = {name: np.full((*matrices.shape[:-2], T), np.nan) for name in FIGURES}
+    for j in range(T):
+        for name, values in column_terms(matrices[..., needed_rows(j, T), j], j, T, int(signs[j])).items():
+            terms[name][..., j] = values
+    return terms
+
+
+def needed_rows(j: int, tasks: int) -> list[int]:
+    """The rows of the score matrix, in order, whose scores of task j (from 0) enter a figure."""
+    return [*([0] if j else []), *range(j, tasks + 1)]
+
+
+def column_terms(scores: NDArray[np.float64], j: int, tasks: int, sign: int) -> dict[str, NDArray[np.float64]]:
+    """What task j (from 0) is in each figure, from its scores in the :func:`needed_rows`, ``[..., rows]``: each
+    ``[...]``, without the figures of which it is no part. ``sign`` is 1 where higher scores are better, else -1."""
+    gains = sign * scores
+    own = 1 if j else 0  # the row before the task's own stage; the last one is the last stage's
+    last, just_learned, just_before = gains[..., -1], gains[..., own + 1], gains[..., own]
     with np.errstate(invalid="ignore"):  # the difference of two infinite losses is no number, hence missing
-        terms = {
-            "learned": just_learned - just_before,
-            "forgetting": best - last,
-            "backward_transfer": last - just_learned,
-            "forward_transfer": just_before - gains[..., 0, :],
-        }
-    terms["backward_transfer"][..., -1] = np.nan
-    terms["forward_transfer"][..., 0] = np.nan
+        terms = {"average": scores[..., -1], "new_task": scores[..., own + 1], "learned": just_learned - just_before}
+        if j < tasks - 1:
+            terms["forgetting"] = gains[..., own + 1 : -1].max(axis=-1) - last
+            terms["backward_transfer"] = last - just_learned
+        if j:
+            terms["forward_transfer"] = just_before - gains[..., 0]
     return terms
 
 

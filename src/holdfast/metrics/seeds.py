@@ -13,13 +13,14 @@ from holdfast.metrics.intervals import (
     Examples,
     Totals,
     Weights,
+    checked_tasks,
     example_statistics,
     intervals,
     paired_difference,
-    resampled_matrices,
     resampled_sums,
+    resampled_terms,
 )
-from holdfast.metrics.matrix import FIGURES, Metrics, common_scale, figures_of
+from holdfast.metrics.matrix import FIGURES, Metrics, common_scale, means_of, metric_signs
 
 LEVEL = 0.95
 POWER = 0.8
@@ -95,11 +96,11 @@ class Spread:
 
     def p(self, mean: float) -> float:
         """Two-sided p-value of the mean's being 0."""
-        from scipy.stats import t
+        from scipy.special import stdtr
 
         if self.error == 0:
             return 1.0 if mean == 0 else 0.0
-        return float(2 * t.sf(abs(mean) / self.error, self.freedom))
+        return float(2 * stdtr(self.freedom, -abs(mean) / self.error))
 
     @property
     def detectable(self) -> float:
@@ -108,18 +109,16 @@ class Spread:
         It is a median-unbiased estimate: the noncentrality that has this power, times the standard error, which is
         divided by its own median where the true one is 1.
         """
-        from scipy.optimize import brentq
-        from scipy.stats import chi2, nct
+        from scipy.special import chdtri, nctdtrinc
 
         freedom = min(self.freedom, 1000)
-        limit = self._quantile((1 + LEVEL) / 2)
-        needed = brentq(lambda shift: float(nct.sf(limit, freedom, shift)) - POWER, 0.1, 10 * limit)
-        return float(needed) * self.error / float(np.sqrt(chi2.ppf(0.5, freedom) / freedom))
+        needed = nctdtrinc(freedom, 1 - POWER, self._quantile((1 + LEVEL) / 2))
+        return float(needed) * self.error / float(np.sqrt(chdtri(freedom, 0.5) / freedom))
 
     def _quantile(self, share: float) -> float:
-        from scipy.stats import t
+        from scipy.special import stdtrit  # scipy.stats has the same, and takes long to import
 
-        return float(t.ppf(share, self.freedom))
+        return float(stdtrit(self.freedom, share))
 
 
 def seed_intervals(
@@ -144,14 +143,13 @@ def seed_intervals(
     """
     if len(runs) == 1:
         return intervals(runs[0], metrics=metrics, weights=weights, totals=totals, resamples=resamples, seed=seed)
-    resampled = resampled_matrices(runs, weights, totals, resamples, seed)
-    scale = common_scale(metrics, resampled.shape[-1])
-    if scale is None:
+    signs = metric_signs(metrics, checked_tasks(runs, weights, totals))
+    if common_scale(metrics, len(signs)) is None:
         return dict.fromkeys(FIGURES)
-    values = figures_of(_matrices(runs, weights, totals), scale)
+    figures = means_of(resampled_terms(runs, signs, weights, totals, resamples, seed))
     return {
-        name: _interval(values[name], figures) if np.isfinite(figures).all() else None
-        for name, figures in figures_of(resampled, scale).items()
+        name: _interval(values[:, 0], values[:, 1:]) if np.isfinite(values).all() else None
+        for name, values in figures.items()
     }
 
 
@@ -242,27 +240,16 @@ def _interval(values: NDArray[np.float64], resampled: NDArray[np.float64]) -> li
     return Spread.of(values, resampled).interval(float(values.mean()))
 
 
-def _matrices(runs: Sequence[Examples], weights: Weights, totals: Totals) -> NDArray[np.float64]:
-    """Score matrices of all test examples, [runs, T+1, T], NaN where not measured."""
-    stages, tasks = len(runs[0]), len(runs[0][0])
-    matrices = np.full((len(runs), stages, tasks), np.nan)
-    for j in range(tasks):
-        column = [row[j] for scores in runs for row in scores]
-        if any(entry is not None for entry in column):
-            statistics, total = example_statistics(column, weights, totals, j)
-            matrices[:, :, j] = total(statistics.sum(axis=1)).reshape(len(runs), stages)
-    return matrices
-
-
 def _averages(
     runs: Sequence[Sequence[Any]], weights: Weights, totals: Totals, resamples: int, seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Each run's mean over tasks, [runs], and the same of resampled test examples, [runs, resamples]."""
     if not runs[0] or any([len(task) for task in run] != [len(task) for task in runs[0]] for run in runs):
         raise ValueError("all runs must have the same tasks with the same test examples, at least one of each")
-    values, resampled = np.zeros(len(runs)), np.zeros((len(runs), resamples))
+    scores = np.zeros((len(runs), 1 + resamples))
     for j in range(len(runs[0])):
         statistics, total = example_statistics([run[j] for run in runs], weights, totals, j)
-        values += total(statistics.sum(axis=1))
-        resampled += total(resampled_sums(statistics, resamples, np.random.default_rng([seed, j]))).T
-    return values / len(runs[0]), resampled / len(runs[0])
+        for part, sums in resampled_sums(statistics, resamples, np.random.default_rng([seed, j])):
+            scores[:, part] += total(sums).T
+    scores /= len(runs[0])
+    return scores[:, 0], scores[:, 1:]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.metrics.matrix import (
+    BY_TASK,
     FIGURES,
     NO_ACCURACY,
     Metrics,
@@ -114,7 +115,7 @@ def by_task(scores: Scores, *, metrics: Metrics = None) -> dict[str, list[float 
     """
     matrix = as_matrix(scores)
     terms = task_terms(matrix, metric_signs(metrics, matrix.shape[1]))
-    return {name: [finite_or_none(value) for value in values] for name, values in terms.items()}
+    return {name: [finite_or_none(value) for value in terms[name]] for name in BY_TASK}
 
 
 def clipped_backward_transfer(scores: Scores, *, metrics: Metrics = None) -> float | None:
