@@ -105,6 +105,7 @@ READ = {
     "stages/01-red/stage.json": ("run", "evaluate", "export"),
     "stages/01-red/evaluation.json": ("run",),
     "stages/01-red/responses/red.jsonl": ("run", "report"),
+    "stages/01-red/statistics.safetensors": ("report",),
     "run.json": ("run", "report", "evaluate", "export"),
     "matrix.json": ("report", "evaluate", "export"),
     **{

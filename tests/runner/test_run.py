@@ -103,7 +103,7 @@ def test_weights_load_with_plain_transformers_and_nothing_else_is_left(finished)
         assert trained_weights(model) == read_json(folder / "stage.json")["weights"]
         assert AutoTokenizer.from_pretrained(folder / "model").eos_token == "</s>"
         names = {p.name for p in folder.iterdir()}
-        assert names == {"model", "method", "responses", "evaluation.json", "stage.json"}
+        assert names == {"model", "method", "responses", "evaluation.json", "statistics.safetensors", "stage.json"}
     assert not [p for p in directory.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".partial")]
 
 

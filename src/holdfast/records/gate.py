@@ -255,7 +255,7 @@ class StageFigures:
     @cached_property
     def examples(self) -> list[list[NDArray[np.float64] | None]]:
         """Statistics of the test examples, [row][task]."""
-        return [[self.run.statistics(t, j) for j in range(len(self.tasks))] for t in range(self.row + 1)]
+        return [row[: len(self.tasks)] for row in self.run.examples(self.row)]
 
     @cached_property
     def summary(self) -> dict[str, float | None]:

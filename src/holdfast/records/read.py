@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from holdfast.api.scorer import Scorer
 from holdfast.config.describe import flat
 from holdfast.errors import RunDirectoryError
-from holdfast.metrics.intervals import paired_difference
+from holdfast.metrics.intervals import rise_intervals
 from holdfast.metrics.matrix import Total
 from holdfast.records.directory import current_stage, file_name
 from holdfast.records.former import with_former_defaults
 from holdfast.records.growth import stage_settings
-from holdfast.records.shapes import check_matrix, damaged, read_appended, read_json, read_jsonl
+from holdfast.records.shapes import damaged, read_appended, read_json, read_jsonl
 from holdfast.records.shift import Shift
+from holdfast.records.statistics import maker, of_responses
+from holdfast.records.together import check_matrix
 from holdfast.scoring.score import scorer
 
 REFERENCES = {"joint": "reference: all tasks at once", "frozen": "reference: no training"}
@@ -45,6 +47,7 @@ class FinishedRun:
     events: list[dict[str, Any]] = field(default_factory=list)
     label: str = ""
     _statistics: dict[tuple[int, int], NDArray[np.float64] | None] = field(default_factory=dict, repr=False)
+    _kept: dict[int, dict[str, NDArray[Any]]] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -171,20 +174,21 @@ class FinishedRun:
 
         Either is None where the scores or the answers that it needs are missing.
         """
-        return [self._gain(j) for j in range(len(self.tasks))]
-
-    def _gain(self, j: int) -> tuple[float | None, list[float] | None]:
-        before, after = 0 if self.joint else self.own_stage(j) - 1, self.own_stage(j)
-        first, second = self.scores[before][j], self.scores[after][j]
-        if first is None or second is None:
-            return None, None
-        sign = -1 if self.lower_is_better(j) else 1
-        earlier, later = self.statistics(before, j), self.statistics(after, j)
-        if earlier is None or later is None or earlier.shape != later.shape:
-            return sign * (second - first), None
-        totals = [self.totals[j]]
-        ends = paired_difference([earlier], [later], totals=totals, resamples=1000, permutations=1)["interval"]
-        return sign * (second - first), ends and sorted(sign * end for end in ends)
+        gains: list[tuple[float | None, list[float] | None]] = []
+        pairs: list[tuple[NDArray[np.float64], NDArray[np.float64]] | None] = []
+        signs = [-1 if self.lower_is_better(j) else 1 for j in range(len(self.tasks))]
+        for j, sign in enumerate(signs):
+            before, after = 0 if self.joint else self.own_stage(j) - 1, self.own_stage(j)
+            first, second = self.scores[before][j], self.scores[after][j]
+            earlier, later = self.statistics(before, j), self.statistics(after, j)
+            known = earlier is not None and later is not None and earlier.shape == later.shape
+            pairs.append((earlier, later) if known else None)  # type: ignore[arg-type]
+            gains.append((None if first is None or second is None else sign * (second - first), None))
+        intervals = rise_intervals(pairs, self.totals)
+        return [
+            (gain, ends and sorted(sign * end for end in ends))
+            for (gain, _), ends, sign in zip(gains, intervals, signs, strict=True)
+        ]
 
     @cached_property
     def learned(self) -> dict[str, bool]:
@@ -220,7 +224,12 @@ class FinishedRun:
     def stage_of(self, row: int) -> int:
         """The stage whose weights a row of the score matrix belongs to; 0 is the model before training."""
         stage = min(row, 1) if self.joint else row
-        return current_stage(self.info, stage) if stage in self.folders else 0
+        return self._held[stage] if stage in self.folders else 0
+
+    @cached_property
+    def _held(self) -> list[int]:
+        """The stage whose weights the run held after each stage, [T+1]."""
+        return [current_stage(self.info, stage) for stage in range(len(self.tasks) + 1)]
 
     def responses(self, row: int, task: str) -> list[dict[str, Any]]:
         """The scored test rows of a task at a row of the score matrix; empty if their file is not there.
@@ -230,7 +239,7 @@ class FinishedRun:
         """
         if self.stage_of(row) not in self.folders:
             return []
-        file = self.folders[self.stage_of(row)] / "responses" / f"{file_name(task, self.tasks)}.jsonl"
+        file = self.folders[self.stage_of(row)] / "responses" / f"{self._files[task]}.jsonl"
         if not file.exists():
             return []
         rows, expected = read_jsonl(file), self.info["tasks"][task]["test"]
@@ -244,10 +253,48 @@ class FinishedRun:
         if self.scores[row][j] is None:
             return None
         place = self.stage_of(row), j  # several rows may belong to one stage
+        task = self.tasks[j]
+        if (kept := self._kept_statistics(place[0]).get(self._files[task])) is not None:
+            return kept.astype(float)
         if place not in self._statistics:
-            rows = self.responses(row, self.tasks[j])
-            self._statistics[place] = self.scorers[self.tasks[j]].statistics(rows) if rows else None
+            rows = self.responses(row, task)
+            self._statistics[place] = self.scorers[task].statistics(rows) if rows else None
         return self._statistics[place]
+
+    def examples(self, last: int) -> list[list[NDArray[np.float64] | None]]:
+        """:meth:`statistics` of every task at every row of the score matrix up to the last, [row][task]."""
+        names = [self._files[task] for task in self.tasks]
+        found = []
+        for t in range(last + 1):
+            kept = self._kept_statistics(self.stage_of(t))
+            found.append(
+                [
+                    kept[name].astype(float) if score is not None and name in kept else self.statistics(t, j)
+                    for j, (name, score) in enumerate(zip(names, self.scores[t], strict=True))
+                ]
+            )
+        return found
+
+    def _kept_statistics(self, stage: int) -> Mapping[str, NDArray[Any]]:
+        """Those of a stage that its file of statistics has, by the name of the file of responses."""
+        if stage not in self._kept:
+            scorers, rows = self._expected
+            folder = self.folders.get(stage)
+            found = {} if folder is None else of_responses(folder, self.path, scorers)
+            self._kept[stage] = {name: values for name, values in found.items() if len(values) == rows[name]}
+        return self._kept[stage]
+
+    @cached_property
+    def _expected(self) -> tuple[dict[str, str], dict[str, int]]:
+        """What makes the statistics of each file of responses, and how many rows it has, by its name."""
+        files = self._files.items()
+        scorers = {file: maker(self.scorers[task]) for task, file in files}
+        return scorers, {file: self.info["tasks"][task]["test"] for task, file in files}
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """By task the name of its files of responses, without their ending."""
+        return {task: file_name(task, self.tasks) for task in self.tasks}
 
     def general_statistics(self, row: int, name: str) -> NDArray[np.float64] | None:
         """The same of a measure of general ability, by its name in matrix.json, [examples, 2]."""

@@ -6,9 +6,8 @@ that was edited by hand and is no longer what it was is told apart here. All fil
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import AfterValidator, Field, with_config
 from typing_extensions import TypedDict
@@ -386,12 +385,6 @@ SHAPES: dict[str, Any] = {
 }
 """By a file's name, or by that of its folder."""
 
-NEEDED = (
-    "model", "training.batch_size", "training.max_steps", "training.epochs", "evaluation.bootstrap",
-    "evaluation.general", "stream", "data",
-)  # fmt: skip
-"""Keys of a run's configuration that are read without its being loaded."""
-
 SOME_ROWS = {"number", "answers", "input", "beside"}
 """Keys that some rows of a file have and others do not."""
 
@@ -403,84 +396,27 @@ def read_json(path: Path) -> Any:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file of a run that was written whole, as :func:`read_json`."""
-    rows: list[dict[str, Any]] = manifest.read_jsonl(path)
+    rows = manifest.read_jsonl(path)
     if path.name in SHAPES:
-        return _checked(path, path.name, rows)
-    if "responses" not in (path.parent.name, path.parent.parent.name):
-        return rows
-    _checked(path, "responses", rows)
-    everywhere = {key for row in rows for key in row} - SOME_ROWS
-    for number, row in enumerate(rows, start=1):
-        if lacking := sorted(everywhere - row.keys()):
-            raise damaged(path, f"line {number} lacks {', '.join(lacking)}, which other lines have")
+        return cast(list[dict[str, Any]], _checked(path, path.name, rows))
+    if "responses" in (path.parent.name, path.parent.parent.name):
+        _check_alike(path, _checked(path, "responses", rows))
     return rows
+
+
+def _check_alike(path: Path, rows: list[dict[str, Any]]) -> None:
+    """RunDirectoryError if a row lacks a key that other rows have and all must."""
+    kinds = dict.fromkeys(map(tuple, rows))  # the keys of a row, mostly the same, by the first row that has them
+    everywhere = {key for kind in kinds for key in kind} - SOME_ROWS
+    for kind in kinds:
+        if lacking := sorted(everywhere.difference(kind)):
+            lacks = f"line {1 + list(map(tuple, rows)).index(kind)} lacks {', '.join(lacking)}"
+            raise damaged(path, f"{lacks}, which other lines have")
 
 
 def read_appended(path: Path) -> list[dict[str, Any]]:
     """Read a file of a run that grows by lines, each of its shape; see :func:`holdfast.system.files.read_appended`."""
-    lines: list[dict[str, Any]] = _checked(path, path.name, files.read_appended(path))
-    return lines
-
-
-def check_matrix(path: Path, record: dict[str, Any], matrix: dict[str, Any]) -> None:
-    """Check that run.json and matrix.json in a directory belong together.
-
-    Raises:
-        RunDirectoryError: tasks, rows or columns are missing.
-    """
-    tasks, file = matrix["tasks"], path / "matrix.json"
-    rows = len(tasks) + 1
-    if "tasks" not in record or not record["config"].get("method"):
-        raise damaged(path / "run.json", "it is of no run of tasks")
-    configs = {"config": record["config"]}
-    configs |= {f"stages.{n}.config": stage["config"] for n, stage in enumerate(record.get("stages", []))}
-    for place, config in configs.items():
-        if lacking := [key for key in NEEDED if key not in _keys(config)]:
-            raise damaged(path / "run.json", f"{place}.{lacking[0]} is missing")
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise damaged(file, "tasks must be names, each once")
-    for name, where in ((name, where) for where in (matrix["metrics"], record["tasks"]) for name in tasks):
-        if name not in where:
-            raise damaged(file, f"task {name!r} is not in metrics, or not in run.json")
-    for stage in record.get("stages", []):
-        epochs = stage["config"]["training"]["epochs"]
-        if isinstance(epochs, list) and not 0 < stage["stage"] <= len(epochs):
-            raise damaged(path / "run.json", f"stages: there are no epochs of stage {stage['stage']}")
-    for decision in record.get("gate", []):
-        if not 0 <= decision["current"] <= decision["stage"] < rows:
-            raise damaged(path / "run.json", f"gate: stage {decision['stage']} cannot go on from {decision['current']}")
-    for rollback in record.get("rollbacks", []):
-        if not 0 <= rollback["to"] <= rollback["after"] < rows:
-            raise damaged(
-                path / "run.json", f"rollbacks: after stage {rollback['after']} there is no way to {rollback['to']}"
-            )
-    columns = {"joint": [matrix["joint"]] if matrix["joint"] else []} | {
-        f"by_task.{key}": [values] for key, values in matrix.get("by_task", {}).items()
-    }
-    columns["scores"] = matrix["scores"]
-    if len(matrix["scores"]) != rows or any(len(row) != len(tasks) for all_ in columns.values() for row in all_):
-        raise damaged(file, f"scores must have {rows} rows of {len(tasks)} tasks, and joint and by_task as many tasks")
-    lists: Iterable[tuple[str, list[Any]]] = [
-        *matrix["general"].items(),
-        *((task, values) for task, found in matrix.get("beside", {}).items() for values in found.values()),
-    ]
-    for name, values in lists:
-        if len(values) != rows:
-            raise damaged(file, f"{name!r} has {len(values)} values, not {rows}")
-    for name, ends in matrix["intervals"].items():
-        if ends is not None and len(ends) != 2:
-            raise damaged(file, f"intervals.{name} must be two numbers")
-    for name, curve in matrix.get("curves", {}).items():
-        if name not in tasks or len(curve["steps"]) != len(curve["scores"]):
-            raise damaged(file, f"curves.{name} must have a score a step, and be of a task")
-
-
-def _keys(config: Any) -> set[str]:
-    """The sections of a configuration, and their keys with the section before them."""
-    return {
-        *config,
-        *(f"{section}.{key}" for section, values in config.items() if isinstance(values, dict) for key in values),
-    }
+    return cast(list[dict[str, Any]], _checked(path, path.name, files.read_appended(path)))
 
 
 def _checked(path: Path, name: str, value: Any) -> Any:

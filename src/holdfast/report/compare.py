@@ -289,8 +289,8 @@ def _intervals(group: Group) -> dict[str, list[float] | None]:
         for figure in COMPARED
         if None not in group.values(figure.key)
     }
-    T, first = len(group.runs[0].tasks), group.runs[0]
-    examples = [[[run.statistics(t, j) for j in range(T)] for t in range(T + 1)] for run in group.runs]
+    first = group.runs[0]
+    examples = [run.examples(len(run.tasks)) for run in group.runs]
     over_both = seed_intervals(examples, metrics=first.scorers, totals=first.totals)
     return over_seeds | {key: ends for key, ends in over_both.items() if ends is not None}
 

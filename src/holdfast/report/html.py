@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
+from holdfast.records.read import FinishedRun
 from holdfast.report.packed import packed_plotly
 from holdfast.report.tables import cost, p_value
 from holdfast.report.text import interval, number, shorten, visible
@@ -35,6 +37,17 @@ def render(template: str, *, scripts: Sequence[str], **context: Any) -> str:
             plotly=packed_plotly(),
         )
     )
+
+
+def score_cells(run: FinishedRun) -> list[Markup]:
+    """The cells of each row of the score matrix; of many tasks there are more than a template fills in good time."""
+    rows = []
+    for t, scores in enumerate(run.scores):
+        own = {j for j in range(len(scores)) if run.own_stage(j) == t}
+        kinds = [" class=none" if score is None else " class=own" if j in own else "" for j, score in enumerate(scores)]
+        cells = (f"<td{kind}>{number(score)}</td>" for kind, score in zip(kinds, scores, strict=True))
+        rows.append(Markup("".join(cells)))
+    return rows
 
 
 @cache

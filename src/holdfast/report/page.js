@@ -8,6 +8,10 @@ const PAPER_WIDTH = 660;
 
 function draw(box, theme, width) {
   const figure = structuredClone(plots.figures[box.id]);
+  for (const trace of figure.data) {
+    const { rows, columns } = trace.meta ?? {}; // of a heat map: what a cell says under the pointer
+    if (rows) trace.customdata = rows.map((row) => columns.map((column) => [row, column]));
+  }
   Object.assign(figure.layout, { template: plots.templates[theme], width });
   Plotly.react(box, figure.data, figure.layout, {
     responsive: true,

@@ -10,20 +10,20 @@ from typing import Any
 from holdfast.config.describe import flat
 from holdfast.metrics.matrix import LOWER_IS_BETTER, scale_of
 from holdfast.records.growth import recorded_stages
-from holdfast.records.read import FinishedRun, changes, read_runs
+from holdfast.records.read import FinishedRun, read_runs
 from holdfast.report import plots
 from holdfast.report.compare import compare
 from holdfast.report.figures import COSTS, FIGURES, SHIFT, Figure, direction
-from holdfast.report.html import render
+from holdfast.report.html import render, score_cells
 from holdfast.report.packed import pack_text
-from holdfast.report.rows import pack
+from holdfast.report.rows import Brief, RowList
 from holdfast.report.tables import interval_notes
 from holdfast.report.text import NOT_MEASURED, at_chance, learning, number
 from holdfast.report.verdict import HEAD, decisions
 from holdfast.system.files import json_text
 from holdfast.system.output import write_output
 
-EXAMPLES = 3  # responses shown of a task, of those lost and of those gained
+TASKS = 12  # whose responses are shown in a run's section, at most: those that lost most
 
 
 def write_report(paths: list[Path], output: Path) -> Path:
@@ -41,13 +41,14 @@ def write_report(paths: list[Path], output: Path) -> Path:
     """
     assert paths, "a report needs at least one run"
     runs = read_runs(paths)
-    page = _Page()
-    packed = pack(runs)
+    page, rows = _Page(), RowList()
+    sections = [page.run(run, rows.add(run)) for run in runs]
+    packed = rows.packed()
     context = {
         "title": f"{runs[0].label}: holdfast report"
         if len(runs) == 1
         else f"{len(runs)} runs compared: holdfast report",
-        "runs": [page.run(run) for run in runs],
+        "runs": sections,
         "comparison": page.comparison(runs) if len(runs) > 1 else None,
         "rows": _test_rows(packed) if packed["chunks"] else None,
         "not_measured": NOT_MEASURED,
@@ -125,7 +126,7 @@ class _Page:
         alts = "What was lost of each budget over optimizer steps", "The multipliers over optimizer steps"
         return [self.plot(plot, alt) for plot, alt in zip(plots.budget_curves(run), alts, strict=True)]
 
-    def run(self, run: FinishedRun) -> dict[str, Any]:
+    def run(self, run: FinishedRun, changed: list[Brief]) -> dict[str, Any]:
         tasks, general = run.tasks, run.matrix["general"]
         scales = _groups(list(range(len(tasks))), lambda j: scale_of(run.scorers[tasks[j]]))
         abilities = _groups(list(general), _scale)
@@ -159,8 +160,9 @@ class _Page:
                 }
                 for columns in scales
             ],
-            "changes": [change for j in range(len(tasks)) if (change := changes(run, j))],
-            "examples": EXAMPLES,
+            "changes": _most_lost(changed),
+            "changed": len(changed),
+            "cells": score_cells(run),
             "general": [
                 {
                     "lower": names[0].startswith(LOWER_IS_BETTER),
@@ -186,6 +188,12 @@ class _Page:
             "config": flat({key: value for key, value in run.config.items() if key != "method"}),
             "environment": _environment(run),
         }
+
+
+def _most_lost(changed: list[Brief]) -> list[Brief]:
+    """The tasks that lost most rows, in their order."""
+    kept = sorted(range(len(changed)), key=lambda i: -changed[i].lost)[:TASKS]
+    return [changed[i] for i in sorted(kept)]
 
 
 def _figure(figure: Figure, run: FinishedRun) -> dict[str, Any]:

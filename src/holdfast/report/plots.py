@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from operator import itemgetter
 from typing import Any
 
@@ -58,7 +59,8 @@ def heat_map(run: FinishedRun, columns: list[int]) -> Plot:
     """The score matrix: rows are stages, columns are tasks that share a scale; own stages are outlined.
 
     Where the scores of joint training are known beside the run's own they make a last row. ``min_width`` is the width
-    in pixels below which the figures would run into each other.
+    in pixels below which the figures would run into each other. ``meta`` has the names of rows and columns, of which
+    the page makes those of each cell.
     """
     rows = [[stage[j] for j in columns] for stage in run.scores]
     names = run.stage_names()
@@ -69,9 +71,8 @@ def heat_map(run: FinishedRun, columns: list[int]) -> Plot:
     trace: Plot = {
         "type": "heatmap",
         "z": rows,
-        "text": [["" if value is None else number(value) for value in row] for row in rows],
-        "texttemplate": "%{text}",
-        "customdata": [[[_plain(name), _plain(run.tasks[j])] for j in columns] for name in names],
+        "texttemplate": "%{z:,.3f}" if all(abs(v) < 100 for row in rows for v in row if v is not None) else "%{z:,.1f}",
+        "meta": {"rows": list(map(_plain, names)), "columns": [_plain(run.tasks[j]) for j in columns]},
         "hovertemplate": "%{customdata[1]}<br>%{customdata[0]}: %{z:.4f}<extra></extra>",
         "hoverongaps": False,
         "xgap": 5,
@@ -260,17 +261,20 @@ def _below(key: str, name: str, read: Callable[[Any], float] = float) -> Value:
 
 def _over_steps(run: FinishedRun, values: Mapping[str, Value]) -> Plot:
     """Values of the events, by name, over optimizer steps; stages stand side by side, and the first line is thicker."""
-    stages = sorted({event["stage"] for event in run.events})
-    length = {stage: max(event["step"] for event in run.events if event["stage"] == stage) for stage in stages}
-    start = {stage: sum(length[before] for before in stages if before < stage) for stage in stages}
+    of_stage: dict[int, list[dict[str, Any]]] = {}
+    for event in run.events:
+        of_stage.setdefault(event["stage"], []).append(event)
+    stages = sorted(of_stage)
+    length = {stage: max(event["step"] for event in of_stage[stage]) for stage in stages}
+    start = dict(zip(stages, accumulate([length[stage] for stage in stages[:-1]], initial=0), strict=False))
     series: list[Plot] = []
     for name, value in values.items():
         x: list[float | None] = []
         y: list[float | None] = []
         where: list[str | None] = []
         for stage in stages:
-            points = [(event, value(event)) for event in run.events if event["stage"] == stage]
-            kept = thin([(event, v) for event, v in points if v is not None], POINTS // len(stages) - 1)
+            points = [(event, v) for event in of_stage[stage] if (v := value(event)) is not None]
+            kept = thin(points, POINTS // len(stages) - 1)
             x += [start[stage] + event["step"] for event, _ in kept] + [None]
             y += [v for _, v in kept] + [None]
             where += [f"stage {stage} ({_plain(event['task'])}), step {event['step']}" for event, _ in kept] + [None]
@@ -286,7 +290,7 @@ def _over_steps(run: FinishedRun, values: Mapping[str, Value]) -> Plot:
                 "hovertemplate": "%{fullData.name} %{y:.4f}<br>%{customdata}<extra></extra>",
             }
         )
-    tasks = {event["stage"]: event["task"] for event in run.events}
+    tasks = {stage: events[0]["task"] for stage, events in of_stage.items()}
     layout = {
         "height": 340,
         "xaxis": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from holdfast.records.read import Changes, FinishedRun, changes
@@ -10,35 +11,78 @@ from holdfast.report.text import shorten
 from holdfast.system.files import json_text
 
 LENGTH = 1200  # characters kept of a prompt, an answer or a response
+EXAMPLES = 3  # pairs of responses kept of a task in brief, of those lost and of those gained
+
+Pair = tuple[dict[str, Any], dict[str, Any]]
 
 
-def pack(runs: list[FinishedRun]) -> dict[str, Any]:
-    """What the page's list of test rows shows.
+@dataclass(frozen=True)
+class Brief:
+    """What became of a task's test rows, with a few of them.
 
-    Returns:
-        ``runs`` (labels), ``length`` (to which longer texts are shortened) and ``chunks``, one a task and set of test
-        rows, with ``task``, ``runs`` (for each run its place in ``runs``, ``since``, and how many rows were
-        ``lost`` and ``gained``) and ``rows``: packed JSON with ``numbers``, ``prompts`` and ``answers`` of the rows,
-        and by run ``before`` and ``after`` (responses), ``was`` and ``is`` (scores).
+    Attributes:
+        since: when they were answered first.
+        rows: how many there are.
+        lost, gained: how many went from right to wrong, and from wrong to right.
+        most_lost, most_gained: the first (before, after) of these.
     """
-    chunks: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for place, run in enumerate(runs):
+
+    task: str
+    since: str
+    rows: int
+    lost: int
+    gained: int
+    most_lost: list[Pair]
+    most_gained: list[Pair]
+
+    @classmethod
+    def of(cls, found: Changes) -> Brief:
+        """That of all changes of a task."""
+        most = found.lost[:EXAMPLES], found.gained[:EXAMPLES]
+        return cls(found.task, found.since, found.rows, len(found.lost), len(found.gained), *most)
+
+
+class RowList:
+    """The page's list of test rows; those of a run and a task are added once, since their files take long to read."""
+
+    def __init__(self) -> None:
+        self._runs: list[str] = []
+        self._chunks: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def add(self, run: FinishedRun) -> list[Brief]:
+        """Add a run's test rows; what a page says of them in the run's own section."""
+        place, told = len(self._runs), []
+        self._runs.append(run.label)
         for j, task in enumerate(run.tasks):
             found = changes(run, j)
             if found is None:
                 continue
             numbers = tuple(map(row_number, (after for _, after in found.pairs)))
             key = (task, run.info["tasks"][task]["fingerprint"], numbers)
-            if key not in chunks:
-                chunks[key] = {"task": task, "runs": [], "rows": _texts(found, list(numbers))}
-            chunk = chunks[key]
+            if key not in self._chunks:
+                self._chunks[key] = {"task": task, "runs": [], "rows": _texts(found, list(numbers))}
+            chunk = self._chunks[key]
             chunk["runs"].append(
                 {"run": place, "since": found.since, "lost": len(found.lost), "gained": len(found.gained)}
             )
             chunk["rows"]["runs"].append(_responses(found))
-    for chunk in chunks.values():
-        chunk["rows"] = pack_text(json_text(chunk["rows"], separators=(",", ":")))
-    return {"runs": [run.label for run in runs], "length": LENGTH, "chunks": list(chunks.values())}
+            told.append(Brief.of(found))
+        return told
+
+    def packed(self) -> dict[str, Any]:
+        """What the list shows.
+
+        Returns:
+            ``runs`` (labels), ``length`` (to which longer texts are shortened) and ``chunks``, one a task and set of
+            test rows, with ``task``, ``runs`` (for each run its place in ``runs``, ``since``, and how many rows were
+            ``lost`` and ``gained``) and ``rows``: packed JSON with ``numbers``, ``prompts`` and ``answers`` of the
+            rows, and by run ``before`` and ``after`` (responses), ``was`` and ``is`` (scores).
+        """
+        chunks = [
+            chunk | {"rows": pack_text(json_text(chunk["rows"], separators=(",", ":")))}
+            for chunk in self._chunks.values()
+        ]
+        return {"runs": self._runs, "length": LENGTH, "chunks": chunks}
 
 
 def row_number(row: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ from holdfast.runner.decisions import decide, must_judge, standing, strictest
 from holdfast.runner.due import Due, due
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, load_weights, trained_weights
-from holdfast.runner.matrix import MeasuredFiles, Outline, read_matrix
+from holdfast.runner.matrix import MeasuredFiles, Outline, write_matrix
 from holdfast.runner.measure import is_measured, measure, responses_file
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup, check_growth, prepare, resolve
@@ -459,9 +459,7 @@ class RunLoop:
     # --- report ---
 
     def _write_matrix(self) -> dict[str, Any]:
-        matrix = read_matrix(Outline.of(self.setup), self.directory, self._files)
-        self.directory.write_json(self.directory.path / "matrix.json", matrix)
-        return matrix
+        return write_matrix(Outline.of(self.setup), self.directory, self._files)
 
     def _cost(self) -> dict[str, Any]:
         """The cost of the run, for run.json; without training there is no peak of memory."""

@@ -7,9 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from holdfast.api.scorer import Scorer
 from holdfast.api.task import Task
 from holdfast.evaluation.general import matrix_name
@@ -19,12 +16,14 @@ from holdfast.metrics.summary import area_under_curve, by_task, clipped_backward
 from holdfast.records.directory import RunDirectory, current_stage
 from holdfast.records.read import FinishedRun
 from holdfast.records.shapes import damaged, read_appended, read_json, read_jsonl
+from holdfast.records.statistics import FILE, Statistics, file_content, maker
 from holdfast.runner.measure import responses_file
 from holdfast.runner.missing import why_missing
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup
 from holdfast.scoring.score import beside_score, task_score
 from holdfast.system.files import finite
+from holdfast.system.manifest import checksums, file_facts
 
 Column = list[float | None]
 """One value a row of the score matrix, [T+1]; None where not measured."""
@@ -92,13 +91,13 @@ class Measured:
         rows: how many there are.
         score: by the task's metric.
         beside: by its further metrics.
-        statistics: [rows, k], of its metric.
+        statistics: [rows, k], of its metric, with the checksum of the responses.
     """
 
     rows: int
     score: float
     beside: dict[str, float]
-    statistics: NDArray[np.float64]
+    statistics: Statistics
 
     @classmethod
     def of(cls, path: Path, task: Task, scorer: Scorer) -> Measured:
@@ -110,14 +109,19 @@ class Measured:
             rows=len(records),
             score=task_score(records, task.metric),
             beside={name: beside_score(records, name) for name in task.beside},
-            statistics=scorer.statistics(records),
+            statistics=Statistics(maker(scorer), file_facts(path)["sha256"], scorer.statistics(records)),
         )
 
 
 class MeasuredFiles:
-    """The files of responses that a run at work has read; one is read again only after it was written again."""
+    """The files of responses that a run at work has read; one is read again only after it was written again.
+
+    Attributes:
+        kept: by the folder of a stage, the files whose statistics were written there.
+    """
 
     def __init__(self) -> None:
+        self.kept: dict[Path, dict[str, Statistics]] = {}
         self._known: dict[Path, tuple[tuple[int, int, int], Measured]] = {}
 
     def read(self, path: Path, task: Task, scorer: Scorer) -> Measured:
@@ -129,13 +133,20 @@ class MeasuredFiles:
         return self._known[path][1]
 
 
-def read_matrix(outline: Outline, directory: RunDirectory, files: MeasuredFiles | None = None) -> dict[str, Any]:
-    """What matrix.json holds; numbers that are not finite are None.
+def write_matrix(outline: Outline, directory: RunDirectory, files: MeasuredFiles | None = None) -> dict[str, Any]:
+    """Write matrix.json and the stages' statistics; all ranks call this.
 
     Args:
         files: what was read before, and gets what is read now.
+
+    Returns:
+        what matrix.json holds; numbers that are not finite are None.
     """
-    return cast(dict[str, Any], finite(Results(outline, directory, files or MeasuredFiles()).matrix()))
+    results = Results(outline, directory, files or MeasuredFiles())
+    results.keep_statistics()
+    matrix = cast(dict[str, Any], finite(results.matrix()))
+    directory.write_json(directory.path / "matrix.json", matrix)
+    return matrix
 
 
 class Results:
@@ -150,6 +161,7 @@ class Results:
         self.outline, self.directory, self._files = outline, directory, files
         self._tasks = outline.tasks
         self._scorers = [outline.scorers[task.metric] for task in self._tasks]
+        self._statistics: dict[Path, dict[str, Statistics]] = {}
         self._cells: list[list[Measured | None]] = [[None] * len(self._tasks) for _ in range(len(self._tasks) + 1)]
         self.general: dict[str, Column] = {name: [None] * len(self._cells) for name in outline.general}
         for stage in (START, *outline.stages):
@@ -157,6 +169,20 @@ class Results:
         if not outline.stages:
             self._cells = [self._cells[0]] * len(self._cells)
             self.general = {name: values[:1] * len(values) for name, values in self.general.items()}
+
+    def keep_statistics(self) -> None:
+        """Write the statistics of each stage whose responses are others than before; all ranks call this.
+
+        Responses that the manifest does not know, as those of version 0.1.0, have none: nobody could tell later whether
+        they are still the same.
+        """
+        for folder, found in self._statistics.items():
+            below = (folder / "responses").relative_to(self.directory.path).as_posix()
+            known = checksums(self.directory.path, [f"{below}/{name}.jsonl" for name in found])
+            noted = {name: found[name] for name, sha256 in zip(found, known, strict=True) if sha256}
+            if noted and self._files.kept.get(folder) != noted:
+                self.directory.write_bytes(folder / FILE, file_content(noted))
+                self._files.kept[folder] = noted
 
     def matrix(self) -> dict[str, Any]:
         """All of it."""
@@ -238,7 +264,7 @@ class Results:
         resamples = self.outline.bootstrap
         if not resamples:
             return {}
-        statistics = [[None if cell is None else cell.statistics for cell in row] for row in self._cells]
+        statistics = [[None if cell is None else cell.statistics.values for cell in row] for row in self._cells]
         totals = [scorer.total for scorer in self._scorers]
         return intervals(statistics, metrics=self._scorers, totals=totals, resamples=resamples)
 
@@ -277,7 +303,8 @@ class Results:
         folder = self.directory.stage(current.index, current.name)
         for j, task in enumerate(self._tasks):
             if (path := self._responses(folder, task)).exists():
-                self._cells[stage.row][j] = self._measured(path, task)
+                self._cells[stage.row][j] = measured = self._measured(path, task)
+                self._statistics.setdefault(folder, {})[path.stem] = measured.statistics
                 if len({cell.rows for row in self._cells if (cell := row[j]) is not None}) > 1:
                     raise damaged(path, "it must have as many rows as after other stages")
         if (path := folder / "evaluation.json").exists():

@@ -11,7 +11,7 @@ from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import RunDirectory, current_stage, open_directory, require_runs
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.stages import complete_stages, is_settled, named
-from holdfast.runner.matrix import Outline, read_matrix
+from holdfast.runner.matrix import Outline, write_matrix
 from holdfast.system.manifest import check
 from holdfast.system.progress import Progress
 
@@ -46,8 +46,7 @@ def rollback(run: Path | str, *, to: int, progress: Progress | None = None) -> d
         if held != to:
             _drop_unfinished(directory, found, last)
             directory.go_back(last, to)
-        matrix = read_matrix(Outline.recorded(found), directory)
-        directory.write_json(path / "matrix.json", matrix)
+        matrix = write_matrix(Outline.recorded(found), directory)
         _write_page(path)
     progress.line(
         f"{path}: holds {named(found, to)} already"

@@ -26,12 +26,17 @@ PARTIAL = ".partial"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole: a reader sees the old content or the new one, never a part."""
+    """Write a text file whole: see :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole: a reader sees the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + PARTIAL)
     remove_link(temporary)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -145,7 +150,7 @@ def parse_json(text: str) -> Any:
     """
     try:
         value = _DECODER.decode(text)
-        if "\\ud" in text.lower():  # only an escape can be half a pair
+        if "\\ud" in text or "\\uD" in text:  # only an escape can be half a pair
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise JsonError(f"it is no JSON (line {error.lineno}: {error.msg})") from None
@@ -231,9 +236,11 @@ def _objects(path: Path, lines: Sequence[str | bytes]) -> Iterator[dict[str, Any
 def cut_torn_line(path: Path) -> None:
     """Remove a last line that a kill cut off, so that the file can grow again."""
     refuse_link(path)
-    whole, ended, torn = path.read_bytes().rpartition(b"\n")
-    if torn:
-        with path.open("rb+") as file:
+    with path.open("rb+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            whole, ended, _ = file.read().rpartition(b"\n")
             file.truncate(len(whole + ended))
 
 
@@ -246,14 +253,24 @@ def read_appended(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunDirectoryError: another line is damaged.
     """
+    content, _ = read_whole_lines(path)
+    return list(_objects(path, content.split(b"\n")))
+
+
+def read_whole_lines(path: Path, start: int = 0) -> tuple[bytes, int]:
+    """What such a file holds from a byte on, where a line begins, without a line that was cut off; and where that ends.
+
+    Nothing if there is no such file; RunDirectoryError if it cannot be read.
+    """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(start)
+            whole, ended, _ = file.read().rpartition(b"\n")
     except FileNotFoundError:
-        return []
+        return b"", start
     except OSError as error:
         raise RunDirectoryError(f"{path}: cannot be read: {error.strerror}") from None
-    whole, _, _ = content.rpartition(b"\n")
-    return list(_objects(path, whole.split(b"\n")))
+    return whole + ended, start + len(whole + ended)
 
 
 @contextlib.contextmanager

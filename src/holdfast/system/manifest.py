@@ -8,11 +8,12 @@ Where there is no manifest, as in directories of version 0.1.0, nothing is compa
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from holdfast.system.files import (
     parse_json,
     read_appended,
     read_utf8,
-    write_text,
+    read_whole_lines,
+    write_bytes,
 )
 from holdfast.system.files import read_json as read_plain_json
 
@@ -45,7 +47,9 @@ Entry = dict[str, Facts]
 def file_facts(path: Path) -> Facts:
     """Size and SHA-256 of a file."""
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(file.read()) if size < 2**20 else hashlib.file_digest(file, "sha256")
+        return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def folder_facts(folder: Path, paths: Sequence[Path] | None = None) -> Entry:
@@ -64,7 +68,11 @@ def folder_facts(folder: Path, paths: Sequence[Path] | None = None) -> Entry:
 
 def text_facts(text: str) -> Facts:
     """Size and SHA-256 of a text file that is about to be written."""
-    content = text.encode()
+    return content_facts(text.encode())
+
+
+def content_facts(content: bytes) -> Facts:
+    """Size and SHA-256 of a file that is about to be written."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -80,14 +88,21 @@ def note(root: Path, path: Path, entry: Entry) -> None:
     append_jsonl(manifest, line, sync=True)
 
 
-def write_noted(root: Path, path: Path, text: str) -> None:
-    """Write a text file whole, and note it in the manifest of ``root``; what is there and noted already stays."""
-    facts = text_facts(text)
+def write_noted(root: Path, path: Path, content: str | bytes) -> None:
+    """Write a file whole, and note it in the manifest of ``root``; what is there and noted already stays."""
+    content = content.encode() if isinstance(content, str) else content
+    facts = content_facts(content)
     noted = _entries(root / MANIFEST).get(path.relative_to(root).as_posix(), [])
     if noted[-1:] == [{"": facts}] and path.is_file() and file_facts(path) == facts:
         return
     note(root, path, {"": facts})
-    write_text(path, text)
+    write_bytes(path, content)
+
+
+def checksums(root: Path, names: Sequence[str]) -> list[str | None]:
+    """The SHA-256 that the manifest of ``root`` has of each file, by its path there; None where it has none."""
+    entries = _entries(root.absolute() / MANIFEST)
+    return [found[-1].get("", {}).get("sha256") if (found := entries.get(name)) else None for name in names]
 
 
 def check(path: Path) -> None:
@@ -97,14 +112,17 @@ def check(path: Path) -> None:
         RunDirectoryError: a file is missing or damaged; the message names it.
     """
     path = path.absolute()
-    for root in path.parents[:DEPTH]:
-        known = _entries(root / MANIFEST).get(path.relative_to(root).as_posix())
-        if known:
+    whole = root = str(path)  # texts, since this is asked of every file that is read
+    for _ in range(DEPTH):
+        root = root.rpartition(os.sep)[0]
+        entries = _entries(place := f"{root}{os.sep}{MANIFEST}")
+        name = whole[len(root) :].lstrip(os.sep).replace(os.sep, "/")
+        if known := entries.get(name):
             try:
-                _compare(root / MANIFEST, path, known)
+                _compare(Path(place), path, known)
             except RunDirectoryError:
-                _read.pop(root / MANIFEST)  # another process may have written both since, on a shared disk
-                _compare(root / MANIFEST, path, _entries(root / MANIFEST)[path.relative_to(root).as_posix()])
+                _read.pop(place)  # another process may have written both since, on a shared disk
+                _compare(Path(place), path, _entries(place)[name])
             return
 
 
@@ -133,8 +151,10 @@ def compare(manifest: Path, path: Path, expected: Entry) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file that holdfast wrote, compared with its manifest."""
     check(path)
-    with _remedied(path):
+    try:
         return parse_json(read_utf8(path))
+    except JsonError as error:
+        raise _damaged(path, str(error)) from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -143,50 +163,89 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if line:
-            with _remedied(path, f"line {number}: "):
+            try:
                 rows.append(parse_json(line))
                 if not isinstance(rows[-1], dict):
                     raise JsonError("it is no object")
+            except JsonError as error:
+                raise _damaged(path, f"line {number}: {error}") from None
     return rows
 
 
-@contextlib.contextmanager
-def _remedied(path: Path, place: str = "") -> Iterator[None]:
-    """Tell what is wrong with JSON, and what can be done about its file."""
-    try:
-        yield
-    except JsonError as error:
-        raise RunDirectoryError(f"{path}: is damaged: {place}{error}; {remedy(path)}") from None
+def _damaged(path: Path, why: str) -> RunDirectoryError:
+    """What is wrong with a file, and what can be done about it."""
+    return RunDirectoryError(f"{path}: is damaged: {why}; {remedy(path)}")
 
 
-_read: dict[Path, tuple[tuple[int, int], dict[str, list[Entry]]]] = {}
-"""The manifests that were read, with their time and size: they only grow."""
+@dataclass
+class _Known:
+    """What was read of a manifest, which only grows.
+
+    Attributes:
+        state: its inode, time and size then.
+        end: the bytes of its whole lines, which were read.
+    """
+
+    state: tuple[int, int, int]
+    end: int = 0
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
 
 
-def _entries(manifest: Path) -> dict[str, list[Entry]]:
+_read: dict[str, _Known] = {}
+"""By path."""
+
+
+def _entries(manifest: Path | str) -> dict[str, list[Entry]]:
     """By path, what a file or folder may hold: what the last line about it says, or what it held until then.
+
+    Of a manifest that has grown since it was read, only what is new is read.
 
     Raises:
         RunDirectoryError: the manifest itself is damaged.
     """
+    place = str(manifest)
     try:
-        found = manifest.stat()
+        found = os.stat(place)  # noqa: PTH116 - this is asked of every file that is read
     except OSError:
         return {}
-    state = found.st_mtime_ns, found.st_size
-    if manifest not in _read or _read[manifest][0] != state:
-        entries: dict[str, list[Entry]] = {}
-        for line in read_appended(manifest) if _is_ours(manifest) else []:
-            entry, known = [line.get("files"), line.get("before", {})], isinstance(line.get("path"), str)
-            if not known or not all(map(_is_entry, entry)):
-                raise RunDirectoryError(
-                    f"{manifest}: is damaged: a line has no path or no checksums; restore it from a copy, or delete "
-                    "it, so that nothing is compared"
-                )
-            before = [line["before"]] if "before" in line else entries.get(line["path"], [])[-1:]
-            entries[line["path"]] = [*before, line["files"]]
-        _read[manifest] = state, entries
-    return _read[manifest][1]
+    state, known = (found.st_ino, found.st_mtime_ns, found.st_size), _read.get(place)
+    if known is None or known.state != state:
+        if known is None or known.state[0] != state[0] or known.state[2] >= state[2]:
+            known = _Known(state)
+        if known.end or _is_ours(Path(place)):
+            _read_on(Path(place), known)
+        known.state = state
+        _read[place] = known
+    return known.entries
+
+
+def _read_on(manifest: Path, known: _Known) -> None:
+    """Read the lines from where reading ended."""
+    content, known.end = read_whole_lines(manifest, known.end)
+    try:
+        lines = [_decoded(line) for line in content.decode().split("\n") if line]
+    except (ValueError, RecursionError):
+        lines = read_appended(manifest)  # which reads it with more care, and says which line is damaged
+    for line in lines:
+        path, files, before = line.get("path"), line.get("files"), line.get("before")
+        if not (isinstance(path, str) and _is_entry(files) and (before is None or _is_entry(before))):
+            raise RunDirectoryError(
+                f"{manifest}: is damaged: a line has no path or no checksums; restore it from a copy, or delete "
+                "it, so that nothing is compared"
+            )
+        earlier = known.entries.get(path, [])[-1:] if before is None else [before]
+        known.entries[path] = [*earlier, files]
+
+
+_DECODER = json.JSONDecoder()
+
+
+def _decoded(line: str) -> Any:
+    """The value of a line of JSON; in less time than :func:`json.loads`, which passes over white space around it."""
+    value, end = _DECODER.raw_decode(line)
+    if end != len(line) or not isinstance(value, dict):
+        raise ValueError("it is no object of JSON")
+    return value
 
 
 def _is_ours(manifest: Path) -> bool:
@@ -197,10 +256,11 @@ def _is_ours(manifest: Path) -> bool:
 
 def _is_entry(files: Any) -> bool:
     """Whether a JSON value can be an :data:`Entry`."""
-    return isinstance(files, dict) and all(
-        isinstance(facts, dict) and isinstance(facts.get("bytes"), int) and isinstance(facts.get("sha256"), str)
-        for facts in files.values()
-    )
+    return isinstance(files, dict) and all(map(_are_facts, files.values()))
+
+
+def _are_facts(facts: Any) -> bool:
+    return isinstance(facts, dict) and isinstance(facts.get("bytes"), int) and isinstance(facts.get("sha256"), str)
 
 
 def _compare(manifest: Path, path: Path, known: list[Entry]) -> None:
@@ -216,11 +276,13 @@ def _compare(manifest: Path, path: Path, known: list[Entry]) -> None:
 def _differs(path: Path, name: str, expected: Facts) -> tuple[Path, str] | None:
     """The file that is not as expected, and why; None if it is."""
     file = path / name if name else path
-    if not file.is_file():
+    try:
+        facts = file_facts(file)
+    except OSError:
         return file, "it is missing"
-    if (size := file.stat().st_size) != expected["bytes"]:
-        return file, f"it has {size} bytes, not {expected['bytes']}"
-    if file_facts(file)["sha256"] != expected["sha256"]:
+    if facts["bytes"] != expected["bytes"]:
+        return file, f"it has {facts['bytes']} bytes, not {expected['bytes']}"
+    if facts["sha256"] != expected["sha256"]:
         return file, "its SHA-256 is another"
     return None
 
@@ -228,6 +290,8 @@ def _differs(path: Path, name: str, expected: Facts) -> tuple[Path, str] | None:
 def remedy(file: Path) -> str:
     """What can be done about a damaged file."""
     again = "and the command that wrote it makes it again"
+    if file.name == STATISTICS:
+        return f"delete it, {again}"
     stage = next((p for p in file.parents if p.parent.name == "stages"), None)
     checkpoint = next((p for p in file.parents if p.name.startswith("checkpoint-")), None)
     if file.name == "run.json" or (stage is None and checkpoint is None and file.name not in MADE_AGAIN):
@@ -242,3 +306,4 @@ def remedy(file: Path) -> str:
 
 
 MADE_AGAIN = ("matrix.json", "result.json")
+STATISTICS = "statistics.safetensors"
