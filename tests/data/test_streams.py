@@ -581,7 +581,9 @@ def test_benchmarks_run_from_the_real_data(tmp_path: Path, stream: dict[str, Any
 def test_every_scorer_runs_on_real_rows(tmp_path: Path):
     choices = {"choice_letter", "choice_acc", "choice_likelihood", "choice_likelihood_mean"}
     answered = [metric for metric in SCORERS if metric not in ("preference", "judged_likelihood")]
+    answered = [metric for metric in answered if "iou" not in metric]  # no answer of these rows is a box
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    pytest.importorskip("pycocoevalcap", reason="pip install 'holdfast[images]'")
     server = ChatServer(lambda body, number: "correct" if number % 2 else "incorrect")
     judge = {"url": server.url, "model": "judge", "concurrency": 1}
     similarity = str(write_sentence_model(tmp_path / "sentences"))
