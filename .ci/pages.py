@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = r"^```.*?^```$|^ {4}[^\n]*|`+[^`]*`+"
-LINK = re.compile(rf"{CODE}|(?P<before>\]\()(?P<to>[^)\s]+)(?=\))", re.S | re.M)
+LINK = re.compile(rf"{CODE}|(?P<before>(?:(?P<image>!)\[[^\]]*)?\]\()(?P<to>[^)\s]+)(?=\))", re.S | re.M)
 STAR = re.compile(rf"{CODE}|(?<=θ)(?P<star>\*)", re.S | re.M)
 """The star of θ*, which Python-Markdown would take for emphasis, and GitHub does not."""
 OUTSIDE = {
@@ -41,6 +41,8 @@ def sources(root: Path) -> dict[str, str]:
             found[path.relative_to(root).as_posix()] = path.relative_to(root / "docs").as_posix()
     for path in sorted((root / "experiments").rglob("README.md")):
         found[path.relative_to(root).as_posix()] = f"{path.parent.relative_to(root).as_posix()}.md"
+    for path in sorted((root / "experiments").rglob("*.png")):
+        found[path.relative_to(root).as_posix()] = path.relative_to(root).as_posix()
     return {file: re.sub(r"(^|/)README\.md$", r"\1index.md", page) for file, page in found.items()}
 
 
@@ -61,10 +63,10 @@ def on_site(text: str, file: str, pages: dict[str, str], repository: str) -> str
         target = posixpath.normpath(posixpath.join(posixpath.dirname(file), path))
         if target in pages:
             address = posixpath.relpath(pages[target], posixpath.dirname(pages[file]) or ".")
-        elif (ROOT / target).exists():
+        elif (ROOT / target).exists() and not match["image"]:
             address = f"{repository}/{target}"
         else:
-            sys.exit(f"{file}: {link}: there is no {target}")
+            sys.exit(f"{file}: {link}: there is no {target}" + (" on the site" if match["image"] else ""))
         return f"{match['before']}{address}{'#' if anchor else ''}{anchor}"
 
     return STAR.sub(lambda match: "\\*" if match["star"] else match[0], LINK.sub(replaced, text))

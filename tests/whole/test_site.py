@@ -51,6 +51,10 @@ def test_links_lead_to_pages_or_into_the_repository(laid_out):
     kept = "`[a](nowhere.md)`\n\n    [a](nowhere.md)\n\n```\n[a](nowhere.md) θ*\n```\n"
     assert on_site(kept) == kept
     assert on_site("near θ*, `θ*`") == "near θ\\*, `θ*`"
+    found["docs/keep.png"] = "keep.png"
+    assert on_site("![a b](../keep.png)") == "![a b](../keep.png)"
+    with pytest.raises(SystemExit, match=r"there is no docs/real-demo\.png on the site"):
+        on_site("![a](../real-demo.png)")
     with pytest.raises(SystemExit, match=r"nowhere\.md: there is no docs/methods/nowhere\.md"):
         on_site("[a](nowhere.md)")
 
