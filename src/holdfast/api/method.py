@@ -49,6 +49,9 @@ class Method(Registered):
     not_with: ClassVar[Mapping[str, str]] = {}
     """The methods that it cannot be applied together with, by name, each with the reason."""
 
+    text_only: ClassVar[str] = ""
+    """Why it works with no model that sees, after "and"; empty where it does."""
+
     causal_only: ClassVar[str] = ""
     """Why it works with no sequence-to-sequence model, after "and"; empty where it does."""
 

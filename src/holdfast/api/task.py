@@ -8,9 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from holdfast.models.pictures import Picture
+
 Kind = Literal["sft", "dpo", "kto", "grpo"]
 """How the stage of a task is trained: on answers, on pairs of a better and a worse answer, on answers that are good or
 bad, or on answers that the model writes and that are rewarded."""
+
+
+PICTURE = "\ufdd2"
+"""Stands in a turn's content where a picture is shown: a noncharacter, which text does not hold."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Turn:
         reasoning: what the assistant thought before this answer.
         calls: the assistant's calls of tools, each as the JSON of an object with ``name`` and ``arguments``.
         name: of the tool that says this.
+        pictures: what it shows, in the places of :data:`PICTURE` in its content.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -33,11 +40,17 @@ class Turn:
     reasoning: str | None = None
     calls: tuple[str, ...] = ()
     name: str | None = None
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def said(self) -> str:
-        """Its content and its calls, on lines of their own."""
-        return "\n".join(filter(None, (self.content, *self.calls)))
+        """Its content, with <image> for each picture, and its calls, on lines of their own."""
+        return "\n".join(filter(None, (readable_text(self.content), *self.calls)))
+
+    @property
+    def shown(self) -> list[int]:
+        """The numbers of the pictures that it shows, which tell it from a turn with the same words."""
+        return [picture.number for picture in self.pictures]
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,17 @@ class Example:
         question = next((turn for turn in reversed(self.turns) if turn.role == "user"), None)
         if question is None or question.cut is None:
             return self.question
-        return question.content[slice(*question.cut)]
+        return readable_text(question.content[slice(*question.cut)])
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """What its turns show, in order."""
+        return [picture for turn in self.turns for picture in turn.pictures]
+
+
+def readable_text(content: str) -> str:
+    """A turn's content for people, with <image> for each picture."""
+    return content.replace(PICTURE, "<image>")
 
 
 @dataclass
@@ -161,7 +184,8 @@ def _content(row: Example) -> object:
 def _said(turn: Turn) -> tuple[object, ...]:
     """What a turn means; of one without reasoning, calls and marks role and content, as it has always been."""
     more = (turn.trained, turn.reasoning, turn.calls, turn.name)
-    return (turn.role, turn.content) if more == (True, None, (), None) else (turn.role, turn.content, *more)
+    said = (turn.role, turn.content) if more == (True, None, (), None) else (turn.role, turn.content, *more)
+    return (*said, turn.shown) if turn.pictures else said
 
 
 @dataclass(frozen=True)

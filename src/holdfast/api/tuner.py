@@ -6,15 +6,26 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
 from holdfast.api.registry import Registered
 from holdfast.config.reading import validate
 from holdfast.config.section import Section
+from holdfast.models.parts import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from holdfast.api.method import Method
     from holdfast.config.training import BaseTrainingConfig
+
+
+class TargetOptions(Section):
+    """The options of a tuner that can train any part of a model that sees."""
+
+    target: Target = Field(
+        "language", description="of a model that sees, what is trained: language, vision, projector or all"
+    )
 
 
 class Tuner(Registered, ABC):
@@ -38,6 +49,9 @@ class Tuner(Registered, ABC):
 
     causal_only: ClassVar[str] = ""
     """Why it trains no sequence-to-sequence model, after "and"; empty where it does."""
+
+    text_only: ClassVar[str] = ""
+    """Why it trains no model that sees, after "and"; empty where it does."""
 
     class Options(Section):
         """The tuner's options; a key that it does not know is refused."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from holdfast.api.task import Example, Turn
+from holdfast.api.task import PICTURE, Example, Turn
 from holdfast.data.conversation import tool_names
 from holdfast.data.files import where
 from holdfast.data.pieces import Piece, answer_piece
@@ -196,7 +196,7 @@ class ChatTemplate:
 
 def _message(turn: Turn, as_parts: bool) -> dict[str, Any]:
     """A turn as templates of text models read it; as parts: as those of models that see, and old ones that call, do."""
-    content = [{"type": "text", "text": turn.content}] if as_parts and not turn.calls else turn.content
+    content = _parts(turn) if turn.pictures or (as_parts and not turn.calls) else turn.content
     message: dict[str, Any] = {"role": turn.role, "content": content}
     if turn.reasoning:
         message |= {"reasoning_content": turn.reasoning, "thinking": turn.reasoning}
@@ -208,6 +208,15 @@ def _message(turn: Turn, as_parts: bool) -> dict[str, Any]:
     if turn.name:
         message["name"] = turn.name
     return message
+
+
+def _parts(turn: Turn) -> list[dict[str, str]]:
+    """The parts of a turn: its text, and a place for each of its pictures."""
+    first, *rest = turn.content.split(PICTURE)
+    parts = [{"type": "text", "text": first}] if first or not rest else []
+    for text in rest:
+        parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+    return parts
 
 
 def _attempts(turns: Sequence[Turn]) -> Iterator[tuple[bool, int, Sequence[Turn]]]:
@@ -260,11 +269,11 @@ def _without_system(turns: Sequence[Turn]) -> list[Turn]:
 def _check_before(before: str, turns: Sequence[Turn]) -> None:
     """What is asked stands in the text, whatever the template does with earlier answers."""
     for number, turn in enumerate(turns, 1):
-        said = turn.content.strip()
-        if turn.role == "assistant" or said in before or json.dumps(said, ensure_ascii=False)[1:-1] in before:
-            continue
-        if json.dumps(said)[1:-1] not in before and not _equal_json(said, before):
-            raise TemplateBrokenError(f"it leaves out turn {number} ({turn.role}): {said[:60]!r}")
+        for said in map(str.strip, turn.content.split(PICTURE)):
+            if turn.role == "assistant" or said in before or json.dumps(said, ensure_ascii=False)[1:-1] in before:
+                continue
+            if json.dumps(said)[1:-1] not in before and not _equal_json(said, before):
+                raise TemplateBrokenError(f"it leaves out turn {number} ({turn.role}): {said[:60]!r}")
 
 
 def _check_tools(before: str, alone: str, tools: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.api.rows import IGNORED
-from holdfast.api.task import Example, Turn
+from holdfast.api.task import PICTURE, Example, Turn
 from holdfast.data.chat import ChatTemplate
 from holdfast.data.files import where
 from holdfast.data.pieces import Piece, last_answer, plain_pieces
@@ -18,6 +18,9 @@ from holdfast.models.pretrained import begin_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from holdfast.models.sight import Sight
+
 # Unicode noncharacters, which text does not hold: they mark a cut span while a template is rendered.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKS = f"[{_OPEN}{_CLOSE}]"
@@ -43,6 +46,9 @@ class Encoder:
     Raises:
         ConfigError: template is chat and the tokenizer has no chat template.
     """
+
+    sight: Sight | None = None
+    """How the model sees, of one that does."""
 
     def __init__(
         self,
@@ -148,7 +154,7 @@ class Encoder:
         sequences = self._pieces(example)
         pieces = sequences[-1] if end else self._without_end(sequences[-1], example.answer)
         [tokens] = self._tokenise([pieces])
-        if end or self.chat:
+        if end or self.chat or any(piece.pictures for piece in pieces):
             parts = self._fit(example, len(sequences) - 1, pieces, tokens, reserve=0)
         else:
             parts = [piece.ids for piece in tokens]
@@ -197,6 +203,10 @@ class Encoder:
         [tokens] = self._tokenise([pieces])
         return len(self._joined(pieces[first:], [part.ids for part in tokens[first:]])[0])
 
+    def shown(self, ids: Sequence[int]) -> str:
+        """The text of a row's tokens for people, special tokens included."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def decode(self, ids: list[int]) -> str:
         """The text of a response, without special tokens, without the reasoning before it and white space around it."""
         text = self.tokenizer.decode(ids, skip_special_tokens=not self.chat, clean_up_tokenization_spaces=False)
@@ -212,6 +222,11 @@ class Encoder:
         """The text of an example's sequences, in pieces: in turn what stands before an answer, and the answer."""
         if example.text is not None:
             return [[Piece(example.text, begins=True, supervised=True)]]
+        if self.sight is None and any(turn.pictures for turn in example.turns):
+            raise DataError(
+                f"{where(example.file, example.row)}: shows a picture, and the model reads text alone; a model that "
+                "sees would do, or leave the pictures out with columns: {image: null}"
+            )
         if not self.chat:
             return [plain_pieces(example)]
         return self._template.pieces(example)
@@ -233,11 +248,16 @@ class Encoder:
 
     def _tokenise(self, sequences: list[list[Piece]]) -> list[list[_Tokens]]:
         """Tokenise each different text once; all pieces but the first of a sequence as the middle of a text."""
-        keys = [[(piece.text, i > 0 and self._prepends) for i, piece in enumerate(pieces)] for pieces in sequences]
+        keys = [
+            [(piece.text, i > 0 and self._prepends and not piece.control) for i, piece in enumerate(pieces)]
+            for pieces in sequences
+        ]
         unique = list(dict.fromkeys(key for sequence in keys for key in sequence))
+        control = {piece.text for pieces in sequences for piece in pieces if piece.control}
+        found = {(text, False): _Tokens(self._encodings([text], control=True)[0]) for text in control}
+        unique = [key for key in unique if key not in found]
         anchors = [_anchor(text) if inside else "" for text, inside in unique]
         encodings = self._encodings([anchor + text for anchor, (text, _) in zip(anchors, unique, strict=True)])
-        found = {}
         for key, anchor, encoding in zip(unique, anchors, encodings, strict=True):
             found[key] = _Tokens(encoding)
             if anchor:
@@ -246,13 +266,13 @@ class Encoder:
                 found[key] = _Tokens(self._encodings([key[0]])[0]) if merged else _Tokens(encoding, skip, len(anchor))
         return [[found[key] for key in sequence] for sequence in keys]
 
-    def _encodings(self, texts: list[str]) -> list[Any]:
+    def _encodings(self, texts: list[str], control: bool = False) -> list[Any]:
         if not texts:
             return []
         return self.tokenizer(
             texts,
             add_special_tokens=False,
-            split_special_tokens=not self.chat,  # what a text says is text; a chat template's text has control tokens
+            split_special_tokens=not (self.chat or control),  # what a text says is text, not control tokens
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
@@ -304,7 +324,8 @@ class Encoder:
         if sum(sizes) < excess:
             raise DataError(
                 f"{where(example.file, example.row)}: has {length} tokens, of which {sum(sizes)} are input that may be "
-                f"cut; the other {length - sum(sizes)} are more than the {self.max_length - reserve} of "
+                f"cut; the other {length - sum(sizes)}{_of_pictures(pieces)} are more than the "
+                f"{self.max_length - reserve} of "
                 f"data.max_length={self.max_length}"
                 + (f" less {reserve} for the response (evaluation.max_new_tokens)" if reserve else "")
                 + "; raise data.max_length, or shorten the row"
@@ -358,15 +379,24 @@ class _Tokens:
         return [(start - self.shift, end - self.shift) for start, end in self.encoding.offsets[self.skip :]]
 
 
+def _of_pictures(pieces: Sequence[Piece]) -> str:
+    places = sum(count for piece in pieces for _, count in piece.pictures)
+    return f" ({places} of them pictures)" if places else ""
+
+
 def _marked(turn: Turn) -> Turn:
-    """Mark the cut span, inside its white space, which a template may strip."""
+    """Mark the stretches of the cut span between pictures, inside their white space, which a template may strip."""
     start, end = turn.cut or (0, 0)
-    span = turn.content[start:end]
-    if not span.strip():
-        return turn
-    start, end = start + len(span) - len(span.lstrip()), end - len(span) + len(span.rstrip())
     content = turn.content
-    return Turn(turn.role, content[:start] + _OPEN + content[start:end] + _CLOSE + content[end:])
+    stretches = [_marked_stretch(text) for text in content[start:end].split(PICTURE)]
+    return replace(turn, content=content[:start] + PICTURE.join(stretches) + content[end:], cut=None)
+
+
+def _marked_stretch(text: str) -> str:
+    if not text.strip():
+        return text
+    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    return text[:start] + _OPEN + text[start:end] + _CLOSE + text[end:]
 
 
 def _anchor(text: str) -> str:

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.api.task import Example
 from holdfast.data.encode import Encoder
+from holdfast.data.encode_seen import SeeingEncoder
 from holdfast.data.files import where
 from holdfast.data.pieces import Piece, plain_pieces
 from holdfast.errors import ConfigError, DataError
-from holdfast.models.seq2seq import answered_row, around, decoder_start, empty_prompt, is_seq2seq, text_row
+from holdfast.models.kinds import is_seq2seq
+from holdfast.models.seq2seq import answered_row, around, decoder_start, empty_prompt, text_row
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from holdfast.models.sight import Sight
 
 
 class ApartEncoder(Encoder):
@@ -198,11 +202,17 @@ class ApartEncoder(Encoder):
 
 
 def encoder_of(
-    model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int, **options: Any
+    model_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sight: Sight | None,
+    *,
+    max_length: int,
+    **options: Any,
 ) -> Encoder:
     """The encoder of rows for a model.
 
     Args:
+        sight: how the model sees; None: it reads text alone.
         options: of :class:`Encoder`.
 
     Raises:
@@ -210,4 +220,6 @@ def encoder_of(
     """
     if is_seq2seq(model_config):
         return ApartEncoder(tokenizer, max_length=max_length, start=decoder_start(model_config), **options)
+    if sight is not None:
+        return SeeingEncoder(tokenizer, sight=sight, max_length=max_length, **options)
     return Encoder(tokenizer, max_length=max_length, **options)

@@ -10,6 +10,7 @@ from holdfast.api.task import Example, Turn
 from holdfast.config.pattern import group_span
 from holdfast.data.conversation import BadRowError, Noticed, conversation, field_value, text_field, tools_of
 from holdfast.data.files import type_name, where
+from holdfast.data.row_pictures import COLUMNS, take_pictures, with_pictures
 from holdfast.errors import ConfigError, DataError, did_you_mean
 
 Format = Literal["messages", "sharegpt", "prompt_answer", "sentence_label", "alpaca", "text"]
@@ -127,6 +128,7 @@ def to_examples(
     prompt: str | None = None,
     input: str | None = None,
     each: bool = False,
+    images: Path | None = None,
     bad: list[str] | None = None,
     noticed: Noticed | None = None,
 ) -> list[Example]:
@@ -141,6 +143,7 @@ def to_examples(
         prompt: how a sentence_label row is asked; where absent, as :func:`asked` says.
         input: regular expression whose group 1 is what the prompt of a prompt_answer row is about; None: all of it.
         each: a conversation gives an example for each of its answers, after the true ones before, not for its last.
+        images: what paths of pictures are relative to; None: the file's folder.
         bad: what is wrong with rows that cannot be used is added to it, and they are left out. None: the first raises.
         noticed: what is noticed of the rows is noted in it.
 
@@ -150,7 +153,8 @@ def to_examples(
     """
     if format not in KEYS:
         raise ConfigError(f"format: unknown format {format!r}{did_you_mean(format, KEYS)}")
-    template = asked(instruction, labels, prompt)
+    template, used = asked(instruction, labels, prompt), USED[format]
+    folder = Path(file).parent if images is None else images
     examples = []
     for position, row in enumerate(rows):
         index = getattr(row, "index", position)
@@ -160,8 +164,10 @@ def to_examples(
                 if noticed is not None:
                     noticed.bad_answers += 1
                 continue
-            tools = tools_of(row) if "tools" in USED[format] else None
-            turns = () if format == "text" else _turns(row, format, template, input, noticed)
+            said, pictures = (row, []) if format == "text" else take_pictures(row, folder)
+            tools = tools_of(said) if "tools" in USED[format] else None
+            turns = () if format == "text" else _turns(said, format, template, input, noticed)
+            turns = with_pictures(turns, pictures) if pictures else turns
             if format == "text":
                 examples.append(Example(file=str(file), row=index, text=text_field(row, "text")))
             ends = [end for end, turn in enumerate(turns, 1) if turn.role == "assistant"]
@@ -189,7 +195,7 @@ def to_examples(
             noticed.unused |= {
                 name
                 for name, value in row.items()
-                if name not in USED[format] and value is not None and not (name in VERDICTS and value is True)
+                if value is not None and name not in {*used, *COLUMNS} and not (name in VERDICTS and value is True)
             }
     return examples
 
@@ -317,9 +323,10 @@ def _refuse_meaning(row: Mapping[str, Any], format: str) -> None:
             f"weight: rows are not weighted, and this one's weight is {row['weight']!r:.40}; take rows of weight 0 "
             f"out, and {left_out(column='weight')}"
         )
-    for column in ("image", "images", "video", "videos", "audio", "audios"):
+    for column in ("video", "videos", "audio", "audios", *(COLUMNS if format == "text" else ())):
         if row.get(column):
-            raise BadRowError(f"{column}: text alone can be trained; {left_out(column=column)}")
+            alone = "a text shows no picture" if column in COLUMNS else "text and pictures alone can be trained"
+            raise BadRowError(f"{column}: {alone}; {left_out(column=column)}")
 
 
 def _about(prompt: str, input: str | None) -> tuple[int, int]:

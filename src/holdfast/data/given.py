@@ -275,7 +275,7 @@ def hashes(example: Example, format: str) -> tuple[str, str]:
         return _hash(example.text), _hash(_squeezed(example.text))
     if format == "sentence_label":
         return _hash([example.input, example.answer]), _hash(_squeezed(example.input))
-    asked = [[turn.role, _squeezed(turn.said)] for turn in example.turns[:-1]]
+    asked = [[turn.role, _squeezed(turn.said), *turn.shown] for turn in example.turns[:-1]]
     return fingerprint([example], [], [])[:DIGITS], _hash([asked, example.tools])
 
 

@@ -254,4 +254,5 @@ def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
 
 
 def _prompt(example: Example) -> Hashable:
-    return example.text or (example.tools, tuple((turn.role, turn.content, turn.calls) for turn in example.turns[:-1]))
+    turns = example.turns[:-1]
+    return example.text or (example.tools, tuple((turn.role, turn.content, turn.calls, *turn.shown) for turn in turns))

@@ -20,6 +20,8 @@ class Piece:
         untrained: its row says that the loss does not count it, whatever else it counts.
         begins: it takes the tokenizer's begin token.
         ends: it takes the tokenizer's end token.
+        control: its text is special tokens, whatever the template.
+        pictures: of each picture that it shows the token of its places, and how many there are.
     """
 
     text: str
@@ -28,6 +30,8 @@ class Piece:
     untrained: bool = False
     begins: bool = False
     ends: bool = False
+    control: bool = False
+    pictures: tuple[tuple[int, int], ...] = ()
 
 
 def last_answer(pieces: Sequence[Piece]) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 from holdfast.api.task import Example, Kind, Turn
 from holdfast.data.conversation import BadRowError, Noticed, conversation, field_value, text_field, tools_of
 from holdfast.data.files import type_name, where
+from holdfast.data.formats import LEFT_OUT
+from holdfast.data.row_pictures import shows_pictures
 from holdfast.errors import DataError
 
 USED: dict[str, set[str]] = {
@@ -53,6 +55,10 @@ def kind_examples(
         index = getattr(row, "index", position)
         place = Example(file=str(file), row=index)
         try:
+            if shown := shows_pictures(row):
+                raise BadRowError(
+                    f"{shown}: preferences and rewards are trained on text alone; {LEFT_OUT.format(column=shown)}"
+                )
             match kind:
                 case "dpo":
                     examples.append(_pair(row, place))

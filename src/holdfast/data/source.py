@@ -110,6 +110,7 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
                 prompt=options.prompt if format == "sentence_label" else None,
                 input=options.input,
                 each=options.turns == "each" and name == "test",
+                images=None if options.images is None else Path(options.images),
                 bad=bad,
                 noticed=noticed,
             )
@@ -279,7 +280,7 @@ def _draw_test(examples: dict[str, list[Example]], share: float) -> str:
 
 def _drawn_number(row: Example) -> float:
     """A number between 0 and 1 from what a row asks."""
-    asked = row.text if row.text is not None else [[turn.role, turn.said] for turn in row.turns[:-1]]
+    asked = row.text if row.text is not None else [[turn.role, turn.said, *turn.shown] for turn in row.turns[:-1]]
     return int(hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12], 16) / 16**12
 
 

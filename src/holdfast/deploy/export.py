@@ -14,8 +14,9 @@ from holdfast.data.encode_apart import encoder_of
 from holdfast.deploy.exported import Exported
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.models.gguf import is_gguf
+from holdfast.models.kinds import is_seq2seq
 from holdfast.models.pretrained import load_saved_tokenizer, readable
-from holdfast.models.seq2seq import is_seq2seq
+from holdfast.models.sight import load_sight
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
@@ -90,7 +91,8 @@ def export(
         )
     tokenizer = load_saved_tokenizer(saved, RunDirectoryError, config.model.trust_remote_code)
     model_config = _model_config(pretrained, saved if kind == "model" else None)
-    encoder = encoder_of(model_config, tokenizer, max_length=finished.max_length, template=config.data.template)
+    sight = load_sight(pretrained, model_config, tokenizer)
+    encoder = encoder_of(model_config, tokenizer, sight, max_length=finished.max_length, template=config.data.template)
     settings = _generation_settings(pretrained, saved if kind == "model" else None, model_config, encoder)
     merged = _merged(pretrained, tuner, saved) if kind == "merged" else None
     exported = Exported(

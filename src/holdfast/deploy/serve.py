@@ -18,8 +18,9 @@ from holdfast.deploy.follow import Follower, held_stage
 from holdfast.deploy.openai.limits import Limits
 from holdfast.errors import ConfigError
 from holdfast.models.batcher import Batcher
+from holdfast.models.kinds import is_seq2seq
 from holdfast.models.pretrained import begin_tokens, load_model_config, load_tokenizer
-from holdfast.models.seq2seq import is_seq2seq, start_of
+from holdfast.models.seq2seq import start_of
 from holdfast.runner.inputs import model_inputs, tokenizer_inputs
 from holdfast.runner.reload import StoredStage, check_inputs, find_stage
 from holdfast.system.progress import Progress

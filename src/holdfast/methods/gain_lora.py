@@ -57,6 +57,7 @@ class GainLoRA(InfLoRA):
     """
 
     name = "gain_lora"
+    text_only = "its gates read the prompt from the embeddings of text"
     not_with = {"o_lora": EXCHANGES, "n_lora": EXCHANGES, "inflora": EXCHANGES} | NOT_WITH
     causal_only = "its gates read the prompt in the one sequence that a causal model reads"
     no_checkpointing = RECOMPUTED

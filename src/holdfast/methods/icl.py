@@ -66,8 +66,8 @@ def _drawn(rows: Sequence[Example], example: Example, count: int, chance: random
             yield row
 
 
-def _prompt(example: Example) -> tuple[tuple[str, str], ...]:
-    return tuple((turn.role, turn.content) for turn in example.turns[:-1])
+def _prompt(example: Example) -> tuple[tuple[str | int, ...], ...]:
+    return tuple((turn.role, turn.content, *turn.shown) for turn in example.turns[:-1])
 
 
 def _after(shown: Sequence[Example], example: Example) -> Example:

@@ -11,7 +11,8 @@ from torch import nn
 
 from holdfast.methods.parts.interpolation import Coefficients, Interpolation, InterpolationOptions
 from holdfast.models.head import base
-from holdfast.models.seq2seq import decoder_depth, is_seq2seq
+from holdfast.models.kinds import is_seq2seq
+from holdfast.models.seq2seq import decoder_depth
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 """The name of a weight in a numbered block: what stands before the number, and the number."""

@@ -18,7 +18,8 @@ from holdfast.data.tokens.file import TokenFile
 from holdfast.errors import ConfigError
 from holdfast.losses import dynamic_weight, prediction_nll, supervised_tokens
 from holdfast.models.head import begin_token, context
-from holdfast.models.seq2seq import decoder_start, empty_prompt, is_seq2seq, start_of, text_row
+from holdfast.models.kinds import is_seq2seq
+from holdfast.models.seq2seq import decoder_start, empty_prompt, start_of, text_row
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
 from holdfast.rehearsal.cache import cached_rows
 from holdfast.rehearsal.head_check import TOKENS as COMPARED

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from holdfast.models.seq2seq import beginning, prompted
+from holdfast.models.sight import never_written
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -290,6 +291,7 @@ class Batcher:
             use_cache=True,
             pad_token_id=self._pad,
             **beginning(self._model),
+            **never_written(self._model),
         )
         steps = _Steps(self, batch)
         try:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from holdfast.engines.pieces import is_divided
 from holdfast.engines.process import Process
 from holdfast.models.seq2seq import beginning, prompted
+from holdfast.models.sight import never_written
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,6 +58,7 @@ def generate(
         eos_token_id=eos_token_ids or None,
         pad_token_id=pad_token_id,
         **beginning(model),
+        **never_written(model),
     )
     responses: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -65,7 +67,7 @@ def generate(
         def answers(batch: list[int]) -> list[list[int]]:
             asked = prompted(model, [prompts[i] for i in batch], pad_token_id)
             tokens = model.generate(**asked.inputs, generation_config=greedy)
-            return [until(eos_token_ids, new) for new in tokens[:, asked.width :].tolist()]
+            return [until(eos_token_ids, new) for new in tokens[: len(batch), asked.width :].tolist()]
 
         done = 0
         for batch, new in by_batch(order, batch_size, answers):

@@ -75,7 +75,7 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
         raise ConfigError(f"{key}: there is no folder {model.name!r} (looked from {Path.cwd()})")
     offline = "" if folder.exists() else unreachable()
     try:
-        load = partial(AutoTokenizer.from_pretrained, found, **_hub_options(model), **options)
+        load = partial(AutoTokenizer.from_pretrained, found, **hub_options(model), **options)
         tokenizer = read_once(model.name, AutoTokenizer, load)
     except Exception as error:  # whatever a hub, a disk or a parser may raise
         place = (
@@ -95,7 +95,8 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
     return tokenizer
 
 
-def _hub_options(model: ModelConfig) -> dict[str, Any]:
+def hub_options(model: ModelConfig) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that say which files of the hub are meant, and whether their code may run."""
     return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
@@ -147,7 +148,7 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     absent = "" if folder.exists() else f" (there is no such folder, looked from {Path.cwd()}{unreachable()})"
     with readable(f"model.name: {model.name!r} cannot be used as a model{absent}"):
         found, options = located(model.name)
-        load = partial(AutoConfig.from_pretrained, found, **_hub_options(model), **options)
+        load = partial(AutoConfig.from_pretrained, found, **hub_options(model), **options)
         return read_once(model.name, AutoConfig, load)
 
 

@@ -20,6 +20,7 @@ from holdfast.models.cache import cache_name
 from holdfast.models.generation import generation_config, inference
 from holdfast.models.head import base, bounded, hidden_only
 from holdfast.models.seq2seq import Prompted, beginning, prompted, reads_apart
+from holdfast.models.sight import never_written
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -110,7 +111,8 @@ def sample(
         return Samples([], [], [])
     asked = prompted(model, prompts, pad_token_id)
     ids, mask = asked.inputs["input_ids"], asked.inputs["attention_mask"]
-    chosen = range(len(prompts)) if numbers is None else numbers
+    added = [0] * (len(ids) - len(prompts))
+    chosen = [*(range(len(prompts)) if numbers is None else numbers), *added]
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     draw = Draw(_uniform(seed, chosen, max(limits)).to(ids.device), temperature, on_token, top_p)
     stops = sorted(stop_token_ids)
@@ -122,11 +124,12 @@ def sample(
     log_probs = torch.cat(draw.log_probs, dim=1).cpu()
     if not torch.isfinite(log_probs).all():
         raise DataError("the model's logits are not finite, so nothing can be sampled from it")
-    new = [_until_stop(row[:n], stops) for row, n in zip(tokens[:, asked.width :].tolist(), limits, strict=True)]
-    sums = [float(row[: len(drawn)].sum()) for row, drawn in zip(log_probs, new, strict=True)]
+    drawn = tokens[: len(prompts), asked.width :].tolist()
+    new = [_until_stop(row[:n], stops) for row, n in zip(drawn, limits, strict=True)]
+    sums = [float(row[: len(one)].sum()) for row, one in zip(log_probs, new, strict=False)]
     if states is None:
         return Samples(new, sums, [])
-    inputs = [row[p : asked.width + len(drawn) - 1] for row, p, drawn in zip(states, asked.padding, new, strict=True)]
+    inputs = [row[p : asked.width + len(one) - 1] for row, p, one in zip(states, asked.padding, new, strict=False)]
     return Samples(new, sums, inputs)
 
 
@@ -330,6 +333,7 @@ def _generate(
         return_dict_in_generate=True,
         output_hidden_states=hidden,
         **beginning(model, forced=False),
+        **never_written(model),
     )
     with generation_config(model, settings):
         output = model.generate(**asked.inputs, generation_config=settings, logits_processor=[_Drawn(draw)])

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from holdfast.engines.pieces import is_divided
 from holdfast.errors import ConfigError
 from holdfast.losses.next_token import next_token_nll
 from holdfast.models.head import base, with_tensors
+from holdfast.models.kinds import is_seq2seq
+from holdfast.models.pictures import pictures_in
+from holdfast.models.sight import sight_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,11 +30,6 @@ if TYPE_CHECKING:
 
 TASK_TYPES = {False: "CAUSAL_LM", True: "SEQ_2_SEQ_LM"}
 """PEFT's names of the kinds of models, by whether they are sequence-to-sequence."""
-
-
-def is_seq2seq(config: PretrainedConfig) -> bool:
-    """Whether a model with this configuration has an encoder that reads the prompt, and a decoder that answers."""
-    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def reads_apart(model: Any) -> bool:
@@ -41,13 +40,6 @@ def reads_apart(model: Any) -> bool:
 def task_type(model: PreTrainedModel) -> str:
     """PEFT's name of the kind of a model."""
     return TASK_TYPES[is_seq2seq(model.config)]
-
-
-def auto_class(config: PretrainedConfig) -> Any:
-    """transformers' class that loads a model with this configuration and its language model head."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    return AutoModelForSeq2SeqLM if is_seq2seq(config) else AutoModelForCausalLM
 
 
 def decoder_start(config: PretrainedConfig) -> int:
@@ -203,12 +195,13 @@ class Prompted:
 
     Attributes:
         inputs: a causal model's padded on the left; a sequence-to-sequence model's on the right, since its encoder
-            may count positions from the first token on.
+            may count positions from the first token on. Where a divided model sees and no prompt shows a picture, a
+            last row does, since other processes may have pictures.
         padding: tokens before each prompt in the sequences that it returns.
         width: tokens before the new ones in these.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     padding: list[int]
     width: int
 
@@ -225,11 +218,15 @@ def prompted(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]
         inputs = encoder_inputs(prompts, pad_token_id, device)
         own = {"input_ids": inputs["encoder_ids"], "attention_mask": inputs["encoder_mask"]}
         return Prompted(own, [0] * len(prompts), 1)
+    sight = sight_of(model)
+    if sight is not None and is_divided(model) and not any(map(pictures_in, prompts)):
+        prompts = [*prompts, sight.blank()]
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
     ids = torch.tensor([[pad_token_id] * p + list(row) for p, row in zip(padding, prompts, strict=True)], device=device)
     mask = torch.tensor([[0] * p + [1] * (width - p) for p in padding], device=device)
-    return Prompted({"input_ids": ids, "attention_mask": mask}, padding, width)
+    inputs = {"input_ids": ids} if sight is None else sight.batch(model, ids)
+    return Prompted(inputs | {"attention_mask": mask}, padding, width)
 
 
 def beginning(model: PreTrainedModel | PeftModel, *, forced: bool = True) -> dict[str, int]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
 from holdfast.engines.pieces import own_class
 from holdfast.losses.chunked import CHUNK_SIZE
@@ -162,7 +163,7 @@ def keeps_its_loss(model: Any) -> bool:
     """
     inner: Any = base(model)
     own: Any = own_class(inner)
-    known = own.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    known = own.__name__ in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *SEEING.values())
     if not known or not own.forward.__module__.startswith("transformers.models.") or _reads_labels(model):
         return False
     config = inner.config.get_text_config()

@@ -13,8 +13,8 @@ from holdfast.config.model import ModelConfig
 from holdfast.engines.profiles import loading_options
 from holdfast.errors import ConfigError
 from holdfast.models.gguf import Origin, is_gguf, located, weight_types
+from holdfast.models.kinds import auto_class
 from holdfast.models.pretrained import load_model_config, readable
-from holdfast.models.seq2seq import auto_class
 from holdfast.system.manifest import check_weights_files, file_facts
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from torch import nn
 
 from holdfast.api.rows import IGNORED, TokenRow, bare
 from holdfast.engines.saved import saved_tensor
+from holdfast.models.pictures import HIGHEST_PLACE
 from holdfast.system.shapes import Count, of_shape
 
 Policy = Literal["quota", "reservoir", "surprise", "loss", "diversity"]
@@ -88,7 +89,9 @@ class Memory:
             ValueError: it is no state of a memory, or its rows are not of this model's tokens.
         """
         lengths = saved_tensor(state, "lengths", None, kind="counts").tolist()
-        tokens = saved_tensor(state, "input_ids", sum(lengths), kind="counts")
+        tokens = saved_tensor(state, "input_ids", sum(lengths), kind="integers")
+        if bool(((tokens < 0) & (tokens > HIGHEST_PLACE)).any()):
+            raise ValueError("input_ids: must be tokens of the model, or places of its pictures")
         labels = state["labels"]
         if labels.shape != tokens.shape or not bool(((labels == tokens) | (labels == IGNORED)).all()):
             raise ValueError(f"labels: must be those of input_ids, or {IGNORED}")
@@ -158,8 +161,9 @@ class Without(Sequence[TokenRow]):
 
 
 def _flat(rows: list[TokenRow], key: str) -> torch.Tensor:
-    """A column of all rows, one after another, int32 [tokens]."""
-    return torch.tensor([token for row in rows for token in row[key]], dtype=torch.int32)
+    """A column of all rows, one after another, int32 [tokens], or int64 where places of pictures are among them."""
+    tokens = torch.tensor([token for row in rows for token in row[key]], dtype=torch.int64)
+    return tokens if bool((tokens <= HIGHEST_PLACE).any()) else tokens.to(torch.int32)
 
 
 def _lengths(rows: list[TokenRow], key: str) -> torch.Tensor:

@@ -14,9 +14,10 @@ from holdfast.config.model import ModelConfig
 from holdfast.engines.whole import model_fingerprint
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.models.head import begin_token, context
+from holdfast.models.kinds import is_seq2seq
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import Sampler, sample
-from holdfast.models.seq2seq import TASK_TYPES, is_seq2seq
+from holdfast.models.seq2seq import TASK_TYPES
 from holdfast.models.vllm_engine import ADAPTER, vllm_engine
 from holdfast.models.weights import check_weights, load_language_model, whole_adapter
 from holdfast.rehearsal.corpus import write_corpus

@@ -110,18 +110,18 @@ def masked(setup: Setup, row: dict[str, Any]) -> str:
 
     Of a sequence-to-sequence model, what the encoder reads and what the decoder reads.
     """
-    tokenizer = setup.encoder.tokenizer
+    encoder = setup.encoder
     if "encoder_ids" in row:
-        encoder = tokenizer.decode(row["encoder_ids"], skip_special_tokens=False)
+        prompt = encoder.shown(row["encoder_ids"])
         answer = masked(setup, {key: row[key] for key in ("input_ids", "labels")})
-        return f"encoder: {encoder}\ndecoder: {answer}"
+        return f"encoder: {prompt}\ndecoder: {answer}"
     pieces: list[tuple[bool, list[int]]] = []
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         supervised = label != -100
         if not pieces or pieces[-1][0] != supervised:
             pieces.append((supervised, []))
         pieces[-1][1].append(token)
-    texts = ((supervised, tokenizer.decode(ids, skip_special_tokens=False)) for supervised, ids in pieces)
+    texts = ((supervised, encoder.shown(ids)) for supervised, ids in pieces)
     return "".join(f"[{text}]" if supervised else text for supervised, text in texts)
 
 
@@ -195,7 +195,7 @@ def model_bytes(setup: Setup) -> int:
     """Bytes of the model's weights, from its shapes alone."""
     import torch
 
-    from holdfast.models.seq2seq import auto_class
+    from holdfast.models.kinds import auto_class
 
     model_config, trust = load_model_config(setup.config.model), setup.config.model.trust_remote_code
     with torch.device("meta"):

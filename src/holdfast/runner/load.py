@@ -15,9 +15,11 @@ from holdfast.engines.profiles import loading_options
 from holdfast.engines.whole import fingerprint, former_names
 from holdfast.errors import RunDirectoryError
 from holdfast.models.attention import fastest
-from holdfast.models.pretrained import readable
+from holdfast.models.kinds import sees
+from holdfast.models.pretrained import load_tokenizer, readable
 from holdfast.models.quantization import ready_for_training, weight_options
 from holdfast.models.seq2seq import callable_as_causal
+from holdfast.models.sight import Sight, callable_with_pictures, load_sight
 from holdfast.models.weights import load_language_model
 from holdfast.runner.setup import Setup
 
@@ -28,11 +30,14 @@ if TYPE_CHECKING:
 
 def load_model(setup: Setup) -> PreTrainedModel | PeftModel:
     """Load the model of a run, before its first stage."""
-    return load_pretrained(setup.config, setup.tuner)
+    return load_pretrained(setup.config, setup.tuner, setup.encoder.sight)
 
 
-def load_pretrained(config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftModel:
+def load_pretrained(config: RunConfig, tuner: Tuner, sight: Sight | None = None) -> PreTrainedModel | PeftModel:
     """Load the pretrained model with its tuner, on this machine's device; the seed decides the tuner's new weights.
+
+    Args:
+        sight: how the model sees; where absent, its processor is loaded, if it has one.
 
     Raises:
         ConfigError: the weights cannot be loaded, or some of the model's are missing.
@@ -58,7 +63,9 @@ def load_pretrained(config: RunConfig, tuner: Tuner) -> PreTrainedModel | PeftMo
     reshard(prepared)  # a tuner may have tried a pass, after which weights are whole, and frozen these, not the shards
     for name, p in prepared.named_parameters():
         p.requires_grad_(trained[name])
-    return callable_as_causal(prepared)
+    if sight is None and sees(pretrained.config):
+        sight = load_sight(model, pretrained.config, load_tokenizer(model))
+    return callable_with_pictures(callable_as_causal(prepared), sight)
 
 
 def trained_weights(model: nn.Module, former: bool = False) -> str:

@@ -10,7 +10,7 @@ from holdfast.api.task import Task
 from holdfast.api.tuner import Tuner
 from holdfast.config.run import RunConfig
 from holdfast.errors import ConfigError
-from holdfast.models.seq2seq import is_seq2seq
+from holdfast.models.kinds import is_seq2seq
 from holdfast.training.requirements import check_kind, kind_of
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ from holdfast.evaluation.general import matrix_name
 from holdfast.methods.compatibility import refusal
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.quantization import check_quantization
+from holdfast.models.sight import load_sight
 from holdfast.records.directory import RunDirectory
 from holdfast.records.gate import check_limits, is_general_loss
 from holdfast.records.growth import Past
@@ -38,6 +39,7 @@ from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stag
 from holdfast.runner.quiz import askable, with_quiz
 from holdfast.runner.rows import encode_dev, encode_tasks, try_rows
 from holdfast.runner.seq2seq import check_answers, check_seq2seq
+from holdfast.runner.sight import check_sight
 from holdfast.training.arguments import RESERVED, check_arguments
 
 NEW = Past()
@@ -196,6 +198,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
     model_config = load_model_config(config.model)
     check_dtype(config.model, model_config)
     check_seq2seq(model_config, config, resolved.methods, tuner)
+    check_sight(model_config, config, resolved.methods, tuner)
     encoder = build_encoder(resolved)
     max_length = encoder.max_length
     for method in resolved.methods:
@@ -292,10 +295,11 @@ def check_dtype(model: ModelConfig, model_config: Any) -> None:
 def build_encoder(resolved: Resolved) -> Encoder:
     """Make the encoder of a run's rows."""
     model, data = resolved.config.model, resolved.config.data
-    model_config = load_model_config(model)
+    model_config, tokenizer = load_model_config(model), load_tokenizer(model)
     return encoder_of(
         model_config,
-        load_tokenizer(model),
+        tokenizer,
+        load_sight(model, model_config, tokenizer),
         max_length=resolve_max_length(data.max_length, model_config, resolved.tuner.virtual_tokens),
         template=data.template,
         supervise=data.supervise,

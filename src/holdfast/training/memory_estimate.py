@@ -36,7 +36,8 @@ from holdfast.api.tuner import Tuner
 from holdfast.config.training import TrainingConfig
 from holdfast.errors import ConfigError
 from holdfast.models.head import base
-from holdfast.models.seq2seq import auto_class, reads_apart
+from holdfast.models.kinds import auto_class
+from holdfast.models.seq2seq import reads_apart
 from holdfast.training.requirements import check_kind
 
 NF4_BITS = 4.127

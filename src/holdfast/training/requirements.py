@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from holdfast.api.method import Method
@@ -15,7 +15,7 @@ from holdfast.api.rows import TokenRow
 from holdfast.api.tuner import Tuner
 from holdfast.errors import ConfigError
 from holdfast.models.head import base
-from holdfast.models.seq2seq import is_seq2seq
+from holdfast.models.kinds import is_seq2seq, sees
 from holdfast.training.batches import is_packed, is_preference_batch
 from holdfast.training.extra_rows import check_tokens
 
@@ -49,10 +49,15 @@ def check_learns_stages(methods: Sequence[Method]) -> None:
 
 
 def check_kind(model_config: Any, parts: Sequence[Method | Tuner]) -> None:
-    """ConfigError if the model is a sequence-to-sequence one, and a method or tuner works with causal ones alone."""
+    """ConfigError if the model is a sequence-to-sequence one or sees, and a method or tuner does not work with it."""
     for part in parts if is_seq2seq(model_config) else ():
         if part.causal_only:
             raise ConfigError(f"{part.kind} {part.name}: {kind_of(model_config)}, and {part.causal_only}")
+    for part in parts if isinstance(model_config, PreTrainedConfig) and sees(model_config) else ():
+        if part.text_only:
+            raise ConfigError(
+                f"{part.kind} {part.name}: the model sees ({model_config.model_type}), and {part.text_only}"
+            )
 
 
 def kind_of(model_config: Any) -> str:

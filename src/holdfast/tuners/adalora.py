@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from holdfast.api.method import Method, State
 from holdfast.api.stage import Stage, Step
-from holdfast.config.section import Section
+from holdfast.api.tuner import TargetOptions
 from holdfast.config.training import BaseTrainingConfig
 from holdfast.engines.vectors import weights
 from holdfast.errors import ConfigError
@@ -34,7 +34,7 @@ class AdaLora(PeftTuner):
     name = "adalora"
     config_class = AdaLoraConfig
 
-    class Options(Section):
+    class Options(TargetOptions):
         """AdaLoRA's options; any other field of peft.AdaLoraConfig may be given by its name."""
 
         model_config = ConfigDict(extra="allow")
@@ -71,7 +71,7 @@ class AdaLora(PeftTuner):
             self.options.total_step = steps or NEVER
 
     def config(self, model: PreTrainedModel) -> AdaLoraConfig:
-        options = self.options.model_dump()
+        options = self.fields()
         steps = options["total_step"]
         if steps is None:
             raise ConfigError(

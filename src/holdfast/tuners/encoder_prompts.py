@@ -10,7 +10,7 @@ from peft.config import PromptLearningConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from holdfast.models.seq2seq import is_seq2seq
+from holdfast.models.kinds import is_seq2seq
 from holdfast.tuners.soft_prompts import SavedPrompts, SoftPromptModel
 
 

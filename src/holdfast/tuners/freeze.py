@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from holdfast.config.section import Section
 from holdfast.errors import ConfigError
-from holdfast.models.seq2seq import decoder_depth, is_seq2seq
+from holdfast.models.kinds import is_seq2seq, sees
+from holdfast.models.seq2seq import decoder_depth
 from holdfast.tuners.full import Full
 
 
@@ -51,6 +52,8 @@ def decoder(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
     """
     config, whole = model.config.get_text_config(), model
     count = config.num_hidden_layers
+    if sees(model.config):
+        whole = model.get_decoder()
     if is_seq2seq(config):
         whole, count = model.get_decoder(), decoder_depth(config)
     for module in whole.modules():

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from holdfast.api.tuner import Tuner
+from holdfast.api.tuner import TargetOptions, Tuner
 from holdfast.engines.vectors import weights
+from holdfast.models.parts import trained_part
 from holdfast.models.weights import load_language_model
 
 
@@ -18,8 +19,12 @@ class Full(Tuner):
     folder = "model"
     quantized = False
 
+    class Options(TargetOptions):
+        """Which weights are trained."""
+
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
-        return model.requires_grad_(True)
+        trained_part(model, self.options.target)
+        return model
 
     def load(self, model: PreTrainedModel, folder: Path) -> None:
         saved = load_language_model(folder, key="model", dtype=model.dtype)

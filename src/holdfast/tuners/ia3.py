@@ -12,7 +12,7 @@ from peft.utils.constants import (
 from pydantic import ConfigDict, Field, model_validator
 from transformers import PreTrainedModel
 
-from holdfast.config.section import Section
+from holdfast.api.tuner import TargetOptions
 from holdfast.errors import ConfigError
 from holdfast.models.seq2seq import task_type
 from holdfast.tuners.peft import PeftTuner
@@ -24,7 +24,7 @@ class IA3(PeftTuner):
     name = "ia3"
     config_class = IA3Config
 
-    class Options(Section):
+    class Options(TargetOptions):
         """IA3's options; any other field of peft.IA3Config may be given by its name."""
 
         model_config = ConfigDict(extra="allow")
@@ -45,7 +45,7 @@ class IA3(PeftTuner):
             return self
 
     def config(self, model: PreTrainedModel) -> IA3Config:
-        options: dict[str, Any] = self.options.model_dump()
+        options: dict[str, Any] = self.fields()
         if options["target_modules"] is None:
             options |= scaled_layers(model)
         return IA3Config(task_type=task_type(model), **options)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from holdfast.config.section import Section
+from holdfast.api.tuner import TargetOptions
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.tuners.lora_factors import SHAPE, TRAINED, Factors, exchange_adapters, factors, times_rank
 from holdfast.tuners.peft import PeftTuner
@@ -31,7 +31,7 @@ class Lora(PeftTuner):
     name = "lora"
     config_class = LoraConfig
 
-    class Options(Section):
+    class Options(TargetOptions):
         """LoRA's options; any other field of peft.LoraConfig may be given by its name."""
 
         model_config = ConfigDict(extra="allow")
@@ -66,7 +66,7 @@ class Lora(PeftTuner):
     @property
     def served_by_vllm(self) -> bool:
         """vLLM serves the two factors alone."""
-        options = self.options.model_dump()
+        options = self.fields()
         return not any(options.get(key) for key in ("use_dora", "modules_to_save", "lora_bias"))
 
     def wrap(self, model: PreTrainedModel, config: LoraConfig) -> PeftModel:

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from holdfast.config.section import Section
+from holdfast.api.tuner import TargetOptions
 from holdfast.engines.pieces import full
 from holdfast.errors import ConfigError
 from holdfast.tuners.peft import PeftTuner
@@ -25,7 +25,7 @@ class Osf(PeftTuner):
     config_class = OSFConfig
     quantized = False
 
-    class Options(Section):
+    class Options(TargetOptions):
         """OSF's options; any other field of peft.OSFConfig may be given by its name."""
 
         model_config = ConfigDict(extra="allow")

@@ -18,6 +18,7 @@ class PTuning(PeftTuner):
     """P-tuning (Liu et al., 2021, GPT Understands, Too, arXiv 2103.10385), one prompt for all stages."""
 
     name = "p_tuning"
+    text_only = "its prompts stand before the embeddings of text, in which such a model looks for its pictures by token"
     config_class = PromptEncoderConfig
     not_merged = NOT_MERGED
     lacks = PADDED.format(name=name)

@@ -12,6 +12,8 @@ from pydantic import ConfigDict
 from holdfast.api.tuner import Tuner
 from holdfast.config.section import Section
 from holdfast.errors import ConfigError, UserError, did_you_mean
+from holdfast.models.kinds import sees
+from holdfast.models.parts import Parts, Target
 from holdfast.models.pretrained import readable
 from holdfast.models.seq2seq import task_type
 
@@ -40,7 +42,11 @@ class PeftTuner(Tuner):
 
     def config(self, model: PreTrainedModel) -> Any:
         """The PEFT configuration for a model."""
-        return self.config_class(task_type=task_type(model), **self.options.model_dump())
+        return self.config_class(task_type=task_type(model), **self.fields())
+
+    def fields(self) -> dict[str, Any]:
+        """The options that are fields of PEFT's configuration."""
+        return self.options.model_dump(exclude={"target"})
 
     def wrap(self, model: PreTrainedModel, config: Any) -> Any:
         """The PEFT model."""
@@ -49,7 +55,11 @@ class PeftTuner(Tuner):
     def prepare(self, model: PreTrainedModel) -> Any:
         """Raises ConfigError if PEFT does not take these options, or not for this model."""
         try:
-            return self.wrap(model, self.config(model))
+            config = self.config(model)
+            target: Target = getattr(self.options, "target", "all")
+            if sees(model.config) and target != "all" and not getattr(config, "exclude_modules", None):
+                config.exclude_modules = Parts(model).outside(target)
+            return self.wrap(model, config)
         except UserError:
             raise
         except (ValueError, TypeError) as error:

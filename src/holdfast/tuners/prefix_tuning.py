@@ -29,6 +29,7 @@ class PrefixTuning(PeftTuner):
     """Prefix tuning (Li and Liang, 2021, arXiv 2101.00190), one prefix that is trained from stage to stage."""
 
     name = "prefix"
+    text_only = "its prefixes are keys and values before the first token, after which such a model reads no pictures"
     config_class = PrefixTuningConfig
     not_merged = NOT_MERGED
     lacks = PADDED.format(name=name)

@@ -17,6 +17,7 @@ class PromptPool(Tuner):
     """Prompt pool (Wang et al., 2022, Learning to Prompt, arXiv 2112.08654): soft prompts, chosen row by row by key."""
 
     name = "prompt_pool"
+    text_only = "its prompts stand before the embeddings of text, in which such a model looks for its pictures by token"
     causal_only = "its prompts are chosen and placed in the one sequence that a causal model reads"
     folder = "adapter"
     not_merged = NOT_MERGED

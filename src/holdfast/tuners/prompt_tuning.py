@@ -19,6 +19,7 @@ class PromptTuning(PeftTuner):
     """Prompt tuning (Lester et al., 2021, arXiv 2104.08691), one soft prompt that is trained from stage to stage."""
 
     name = "prompt"
+    text_only = "its prompts stand before the embeddings of text, in which such a model looks for its pictures by token"
     config_class = PromptTuningConfig
     not_merged = NOT_MERGED
     lacks = PADDED.format(name=name)

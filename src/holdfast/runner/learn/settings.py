@@ -21,9 +21,10 @@ from holdfast.data.encode import Encoder, resolve_max_length
 from holdfast.data.encode_apart import encoder_of
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.head import begin_token, context
+from holdfast.models.kinds import is_seq2seq
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import sample
-from holdfast.models.seq2seq import is_seq2seq
+from holdfast.models.sight import load_sight
 from holdfast.rehearsal.corpus import MANIFEST, write_corpus
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.runner.load import load_pretrained
@@ -73,11 +74,12 @@ def dtype_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _encoder(config: RunConfig) -> Encoder:
-    model_config = load_model_config(config.model)
+    model_config, tokenizer = load_model_config(config.model), load_tokenizer(config.model)
     most = resolve_max_length(config.data.max_length, model_config)
     return encoder_of(
         model_config,
-        load_tokenizer(config.model),
+        tokenizer,
+        load_sight(config.model, model_config, tokenizer),
         max_length=most,
         template=config.data.template,
         long_answers="cut",

@@ -48,7 +48,7 @@ def _said(row: Mapping[str, Any], format: str, file: Path) -> Said:
 
 def said_by(example: Example) -> str:
     """The conversation of an example, or its text, whatever its format was."""
-    turns = [[turn.role, turn.content.strip(), turn.calls] for turn in example.turns]
+    turns = [[turn.role, turn.content.strip(), turn.calls, *turn.shown] for turn in example.turns]
     return json.dumps(turns or (example.text or "").strip(), default=str)
 
 

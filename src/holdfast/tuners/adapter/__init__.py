@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from holdfast.config.section import Section
+from holdfast.api.tuner import TargetOptions
 from holdfast.tuners.adapter.config import AdapterConfig
 from holdfast.tuners.adapter.layer import AdapterLayer
 from holdfast.tuners.adapter.model import AdapterModel
@@ -28,7 +28,7 @@ class Adapter(PeftTuner):
     not_merged = "a non-linearity stands between its two matrices and the model's"
     lacks = UNKNOWN.format(name=name, module=__name__)
 
-    class Options(Section):
+    class Options(TargetOptions):
         """The fields of :class:`AdapterConfig` of the same names."""
 
         placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
@@ -55,7 +55,7 @@ class Adapter(PeftTuner):
 
         @model_validator(mode="after")
         def _usable(self) -> Adapter.Options:
-            AdapterConfig(**self.model_dump())
+            AdapterConfig(**self.model_dump(exclude={"target"}))
             return self
 
 

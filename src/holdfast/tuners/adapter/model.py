@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from holdfast.errors import ConfigError
-from holdfast.models.seq2seq import is_seq2seq
+from holdfast.models.kinds import is_seq2seq
 from holdfast.tuners.adapter.config import AdapterConfig
 from holdfast.tuners.adapter.layer import AdapterLayer
 

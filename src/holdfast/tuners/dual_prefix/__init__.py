@@ -33,6 +33,7 @@ class DualPrefix(Tuner):
     """
 
     name = "dual_prefix"
+    text_only = "its prefixes are keys and values before the first token, after which such a model reads no pictures"
     causal_only = "its prefixes are placed in the layers of one stack of decoder blocks"
     folder = "adapter"
     not_merged = "its trained prefixes stand before the input and change no weight"

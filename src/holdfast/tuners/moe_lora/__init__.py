@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
-from holdfast.config.section import Section
+from holdfast.api.tuner import TargetOptions
 from holdfast.tuners.moe_lora.config import MoeLoraConfig
 from holdfast.tuners.moe_lora.layer import MoeLoraLinear
 from holdfast.tuners.moe_lora.model import MoeLoraModel
@@ -29,7 +29,7 @@ class MoeLora(PeftTuner):
     not_merged = "its router weighs the experts anew for each token"
     lacks = UNKNOWN.format(name=name, module=__name__)
 
-    class Options(Section):
+    class Options(TargetOptions):
         """The fields of :class:`MoeLoraConfig` of the same names, and the weights of :class:`RouterLosses`."""
 
         r: int = Field(16, ge=1, description="rank of all experts together; each has r / experts")
@@ -57,7 +57,7 @@ class MoeLora(PeftTuner):
         def adapter(self) -> MoeLoraConfig:
             """The adapter's part of the options; the rest is the companion's."""
             return MoeLoraConfig(
-                task_type="CAUSAL_LM", **self.model_dump(exclude=set(RouterLosses.Options.model_fields))
+                task_type="CAUSAL_LM", **self.model_dump(exclude={"target", *RouterLosses.Options.model_fields})
             )
 
     def config(self, model: PreTrainedModel) -> MoeLoraConfig:

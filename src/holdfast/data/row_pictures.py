@@ -1,0 +1,172 @@
+"""The pictures of a row: its columns, the parts of its messages, and the marks in its text, in every usual form."""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import binascii
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from holdfast.api.task import PICTURE, Turn
+from holdfast.data.conversation import BadRowError
+from holdfast.data.files import type_name
+from holdfast.models.pictures import BadPictureError, Picture, look_at
+
+COLUMNS = ("image", "images")
+MARK = "<image>"
+"""Where a picture of the row's columns stands in its text."""
+PARTS = ("image", "image_url", "input_image")
+"""Types of a message's parts that are pictures."""
+_FIRST = ("system", "system_prompt", "history")  # what stands before a row's other turns
+_OWN = ("path", "image", "image_url", "url", "bytes", "base64", "data")
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+
+
+def take_pictures(row: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Picture]]:
+    """Read the pictures of a row.
+
+    A picture is a path, the bytes of a file, ``{path | bytes}`` as Hugging Face's ``Image`` feature has it, or a data
+    URL. Pictures in ``image`` or ``images`` stand where the text says ``<image>``, or where a message has a part
+    ``{type: image}`` without a picture of its own.
+
+    Args:
+        folder: what paths are relative to.
+
+    Returns:
+        the row without these columns, in which :data:`~holdfast.api.task.PICTURE` stands for each picture, and the
+        pictures in order; the row itself where it has none.
+
+    Raises:
+        BadRowError: a picture cannot be used, or their number is not that of the places for them.
+    """
+    waiting = [
+        (f"{column}{f', picture {n}' * many}", source)
+        for column in COLUMNS
+        for n, source, many in _sources(row.get(column))
+    ]
+    if not waiting and not any(_has_parts(value) for value in row.values() if isinstance(value, list)):
+        return row, []
+    shown: list[Picture] = []
+    columns = iter([_picture(source, folder, name) for name, source in waiting])
+
+    def taken(value: Any, within: str) -> Any:
+        """A value of the row with marks in the places of its pictures, which are noted in reading order."""
+        if isinstance(value, str):
+            if not waiting:
+                return value
+            for _ in range(value.count(MARK)):
+                shown.append(_next(columns, within, len(waiting)))
+            return value.replace(MARK, PICTURE)
+        if isinstance(value, list):
+            return [taken(one, f"{within}, part {n}") for n, one in enumerate(value, 1)]
+        if isinstance(value, dict) and value.get("type") in PARTS:
+            own = next((value[key] for key in _OWN if value.get(key) is not None), None)
+            own = own.get("url") if isinstance(own, dict) and "url" in own else own
+            shown.append(_next(columns, within, len(waiting)) if own is None else _picture(own, folder, within))
+            return {"type": "text", "text": PICTURE}
+        if isinstance(value, dict):
+            return {key: taken(one, f"{within}: {key}") for key, one in value.items()}
+        return value
+
+    order = sorted((key for key in row if key not in COLUMNS), key=lambda key: key not in _FIRST)
+    text = {key: taken(row[key], key) for key in order}
+    left = list(columns)
+    if left and shown:
+        raise BadRowError(f"{MARK}: stands in {len(shown)} places, and the row has {len(waiting)} pictures")
+    return text, [*shown, *left]
+
+
+def with_pictures(turns: Sequence[Turn], pictures: Sequence[Picture]) -> tuple[Turn, ...]:
+    """The turns with the pictures that their marks stand for; where no mark stands, the first question shows them all.
+
+    Raises:
+        BadRowError: an answer has a mark, or what is left of the row has fewer marks than pictures.
+    """
+    turns = list(turns)
+    if pictures and not any(PICTURE in turn.content for turn in turns):
+        first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+        cut = turns[first].cut
+        shifted = None if cut is None else (cut[0] + len(pictures), cut[1] + len(pictures))
+        turns[first] = replace(turns[first], content=PICTURE * len(pictures) + turns[first].content, cut=shifted)
+    left = list(pictures)
+    for number, turn in enumerate(turns):
+        count = turn.content.count(PICTURE)
+        if count and turn.role == "assistant":
+            raise BadRowError(f"turn {number + 1}: an answer shows no picture, and this one has {MARK} in it")
+        if count:
+            turns[number] = replace(turn, pictures=tuple(left[:count]))
+            del left[:count]
+    return tuple(turns)
+
+
+def shows_pictures(row: dict[str, Any]) -> str | None:
+    """The column of a row that has pictures; None where none has."""
+    columns = (key for key, value in row.items() if (key in COLUMNS and value) or _has_parts([value]))
+    return next(columns, None)
+
+
+def _sources(value: Any) -> Iterator[tuple[int, Any, bool]]:
+    """Each picture of a column: its number, what it is, and whether there are several."""
+    values = value if isinstance(value, list) else [] if value is None or value == "" else [value]
+    yield from ((n, one, len(values) > 1) for n, one in enumerate(values, 1))
+
+
+def _has_parts(value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.get("type") in PARTS or any(map(_has_parts, value.values()))
+    return isinstance(value, list) and any(map(_has_parts, value))
+
+
+def _next(columns: Iterator[Picture], within: str, count: int) -> Picture:
+    picture = next(columns, None)
+    if picture is None:
+        raise BadRowError(f"{within}: shows one picture more than the {count} of the row ({' or '.join(COLUMNS)})")
+    return picture
+
+
+def _picture(source: Any, folder: Path, within: str) -> Picture:
+    if isinstance(source, dict):  # as Hugging Face's Image feature
+        path, content = source.get("path"), source.get("bytes")
+        source = content if content is not None else path
+    name = place = ""
+    if isinstance(source, str) and _DATA_URL.match(source):
+        try:
+            source = base64.b64decode(source.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise BadRowError(f"{within}: its data URL is no base64: {error}") from None
+    if isinstance(source, str):
+        if re.match(r"https?://", source):
+            raise BadRowError(f"{within}: {source!r:.80} is an address of the web; give a file")
+        name, source, place = source, folder / source, f" (looked for in {folder})"
+    elif isinstance(source, bytes):
+        name = f"picture of {len(source)} bytes"
+        source = _file_of(source)
+    if not isinstance(source, Path):
+        raise BadRowError(f"{within}: must be a path or the bytes of a picture, not {type_name(source)}")
+    try:
+        return look_at(source, name)
+    except BadPictureError as error:
+        raise BadRowError(f"{within}: {error}{place}") from None
+
+
+def _file_of(content: bytes) -> Path:
+    """A file with a picture's bytes, so that those of many rows do not stay in memory; this process removes it."""
+    path = _folder() / hashlib.sha256(content).hexdigest()
+    if not path.exists():
+        path.write_bytes(content)
+    return path
+
+
+@cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="holdfast-pictures-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
