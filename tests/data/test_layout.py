@@ -182,7 +182,7 @@ def test_chosen_answers_are_trained_with_the_columns_that_the_message_gives(
         ({"text": "dull film", "label": "neg"}, "looks like classification; columns: {text: sentence} asks"),
         ({"text": "dull film", "label": 0}, "columns: {text: sentence} with labels: [NAME OF 0, NAME OF 1, ...] asks"),
         ({"messages": TALK, "weight": 0}, "weight: rows are not weighted"),
-        ({"messages": TALK, "images": ["a.png"]}, "images: text alone can be trained"),
+        ({"messages": TALK, "images": ["a.png"]}, "images: 'a.png' cannot be read: No such file"),
         ({"messages": [{"role": "system", "content": "s"}, *TALK], "system": "t"}, "system: stands beside"),
         ({"prompt": "a", "answer": "b", "history": ["c"]}, "history: must be a list of pairs"),
     ],

@@ -204,7 +204,7 @@ class ApartEncoder(Encoder):
 def encoder_of(
     model_config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    sight: Sight | None,
+    sight: Sight | None = None,
     *,
     max_length: int,
     **options: Any,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
+from holdfast.errors import ConfigError
 from holdfast.models.kinds import sees
 
 if TYPE_CHECKING:
@@ -37,9 +38,17 @@ class Parts:
         return "vision" if inside else "language"
 
     def outside(self, target: Target) -> str:
-        """A regular expression of the layers that are in no target, for PEFT's ``exclude_modules``."""
+        """A regular expression of the layers that are not in a part, for PEFT's ``exclude_modules``.
+
+        Raises:
+            ConfigError: the part has no layer that could be adapted.
+        """
         modules = self._model.named_modules()
         layers = {name: self.of(name) for name, module in modules if isinstance(module, nn.Linear | nn.Conv2d)}
+        if target not in layers.values():
+            raise ConfigError(
+                f"target: the {target} of {type(self._model).__name__} has no linear layer; tuner full would do"
+            )
         left: dict[str, None] = {}
         for name, part in layers.items():
             if part != target:
