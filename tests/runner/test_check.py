@@ -115,6 +115,18 @@ def test_a_text_that_is_not_there_is_found_first(config: Path, capsys: pytest.Ca
         assert "before training" not in said
 
 
+@pytest.mark.parametrize(("measured", "warned"), [("texts.txt", True), ("other.txt", False)])
+def test_a_measure_of_what_is_rehearsed_is_told(
+    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, measured: str, warned: bool
+) -> None:
+    for name in ("texts.txt", "other.txt"):
+        (tmp_path / name).write_text("\n".join(f"the {a} sea holds" for a in "abcdefgh"))
+    general = f"evaluation.general=[{{name: sea, path: {tmp_path / measured}}}]"
+    assert holdfast("check", config, f"method={{name: gere_kl, path: {tmp_path / 'texts.txt'}}}", general) == 0
+    told = [line for line in caplog.messages if "'sea' is measured on what gere_kl rehearses" in line]
+    assert len(told) == warned
+
+
 def test_an_output_that_cannot_be_used(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()

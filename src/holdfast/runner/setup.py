@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from holdfast.runner.rows import encode_dev, encode_tasks, try_rows
 from holdfast.runner.seq2seq import check_answers, check_seq2seq
 from holdfast.runner.sight import check_sight
 from holdfast.training.arguments import RESERVED, check_arguments
+
+logger = logging.getLogger("holdfast")
 
 NEW = Past()
 """Of a run that begins."""
@@ -195,6 +198,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
     check_engine(config.training.engine, config.training.optimizer)
     check_arguments(config.training.arguments, RESERVED)
     check_texts(resolved.methods)
+    warn_of_rehearsed(resolved.config, resolved.methods)
     model_config = load_model_config(config.model)
     check_dtype(config.model, model_config)
     check_seq2seq(model_config, config, resolved.methods, tuner)
@@ -276,6 +280,21 @@ def check_texts(methods: Sequence[Method]) -> None:
                 continue
             if option == "path" or not is_hub_name(name):
                 raise ConfigError(f"method {method.name}: {option}: {no_path(Path(name))}")
+
+
+def warn_of_rehearsed(config: RunConfig, methods: Sequence[Method]) -> None:
+    """Warn of general abilities that are measured on files which a method rehearses."""
+    named = [(method.name, getattr(method.options, option, None)) for method in methods for option in method.inputs]
+    rehearsed = [(name, Path(path).resolve()) for name, path in named if isinstance(path, str) and Path(path).exists()]
+    for measure in config.evaluation.general or ():
+        measured = Path(measure.path).resolve()
+        for name, path in rehearsed if measure.path else ():
+            if measured.is_relative_to(path):
+                logger.warning(
+                    "evaluation.general: %r is measured on what %s rehearses, so it tells how well that is kept and "
+                    "not what else is lost; other texts of the kind would",
+                    *(measure.name, name),
+                )
 
 
 def check_dtype(model: ModelConfig, model_config: Any) -> None:
