@@ -7,7 +7,6 @@ relative links that leave docs/ lead to the page that is made of that file, or e
 from __future__ import annotations
 
 import json
-import os
 import posixpath
 import re
 import shutil
@@ -180,7 +179,7 @@ def lay_out(folder: Path) -> None:
     """Write the pages and the tool's configuration into the folder."""
     settings = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    at = os.environ.get("SITE_REF") or ("main" if "dev" in version else f"v{version}")
+    at = "main" if "dev" in version else f"v{version}"
     repository = f"{settings['repo_url']}/blob/{at}"
     shutil.rmtree(folder, ignore_errors=True)
     pages = sources(ROOT)
