@@ -97,6 +97,61 @@ def test_a_single_answer_is_matched_in_upper_case(metric):
     assert score(metric, "the dog", "dog") == 0
 
 
+# --- the rules of CoIN, GQA and MLLM-CL ---
+
+
+@pytest.mark.parametrize(
+    ("metric", "response", "answer", "expected"),
+    [  # made by their code, but for the empty response
+        ("coin_choice_letter", "B", "B", 1),
+        ("coin_choice_letter", "B. dogs", "B", 1),
+        ("coin_choice_letter", "The answer is (b)", "B", 1),
+        ("coin_choice_letter", "a dog, so B", "B", 0),
+        ("coin_choice_letter", "Because", "B", 0),
+        ("coin_choice_letter", "", "B", 0),
+        ("coin_either_contains", "a tabby cat", "tabby cat", 1),
+        ("coin_either_contains", "cat", "tabby cat", 1),
+        ("coin_either_contains", "Cat", "tabby cat", 0),
+        ("coin_either_contains", "", "tabby cat", 0),
+        ("gqa_exact_match", "Red.", "red", 1),
+        ("gqa_exact_match", "the red", "red", 0),
+        ("mllm_cl_contains", "It is red, yes", "Red.", 1),
+        ("mllm_cl_contains", "It is reddish", "red", 1),
+        ("mllm_cl_contains", "altered states", "red", 1),
+        ("mllm_cl_contains", "infrared-blue sky", "red", 0),
+        ("mllm_cl_contains", "infrared", "red", 1),
+        ("mllm_cl_contains", "3.5", "3.5", 0),
+        ("mllm_cl_contains", "turn left now", "turn left", 1),
+        ("mllm_cl_contains", "Unanswerable, red", "red", 0),
+        ("mllm_cl_answer_within", "infrared-blue sky", "Red", 1),
+        ("mllm_cl_answer_within", "Unanswerable, red", "red", 0),
+        ("mllm_cl_choice", " Yes . ", "yes", 1),
+        ("mllm_cl_choice", "Yes, it is", "yes", 0),
+        ("mllm_cl_choice", "C.", "C", 1),
+        ("upper_case_match", "Two Dogs", "two dogs", 1),
+        ("upper_case_match", "two dogs.", "two dogs", 0),
+    ],
+)
+def test_answers_are_compared_as_the_sources_code_does(metric, response, answer, expected):
+    assert score(metric, response, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("picture", "prompt", "response", "answer", "expected"),
+    [  # made by their code
+        ("images/AI2D_7.png", "What is it?", "A Leaf", "a leaf", 1),
+        ("images/SciVerse_7.png", "What is it?", "it is a leaf", "leaf", 0),
+        ("images/MapQA_7.png", "Is it high?", "Yes, it is", "yes", 1),
+        ("images/MapQA_7.png", "Which states are high?", "Ohio,Iowa,Utah", "ohio,iowa,maine,texas", 0.5),
+        ("images/MapQA_7.png", "Which states are high?", "ohio, iowa", "ohio,iowa", 0.5),
+        ("images/MapQA_7.png", "Which states are high?", "Unanswerable,ohio", "ohio", 0),
+    ],
+)
+def test_science_is_compared_by_where_its_picture_is_from(picture, prompt, response, answer, expected):
+    record = {"response": response, "answer": answer, "prompt": prompt, "pictures": [picture]}
+    assert SCORERS["mllm_cl_science"].row(record) == expected
+
+
 # --- ANLS ---
 
 

@@ -300,7 +300,8 @@ def test_any_text_has_a_score_between_0_and_1(scorer: Scorer, response: str):
 
 @pytest.mark.parametrize("metric", [scorer.name for scorer in OF_RESPONSES])
 def test_the_right_answer_scores_1_and_nothing_less_than_it(metric: str):
-    answer = "B" if metric in ("choice_letter", "trace_first_character") else "two pounds of the flour"
+    letters = ("choice_letter", "trace_first_character", "coin_choice_letter", "mllm_cl_choice")
+    answer = "B" if metric in letters else "two pounds of the flour"
     answer = "[0.2, 0.3, 0.9, 0.78]" if "iou" in metric else answer
     assert score(metric, answer, answer) == pytest.approx(1, abs=1e-7) or metric.endswith("sari")
     assert score(metric, "", answer) < score(metric, answer, answer)

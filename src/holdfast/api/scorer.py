@@ -38,6 +38,8 @@ class Scorer:
     """Whether a lower score is better, as of a loss; then figures such as forgetting take differences the other way."""
     needs_input = False
     """Whether it compares with what a prompt is about, so that records must have ``input``."""
+    needs_pictures = False
+    """Whether it reads what a prompt's pictures are called, so that records must have ``pictures``, their names."""
     needs_columns = False
     """Whether it reads all columns of a row, so that records must have ``columns``."""
     needs = ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from holdfast.data.files import SUFFIXES, read_json_file
 from holdfast.data.layout import SPLITS, split_files
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import Source, StreamSource
-from holdfast.data.streams.definition import Definition, TaskDefinition, find, maker
+from holdfast.data.streams.definition import Definition, TaskDefinition, find, maker, named
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import find as find_scorer
 
@@ -71,6 +73,8 @@ def _made(config: StreamConfig, definition: Definition) -> StreamSource:
     for option in config.options:
         if option not in known:
             raise ConfigError(f"stream.options.{option}: {config.name} has no such option{did_you_mean(option, known)}")
+    if config.images is not None:
+        raise ConfigError(f"stream.images: {config.name} shows no pictures; leave it out")
     if config.paths:
         raise ConfigError(f"stream.paths: {config.name} does not lie in a folder a task; stream.path is enough")
     options: dict[str, Any] = dict(config.options)
@@ -109,14 +113,24 @@ def _from_folders(config: StreamConfig, definition: Definition) -> list[Source]:
     check_names(names)
     root = _root(config, definition)
     folders = {} if definition.files else _task_folders(root)
+    images = _images(config, definition, root)
     sources = []
     for name in names:
         obtained = f", or say where it lies (stream.paths.{name}); {config.name} is obtained from {definition.source}"
-        source = Source(name, measured(tasks[name], config.scoring), obtained=obtained)
+        task = measured(tasks[name], config.scoring).model_copy(update={"images": images})
+        source = Source(name, task, obtained=obtained)
+        if (asked := tasks[name].test_rows) is not None:
+            source.test_rows = partial(named(asked), pictures=Path(images or root))
+        places = {split: definition.places(tasks[name], split) for split in SPLITS}
         if name in config.paths:
-            source.folder = Path(config.paths[name])
+            own = Path(config.paths[name])
+            if tasks[name].test_rows is not None and own.is_dir():
+                file_names = {split: [place.rpartition("/")[2] for place in found] for split, found in places.items()}
+                source.files = _files(own, name, file_names, obtained)
+            else:
+                source.folder = own
         elif definition.files:
-            source.files = _files(root, name, definition, obtained)
+            source.files = _files(root, name, places, obtained)
         else:
             source.folder = _folder(root, name, folders.get(name, []), obtained)
         if tasks[name].group is not None and definition.instructions is not None:
@@ -172,21 +186,38 @@ def _folder(root: Path, task: str, folders: list[Path], obtained: str) -> Path:
     return folders[0]
 
 
-def _files(root: Path, task: str, definition: Definition, obtained: str) -> dict[str, list[Path]]:
-    """The file of each split, at the first of its places that holds one."""
+def _files(folder: Path, task: str, places: Mapping[str, Sequence[str]], obtained: str) -> dict[str, list[Path]]:
+    """The file of each split, at the first of its places that holds one.
+
+    Args:
+        places: of each split, below the folder and without suffix.
+    """
     found = {}
-    for split in SPLITS:
-        places = [root / place.format(task=task) for place in definition.files.get(split, [])]
-        files = [file for place in places for end in SUFFIXES if (file := place.with_name(place.name + end)).is_file()]
+    for split, all_names in places.items():
+        names = list(dict.fromkeys(all_names))
+        files = [file for name in names for end in SUFFIXES if (file := folder / f"{name}{end}").is_file()]
         if files:
             found[split] = files[:1]
         elif split != "eval":
-            looked = " or ".join(f"{place.relative_to(root)}{{{','.join(SUFFIXES)}}}" for place in places)
+            looked = " or ".join(f"{name}{{{','.join(SUFFIXES)}}}" for name in names)
             raise DataError(
-                f"{root}: task {task!r} has no {split} split; looked for {looked}; add one of these, leave the task "
+                f"{folder}: task {task!r} has no {split} split; looked for {looked}; add one of these, leave the task "
                 f"out (stream.order){obtained}"
             )
     return found
+
+
+def _images(config: StreamConfig, definition: Definition, root: Path) -> str | None:
+    """The folder that the paths of pictures start from; None: that of the row's file.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if config.images is None:
+        return next((str(place) for name in definition.images if (place := root / name).is_dir()), None)
+    if not Path(config.images).is_dir():
+        raise ConfigError(f"stream.images: there is no folder {config.images!r} (looked from {Path.cwd()})")
+    return config.images
 
 
 def _instruction(root: Path, folder: Path | None, name: str, group: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Source:
         made: the task as a function made it, with all its rows and without a metric.
         instruction: of the task's group, where the task brings none of its own.
         instructions: the file in which the instructions of groups are looked for.
+        test_rows: makes rows of a format of the rows of a test file and its path, where they have none.
         obtained: where its data come from, for a message about what is missing.
         draws: a dataset without a test split is read as the split "all", from which one is drawn.
     """
@@ -56,6 +57,7 @@ class Source:
     made: Task | None = None
     instruction: str | None = None
     instructions: Path | None = None
+    test_rows: Callable[[list[dict[str, Any]], Path], list[dict[str, Any]]] | None = None
     obtained: str = ""
     draws: bool = False
 
@@ -230,6 +232,9 @@ def read_parts(
     else:
         files = source.files if source.folder is None else _folder_files(source)
         splits = {name: [Part(str(file), read_rows(file, bad)) for file in paths] for name, paths in files.items()}
+        if source.test_rows is not None:
+            for part in splits["test"]:
+                part.rows = source.test_rows(part.rows, Path(part.file))
         if source.folder is not None and (source.folder / "labels.json").exists():
             labels = read_labels(source.folder / "labels.json")
     for name, parts in splits.items():

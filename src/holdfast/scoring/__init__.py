@@ -12,14 +12,28 @@ from holdfast.api.registry import entries, load
 from holdfast.api.scorer import Record, Scorer
 from holdfast.config.evaluation import EvaluationConfig
 from holdfast.errors import ConfigError, did_you_mean
-from holdfast.scoring import boxes, captions, choice, f1, judge, loss, match, overlap, preference, sari, similarity, vqa
+from holdfast.scoring import (
+    boxes,
+    captions,
+    choice,
+    coin,
+    f1,
+    judge,
+    loss,
+    match,
+    overlap,
+    preference,
+    sari,
+    similarity,
+    vqa,
+)
 from holdfast.scoring.reward import PREFIX, Reward
 
 __all__ = ["SCORERS", "Record", "Scorer", "build", "find", "known"]
 
 SCORERS: dict[str, Scorer] = {
     scorer.name: scorer
-    for module in (match, choice, f1, overlap, sari, vqa, boxes, captions, loss, similarity, preference, judge)
+    for module in (match, choice, f1, overlap, sari, vqa, coin, boxes, captions, loss, similarity, preference, judge)
     for scorer in module.SCORERS
 }
 """Holdfast's own, not yet configured."""

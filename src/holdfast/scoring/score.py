@@ -29,6 +29,8 @@ def response_records(
             record["answers"] = [example.answer, *example.also_right]
         if needs_input:
             record["input"] = example.input
+        if any(scorer.needs_pictures for scorer in scorers.values()):
+            record["pictures"] = [picture.name for picture in example.pictures]
         if example.columns is not None and any(scorer.needs_columns for scorer in scorers.values()):
             record["columns"] = dict(example.columns)
         records.append(record | {"response": response})

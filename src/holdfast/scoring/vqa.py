@@ -93,7 +93,7 @@ def normalized(text: str) -> str:
 def upper_case_match(response: str, answer: str) -> float:
     """1 if response and answer, stripped, are equal in upper case, otherwise 0.
 
-    CoIN's evaluation of VQAv2, VizWiz and OCR-VQA, and UCIT's of its classes and questions.
+    CoIN's evaluation of VQAv2 and VizWiz, and of OCR-VQA, where it compares in lower case; UCIT's of all but captions.
     """
     return float(response.strip().upper() == answer.strip().upper())
 

@@ -25,6 +25,13 @@ class TaskDefinition(TaskOptions):
     name: TaskName = Field(description="as the source calls it: the name of its folder")
     group: str | None = Field(None, description="whose instruction of the stream's instructions it is asked with")
     source_metric: str | None = Field(None, description="how the source scores it, where that differs")
+    folders: list[str] = Field(default_factory=list, description="what else its folder is called")
+    files: dict[str, list[str]] = Field(
+        default_factory=dict, description="where splits of it may lie, where that differs from the stream's files"
+    )
+    test_rows: str | None = Field(
+        None, description="module:function that makes rows of a format of those of its test file, where they have none"
+    )
 
 
 class Definition(Section):
@@ -47,6 +54,12 @@ class Definition(Section):
         default_factory=dict,
         description="where each split of {task} may lie, without suffix; where absent, in a folder of the task's name",
     )
+    within: list[str] = Field(default_factory=lambda: [""], description="folders in which these files are looked for")
+    images: list[str] = Field(
+        default_factory=list,
+        description="folders that the paths of pictures may start from, the first that exists; where none is named, "
+        "that of the row's file",
+    )
     samples: str | None = Field(None, description="folder of general samples that its methods rehearse")
     make: str | None = Field(None, description="module:function that makes the tasks, where no folders hold them")
 
@@ -54,6 +67,12 @@ class Definition(Section):
     def needs_path(self) -> bool:
         """Whether it reads data of the user's."""
         return self.make is None or "path" in inspect.signature(maker(self)).parameters
+
+    def places(self, task: TaskDefinition, split: str) -> list[str]:
+        """Where the split of a task may lie, without suffix, the likeliest first."""
+        files = task.files.get(split, self.files.get(split, []))
+        names = [task.name, *task.folders]
+        return [f"{w}/{file}".lstrip("/").format(task=name) for w in self.within for name in names for file in files]
 
     @model_validator(mode="after")
     def _orders_name_tasks(self) -> Definition:
@@ -67,9 +86,14 @@ class Definition(Section):
 
 def maker(definition: Definition) -> Callable[..., Any]:
     """The function that makes the tasks of a stream that no folders hold."""
-    module, _, function = str(definition.make).partition(":")
-    make: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return make
+    return named(str(definition.make))
+
+
+def named(name: str) -> Callable[..., Any]:
+    """The function that a definition names as module:function."""
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def known() -> dict[str, Definition]:
