@@ -167,6 +167,26 @@ def test_the_folder_of_pictures_is_the_first_that_exists(coin: Path, ucit: Path,
         images("coin", coin, images="nowhere")
 
 
+def test_a_folder_of_tasks_has_a_folder_of_pictures_too(tmp_path: Path):
+    rows = train_rows("GQA", "dog", tmp_path / "pictures")
+    for split, part in (("train", rows[:2]), ("test", rows[2:])):
+        save(tmp_path / "tasks" / "a" / f"{split}.json", part)
+    values = {"path": str(tmp_path / "tasks"), "images": str(tmp_path / "pictures")}
+    [task] = load_stream(StreamConfig.model_validate(values), DataConfig()).tasks
+    [picture] = task.test[0].pictures
+    assert picture.source == tmp_path / "pictures" / "GQA" / "train" / "2.png"
+    del values["images"]
+    with pytest.raises(DataError, match=r"2\.png"):
+        load_stream(StreamConfig.model_validate(values), DataConfig())
+
+
+def test_streams_without_pictures_have_no_folder_of_them(tmp_path: Path):
+    with pytest.raises(ValueError, match="images: belongs to a path"):
+        StreamConfig.model_validate({"name": "chronicle", "images": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"stream\.images: super_ni shows no pictures; leave it out"):
+        load("super_ni", tmp_path, images=str(tmp_path))
+
+
 # --- CoIN ---
 
 
