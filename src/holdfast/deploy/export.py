@@ -14,9 +14,9 @@ from holdfast.data.encode_apart import encoder_of
 from holdfast.deploy.exported import Exported
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.models.gguf import is_gguf
-from holdfast.models.kinds import is_seq2seq
+from holdfast.models.kinds import is_seq2seq, sees
 from holdfast.models.pretrained import load_saved_tokenizer, readable
-from holdfast.models.sight import load_sight
+from holdfast.models.sight import PROCESSOR_FILES, load_sight
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
@@ -46,7 +46,7 @@ def export(
     accept_changes: bool = False,
     trust: bool = False,
 ) -> Exported:
-    """Write a stage's model, or its adapter, with tokenizer, generation settings and a model card.
+    """Write a stage's model, or its adapter, with tokenizer, processor, generation settings and a model card.
 
     Args:
         run: a run's directory.
@@ -91,7 +91,7 @@ def export(
         )
     tokenizer = load_saved_tokenizer(saved, RunDirectoryError, config.model.trust_remote_code)
     model_config = _model_config(pretrained, saved if kind == "model" else None)
-    sight = load_sight(pretrained, model_config, tokenizer)
+    sight = load_sight(config.model.model_copy(update={"name": str(saved), "revision": None}), model_config, tokenizer)
     encoder = encoder_of(model_config, tokenizer, sight, max_length=finished.max_length, template=config.data.template)
     settings = _generation_settings(pretrained, saved if kind == "model" else None, model_config, encoder)
     merged = _merged(pretrained, tuner, saved) if kind == "merged" else None
@@ -106,6 +106,7 @@ def export(
         kind=kind,
         chat=encoder.chat,
         seq2seq=is_seq2seq(model_config),
+        sees=sees(model_config),
         lacks=[*method_lacks(config), *_folder_lacks(config, tuner, kind, base, tokenizer)],
     )
     try:
@@ -182,6 +183,8 @@ def _generation_settings(
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     settings.eos_token_id = sorted({*encoder.stop_ids, *(end for end in ends if end is not None)}) or None
     settings.pad_token_id = encoder.tokenizer.pad_token_id
+    if encoder.sight is not None:  # as holdfast.models.sight.never_written
+        settings.suppress_tokens = sorted({*(settings.suppress_tokens or ()), encoder.sight.image_token_id})
     settings._from_model_config = False  # or transformers may restore the model's own end tokens
     return settings
 
@@ -240,6 +243,9 @@ def _write(
             merged.generation_config = GenerationConfig()  # the settings are written below, unchanged
             merged.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            for file in (saved / name for name in PROCESSOR_FILES if exported.sees):
+                if file.exists():
+                    shutil.copyfile(file, partial / file.name)
         if exported.kind == "adapter":
             adapter = read_json(partial / "adapter_config.json")
             if not isinstance(adapter, dict):

@@ -25,6 +25,7 @@ class Exported:
         kind: ``model``: a whole model; ``merged``: a model into which an adapter was merged; ``adapter``.
         chat: whether prompts are made by the tokenizer's chat template.
         seq2seq: whether it is a sequence-to-sequence model.
+        sees: whether it reads pictures.
         lacks: what of the run this folder cannot do, or not everywhere, a line each.
     """
 
@@ -38,8 +39,15 @@ class Exported:
     kind: str
     chat: bool
     seq2seq: bool
+    sees: bool
     lacks: list[str]
 
     @property
     def local_base(self) -> bool:
         return Path(self.base).is_absolute()
+
+    @property
+    def served_by_vllm(self) -> bool:
+        """Whether vLLM serves its adapter beside the base model; of one that sees, those of the language model."""
+        adapts = getattr(self.tuner.options, "target", "all")
+        return self.tuner.served_by_vllm and (not self.sees or adapts == "language")

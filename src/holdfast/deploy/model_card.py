@@ -46,7 +46,7 @@ def _metadata(exported: Exported) -> ModelCardData:
         **base,
         datasets=list(dict.fromkeys(names)) or None,
         library_name="peft" if exported.kind == "adapter" else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if exported.sees else "text-generation",
         tags=list(dict.fromkeys(["holdfast", "continual-learning", *_methods(config.method), config.tuner.name])),
     )
 
@@ -66,10 +66,11 @@ def _head(exported: Exported) -> str:
     how = "all at once" if run.joint else "one after another"
     methods = " and ".join(map(code, _methods(config.method)))
     more = "" if exported.row == len(run.tasks) else f" (of {len(run.tasks)} in the run)"
+    sees = " It sees: a question may show pictures." if exported.sees else ""
     return (
         f"# {in_markdown(Path(config.model.name).name)}, taught {in_markdown(', '.join(learned))}\n\n"
         f"This is {what}: {code(config.model.name)} after stage {exported.stage} of a continual run of holdfast, in "
-        f"which it learned {len(learned)} tasks{more} {how}, with {methods} against forgetting."
+        f"which it learned {len(learned)} tasks{more} {how}, with {methods} against forgetting.{sees}"
     )
 
 
@@ -87,23 +88,29 @@ def _use(exported: Exported) -> str:
     dtype = "" if config.model.dtype == "auto" else f", dtype={_quoted(config.model.dtype)}"
     remote = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     auto = "AutoModelForSeq2SeqLM" if exported.seq2seq else "AutoModelForCausalLM"
+    imported = auto
+    if exported.sees:
+        auto, imported = "AutoModelForImageTextToText", "AutoModelForImageTextToText, AutoProcessor"
     lines = ["## Use", ""]
     if exported.kind == "adapter":
         revision = "" if config.model.revision is None else f", revision={_quoted(config.model.revision)}"
         load = [
             "from peft import PeftModel",
-            f"from transformers import {auto}",
+            f"from transformers import {imported}",
             "",
             f"base = {auto}.from_pretrained({_quoted(exported.base)}{revision}{dtype}{remote})",
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     else:
         load = [
-            f"from transformers import {auto}",
+            f"from transformers import {imported}",
             "",
             f'model = {auto}.from_pretrained("FOLDER"{dtype}{remote})',
         ]
-    lines += ["```python", *load, "```", "", *_serve(exported), ""]
+    asked = _asked(exported, remote) if exported.sees else []
+    lines += ["```python", *load, *asked, "```", "", *_serve(exported), ""]
+    if exported.sees:
+        lines.append("Processors of models that read videos, too, need torchvision.")
     if exported.chat:
         lines.append("Prompts are made by the tokenizer's chat template, which this folder holds.")
     elif exported.seq2seq:
@@ -116,12 +123,37 @@ def _use(exported: Exported) -> str:
             "Prompts are plain text: turns joined by newlines, and the answer comes after one space. There is no chat "
             "template behind it, so ask for completions, not for chat."
         )
+    kept_out = ", and keeps the image token out of answers" if exported.sees else ""
     lines.append(
-        "`generation_config.json` holds the base model's own settings and every token that ends an answer. The scores "
-        "below were measured greedily, without the model's own sampling and penalties (`do_sample=False`, "
+        f"`generation_config.json` holds the base model's own settings and every token that ends an answer{kept_out}. "
+        "The scores below were measured greedily, without the model's own sampling and penalties (`do_sample=False`, "
         "`repetition_penalty=1.0`)."
     )
     return "\n".join(lines)
+
+
+def _asked(exported: Exported, remote: str) -> list[str]:
+    """Lines of Python that ask about a picture."""
+    lines = [f'processor = AutoProcessor.from_pretrained("FOLDER"{remote})', ""]
+    if exported.chat:
+        lines += [
+            'content = [{"type": "image", "path": "PICTURE.png"}, {"type": "text", "text": "QUESTION"}]',
+            "inputs = processor.apply_chat_template(",
+            '    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,',
+            '    return_tensors="pt",',
+            ")",
+        ]
+    else:
+        lines[:0] = ["from PIL import Image", ""]
+        lines += [
+            'picture = Image.open("PICTURE.png").convert("RGB")',
+            'inputs = processor(text=processor.image_token + "QUESTION", images=picture, return_tensors="pt")',
+        ]
+    return [
+        *lines,
+        "answer = model.generate(**inputs, max_new_tokens=64, do_sample=False, repetition_penalty=1.0)",
+        'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
 
 
 def _serve(exported: Exported) -> list[str]:
@@ -130,7 +162,7 @@ def _serve(exported: Exported) -> list[str]:
         return ["`model.generate` answers prompts. `vllm serve` takes causal models alone."]
     if exported.kind != "adapter":
         return ["It can be served by `vllm serve FOLDER` and `transformers serve FOLDER`."]
-    if exported.tuner.served_by_vllm:
+    if exported.served_by_vllm:
         command = code(f"vllm serve {exported.base} --enable-lora --lora-modules NAME=FOLDER")
         return [f"It can be served by {command}; a rank above 16 needs `--max-lora-rank`."]
     return [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import io
+import shutil
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 _OPEN, _CLOSE = "\ufdd4", "\ufdd5"  # noncharacters around what a processor writes for a picture
 TYPES = ("mm_token_type_ids", "token_type_ids")
 """Inputs of a model that say which tokens are a picture's."""
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""What transformers reads a processor from, beside its tokenizer and its chat template."""
 
 
 class Sight:
@@ -174,6 +178,22 @@ def _processor(model: ModelConfig, config: PretrainedConfig, tokenizer: Any) -> 
 
     WithoutVideo.__name__ = whole.__name__
     return WithoutVideo.from_pretrained(model.name, **options)
+
+
+def copy_processor(model: ModelConfig, folder: Path) -> None:
+    """Copy the files of a model's processor, as they are, into a folder that has the tokenizer with its chat template.
+
+    A processor that was loaded without its part for videos would not write that part.
+
+    Args:
+        model: of the hub, or a folder; one that reads text alone has none of these files.
+    """
+    from transformers.utils import cached_file
+
+    for name in PROCESSOR_FILES:
+        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        if (file := cached_file(model.name, name, revision=model.revision, **quiet)) is not None:
+            shutil.copyfile(file, folder / name)
 
 
 # --- calls ---

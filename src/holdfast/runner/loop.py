@@ -17,6 +17,7 @@ from holdfast.evaluation.general import evaluate_general, matrix_name
 from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.models.gguf import origin
+from holdfast.models.sight import copy_processor
 from holdfast.models.weights import check_weights
 from holdfast.records.directory import REBUILD, RunDirectory, current_stage, learned_stages, open_directory
 from holdfast.records.follow import Followers, followed
@@ -236,6 +237,8 @@ class RunLoop:
             self.setup.tuner.save(model, partial)
             if self.directory.process.main:
                 self.setup.encoder.tokenizer.save_pretrained(partial)
+                if self.setup.encoder.sight is not None:
+                    copy_processor(self.config.model, partial)
         with self.directory.whole_folder(folder / "method") as partial:
             save_states(self.setup.applied, partial)
         moved = {} if drawn is None else {"shift": shift.measure(self.setup, drawn, model)}
