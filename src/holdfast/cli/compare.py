@@ -48,6 +48,7 @@ def compare(
 
     Runs whose streams, prompts, budgets or metrics differ are refused.
     """
+    import gc
 
     from holdfast.records.directory import require_runs
     from holdfast.records.read import read_runs
@@ -58,6 +59,7 @@ def compare(
     from holdfast.report.tables import as_csv, as_latex, as_markdown
     from holdfast.report.terminal import print_comparison, print_published
 
+    gc.disable()  # what is read is needed to the end
     require_runs(runs)
     read = read_runs(runs)
     if not allow_different:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
@@ -101,16 +102,17 @@ def flat(config: BaseModel | dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def free_keys(cls: type[BaseModel], prefix: str = "") -> set[str]:
+@cache
+def free_keys(cls: type[BaseModel], prefix: str = "") -> frozenset[str]:
     """The dotted keys that may change between two starts of the same run."""
-    keys = set()
+    keys: set[str] = set()
     for name, field in cls.model_fields.items():
         if _is_free(field):
             keys.add(prefix + name)
         section = section_of(field.annotation)
         if section is not None:
             keys |= free_keys(section, f"{prefix}{name}.")
-    return keys
+    return frozenset(keys)
 
 
 def describe(cls: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:

@@ -209,7 +209,7 @@ def resampled_terms(
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, not {resamples}")
     T = len(signs)
-    terms = {name: np.full((len(runs), 1 + resamples, T), np.nan) for name in FIGURES}
+    terms = {name: np.full((T, len(runs), 1 + resamples), np.nan) for name in FIGURES}
     for j in range(T):
         rows = needed_rows(j, T)
         column = [scores[t][j] for scores in runs for t in rows]
@@ -220,8 +220,8 @@ def resampled_terms(
         for drawn, sums in resampled_sums(statistics, resamples, np.random.default_rng([seed, j])):
             scores_of = total(sums).reshape(-1, len(runs), len(rows))
             for name, values in column_terms(scores_of, j, T, int(signs[j])).items():
-                terms[name][:, drawn, j] = values.T
-    return terms
+                terms[name][j, :, drawn] = values.T
+    return {name: np.moveaxis(values, 0, -1) for name, values in terms.items()}
 
 
 def _resampled(terms: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:

@@ -37,14 +37,12 @@ class FinishedRun:
     Attributes:
         info: the content of run.json.
         matrix: the content of matrix.json.
-        events: the lines of events.jsonl, in the order of training.
         label: a name that differs from those of the other runs in a report.
     """
 
     path: Path
     info: dict[str, Any]
     matrix: dict[str, Any]
-    events: list[dict[str, Any]] = field(default_factory=list)
     label: str = ""
     _statistics: dict[tuple[int, int], NDArray[np.float64] | None] = field(default_factory=dict, repr=False)
     _kept: dict[int, dict[str, NDArray[Any]]] = field(default_factory=dict, repr=False)
@@ -61,6 +59,11 @@ class FinishedRun:
     def scores(self) -> list[list[float | None]]:
         """S, [T+1][T]; row 0 is before training; None where not measured."""
         return self.matrix["scores"]
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of events.jsonl, in the order of training."""
+        return _read_events(self.path / "events.jsonl")
 
     @property
     def method(self) -> str:
@@ -160,10 +163,10 @@ class FinishedRun:
 
     def seen_average(self) -> list[float | None]:
         """The mean score after each stage over the tasks learned by then, [T]; None if one of them was not measured."""
-        T = len(self.tasks)
+        own = [self.own_stage(j) for j in range(len(self.tasks))]
         means: list[float | None] = []
-        for t in range(1, T + 1):
-            seen = [self.scores[t][j] for j in range(T) if self.own_stage(j) <= t]
+        for t, row in enumerate(self.scores[1:], start=1):
+            seen = [score for score, stage in zip(row, own, strict=True) if stage <= t]
             scores = [score for score in seen if score is not None]
             means.append(sum(scores) / len(scores) if scores and len(scores) == len(seen) else None)
         return means
@@ -339,10 +342,9 @@ def read_run(path: Path) -> FinishedRun:
     for name, lacks in (("run.json", "is not a run's directory"), ("matrix.json", "has no scores yet")):
         if not (path / name).is_file():
             raise RunDirectoryError(f"{path}: {lacks}: there is no {name}; give a directory that `holdfast run` wrote")
-    events = path / "events.jsonl"
     record, matrix = with_former_defaults(read_json(path / "run.json")), read_json(path / "matrix.json")
     check_matrix(path, record, matrix)
-    return FinishedRun(path, record, matrix, _read_events(events))
+    return FinishedRun(path, record, matrix)
 
 
 def read_runs(paths: list[Path]) -> list[FinishedRun]:

@@ -28,7 +28,7 @@ def check_matrix(path: Path, record: dict[str, Any], matrix: dict[str, Any]) -> 
     configs = {"config": record["config"]}
     configs |= {f"stages.{n}.config": stage["config"] for n, stage in enumerate(record.get("stages", []))}
     for place, config in configs.items():
-        if lacking := [key for key in NEEDED if key not in _keys(config)]:
+        if lacking := [key for key in NEEDED if not _has(config, *key.split("."))]:
             raise damaged(path / "run.json", f"{place}.{lacking[0]} is missing")
     if not tasks or len(set(tasks)) < len(tasks):
         raise damaged(file, "tasks must be names, each once")
@@ -68,9 +68,10 @@ def check_matrix(path: Path, record: dict[str, Any], matrix: dict[str, Any]) -> 
             raise damaged(file, f"curves.{name} must have a score a step, and be of a task")
 
 
-def _keys(config: Any) -> set[str]:
-    """The sections of a configuration, and their keys with the section before them."""
-    return {
-        *config,
-        *(f"{section}.{key}" for section, values in config.items() if isinstance(values, dict) for key in values),
-    }
+def _has(config: Any, *keys: str) -> bool:
+    """Whether a configuration has a section, and a key in it."""
+    for key in keys:
+        if not isinstance(config, dict) or key not in config:
+            return False
+        config = config[key]
+    return True

@@ -41,10 +41,10 @@ def render(template: str, *, scripts: Sequence[str], **context: Any) -> str:
 
 def score_cells(run: FinishedRun) -> list[Markup]:
     """The cells of each row of the score matrix; of many tasks there are more than a template fills in good time."""
-    rows = []
+    rows, own = [], [run.own_stage(j) for j in range(len(run.tasks))]
     for t, scores in enumerate(run.scores):
-        own = {j for j in range(len(scores)) if run.own_stage(j) == t}
-        kinds = [" class=none" if score is None else " class=own" if j in own else "" for j, score in enumerate(scores)]
+        pairs = zip(scores, own, strict=True)
+        kinds = [" class=none" if score is None else " class=own" if stage == t else "" for score, stage in pairs]
         cells = (f"<td{kind}>{number(score)}</td>" for kind, score in zip(kinds, scores, strict=True))
         rows.append(Markup("".join(cells)))
     return rows

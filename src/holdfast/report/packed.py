@@ -6,13 +6,15 @@ import base64
 import gzip
 from functools import cache
 
+LEVEL = 6  # of gzip: a level more takes a third longer and saves 2 in 1,000
+
 # Python's base 85 without the three signs that mean something in HTML.
 _SAFE = str.maketrans("&<>", ",.:")
 
 
 def pack_text(text: str) -> str:
     """``text`` as ASCII signs that can stand in HTML, in JSON and in JavaScript's strings as they are."""
-    return base64.b85encode(gzip.compress(text.encode(), mtime=0)).decode().translate(_SAFE)
+    return base64.b85encode(gzip.compress(text.encode(), LEVEL, mtime=0)).decode().translate(_SAFE)
 
 
 @cache

@@ -256,11 +256,12 @@ def _is_ours(manifest: Path) -> bool:
 
 def _is_entry(files: Any) -> bool:
     """Whether a JSON value can be an :data:`Entry`."""
-    return isinstance(files, dict) and all(map(_are_facts, files.values()))
-
-
-def _are_facts(facts: Any) -> bool:
-    return isinstance(facts, dict) and isinstance(facts.get("bytes"), int) and isinstance(facts.get("sha256"), str)
+    if not isinstance(files, dict):
+        return False
+    for facts in files.values():
+        if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or type(facts.get("sha256")) is not str:
+            return False
+    return True
 
 
 def _compare(manifest: Path, path: Path, known: list[Entry]) -> None:
