@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 from functools import cache
 
-LEVEL = 6  # of gzip: a level more takes a third longer and saves 2 in 1,000
+import numpy as np
 
-# Python's base 85 without the three signs that mean something in HTML.
-_SAFE = str.maketrans("&<>", ",.:")
+SIGNS = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%,()*+-;.=:?@^_`{|}~"
+"""Python's of base 85, with others for the three that mean something in HTML."""
+
+LEVEL = 5  # of gzip: one more takes a fifth longer and saves 7 in 1,000
 
 
 def pack_text(text: str) -> str:
     """``text`` as ASCII signs that can stand in HTML, in JSON and in JavaScript's strings as they are."""
-    return base64.b85encode(gzip.compress(text.encode(), LEVEL, mtime=0)).decode().translate(_SAFE)
+    content = gzip.compress(text.encode(), LEVEL, mtime=0)
+    missing = -len(content) % 4  # bytes of the last four, and as many signs
+    words = np.frombuffer(content + bytes(missing), ">u4").astype(np.uint32)
+    digits = words[:, None] // 85 ** np.arange(4, -1, -1, dtype=np.uint32) % 85
+    return np.frombuffer(SIGNS, np.uint8)[digits].tobytes()[: digits.size - missing].decode()
 
 
 @cache
 def packed_plotly() -> str:
-    """plotly.js, the library that draws a page's plots, packed: 1.8 MB in place of 4.8."""
+    """plotly.js, the library that draws a page's plots, packed: 1.9 MB in place of 4.8."""
     from plotly.offline import get_plotlyjs
 
     return pack_text(get_plotlyjs())
