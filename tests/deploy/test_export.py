@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from holdfast import run
@@ -160,6 +161,23 @@ def test_a_merged_model_is_whole_and_its_logits_are_those_of_the_adapter(lora, t
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(ids).logits
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
     assert torch.allclose(merged, adapted, atol=1e-3) and not torch.allclose(merged, before, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_merged_model_has_the_data_type_of_its_base(dtype, lora, tmp_path):
+    """It is merged in float32 and rounded once, whatever type the run trained in."""
+    tiny_model().to(dtype).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    config = tiny_config(lora.parent, model=str(tmp_path / "model"), output=str(tmp_path / "run"), tuner="lora")
+    run(config | {"training": {"max_steps": 2, "learning_rate": 0.1}}, QUIET)
+    exported = export(tmp_path / "run", tmp_path / "merged", merge=True)
+    base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "merged"))
+    assert {name: t.dtype for name, t in merged.items()} == dict.fromkeys(base, dtype)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    expected = PeftModel.from_pretrained(model, exported.run.path / "stages" / "03-blue" / "adapter").merge_and_unload()
+    assert all(torch.equal(merged[name], t.to(dtype)) for name, t in expected.state_dict().items() if name in merged)
+    assert any(not torch.equal(merged[name], base[name]) for name in base)
+    assert f"the weights are {str(dtype).removeprefix('torch.')}" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_relative_base_model_is_named_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -79,22 +79,14 @@ def export(
     pretrained = config.model.model_copy(update={"name": base})
     if kind != "model":
         check_inputs(finished, {"model": model_inputs(pretrained)}, [], accept_changes)
-    if kind == "adapter" and is_gguf(base):
-        raise ConfigError(
-            f"--merge: PEFT loads no adapter onto a GGUF file ({config.model.name}); add --merge to export one model, "
-            "or convert the file (holdfast convert) and teach the folder"
-        )
-    if kind == "adapter" and push_to is not None and Path(base).is_absolute():
-        raise ConfigError(
-            f"--push-to: the adapter's base model is a folder of this machine ({config.model.name}), which nobody else "
-            "can load; push one model with --merge, or run on the hub's name of the base model"
-        )
+    if kind == "adapter":
+        _check_adapter(config.model.name, base, push_to)
     tokenizer = load_saved_tokenizer(saved, RunDirectoryError, config.model.trust_remote_code)
     model_config = _model_config(pretrained, saved if kind == "model" else None)
     sight = load_sight(config.model.model_copy(update={"name": str(saved), "revision": None}), model_config, tokenizer)
     encoder = encoder_of(model_config, tokenizer, sight, max_length=finished.max_length, template=config.data.template)
     settings = _generation_settings(pretrained, saved if kind == "model" else None, model_config, encoder)
-    merged = _merged(pretrained, tuner, saved) if kind == "merged" else None
+    merged = _merged(pretrained, model_config, tuner, saved) if kind == "merged" else None
     exported = Exported(
         run=finished,
         config=config,
@@ -107,6 +99,7 @@ def export(
         chat=encoder.chat,
         seq2seq=is_seq2seq(model_config),
         sees=sees(model_config),
+        dtype=None if merged is None else str(merged.dtype).removeprefix("torch."),
         lacks=[*method_lacks(config), *_folder_lacks(config, tuner, kind, base, tokenizer)],
     )
     try:
@@ -197,8 +190,23 @@ def _check_mergeable(tuner: Tuner) -> None:
         )
 
 
-def _merged(config: ModelConfig, tuner: Tuner, adapter: Path) -> PreTrainedModel:
-    """The base model with a saved adapter merged into it, by plain PEFT, in the run's data type, on the CPU.
+def _check_adapter(name: str, base: str, push_to: str | None) -> None:
+    """Raise ConfigError where nobody could load an adapter onto its base model."""
+    if is_gguf(base):
+        raise ConfigError(
+            f"--merge: PEFT loads no adapter onto a GGUF file ({name}); add --merge to export one model, or convert the "
+            "file (holdfast convert) and teach the folder"
+        )
+    if push_to is not None and Path(base).is_absolute():
+        raise ConfigError(
+            f"--push-to: the adapter's base model is a folder of this machine ({name}), which nobody else can load; "
+            "push one model with --merge, or run on the hub's name of the base model"
+        )
+
+
+def _merged(config: ModelConfig, model_config: PretrainedConfig, tuner: Tuner, adapter: Path) -> PreTrainedModel:
+    """The base model with a saved adapter merged into it, by plain PEFT, on the CPU: in float32, and then rounded to
+    the data type that the base model's files have, so that the merged model is as large as they are.
 
     Raises:
         ConfigError: the base model cannot be loaded, or PEFT cannot merge the adapter.
@@ -208,16 +216,18 @@ def _merged(config: ModelConfig, tuner: Tuner, adapter: Path) -> PreTrainedModel
     from holdfast.models.weights import load_language_model, whole_adapter
 
     model = load_language_model(
-        config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype=config.dtype
+        config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype="float32"
     )
     try:
         with whole_adapter(str(adapter)):
             peft: Any = PeftModel.from_pretrained(model, str(adapter))
-        return peft.merge_and_unload(safe_merge=True)
+        merged: PreTrainedModel = peft.merge_and_unload(safe_merge=True)
     except ConfigError:
         raise
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise ConfigError(f"--merge: tuner {tuner.name!r} cannot be merged into the model: {error}") from None
+    stored = getattr(model_config, "dtype", None)  # absent of a GGUF file, whose types no folder has
+    return merged if stored is None else merged.to(stored)
 
 
 def _write(

@@ -26,6 +26,7 @@ class Exported:
         chat: whether prompts are made by the tokenizer's chat template.
         seq2seq: whether it is a sequence-to-sequence model.
         sees: whether it reads pictures.
+        dtype: the data type of a merged model's weights; None where nothing was merged.
         lacks: what of the run this folder cannot do, or not everywhere, a line each.
     """
 
@@ -40,6 +41,7 @@ class Exported:
     chat: bool
     seq2seq: bool
     sees: bool
+    dtype: str | None
     lacks: list[str]
 
     @property

@@ -111,6 +111,9 @@ def _use(exported: Exported) -> str:
     lines += ["```python", *load, *asked, "```", "", *_serve(exported), ""]
     if exported.sees:
         lines.append("Processors of models that read videos, too, need torchvision.")
+    if exported.dtype is not None:
+        rounded = "" if exported.dtype == "float32" else ", so that answers may differ a little from those scored"
+        lines += [f"The adapter was merged in float32; the weights are {exported.dtype}{rounded}.", ""]
     if exported.chat:
         lines.append("Prompts are made by the tokenizer's chat template, which this folder holds.")
     elif exported.seq2seq:
