@@ -62,7 +62,7 @@ def test_a_line_is_named(run):
     events = run / "events.jsonl"
     events.write_text(events.read_text() + '{"stage": 1}\n')
     with pytest.raises(RunDirectoryError, match=r"events.jsonl: is damaged: line \d+: step: field required"):
-        read_run(run)
+        _ = read_run(run).events
     rows = run / "stages" / "01-red" / "responses" / "red.jsonl"
     _, rest = rows.read_text().split("\n", 1)
     rows.write_text(json.dumps({"row": 0, "score": 1.0}) + "\n" + rest)

@@ -194,8 +194,8 @@ def _check_adapter(name: str, base: str, push_to: str | None) -> None:
     """Raise ConfigError where nobody could load an adapter onto its base model."""
     if is_gguf(base):
         raise ConfigError(
-            f"--merge: PEFT loads no adapter onto a GGUF file ({name}); add --merge to export one model, or convert the "
-            "file (holdfast convert) and teach the folder"
+            f"--merge: PEFT loads no adapter onto a GGUF file ({name}); add --merge to export one model, or convert "
+            "the file (holdfast convert) and teach the folder"
         )
     if push_to is not None and Path(base).is_absolute():
         raise ConfigError(

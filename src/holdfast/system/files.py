@@ -165,6 +165,16 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def parse_objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:
+    """The objects of JSON lines that are not empty, at once, which takes half of the time; None where a look at each
+    line must tell what is wrong with it."""
+    try:
+        values = parse_json(f"[{','.join(lines)}]")
+    except JsonError:
+        return None
+    return values if len(values) == len(lines) and all(isinstance(value, dict) for value in values) else None
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -254,7 +264,11 @@ def read_appended(path: Path) -> list[dict[str, Any]]:
         RunDirectoryError: another line is damaged.
     """
     content, _ = read_whole_lines(path)
-    return list(_objects(path, content.split(b"\n")))
+    try:
+        whole = parse_objects([line for line in content.decode().split("\n") if line])
+    except UnicodeDecodeError:
+        whole = None
+    return list(_objects(path, content.split(b"\n"))) if whole is None else whole
 
 
 def read_whole_lines(path: Path, start: int = 0) -> tuple[bytes, int]:

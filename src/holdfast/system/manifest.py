@@ -23,6 +23,7 @@ from holdfast.system.files import (
     append_jsonl,
     cut_torn_line,
     parse_json,
+    parse_objects,
     read_appended,
     read_utf8,
     read_whole_lines,
@@ -160,8 +161,11 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file that holdfast wrote whole, compared with its manifest."""
     check(path)
+    lines = read_utf8(path).split("\n")
+    if (whole := parse_objects([line for line in lines if line])) is not None:
+        return whole
     rows = []
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if line:
             try:
                 rows.append(parse_json(line))
