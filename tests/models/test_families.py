@@ -25,6 +25,7 @@ from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from holdfast.tuners import build
 from support.families import FAMILIES, SIZES, family_model, write_family
+from support.goes_on import check_goes_on
 from support.tiny import VOCABULARY, pad_rows, tiny_config, tiny_rows, tiny_stage, write_tasks
 
 LORA = {"name": "lora", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0}
@@ -310,3 +311,13 @@ def test_run(tmp_path, name):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_tuner_with_every_kind_of_method(tmp_path, name, tuner, method):
     check_run(tmp_path, name, tuner, method)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "mixtral" else pytest.mark.slow) for n in FAMILIES])
+def test_a_stopped_full_run_goes_on(name, tmp_path, monkeypatch):
+    """Some families' weights have other names and shapes in files than in memory."""
+    write_family(tmp_path / "model", name)
+    write_tasks(tmp_path / "tasks", ("red", "green"), train=16, test=2)
+    steps = {"max_steps": 3, "save_every": 2, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "warmup": 0}
+    stream = {"path": str(tmp_path / "tasks"), "order": ["red", "green"]}
+    check_goes_on(tiny_config(tmp_path, stream=stream, training=steps), tmp_path, monkeypatch, "02-green")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
-import holdfast.runner.loop
 from holdfast import methods, tuners
 from holdfast.api.task import Example, Turn
 from holdfast.config.model import ModelConfig
 from holdfast.data.encode_apart import encoder_of
 from holdfast.models.pretrained import load_tokenizer
 from holdfast.system.files import read_jsonl
-from holdfast.system.progress import Progress
 from support.command import holdfast as command
-from support.guards import GENERAL, case, responses, same, terms, tuner_of, weights, with_paths
+from support.goes_on import check_goes_on, run
+from support.guards import GENERAL, case, same, tuner_of, weights, with_paths
 from support.paths import DOCS
 from support.resumed import finish, results, start
 from support.seq2seq import seq2seq_config, seq2seq_model, write_seq2seq
@@ -50,32 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(folder: Path, output: Path, method: Any, tuner: Any = "full", **changes: Any) -> dict[str, Any]:
     config = seq2seq_config(folder) | {"method": method, "tuner": tuner, "output": str(output)} | changes
     return config | {"training": STEPS}
-
-
-def run(config: dict[str, Any]) -> dict[str, Any]:
-    return holdfast.runner.loop.run(config, Progress(quiet=True))
-
-
-def check_goes_on(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str) -> None:
-    """What lies on the disk at the last step of the last stage, after a checkpoint, goes on to the same end."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    watch = holdfast.runner.stage.StageWatch.on_step_end
-
-    def copying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        watch(self, args, state, control, **kwargs)
-        if Path(args.output_dir).parent.name == last and state.global_step == 3:
-            shutil.copytree(whole, broken)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", copying)
-        matrix = run(config | {"output": str(whole)})
-    assert None not in matrix["scores"][0] + matrix["scores"][-1]
-    assert run(config | {"output": str(broken)}) == matrix
-    assert same(weights(broken, last), weights(whole, last)) and weights(whole, last)
-    stage = int(last[:2])
-    assert responses(broken) == responses(whole) and terms(broken, stage) == terms(whole, stage)
-    for path in whole.glob("stages/*/method/*.safetensors"):
-        assert same(load_file(broken / path.relative_to(whole)), load_file(path)), path.name
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in WORKING])

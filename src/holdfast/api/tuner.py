@@ -11,7 +11,7 @@ from pydantic import Field
 from holdfast.api.registry import Registered
 from holdfast.config.reading import validate
 from holdfast.config.section import Section
-from holdfast.models.parts import Target
+from holdfast.models.kinds import Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

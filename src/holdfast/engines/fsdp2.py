@@ -96,6 +96,11 @@ class Fsdp2(Layout):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def gather_own(self, model: nn.Module) -> None:
+        root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+        if root is not None:
+            root.unshard()
+
     def prepare_loaded(self, model: nn.Module) -> None:
         """Make the model itself FSDP2's root, the module that is called first; a tuner may look into its embeddings."""
         with torch.no_grad():

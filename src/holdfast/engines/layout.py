@@ -108,6 +108,9 @@ class Layout:
     def reshard(self, model: nn.Module) -> None:
         """Put away whole weights that the last forward pass left."""
 
+    def gather_own(self, model: nn.Module) -> None:
+        """Make whole what the model's own module holds, before its parts are called by themselves."""
+
     def sync_weights(self, model: nn.Module) -> None:
         """Let a model's own parameters follow after a change of :meth:`weight`."""
 

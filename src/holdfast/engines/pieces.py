@@ -41,6 +41,14 @@ def reshard(model: nn.Module) -> None:
         layout.reshard(model)
 
 
+def gather_own(model: nn.Module) -> None:
+    """Make whole what the model's own module holds, before its parts are called by themselves, not by a forward pass.
+
+    Every process must ask for it.
+    """
+    layout_of_model(model).gather_own(model)
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, as they lie between passes through the model."""
     reshard(model)

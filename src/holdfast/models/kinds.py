@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+Target = Literal["language", "vision", "projector", "all"]
+"""The parts of a model that sees, one of which or all are trained."""
 
 
 def is_seq2seq(config: PretrainedConfig) -> bool:

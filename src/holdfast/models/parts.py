@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from holdfast.errors import ConfigError
-from holdfast.models.kinds import sees
+from holdfast.models.kinds import Target, sees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Target = Literal["language", "vision", "projector", "all"]
 
 PROJECTORS = re.compile(r"(^|\.)(multi_modal_projector|connector|image_newline|merger|deepstack_merger_list)(\.|$)")
 """transformers' names of what turns a picture's features into those of tokens; some lie in the vision tower."""

@@ -13,7 +13,9 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator
 
 from holdfast.errors import ConfigError, DataError
 
@@ -162,6 +164,16 @@ def look_at(source: Path | bytes, name: str = "") -> Picture:
 
 
 # --- tokens ---
+
+
+def _row_token(token: int) -> int:
+    if HIGHEST_PLACE < token < 0:
+        raise ValueError("must be a token of the model, or a place of a picture")
+    return token
+
+
+RowToken = Annotated[int, AfterValidator(_row_token)]
+"""A token in a file of rows."""
 
 
 def place_token(picture: Picture, order: int) -> int:

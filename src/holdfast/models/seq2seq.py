@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from holdfast.engines.pieces import is_divided
+from holdfast.engines.pieces import gather_own, is_divided
 from holdfast.errors import ConfigError
 from holdfast.losses.next_token import next_token_nll
 from holdfast.models.head import base, with_tensors
@@ -225,6 +225,8 @@ def prompted(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]
     padding = [width - len(prompt) for prompt in prompts]
     ids = torch.tensor([[pad_token_id] * p + list(row) for p, row in zip(padding, prompts, strict=True)], device=device)
     mask = torch.tensor([[0] * p + [1] * (width - p) for p in padding], device=device)
+    if sight is not None:
+        gather_own(base(model))  # generation looks at pictures before it calls the model
     inputs = {"input_ids": ids} if sight is None else sight.batch(model, ids)
     return Prompted(inputs | {"attention_mask": mask}, padding, width)
 

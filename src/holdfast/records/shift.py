@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import with_config
 from typing_extensions import TypedDict
 
+from holdfast.models.pictures import RowToken
 from holdfast.system.shapes import AS_WRITTEN, Count, Number
 
 DRAWN = "drawn.json"
@@ -26,7 +27,7 @@ class Shift(TypedDict):
 
 @with_config(AS_WRITTEN)
 class _DrawnRow(TypedDict):
-    input_ids: list[Count]
+    input_ids: list[RowToken]
     labels: list[int]
 
 

@@ -22,6 +22,7 @@ from holdfast.engines.vectors import weights
 from holdfast.engines.whole import saves_together, whole_state, whole_weights_to_load
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.models.pretrained import readable
+from holdfast.models.weights import load_language_model
 from holdfast.system.shapes import Facts, alike, of_shape
 from holdfast.training.checkpoint import SCHEDULER_NAME, complete_checkpoint, saved_weights
 from holdfast.training.method_state import save_states
@@ -66,8 +67,8 @@ class EngineMixin(_Trainer):
         would train all of it."""
         with _readable(args[0]):
             active: Any = getattr(self.model, "active_adapters", None)
-            if is_divided(self.model) and not hasattr(self.model, "peft_config"):
-                weights(self.model).load_(saved_weights(Path(str(args[0]))))
+            if not hasattr(self.model, "peft_config") and (saved := _whole_model(self.model, Path(str(args[0])))):
+                weights(self.model).load_(saved)
                 return
             several = isinstance(active, list) and len(active) > 1
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
@@ -307,3 +308,12 @@ def _check_schedule(scheduler: Any, saved: Facts) -> None:
 def _readable(checkpoint: Any) -> AbstractContextManager[None]:
     what = f"{checkpoint}: is damaged; delete it, and go on from an earlier checkpoint or the start"
     return readable(what, RunDirectoryError)
+
+
+def _whole_model(model: nn.Module, checkpoint: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint of a whole model, if Trainer cannot load them: a divided model's, and those that
+    transformers has under other names in files than in memory, which Trainer would pass over. Otherwise none."""
+    divided, saved = is_divided(model), saved_weights(checkpoint)
+    if saved and not trainable(model).keys() <= saved.keys():
+        return dict(load_language_model(checkpoint, key="checkpoint").named_parameters())
+    return saved if divided else {}

@@ -12,8 +12,8 @@ from pydantic import ConfigDict
 from holdfast.api.tuner import Tuner
 from holdfast.config.section import Section
 from holdfast.errors import ConfigError, UserError, did_you_mean
-from holdfast.models.kinds import sees
-from holdfast.models.parts import Parts, Target
+from holdfast.models.kinds import Target, sees
+from holdfast.models.parts import Parts
 from holdfast.models.pretrained import readable
 from holdfast.models.seq2seq import task_type
 
