@@ -35,8 +35,12 @@ statistics, ``[examples, k]``, in place of scores."""
 DRAWN_TOGETHER = 1_000_000
 """Examples that are drawn in one call: a bound on its memory."""
 
-SUMMED_TOGETHER = 2**14
-"""Sums that are made in one call: few enough that they stay in a processor's cache."""
+SUMMED_TOGETHER = 2**17
+"""Sums that are held at once: few enough that they stay in a processor's cache."""
+
+SMALL = 2**17
+"""Multiplications of one product of matrices: so few that they are done by one thread, since threads that wait for each
+other take more time than so small a product."""
 
 
 def intervals(
@@ -299,9 +303,12 @@ def resampled_sums(
     once, each = statistics[0][:, constant], statistics[:, :, ~constant]
     by_example = np.concatenate([each.swapaxes(0, 1).reshape(n, -1), once], axis=1)
     together = max(1, min(DRAWN_TOGETHER // n, SUMMED_TOGETHER // (entries * k)))
+    rows = max(1, SMALL // by_example.size)
 
     def summed(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-        flat, sums = counts @ by_example, np.empty((len(counts), entries, k))
+        flat, sums = np.empty((len(counts), by_example.shape[1])), np.empty((len(counts), entries, k))
+        for start in range(0, len(counts), rows):
+            np.matmul(counts[start : start + rows], by_example, out=flat[start : start + rows])
         split = flat.shape[1] - once.shape[1]
         sums[:, :, ~constant] = flat[:, :split].reshape(len(counts), entries, -1)
         sums[:, :, constant] = flat[:, None, split:]

@@ -9,7 +9,6 @@ Where there is no manifest, as in directories of version 0.1.0, nothing is compa
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -225,13 +224,14 @@ def _entries(manifest: Path | str) -> dict[str, list[Entry]]:
 
 def _read_on(manifest: Path, known: _Known) -> None:
     """Read the lines from where reading ended."""
-    content, known.end = read_whole_lines(manifest, known.end)
+    content, end = read_whole_lines(manifest, known.end)
     try:
-        lines = [_decoded(line) for line in content.decode().split("\n") if line]
-    except (ValueError, RecursionError):
-        lines = read_appended(manifest)  # which reads it with more care, and says which line is damaged
-    for line in lines:
-        path, files, before = line.get("path"), line.get("files"), line.get("before")
+        lines = parse_objects(content.decode().removesuffix("\n").split("\n") if content else [])
+    except UnicodeDecodeError:
+        lines = None
+    for line in read_appended(manifest) if lines is None else lines:  # the former says which line is damaged
+        path, before = line.get("path"), line.get("before")
+        files: Any = line.get("files")
         if not (isinstance(path, str) and _is_entry(files) and (before is None or _is_entry(before))):
             raise RunDirectoryError(
                 f"{manifest}: is damaged: a line has no path or no checksums; restore it from a copy, or delete "
@@ -239,17 +239,7 @@ def _read_on(manifest: Path, known: _Known) -> None:
             )
         earlier = known.entries.get(path, [])[-1:] if before is None else [before]
         known.entries[path] = [*earlier, files]
-
-
-_DECODER = json.JSONDecoder()
-
-
-def _decoded(line: str) -> Any:
-    """The value of a line of JSON; in less time than :func:`json.loads`, which passes over white space around it."""
-    value, end = _DECODER.raw_decode(line)
-    if end != len(line) or not isinstance(value, dict):
-        raise ValueError("it is no object of JSON")
-    return value
+    known.end = end
 
 
 def _is_ours(manifest: Path) -> bool:
