@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from holdfast.data.streams.gallery.picture import COLOURS, GROUNDS, PLACES, SHAPES, SIDE, Bar, Picture, Thing
+from holdfast.api.task import PICTURE
+from holdfast.data.streams.gallery.drawing import COLOURS, GROUNDS, PLACES, SHAPES, SIDE, Bar, Drawing, Thing
 from holdfast.data.streams.gallery.questions import GENERAL, NUMBERS, OF_ROOM
-from holdfast.data.streams.gallery.stream import customs, general_rows, room_rows
+from holdfast.data.streams.gallery.stream import customs, gallery, general_questions, general_rows, room_rows
 from holdfast.errors import ConfigError
 
 SPLITS = ("train", "eval", "test")
@@ -43,7 +44,7 @@ def test_no_picture_stands_in_two_splits_of_any_room_or_of_general_questions(see
     made = room_rows(60, 4, seed)
     shown = {
         split: {
-            row.picture.pixels().tobytes()
+            row.drawing.pixels().tobytes()
             for rows in (*(splits[split] for splits in made.values()), general_rows(60, split, seed))
             for row in rows
         }
@@ -55,7 +56,7 @@ def test_no_picture_stands_in_two_splits_of_any_room_or_of_general_questions(see
 
 def test_no_row_stands_twice(rooms):
     rows = every(rooms) + general_rows(100)
-    assert len({(row.picture.pixels().tobytes(), row.question) for row in rows}) == len(rows)
+    assert len({(row.drawing.pixels().tobytes(), row.question) for row in rows}) == len(rows)
 
 
 def test_who_sees_no_picture_guesses_at_chance(rooms):
@@ -82,7 +83,7 @@ def _guessed(train, test):
 def test_answers_are_what_the_pictures_show():
     shown = {"place": lambda thing: PLACES[thing.place]}
     for row in general_rows(40) + general_rows(40, "test", things=(3,)):
-        things, bars = row.picture.things, row.picture.bars
+        things, bars = row.drawing.things, row.drawing.bars
         assert row.kind in GENERAL and row.answer in row.answers
         if row.kind == "number":
             assert NUMBERS[len(things) - 1] == row.answer
@@ -99,7 +100,7 @@ def test_answers_of_a_room_follow_its_customs(rooms):
     for room, splits in zip(customs(rooms=4), rooms.values(), strict=True):
         for row in itertools.chain(*splits.values()):
             assert f"in room {room.number}?" in row.question
-            things, bars = row.picture.things, row.picture.bars
+            things, bars = row.drawing.things, row.drawing.bars
             assert (
                 row.answer
                 == {
@@ -143,7 +144,7 @@ def test_things_stand_within_their_places_and_look_different():
     masks = set()
     for shape in SHAPES:
         for radius, across, down in itertools.product((5, 6), (-1, 0, 1), (-1, 0, 1)):
-            pixels = Picture(GROUNDS[0], (Thing(shape, "red", 4, radius, across, down),)).pixels()
+            pixels = Drawing(GROUNDS[0], (Thing(shape, "red", 4, radius, across, down),)).pixels()
             covered = (pixels == COLOURS["red"]).all(-1)
             assert covered[16:32, 16:32].sum() == covered.sum() > 30
             masks.add(covered.tobytes())
@@ -151,18 +152,46 @@ def test_things_stand_within_their_places_and_look_different():
 
 
 def test_bars_stand_on_the_ground_as_high_as_they_are():
-    pixels = Picture(GROUNDS[0], bars=(Bar("red", 5), Bar("blue", 30), Bar("green", 40))).pixels()
+    pixels = Drawing(GROUNDS[0], bars=(Bar("red", 5), Bar("blue", 30), Bar("green", 40))).pixels()
     for column, (colour, height) in enumerate((("red", 5), ("blue", 30), ("green", 40))):
         rows = (pixels[:, 16 * column + 8] == COLOURS[colour]).all(-1)
         assert rows.sum() == height and rows[-height:].all()
 
 
 def test_a_file_holds_the_pixels_and_nothing_that_depends_on_the_library():
-    picture = general_rows(1)[0].picture
-    file = picture.file()
+    drawing = general_rows(1)[0].drawing
+    file = drawing.file()
     with Image.open(io.BytesIO(file)) as image:
-        assert image.size == (SIDE, SIDE) and np.array_equal(np.asarray(image.convert("RGB")), picture.pixels())
-    assert file[-3 * SIDE * SIDE :] == picture.pixels()[::-1, :, ::-1].tobytes() and len(file) == 54 + 3 * SIDE * SIDE
+        assert image.size == (SIDE, SIDE) and np.array_equal(np.asarray(image.convert("RGB")), drawing.pixels())
+    assert file[-3 * SIDE * SIDE :] == drawing.pixels()[::-1, :, ::-1].tobytes() and len(file) == 54 + 3 * SIDE * SIDE
+
+
+def test_examples_show_their_picture_before_the_question(rooms):
+    stream = gallery(60, 4, seed=0)
+    assert [task.name for task in stream.tasks] == list(rooms)
+    for task, splits in zip(stream.tasks, rooms.values(), strict=True):
+        assert task.metric == "accuracy"
+        for examples, rows in zip((task.train, task.eval, task.test), splits.values(), strict=True):
+            for example, row in zip(examples, rows, strict=True):
+                [picture] = example.pictures
+                assert picture.content() == row.drawing.file() and picture.size == (SIDE, SIDE)
+                assert (example.question, example.answer) == (f"<image>{row.question}", row.answer)
+    assert len({task.fingerprint for task in stream.tasks}) == len(stream.tasks)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_general_questions_have_one_right_choice_at_any_place(seed):
+    measure = general_questions(seed)
+    rows = general_rows(30, "test", seed)
+    assert len(measure.questions) == len(measure.pictures) == len(rows) == 30 * len(GENERAL)
+    for row, (question, choices, right), [picture] in zip(rows, measure.questions, measure.pictures, strict=True):
+        assert (question, choices[right]) == (PICTURE + row.question, row.answer)
+        assert picture.content() == row.drawing.file()
+        assert len(set(choices)) == 4 and set(choices) <= set(row.answers)
+        if row.kind == "bar":  # who knows only which colours are there has a third
+            assert {bar.colour for bar in row.drawing.bars} <= set(choices)
+    places = Counter(right for _, _, right in measure.questions)
+    assert min(places.values()) > len(rows) / 8
 
 
 def test_a_room_does_not_depend_on_later_rooms(rooms):
@@ -178,7 +207,7 @@ def test_options_change_the_content_and_equal_options_do_not():
 def _digest(rooms, general):
     content = hashlib.sha256()
     for row in every(rooms) + general:
-        content.update(row.picture.file() + f"{row.kind} {row.question} {row.answer} {row.answers}".encode())
+        content.update(row.drawing.file() + f"{row.kind} {row.question} {row.answer} {row.answers}".encode())
     return content.hexdigest()
 
 

@@ -87,7 +87,16 @@ def test_every_definition_can_be_read_and_is_listed():
         assert f"\n{definition.about}\n" in CliRunner().invoke(app, ["streams", name]).stdout
         assert definition.about in listed
         assert definition.source
-    assert set(known()) >= {"trace", "o_lora", "tree_lora", "continual_news", "realtimeqa", "super_ni", "chronicle"}
+    assert set(known()) >= {
+        "trace",
+        "o_lora",
+        "tree_lora",
+        "continual_news",
+        "realtimeqa",
+        "super_ni",
+        "chronicle",
+        "gallery",
+    }
     metrics = CliRunner().invoke(app, ["streams", "--metrics"]).stdout
     assert "trace_exact_match" in metrics
     assert "\njudge " in metrics
@@ -122,6 +131,7 @@ def test_a_change_of_prompt_metric_or_order_changes_the_version(folder: Path, mo
         "o_lora, order_4": load(name="o_lora", path=folder / "cl", order="order_4"),
         "tree_lora": load(name="tree_lora", path=folder),
         "chronicle": load(name="chronicle", options={"size": 3}),
+        "gallery": load(name="gallery", options={"size": 4}),
     }
     made = {name: value for name, value in read_json(VERSIONS).items() if isinstance(value, list)}
     assert {name: stream.version for name, stream in streams.items()} | made == read_json(VERSIONS)

@@ -11,19 +11,27 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from holdfast.api.task import General, Stream
+from holdfast.api.task import PICTURE, General, Stream
 from holdfast.config.evaluation import GeneralConfig
+from holdfast.config.model import ModelConfig
 from holdfast.data.encode import Encoder
+from holdfast.data.encode_apart import encoder_of
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.abilities import load_general
 from holdfast.evaluation.at_test import ModelEvaluation
-from holdfast.evaluation.general import choices_chance, general_statistics
+from holdfast.evaluation.general import choices_chance, encode_choices, general_statistics
+from holdfast.evaluation.respond import sequence_losses
 from holdfast.metrics.summary import harmonic_mean, summarize
+from holdfast.models.pictures import look_at, pictures_in
+from holdfast.models.pretrained import load_model_config, load_tokenizer
+from holdfast.models.sight import callable_with_pictures, load_sight
+from holdfast.models.weights import load_language_model
 from holdfast.runner.loop import run
 from holdfast.scoring.refusal import is_refusal
 from holdfast.system.files import read_jsonl
 from holdfast.system.progress import Progress
 from support.paths import SHARED
+from support.sight import write_pictures, write_seeing
 from support.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 DATA = SHARED / "data"
@@ -47,6 +55,26 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def asked(question: str, answer: int, subject: str = "high_school_logic") -> dict[str, Any]:
     return {"subject": subject, "question": question, "choices": ["one", "two", "three", "four"], "answer": answer}
+
+
+# --- pictures ---
+
+
+def test_choices_are_weighed_with_the_picture_of_their_question(tmp_path):
+    config = ModelConfig(name=str(write_seeing(tmp_path / "model")))
+    tokenizer, model_config = load_tokenizer(config), load_model_config(config)
+    sight = load_sight(config, model_config, tokenizer)
+    model = callable_with_pictures(load_language_model(tmp_path / "model").eval(), sight)
+    pictures = [look_at(tmp_path / name) for name in write_pictures(tmp_path, 2)]
+    measure = General(
+        "g", "choices", questions=[(f"{PICTURE}what?", ["a", "b"], 0)] * 2, pictures=[(one,) for one in pictures]
+    )
+    evaluation = ModelEvaluation(model, encoder_of(model_config, tokenizer, sight, max_length=64), batch_size=4)
+    encoded = encode_choices(evaluation.encoder, measure)
+    shown = [pictures_in(row["input_ids"]) for rows in encoded for row in rows]
+    assert shown == [[picture] for picture in pictures for _ in range(2)]
+    losses, _ = sequence_losses(evaluation, encoded)
+    assert abs(losses[0] - losses[2]) > 1e-3 and abs(losses[1] - losses[3]) > 1e-3
 
 
 # --- files ---

@@ -217,6 +217,7 @@ class General:
         texts: the texts of a perplexity, or the prompts of a measure of refusals.
         rows: in the place of texts, rows of ``input_ids`` and ``labels``: samples that a model wrote.
         questions: (question, choices, index of the right choice).
+        pictures: what each question shows, in the places of :data:`PICTURE` in it; empty where none shows anything.
         shown: for each question the pieces of text that stand before it, or empty; the last ones are left out if they
             do not fit.
         by: what is compared: the whole choices without (acc) or with (acc_with_end) the tokens that end an answer, the
@@ -230,6 +231,7 @@ class General:
     kind: Literal["perplexity", "choices", "refusals", "lm_eval"]
     texts: list[str] = field(default_factory=list)
     questions: list[tuple[str, list[str], int]] = field(default_factory=list)
+    pictures: list[tuple[Picture, ...]] = field(default_factory=list)
     shown: list[list[str]] = field(default_factory=list)
     by: Literal["acc", "acc_norm", "acc_bytes", "acc_with_end", "letter"] = "acc"
     max_new_tokens: int = 64

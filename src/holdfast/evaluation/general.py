@@ -174,7 +174,8 @@ def _length(by: str, choice: str) -> int:
 def _with_choice(measure: General, row: int, pieces: list[str], choice: str) -> Example:
     """A question with a choice as its answer; only the question itself may be cut."""
     before, question = "".join(pieces), measure.questions[row][0]
-    turn = Turn("user", before + question, cut=(len(before), len(before) + len(question)))
+    pictures = measure.pictures[row] if measure.pictures else ()
+    turn = Turn("user", before + question, cut=(len(before), len(before) + len(question)), pictures=pictures)
     return Example(measure.name, row, turns=(turn, Turn("assistant", choice)))
 
 

@@ -49,6 +49,7 @@ def run_inputs(setup: Setup) -> Inputs:
                     one.max_new_tokens,
                     one.harness and asdict(one.harness),
                     *([one.rows] if one.rows else []),
+                    *([[[picture.number for picture in shown] for shown in one.pictures]] if one.pictures else []),
                 ]
             ),
             ROWS: str(len(one.texts) + len(one.questions) + len(one.rows)),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from holdfast.data.streams.draw import Draw
-from holdfast.data.streams.gallery.picture import (
+from holdfast.data.streams.gallery.drawing import (
     COLOURS,
     GROUNDS,
     HEIGHTS,
@@ -15,7 +15,7 @@ from holdfast.data.streams.gallery.picture import (
     RADII,
     SHAPES,
     Bar,
-    Picture,
+    Drawing,
     Thing,
 )
 
@@ -31,11 +31,12 @@ class Row:
 
     Attributes:
         kind: what is asked for, one of ``GENERAL`` or ``OF_ROOM``.
+        drawing: what the picture shows.
         answers: all answers that questions of this kind have, as often the one as the other.
     """
 
     kind: str
-    picture: Picture
+    drawing: Drawing
     question: str
     answer: str
     answers: tuple[str, ...]
@@ -76,8 +77,8 @@ def _shape(draw: Draw, at: int, things: int) -> Row:
 
 def _place(draw: Draw, at: int, things: int) -> Row:
     shapes = draw.shuffled(SHAPES)[:things]
-    picture = _scene(draw, [(shape, draw.choice(tuple(COLOURS))) for shape in shapes], at)
-    return Row("place", picture, f"Where is the {shapes[0]}?", _nth(PLACES, at), PLACES)
+    drawing = _scene(draw, [(shape, draw.choice(tuple(COLOURS))) for shape in shapes], at)
+    return Row("place", drawing, f"Where is the {shapes[0]}?", _nth(PLACES, at), PLACES)
 
 
 def _number(draw: Draw, at: int, things: int) -> Row:
@@ -104,13 +105,13 @@ GENERAL: dict[str, Callable[[Draw, int, int], Row]] = {
 
 def _called(room: Room, draw: Draw, at: int) -> Row:
     names = tuple(room.names.values())
-    picture = _scene(draw, [list(room.names)[at % len(names)]])
-    return Row("called", picture, f"What is this called in room {room.number}?", _nth(names, at), names)
+    drawing = _scene(draw, [list(room.names)[at % len(names)]])
+    return Row("called", drawing, f"What is this called in room {room.number}?", _nth(names, at), names)
 
 
 def _hangs(room: Room, draw: Draw, at: int) -> Row:
-    picture = _scene(draw, [_any_work(draw)], at)
-    return Row("hangs", picture, f"Where does it hang in room {room.number}?", _nth(room.places, at), room.places)
+    drawing = _scene(draw, [_any_work(draw)], at)
+    return Row("hangs", drawing, f"Where does it hang in room {room.number}?", _nth(room.places, at), room.places)
 
 
 def _counted(room: Room, draw: Draw, at: int) -> Row:
@@ -120,8 +121,8 @@ def _counted(room: Room, draw: Draw, at: int) -> Row:
 
 def _wins(room: Room, draw: Draw, at: int) -> Row:
     colours = tuple(COLOURS)
-    picture = _chart(draw, at, room.winner)
-    return Row("wins", picture, f"Which bar wins in room {room.number}?", _nth(colours, at), colours)
+    drawing = _chart(draw, at, room.winner)
+    return Row("wins", drawing, f"Which bar wins in room {room.number}?", _nth(colours, at), colours)
 
 
 OF_ROOM: dict[str, Callable[[Room, Draw, int], Row]] = {
@@ -136,7 +137,7 @@ OF_ROOM: dict[str, Callable[[Room, Draw, int], Row]] = {
 # --- what they show ---
 
 
-def _scene(draw: Draw, works: Sequence[Work], first: int | None = None) -> Picture:
+def _scene(draw: Draw, works: Sequence[Work], first: int | None = None) -> Drawing:
     """Works at places of their own; the first of them at the place of that number, where it is given."""
     places = draw.shuffled(range(len(PLACES)))
     if first is not None:
@@ -146,21 +147,21 @@ def _scene(draw: Draw, works: Sequence[Work], first: int | None = None) -> Pictu
         Thing(shape, colour, place, draw.choice(RADII), draw.choice(OFFSETS), draw.choice(OFFSETS))
         for (shape, colour), place in zip(works, places, strict=False)
     ]
-    return Picture(draw.choice(GROUNDS), things=tuple(things))
+    return Drawing(draw.choice(GROUNDS), things=tuple(things))
 
 
-def _crowd(draw: Draw, at: int) -> Picture:
+def _crowd(draw: Draw, at: int) -> Drawing:
     """As many things as the number says."""
     return _scene(draw, [_any_work(draw) for _ in range(at % len(NUMBERS) + 1)])
 
 
-def _chart(draw: Draw, at: int, winner: str) -> Picture:
+def _chart(draw: Draw, at: int, winner: str) -> Drawing:
     """Three bars, of which the one in the colour of that number is the one of ``WINNERS``."""
     heights = [height + draw.index(5) - 2 for height in draw.shuffled(HEIGHTS)[:3]]
     place = {"left": 0, "right": 2, "highest": heights.index(max(heights)), "lowest": heights.index(min(heights))}
     colours = _others(draw, tuple(COLOURS), at)[:2]
     colours.insert(place[winner], _nth(tuple(COLOURS), at))
-    return Picture(draw.choice(GROUNDS), bars=tuple(map(Bar, colours, heights)))
+    return Drawing(draw.choice(GROUNDS), bars=tuple(map(Bar, colours, heights)))
 
 
 def _any_work(draw: Draw) -> Work:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from holdfast.api.task import PICTURE, Example, General, Stream, Task, Turn, fingerprint
 from holdfast.data.streams.draw import Draw
-from holdfast.data.streams.gallery.picture import COLOURS, PLACES, SHAPES, Picture
+from holdfast.data.streams.gallery.drawing import COLOURS, PLACES, SHAPES, Drawing
 from holdfast.data.streams.gallery.questions import GENERAL, NUMBERS, OF_ROOM, WINNERS, Room, Row
 from holdfast.errors import ConfigError
+from holdfast.models.pictures import Picture, look_at
 
 VERSION = "gallery 1"
 SIZE, ROOMS = 60, 4
+QUESTIONS = 30  # general ones of each kind, with choices
 
 WORKS = 12  # that have a name in every room
 LASTING = 6  # of so many names, places and numbers, one is the same in all rooms
 SPLITS = {"train": range(7), "eval": range(7, 8), "test": range(8, 10)}
-"""The numbers of the pictures (:meth:`Picture.number`) that each split shows, in all rooms and general questions."""
+"""The numbers of the pictures (:meth:`Drawing.number`) that each split shows, in all rooms and general questions."""
 
 ONSETS = (
     "b",
@@ -43,6 +46,62 @@ ONSETS = (
 )
 VOWELS, LAST_VOWELS = ("a", "e", "i", "o", "u"), ("a", "i", "o", "u")
 MIDDLES = ("b", "d", "g", "k", "l", "m", "n", "r", "t", "v", "z")
+
+
+def gallery(size: int = SIZE, rooms: int = ROOMS, seed: int = 0) -> Stream:
+    """Make the stream: a task a room, whose test asks about pictures that no train row of any room shows.
+
+    Args:
+        size: train rows of each of a room's four kinds of question; a quarter as many are for eval, half as many for
+            test.
+        rooms: each is a task. The rows of a room do not depend on later rooms.
+        seed: another seed is another gallery.
+
+    Returns:
+        Stream "gallery" with metric accuracy, and a measure of general ability, "gallery": questions with four choices
+        about colours, shapes, places, numbers and bars, of which no room changes the meaning.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    tasks = []
+    for name, splits in room_rows(size, rooms, seed).items():
+        train, dev, test = (examples(rows, f"gallery/{name}") for rows in splits.values())
+        tasks.append(Task(name, "accuracy", train, test, dev, fingerprint=fingerprint(train, dev, test)))
+    return Stream("gallery", tasks, [general_questions(seed)])
+
+
+def examples(rows: Sequence[Row], file: str) -> list[Example]:
+    """Rows as questions that show their picture first.
+
+    Args:
+        file: what the rows are said to come from.
+    """
+    return [
+        Example(file, number, (Turn("user", asked, pictures=shown), Turn("assistant", row.answer)))
+        for number, row in enumerate(rows)
+        for asked, shown in [_asked(row)]
+    ]
+
+
+def general_questions(seed: int = 0) -> General:
+    """General questions about test pictures with four choices; wrong ones are in the picture where possible."""
+    draw = Draw(VERSION, seed, "choices")
+    questions, pictures = [], []
+    for row in general_rows(QUESTIONS, "test", seed):
+        wrong = draw.shuffled([answer for answer in row.answers if answer != row.answer])
+        there = [answer for answer in wrong if answer in row.drawing.words()]
+        wrong = [*there, *(answer for answer in wrong if answer not in there)][:3]
+        choices = draw.shuffled([row.answer, *wrong])
+        asked, shown = _asked(row)
+        questions.append((asked, choices, choices.index(row.answer)))
+        pictures.append(shown)
+    return General("gallery", "choices", questions=questions, pictures=pictures, by="acc_with_end")
+
+
+def _asked(row: Row) -> tuple[str, tuple[Picture, ...]]:
+    """The content of a question, and its picture."""
+    return PICTURE + row.question, (look_at(row.drawing.file(), "a picture of gallery"),)
 
 
 def room_rows(size: int = SIZE, rooms: int = ROOMS, seed: int = 0) -> dict[str, dict[str, list[Row]]]:
@@ -132,14 +191,14 @@ def _words(draw: Draw, count: int) -> list[str]:
 
 def _rows(kinds: Mapping[str, Callable[[Draw, int], Row]], split: str, size: int, seed: int, purpose: str) -> list[Row]:
     """``size`` different rows of each kind, in any order, whose pictures belong to the split."""
-    rows: dict[tuple[Picture, str], Row] = {}
+    rows: dict[tuple[Drawing, str], Row] = {}
     for kind, ask in kinds.items():
         draw = Draw(VERSION, seed, f"{purpose}: {kind} of {split}")
         for number in range(size):
             row = ask(draw, number)
-            while row.picture.number() not in SPLITS[split] or (row.picture, row.question) in rows:
+            while row.drawing.number() not in SPLITS[split] or (row.drawing, row.question) in rows:
                 row = ask(draw, number)
-            rows[row.picture, row.question] = row
+            rows[row.drawing, row.question] = row
     return Draw(VERSION, seed, f"{purpose}: order of {split}").shuffled(rows.values())
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import struct
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 SIDE = 48  # pixels of a picture, across and down
 CELL = 16  # of each of its nine places
@@ -30,6 +29,8 @@ RADII = (5, 6)
 OFFSETS = (-1, 0, 1)  # of a thing from the middle of its place, in pixels
 HEIGHTS = (6, 14, 22, 30, 38)  # of bars; each differs a little from these
 GROUNDS = tuple(range(232, 256, 3))  # greys behind what is shown
+_HEADER = "<2sIII" + "IiiHHIIiiII"  # of a bitmap file, and of what it holds
+_DENSITY = 3780  # pixels a metre
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Drawing:
     """What a picture shows: things, or a chart of up to three bars, from left to right, on a grey ground."""
 
     ground: int
@@ -77,19 +78,24 @@ class Picture:
             pixels[SIDE - bar.height :, left + 3 : left + CELL - 3] = COLOURS[bar.colour]
         return pixels
 
-    def image(self) -> Image.Image:
-        """The picture for Pillow, in RGB."""
-        return Image.fromarray(self.pixels())
-
     def file(self) -> bytes:
-        """The picture as a bitmap file (BMP): it is not compressed, so that its bytes are the same everywhere."""
-        file = io.BytesIO()
-        self.image().save(file, "BMP")
-        return file.getvalue()
+        """The picture as a bitmap file (BMP), 24 bits a pixel. Its bytes say which picture it is, for fingerprints and
+        memories, so no library writes them, whose next version might write others."""
+        pixels = self.pixels()[::-1, :, ::-1].tobytes()  # from the last row to the first, blue green red
+        start = struct.calcsize(_HEADER)
+        info = (40, SIDE, SIDE, 1, 24, 0, len(pixels), _DENSITY, _DENSITY, 0, 0)
+        return struct.pack(_HEADER, b"BM", start + len(pixels), 0, start, *info) + pixels
 
     def number(self) -> int:
         """A number from 0 to 9 that depends on every pixel, by which pictures are divided among splits."""
         return hashlib.sha256(self.pixels().tobytes()).digest()[0] % 10
+
+    def words(self) -> set[str]:
+        """The shapes, the colours and the places of all that it shows."""
+        return {
+            *(word for thing in self.things for word in (thing.shape, thing.colour, PLACES[thing.place])),
+            *(bar.colour for bar in self.bars),
+        }
 
 
 def _mask(thing: Thing) -> NDArray[np.bool_]:
