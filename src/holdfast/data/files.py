@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from holdfast.data.spill import without_bytes
 from holdfast.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -372,7 +373,8 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
                 raise DataError(f"{path}: the column {twice!r} stands twice; rename one of them")
-            for rows in file.iter_batches(batch_size=1024):
-                yield from rows.to_pylist()
+            binary = "binary" in str(file.schema_arrow)
+            for rows in file.iter_batches(batch_size=64 if binary else 1024):
+                yield from map(without_bytes, rows.to_pylist()) if binary else rows.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {error}") from None

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import base64
 import binascii
-import hashlib
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from holdfast.api.task import PICTURE, Turn
 from holdfast.data.conversation import BadRowError
 from holdfast.data.files import type_name
+from holdfast.data.spill import file_of
 from holdfast.models.pictures import BadPictureError, Picture, look_at
 
 COLUMNS = ("image", "images")
@@ -133,10 +129,10 @@ def _next(columns: Iterator[Picture], within: str, count: int) -> Picture:
 
 
 def _picture(source: Any, folder: Path, within: str) -> Picture:
-    if isinstance(source, dict):  # as Hugging Face's Image feature
-        path, content = source.get("path"), source.get("bytes")
-        source = content if content is not None else path
     name = place = ""
+    if isinstance(source, dict):  # as Hugging Face's Image feature
+        name = source.get("name") or ""
+        source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
     if isinstance(source, str) and _DATA_URL.match(source):
         try:
             source = base64.b64decode(source.partition(",")[2], validate=True)
@@ -145,28 +141,13 @@ def _picture(source: Any, folder: Path, within: str) -> Picture:
     if isinstance(source, str):
         if re.match(r"https?://", source):
             raise BadRowError(f"{within}: {source!r:.80} is an address of the web; give a file")
-        name, source, place = source, folder / source, f" (looked for in {folder})"
+        name, source, place = name or source, folder / source, f" (looked for in {folder})"
     elif isinstance(source, bytes):
         name = f"picture of {len(source)} bytes"
-        source = _file_of(source)
+        source = file_of(source)
     if not isinstance(source, Path):
         raise BadRowError(f"{within}: must be a path or the bytes of a picture, not {type_name(source)}")
     try:
         return look_at(source, name)
     except BadPictureError as error:
         raise BadRowError(f"{within}: {error}{place}") from None
-
-
-def _file_of(content: bytes) -> Path:
-    """A file with a picture's bytes, so that those of many rows do not stay in memory; this process removes it."""
-    path = _folder() / hashlib.sha256(content).hexdigest()
-    if not path.exists():
-        path.write_bytes(content)
-    return path
-
-
-@cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="holdfast-pictures-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder

@@ -16,6 +16,7 @@ from holdfast.data.files import SUFFIXES, RawRow, read_json_file, read_rows, rea
 from holdfast.data.formats import asked, detect, name_labels, to_examples
 from holdfast.data.layout import SPLITS, alone, split_files
 from holdfast.data.preferences import kind_examples, paired
+from holdfast.data.spill import without_bytes
 from holdfast.errors import ColumnsError, ConfigError, DataError, did_you_mean
 from holdfast.scoring import find
 from holdfast.scoring.reward import PREFIX, reward_function
@@ -389,7 +390,7 @@ def _from_dataset(source: Source, limits: dict[str, int | None]) -> tuple[dict[s
                 continue
             raise DataError(f"task {source.name!r}: dataset {shown!r} has no {split} split, but {', '.join(found)}")
         table = found[stem]
-        rows = table.select(range(min(len(table), limits.get(split) or len(table)))).to_list()
+        rows = _rows(table.select(range(min(len(table), limits.get(split) or len(table)))))
         if not rows:
             raise DataError(f"task {source.name!r}: split {stem} of dataset {shown!r} holds no rows")
         for column, feature in table.features.items():
@@ -401,6 +402,30 @@ def _from_dataset(source: Source, limits: dict[str, int | None]) -> tuple[dict[s
                     labels = [name.strip() for name in feature.names]
         splits[split] = [Part(f"{shown}[{stem}]", rows)]
     return splits, labels
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    """The rows of a dataset; the bytes of pictures go to files, a row after the other."""
+    from datasets import Image
+
+    undecoded = table
+    for column, feature in table.features.items():
+        if "Image(" in repr(feature):
+            undecoded = undecoded.cast_column(column, _undecoded(feature, Image))
+    return table.to_list() if undecoded is table else [without_bytes(row) for row in undecoded]
+
+
+def _undecoded(feature: Any, image: Any) -> Any:
+    """A feature whose pictures are given as ``{bytes, path}``."""
+    if isinstance(feature, image):
+        return image(decode=False)
+    if isinstance(feature, dict):
+        return {key: _undecoded(one, image) for key, one in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(one, image) for one in feature]
+    if hasattr(feature, "feature"):
+        return type(feature)(_undecoded(feature.feature, image))
+    return feature
 
 
 def _stated_labels(source: Source, train: Part) -> list[str] | None:

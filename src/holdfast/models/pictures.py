@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,8 +97,11 @@ _KNOWN: dict[int, Picture] = {}
 
 
 def know(picture: Picture) -> Picture:
-    """Let rows of this process show a picture; of two with one content, the first stays."""
-    return _KNOWN.setdefault(picture.number, picture)
+    """Let rows of this process show a picture; of two with one content, the first stays while its file is there."""
+    first = _KNOWN.get(picture.number)
+    if first is None or (isinstance(first.source, Path) and not first.source.exists()):
+        _KNOWN[picture.number] = picture
+    return picture
 
 
 def forget(pictures: Iterable[Picture]) -> None:
@@ -139,8 +142,8 @@ def look_at(source: Path | bytes, name: str = "") -> Picture:
     except OSError as error:
         raise BadPictureError(f"{name!r} cannot be read: {error.strerror}") from None
     number = number_of(content)
-    if number in _KNOWN:
-        return _KNOWN[number]
+    if (same := _KNOWN.get(number)) is not None:
+        return know(replace(same, source=source, name=name))
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # checked here, where a message can say what is wrong
     try:
         with Image.open(io.BytesIO(content)) as image:
