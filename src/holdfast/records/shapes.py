@@ -302,6 +302,7 @@ class Row(TypedDict):
 
     row: int
     number: NotRequired[int]
+    shown: NotRequired[list[str]]
     prompt: NotRequired[str]
     answer: NotRequired[str]
     answers: NotRequired[list[str]]

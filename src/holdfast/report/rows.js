@@ -69,6 +69,17 @@ async function testRows(section, packed) {
     return element("span", "mark", (score >= 0.5 ? "✓" : "✗") + graded);
   }
 
+  // The pictures that a row shows, before its prompt.
+  function prompt(kind, { prompts, pictures }, row) {
+    const made = element("span", kind);
+    for (const name of pictures?.[row] ?? []) {
+      const image = element("img");
+      if (packed.thumbnails?.[name]) made.append(Object.assign(image, { src: packed.thumbnails[name], alt: "" }));
+    }
+    made.append(element("bdi", "", prompts[row]));
+    return made;
+  }
+
   function response(text, score) {
     const made = element("span", score >= 0.5 ? "right" : "wrong");
     made.append(mark(score), " ", text.trim() ? element("bdi", "", text) : element("span", "empty", "nothing"));
@@ -88,7 +99,7 @@ async function testRows(section, packed) {
     const { before, after, was, is } = texts.runs[place];
     const both = element("span", "both");
     both.append(response(before[row], was[row]), response(after[row], is[row]));
-    made.append(where, element("bdi", "prompt", texts.prompts[row]), both);
+    made.append(where, prompt("prompt", texts, row), both);
     made.addEventListener("click", () => open(chunk, row));
     return made;
   }
@@ -109,7 +120,7 @@ async function testRows(section, packed) {
       parts.append(element("dt", "", name), element("dd"));
       parts.lastChild.append(...content);
     };
-    add("prompt", element("bdi", "", texts.prompts[row]));
+    add("prompt", prompt("", texts, row));
     add("expected", element("bdi", "", texts.answers[row]));
     runs.forEach((run, place) => {
       const { before, after, was, is } = texts.runs[place];

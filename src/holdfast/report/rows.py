@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.records.read import Changes, FinishedRun, changes
+from holdfast.records.thumbnails import thumbnails
 from holdfast.report.packed import pack_text
 from holdfast.report.text import shorten
 from holdfast.system.files import json_text
@@ -47,12 +48,14 @@ class RowList:
 
     def __init__(self) -> None:
         self._runs: list[str] = []
+        self._thumbnails: dict[str, str] = {}
         self._chunks: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def add(self, run: FinishedRun) -> list[Brief]:
         """Add a run's test rows; what a page says of them in the run's own section."""
         place, told = len(self._runs), []
         self._runs.append(run.label)
+        self._thumbnails = thumbnails(run.path) | self._thumbnails
         for j, task in enumerate(run.tasks):
             found = changes(run, j)
             if found is None:
@@ -73,16 +76,20 @@ class RowList:
         """What the list shows.
 
         Returns:
-            ``runs`` (labels), ``length`` (to which longer texts are shortened) and ``chunks``, one a task and set of
-            test rows, with ``task``, ``runs`` (for each run its place in ``runs``, ``since``, and how many rows were
-            ``lost`` and ``gained``) and ``rows``: packed JSON with ``numbers``, ``prompts`` and ``answers`` of the
-            rows, and by run ``before`` and ``after`` (responses), ``was`` and ``is`` (scores).
+            ``runs`` (labels), ``length`` (to which longer texts are shortened), ``chunks``, one a task and set of test
+            rows, and ``thumbnails`` (data URLs by name) where rows show pictures.
+
+            A chunk has ``task``, ``runs`` (of each run its place in ``runs``, ``since``, and how many rows were
+            ``lost`` and ``gained``) and ``rows``: packed JSON with ``numbers``, ``prompts`` and ``answers``,
+            ``pictures`` (names of what each row shows, where some show any), and by run ``before`` and ``after``
+            (responses), ``was`` and ``is`` (scores).
         """
         chunks = [
             chunk | {"rows": pack_text(json_text(chunk["rows"], separators=(",", ":")))}
             for chunk in self._chunks.values()
         ]
-        return {"runs": self._runs, "length": LENGTH, "chunks": chunks}
+        packed = {"runs": self._runs, "length": LENGTH, "chunks": chunks}
+        return packed | ({"thumbnails": self._thumbnails} if self._thumbnails else {})
 
 
 def row_number(row: dict[str, Any]) -> str:
@@ -97,7 +104,7 @@ def _texts(found: Changes, numbers: list[str]) -> dict[str, Any]:
         "prompts": [shorten(row["prompt"], LENGTH) for row in rows],
         "answers": [shorten(row["answer"], LENGTH) for row in rows],
         "runs": [],
-    }
+    } | ({"pictures": [row.get("shown", []) for row in rows]} if any(row.get("shown") for row in rows) else {})
 
 
 def _responses(found: Changes) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from holdfast.evaluation.respond import evaluate_task
 from holdfast.models.answers import AnswerCache
 from holdfast.records.directory import RunDirectory, file_name
 from holdfast.records.shapes import read_json, read_jsonl
+from holdfast.records.thumbnails import keep_thumbnails
 from holdfast.runner.due import Due
 from holdfast.scoring.score import without_texts
 
@@ -73,6 +74,8 @@ def measure(
             with bar(f"evaluate {task.name} {when}".strip()) as on_batch:
                 records = evaluate_task(evaluation(answers), task, max_new_tokens=longest(task), on_batch=on_batch)
             directory.write_jsonl(path, records if texts else without_texts(records))
+            if texts:
+                keep_thumbnails(directory, task.test)
     evaluated = _evaluated(directory, folder)
     left = [one for one in of.general if matrix_name(one) not in evaluated["general"]]
     statistics, refusals = {}, [one.name for one in of.general if one.kind == "refusals"]

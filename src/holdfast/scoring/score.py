@@ -38,8 +38,13 @@ def response_records(
 
 
 def named(example: Example) -> dict[str, Any]:
-    """What names a test example among those of its task: its row and, of a conversation's, its number."""
-    return {"row": example.row} | ({} if example.number is None else {"number": example.number})
+    """What names a test example among those of its task: its row, of a conversation's its number, and its pictures."""
+    found: dict[str, Any] = {"row": example.row}
+    if example.number is not None:
+        found["number"] = example.number
+    if shown := [number for turn in example.turns for number in turn.shown]:
+        found["shown"] = [f"{number:015x}" for number in shown]
+    return found
 
 
 def score_records(
