@@ -20,6 +20,7 @@ from holdfast.losses import dynamic_weight, prediction_nll, supervised_tokens
 from holdfast.models.head import begin_token, context
 from holdfast.models.kinds import is_seq2seq
 from holdfast.models.seq2seq import decoder_start, empty_prompt, start_of, text_row
+from holdfast.models.sight import sight_of
 from holdfast.rehearsal.buffer import SampleBuffer, drawn_states_are_exact, held_out
 from holdfast.rehearsal.cache import cached_rows
 from holdfast.rehearsal.head_check import TOKENS as COMPARED
@@ -29,6 +30,7 @@ from holdfast.rehearsal.options import RehearsalOptions
 from holdfast.rehearsal.ranking import by_diversity, by_loss, by_surprise
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.samples import corpus_rows, general_rows, rows_fingerprint
+from holdfast.rehearsal.seen_samples import seen_rows
 from holdfast.rehearsal.teacher import HiddenTeacher, LiveStates, StateTeacher, cached_teacher, live_teacher
 from holdfast.rehearsal.violations import violations
 from holdfast.system.shapes import Facts, of_shape
@@ -305,15 +307,7 @@ class Rehearsal(Method):
             rows = TokenFile.open(options.path, tokenizer).rows(length)
             held, self._is_token_file = min(self._held(len(rows)), most_held), True
         else:
-            texts = general_rows(
-                tokenizer,
-                path=options.path,
-                dataset=options.dataset,
-                samples=options.samples + most_held,
-                max_tokens=length,
-                seed=seed,
-            )
-            rows = self._as_read(stage, texts)
+            rows = self._general(stage, options.samples + most_held, length)
             held = max(self._held(len(rows)), len(rows) - options.samples)
         self.rows, self.size = rows, len(rows) - held
         self._held_out = list(rows[self.size :])
@@ -325,6 +319,22 @@ class Rehearsal(Method):
             few = random.Random(f"{seed}/{self.name}").sample(range(self.size), min(options.samples, self.size))
             self.rows, self.size = [self.rows[i] for i in sorted(few)], len(few)
             self._is_token_file = False
+
+    def _general(self, stage: Stage, samples: int, length: int) -> list[dict[str, Any]]:
+        """Some of the general samples, of at most so many tokens each; a model that sees is shown their pictures."""
+        path, dataset, tokenizer, seed = (
+            self.options.path,
+            self.options.dataset,
+            self._tokenizer(stage),
+            self._seed or 0,
+        )
+        sight = sight_of(stage.model)
+        if sight is not None and path is not None:
+            seen = seen_rows(path, tokenizer, sight, samples=samples, max_tokens=length, seed=seed)
+            if seen is not None:
+                return seen
+        texts = general_rows(tokenizer, path=path, dataset=dataset, samples=samples, max_tokens=length, seed=seed)
+        return self._as_read(stage, texts)
 
     def _held(self, count: int) -> int:
         """How many of a fixed set of samples are held out."""
