@@ -14,6 +14,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -142,11 +143,14 @@ def take(arguments: Sequence[str], page: Path | None = None) -> Taken:
 
 def measure(folder: Path, pool: Pool, command: str, tasks: int, count: int, seeds: int) -> Taken:
     """What a command takes of runs that are made for it."""
-    runs = [str(path) for path in make(folder / f"{command}-{tasks}-{count}", pool, tasks, count, seeds)]
-    page = folder / "page.html"
+    made, page = folder / "runs", folder / "page.html"
+    runs = [str(path) for path in make(made, pool, tasks, count, seeds)]
     if command == "report":
-        return take(["report", *runs, "--output", str(page)], page)
-    return take(["compare", *runs])
+        taken = take(["report", *runs, "--output", str(page)], page)
+    else:
+        taken = take(["compare", *runs])
+    shutil.rmtree(made)  # a file can have so many links and no more
+    return taken
 
 
 def main() -> None:
@@ -162,14 +166,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pool = Pool(folder / "pool", asked.rows)
-        for number, (title, cases) in enumerate(series.items()):
+        for title, cases in series.items():
             print(title)
             found = []
             for command, tasks, runs, seeds in cases:
                 size = max(2, round(tasks * asked.scale)), max(seeds, round(runs * asked.scale))
-                below = folder / str(number)
-                below.mkdir(exist_ok=True)
-                found.append(measure(below, pool, command, *size, seeds))
+                found.append(measure(folder, pool, command, *size, seeds))
                 one = found[-1]
                 print(
                     f"  {size[0]} tasks, {size[1]} runs: {one.seconds:.2f} s, {one.memory:.2f} GiB, {one.page:.1f} MB",

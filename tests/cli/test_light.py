@@ -1,4 +1,5 @@
-"""Commands that only name things, and `check` where it refuses, answer without the libraries that take seconds."""
+"""Commands that only name things or read runs, and `check` where it refuses, answer without the libraries that take
+seconds."""
 
 from __future__ import annotations
 
@@ -46,6 +47,8 @@ def answered(commands: list[list[str]], folder: Path) -> list[tuple[int, str, li
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+RUN_OF_OLD = ROOT / "tests/golden/old_runs/full-ewc/run"
+
 SHOWN = {
     "--help": "holdfast",
     "methods": "\newc ",
@@ -57,14 +60,29 @@ SHOWN = {
     "streams": "trace ",
     "streams trace": "obtained from",
     "streams --metrics": "semantic_similarity",
-    f"status {ROOT / 'tests/golden/old_runs/full-ewc/run'}": "holds stage 2 (green)",
+    f"status {RUN_OF_OLD}": "holds stage 2 (green)",
+    f"gate {RUN_OF_OLD} --max-forgetting 1": "gate passed",
+    f"report {RUN_OF_OLD} --output page.html": "page.html",
+    f"compare {RUN_OF_OLD} {RUN_OF_OLD.parents[1] / 'lora-replay/run'} --allow-different --format csv": "replay",
 }
 
 
-def test_names_options_and_pages_need_no_torch(tmp_path: Path):
+def test_names_options_pages_and_finished_runs_need_no_torch(tmp_path: Path):
     commands = [line.split() for line in SHOWN]
     for (code, said, heavy), (line, part) in zip(answered(commands, tmp_path), SHOWN.items(), strict=True):
         assert code == 0 and part in said and not heavy, (line, heavy, said)
+
+
+def test_intervals_over_seeds_need_no_more_of_scipy_than_its_functions():
+    code = (
+        "import sys, numpy as np; from holdfast.metrics import seed_difference, seed_intervals\n"
+        "runs = [[[np.arange(9.0) * k], [np.arange(9.0) + k]] for k in range(3)]\n"
+        "ends = [run[1] for run in runs]\n"
+        "assert seed_intervals(runs)['average'] and seed_difference(ends, ends, paired=True)['p'] == 1\n"
+        "print(sorted(name for name in sys.modules if name in ('scipy.stats', 'scipy.optimize', 'scipy.sparse')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 REFUSED = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
 from holdfast.cli.run import Config, Overrides
 from holdfast.errors import ConfigError
+from holdfast.system.collection import no_collection
 from holdfast.system.terminal import open_console
 
 Measured = Annotated[
@@ -39,7 +41,7 @@ def check(config: Config, overrides: Overrides = None, general: Measured = False
     from holdfast.runner.data import load_data
 
     data = load_data(resolved)
+    with nullcontext() if general else no_collection():
+        from holdfast.runner.check import print_check  # torch comes with it; names, files and rows have been checked
 
-    from holdfast.runner.check import print_check  # torch comes with it; names, files and rows have been checked by now
-
-    print_check(resolved, open_console(highlight=False), data, Progress() if general else None)
+        print_check(resolved, open_console(highlight=False), data, Progress() if general else None)

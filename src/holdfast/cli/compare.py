@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from holdfast.cli.report import Output, Runs
+from holdfast.system.collection import no_collection
 from holdfast.system.terminal import open_console, say
 
 
@@ -48,31 +49,29 @@ def compare(
 
     Runs whose streams, prompts, budgets or metrics differ are refused.
     """
-    import gc
+    with no_collection():
+        from holdfast.records.directory import require_runs
+        from holdfast.records.read import read_runs
+        from holdfast.report import write_report
+        from holdfast.report.compare import compare as compare_runs
+        from holdfast.report.compare import refuse_different
+        from holdfast.report.published import beside_published, read_published
+        from holdfast.report.tables import as_csv, as_latex, as_markdown
+        from holdfast.report.terminal import print_comparison, print_published
 
-    from holdfast.records.directory import require_runs
-    from holdfast.records.read import read_runs
-    from holdfast.report import write_report
-    from holdfast.report.compare import compare as compare_runs
-    from holdfast.report.compare import refuse_different
-    from holdfast.report.published import beside_published, read_published
-    from holdfast.report.tables import as_csv, as_latex, as_markdown
-    from holdfast.report.terminal import print_comparison, print_published
-
-    gc.disable()  # what is read is needed to the end
-    require_runs(runs)
-    read = read_runs(runs)
-    if not allow_different:
-        refuse_different(read)
-    comparison = compare_runs(read, baseline)
-    if format is Format.text:
-        print_comparison(comparison, open_console())
-    else:
-        write = {Format.markdown: as_markdown, Format.latex: as_latex, Format.csv: as_csv}[format]
-        say(write(comparison), end="")
-    if published is not None:
-        print_published(
-            beside_published(read, read_published(published)), open_console(stderr=format is not Format.text)
-        )
-    if output is not None:
-        say(write_report(runs, output), file=sys.stderr if format is not Format.text else None)
+        require_runs(runs)
+        read = read_runs(runs)
+        if not allow_different:
+            refuse_different(read)
+        comparison = compare_runs(read, baseline)
+        if format is Format.text:
+            print_comparison(comparison, open_console())
+        else:
+            write = {Format.markdown: as_markdown, Format.latex: as_latex, Format.csv: as_csv}[format]
+            say(write(comparison), end="")
+        if published is not None:
+            print_published(
+                beside_published(read, read_published(published)), open_console(stderr=format is not Format.text)
+            )
+        if output is not None:
+            say(write_report(runs, output), file=sys.stderr if format is not Format.text else None)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from holdfast.system.collection import no_collection
 from holdfast.system.terminal import say
 
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
@@ -46,11 +47,12 @@ def gate(
 
     Exit code 3: a limit was exceeded, or a score that it needs was not measured.
     """
-    from holdfast.errors import ConfigError
-    from holdfast.records.gate import failed, judge_directory
-    from holdfast.report.comment import as_comment
-    from holdfast.report.verdict import as_junit, as_markdown, as_text
-    from holdfast.system.output import write_output
+    with no_collection():
+        from holdfast.errors import ConfigError
+        from holdfast.records.gate import failed, judge_directory
+        from holdfast.report.comment import as_comment
+        from holdfast.report.verdict import as_junit, as_markdown, as_text
+        from holdfast.system.output import write_output
 
     limits = {
         "max_forgetting": max_forgetting,

@@ -11,6 +11,7 @@ import typer
 from holdfast.cli.run import AcceptChanges, Processes, Restarts
 from holdfast.cli.run import HelpWithKeys as HelpWithKeysOfARun
 from holdfast.errors import ConfigError
+from holdfast.system.collection import no_collection
 from holdfast.system.terminal import open_console
 
 __all__ = ["HelpWithKeys", "learn"]
@@ -102,9 +103,10 @@ def learn(
         launch(["learn", data, *(overrides or []), *given, *flags], processes, max_restarts)
         return
     silence_libraries()
-    from holdfast.records.gate import raise_if_failed
-    from holdfast.report.learned import finished_at, print_learned
-    from holdfast.runner.learn.learn import learn as learn_data
+    with no_collection():
+        from holdfast.records.gate import raise_if_failed
+        from holdfast.report.learned import finished_at, print_learned
+        from holdfast.runner.learn.learn import learn as learn_data
 
     before = finished_at(into)
     learn_data(

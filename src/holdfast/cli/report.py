@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from holdfast.system.collection import no_collection
 from holdfast.system.terminal import say
 
 Runs = Annotated[list[Path], typer.Argument(help="Directories of runs.", show_default=False)]
@@ -15,13 +16,11 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to wr
 
 def report(runs: Runs, output: Output = None) -> None:
     """Write report.html: for one run into its directory, for several runs into this folder, or to --output."""
-    import gc
+    with no_collection():
+        from holdfast.records.directory import require_runs
+        from holdfast.report import write_report
 
-    from holdfast.records.directory import require_runs
-    from holdfast.report import write_report
-
-    gc.disable()  # what is read is needed to the end
-    require_runs(runs)
-    if output is None:
-        output = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
-    say(write_report(runs, output))
+        require_runs(runs)
+        if output is None:
+            output = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+        say(write_report(runs, output))

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from holdfast.errors import ConfigError
+from holdfast.system.collection import no_collection
 from holdfast.system.terminal import open_console
 
 if TYPE_CHECKING:
@@ -110,10 +111,11 @@ def run(
     if watch_general and resolved.evaluation.watch_general is None:
         resolved.evaluation.watch_general = WATCH_EVERY
     silence_libraries()
-    from holdfast.engines.process import Process
-    from holdfast.records.gate import raise_if_failed
-    from holdfast.report.terminal import print_table
-    from holdfast.runner.loop import run as run_stages
+    with no_collection():
+        from holdfast.engines.process import Process
+        from holdfast.records.gate import raise_if_failed
+        from holdfast.report.terminal import print_table
+        from holdfast.runner.loop import run as run_stages
 
     run_stages(resolved, accept_changes=accept_changes, backfill=backfill)
     if Process.this().main:

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from holdfast.system.collection import no_collection
+
 RunPath = Annotated[Path, typer.Argument(help="A run's directory.", show_default=False, metavar="RUN")]
 
 
 def status(run: RunPath) -> None:
     """Show a run's stages, what each learned and what it cost, the current one, and what can be done next."""
-    from holdfast.report.status import show
-    from holdfast.report.status import status as read_status
+    with no_collection():
+        from holdfast.report.status import show
+        from holdfast.report.status import status as read_status
 
-    show(read_status(run))
+        show(read_status(run))
