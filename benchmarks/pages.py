@@ -145,10 +145,7 @@ def measure(folder: Path, pool: Pool, command: str, tasks: int, count: int, seed
     """What a command takes of runs that are made for it."""
     made, page = folder / "runs", folder / "page.html"
     runs = [str(path) for path in make(made, pool, tasks, count, seeds)]
-    if command == "report":
-        taken = take(["report", *runs, "--output", str(page)], page)
-    else:
-        taken = take(["compare", *runs])
+    taken = take(["report", *runs, "--output", str(page)], page) if command == "report" else take(["compare", *runs])
     shutil.rmtree(made)  # a file can have so many links and no more
     return taken
 

@@ -291,12 +291,6 @@ class RunDirectory:
             write_noted(self.path, path, json_file(value))
         self.process.wait()
 
-    def write_bytes(self, path: Path, content: bytes) -> None:
-        """Write a file; all ranks call this."""
-        if self.process.main:
-            write_noted(self.path, path, content)
-        self.process.wait()
-
     def write_jsonl(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a JSON-lines file; all ranks call this."""
         if self.process.main:

@@ -23,7 +23,7 @@ from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup
 from holdfast.scoring.score import beside_score, task_score
 from holdfast.system.files import finite
-from holdfast.system.manifest import checksums, file_facts
+from holdfast.system.manifest import checksums, file_facts, write_noted
 
 Column = list[float | None]
 """One value a row of the score matrix, [T+1]; None where not measured."""
@@ -171,17 +171,17 @@ class Results:
             self.general = {name: values[:1] * len(values) for name, values in self.general.items()}
 
     def keep_statistics(self) -> None:
-        """Write the statistics of each stage whose responses are others than before; all ranks call this.
+        """Write the statistics of each stage whose responses are others than before; rank 0 does.
 
         Responses that the manifest does not know, as those of version 0.1.0, have none: nobody could tell later whether
         they are still the same.
         """
-        for folder, found in self._statistics.items():
+        for folder, found in self._statistics.items() if self.directory.process.main else ():
             below = (folder / "responses").relative_to(self.directory.path).as_posix()
             known = checksums(self.directory.path, [f"{below}/{name}.jsonl" for name in found])
             noted = {name: found[name] for name, sha256 in zip(found, known, strict=True) if sha256}
             if noted and self._files.kept.get(folder) != noted:
-                self.directory.write_bytes(folder / FILE, file_content(noted))
+                write_noted(self.directory.path, folder / FILE, file_content(noted))
                 self._files.kept[folder] = noted
 
     def matrix(self) -> dict[str, Any]:
