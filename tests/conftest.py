@@ -14,8 +14,15 @@ import pytest
 import torch
 
 import support.unsynced  # noqa: F401
+from holdfast.models import pictures
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _pictures_of_other_modules_are_not_known():
+    """Pictures are known by their content, and named as they were found first."""
+    pictures._KNOWN.clear()
 
 
 _imported: set[str] = set()

@@ -39,6 +39,10 @@ Concurrency = Annotated[
     int | None,
     typer.Option("--concurrency", min=1, help="Answers under way at once; further ones wait.", show_default="64"),
 ]
+MaxPictures = Annotated[
+    int | None,
+    typer.Option("--max-pictures", min=1, help="Most pictures of a request.", show_default="16"),
+]
 Timeout = Annotated[
     float | None,
     typer.Option("--timeout", min=0.001, help="Seconds that a request may take.", show_default="600"),
@@ -56,6 +60,7 @@ def serve(
     max_requests: MaxRequests = None,
     concurrency: Concurrency = None,
     timeout: Timeout = None,
+    max_pictures: MaxPictures = None,
     accept_changes: AcceptChanges = False,
     trust: Trust = False,
 ) -> None:
@@ -71,6 +76,7 @@ def serve(
         "requests": max_requests,
         "concurrency": concurrency,
         "seconds": timeout,
+        "pictures": max_pictures,
     }
     given = {name: value for name, value in options.items() if value is not None}
     serve_stage(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast import tuners
 from holdfast.data.encode import Encoder, resolve_max_length
+from holdfast.data.encode_apart import encoder_of
 from holdfast.deploy.export import export, method_lacks
 from holdfast.deploy.follow import Follower, held_stage
 from holdfast.deploy.openai.limits import Limits
@@ -21,6 +22,7 @@ from holdfast.models.batcher import Batcher
 from holdfast.models.kinds import is_seq2seq
 from holdfast.models.pretrained import begin_tokens, load_model_config, load_tokenizer
 from holdfast.models.seq2seq import start_of
+from holdfast.models.sight import load_sight, sight_of
 from holdfast.runner.inputs import model_inputs, tokenizer_inputs
 from holdfast.runner.reload import StoredStage, check_inputs, find_stage
 from holdfast.system.progress import Progress
@@ -31,10 +33,16 @@ if TYPE_CHECKING:
     from holdfast.deploy.openai.exchange import Backend
 
 TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + END }}"
-    "{% else %}{{ ('' if loop.first else '\\n') + message.content }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' }}CONTENT{{ END }}"
+    "{% else %}{{ '' if loop.first else '\\n' }}CONTENT{% endif %}{% endfor %}"
 )
 """``data.template: plain`` as a chat template, for vLLM."""
+TEXT = "{{ message.content }}"
+PARTS = (
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{{ part.text if part.type == 'text' else IMAGE }}{% endfor %}{% endif %}"
+)
+"""A message's content in such a template, of a model that sees."""
 
 INSTALL = "--engine transformers: needs Starlette and Uvicorn; pip install 'holdfast[serve]'"
 MOST_CONNECTIONS = 512
@@ -111,11 +119,14 @@ def served_name(stored: StoredStage) -> str:
 def _tokenizer(stored: StoredStage) -> tuple[PreTrainedTokenizerBase, Encoder]:
     """The run's tokenizer, with the chat template that the run was trained with."""
     data = stored.config.data
-    tokenizer = load_tokenizer(stored.config.model)
-    encoder = Encoder(tokenizer, max_length=stored.run.max_length, template=data.template)
+    tokenizer, config = load_tokenizer(stored.config.model), load_model_config(stored.config.model)
+    sight = load_sight(stored.config.model, config, tokenizer)
+    encoder = encoder_of(config, tokenizer, sight, max_length=stored.run.max_length, template=data.template)
     if not encoder.chat:
         begin = tokenizer.bos_token if begin_tokens(tokenizer) else ""
-        tokenizer.chat_template = f"{begin}{TEMPLATE}".replace("END", json.dumps(tokenizer.eos_token or ""))
+        content = TEXT if sight is None else PARTS.replace("IMAGE", json.dumps(sight.placeholder))
+        template = TEMPLATE.replace("END", json.dumps(tokenizer.eos_token or "")).replace("CONTENT", content)
+        tokenizer.chat_template = f"{begin}{template}"
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer, encoder
 
@@ -197,7 +208,9 @@ def backend(stored: StoredStage, limits: Limits, *, follow: bool = False) -> Bac
     tuner.plan(config.training, 0)
     tokenizer = load_tokenizer(config.model)
     model = stored.model(config, tuner).eval()
-    text_config = model.config.get_text_config()
+    text_config, sight = model.config.get_text_config(), sight_of(model)
+    if sight is not None and not tokenizer.chat_template:
+        tokenizer.chat_template = sight.processor.tokenizer.chat_template
     measured = stored.run.max_length
     known = getattr(text_config, "max_position_embeddings", None)
     prompts = Prompts(
@@ -207,6 +220,8 @@ def backend(stored: StoredStage, limits: Limits, *, follow: bool = False) -> Bac
         vocabulary=text_config.vocab_size,
         max_tokens=limits.max_tokens,
         start=start_of(model),
+        sight=sight,
+        pictures=limits.pictures,
     )
     batcher = Batcher(
         model,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.api.task import Example
+from holdfast.api.task import PICTURE, Example, Turn
 from holdfast.data.encode import Encoder
 from holdfast.models.answers import Add, AnswerCache
 from holdfast.models.endpoint import Endpoint, NoRouteError
@@ -26,7 +26,8 @@ class EndpointModel:
 
     Prompts go to ``/completions`` as texts in the run's template. Their tokens are the same as in process if the
     tokenizer gives a decoded text its old tokens. A server without that route is asked by chat; its own template then
-    makes the prompts, which are not cut.
+    makes the prompts, which are not cut. Where a question shows pictures, any server is asked so, and they are parts of
+    its messages.
     """
 
     def __init__(self, endpoint: Endpoint):
@@ -46,6 +47,8 @@ class EndpointModel:
         Raises:
             ConfigError: the endpoint cannot be asked, or fails again and again.
         """
+        if any(question.pictures for question in questions):
+            return self._chat(encoder, questions, max_new_tokens, on_batch, answers)
         while True:
             try:
                 return self._ways[0](encoder, questions, max_new_tokens, on_batch, answers)
@@ -68,7 +71,7 @@ class EndpointModel:
         tokenised = encoder.tokenizer(texts)["input_ids"] if texts else []
         if other := sum(a != b for a, b in zip(prompts, tokenised, strict=True)):
             logger.warning("%d of %d prompts reach the endpoint as other tokens than in process", other, len(prompts))
-        return self._all(self.endpoint.complete, encoder, texts, max_new_tokens, on_batch, answers)
+        return self._all(self.endpoint.complete, encoder, texts, texts, max_new_tokens, on_batch, answers)
 
     def _chat(
         self,
@@ -78,18 +81,22 @@ class EndpointModel:
         on_batch: OnBatch,
         answers: AnswerCache,
     ) -> list[str]:
-        turns = [[{"role": t.role, "content": t.content} for t in question.turns[:-1]] for question in questions]
-        return self._all(self.endpoint.chat, encoder, turns, max_new_tokens, on_batch, answers)
+        turns = [[_message(turn) for turn in question.turns[:-1]] for question in questions]
+        keys = [[_known_by(turn) for turn in question.turns[:-1]] for question in questions]
+        return self._all(self.endpoint.chat, encoder, turns, keys, max_new_tokens, on_batch, answers)
 
     def _all(
         self,
         request: Callable[..., list[str]],
         encoder: Encoder,
         questions: Sequence[Any],
+        keys: Sequence[Any],
         max_new_tokens: int,
         on_batch: OnBatch,
         answers: AnswerCache,
     ) -> list[str]:
+        """Ask what has no answer yet; ``keys`` are what the answers are saved by."""
+
         def ask(left: list[int], add: Add) -> None:
             done = len(questions) - len(left)
 
@@ -102,8 +109,27 @@ class EndpointModel:
 
             request([questions[i] for i in left], on_answer, temperature=0, max_tokens=max_new_tokens)
 
-        texts = answers.complete([[request.__name__, question, max_new_tokens] for question in questions], ask)
+        texts = answers.complete([[request.__name__, key, max_new_tokens] for key in keys], ask)
         return [encoder.answer(text) for text in texts]
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """A turn as a message, with its pictures between the parts of its text."""
+    if not turn.pictures:
+        return {"role": turn.role, "content": turn.content}
+    first, *texts = turn.content.split(PICTURE)
+    parts: list[Any] = [first]
+    for picture, text in zip(turn.pictures, texts, strict=True):
+        parts += [picture, text]
+    return {
+        "role": turn.role,
+        "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts if part != ""],
+    }
+
+
+def _known_by(turn: Turn) -> dict[str, Any]:
+    shown = {"pictures": turn.shown} if turn.pictures else {}
+    return {"role": turn.role, "content": turn.content} | shown
 
 
 def prompt_text(encoder: Encoder, ids: list[int]) -> str:

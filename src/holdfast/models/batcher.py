@@ -71,6 +71,7 @@ class Job:
         take: called with each token as soon as it is chosen; it returns whether the sequence ends with it.
         end: called once, with None when the sequence is complete or cancelled, otherwise with what went wrong.
         owner: whoever asked; jobs of one owner share what they may take.
+        held: what must stay in memory until the sequence has ended, such as the pictures of its prompt.
 
     ``take`` and ``end`` are called in a thread of the batcher, one call at a time.
     """
@@ -83,9 +84,10 @@ class Job:
         take: Callable[[TokenLogprob], bool],
         end: Callable[[BaseException | None], None],
         owner: object,
+        held: object = None,
     ):
         self.prompt, self.max_tokens, self.sampling = prompt, max_tokens, sampling
-        self.take, self.end, self.owner = take, end, owner
+        self.take, self.end, self.owner, self.held = take, end, owner, held
         self.cancelled = False
         self.ended = False
         self.counts: Counter[int] = Counter()

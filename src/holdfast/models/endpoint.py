@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 
 from holdfast.errors import ConfigError
+from holdfast.models.pictures import Picture, data_url
 from holdfast.system.url import split_login
 
 PAUSE = 0.5  # seconds before the second attempt; doubled for each further one, up to LONGEST_PAUSE
@@ -24,8 +25,8 @@ TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 NO_ROUTE = (404, 405, 501)
 MOST_BYTES = 64 << 20  # of one answer
 
-Conversation = Sequence[dict[str, str]]
-"""Turns of ``role`` and ``content``."""
+Conversation = Sequence[dict[str, Any]]
+"""Turns of ``role`` and ``content``: text, or a list of texts and pictures."""
 OnAnswer = Callable[[int, str], None] | None
 
 
@@ -164,7 +165,7 @@ class Endpoint:
     async def ask(self, client: httpx2.AsyncClient, request: _Request, stop: asyncio.Event) -> Any:
         """The answer to one request, after pauses and further attempts where it needs them; none after ``stop``."""
         pause, problem = PAUSE, ""
-        content = None if request.body is None else json.dumps(request.body).encode()
+        content = None if request.body is None else json.dumps(request.body, default=_part).encode()
         for attempt in range(self._retries + 1):
             if attempt:
                 with suppress(TimeoutError):
@@ -217,6 +218,13 @@ class Endpoint:
 
     def _named(self) -> str:
         return f"endpoint {self.url!r}" + (f", model {self.model!r}" if self.model else "")
+
+
+def _part(picture: Any) -> dict[str, Any]:
+    """A picture as a part of a message; its file is read when it is sent, so that those of many are not in memory."""
+    if not isinstance(picture, Picture):
+        raise TypeError(f"{type(picture).__name__} is no JSON")
+    return {"type": "image_url", "image_url": {"url": data_url(picture)}}
 
 
 @dataclass(frozen=True)

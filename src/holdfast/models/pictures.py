@@ -8,12 +8,15 @@ forward pass puts the image token in their place and reads the pixels (:mod:`hol
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from weakref import WeakValueDictionary
 
 from pydantic import AfterValidator
 
@@ -27,6 +30,8 @@ LARGEST = 64_000_000
 
 HIGHEST_PLACE = -(2**32)
 """Tokens of pictures are this or less: far below -100, and any other mark."""
+SENT = ("PNG", "JPEG", "WEBP", "GIF")
+"""Formats that OpenAI's interface names."""
 _TURNED = (5, 6, 7, 8)  # EXIF orientations whose width and height change places
 _ORIENTATION = 0x0112
 
@@ -86,6 +91,22 @@ class Picture:
             return ImageOps.exif_transpose(image).convert("RGB")
 
 
+def data_url(picture: Picture) -> str:
+    """The picture's file as a data URL: as it is where all servers read its format, or else as PNG.
+
+    Raises:
+        DataError: as :meth:`Picture.content`.
+    """
+    content = picture.content()
+    with _opened(content) as image:
+        kind = image.format
+    if kind not in SENT:
+        file, kind = io.BytesIO(), "PNG"
+        picture.pixels().save(file, kind)
+        content = file.getvalue()
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+
+
 def number_of(content: bytes) -> int:
     """The number of a picture with this content."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 4
@@ -94,6 +115,8 @@ def number_of(content: bytes) -> int:
 # --- the pictures of this process ---
 
 _KNOWN: dict[int, Picture] = {}
+_SHOWN: WeakValueDictionary[int, Picture] = WeakValueDictionary()
+_OPENING = threading.Lock()  # Pillow's limit is a global
 
 
 def know(picture: Picture) -> Picture:
@@ -116,9 +139,10 @@ def known(number: int) -> Picture:
     Raises:
         DataError: no data that this process has read hold it.
     """
-    if number not in _KNOWN:
+    picture = _SHOWN.get(number) or _KNOWN.get(number)
+    if picture is None:
         raise DataError(f"a row shows picture {number:015x}, which the data of this run do not hold any more")
-    return _KNOWN[number]
+    return picture
 
 
 def look_at(source: Path | bytes, name: str = "") -> Picture:
@@ -132,10 +156,7 @@ def look_at(source: Path | bytes, name: str = "") -> Picture:
         BadPictureError: it is missing, broken, too large, or has several frames.
         ConfigError: Pillow is not installed.
     """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise ConfigError("pictures: reading them needs Pillow: pip install 'holdfast[images]'") from None
+    _pillow()
     name = name or (str(source) if isinstance(source, Path) else "")
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()
@@ -144,9 +165,25 @@ def look_at(source: Path | bytes, name: str = "") -> Picture:
     number = number_of(content)
     if (same := _KNOWN.get(number)) is not None:
         return know(replace(same, source=source, name=name))
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # checked here, where a message can say what is wrong
+    return know(_checked(number, content, source, name))
+
+
+def look_once(content: bytes, name: str) -> Picture:
+    """As :func:`look_at`, for a picture that is known only as long as somebody holds what this returns."""
+    number = number_of(content)
+    same = _SHOWN.get(number) or _KNOWN.get(number)
+    if same is None:
+        _pillow()
+        same = _checked(number, content, content, name)
+    return _SHOWN.setdefault(number, replace(same, source=content, name=name))
+
+
+def _checked(number: int, content: bytes, source: Path | bytes, name: str) -> Picture:
+    """A picture that Pillow can read."""
+    from PIL import UnidentifiedImageError
+
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with _opened(content) as image:
             width, height = image.size
             if width * height > LARGEST:
                 raise BadPictureError(
@@ -161,9 +198,26 @@ def look_at(source: Path | bytes, name: str = "") -> Picture:
         raise BadPictureError(f"{name!r} is no picture that Pillow can read") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise BadPictureError(f"{name!r} is broken: {error}") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    return know(Picture(number, width, height, source, name))
+    return Picture(number, width, height, source, name)
+
+
+def _opened(content: bytes) -> Image:
+    """A picture whose head is read, however large it is: what is too large is told by who asks."""
+    from PIL import Image
+
+    with _OPENING:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(content))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _pillow() -> None:
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise ConfigError("pictures: reading them needs Pillow: pip install 'holdfast[images]'") from None
 
 
 # --- tokens ---

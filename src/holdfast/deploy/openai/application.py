@@ -115,7 +115,8 @@ class Service:
         return await self._answer(request, read_chat)
 
     async def _answer(self, request: Request, read: Callable[[dict[str, Any]], Body]) -> Response:
-        raw = await self._body(request)
+        limits, sees = self.limits, self.served.backend.prompts.sees
+        raw = await self._body(request, limits.body_with_pictures if sees else limits.body)
         if self.inside >= self.limits.requests:
             raise RequestError(
                 f"{self.inside} requests are being answered or wait; try again in a moment",
@@ -142,16 +143,16 @@ class Service:
             raise RequestError(f"{key}: makes {answers} answers; at most {MOST_ANSWERS} at once", key)
         return body, prompts
 
-    async def _body(self, request: Request) -> bytes:
-        large = RequestError(f"the body has more than {self.limits.body} bytes", status=413)
-        if int(request.headers.get("content-length", 0)) > self.limits.body:
+    async def _body(self, request: Request, most: int) -> bytes:
+        large = RequestError(f"the body has more than {most} bytes", status=413)
+        if int(request.headers.get("content-length", 0)) > most:
             raise large
         raw = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
                     raw += chunk
-                    if len(raw) > self.limits.body:
+                    if len(raw) > most:
                         raise large
         except TimeoutError:
             raise RequestError(f"the body was not here within {BODY_SECONDS:g} seconds", status=408) from None

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class Exchange:
         for prompt in prompts:
             for _ in range(request.candidates):
                 self._prepare(prompt)
+        self.prompts = [replace(prompt, pictures=()) for prompt in prompts]  # the jobs hold them, to their end
 
     def start(self) -> None:
         """Begin to generate."""
@@ -79,6 +80,7 @@ class Exchange:
         self._cancelled = True
         for job in self._jobs:
             job.cancel()
+        self._jobs = []
 
     async def whole(self) -> dict[str, Any]:
         """The response.
@@ -156,7 +158,8 @@ class Exchange:
         self._answers.append(answer)
         if prompt.max_tokens:
             sampling = self.request.sampling(number, prompts.vocabulary)
-            self._jobs.append(Job(prompt.ids, prompt.max_tokens, sampling, answer.take, ended, self))
+            held = prompt.pictures
+            self._jobs.append(Job(prompt.ids, prompt.max_tokens, sampling, answer.take, ended, self, held))
             self._ends.append(end)
             end.add_done_callback(lambda future: future.cancelled() or future.exception())  # read, though nobody waits
 

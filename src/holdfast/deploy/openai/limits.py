@@ -15,6 +15,8 @@ class Limits:
         seconds: that a request may take, with its waiting.
         max_tokens: of an answer; None: what the context holds.
         body: bytes of a request.
+        pictures: that a request may show, to a model that sees.
+        body_with_pictures: bytes of a request to a model that sees.
     """
 
     requests: int = 256
@@ -22,6 +24,8 @@ class Limits:
     seconds: float = 600.0
     max_tokens: int | None = None
     body: int = 4 << 20
+    pictures: int = 16
+    body_with_pictures: int = 32 << 20
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:  # which nan is not, either

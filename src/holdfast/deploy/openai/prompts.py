@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,21 @@ from holdfast.api.task import Example
 from holdfast.data.conversation import BadRowError, Noticed, conversation
 from holdfast.data.encode import Encoder
 from holdfast.data.encode_apart import ApartEncoder
+from holdfast.data.encode_seen import SeeingEncoder
 from holdfast.data.files import where
+from holdfast.data.row_pictures import with_pictures
 from holdfast.deploy.openai.errors import RequestError, too_long
+from holdfast.deploy.openai.pictures import take_images
 from holdfast.deploy.openai.request import MOST_ANSWERS, Body, ChatBody, CompletionBody
 from holdfast.deploy.openai.text import Decoder
 from holdfast.errors import DataError
+from holdfast.models.pictures import Picture, is_place
 from holdfast.models.pretrained import begin_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from holdfast.models.sight import Sight
 
 MOST_TURNS = 256  # of a conversation; a chat template is rendered once for each answer in it
 SHORT = 16  # tokens of a completion where a request does not say how many, as with OpenAI
@@ -35,7 +42,8 @@ class Prompt:
         begin: how many of the tokens, at the beginning, are not of the text.
         max_tokens: of an answer to it.
         before: the tokens before an answer to it: the same, or the start token of a sequence-to-sequence model's
-            decoder.
+            decoder; the image token stands for a picture.
+        pictures: what it shows.
     """
 
     ids: list[int]
@@ -43,6 +51,7 @@ class Prompt:
     begin: int
     max_tokens: int
     before: list[int]
+    pictures: tuple[Picture, ...] = ()
 
 
 class Prompts:
@@ -54,6 +63,8 @@ class Prompts:
         context: tokens of a prompt with its answer, at most.
         vocabulary: the model's; token ids are below it.
         max_tokens: the most tokens of an answer that a request may ask for; None: what the context holds.
+        sight: how the model sees; None: it reads text alone.
+        pictures: that a request may show.
         start: the start token of a sequence-to-sequence model's decoder, whose prompts and answers have the context
             each; None: the model is causal.
     """
@@ -67,22 +78,32 @@ class Prompts:
         vocabulary: int,
         max_tokens: int | None = None,
         start: int | None = None,
+        sight: Sight | None = None,
+        pictures: int = 0,
     ):
         self.context, self.vocabulary, self._most, self._start = context, vocabulary, max_tokens, start
+        self._sight, self._pictures = sight, pictures if sight is not None else 0
         self._lock = threading.Lock()
         # The tokenizer's library allows no change of a setting, which encoding makes, while something is decoded.
         self._tokenizer = copy.deepcopy(tokenizer)
         most = 2**40  # its own refusals are about rows
-        self._encoder = (
-            Encoder(self._tokenizer, max_length=most, template=template)
-            if start is None
-            else ApartEncoder(self._tokenizer, max_length=most, start=start, template=template)
-        )
+        self._encoder: Encoder
+        if start is not None:
+            self._encoder = ApartEncoder(self._tokenizer, max_length=most, start=start, template=template)
+        elif sight is not None:
+            self._encoder = SeeingEncoder(self._tokenizer, sight=sight, max_length=most, template=template)
+        else:
+            self._encoder = Encoder(self._tokenizer, max_length=most, template=template)
         self.decoder = Decoder(tokenizer)
         self.chat = self._encoder.chat
         self.ends = frozenset(self._encoder.stop_ids)
         self._begin = begin_tokens(self._tokenizer)
         self._longest = max(map(len, self._tokenizer.get_vocab()))  # characters of a token
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model reads pictures."""
+        return self._sight is not None
 
     def of(self, request: Body) -> list[Prompt]:
         """The prompts of a request.
@@ -90,9 +111,15 @@ class Prompts:
         Raises:
             RequestError: a prompt cannot be used, or does not fit into the context with its answer.
         """
+        messages, pictures = list[dict[str, Any]](), list[Picture]()
+        if isinstance(request, ChatBody):
+            if len(request.messages) > MOST_TURNS:
+                raise RequestError(f"messages: has {len(request.messages)} turns; at most {MOST_TURNS}", "messages")
+            messages, pictures = take_images(request.messages, self._pictures)
         with self._lock:
             if isinstance(request, ChatBody):
-                return [self._prompt(request, self._conversation(request), "", 0)]
+                ids = self._conversation(messages, pictures)
+                return [self._prompt(request, ids, "", 0, tuple(pictures))]
             assert isinstance(request, CompletionBody)
             if self._start is not None and request.echo and request.logprobs is not None:
                 raise RequestError(
@@ -102,12 +129,16 @@ class Prompts:
                 )
             return [self._prompt(request, *read) for read in self._completions(request.prompt)]
 
-    def _prompt(self, request: Body, ids: list[int], text: str, begin: int) -> Prompt:
+    def _prompt(
+        self, request: Body, ids: list[int], text: str, begin: int, pictures: tuple[Picture, ...] = ()
+    ) -> Prompt:
         chat = isinstance(request, ChatBody)
         param, key = ("messages" if chat else "prompt"), "max_tokens"
         if chat and request.max_tokens is None:
             key = "max_completion_tokens"
         before = ids if self._start is None else [self._start]
+        if self._sight is not None:
+            before = [self._sight.image_token_id if is_place(token) else token for token in ids]
         room, asked = self.context - len(before), request.limit
         if len(ids) > self.context:
             room = self.context - len(ids)
@@ -118,22 +149,20 @@ class Prompts:
             asked = max(1, asked if self._most is None else min(asked, self._most))
         if asked > room:
             raise too_long(self.context, max(len(ids), len(before)), asked, key if len(ids) < self.context else param)
-        return Prompt(ids, text, begin, asked, before)
+        return Prompt(ids, text, begin, asked, before, pictures)
 
-    def _conversation(self, request: ChatBody) -> list[int]:
-        if len(request.messages) > MOST_TURNS:
-            raise RequestError(f"messages: has {len(request.messages)} turns; at most {MOST_TURNS}", "messages")
-        self._check_size(sum(_characters(message.get("content")) for message in request.messages), "messages")
+    def _conversation(self, given: Sequence[dict[str, Any]], pictures: Sequence[Picture]) -> list[int]:
+        self._check_size(sum(_characters(message.get("content")) for message in given), "messages")
         noticed = Noticed()
         messages = [
             {key: value for key, value in message.items() if value is not None and (key, value) != ("annotations", [])}
-            for message in request.messages
+            for message in given
         ]
         try:
             turns = conversation([*messages, {"role": "assistant", "content": "answer"}], "messages", noticed)
             if noticed.unused:
                 raise BadRowError(f"{', '.join(sorted(noticed.unused))}: not used by this model; leave it out")
-            return self._encoder.prompt(Example("messages", 0, turns), reserve=0)
+            return self._encoder.prompt(Example("messages", 0, with_pictures(turns, pictures)), reserve=0)
         except (BadRowError, DataError) as error:
             said = str(error).removeprefix(f"{where('messages', 0)}: ")
             raise RequestError(said, "messages") from None
@@ -156,7 +185,17 @@ class Prompts:
         ids = self._tokenizer(text, verbose=False)["input_ids"]
         if not ids:
             raise RequestError("prompt: has no tokens; a model needs one to begin with", "prompt")
+        self._check_text(ids)
         return ids, text, len(self._begin) if ids[: len(self._begin)] == self._begin else 0
+
+    def _check_text(self, ids: list[int]) -> None:
+        """Refuse the token that stands for a part of a picture."""
+        if self._sight is not None and self._sight.image_token_id in ids:
+            raise RequestError(
+                f"prompt: has {self._sight.image_token!r} in it, which stands for a part of a picture; chats show "
+                "pictures",
+                "prompt",
+            )
 
     def _check_size(self, characters: int, param: str) -> None:
         """Refuse what is too long whatever its tokens are, before time is spent on them."""
@@ -174,6 +213,7 @@ class Prompts:
             if type(token) is not int or not 0 <= token < self.vocabulary:
                 shown = f"{token!r:.40}" if not isinstance(token, int) or abs(token) < 2**63 else "a huge number"
                 raise RequestError(f"prompt: {shown} is no token; tokens are 0 to {self.vocabulary - 1}", "prompt")
+        self._check_text(ids)
         return ids, self.decoder.text(ids), 0
 
 
