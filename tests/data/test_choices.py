@@ -128,7 +128,7 @@ def test_texts_that_cannot_be_told_are_refused_by_row(row: dict[str, Any], said:
 
 def test_texts_are_asked_by_letter(tmp_path):
     row, (question, [ice, fire, none], right) = LAYOUTS[0]
-    [found], [[heading]] = by_letter([row], [read_choices(row, "1", "texts")], [], 0, tmp_path, None, "texts")
+    [found], [[heading]] = by_letter([row], [read_choices(row, "1", "texts")], [], [], 0, tmp_path, None, "texts")
     assert found == (f"{question}\nA. {ice}\nB. {fire}\nC. {none}\nAnswer:", ["A", "B", "C"], right)
     assert heading == "The following are multiple choice questions (with answers).\n\n"
 

@@ -217,9 +217,10 @@ class General:
         texts: the texts of a perplexity, or the prompts of a measure of refusals.
         rows: in the place of texts, rows of ``input_ids`` and ``labels``: samples that a model wrote.
         questions: (question, choices, index of the right choice).
-        pictures: what each question shows, in the places of :data:`PICTURE` in it; empty where none shows anything.
         shown: for each question the pieces of text that stand before it, or empty; the last ones are left out if they
             do not fit.
+        pictures: what each question shows, and the pieces before it, in the places of :data:`PICTURE` in them; empty
+            where none shows anything.
         by: what is compared: the whole choices without (acc) or with (acc_with_end) the tokens that end an answer, the
             former divided by the choice's characters (acc_norm) or UTF-8 bytes (acc_bytes), or, where the choices are
             letters, only the token in which they differ.

@@ -50,6 +50,9 @@ class GeneralConfig(Section):
         description="of choices whose instruction names its answers (answer1/answer2), what is chosen from: these "
         "names, after the whole instruction, or the texts that they stand for, after the question alone",
     )
+    images: str | None = Field(
+        None, description="of choices, folder that the paths of pictures start from; where absent, that of the file"
+    )
     shots: int = Field(0, ge=0, description="of choices by letter, answered questions of the same subject shown before")
     demonstrations: str | None = Field(None, description="file of the questions that shots shows, such as MMLU's dev")
 
@@ -114,6 +117,8 @@ class GeneralConfig(Section):
             raise ValueError(f"by: {self.by} is for kind choices, not {self.kind}")
         if self.answers != "names" and self.kind != "choices":
             raise ValueError(f"answers: {self.answers} is for kind choices, not {self.kind}")
+        if self.images is not None and self.kind != "choices":
+            raise ValueError(f"images: is for kind choices, not {self.kind}, which is text alone")
         if self.shots and (self.by != "letter" or self.demonstrations is None):
             raise ValueError("shots: needs by: letter, and the questions to show, such as demonstrations: dev.jsonl")
         if self.demonstrations is not None and not self.shots:

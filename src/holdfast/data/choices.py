@@ -90,6 +90,7 @@ def by_letter(
     rows: list[dict[str, Any]],
     questions: list[Question],
     dev: list[dict[str, Any]],
+    answered: list[Question],
     shots: int,
     path: Path,
     dev_path: str | None,
@@ -99,7 +100,7 @@ def by_letter(
 
     Args:
         rows: of the questions; ``subject`` says what a question is about, where there is one.
-        dev: rows of the questions that may be shown with their answers.
+        dev, answered: rows of the questions that may be shown with their answers, and these questions.
         shots: how many are shown: the first of the same subject.
         path, dev_path: where rows and dev came from, for messages.
         answers: with which rows were read (:func:`read_choices`).
@@ -112,9 +113,8 @@ def by_letter(
             used; a subject has fewer demonstrations than shots.
     """
     demonstrations: dict[Any, list[str]] = {}
-    for i, row in enumerate(dev):
-        place = where(str(dev_path), i, row)
-        asked, letters, right = _lettered(row, read_choices(row, place, answers), place, answers)
+    for i, (row, question) in enumerate(zip(dev, answered, strict=True)):
+        asked, letters, right = _lettered(row, question, where(str(dev_path), i, row), answers)
         demonstrations.setdefault(row.get("subject"), []).append(f"{asked} {letters[right]}\n\n")
     found, shown = [], []
     for i, (row, question) in enumerate(zip(rows, questions, strict=True)):

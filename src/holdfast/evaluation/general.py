@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.api.rows import IGNORED, TokenRow
-from holdfast.api.task import Example, General, Turn
+from holdfast.api.task import PICTURE, Example, General, Turn
 from holdfast.errors import DataError
 from holdfast.evaluation.respond import respond, sequence_losses
 from holdfast.metrics.chance import chance_level
@@ -175,7 +175,8 @@ def _with_choice(measure: General, row: int, pieces: list[str], choice: str) -> 
     """A question with a choice as its answer; only the question itself may be cut."""
     before, question = "".join(pieces), measure.questions[row][0]
     pictures = measure.pictures[row] if measure.pictures else ()
-    turn = Turn("user", before + question, cut=(len(before), len(before) + len(question)), pictures=pictures)
+    shown = [*pictures[: before.count(PICTURE)], *pictures[len(pictures) - question.count(PICTURE) :]]
+    turn = Turn("user", before + question, cut=(len(before), len(before) + len(question)), pictures=tuple(shown))
     return Example(measure.name, row, turns=(turn, Turn("assistant", choice)))
 
 

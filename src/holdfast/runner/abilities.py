@@ -30,6 +30,8 @@ def print_asked(measures: list[General], console: Console) -> None:
         what: str = measure.kind
         if measure.kind == "choices":
             what = f"{len(measure.questions)} questions by {measure.by}, chance {number(choices_chance(measure))}"
+            if pictures := {picture.number for shown in measure.pictures for picture in shown}:
+                what += f", {len(pictures)} pictures"
         elif count := len(measure.texts) + len(measure.rows):
             what += f", {count} {'prompts' if measure.kind == 'refusals' else 'texts'}"
         console.print(f"{measure.name}: {what}", markup=False, soft_wrap=True)
