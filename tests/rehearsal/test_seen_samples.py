@@ -11,11 +11,11 @@ from holdfast.config.model import ModelConfig
 from holdfast.config.run import load_config
 from holdfast.data.encode_apart import encoder_of
 from holdfast.data.formats import to_examples
-from holdfast.errors import DataError
+from holdfast.errors import ConfigError, DataError
 from holdfast.models.pictures import pictures_in
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sight import load_sight
-from holdfast.rehearsal.seen_samples import seen_rows
+from holdfast.rehearsal.samples import general_rows
 from holdfast.runner.loop import run
 from holdfast.system.files import read_jsonl
 from holdfast.system.progress import Progress
@@ -45,8 +45,9 @@ ROWS = [{"prompt": f"what is {n}?", "answer": "ab"[n % 2]} for n in range(6)]
 
 
 def chosen(path, seeing, samples=10, seed=0):
-    _, tokenizer, sight, _ = seeing
-    return seen_rows(str(path), tokenizer, sight, samples=samples, max_tokens=64, seed=seed)
+    _, tokenizer, sight, model_config = seeing
+    encode = encoder_of(model_config, tokenizer, sight, max_length=64).encode_all
+    return general_rows(tokenizer, path=str(path), samples=samples, seed=seed, encode=encode)
 
 
 def test_rows_are_those_of_a_task_and_only_answers_are_supervised(seeing, tmp_path):
@@ -70,10 +71,19 @@ def test_the_seed_chooses_and_the_chosen_keep_their_order(seeing, tmp_path):
     assert chosen(path, seeing, 3, 1) == chosen(path, seeing, 3, 1)
 
 
-def test_texts_are_left_to_others(seeing, tmp_path):
-    for name, text in (("a.jsonl", '{"text": "a b"}\n'), ("b.txt", "a b\n")):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        assert chosen(tmp_path / name, seeing) is None
+def test_only_the_pictures_of_chosen_rows_are_read(seeing, tmp_path):
+    path = write(tmp_path, ROWS)
+    every = chosen(path, seeing)
+    for seed in range(4):
+        [row] = chosen(path, seeing, 1, seed)
+        (tmp_path / f"7-{(every.index(row) + 1) % len(ROWS)}.png").unlink(missing_ok=True)
+        assert chosen(path, seeing, 1, seed) == [row]
+        write(tmp_path, ROWS)
+
+
+def test_a_row_with_a_picture_needs_to_know_how_the_model_reads_it(seeing, tmp_path):
+    with pytest.raises(ConfigError, match=r"general\.jsonl: row \d+: shows a picture, and only .* knows how"):
+        general_rows(seeing[1], path=str(write(tmp_path, ROWS)))
 
 
 def test_a_picture_that_cannot_be_read_is_named(seeing, tmp_path):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from holdfast.api.registry import Registered
 from holdfast.api.rows import Batch, TokenRow
-from holdfast.api.stage import Extra, Stage, Step
+from holdfast.api.stage import Encode, Extra, Stage, Step
 from holdfast.config.reading import validate
 from holdfast.config.section import Section
 
@@ -128,8 +128,11 @@ class Method(Registered):
             ConfigError: the options do not suit so many.
         """
 
-    def try_samples(self, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+    def try_samples(self, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, encode: Encode) -> None:
         """Try what the method rehearses, before there is a model: its files, and whether samples fit the context.
+
+        Args:
+            encode: makes rows of examples as those of the tasks are made.
 
         Raises:
             UserError: the first stage would be refused for it.

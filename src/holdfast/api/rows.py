@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from holdfast.models.pictures import HIGHEST_PLACE
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -88,3 +90,9 @@ def token_mask(batch: Batch) -> Tensor:
     """
     mask, ids = batch.get("attention_mask"), batch["input_ids"]
     return mask if mask is not None and mask.dim() == 2 else ids.new_ones(ids.shape)
+
+
+def text_mask(batch: Batch) -> Tensor:
+    """Which tokens of a batch are text, and not padding or places of pictures: [batch, seq], not zero where one is."""
+    text: Tensor = token_mask(batch) * (batch["input_ids"] > HIGHEST_PLACE)
+    return text

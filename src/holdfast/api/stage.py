@@ -10,6 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from holdfast.api.rows import Batch, TokenRow, count_supervised
+from holdfast.api.task import Example
 from holdfast.engines.process import Process
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from holdfast.engines.shards import Shards
+
+Encode = Callable[[Sequence[Example]], Sequence[TokenRow]]
+"""Examples -> their rows, in order; most have one."""
 
 
 def _go_on() -> None:
@@ -46,6 +50,7 @@ class Stage:
         dev: the task's dev split, on which nothing is trained; empty where there is none or no method asks for it.
         check_stop: for long work to call now and then: it raises Interrupted if the run was asked to stop and no step
             would be lost.
+        encode: makes rows of examples as those of the task were made, with their pictures; None where nobody knows how.
     """
 
     index: int
@@ -61,6 +66,7 @@ class Stage:
     steps: int | None = None
     dev: Sequence[TokenRow] = ()
     check_stop: Callable[[], None] = field(default_factory=lambda: _go_on)
+    encode: Encode | None = None
 
     def random(self, purpose: str) -> Random:
         """A generator of random choices that depends on seed, stage and purpose alone."""
@@ -182,7 +188,8 @@ class Rehearsed:
             rows and that predict a supervised token, whether or not the method asked for logits; None if there are
             none.
         batch: the rows themselves.
-        token_share: the same as ``share`` for a mean over all tokens, supervised or not.
+        token_share: the same as ``share`` for a mean over all tokens of text, supervised or not.
+        whole_share: the same for a mean over all tokens, the places of pictures among them.
         counts: False, with share 0, in a process that goes along only because others need its part of the weights.
     """
 
@@ -194,6 +201,7 @@ class Rehearsed:
     task_logits: Tensor | None = None
     batch: Batch = field(default_factory=dict)
     token_share: float = 1.0
+    whole_share: float = 1.0
     counts: bool = True
 
     def predictions(self) -> Tensor:
@@ -229,7 +237,8 @@ class Step:
         micro_batches: micro-batches in this step, over all processes.
         logged: whether this step's values are logged; otherwise they need not be computed.
         rehearsed: the rehearsal rows of the current micro-batch after the forward pass, by method name.
-        rehearsal_tokens: the numbers of supervised and of all rehearsal tokens in the whole step, by method name.
+        rehearsal_tokens: of the rehearsal tokens in the whole step, how many are supervised, how many are text, and how
+            many there are, by method name.
         task_loss: the mean loss of the current micro-batch's task rows, a scalar without gradient; None before it.
         momentum: in :meth:`Method.after_step`, the optimizer's moving average of the gradients: a live view. It raises
             ConfigError if the optimizer has none.
@@ -241,7 +250,7 @@ class Step:
     micro_batches: int
     logged: bool
     rehearsed: dict[str, Rehearsed] = field(default_factory=dict)
-    rehearsal_tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rehearsal_tokens: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     task_loss: Tensor | None = None
     momentum: Callable[[], Shards] = field(default_factory=lambda: _no_momentum)
     batches: Sequence[Batch] = ()

@@ -6,10 +6,22 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from holdfast.data.files import SUFFIXES, half_character, is_data_file, iterate_rows, no_file, open_text, suffix, where
-from holdfast.data.formats import all_said
+from holdfast.api.task import Example
+from holdfast.data.files import (
+    SUFFIXES,
+    RawRow,
+    half_character,
+    is_data_file,
+    iterate_rows,
+    no_file,
+    open_text,
+    suffix,
+    where,
+)
+from holdfast.data.formats import all_said, detect, to_examples
+from holdfast.data.row_pictures import shows_pictures
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.system.hub import unreachable
 
@@ -101,6 +113,42 @@ def file_texts(file: Path, column: str) -> Iterator[str]:
         for index, row in enumerate(iterate_rows(file)):
             said = all_said(row, file, index) if column == "text" and column not in row else None
             yield row_text(row, column, where(file, index, row)) if said is None else said
+
+
+class SeenRow(NamedTuple):
+    """A row of a task that shows pictures, which are not read yet; their paths are relative to its file."""
+
+    row: dict[str, Any]
+    file: Path
+    place: int
+
+
+def file_documents(file: Path, column: str) -> Iterator[str | SeenRow]:
+    """Read a file as :func:`file_texts`, but rows of a task that show pictures as they are; raises as it does."""
+    if suffix(file) == ".txt" or column != "text":
+        yield from file_texts(file, column)
+        return
+    for index, row in enumerate(iterate_rows(file)):
+        if column not in row and shows_pictures(row):
+            yield SeenRow(row, file, index)
+            continue
+        said = None if column in row else all_said(row, file, index)
+        yield row_text(row, column, where(file, index, row)) if said is None else said
+
+
+def task_examples(row: dict[str, Any], file: Path, index: int) -> list[Example]:
+    """A row of a task as an example, in the format that its keys tell; none, if it says that its answer is bad.
+
+    Args:
+        index: its number in the file, from 0.
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    format, names = detect([row], file)
+    named = RawRow({names.get(key, key): value for key, value in row.items()})
+    named.line, named.index = getattr(row, "line", None), index
+    return to_examples([named], format, file=file)
 
 
 def dataset_texts(dataset: str, subset: str | None, split: str, column: str) -> Iterator[str]:

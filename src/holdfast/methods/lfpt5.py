@@ -44,6 +44,7 @@ class LFPT5(Method):
     name = "lfpt5"
     default_tuner = "prompt"
     reads_outputs = False
+    text_only = "the model writes the prompts of its rows itself, and such a model writes no pictures to ask about"
 
     class Options(Section):
         lm_weight: float = Field(0.25, ge=0, description="lambda_lm, weight of learning to write rows of the tasks")

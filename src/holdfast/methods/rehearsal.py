@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from holdfast.api.method import Method, State
 from holdfast.api.rows import Batch, TokenRow
-from holdfast.api.stage import Extra, Rehearsed, Stage, Step
+from holdfast.api.stage import Encode, Extra, Rehearsed, Stage, Step
+from holdfast.config.sizes import byte_size
+from holdfast.data.encode_seen import SeeingEncoder
 from holdfast.data.tokens.build import TOKENS
 from holdfast.data.tokens.file import TokenFile
 from holdfast.errors import ConfigError
@@ -26,11 +28,10 @@ from holdfast.rehearsal.cache import cached_rows
 from holdfast.rehearsal.head_check import TOKENS as COMPARED
 from holdfast.rehearsal.head_check import check_head
 from holdfast.rehearsal.memory import Memory, Without
-from holdfast.rehearsal.options import RehearsalOptions
+from holdfast.rehearsal.options import PAST, RehearsalOptions
 from holdfast.rehearsal.ranking import by_diversity, by_loss, by_surprise
-from holdfast.rehearsal.request import Request, SampleOptions
-from holdfast.rehearsal.samples import corpus_rows, general_rows, rows_fingerprint
-from holdfast.rehearsal.seen_samples import seen_rows
+from holdfast.rehearsal.request import Prompts, Request, SampleOptions
+from holdfast.rehearsal.samples import corpus_rows, general_rows, prompted_rows, rows_fingerprint
 from holdfast.rehearsal.teacher import HiddenTeacher, LiveStates, StateTeacher, cached_teacher, live_teacher
 from holdfast.rehearsal.violations import violations
 from holdfast.system.shapes import Facts, of_shape
@@ -48,13 +49,15 @@ class Rehearsal(Method):
 
     name = "rehearsal"
     reads_outputs = False
-    inputs = ("path", "dataset")
+    inputs = ("path", "dataset", "prompts")
     Options = RehearsalOptions
     options: RehearsalOptions
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.memory = Memory(self.options.capacity, self.options.policy)
+        most = None if self.options.pictures is None else byte_size(self.options.pictures)
+        self.memory = Memory(self.options.capacity, self.options.policy, most)
+        self.prompts: Sequence[TokenRow] = ()  # rows whose prompts the model answers, where it is given some
         self.rows: Sequence[TokenRow] = []  # a fixed set of samples
         self.size = 0  # of these, the number that are rehearsed in this stage, counted from the first
         self.buffer: SampleBuffer | None = None  # draws samples while training runs
@@ -80,17 +83,21 @@ class Rehearsal(Method):
 
     @property
     def needs_rows(self) -> bool:
-        return self.options.source in ("past", "current") or self.options.way == "replace"
+        options = self.options
+        return options.remembers or options.source == "current" or options.way == "replace"
 
     @property
     def needs_token_batches(self) -> bool:
         return self.options.source == "current" or self.options.way == "replace"
 
-    def try_samples(self, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+    def try_samples(self, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, encode: Encode) -> None:
         options = self.options
         config = model_config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
-        if options.drawn:
+        if options.prompts is not None:
+            if options.prompts != PAST:
+                Prompts.of(prompted_rows(options.prompts, encode), tokenizer, most, options.length)
+        elif options.drawn:
             start = decoder_start(config) if is_seq2seq(config) else None
             Request.of(tokenizer, most, getattr(config, "bos_token_id", None), self._wanted, start)
         elif options.source == "self" and options.path is not None:
@@ -98,14 +105,17 @@ class Rehearsal(Method):
         elif options.path is not None and Path(options.path, TOKENS).exists():
             TokenFile.open(options.path, tokenizer)
         elif options.path is not None:
-            general_rows(tokenizer, path=options.path, samples=1)
+            general_rows(tokenizer, path=options.path, samples=1, encode=encode)
 
     def before_stage(self, stage: Stage) -> None:
         options = self.options
+        self.memory.check_pictures()
+        if options.remembers and options.policy == "surprise":
+            self._surprising = by_surprise(stage, self._offered(stage))
         if options.source == "past":
             self.rows, self.size = list(self.memory.rows), len(self.memory)
-            if options.policy == "surprise":
-                self._surprising = by_surprise(stage, self._offered(stage))
+        elif options.prompts is not None:
+            self._take_prompts(stage)
         elif options.source != "current" and not options.drawn and not self.rows:
             self._read(stage)
         if self._is_off or not self._has_samples:
@@ -141,6 +151,17 @@ class Rehearsal(Method):
         prompt = empty_prompt(self._tokenizer(stage))
         return [text_row(row, start, prompt) for row in texts]
 
+    def _take_prompts(self, stage: Stage) -> None:
+        """Take the rows whose prompts the model answers in this stage."""
+        if self.options.prompts == PAST:
+            self.prompts = list(self.memory.rows)
+        elif not self.prompts:
+            assert self.options.prompts is not None
+            encode = self._encode(stage)
+            if encode is None:
+                raise ConfigError(f"method {self.name}: prompts: only `holdfast run` knows how rows become prompts")
+            self.prompts = prompted_rows(self.options.prompts, encode)
+
     @property
     def _wanted(self) -> SampleOptions:
         return SampleOptions(length=self.options.length, domain=self.options.domain, chat=self.options.chat)
@@ -151,6 +172,8 @@ class Rehearsal(Method):
 
     @property
     def _has_samples(self) -> bool:
+        if self.options.prompts is not None:
+            return bool(self.prompts)
         return bool(self.size) or self.options.source == "current" or self.options.drawn
 
     @property
@@ -233,7 +256,9 @@ class Rehearsal(Method):
         factor = (
             dynamic_weight(self._mean_ce(step, rehearsed), mean) if isinstance(options.weight, str) else options.weight
         )
-        return factor * (rehearsed.share if options.loss == "kl" else rehearsed.token_share) * mean
+        if options.loss == "kl":
+            return factor * rehearsed.share * mean
+        return factor * (rehearsed.whole_share if options.places else rehearsed.token_share) * mean
 
     @staticmethod
     def _mean_ce(step: Step, rehearsed: Rehearsed) -> Tensor:
@@ -242,7 +267,7 @@ class Rehearsal(Method):
         return ce if step.task_loss is None else (step.task_loss.to(ce) + ce) / 2
 
     def after_stage(self, stage: Stage) -> None:
-        if self.options.source == "past":
+        if self.options.remembers:
             rows = self._offered(stage)
             self.memory.add(stage.index, rows, stage.random(self.name), self._preferred(stage, rows))
         self.teacher = self.buffer = self._draw_held_out = None
@@ -273,9 +298,8 @@ class Rehearsal(Method):
     def _draw(self, stage: Stage) -> None:
         """Prepare to draw samples, and take the hidden states that they are drawn from as the teacher's if exact."""
         options = self.options
-        model = stage.model
-        request = Request.of(self._tokenizer(stage), context(model), begin_token(model), self._wanted, start_of(model))
-        self._draw_held_out = partial(held_out, request, stage)
+        request, apart = self._requests(stage)
+        self._draw_held_out = partial(held_out, apart, stage)
         before = LiveStates(stage.model, options.compared_layer)
         hidden = options.loss == "kl" and drawn_states_are_exact(request, stage)
         seed = f"{stage.seed}/{stage.index}/{self.name}"
@@ -283,6 +307,20 @@ class Rehearsal(Method):
         self.buffer = SampleBuffer(request, before, seed, count, options.buffer, hidden, stage.check_stop)
         if options.loss != "ce" and options.weight:
             self.teacher = HiddenTeacher(options, self.buffer.states if hidden else before, before.head())
+
+    def _requests(self, stage: Stage) -> tuple[Request | Prompts, Request | Prompts]:
+        """What the model is asked for samples, and for those that are never rehearsed: of given prompts, the last
+        eleventh."""
+        model, tokenizer = stage.model, self._tokenizer(stage)
+        most, start = context(model), start_of(model)
+        if self.options.prompts is None:
+            request = Request.of(tokenizer, most, begin_token(model), self._wanted, start)
+            return request, request
+        rows = list(self.prompts)
+        held = self._held(len(rows))
+        parts = (rows[: len(rows) - held], rows[len(rows) - held :] or rows)
+        mine, apart = (Prompts.of(part, tokenizer, most, self.options.length, start) for part in parts)
+        return mine, apart
 
     def _read(self, stage: Stage) -> None:
         """Read the fixed set of samples, of which some are held out: the last eleventh, if there are at least eleven;
@@ -307,7 +345,16 @@ class Rehearsal(Method):
             rows = TokenFile.open(options.path, tokenizer).rows(length)
             held, self._is_token_file = min(self._held(len(rows)), most_held), True
         else:
-            rows = self._general(stage, options.samples + most_held, length)
+            texts = general_rows(
+                tokenizer,
+                path=options.path,
+                dataset=options.dataset,
+                samples=options.samples + most_held,
+                max_tokens=length,
+                seed=seed,
+                encode=self._encode(stage),
+            )
+            rows = self._as_read(stage, texts)
             held = max(self._held(len(rows)), len(rows) - options.samples)
         self.rows, self.size = rows, len(rows) - held
         self._held_out = list(rows[self.size :])
@@ -320,21 +367,13 @@ class Rehearsal(Method):
             self.rows, self.size = [self.rows[i] for i in sorted(few)], len(few)
             self._is_token_file = False
 
-    def _general(self, stage: Stage, samples: int, length: int) -> list[dict[str, Any]]:
-        """Some of the general samples, of at most so many tokens each; a model that sees is shown their pictures."""
-        path, dataset, tokenizer, seed = (
-            self.options.path,
-            self.options.dataset,
-            self._tokenizer(stage),
-            self._seed or 0,
-        )
+    def _encode(self, stage: Stage) -> Encode | None:
+        """How rows of examples are made; a trainer of its own says nothing, but its model may see."""
         sight = sight_of(stage.model)
-        if sight is not None and path is not None:
-            seen = seen_rows(path, tokenizer, sight, samples=samples, max_tokens=length, seed=seed)
-            if seen is not None:
-                return seen
-        texts = general_rows(tokenizer, path=path, dataset=dataset, samples=samples, max_tokens=length, seed=seed)
-        return self._as_read(stage, texts)
+        if stage.encode is not None or sight is None:
+            return stage.encode
+        length = context(stage.model) or self.options.max_tokens
+        return SeeingEncoder(self._tokenizer(stage), sight=sight, max_length=length).encode_all
 
     def _held(self, count: int) -> int:
         """How many of a fixed set of samples are held out."""

@@ -51,6 +51,7 @@ class SSR(Method):
     turn = -4  # the newest model answers: before cia puts another group's weights into it
     reads_outputs = False
     causal_only = "its rows are written as one text, prompt and answer"
+    text_only = "its new rows ask about texts that the model writes, and such a model writes no pictures to ask about"
     not_with = dict.fromkeys(
         ("gain_lora", "hide_lora", "inflora", "n_lora", "o_lora", "osf", "seq_lora_merge"),
         "ssr writes with the trained weights of before the first stage, and the other exchanges what is trained",

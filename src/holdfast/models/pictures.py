@@ -63,6 +63,13 @@ class Picture:
         """(width, height) in pixels."""
         return self.width, self.height
 
+    @property
+    def size_of_file(self) -> int:
+        """In bytes; 0 where the file is gone."""
+        if isinstance(self.source, bytes):
+            return len(self.source)
+        return self.source.stat().st_size if self.source.exists() else 0
+
     def content(self) -> bytes:
         """The content of its file.
 
@@ -120,10 +127,8 @@ _OPENING = threading.Lock()  # Pillow's limit is a global
 
 
 def know(picture: Picture) -> Picture:
-    """Let rows of this process show a picture; of two with one content, the first stays while its file is there."""
-    first = _KNOWN.get(picture.number)
-    if first is None or (isinstance(first.source, Path) and not first.source.exists()):
-        _KNOWN[picture.number] = picture
+    """Let rows of this process show a picture; of two files with one content, the last is read."""
+    _KNOWN[picture.number] = picture
     return picture
 
 
@@ -141,7 +146,10 @@ def known(number: int) -> Picture:
     """
     picture = _SHOWN.get(number) or _KNOWN.get(number)
     if picture is None:
-        raise DataError(f"a row shows picture {number:015x}, which the data of this run do not hold any more")
+        raise DataError(
+            f"a row shows picture {number:015x} (60 bits of its file's SHA-256), which the data of this run do not "
+            "hold any more; put the file back where it was"
+        )
     return picture
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from holdfast.api.stage import Rehearsed, Stage
 from holdfast.engines.pieces import is_divided
 from holdfast.engines.process import Process
 from holdfast.models.sampling import sample
-from holdfast.rehearsal.request import OwnSample, Request
+from holdfast.rehearsal.request import OwnSample, Prompts, Request
 from holdfast.rehearsal.teacher import LiveStates, padded
 
 HELD_OUT = 64
@@ -37,7 +36,7 @@ class SampleBuffer:
 
     def __init__(
         self,
-        request: Request,
+        request: Request | Prompts,
         before: LiveStates,
         seed: str,
         count: int,
@@ -85,17 +84,16 @@ class SampleBuffer:
         return list(range(step * self.count + self._rank, (step + 1) * self.count, self._world))
 
 
-def held_out(request: Request, stage: Stage) -> list[TokenRow]:
+def held_out(request: Request | Prompts, stage: Stage) -> list[TokenRow]:
     """Samples of the model as it is now, which are never rehearsed."""
     draw = partial(sample, stage.model, on_token=stage.check_stop)
     samples = request.write(draw, f"{stage.seed}/held out", range(HELD_OUT))
     return [drawn.row for drawn in samples]
 
 
-def drawn_states_are_exact(request: Request, stage: Stage) -> bool:
+def drawn_states_are_exact(request: Request | Prompts, stage: Stage) -> bool:
     """Whether sampling and a forward pass give the same hidden states up to rounding."""
-    short = replace(request, turn=(), length=min(request.length, len(request.start) + PROBE))
-    [probe] = short.write(partial(sample, stage.model), "probe", [0], hidden=True)
+    [probe] = request.short(PROBE).write(partial(sample, stage.model), "probe", [0], hidden=True)
     [expected] = stage.hidden_states([probe.row])
     if probe.hidden is None or probe.hidden.shape != expected[:-1].shape:
         return False

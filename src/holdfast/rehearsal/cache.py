@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 from holdfast.api.rows import TokenRow
 from holdfast.errors import ConfigError, DataError
 from holdfast.losses.margin import classify
+from holdfast.models.pictures import is_place
 from holdfast.rehearsal.samples import rows_fingerprint
 from holdfast.rehearsal.states import RunningMoments, pack
 from holdfast.system.files import PARTIAL, read_json, remove_link, write_json
@@ -250,6 +251,7 @@ def state_cache(
     hidden_states: Compute,
     *,
     multiple: float = 1.0,
+    places: bool = False,
     plan: BuildPlan = ALONE,
 ) -> tuple[TeacherCache, Tensor, Tensor]:
     """GeRe's activation states of all samples, two bits each (arXiv 2508.04676).
@@ -261,6 +263,7 @@ def state_cache(
         folder, key, rows, plan: as :meth:`TeacherCache.open_or_build` takes them.
         hidden_states: gives one tensor a row, [tokens, hidden], of any floating type, the same in both passes.
         multiple: of the standard deviation; 1 in the paper.
+        places: whether the places of pictures count in mean and standard deviation.
 
     Returns:
         the cache, in which a sample is uint8 [tokens, ceil(hidden / 4)]; :func:`holdfast.rehearsal.states.unpack`
@@ -271,13 +274,14 @@ def state_cache(
         ConfigError: the folder cannot be made.
         DataError: a file of the cache is damaged, or a hidden state is not finite.
     """
-    key = key | {"kind": "states", "multiple": multiple}
+    key = key | {"kind": "states", "multiple": multiple} | ({"places": True} if places else {})
     first_pass = folder / "moments"
     cache = TeacherCache._reuse(folder, key, rows, plan.rank)
     if cache is None:
 
         def moments_of(batch: Sequence[TokenRow]) -> list[Tensor]:
-            return [_moments(states) for states in hidden_states(batch)]
+            pairs = zip(batch, hidden_states(batch), strict=True)
+            return [_moments(states if places else _of_text(row, states)) for row, states in pairs]
 
         parts = TeacherCache.open_or_build(first_pass, key | {"kind": "moments"}, rows, moments_of, plan=plan)
         moments = RunningMoments()
@@ -294,6 +298,12 @@ def state_cache(
     if plan.rank == 0:
         shutil.rmtree(first_pass, ignore_errors=True)
     return cache, cache.extra("low"), cache.extra("high")
+
+
+def _of_text(row: TokenRow, states: Tensor) -> Tensor:
+    """The hidden states [tokens, hidden] of a row without those at the places of pictures."""
+    places = [is_place(token) for token in row["input_ids"]]
+    return states[~torch.tensor(places, device=states.device)] if any(places) else states
 
 
 def cached_rows(folder: Path) -> str | None:

@@ -12,6 +12,7 @@ from holdfast.api.stage import Stage
 from holdfast.errors import ConfigError
 from holdfast.models.generation import evaluating
 from holdfast.models.head import whole_head
+from holdfast.models.pictures import is_place
 
 TOKENS = 16  # that are compared
 EXACT, ROUNDED = 1e-3, 0.05  # relative distances: of float32, and of shorter types
@@ -22,15 +23,14 @@ def check_head(stage: Stage, row: TokenRow | Mapping[str, Any], method: str) -> 
     """Compare :class:`~holdfast.losses.chunked.Head` with the model on a few tokens; every process calls this.
 
     Args:
-        row: which tokens.
+        row: which tokens; of those that show pictures, the text.
         method: whose loss it is for, for messages.
 
     Raises:
         ConfigError: the logits are not those that head and last hidden state give.
     """
     model = stage.model
-    kept = row if set(row) - {"input_ids", "labels", "row"} else {key: row[key][:TOKENS] for key in row if key != "row"}
-    batch = stage.collate([kept])
+    batch = stage.collate([_first_text(row)])
     batch.pop("labels")
     with evaluating(model):
         outputs = model(**batch, output_hidden_states=True, use_cache=False)
@@ -55,3 +55,11 @@ def check_head(stage: Stage, row: TokenRow | Mapping[str, Any], method: str) -> 
         f"{type(model).__name__} are not scale * (hidden @ weight.T + bias) of its head, soft-capped or not: {how}. "
         "A loss on hidden states (gere, gere_l1, gere_l2) or next-token loss (replay, gere_ce, self_replay) would do"
     )
+
+
+def _first_text(row: TokenRow | Mapping[str, Any]) -> TokenRow:
+    """The first tokens of a row that are no places of pictures, which nothing may cut apart."""
+    if set(row) - {"input_ids", "labels", "row"}:
+        return row
+    text = [place for place, token in enumerate(row["input_ids"]) if not is_place(token)][:TOKENS]
+    return {key: [row[key][place] for place in text] for key in ("input_ids", "labels")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, cast
 
@@ -11,20 +12,24 @@ from torch import nn
 
 from holdfast.api.rows import IGNORED, TokenRow, bare
 from holdfast.engines.saved import saved_tensor
-from holdfast.models.pictures import HIGHEST_PLACE
+from holdfast.errors import DataError
+from holdfast.models.pictures import HIGHEST_PLACE, pictures_in
 from holdfast.system.shapes import Count, of_shape
 
 Policy = Literal["quota", "reservoir", "surprise", "loss", "diversity"]
 
 
 class Memory:
-    """At most ``capacity`` rows.
+    """At most ``capacity`` rows, whose pictures have at most so many bytes.
 
     Args:
         policy: quota: every task so far keeps the same number of rows, chosen at random (the ring buffer of Chaudhry et
             al., 2019, with a random choice); reservoir: every row so far is kept with the same probability (Vitter,
             1985), so that a task holds rows in proportion to its size; any other: as quota, but the rows that
             :meth:`add` is told to prefer.
+        pictures: bytes of the files of all pictures that the rows show, at most; None: any number. Rows that are too
+            many leave the memory: of the task whose pictures have most bytes, the one that its policy likes least, or
+            with reservoir any one.
 
     Attributes:
         rows: ``input_ids`` and ``labels``, and ``encoder_ids`` of a sequence-to-sequence model.
@@ -33,9 +38,10 @@ class Memory:
         seen: rows that were offered so far.
     """
 
-    def __init__(self, capacity: int, policy: Policy):
+    def __init__(self, capacity: int, policy: Policy, pictures: int | None = None):
         self.capacity = capacity
         self.policy = policy
+        self.pictures = pictures
         self.rows: list[TokenRow] = []
         self.tasks: list[int] = []
         self.places: list[int] = []
@@ -56,11 +62,25 @@ class Memory:
             self._add_by_reservoir(stage, rows, chance)
         else:
             self._add_by_quota(stage, rows, chance, preferred)
+        if self.pictures is not None:
+            self._fit(self.pictures, chance)
 
     def sample(self, count: int, chance: random.Random) -> list[TokenRow]:
         """``count`` rows at random; none comes twice unless the memory holds fewer."""
         rounds, rest = divmod(count, len(self.rows))
         return self.rows * rounds + chance.sample(self.rows, rest)
+
+    def check_pictures(self) -> None:
+        """Look for the pictures that the rows show, which are kept in the data alone.
+
+        Raises:
+            DataError: the data of this process do not hold one of them.
+        """
+        for task, place, row in zip(self.tasks, self.places, self.rows, strict=True):
+            try:
+                pictures_in(row["input_ids"])
+            except DataError as error:
+                raise DataError(f"the memory's row {place + 1} of stage {task}: {error}") from None
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values that :meth:`load_state` takes back."""
@@ -135,14 +155,40 @@ class Memory:
         self.seen += len(rows)
 
     def _add_by_reservoir(self, stage: int, rows: Sequence[TokenRow], chance: random.Random) -> None:
+        # After rows had to leave for their pictures' bytes, every row so far is as likely in a smaller memory.
+        capacity = self.capacity if len(self.rows) == min(self.seen, self.capacity) else len(self.rows)
         for place, row in enumerate(rows):
             self.seen += 1
-            if len(self.rows) < self.capacity:
+            if len(self.rows) < capacity:
                 self.rows.append(bare(row))
                 self.tasks.append(stage)
                 self.places.append(place)
-            elif (slot := chance.randrange(self.seen)) < self.capacity:
+            elif (slot := chance.randrange(self.seen)) < capacity:
                 self.rows[slot], self.tasks[slot], self.places[slot] = bare(row), stage, place
+
+    def _fit(self, most: int, chance: random.Random) -> None:
+        """Let rows go until the pictures of those that stay have at most so many bytes."""
+        shown = [
+            {picture.number: picture.size_of_file for picture in pictures_in(row["input_ids"])} for row in self.rows
+        ]
+        uses = Counter(number for row in shown for number in row)
+        total = sum({number: size for row in shown for number, size in row.items()}.values())
+        having = [slot for slot, row in enumerate(shown) if row]
+        leaving: dict[int, list[int]] = {}  # of each task, or of all, the slots in the order in which rows stay
+        for slot in chance.sample(having, len(having)) if self.policy == "reservoir" else having:
+            leaving.setdefault(0 if self.policy == "reservoir" else self.tasks[slot], []).append(slot)
+        of = {task: sum(sum(shown[slot].values()) for slot in slots) for task, slots in leaving.items()}
+        gone = set[int]()
+        while total > most:
+            largest = max(of, key=lambda task: of[task])
+            slot = leaving[largest].pop()
+            gone.add(slot)
+            of[largest] -= sum(shown[slot].values())
+            uses.subtract(shown[slot].keys())
+            total -= sum(size for number, size in shown[slot].items() if not uses[number])
+        stay = [slot for slot in range(len(self.rows)) if slot not in gone]
+        self.rows = [self.rows[slot] for slot in stay]
+        self.tasks, self.places = [self.tasks[slot] for slot in stay], [self.places[slot] for slot in stay]
 
 
 class Without(Sequence[TokenRow]):

@@ -8,8 +8,12 @@ from typing import Any, Literal, Self
 from pydantic import Field, create_model, model_validator
 
 from holdfast.config.section import Section
+from holdfast.config.sizes import Size
 from holdfast.losses import Divergence
 from holdfast.rehearsal.memory import Policy
+
+PAST = "past"
+"""Prompts that are those of stored rows of past tasks."""
 
 
 class RehearsalOptions(Section):
@@ -113,10 +117,16 @@ class RehearsalOptions(Section):
         "diversity: those that cover the others",
     )
 
+    pictures: Size = Field(
+        None,
+        description="bytes of the pictures of the rows in memory at most, such as 2GB; rows beyond it are not kept, as "
+        "the policy says; where absent, any number",
+    )
+
     @model_validator(mode="after")
     def _only_past_samples_have_a_memory(self) -> Self:
-        if self.source != "past":
-            self._refuse_unused(f"source {self.source} has no memory", "capacity", "policy")
+        if not self.remembers:
+            self._refuse_unused(f"source {self.source} has no memory", "capacity", "policy", "pictures")
         return self
 
     path: str | None = Field(
@@ -126,7 +136,11 @@ class RehearsalOptions(Section):
     )
     dataset: str | None = Field(None, description="a Hugging Face dataset of general texts, instead of a path")
     samples: int = Field(1000, ge=1, description="general samples at most; of a token file, where not given, all")
-    max_tokens: int = Field(563, ge=2, description="tokens of a general sample at most, within the context")
+    max_tokens: int = Field(
+        563,
+        ge=2,
+        description="tokens of a general text at most, within the context; of a row with pictures, data.max_length",
+    )
 
     @model_validator(mode="after")
     def _texts_fit_the_source(self) -> Self:
@@ -140,9 +154,17 @@ class RehearsalOptions(Section):
             )
         return self
 
+    prompts: str | None = Field(
+        None,
+        description="a file of rows whose prompts the model answers, instead of writing from nothing; past: those of "
+        "stored rows of past tasks",
+    )
     buffer: int = Field(8, ge=1, description="steps whose samples are drawn from the model together")
     length: int | None = Field(
-        None, ge=2, description="tokens of a drawn sample; where absent, the model's context, at most 1,024"
+        None,
+        ge=2,
+        description="tokens of a drawn sample, or of an answer to prompts; where absent, the model's context, at most "
+        "1,024",
     )
     domain: str | list[str] | None = Field(
         None, description="domain whose token drawn samples begin with, or several in turn; else the begin token"
@@ -157,12 +179,14 @@ class RehearsalOptions(Section):
     def _samples_can_be_drawn(self) -> Self:
         if not self.drawn:
             reason = "only source self without a path draws samples"
-            self._refuse_unused(reason, "buffer", "length", "domain", "chat")
+            self._refuse_unused(reason, "prompts", "buffer", "length", "domain", "chat")
         elif self.loss == "margin":
             raise ValueError(
                 "loss margin: its thresholds are those of a fixed set of samples; write one with `holdfast replay` and "
                 "give it as path"
             )
+        if self.prompts is not None:
+            self._refuse_unused("the model answers given prompts", "domain", "chat")
         if self.domain is not None and not self.domain:
             raise ValueError("domain: names none; leave it out, and samples begin with the begin token")
         if self.chat and self.domain is not None:
@@ -170,6 +194,7 @@ class RehearsalOptions(Section):
         return self
 
     layer: int = Field(-1, description="hidden state of margin, l1 and l2; -1: the last, after the final norm")
+    places: bool = Field(False, description="margin, l1 and l2 count the places of pictures, too, not text alone")
     multiple: float = Field(1.0, gt=0, description="thresholds of the margin loss: mean +- multiple * std")
     reduction: Literal["nonzero", "mean"] = Field(
         "nonzero", description="margin loss: mean over the entries that violate (as published), or over all"
@@ -178,7 +203,7 @@ class RehearsalOptions(Section):
     @model_validator(mode="after")
     def _loss_compares_hidden_states(self) -> Self:
         if self.loss in ("ce", "kl"):
-            self._refuse_unused(f"the {self.loss} loss takes no hidden layer", "layer")
+            self._refuse_unused(f"the {self.loss} loss takes no hidden layer", "layer", "places")
         if self.loss != "margin":
             self._refuse_unused(f"the loss is {self.loss}", "multiple", "reduction")
         return self
@@ -187,6 +212,11 @@ class RehearsalOptions(Section):
     def drawn(self) -> bool:
         """Whether the samples are drawn from the model while training runs."""
         return self.source == "self" and self.path is None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether rows of past tasks are stored."""
+        return self.source == "past" or (self.source == "self" and self.prompts == PAST)
 
     @property
     def violations_only(self) -> bool:

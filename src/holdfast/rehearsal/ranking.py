@@ -7,17 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from holdfast.api.rows import TokenRow, bare
+from holdfast.api.rows import IGNORED, TokenRow, bare
 from holdfast.api.stage import Stage
+from holdfast.models.pictures import is_place
 
 
 def by_surprise(stage: Stage, rows: Sequence[TokenRow]) -> list[int]:
     """Places of rows, the most surprising first (SuRe, Hazard et al., 2025, arXiv 2511.22367).
 
     Surprise is the mean negative log-likelihood of all tokens of a row, prompt and answer, under the current weights:
-    those before the stage. Of a sequence-to-sequence model, it is that of the answer, since no prompt is predicted.
+    those before the stage. The places of pictures do not count, since no token is predicted there. Of a
+    sequence-to-sequence model, it is that of the answer, since no prompt is predicted.
     """
-    return _descending(stage, [bare(row) | {"labels": row["input_ids"]} for row in rows])
+    return _descending(stage, [bare(row) | {"labels": _all_text(row["input_ids"])} for row in rows])
+
+
+def _all_text(ids: Sequence[int]) -> list[int]:
+    """Labels of all tokens but the places of pictures."""
+    return [IGNORED if is_place(token) else token for token in ids]
 
 
 def by_loss(stage: Stage, rows: Sequence[TokenRow]) -> list[int]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from random import Random
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from holdfast.api.rows import IGNORED, TokenRow
+from holdfast.api.rows import IGNORED, TokenRow, last_answer
 from holdfast.data.chat import DATE
 from holdfast.data.encode import Encoder
 from holdfast.data.tokens.domains import domain_ids, domain_token
-from holdfast.errors import ConfigError, did_you_mean
+from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.models.sampling import Sampler, Samples
 from holdfast.models.seq2seq import answered_row
 
@@ -142,6 +143,10 @@ class Request:
             raise ConfigError(f"length: {length} leaves no room beside the {given} tokens that a sample is given")
         return request
 
+    def short(self, tokens: int) -> Request:
+        """A request for samples of the same kind with so many drawn tokens."""
+        return replace(self, turn=(), length=min(self.length, len(self.start) + tokens))
+
     def write(self, draw: Sampler, seed: int | str, numbers: Sequence[int], hidden: bool = False) -> list[OwnSample]:
         """One sample a number; each depends on the seed, its number and the model alone, up to float rounding."""
         if self.turn:
@@ -190,6 +195,62 @@ class Request:
             parts = [(start, words.tokens[i]), (given, answers.tokens[k])]
             samples[i] = _sample(answers, k, parts, words.log_probs[i])
         return samples
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Given prompts, which a model answers.
+
+    Attributes:
+        prompts: their tokens, and the places of the pictures that they show.
+        length: tokens of an answer at most.
+        stops: tokens that end an answer.
+        context: tokens that a causal model reads at most, if it says so.
+        decoder: the start token of a sequence-to-sequence model's decoder; None: the model is causal.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    length: int
+    stops: tuple[int, ...]
+    context: int | None = None
+    decoder: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[TokenRow],
+        tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+        length: int | None = None,
+        decoder: int | None = None,
+    ) -> Prompts:
+        """The prompts of rows, each of which ends with an answer.
+
+        Args:
+            length: tokens of an answer at most; where absent, the model's context, at most 1,024.
+
+        Raises:
+            DataError: no row has a prompt that leaves room for an answer.
+        """
+        asked = [tuple(row["encoder_ids"] if "encoder_ids" in row else last_answer(row)[0]) for row in rows]
+        most = None if decoder is not None else context
+        usable = [prompt for prompt in asked if prompt and (most is None or len(prompt) < most)]
+        if not usable:
+            raise DataError(f"prompts: none of the {len(rows)} rows has a prompt that leaves room for an answer")
+        stops = Encoder(tokenizer, max_length=LENGTH).stop_ids
+        return cls(tuple(usable), length or min(context or LENGTH, LENGTH), tuple(stops), most, decoder)
+
+    def short(self, tokens: int) -> Prompts:
+        """The same prompts with answers of so many tokens at most."""
+        return replace(self, length=min(self.length, tokens))
+
+    def write(self, draw: Sampler, seed: int | str, numbers: Sequence[int], hidden: bool = False) -> list[OwnSample]:
+        """One answer a number; which prompt it answers, and the answer, follow from the seed and the number."""
+        asked = [self.prompts[Random(f"{seed}/prompt/{number}").randrange(len(self.prompts))] for number in numbers]
+        room = [self.length if self.context is None else min(self.length, self.context - len(one)) for one in asked]
+        texts = draw(asked, max_new_tokens=room, seed=seed, numbers=numbers, stop_token_ids=self.stops, hidden=hidden)
+        rows = [answered_row(prompt, texts.tokens[i], self.decoder) for i, prompt in enumerate(asked)]
+        return [_own(row, texts, i) for i, row in enumerate(rows)]
 
 
 def _sample(last: Samples, number: int, parts: list[tuple[list[int], list[int]]], log_prob: float = 0.0) -> OwnSample:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from holdfast.api.rows import IGNORED, TOKENS, TokenRow
-from holdfast.data.files import read_rows, where
-from holdfast.data.texts import dataset_texts, file_texts, row_text, text_files
+from holdfast.api.rows import IGNORED, TOKENS, TokenRow, bare
+from holdfast.api.stage import Encode
+from holdfast.data.files import read_rows, suffix, where
+from holdfast.data.texts import SeenRow, dataset_texts, file_documents, row_text, task_examples, text_files
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.pretrained import begin_tokens
 from holdfast.rehearsal.corpus import corpus_files
@@ -39,12 +40,14 @@ def general_rows(
     samples: int = 1000,
     max_tokens: int = 563,
     seed: int = 0,
+    encode: Encode | None = None,
 ) -> list[dict[str, Any]]:
     """Tokenise a random choice of general texts. GeRe's defaults: 1,000 documents, the first 563 tokens of each.
 
     Exactly one of ``path``, ``texts`` and ``dataset`` is given. Texts of fewer than two tokens are skipped, since
     nothing in them can be predicted. The chosen texts keep their order, so the seed makes no difference where there are
-    no more than ``samples``.
+    no more than ``samples``. Rows of a file that show pictures are rows of a task: prompt and answer, and what is
+    supervised of them, are those that ``encode`` makes.
 
     Args:
         tokenizer: the model's; the call does not change it.
@@ -57,11 +60,12 @@ def general_rows(
         column: the column of a file or dataset that holds the text.
         samples: texts to choose; all if there are fewer.
         max_tokens: tokens of a row at most, from the beginning of its text, including a beginning-of-sequence token if
-            the tokenizer adds one.
+            the tokenizer adds one; rows with pictures are as long as ``encode`` makes them.
         seed: of the choice.
+        encode: makes rows of examples that show pictures; None: such a row is refused.
 
     Returns:
-        one row a text: ``input_ids`` and ``labels``, lists of int of equal length; all tokens but a
+        one row a text: ``input_ids`` and ``labels``, lists of int of equal length; all tokens of a text but a
         beginning-of-sequence token are supervised.
 
     Raises:
@@ -73,19 +77,21 @@ def general_rows(
         raise ConfigError("general samples: give one of path (a file or folder), dataset (of Hugging Face) and texts")
     if dataset is not None:
         source = f"dataset {dataset}"
-        read = list(itertools.islice(dataset_texts(dataset, subset, split, column), POOL * samples))
+        read: list[str | SeenRow] = list(
+            itertools.islice(dataset_texts(dataset, subset, split, column), POOL * samples)
+        )
     elif path is not None:
-        source, read = path, [text for file in text_files(Path(path)) for text in file_texts(file, column)]
+        source, read = path, [one for file in text_files(Path(path)) for one in file_documents(file, column)]
     else:
         source, read = "general samples", list(texts or ())
-    full = [text for text in read if text.strip()]
+    full = [one for one in read if isinstance(one, SeenRow) or one.strip()]
     if not full:
         raise DataError(f"{source}: holds no text to take general samples from")
 
     chosen: dict[int, dict[str, Any]] = {}
     order = iter(random.Random(f"{seed}/general samples").sample(range(len(full)), len(full)))
     while part := list(itertools.islice(order, samples - len(chosen))):
-        tokenised = _tokenised(tokenizer, [full[place] for place in part], max_tokens)
+        tokenised = _of_documents(tokenizer, [full[place] for place in part], max_tokens, encode)
         chosen |= {place: row for place, row in zip(part, tokenised, strict=True) if len(row["input_ids"]) > 1}
     if not chosen:
         raise DataError(
@@ -144,6 +150,25 @@ def corpus_rows(
     return rows
 
 
+def prompted_rows(path: str, encode: Encode) -> list[TokenRow]:
+    """The rows of a file or folder whose prompts are to be answered, as a task's rows.
+
+    Raises:
+        ConfigError: there is no such path.
+        DataError: a file holds no rows with prompts, or a row cannot be used.
+    """
+    rows = list[TokenRow]()
+    for file in text_files(Path(path)):
+        if suffix(file) == ".txt":
+            raise DataError(f"{file}: holds texts, which ask nothing; prompts are those of rows with prompt and answer")
+        for index, row in enumerate(read_rows(file)):
+            for example in task_examples(row, file, index):
+                if not example.turns:
+                    raise DataError(f"{where(file, index, row)}: is a text, which asks nothing; give prompt and answer")
+                rows.append(bare(encode([example])[-1]))
+    return rows
+
+
 def rows_fingerprint(rows: Sequence[TokenRow]) -> str:
     """SHA-256 (hexadecimal) over the tokens and labels of all rows, in order."""
     digest = hashlib.sha256()
@@ -153,6 +178,27 @@ def rows_fingerprint(rows: Sequence[TokenRow]) -> str:
             digest.update(len(values).to_bytes(8, "little"))
             digest.update(values.tobytes())
     return digest.hexdigest()
+
+
+def _of_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str | SeenRow], max_tokens: int, encode: Encode | None
+) -> list[dict[str, Any]]:
+    """Rows of texts, and of rows of a task, whose last answer is asked for; those without one have no tokens."""
+    texts = [one for one in documents if isinstance(one, str)]
+    tokenised = iter(_tokenised(tokenizer, texts, max_tokens) if texts else ())
+    rows = []
+    for one in documents:
+        if isinstance(one, str):
+            rows.append(next(tokenised))
+        elif encode is None:
+            raise ConfigError(
+                f"{where(one.file, one.place)}: shows a picture, and only `holdfast run` knows how the model reads it; "
+                "give texts"
+            )
+        else:
+            found = [bare(row) for row in encode(task_examples(*one))]
+            rows.append(found[-1] if found else {"input_ids": [], "labels": []})
+    return rows
 
 
 def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int | None) -> list[dict[str, Any]]:

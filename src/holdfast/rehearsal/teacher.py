@@ -27,6 +27,7 @@ from holdfast.losses.chunked import Head
 from holdfast.losses.next_token import predicting
 from holdfast.models.generation import evaluating
 from holdfast.models.head import head, hidden_only
+from holdfast.models.pictures import HIGHEST_PLACE
 from holdfast.models.pretrained import tokenizer_fingerprint
 from holdfast.rehearsal.cache import BuildPlan, TeacherCache, state_cache
 from holdfast.rehearsal.options import RehearsalOptions
@@ -67,11 +68,12 @@ class HiddenTeacher:
 
     def sums(self, rehearsed: Rehearsed, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
         """The loss's sum, with gradient, and the number of its entries: of KL the positions that predict a supervised
-        token, of L1 and L2 all entries of the hidden states of all tokens."""
+        token, of L1 and L2 all entries of the hidden states of all tokens that count."""
         student = rehearsed.hidden[0]
         target, mask = self.states(rehearsed, batch)
         target = target.to(student.dtype)
         if self.options.loss != "kl":
+            mask = _compared(mask, self.options, rehearsed.batch or batch)
             loss = l1_loss if self.options.loss == "l1" else l2_loss
             entries = torch.count_nonzero(mask) * student.shape[-1]
             return loss(student, target, mask) * entries, entries
@@ -94,12 +96,18 @@ class StateTeacher:
         self.options, self.cache, self.low, self.high = options, cache, low, high
 
     def sums(self, rehearsed: Rehearsed, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """:func:`.margin_sums` over all tokens of the samples."""
+        """:func:`.margin_sums` over all tokens of the samples that count."""
         student = rehearsed.hidden[0]
         low, high = self.low.to(student.device), self.high.to(student.device)
         classes = [unpack(packed, len(low)) for packed in self.cache.read_many(rehearsed.samples)]
         target, mask = padded(classes, student)
+        mask = _compared(mask, self.options, rehearsed.batch or batch)
         return margin_sums(student, target, low, high, mask, self.options.reduction)
+
+
+def _compared(mask: Tensor, options: RehearsalOptions, batch: Batch) -> Tensor:
+    """The tokens whose hidden states count, [rows, seq]: those of the mask, and of pictures if the options say so."""
+    return mask if options.places else mask.bool() & (batch["input_ids"] > HIGHEST_PLACE).to(mask.device)
 
 
 class LiveStates:
@@ -199,7 +207,9 @@ def cached_teacher(
         together=is_divided(stage.model),
     )
     if options.loss == "margin":
-        cache, low, high = state_cache(folder, key, rows, compute, multiple=options.multiple, plan=plan)
+        cache, low, high = state_cache(
+            folder, key, rows, compute, multiple=options.multiple, places=options.places, plan=plan
+        )
         return StateTeacher(options, cache, low, high), key
     now, extras = head(stage.model), dict[str, Tensor]()
     if options.loss == "kl" and now.weight.requires_grad:

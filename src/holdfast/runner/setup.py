@@ -206,7 +206,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
     encoder = build_encoder(resolved)
     max_length = encoder.max_length
     for method in resolved.methods:
-        method.try_samples(encoder.tokenizer, model_config)
+        method.try_samples(encoder.tokenizer, model_config, encoder.apart().encode_all)
     data = data or load_data(config)
     stream, general = data.stream, data.general
     if begins and config.evaluation.general is None and not general and (quiz := askable(encoder)):

@@ -84,6 +84,7 @@ def train_stage(
             states=states,
             folder=directory.path / "rehearsal",
             tokenizer=setup.encoder.tokenizer,
+            encode=setup.encoder.apart().encode_all,
         ),
     }
     with nullcontext() if stage.tasks[0].kind == "sft" else as_before(model):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.api.method import Method
-from holdfast.api.rows import Batch, TokenRow, bare, count_supervised, model_inputs, token_mask
+from holdfast.api.rows import Batch, TokenRow, bare, count_supervised, model_inputs, text_mask, token_mask
 from holdfast.api.stage import Extra, Rehearsed, Step
 from holdfast.data.collate import Collator, concat
 from holdfast.engines.pieces import is_divided
@@ -22,9 +22,12 @@ from holdfast.engines.process import Process
 from holdfast.errors import ConfigError
 from holdfast.losses.next_token import predicting, supervised_tokens
 from holdfast.models.head import hidden_only
+from holdfast.models.pictures import HIGHEST_PLACE
 from holdfast.models.supervised import OneRow, head_on
 from holdfast.training.batches import is_packed, is_token_batch
 
+Counted = tuple[int, int, int]
+"""Numbers of tokens: supervised ones, those of text, all."""
 ROW_KEYS = {"input_ids", "attention_mask", "labels"}
 ENCODER_KEYS = {"encoder_ids", "encoder_mask"}
 """What batches of a sequence-to-sequence model have beside them."""
@@ -122,15 +125,14 @@ class ExtraRows:
                 batch[KEY] = rows
         return batches
 
-    def _sum(self, counts: list[tuple[int, int]]) -> tuple[int, int]:
+    def _sum(self, counts: list[Counted]) -> Counted:
         """Sum over batches and processes."""
-        summed = self.process.all_reduce_sum(torch.tensor([*counts, (0, 0)], dtype=torch.float64).sum(0))
-        supervised, tokens = summed.long().tolist()
-        return supervised, tokens
+        summed = self.process.all_reduce_sum(torch.tensor([*counts, (0, 0, 0)], dtype=torch.float64).sum(0))
+        supervised, text, tokens = summed.long().tolist()
+        return supervised, text, tokens
 
-    def _put_beside(self, beside: list[dict[str, Batch]], extra: Extra, name: str) -> tuple[int, int]:
-        """Divide the rows among all micro-batches; return how many supervised tokens, and how many tokens, all
-        processes have of them."""
+    def _put_beside(self, beside: list[dict[str, Batch]], extra: Extra, name: str) -> Counted:
+        """Divide the rows among all micro-batches; return what :func:`_tokens` counts of them in all processes."""
         samples = list(extra.samples) if extra.samples is not None else list(range(len(extra.rows)))
         rank, world = (0, 1) if extra.per_process else (self.process.rank, self.process.world)
         # Where all processes have the same rows, each counts them all by itself, without waiting for the others.
@@ -146,7 +148,8 @@ class ExtraRows:
                 of_batch[name] = collated
         if extra.per_process:
             return self._sum(counts)
-        return sum(supervised for supervised, _ in counts), sum(tokens for _, tokens in counts)
+        supervised, text, tokens = map(sum, zip((0, 0, 0), *counts, strict=True))
+        return supervised, text, tokens
 
     def _replace(self, batches: list[Any], sizes: Sequence[int], extra: Extra, chance: random.Random) -> list[Any]:
         """Put the rows in random places of the step, instead of the task rows that stood there."""
@@ -291,7 +294,7 @@ class ExtraRows:
         outputs, (rows, seq) = passed.outputs, labels.shape
         part = slice(passed.row, passed.row + rows)
         has_task_logits = request.way in OWN and (passed.gathered or _has_all_logits(outputs, labels))
-        share, token_share = (
+        share, token_share, whole_share = (
             counts * step.micro_batches * here / max(in_step, 1)
             for here, in_step in zip(_tokens(batch), step.rehearsal_tokens[name], strict=True)
         )
@@ -305,6 +308,7 @@ class ExtraRows:
             task_logits=_predictions(passed, labels) if has_task_logits else None,
             batch=batch,
             token_share=token_share,
+            whole_share=whole_share,
         )
 
 
@@ -338,13 +342,15 @@ def _check_replaced(batch: Any, extra: Extra) -> None:
         )
 
 
-def _tokens(batch: Batch) -> tuple[int, int]:
-    """How many supervised tokens a batch has, and how many tokens."""
-    return int(supervised_tokens(batch["labels"])), int(torch.count_nonzero(token_mask(batch)))
+def _tokens(batch: Batch) -> Counted:
+    """How many tokens of a batch are supervised, how many are text, and how many there are."""
+    text, tokens = (int(torch.count_nonzero(mask)) for mask in (text_mask(batch), token_mask(batch)))
+    return int(supervised_tokens(batch["labels"])), text, tokens
 
 
-def _tokens_of_row(row: TokenRow) -> tuple[int, int]:
-    return count_supervised(row), len(row["input_ids"])
+def _tokens_of_row(row: TokenRow) -> Counted:
+    ids = row["input_ids"]
+    return count_supervised(row), sum(token > HIGHEST_PLACE for token in ids), len(ids)
 
 
 def _logits(passed: Passed, labels: Tensor, request: Extra) -> Tensor:

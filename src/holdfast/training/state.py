@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from holdfast.api.method import Method
 from holdfast.api.rows import IGNORED, TokenRow
-from holdfast.api.stage import Stage, Step
+from holdfast.api.stage import Encode, Stage, Step
 from holdfast.data.collate import Collator
 from holdfast.engines import zero
 from holdfast.engines.process import Process
@@ -40,6 +40,7 @@ class RunContext:
             an engine has divided the model.
         folder: where methods may keep files; where absent, ``rehearsal`` in ``output_dir``.
         tokenizer: the model's; where absent, the trainer's ``processing_class``.
+        encode: makes rows of examples as those of its tasks were made.
     """
 
     rows: Sequence[TokenRow] | None = None
@@ -48,6 +49,7 @@ class RunContext:
     states: Path | None = None
     folder: Path | None = None
     tokenizer: Any = None
+    encode: Encode | None = None
 
 
 @dataclass

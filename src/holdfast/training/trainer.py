@@ -309,6 +309,7 @@ def _stage(trainer: Any) -> Stage:
         steps=_steps(trainer, rows_a_step),
         dev=run.dev if run.dev is not None else _dev_rows(trainer, collator),
         check_stop=state.check_stop,
+        encode=run.encode,
     )
 
 
