@@ -92,6 +92,9 @@ def test_plain_transformers_answers_as_the_run_did(runs: Any, family: str, what:
     directory = runs(family, "full" if what == "full" else "lora")
     exported = export(directory, tmp_path / "out", merge=what == "merged")
     assert exported.sees
+    settings = read_json(tmp_path / "out" / "generation_config.json")
+    config = read_json(directory.parent / "model" / "config.json")
+    assert settings["suppress_tokens"] == [config.get("image_token_id", config.get("image_token_index"))]
     base = directory.parent / "model"
     for name in PROCESSOR_FILES:
         assert (tmp_path / "out" / name).exists() == (base / name).exists()
@@ -116,8 +119,14 @@ def test_the_folder_of_a_stage_is_a_model_to_begin_with(runs: Any, family: str):
     assert sight is not None and sight.processor.image_processor.size
 
 
-def test_the_card_asks_about_a_picture(runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("template", ["auto", "plain"])
+def test_the_card_asks_about_a_picture(
+    runs: Any, template: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = runs("llava", "lora")
+    if template == "plain":
+        output = str(directory.parent / "plain")
+        directory = taught(directory.parent, "llava", tuner="lora", data={"template": template}, output=output)
     export(directory, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card and "It sees" in card and "--enable-lora" in card

@@ -107,8 +107,9 @@ def _use(exported: Exported) -> str:
             "",
             f'model = {auto}.from_pretrained("FOLDER"{dtype}{remote})',
         ]
+    opened = ["from PIL import Image"] if exported.sees and not exported.chat else []
     asked = _asked(exported, remote) if exported.sees else []
-    lines += ["```python", *load, *asked, "```", "", *_serve(exported), ""]
+    lines += ["```python", *opened, *load, *asked, "```", "", *_serve(exported), ""]
     if exported.sees:
         lines.append("Processors of models that read videos, too, need torchvision.")
     if exported.dtype is not None:
@@ -147,7 +148,6 @@ def _asked(exported: Exported, remote: str) -> list[str]:
             ")",
         ]
     else:
-        lines[:0] = ["from PIL import Image", ""]
         lines += [
             'picture = Image.open("PICTURE.png").convert("RGB")',
             'inputs = processor(text=processor.image_token + "QUESTION", images=picture, return_tensors="pt")',
