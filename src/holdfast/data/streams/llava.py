@@ -6,13 +6,13 @@ a definition names as ``test_rows``. A row that is a conversation already stays 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast.data.files import RawRow, read_json_file, where
 from holdfast.errors import DataError
+from holdfast.system.files import json_text
 
 MARK = "<image>"
 TEXTVQA = "TextVQA_0.5.1_val.json"
@@ -129,7 +129,7 @@ def _conversation(row: Mapping[str, Any], place: str, after: str = "") -> dict[s
 
 def _as_text(answer: Any) -> str:
     """An answer that is a number or a box, as text."""
-    return answer if isinstance(answer, str) else json.dumps(answer)
+    return answer if isinstance(answer, str) else json_text(answer)
 
 
 def _copy(row: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
