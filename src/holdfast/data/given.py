@@ -17,6 +17,7 @@ from holdfast.data.files import COMPRESSED, SUFFIXES, RawRow, is_data_file, read
 from holdfast.data.formats import USED, detect, to_examples
 from holdfast.data.layout import BESIDE, INNER, SPLITS
 from holdfast.data.load import refuse_bad_rows
+from holdfast.data.row_pictures import COLUMNS, with_kept_pictures
 from holdfast.data.source import SAVED, Part, Source, read_labels, read_parts, renamed, without_reasoning
 from holdfast.data.texts import is_hub_name, no_path
 from holdfast.errors import ColumnsError, ConfigError, DataError
@@ -253,10 +254,11 @@ def _rows(
                 instruction=options.instruction,
                 prompt=options.prompt if format == "sentence_label" else None,
                 input=options.input,
+                images=None if options.images is None else Path(options.images),
                 bad=bad,
                 noticed=noticed,
             )
-            values = {key: row[key] for key in row if key in USED[format] and row[key] is not None}
+            values = _kept(row, format, examples, Path(part.file).parent if options.images is None else options.images)
             try:
                 json_text(values)
             except (TypeError, ValueError) as error:
@@ -264,6 +266,14 @@ def _rows(
                 continue
             rows += [GivenRow(values, example, *hashes(example, format)) for example in examples]
     return rows
+
+
+def _kept(row: RawRow, format: str, examples: list[Example], folder: str | Path) -> dict[str, Any]:
+    """The columns of a row that its format reads; in the places of pictures, their paths in the run's own folder."""
+    values = {key: row[key] for key in row if key in USED[format] and row[key] is not None}
+    if not any(example.pictures for example in examples):
+        return values
+    return with_kept_pictures(values | {key: row[key] for key in COLUMNS if row.get(key)}, Path(folder))
 
 
 def hashes(example: Example, format: str) -> tuple[str, str]:
@@ -274,7 +284,9 @@ def hashes(example: Example, format: str) -> tuple[str, str]:
     if example.text is not None:
         return _hash(example.text), _hash(_squeezed(example.text))
     if format == "sentence_label":
-        return _hash([example.input, example.answer]), _hash(_squeezed(example.input))
+        shown = [picture.number for picture in example.pictures]
+        asked_of = [_squeezed(example.input), *shown] if shown else _squeezed(example.input)
+        return _hash([example.input, example.answer, *shown]), _hash(asked_of)
     asked = [[turn.role, _squeezed(turn.said), *turn.shown] for turn in example.turns[:-1]]
     return fingerprint([example], [], [])[:DIGITS], _hash([asked, example.tools])
 

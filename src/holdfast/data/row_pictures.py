@@ -21,6 +21,11 @@ MARK = "<image>"
 """Where a picture of the row's columns stands in its text."""
 PARTS = ("image", "image_url", "input_image")
 """Types of a message's parts that are pictures."""
+KEPT = "pictures"
+"""A run's own folder of pictures."""
+FROM_ROWS = f"../../{KEPT}"
+"""The way to it from a task's rows, which lie in data/TASK."""
+_KEPT = re.compile(r"[0-9a-f]{15}(?:\.\w+)?")
 _FIRST = ("system", "system_prompt", "history")  # what stands before a row's other turns
 _OWN = ("path", "image", "image_url", "url", "bytes", "base64", "data")
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
@@ -64,8 +69,7 @@ def take_pictures(row: dict[str, Any], folder: Path) -> tuple[dict[str, Any], li
         if isinstance(value, list):
             return [taken(one, f"{within}, part {n}") for n, one in enumerate(value, 1)]
         if isinstance(value, dict) and value.get("type") in PARTS:
-            own = next((value[key] for key in _OWN if value.get(key) is not None), None)
-            own = own.get("url") if isinstance(own, dict) and "url" in own else own
+            own = _own_picture(value)
             shown.append(_next(columns, within, len(waiting)) if own is None else _picture(own, folder, within))
             return {"type": "text", "text": PICTURE}
         if isinstance(value, dict):
@@ -103,10 +107,55 @@ def with_pictures(turns: Sequence[Turn], pictures: Sequence[Picture]) -> tuple[T
     return tuple(turns)
 
 
+def with_kept_pictures(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The row with the paths of its pictures in a run's own folder (:func:`kept_name`) in their places.
+
+    Args:
+        folder: what the paths in the row are relative to.
+
+    Raises:
+        BadRowError: a picture cannot be used.
+    """
+
+    def kept(source: Any) -> str:
+        return f"{FROM_ROWS}/{kept_name(_picture(source, folder, 'picture'))}"
+
+    def below(value: Any) -> Any:
+        if isinstance(value, list):
+            return [below(one) for one in value]
+        if isinstance(value, dict) and value.get("type") in PARTS:
+            own = _own_picture(value)
+            return value if own is None else {"type": "image", "path": kept(own)}
+        return {key: below(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+    found = {key: below(value) for key, value in row.items() if key not in COLUMNS}
+    for column in COLUMNS:
+        if shown := [kept(source) for _, source, _ in _sources(row.get(column))]:
+            found[column] = shown if isinstance(row[column], list) else shown[0]
+    return found
+
+
+def kept_name(picture: Picture) -> str:
+    """What a picture's file is called in a run's own folder: its number, and an ending that viewers know."""
+    ending = picture.source.suffix.lower() if isinstance(picture.source, Path) else ""
+    return f"{picture.number:015x}{ending}"
+
+
+def kept_names(rows: str) -> set[str]:
+    """The files in a run's own folder that rows show, which are given as text."""
+    return set(re.findall(rf"{re.escape(FROM_ROWS)}/({_KEPT.pattern})", rows))
+
+
 def shows_pictures(row: dict[str, Any]) -> str | None:
     """The column of a row that has pictures; None where none has."""
     columns = (key for key, value in row.items() if (key in COLUMNS and value) or _has_parts([value]))
     return next(columns, None)
+
+
+def _own_picture(part: dict[str, Any]) -> Any:
+    """The picture that a part of a message brings itself; None: one of the row's columns."""
+    own = next((part[key] for key in _OWN if part.get(key) is not None), None)
+    return own.get("url") if isinstance(own, dict) and "url" in own else own
 
 
 def _sources(value: Any) -> Iterator[tuple[int, Any, bool]]:
@@ -148,6 +197,9 @@ def _picture(source: Any, folder: Path, within: str) -> Picture:
     if not isinstance(source, Path):
         raise BadRowError(f"{within}: must be a path or the bytes of a picture, not {type_name(source)}")
     try:
-        return look_at(source, name)
+        picture = look_at(source, name)
     except BadPictureError as error:
         raise BadRowError(f"{within}: {error}{place}") from None
+    if name.startswith(FROM_ROWS) and _KEPT.fullmatch(source.name) and int(source.name[:15], 16) != picture.number:
+        raise BadRowError(f"{within}: {name!r} is another picture than the one that was kept{place}; restore it")
+    return picture

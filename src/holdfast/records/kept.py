@@ -12,10 +12,11 @@ from typing import Any
 
 from holdfast.config.run import RUN
 from holdfast.data.given import GivenRow
+from holdfast.data.row_pictures import KEPT, kept_name, kept_names
 from holdfast.data.sides import Divided, Side
 from holdfast.records.directory import LEARN, file_name, learned_stages
 from holdfast.records.shapes import read_json, read_jsonl
-from holdfast.system.files import json_file, jsonl_file, write_jsonl
+from holdfast.system.files import json_file, jsonl_file, write_bytes, write_jsonl
 from holdfast.system.files import whole_folder as whole
 from holdfast.system.manifest import folder_facts, note, write_noted
 
@@ -83,6 +84,7 @@ class Kept:
         while self.tasks and self.tasks[-1]["name"] not in begun:
             shutil.rmtree(self.folders()[-1], ignore_errors=True)
             self.tasks.pop()
+            drop_pictures(self.path)
         if self.tasks:
             self.given = self.tasks[-1]["given"]
 
@@ -145,6 +147,14 @@ class Kept:
                 shutil.rmtree(entry)
         if self.memory:
             folder = self.next_folder(task["name"])
+            drop_pictures(self.path)
+            for picture in {
+                p.number: p for side in usable.values() for row in side for p in row.example.pictures
+            }.values():
+                file = self.path / KEPT / kept_name(picture)
+                if not file.exists():  # a copy, which stays what it is when the giver's file is written anew
+                    file.parent.mkdir(exist_ok=True)
+                    write_bytes(file, picture.content())
             with whole(folder) as partial:
                 for side, rows in usable.items():
                     write_jsonl(partial / f"{side}.jsonl", [row.values for row in rows])
@@ -163,6 +173,20 @@ class Kept:
         write_noted(self.path, self.path / DATA / ROWS, jsonl_file(lines))
         self.tasks.append(task | {"train": len(train), "test": len(test), "given": self.given})
         self.write()
+
+
+def shown_pictures(root: Path) -> set[str]:
+    """The files in a run's own folder of pictures that rows in its data show, by name."""
+    return {name for file in (root / DATA).glob("*/*.jsonl") for name in kept_names(file.read_text(encoding="utf-8"))}
+
+
+def drop_pictures(root: Path) -> None:
+    """Delete the kept pictures that no row shows any more."""
+    if (root / KEPT).is_dir():
+        shown = shown_pictures(root)
+        for file in (root / KEPT).iterdir():
+            if file.name not in shown:
+                file.unlink()
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

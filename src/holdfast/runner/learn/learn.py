@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.row_pictures import KEPT
 from holdfast.errors import ConfigError
 from holdfast.records.kept import Kept
 from holdfast.records.shapes import read_json
@@ -59,7 +60,8 @@ def learn(
     if kept is not None:
         check_memory(kept, call)
         check_model(kept, call)
-        if kept.finished() and call.fingerprint is not None and (task := kept.find(call.fingerprint)) is not None:
+        seen = (call.path / KEPT).is_dir()  # a file of rows can be the same, and the pictures that it names others
+        if not seen and kept.finished() and (task := kept.find(call.fingerprint)) is not None:
             check_task(task, call)
             (progress or Progress()).line(f"{call.data}: is learned already, as {task['name']}; nothing is trained")
             return read_json(call.path / "matrix.json")

@@ -279,7 +279,9 @@ def rows_of(examples: list[Example], rows: list[GivenRow]) -> list[GivenRow]:
 
 def kept_options(options: TaskConfig, fit: Fitting, path: str) -> dict[str, Any]:
     """The task of the run's stream: its rows lie in the run, under the names that their format has."""
-    values = options.model_dump(exclude_defaults=True, exclude={"path", "dataset", "subset", "columns", "beside"})
+    values = options.model_dump(
+        exclude_defaults=True, exclude={"path", "dataset", "subset", "columns", "beside", "images"}
+    )
     values |= {"path": path, "metric": fit.metric, "beside": options.beside or fit.beside}
     if fit.labels is not None:
         values["labels"] = fit.labels

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config.run import RunConfig
+from holdfast.data.row_pictures import KEPT
 from holdfast.records.directory import file_name
+from holdfast.records.kept import shown_pictures
 from holdfast.records.read import FinishedRun
 from holdfast.records.shapes import read_appended, read_json, read_jsonl
 from holdfast.runner.rebuild.plan import Plan
@@ -94,6 +96,8 @@ def copy_data(run: FinishedRun, root: Path, removed: Sequence[str], gone: Gone, 
             else:
                 _link(file, target / file.name)
         note(root, target, folder_facts(target))
+    for name in sorted(shown_pictures(root)):
+        _link(run.path / KEPT / name, root / KEPT / name)
     if (run.path / "learn.json").exists():
         _copy_learned(run, root, removed, gone, changes)
 

@@ -11,6 +11,7 @@ from holdfast.api.task import Example
 from holdfast.config.stream import TaskOptions
 from holdfast.data.files import read_rows
 from holdfast.data.formats import KEYS, USED, detect, to_examples
+from holdfast.data.row_pictures import shows_pictures
 from holdfast.errors import DataError
 
 Said = frozenset[str]
@@ -36,8 +37,9 @@ def said_in(file: Path, options: TaskOptions | None = None) -> list[Said]:
 
 def _said(row: Mapping[str, Any], format: str, file: Path) -> Said:
     used = {key: row[key] for key in sorted(USED[format] & row.keys()) if row[key] not in (None, "", [])}
-    found = {json.dumps([format, used], sort_keys=True, default=str)}
-    if format != "sentence_label" and set(KEYS[format]) <= row.keys():
+    seen = shows_pictures(dict(row)) is not None  # then its words alone are not all that it says
+    found = set() if seen else {json.dumps([format, used], sort_keys=True, default=str)}
+    if seen or (format != "sentence_label" and set(KEYS[format]) <= row.keys()):
         try:
             examples = to_examples([dict(row)], format, file=file, bad=[])
         except DataError:

@@ -30,7 +30,7 @@ MADE = {
 }
 """What holdfast makes in a run's directory and a rebuilding makes again. All else is carried over."""
 
-LEARNED = {"data", "general"}
+LEARNED = {"data", "general", "pictures"}
 """The same of a run that learns what it is given."""
 
 
