@@ -1,4 +1,4 @@
-# `make demo`, `make real` and `make test` each set up all they need in .venv; a second call finds it done.
+# `make demo`, `make images`, `make real` and `make test` each set up all they need in .venv; a second call finds it done.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -10,10 +10,13 @@ LOWEST_TESTS := tests/whole/test_project.py tests/whole/test_bad_input.py tests/
 	tests/rehearsal/test_rehearsal.py tests/tuners/test_tuners.py tests/scoring/test_scorers.py \
 	tests/evaluation/test_evaluation.py tests/report/test_report.py
 
-.PHONY: demo real test test-all test-lowest wheel docs lint format clean
+.PHONY: demo images real test test-all test-lowest wheel docs lint format clean
 
 demo: $(READY)
 	$(BIN)/holdfast demo
+
+images: $(READY)
+	$(BIN)/holdfast demo --images
 
 real: $(READY)
 	$(BIN)/holdfast demo --real
