@@ -51,6 +51,15 @@ def test_every_row_of_an_epoch_counts_once(total, world, size, accumulated):
     assert counted == total
 
 
+def test_repeated_rows_stay_beside_pictures_and_teach_nothing():
+    """A batch's pixels do not say which row they belong to: a row may show several pictures, or many patches."""
+    batch = pad_rows(tiny_rows(2)) | {"pixel_values": torch.ones(6, 4)}
+    batches = [batch]
+    assert drop_repeated_rows(batches, Process(1, 2), 0, 2, 3) == [1]
+    assert len(batches[0]["input_ids"]) == 2 and len(batches[0]["pixel_values"]) == 6
+    assert (batches[0]["labels"] != -100).any(1).tolist() == [True, False]
+
+
 def test_batches_without_a_label_for_every_token_are_left_as_they_are():
     batches = [{"x": torch.ones(2, 2)}]
     assert drop_repeated_rows(batches, Process(1, 2), 0, 2, 3) == [] and len(batches[0]["x"]) == 2

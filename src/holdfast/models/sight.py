@@ -43,11 +43,10 @@ class Sight:
 
     def __init__(self, processor: Any, config: PretrainedConfig):
         """Raises ConfigError if the model's configuration or its processor names no image token."""
-        token = getattr(config, "image_token_id", None)
-        token = getattr(config, "image_token_index", None) if token is None else token
+        token = _image_token(config)
         if token is None or getattr(processor, "image_token", None) is None:
             raise ConfigError(f"model.name: the configuration of this {config.model_type} names no image token")
-        self.processor, self.image_token_id = processor, int(token)
+        self.processor, self.image_token_id = processor, token
         self.placeholder = str(processor.image_token)
         self.image_token = str(processor.tokenizer.convert_ids_to_tokens(self.image_token_id))
         self.written = lru_cache(maxsize=4096)(self._written)
@@ -113,6 +112,12 @@ class Sight:
         [written] = self.written((picture.size,))
         ids = self.processor.tokenizer(written, add_special_tokens=False)["input_ids"]
         return [place_token(picture, 0) if token == self.image_token_id else token for token in ids]
+
+
+def _image_token(config: PretrainedConfig) -> int | None:
+    """The token that a model fills with parts of a picture, as its configuration names it."""
+    tokens = (getattr(config, key, None) for key in ("image_token_id", "image_token_index"))
+    return next((int(token) for token in tokens if token is not None), None)
 
 
 class _Recorder:
@@ -213,8 +218,9 @@ def callable_with_pictures(model: Any, sight: Sight | None) -> Any:
 
 def never_written(model: Any) -> dict[str, list[int]]:
     """The settings of generation by which a model that sees writes no image token, which is no text."""
-    sight = sight_of(model)
-    return {} if sight is None else {"suppress_tokens": [sight.image_token_id]}
+    config = base(model).config
+    token = _image_token(config) if sees(config) else None
+    return {} if token is None else {"suppress_tokens": [token]}
 
 
 def sight_of(model: Any) -> Sight | None:

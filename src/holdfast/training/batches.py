@@ -24,6 +24,24 @@ def is_token_batch(batch: Any) -> bool:
     return isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.shape == labels.shape
 
 
+MEDIA = ("pixel_", "image", "video", "audio", "input_image", "input_audio", "input_features", "input_values")
+"""How the names of a batch's columns begin that hold pictures or sounds beside its tokens."""
+
+
+def media(batch: Any) -> str | None:
+    """The first column of a batch that holds pictures or sounds beside its tokens; None where none does."""
+    columns = batch.items() if isinstance(batch, Mapping) else ()
+    return next((key for key, value in columns if str(key).startswith(MEDIA) and value is not None), None)
+
+
+def tokens_alone(column: str) -> str:
+    """Why a method that stores or reads rows as tokens cannot do so where they have a column of pictures or sounds."""
+    return (
+        f"its rows have {column}, and a method that stores rows, or goes through the model with them, does so with "
+        "their tokens alone; `holdfast run` keeps pictures, or a method that needs no rows, such as si, would do"
+    )
+
+
 def is_preference_batch(batch: Any) -> bool:
     """Whether a batch has completions that are judged, as TRL's DPOTrainer and KTOTrainer make them."""
     ids, mask = (batch.get(key) for key in ("input_ids", "completion_mask")) if isinstance(batch, Mapping) else (0, 0)
@@ -91,7 +109,7 @@ def drop_repeated_rows(batches: list[Any], process: Process, first: int, size: i
     """Remove the rows that accelerate repeats to fill an epoch's last batches; labels are changed in place.
 
     A batch keeps one row where all of its rows are repeated, since the model needs an input; all labels of that row
-    become -100, so that nothing is learned of it.
+    become -100, so that nothing is learned of it. So do those of every repeated row beside pictures, and it stays.
 
     Args:
         batches: this process's micro-batches of one step.
@@ -108,7 +126,9 @@ def drop_repeated_rows(batches: list[Any], process: Process, first: int, size: i
     for number, batch in enumerate(batches):
         start = ((first + number) * process.world + process.rank) * size
         sizes.append(min(size, max(0, total - start)))
-        batches[number] = {key: value[: max(sizes[-1], 1)] for key, value in batch.items()}
-        if not sizes[-1]:
-            batches[number]["labels"] = torch.full_like(batches[number]["labels"], -100)
+        if media(batch):  # whose parts do not say which row they belong to
+            batches[number] = {**batch, "labels": batch["labels"].clone()}
+        else:
+            batches[number] = {key: value[: max(sizes[-1], 1)] for key, value in batch.items()}
+        batches[number]["labels"][sizes[-1] :] = -100
     return sizes

@@ -11,7 +11,7 @@ from typing import Any
 
 from holdfast.api.rows import TokenRow, token_rows
 from holdfast.errors import ConfigError
-from holdfast.training.batches import good_answers, is_preference_batch, is_token_batch
+from holdfast.training.batches import good_answers, is_preference_batch, is_token_batch, media, tokens_alone
 
 
 class CollatedRows(Sequence[TokenRow]):
@@ -22,7 +22,8 @@ class CollatedRows(Sequence[TokenRow]):
         collate: makes a batch of a list of its rows.
 
     Raises:
-        ConfigError: when it is first used: the dataset has no length, or the collator makes no token batches.
+        ConfigError: when it is first used: the dataset has no length, or the collator makes no token batches. When a
+            row is read: it has pictures or sounds, which its tokens do not hold.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]):
@@ -55,7 +56,10 @@ class CollatedRows(Sequence[TokenRow]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        batch = good_answers(self._collate([self._dataset[self._places[index]]]))
+        batch = self._collate([self._dataset[self._places[index]]])
+        if column := media(batch):
+            raise ConfigError(f"train_dataset: {tokens_alone(column)}")
+        batch = good_answers(batch)
         if not is_token_batch(batch):
             raise ConfigError(
                 "train_dataset: the trainer's collator does not make input_ids and a label for each of them; a method "

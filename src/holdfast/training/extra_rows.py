@@ -24,7 +24,7 @@ from holdfast.losses.next_token import predicting, supervised_tokens
 from holdfast.models.head import hidden_only
 from holdfast.models.pictures import HIGHEST_PLACE
 from holdfast.models.supervised import OneRow, head_on
-from holdfast.training.batches import is_packed, is_token_batch
+from holdfast.training.batches import is_packed, is_token_batch, media, tokens_alone
 
 Counted = tuple[int, int, int]
 """Numbers of tokens: supervised ones, those of text, all."""
@@ -100,6 +100,9 @@ class ExtraRows:
         """
         answers = {method.name: method.extra_rows(step) for method in methods}
         self.by_method = {name: extra for name, extra in answers.items() if extra is not None}
+        for method in methods:
+            if method.needs_rows or method.needs_token_batches:
+                check_whole(batches, method.name)
         for name, extra in self.by_method.items():
             if extra.way != "beside":
                 for batch in batches:
@@ -320,6 +323,12 @@ def check_tokens(batch: Any, name: str) -> None:
             "input_ids and a label for each; a trainer of the next-token loss, such as Trainer or TRL's SFTTrainer, "
             "would do, or a method whose rows go beside the task's (way beside)"
         )
+
+
+def check_whole(batches: Sequence[Any], name: str) -> None:
+    """ConfigError if a method reads the task's rows as tokens, and these say not all of a row."""
+    if column := next(filter(None, map(media, batches)), None):
+        raise ConfigError(f"method {name}: train_dataset: {tokens_alone(column)}")
 
 
 def _check_places(extras: dict[str, Extra]) -> None:

@@ -17,7 +17,7 @@ from holdfast.errors import ConfigError
 from holdfast.models.head import base
 from holdfast.models.kinds import is_seq2seq, sees
 from holdfast.training.batches import is_packed, is_preference_batch
-from holdfast.training.extra_rows import check_tokens
+from holdfast.training.extra_rows import check_tokens, check_whole
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -115,6 +115,8 @@ def check_batches(methods: Sequence[Method], first: Callable[[], Any]) -> None:
         return
     for method in on_rows:
         check_tokens(batch, method.name)
+        if method.needs_token_batches:
+            check_whole([batch], method.name)
     if apart and is_packed(batch):
         raise ConfigError(f"{packed(apart[0])}; turn the trainer's packing off")
     if reading and (is_preference_batch(batch) or not isinstance(batch, Mapping)):
