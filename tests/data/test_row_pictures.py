@@ -108,12 +108,25 @@ def test_paths_start_from_the_task_s_folder_of_pictures(folder):
     assert [picture.source for picture in example.pictures] == [folder / "pictures" / "0.png"]
 
 
+def with_a_frame_without_size() -> bytes:
+    """A TIFF file whose second directory has one entry, which is no width or height."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "TIFF")
+    content = bytearray(file.getvalue())
+    first = int.from_bytes(content[4:8], "little")
+    after = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")
+    content[after : after + 4] = len(content).to_bytes(4, "little")
+    return bytes(content) + b"\x01\x00" + b"\x12\x01\x03\x00\x01\x00\x00\x00\x01\x00\x00\x00" + bytes(4)
+
+
 def damaged(folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:-60])
     (folder / "text.png").write_text("no picture")
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "green")]
     frames[0].save(folder / "two.gif", save_all=True, append_images=frames[1:])
     Image.new("1", (9000, 9000)).save(folder / "huge.png")
+    Image.new("I;16", (8, 8)).save(folder / "deep.png")
+    (folder / "half.tiff").write_bytes(with_a_frame_without_size())
 
 
 @pytest.mark.parametrize(
@@ -124,6 +137,8 @@ def damaged(folder: Path) -> None:
         ({"image": "text.png"}, "image: 'text.png' is no picture that Pillow can read"),
         ({"image": "two.gif"}, r"image: 'two.gif' is animated \(2 frames\); save the frame that is meant"),
         ({"image": "huge.png"}, "image: 'huge.png' has 9000 x 9000 pixels, more than 64 millions"),
+        ({"image": "deep.png"}, "image: 'deep.png' has more than 8 bits a colour"),
+        ({"image": "half.tiff"}, "image: 'half.tiff' is broken"),
         ({"image": "https://host/0.png"}, "image: 'https://host/0.png' is an address of the web; give a file"),
         ({"image": 7}, "image: must be a path or the bytes of a picture, not a number"),
         ({"image": "data:image/png;base64,?"}, "image: its data URL is no base64"),

@@ -22,11 +22,12 @@ from holdfast.models.generation import generate
 from holdfast.models.head import head, hidden_only
 from holdfast.models.likelihood import token_losses
 from holdfast.models.parts import Parts
-from holdfast.models.pictures import forget, is_place, pictures_in
+from holdfast.models.pictures import forget, is_place, number_of, pictures_in
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sight import callable_with_pictures, load_sight
 from holdfast.models.supervised import keeps_its_loss, predictions
 from holdfast.models.weights import load_language_model
+from holdfast.rehearsal.samples import general_rows
 from holdfast.tuners import build
 from support.sight import SEEING, seeing_model, write_pictures, write_seeing
 
@@ -107,7 +108,10 @@ def test_rows_are_the_processors(made: Any, name: str):
     for number, row in enumerate(model.rows()):
         ids = row["input_ids"]
         assert model.as_tokens(ids) == model.inputs(number)["input_ids"][0].tolist()
-        assert [p.name for p in pictures_in(ids)] == [["0.png"], ["1.png", "2.png"], []][number]
+        shown = [
+            number_of((model.folder.parent / name).read_bytes()) for name in [["0.png"], ["1.png", "2.png"], []][number]
+        ]
+        assert [p.number for p in pictures_in(ids)] == shown
         trained = model.tokenizer.decode([label for label in row["labels"] if label != IGNORED])
         assert trained == f"{ROWS[number]['answer']}</s>"
 
@@ -271,3 +275,24 @@ def test_an_empty_picture_changes_nothing(made: Any, name: str, monkeypatch: pyt
     unused = [key for key, p in model.named_parameters() if p.grad is None]
     gone = [key for key in unused if Parts(model).of(key) == "projector"]
     assert not gone, gone
+
+
+@families
+def test_no_text_is_taken_for_a_part_of_a_picture(made, name):
+    model = made(name)
+    token = model.sight.image_token
+    [example] = to_examples([{"text": f"the {token} tag"}], "text", file=model.folder / "train.json")
+    with pytest.raises(DataError, match=r"row 1: its text has .* in it, which stands for a part of a picture"):
+        model.encoder().encode(example)
+    [row] = model.encoder(template="plain").encode(example)
+    general, other = general_rows(model.tokenizer, texts=[f"the {token} tag", "a</s>b"], no_text=token)
+    assert model.sight.image_token_id not in row["input_ids"] + general["input_ids"]
+    assert model.tokenizer.eos_token_id in other["input_ids"]
+
+
+def test_a_picture_of_a_shape_that_the_processor_refuses_is_named(made, tmp_path):
+    Image.new("RGB", (3000, 10)).save(tmp_path / "long.png")
+    row = {"image": "long.png", "prompt": "what?", "answer": "a"}
+    [example] = to_examples([row], "prompt_answer", file=tmp_path / "train.json")
+    with pytest.raises(DataError, match=r"row 1: the model's processor does not take .*\(long.png 3000x10\): absolute"):
+        made("qwen2_5_vl").encoder().encode(example)

@@ -47,6 +47,8 @@ class SeeingEncoder(Encoder):
 
     def _pieces(self, example: Example) -> list[list[Piece]]:
         if example.text is not None:
+            if self.chat and self.sight.image_token in example.text:
+                raise DataError(self._no_text(example))
             return super()._pieces(example)
         pictures = [picture for turn in example.turns for picture in turn.pictures]
         return [self._shown(example, pieces, pictures) for pieces in super()._pieces(example)]
@@ -63,7 +65,7 @@ class SeeingEncoder(Encoder):
             raise DataError(
                 f"{where(example.file, example.row)}: its text has {mark!r} in it, for which the row has no picture"
             )
-        written = self.sight.written(tuple(picture.size for picture in pictures[:count])) if count else ()
+        written = self._written(example, pictures[:count]) if count else ()
         places = [
             (place_token(picture, order), self.sight.places(text))
             for order, (picture, text) in enumerate(zip(pictures, written, strict=False))
@@ -83,11 +85,25 @@ class SeeingEncoder(Encoder):
                 shown += _parted(piece, texts, written[own], places[own])
         known = sum(number for _, number in places)
         if self.chat and sum(self.sight.places(piece.text) for piece in shown) != known:
-            raise DataError(
-                f"{where(example.file, example.row)}: its text has {self.sight.image_token!r} in it, which stands for "
-                "a part of a picture; data.template=plain keeps it text"
-            )
+            raise DataError(self._no_text(example))
         return shown
+
+    def _no_text(self, example: Example) -> str:
+        return (
+            f"{where(example.file, example.row)}: its text has {self.sight.image_token!r} in it, which stands for a "
+            "part of a picture; data.template=plain keeps it text"
+        )
+
+    def _written(self, example: Example, pictures: Sequence[Picture]) -> tuple[str, ...]:
+        """What the model's processor writes for pictures; DataError where it takes none of such a size."""
+        try:
+            return self.sight.written(tuple(picture.size for picture in pictures))
+        except (ValueError, ZeroDivisionError) as error:
+            sizes = ", ".join(f"{picture.name} {picture.width}x{picture.height}" for picture in pictures)
+            raise DataError(
+                f"{where(example.file, example.row)}: the model's processor does not take its pictures ({sizes}): "
+                f"{error}"
+            ) from None
 
     def _joined(self, pieces: Sequence[Piece], parts: Sequence[list[int]]) -> tuple[list[int], list[int]]:
         ids, labels = super()._joined(

@@ -345,6 +345,7 @@ class Rehearsal(Method):
             rows = TokenFile.open(options.path, tokenizer).rows(length)
             held, self._is_token_file = min(self._held(len(rows)), most_held), True
         else:
+            sight = sight_of(stage.model)
             texts = general_rows(
                 tokenizer,
                 path=options.path,
@@ -353,6 +354,7 @@ class Rehearsal(Method):
                 max_tokens=length,
                 seed=seed,
                 encode=self._encode(stage),
+                no_text=None if sight is None else sight.image_token,
             )
             rows = self._as_read(stage, texts)
             held = max(self._held(len(rows)), len(rows) - options.samples)

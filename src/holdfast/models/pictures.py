@@ -161,7 +161,7 @@ def look_at(source: Path | bytes, name: str = "") -> Picture:
         name: what messages call it; of a file, its path.
 
     Raises:
-        BadPictureError: it is missing, broken, too large, or has several frames.
+        BadPictureError: it is missing, broken, too large, has several frames, or more than 8 bits a colour.
         ConfigError: Pillow is not installed.
     """
     _pillow()
@@ -199,12 +199,19 @@ def _checked(number: int, content: bytes, source: Path | bytes, name: str) -> Pi
                 )
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 raise BadPictureError(f"{name!r} is animated ({frames} frames); save the frame that is meant")
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise BadPictureError(
+                    f"{name!r} has more than 8 bits a colour (Pillow's mode {image.mode}), of which models see white "
+                    "alone; save it with 8 bits"
+                )
             if image.getexif().get(_ORIENTATION) in _TURNED:
                 width, height = height, width
             image.load()
     except UnidentifiedImageError:
         raise BadPictureError(f"{name!r} is no picture that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except BadPictureError:
+        raise
+    except Exception as error:  # of a broken file, Pillow's decoders raise whatever they meet
         raise BadPictureError(f"{name!r} is broken: {error}") from None
     return Picture(number, width, height, source, name)
 

@@ -41,6 +41,7 @@ def general_rows(
     max_tokens: int = 563,
     seed: int = 0,
     encode: Encode | None = None,
+    no_text: str | None = None,
 ) -> list[dict[str, Any]]:
     """Tokenise a random choice of general texts. GeRe's defaults: 1,000 documents, the first 563 tokens of each.
 
@@ -63,6 +64,8 @@ def general_rows(
             the tokenizer adds one; rows with pictures are as long as ``encode`` makes them.
         seed: of the choice.
         encode: makes rows of examples that show pictures; None: such a row is refused.
+        no_text: a token that stands for no text, as that of pictures. A text that has its name is written without any
+            special token.
 
     Returns:
         one row a text: ``input_ids`` and ``labels``, lists of int of equal length; all tokens of a text but a
@@ -91,7 +94,7 @@ def general_rows(
     chosen: dict[int, dict[str, Any]] = {}
     order = iter(random.Random(f"{seed}/general samples").sample(range(len(full)), len(full)))
     while part := list(itertools.islice(order, samples - len(chosen))):
-        tokenised = _of_documents(tokenizer, [full[place] for place in part], max_tokens, encode)
+        tokenised = _of_documents(tokenizer, [full[place] for place in part], max_tokens, encode, no_text)
         chosen |= {place: row for place, row in zip(part, tokenised, strict=True) if len(row["input_ids"]) > 1}
     if not chosen:
         raise DataError(
@@ -181,11 +184,15 @@ def rows_fingerprint(rows: Sequence[TokenRow]) -> str:
 
 
 def _of_documents(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str | SeenRow], max_tokens: int, encode: Encode | None
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str | SeenRow],
+    max_tokens: int,
+    encode: Encode | None,
+    no_text: str | None,
 ) -> list[dict[str, Any]]:
     """Rows of texts, and of rows of a task, whose last answer is asked for; those without one have no tokens."""
     texts = [one for one in documents if isinstance(one, str)]
-    tokenised = iter(_tokenised(tokenizer, texts, max_tokens) if texts else ())
+    tokenised = iter(_tokenised(tokenizer, texts, max_tokens, no_text) if texts else ())
     rows = []
     for one in documents:
         if isinstance(one, str):
@@ -201,11 +208,17 @@ def _of_documents(
     return rows
 
 
-def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int | None) -> list[dict[str, Any]]:
+def _tokenised(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int | None, no_text: str | None = None
+) -> list[dict[str, Any]]:
     """Rows of the texts' first tokens, after a beginning-of-sequence token if the tokenizer adds one."""
     begin = begin_tokens(tokenizer)
     rows = []
-    for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+    whole = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    for place, text in enumerate(texts):
+        if no_text is not None and no_text in text:
+            whole[place] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for tokens in whole:
         ids = (begin + tokens)[:max_tokens]
         rows.append({"input_ids": ids, "labels": [IGNORED] * len(begin) + ids[len(begin) :]})
     return rows
