@@ -13,7 +13,7 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from weakref import WeakValueDictionary
@@ -55,7 +55,7 @@ class Picture:
     number: int
     width: int
     height: int
-    source: Path | bytes
+    source: Path | bytes = field(repr=False)
     name: str = ""
 
     @property
