@@ -20,7 +20,7 @@ from holdfast.config.stream import DataConfig, StreamConfig, TaskConfig
 from holdfast.data.formats import detect, to_examples
 from holdfast.data.load import load_stream
 from holdfast.data.source import Source, load_task
-from holdfast.errors import DataError
+from holdfast.errors import ConfigError, DataError
 from holdfast.models.pictures import number_of
 from support.sight import write_pictures
 
@@ -80,10 +80,22 @@ def test_bytes_and_data_urls_are_pictures(folder):
     for source in (content, {"bytes": content, "path": None}, data_url(folder / "0.png")):
         row = {"image": source, "prompt": "what?", "answer": "a cat"}
         assert [picture.number for picture in read(row, folder).pictures] == [number_of(content)]
-    part = {"type": "image_url", "image_url": {"url": data_url(folder / "1.png")}}
-    asked = {"role": "user", "content": [part, {"type": "text", "text": "what?"}]}
-    [picture] = read({"messages": [asked, ANSWER]}, folder).pictures
-    assert picture.size == Image.open(folder / "1.png").size
+    url = data_url(folder / "1.png")
+    for part in (
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image", "image": url.replace("image/png", "image")},
+        {"type": "image", "image": f"file://{folder / '1.png'}"},
+        {"type": "image", "base64": url.partition(",")[2]},
+    ):
+        asked = {"role": "user", "content": [part, {"type": "text", "text": "what?"}]}
+        [picture] = read({"messages": [asked, ANSWER]}, folder).pictures
+        assert picture.size == Image.open(folder / "1.png").size
+
+
+def test_a_part_without_a_picture_is_told(folder):
+    part = {"type": "image", "source": {"type": "base64", "data": "QUJD"}}
+    with pytest.raises(DataError, match=r"part 1: has no picture, neither of its own \(path, .*\) nor of the row"):
+        read({"messages": [{"role": "user", "content": [part]}, ANSWER]}, folder)
 
 
 def test_pictures_stand_in_the_order_of_their_marks(folder):
@@ -140,8 +152,15 @@ def damaged(folder: Path) -> None:
         ({"image": "deep.png"}, "image: 'deep.png' has more than 8 bits a colour"),
         ({"image": "half.tiff"}, "image: 'half.tiff' is broken"),
         ({"image": "https://host/0.png"}, "image: 'https://host/0.png' is an address of the web; give a file"),
+        ({"image": "a\0.png"}, "image: .* cannot be read: embedded null"),
+        (
+            {"image": "QUJD" * 300},
+            "image: 'QUJDQUJDQUJDQUJDQUJD'... has 1200 characters and is no path; write .* as data:",
+        ),
+        ({"image": {"bytes": "?"}}, "image: its content is no base64"),
+        ({"image": {"bytes": b"no picture"}}, "image: 'picture of 10 bytes' is no picture"),
         ({"image": 7}, "image: must be a path or the bytes of a picture, not a number"),
-        ({"image": "data:image/png;base64,?"}, "image: its data URL is no base64"),
+        ({"image": "data:image/png;base64,?"}, "image: its content is no base64"),
         (
             {"images": ["0.png", "1.png"], "prompt": "<image>?"},
             "<image>: stands in 1 places, and the row has 2",
@@ -180,6 +199,25 @@ def test_a_dataset_and_a_parquet_file_with_pictures_are_read(folder):
     ):
         task = load_task(source, DataConfig())
         assert [picture.number for example in task.train for picture in example.pictures] == wanted
+        names = [picture.name for example in task.train for picture in example.pictures]
+        assert [Path(name).name for name in names] == ["0.png", "1.png", "0.png"]
+
+
+def test_a_saved_dataset_as_a_path_is_told_to_be_a_dataset(folder):
+    rows = {"image": [str(folder / "0.png")], "prompt": ["x?"], "answer": ["a"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(folder / "saved")
+    with pytest.raises(ConfigError, match=r"path: '.*saved' is a dataset that save_to_disk wrote; write dataset: "):
+        load_task(Source("seen", TaskConfig(name="seen", path="x"), folder=folder / "saved"), DataConfig())
+
+
+def test_a_picture_without_a_name_is_called_by_its_size(folder):
+    content = (folder / "0.png").read_bytes()
+    table = datasets.Dataset.from_dict({"image": [{"bytes": content}], "prompt": ["x?"], "answer": ["a"]})
+    table = table.cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(folder / "saved")
+    source = Source("seen", TaskConfig(name="seen", dataset="x"), dataset=(str(folder / "saved"), None))
+    task = load_task(source, DataConfig())
+    assert [picture.name for picture in task.train[0].pictures] == [f"picture of {len(content)} bytes"]
 
 
 def test_rows_that_differ_in_their_picture_alone_are_no_duplicates(folder):

@@ -42,7 +42,8 @@ class SeeingEncoder(Encoder):
                 parts.append(super().shown(tokens))
                 continue
             [picture] = pictures_in(tokens)
-            parts.append(f"<{picture.name} {picture.width}x{picture.height}, {len(tokens)} tokens>")
+            count = f"{len(tokens)} token{'s' * (len(tokens) > 1)}"
+            parts.append(f"<{picture.name} {picture.width}x{picture.height}, {count}>")
         return "".join(parts)
 
     def _pieces(self, example: Example) -> list[list[Piece]]:

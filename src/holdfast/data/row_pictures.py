@@ -13,8 +13,8 @@ from typing import Any
 from holdfast.api.task import PICTURE, Turn
 from holdfast.data.conversation import BadRowError
 from holdfast.data.files import type_name
-from holdfast.data.spill import file_of
-from holdfast.models.pictures import BadPictureError, Picture, look_at
+from holdfast.data.spill import file_of, unnamed
+from holdfast.models.pictures import BadPictureError, Picture, UnreadablePictureError, look_at
 
 COLUMNS = ("image", "images")
 MARK = "<image>"
@@ -27,8 +27,10 @@ FROM_ROWS = f"../../{KEPT}"
 """The way to it from a task's rows, which lie in data/TASK."""
 _KEPT = re.compile(r"[0-9a-f]{15}(?:\.\w+)?")
 _FIRST = ("system", "system_prompt", "history")  # what stands before a row's other turns
-_OWN = ("path", "image", "image_url", "url", "bytes", "base64", "data")
-_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+_ENCODED = ("bytes", "base64", "data")  # of a part; a text there is base64
+_OWN = ("path", "image", "image_url", "url", *_ENCODED)
+_DATA_URL = re.compile(r"data:image(/[\w.+-]+)?;base64,", re.IGNORECASE)  # Qwen's examples leave the format out
+_LONGEST_PATH = 1000  # characters
 
 
 def take_pictures(row: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Picture]]:
@@ -154,8 +156,11 @@ def shows_pictures(row: dict[str, Any]) -> str | None:
 
 def _own_picture(part: dict[str, Any]) -> Any:
     """The picture that a part of a message brings itself; None: one of the row's columns."""
-    own = next((part[key] for key in _OWN if part.get(key) is not None), None)
-    return own.get("url") if isinstance(own, dict) and "url" in own else own
+    key = next((key for key in _OWN if part.get(key) is not None), "")
+    own = part.get(key)
+    if isinstance(own, dict) and "url" in own:
+        own = own["url"]
+    return _as_data_url(own) if key in _ENCODED else own
 
 
 def _sources(value: Any) -> Iterator[tuple[int, Any, bool]]:
@@ -170,36 +175,55 @@ def _has_parts(value: Any) -> bool:
     return isinstance(value, list) and any(map(_has_parts, value))
 
 
+def _as_data_url(content: Any) -> Any:
+    """Text in a place of bytes is base64."""
+    bare = isinstance(content, str) and not _DATA_URL.match(content)
+    return f"data:image;base64,{content}" if bare else content
+
+
 def _next(columns: Iterator[Picture], within: str, count: int) -> Picture:
     picture = next(columns, None)
+    if picture is None and not count:
+        raise BadRowError(
+            f"{within}: has no picture, neither of its own ({', '.join(_OWN)}) nor of the row ({' or '.join(COLUMNS)})"
+        )
     if picture is None:
         raise BadRowError(f"{within}: shows one picture more than the {count} of the row ({' or '.join(COLUMNS)})")
     return picture
 
 
 def _picture(source: Any, folder: Path, within: str) -> Picture:
-    name = place = ""
+    name = ""
     if isinstance(source, dict):  # as Hugging Face's Image feature
         name = source.get("name") or ""
-        source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
+        content = source.get("bytes")
+        source = source.get("path") if content is None else _as_data_url(content)
     if isinstance(source, str) and _DATA_URL.match(source):
         try:
             source = base64.b64decode(source.partition(",")[2], validate=True)
         except binascii.Error as error:
-            raise BadRowError(f"{within}: its data URL is no base64: {error}") from None
+            raise BadRowError(f"{within}: its content is no base64: {error}") from None
     if isinstance(source, str):
         if re.match(r"https?://", source):
             raise BadRowError(f"{within}: {source!r:.80} is an address of the web; give a file")
-        name, source, place = name or source, folder / source, f" (looked for in {folder})"
+        if len(source) > _LONGEST_PATH:
+            raise BadRowError(
+                f"{within}: {source[:20]!r}... has {len(source)} characters and is no path; write a picture in base64 "
+                "as data:image/png;base64,..."
+            )
+        name, source = name or source, folder / source.removeprefix("file://")
     elif isinstance(source, bytes):
-        name = f"picture of {len(source)} bytes"
-        source = file_of(source)
+        name, source = unnamed(source), file_of(source)
     if not isinstance(source, Path):
         raise BadRowError(f"{within}: must be a path or the bytes of a picture, not {type_name(source)}")
     try:
         picture = look_at(source, name)
+    except UnreadablePictureError as error:
+        raise BadRowError(f"{within}: {error} (looked for in {folder})") from None
     except BadPictureError as error:
-        raise BadRowError(f"{within}: {error}{place}") from None
+        raise BadRowError(f"{within}: {error}") from None
     if name.startswith(FROM_ROWS) and _KEPT.fullmatch(source.name) and int(source.name[:15], 16) != picture.number:
-        raise BadRowError(f"{within}: {name!r} is another picture than the one that was kept{place}; restore it")
+        raise BadRowError(
+            f"{within}: {name!r} is another picture than the one that was kept (looked for in {folder}); restore it"
+        )
     return picture

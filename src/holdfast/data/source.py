@@ -350,6 +350,10 @@ def _folder_files(source: Source) -> dict[str, list[Path]]:
         raise ConfigError(
             f"task {source.name!r}: path: there is no folder or file {str(folder)!r} (looked from {Path.cwd()})"
         )
+    if any((folder / name).is_file() for name in SAVED):
+        raise ConfigError(
+            f"task {source.name!r}: path: {str(folder)!r} is a dataset that save_to_disk wrote; write dataset: {folder}"
+        )
     found = {split: files for split in SPLITS if (files := split_files(folder, split))}
     single = alone(folder)
     if not found and single is not None:

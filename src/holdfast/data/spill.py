@@ -19,11 +19,17 @@ def file_of(content: bytes) -> Path:
     return path
 
 
+def unnamed(content: bytes) -> str:
+    """What messages call a picture that has no name of its own."""
+    return f"picture of {len(content)} bytes"
+
+
 def without_bytes(value: Any) -> Any:
     """A value of a row in which a file stands for each picture that has its bytes, ``{bytes, path}``."""
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
-            return value | {"bytes": None, "path": str(file_of(value["bytes"])), "name": value.get("path")}
+            content = value["bytes"]
+            return value | {"bytes": None, "path": str(file_of(content)), "name": value.get("path") or unnamed(content)}
         return {key: without_bytes(one) for key, one in value.items()}
     return [without_bytes(one) for one in value] if isinstance(value, list) else value
 

@@ -40,6 +40,10 @@ class BadPictureError(Exception):
     """The reason why a picture cannot be used."""
 
 
+class UnreadablePictureError(BadPictureError):
+    """The reason why a picture's file cannot be read."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture, of which the pixels are read when they are needed.
@@ -168,8 +172,8 @@ def look_at(source: Path | bytes, name: str = "") -> Picture:
     name = name or (str(source) if isinstance(source, Path) else "")
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()
-    except OSError as error:
-        raise BadPictureError(f"{name!r} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: no path has such characters
+        raise UnreadablePictureError(f"{name!r} cannot be read: {getattr(error, 'strerror', error)}") from None
     number = number_of(content)
     if (same := _KNOWN.get(number)) is not None:
         return know(replace(same, source=source, name=name))
