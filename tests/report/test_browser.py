@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = [make_run(root / method, method, rows=27) for method in ("sequential", "replay", "joint")]
     write_report(runs[1:2], root / "one.html")
     write_report(runs, root / "many.html")
+    write_report(runs[2:], root / "kept.html")
     mixed = make_run(root / "mixed", metrics=["loss", "accuracy", "rouge_l", "loss"], finished=False)
     write_report([mixed], root / "mixed.html")
     return root
@@ -212,6 +213,16 @@ def test_test_rows_are_filtered_as_one_types(visit: Callable[..., Page], folder:
     assert count.text_content() == f"{sum('emoji' in text and 'maths' in text for text in texts)} of 27 answers"
     page.locator("[data-rows=text]").fill("no such words")
     assert count.text_content() == "0 of 27 answers" and rows.count() == 0
+
+
+def test_where_no_row_was_lost_the_list_begins_with_all_of_them(visit: Callable[..., Page], folder: Path) -> None:
+    run = read_run(folder / "joint")
+    found = [changed for j in range(len(run.tasks)) if (changed := changes(run, j))]
+    assert found and not any(changed.lost for changed in found)
+    page = visit("kept.html")
+    page.wait_for_function(ROWS)
+    assert page.locator("[data-rows=change]").input_value() == "any"
+    assert page.locator("#rows .row").count() > 0
 
 
 def test_the_list_draws_the_rows_that_it_is_scrolled_to(visit: Callable[..., Page]) -> None:

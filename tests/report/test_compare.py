@@ -144,6 +144,12 @@ def test_other_hyperparameters_are_another_group_and_may_be_compared(tmp_path):
     assert differences(runs) == []
 
 
+def test_a_setting_that_a_run_leaves_out_is_called_its_default(tmp_path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", tuner={"name": "lora", "target": "projector"})]
+    names = [run.label for run in read_runs(runs)]
+    assert names == ["sequential, target default", "sequential, target projector"]
+
+
 def test_settings_that_change_no_result_do_not_part_seeds(tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1, training={"save_every": 7})]
     assert len(grouped(read_runs(runs))) == 1

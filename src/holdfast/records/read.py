@@ -367,7 +367,7 @@ def name_runs(runs: list[FinishedRun], ignored: Collection[str] = ()) -> list[st
         keys = dict.fromkeys(key for values in config for key in values if key not in ignored)
         differing = [key for key in keys if len({json.dumps(values.get(key)) for values in config}) > 1]
         for i, values in zip(places, config, strict=True):
-            parts = [f"{key.rpartition('.')[2]} {values.get(key, 'absent')}" for key in differing[:2]]
+            parts = [f"{key.rpartition('.')[2]} {values.get(key, 'default')}" for key in differing[:2]]
             names[i] = ", ".join([names[i], *parts])
     for directory in (lambda path: path.resolve().name, lambda path: str(path.resolve())):
         for places in _same(names):

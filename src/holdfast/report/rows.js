@@ -153,6 +153,7 @@ async function testRows(section, packed) {
   new ResizeObserver(draw).observe(list);
 
   await Promise.all(packed.chunks.map(unpack));
+  if (packed.chunks.every(({ runs }) => runs.every(({ lost }) => !lost))) byChange.value = "any"; // no empty list
   filter();
   section.dataset.ready = Math.round(performance.now());
 }
