@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,18 @@ def test_a_model_that_reads_text_alone_says_so_of_a_picture(folder, tmp_path, ca
     assert command("check", tmp_path / "run.yaml") == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "train.json: row 1: shows a picture, and the model reads text alone" in said
+
+
+def test_a_run_does_not_go_on_with_another_processor(folder, tmp_path, capsys):
+    config = config_of(folder, tmp_path / "run", "sequential")
+    model = shutil.copytree(config["model"], tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(json.dumps(config | {"model": str(model)}))
+    assert command("run", tmp_path / "run.yaml", "stream.order=[red]") == 0
+    settings = json.loads((model / "processor_config.json").read_text())
+    settings["image_processor"]["image_mean"] = [0.1, 0.1, 0.1]
+    (model / "processor_config.json").write_text(json.dumps(settings))
+    assert command("run", tmp_path / "run.yaml") == 2
+    assert "processor: processor_config.json" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from holdfast.data.tokens.build import MANIFEST as TOKENS_MANIFEST
 from holdfast.data.tokens.build import TOKENS
 from holdfast.models.gguf import is_gguf
 from holdfast.models.pretrained import TOKENIZER_FILES, hub_commit
+from holdfast.models.sight import PROCESSOR_FILES
 from holdfast.records.inputs import ROWS, Inputs
 from holdfast.scoring.reward import reward_function
 from holdfast.system.manifest import file_facts, folder_facts
@@ -62,6 +63,7 @@ def run_inputs(setup: Setup) -> Inputs:
     return {
         "model": model_inputs(config.model),
         "tokenizer": tokenizer_inputs(config.model),
+        **({} if setup.encoder.sight is None else {"processor": processor_inputs(config.model)}),
         **general,
         **_by_run(method_inputs(setup.methods), config.output),
         **reward_inputs(task.reward for task in setup.stream.tasks),
@@ -102,6 +104,13 @@ def tokenizer_inputs(model: ModelConfig) -> dict[str, str]:
     folder = Path(model.name)
     files = [folder / name for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS)]
     facts = folder_facts(folder, sorted(file for file in files if file.is_file()))
+    return {name: known["sha256"] for name, known in facts.items()}
+
+
+def processor_inputs(model: ModelConfig) -> dict[str, str]:
+    """The SHA-256 of each file that says how a model reads pictures; a hub model's commit covers them."""
+    files = [Path(model.name, name) for name in PROCESSOR_FILES]
+    facts = folder_facts(Path(model.name), [file for file in files if file.is_file()])
     return {name: known["sha256"] for name, known in facts.items()}
 
 
