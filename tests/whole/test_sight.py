@@ -123,6 +123,28 @@ def test_a_model_that_reads_text_alone_says_so_of_a_picture(folder, tmp_path, ca
     assert "train.json: row 1: shows a picture, and the model reads text alone" in said
 
 
+def test_rows_with_one_picture_several_and_none_share_a_task(folder, tmp_path):
+    config = config_of(folder, tmp_path / "run", "replay")
+    tasks = shutil.copytree(folder / "tasks", tmp_path / "tasks")
+    for seed, name in enumerate(("red", "green")):
+        rows = [
+            {"image": f"{seed}-0.png", "prompt": f"{name}?", "answer": "a"},
+            {"prompt": f"two and two, {name}?", "answer": "b"},
+            {
+                "images": [f"{seed}-{n}.png" for n in (1, 2, 1)],
+                "prompt": "<image> or <image>, or <image>?",
+                "answer": "c",
+            },
+        ]
+        for split, said in (("train", "one"), ("test", "two")):
+            own = [row | {"prompt": f"{row['prompt']} {said}"} for row in rows]
+            (tasks / name / f"{split}.json").write_text(json.dumps(own))
+    matrix = run(config | {"stream": {"path": str(tasks), "order": ["red", "green"]}})
+    assert None not in matrix["scores"][-1]
+    [rows] = [read_jsonl(path) for path in (tmp_path / "run/stages/02-green/responses").glob("red.jsonl")]
+    assert [len(row.get("shown", ())) for row in rows] == [1, 0, 3]
+
+
 def test_a_run_does_not_go_on_with_another_processor(folder, tmp_path, capsys):
     config = config_of(folder, tmp_path / "run", "sequential")
     model = shutil.copytree(config["model"], tmp_path / "model")

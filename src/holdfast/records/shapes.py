@@ -386,7 +386,7 @@ SHAPES: dict[str, Any] = {
 }
 """By a file's name, or by that of its folder."""
 
-SOME_ROWS = {"number", "answers", "input", "beside"}
+SOME_ROWS = {"number", "answers", "input", "beside", "shown"}
 """Keys that some rows of a file have and others do not."""
 
 
