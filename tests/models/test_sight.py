@@ -262,6 +262,14 @@ def test_tuners_train_the_part_that_is_meant(made: Any, name: str):
     assert set().union(*alone) == layers["all"] and sum(map(len, alone)) == len(layers["all"])
 
 
+def test_layers_that_the_part_lacks_are_told_with_the_part():
+    tuner = build(Named(name="lora", target="projector", target_modules=["q_proj"], r=2))
+    with pytest.raises(
+        ConfigError, match=r"target_modules.*\(target=projector leaves out every other part of the model"
+    ):
+        tuner.prepare(seeing_model("llava")[0])
+
+
 @families
 def test_an_empty_picture_changes_nothing(made: Any, name: str, monkeypatch: pytest.MonkeyPatch):
     """What a process without pictures does, so that others' collectives find it."""

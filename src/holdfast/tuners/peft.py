@@ -54,16 +54,18 @@ class PeftTuner(Tuner):
 
     def prepare(self, model: PreTrainedModel) -> Any:
         """Raises ConfigError if PEFT does not take these options, or not for this model."""
+        left_out = ""
         try:
             config = self.config(model)
             target: Target = getattr(self.options, "target", "all")
             if sees(model.config) and target != "all" and not getattr(config, "exclude_modules", None):
                 config.exclude_modules = Parts(model).outside(target)
+                left_out = f" (target={target} leaves out every other part of the model)"
             return self.wrap(model, config)
         except UserError:
             raise
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"tuner {self.name}: {error}") from None
+            raise ConfigError(f"tuner {self.name}: {error}{left_out}") from None
 
     def load(self, model: Any, folder: Path) -> None:
         """Raises ConfigError if the folder lacks weights of the adapter, which would stay as they began."""
