@@ -304,3 +304,8 @@ def test_a_picture_of_a_shape_that_the_processor_refuses_is_named(made, tmp_path
     [example] = to_examples([row], "prompt_answer", file=tmp_path / "train.json")
     with pytest.raises(DataError, match=r"row 1: the model's processor does not take .*\(long.png 3000x10\): absolute"):
         made("qwen2_5_vl").encoder().encode(example)
+
+
+def test_a_mixture_of_experts_is_of_the_language_model_alone():
+    with pytest.raises(ConfigError, match="tuner moe_lora: target: .*language"):
+        build(Named(name="moe_lora", target="vision"))

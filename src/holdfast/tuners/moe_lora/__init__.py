@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
@@ -32,6 +34,9 @@ class MoeLora(PeftTuner):
     class Options(TargetOptions):
         """The fields of :class:`MoeLoraConfig` of the same names, and the weights of :class:`RouterLosses`."""
 
+        target: Literal["language"] = Field(
+            "language", description="of a model that sees, the language model: the routers' losses count its tokens"
+        )
         r: int = Field(16, ge=1, description="rank of all experts together; each has r / experts")
         experts: int = Field(4, ge=2, description="E, experts in each layer; r must be a multiple of it")
         top_k: int | None = Field(None, ge=1, description="experts that a token uses; where absent, all of them")
