@@ -307,5 +307,5 @@ def test_a_picture_of_a_shape_that_the_processor_refuses_is_named(made, tmp_path
 
 
 def test_a_mixture_of_experts_is_of_the_language_model_alone():
-    with pytest.raises(ConfigError, match="tuner moe_lora: target: .*language"):
+    with pytest.raises(ConfigError, match=r"tuner moe_lora: target: .*language"):
         build(Named(name="moe_lora", target="vision"))
