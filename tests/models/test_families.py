@@ -300,7 +300,10 @@ def check_run(folder: Path, name: str, tuner: str, method: str) -> None:
     assert (found - before).abs().max() > 1e-3
 
 
-@families
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in ("llama3", "gemma3", "qwen3_moe") else pytest.mark.slow) for n in FAMILIES],
+)
 def test_run(tmp_path, name):
     check_run(tmp_path, name, "lora", "all")
 

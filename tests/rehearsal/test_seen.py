@@ -320,7 +320,9 @@ def test_a_demonstration_stands_beside_the_same_picture(seen: Seen):
     assert text == "[user]what is 1? say abc!</s>[assistant]"
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize(
+    "name", ["llava", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2_5_vl", "smolvlm"))]
+)
 def test_every_source_trains_on_pictures(tmp_path: Path, name: str):
     config = seeing_config(tmp_path, name)
     names = write_pictures(tmp_path, 4, seed=7)
@@ -346,7 +348,7 @@ def test_sdft_learns_from_answers_shown_beside_pictures(tmp_path: Path):
     assert all(event["terms"]["sdft"] > 1e-6 for event in events)
 
 
-@pytest.mark.parametrize("tuner", ["full", {"name": "lora", "r": 2}])
+@pytest.mark.parametrize("tuner", [pytest.param("full", marks=pytest.mark.slow), {"name": "lora", "r": 2}])
 def test_a_run_that_is_killed_goes_on_with_its_memory_of_pictures(tmp_path: Path, tuner: Any):
     config = seeing_config(tmp_path, tuner=tuner, method={"name": "replay", "capacity": 6})
     whole, broken = (tmp_path / f"{kind}.json" for kind in ("whole", "broken"))
