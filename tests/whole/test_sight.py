@@ -35,7 +35,8 @@ WORKING = [name for name in OWN if not refused(name)]
 FAST = ("kl_replay",)
 LORA = {"name": "lora", "r": 2, "lora_dropout": 0.1}
 STEPS = {"max_steps": 3, "save_every": 2, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "warmup": 0}
-OPTIONS = {"gere": {"multiple": 0.1}}
+OPTIONS: dict[str, dict[str, Any]] = {"gere": {"multiple": 0.1}}
+OPTIONS |= {name: {"length": 40} for name in ("kl_pre", "ntp_pre", "replace")}  # beside the tokens of a chat
 
 
 @pytest.fixture(scope="module")
