@@ -1,7 +1,7 @@
 # holdfast in a container, for CPUs (the default) and for NVIDIA GPUs:
 #   docker build --tag holdfast:cpu .
 #   docker build --tag holdfast:cuda --target cuda .
-#   docker run --rm --gpus all --shm-size 8g --volume "$PWD:/work" holdfast:cuda run run.yaml --processes 8
+#   docker run --rm --gpus all --shm-size 8g --volume "$PWD:/workspace" holdfast:cuda run run.yaml --processes 8
 
 FROM python:3.12-slim AS build
 WORKDIR /source
@@ -15,7 +15,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 holdfast \
-    && install --directory --owner holdfast /work
+    && install --directory --owner holdfast /workspace
 ENV PYTHONUNBUFFERED=1 HF_HOME=/home/holdfast/.cache/huggingface
 COPY constraints.txt /tmp/constraints.txt
 COPY --from=build /wheels /tmp/wheels
@@ -26,7 +26,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN wheel=$(echo /tmp/wheels/*.whl) \
     && pip install --no-cache-dir --constraint /tmp/constraints.txt "${wheel}[serve,trl,quantization]"
 USER 1000
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["holdfast"]
 CMD ["--help"]
 
@@ -35,6 +35,6 @@ RUN wheel=$(echo /tmp/wheels/*.whl) \
     && pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
         --constraint /tmp/constraints.txt "${wheel}[serve,trl]"
 USER 1000
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["holdfast"]
 CMD ["--help"]
