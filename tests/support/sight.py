@@ -11,11 +11,9 @@ import numpy as np
 import torch
 import transformers as hf
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from support.tiny import tiny_config
+from support.tiny import tiny_config, tiny_tokenizer
 
-SIGNS = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", *"0123456789", *" .,:?!+=-'\n", "<unk>"]
 TEXT = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -45,21 +43,8 @@ CHAT = """{%% for message in messages %%}{{ '[' + message.role + ']' }}{%% if me
 
 def sign_tokenizer(*special: str, **named: str) -> Any:
     """Characters as tokens, brackets included, and the special tokens of a family."""
-    signs = [*SIGNS, "[", "]"]
-    tokenizer = Tokenizer(models.WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    made = hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-        extra_special_tokens=named,
-    )
-    made.add_tokens([hf.AddedToken(token, special=True, normalized=False) for token in special if token not in signs])
+    made = tiny_tokenizer("[", "]", model_max_length=512, extra_special_tokens=named)
+    made.add_tokens([hf.AddedToken(token, special=True, normalized=False) for token in special])
     return made
 
 
@@ -169,12 +154,8 @@ def _idefics_tokenizer() -> Any:
     return tokenizer
 
 
-def idefics3() -> tuple[Any, Any]:
-    """Idefics3: rows and columns of tiles, each between tokens that say which it is."""
-    tokenizer = _idefics_tokenizer()
-    images = hf.Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-    processor = hf.Idefics3Processor(images, tokenizer, image_seq_len=1)
-    config = hf.Idefics3Config(
+def _idefics_config(kind: Any, tokenizer: Any) -> Any:
+    return kind(
         vision_config={**VISION, "image_size": 16, "patch_size": 8},
         text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
@@ -182,7 +163,14 @@ def idefics3() -> tuple[Any, Any]:
         pad_token_id=0,
         tie_word_embeddings=True,
     )
-    return hf.Idefics3ForConditionalGeneration(config), processor
+
+
+def idefics3() -> tuple[Any, Any]:
+    """Idefics3: rows and columns of tiles, each between tokens that say which it is."""
+    tokenizer = _idefics_tokenizer()
+    images = hf.Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    processor = hf.Idefics3Processor(images, tokenizer, image_seq_len=1)
+    return hf.Idefics3ForConditionalGeneration(_idefics_config(hf.Idefics3Config, tokenizer)), processor
 
 
 def smolvlm() -> tuple[Any, Any]:
@@ -190,15 +178,7 @@ def smolvlm() -> tuple[Any, Any]:
     tokenizer = _idefics_tokenizer()
     images = hf.SmolVLMImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     processor = _NoVideo(hf.SmolVLMProcessor, images, tokenizer, None, image_seq_len=1)
-    config = hf.SmolVLMConfig(
-        vision_config={**VISION, "image_size": 16, "patch_size": 8},
-        text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    return hf.SmolVLMForConditionalGeneration(config), processor
+    return hf.SmolVLMForConditionalGeneration(_idefics_config(hf.SmolVLMConfig, tokenizer)), processor
 
 
 def internvl() -> tuple[Any, Any]:

@@ -61,9 +61,9 @@ def tiny_stage(model: Any, rows: list[Any], index: int = 1, micro_batch_size: in
     return Stage(index, f"task{index}", model, rows, pad_rows, 0, micro_batch_size)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Characters as tokens: 0 pad, 1 bos, 2 eos, then letters, digits and a few signs."""
-    signs = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", *"0123456789", *" .,:?!+=-'\n", "<unk>"]
+def tiny_tokenizer(*more: str, model_max_length: int = 128, **options: Any) -> PreTrainedTokenizerFast:
+    """Characters as tokens: 0 pad, 1 bos, 2 eos, then letters, digits, a few signs, and more of them."""
+    signs = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", *"0123456789", *" .,:?!+=-'\n", "<unk>", *more]
     tokenizer = Tokenizer(models.WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -73,8 +73,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=128,
+        model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
+        **options,
     )
 
 

@@ -20,8 +20,8 @@ from holdfast.data.encode_apart import encoder_of
 from holdfast.models.pretrained import load_tokenizer
 from holdfast.system.files import read_jsonl
 from support.command import holdfast as command
-from support.goes_on import check_goes_on, run
-from support.guards import GENERAL, case, same, tuner_of, weights, with_paths
+from support.goes_on import LORA, STEPS, check_goes_on, check_method, run, write_texts
+from support.guards import case, same, weights
 from support.paths import DOCS
 from support.resumed import finish, results, start
 from support.seq2seq import seq2seq_config, seq2seq_model, write_seq2seq
@@ -30,8 +30,6 @@ OWN = {name: methods.find(name) for name in sorted(methods.METHODS.own)}
 TUNERS = {name: tuners.find(name) for name in sorted(tuners.TUNERS.own)}
 WORKING = [name for name, cls in OWN.items() if not cls.causal_only]
 FAST = ("kl_pre", "lfpt5", "o_lora")
-LORA = {"name": "lora", "r": 2, "lora_dropout": 0.1}
-STEPS = {"max_steps": 3, "save_every": 2, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "warmup": 0}
 OPTIONS = {"gere": {"multiple": 0.1}, "lfpt5": {"samples": 2, "top_k": 4}}
 
 
@@ -39,8 +37,7 @@ OPTIONS = {"gere": {"multiple": 0.1}, "lfpt5": {"samples": 2, "top_k": 4}}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("seq2seq")
     seq2seq_config(path, dropout_rate=0.1)
-    (path / "general.txt").write_text(GENERAL)
-    (path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in GENERAL.splitlines()))
+    write_texts(path)
     return path
 
 
@@ -51,14 +48,7 @@ def config_of(folder: Path, output: Path, method: Any, tuner: Any = "full", **ch
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in WORKING])
 def test_a_method_trains_saves_and_continues(name, folder, tmp_path, monkeypatch):
-    options = with_paths(case(name).options | OPTIONS.get(name, {}), folder)
-    tuner = tuner_of(name)
-    config = config_of(folder, tmp_path, {"name": name} | options, LORA if isinstance(tuner, dict) else tuner)
-    last = {"none": "", "joint": "01-joint", "sequence": "02-green"}[OWN[name].schedule]
-    if last:
-        check_goes_on(config, tmp_path, monkeypatch, last)
-    else:
-        assert None not in run(config)["scores"][0]
+    check_method(OWN[name], OPTIONS.get(name, {}), config_of, folder, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from holdfast import methods, tuners
 from holdfast.system.files import read_json, read_jsonl
 from support.command import holdfast as command
 from support.engine_jobs import alone, done, error, job, launch
-from support.goes_on import check_goes_on, run
-from support.guards import GENERAL, case, tuner_of, weights, with_paths
+from support.goes_on import STEPS, check_goes_on, check_method, run, write_texts
+from support.guards import tuner_of, weights
 from support.paths import DOCS
 from support.sight import SEEING, seeing_config
 from support.tiny import write_model
@@ -33,8 +33,6 @@ def refused(name: str) -> bool:
 
 WORKING = [name for name in OWN if not refused(name)]
 FAST = ("kl_replay",)
-LORA = {"name": "lora", "r": 2, "lora_dropout": 0.1}
-STEPS = {"max_steps": 3, "save_every": 2, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "warmup": 0}
 OPTIONS: dict[str, dict[str, Any]] = {"gere": {"multiple": 0.1}}
 OPTIONS |= {name: {"length": 40} for name in ("kl_pre", "ntp_pre", "replace")}  # beside the tokens of a chat
 
@@ -43,8 +41,7 @@ OPTIONS |= {name: {"length": 40} for name in ("kl_pre", "ntp_pre", "replace")}  
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sight")
     seeing_config(path)
-    (path / "general.txt").write_text(GENERAL)
-    (path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in GENERAL.splitlines()))
+    write_texts(path)
     return path
 
 
@@ -55,14 +52,7 @@ def config_of(folder: Path, output: Path, method: Any, tuner: Any = "full", **ch
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in WORKING])
 def test_a_method_trains_saves_and_continues(name, folder, tmp_path, monkeypatch):
-    options = with_paths(case(name).options | OPTIONS.get(name, {}), folder)
-    tuner = tuner_of(name)
-    config = config_of(folder, tmp_path, {"name": name} | options, LORA if isinstance(tuner, dict) else tuner)
-    last = {"none": "", "joint": "01-joint", "sequence": "02-green"}[OWN[name].schedule]
-    if last:
-        check_goes_on(config, tmp_path, monkeypatch, last)
-    else:
-        assert None not in run(config)["scores"][0]
+    check_method(OWN[name], OPTIONS.get(name, {}), config_of, folder, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow

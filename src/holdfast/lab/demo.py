@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,20 @@ PRETRAINING: dict[str, Any] = {
 REPLAY = {"name": "replay", "capacity": 600, "ratio": 1.0}
 GENERAL = {"name": "gere_kl", "ratio": 0.5, "weight": 0.1, "ce_weight": 0.0, "max_tokens": 64}
 """Keeps the general ability: KL to the model before training, on the text that it was pretrained on."""
-METHODS: dict[str, Any] = {
-    "sequential": "sequential",
-    "replay": REPLAY,
-    "replay+gere_kl": [REPLAY, GENERAL],
-    "ewc": {"name": "ewc", "strength": 1e4},
-    "joint": "joint",
-}
+
+
+def compared(replay: dict[str, Any], general: dict[str, Any]) -> dict[str, Any]:
+    """The methods that a demo compares, by the names of their runs, with its settings of rehearsal."""
+    return {
+        "sequential": "sequential",
+        "replay": replay,
+        "replay+gere_kl": [replay, general],
+        "ewc": {"name": "ewc", "strength": 1e4},
+        "joint": "joint",
+    }
+
+
+METHODS = compared(REPLAY, GENERAL)
 
 
 def run_demo(output: Path, seed: int, console: Console) -> list[Path]:
@@ -63,13 +71,29 @@ def run_demo(output: Path, seed: int, console: Console) -> list[Path]:
         UserError: output cannot be written, or holds a demo of another seed.
         Interrupted: SIGINT or SIGTERM asked to stop; the same call continues.
     """
-    started = time.monotonic()
-    progress = Progress()
+    return run_methods(output, seed, METHODS, make_model, configuration, console)
+
+
+def run_methods(
+    output: Path,
+    seed: int,
+    methods: dict[str, Any],
+    make: Callable[[Path, int, Progress], None],
+    configure: Callable[[Path, Path, int, Any], dict[str, Any]],
+    console: Console,
+) -> list[Path]:
+    """Make a demo's model and do the runs of its methods; see :func:`run_demo`.
+
+    Args:
+        make: makes the model in a folder, from the seed.
+        configure: the configuration of a run, from the model, the run's directory, the seed and the method.
+    """
+    started, progress = time.monotonic(), Progress()
     torch.set_num_threads(1)  # two help tensors this small little, and cost much while another process works
     model = output / f"model-{seed}"
     if not model.exists():
-        make_model(model, seed, progress)
-    configs = {name: configuration(model, output / f"{name}-{seed}", seed, method) for name, method in METHODS.items()}
+        make(model, seed, progress)
+    configs = {name: configure(model, output / f"{name}-{seed}", seed, method) for name, method in methods.items()}
     return run_and_compare(configs, output / f"report-{seed}.html", started, progress, console)
 
 

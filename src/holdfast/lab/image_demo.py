@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from holdfast.config.run import load_config
 from holdfast.data.streams.gallery.questions import Row
 from holdfast.data.streams.gallery.stream import general_rows, room_rows
 from holdfast.errors import ConfigError
-from holdfast.lab.demo import run_and_compare
+from holdfast.lab.demo import compared, run_methods
 from holdfast.lab.seeing import CONTEXT, make_seeing_model
 from holdfast.runner.loop import run
 from holdfast.system.files import whole_folder, write_jsonl
@@ -40,13 +38,7 @@ TRAINING = {
 REPLAY = {"name": "replay", "capacity": 480, "ratio": 1.0}
 GENERAL = {"name": "gere_kl", "ratio": 0.5, "weight": 1.0, "ce_weight": 0.0, "samples": 400, "max_tokens": CONTEXT}
 """Keeps the general ability: KL to the model before training, on questions that belong to no room."""
-METHODS: dict[str, Any] = {
-    "sequential": "sequential",
-    "replay": REPLAY,
-    "replay+gere_kl": [REPLAY, GENERAL],
-    "ewc": {"name": "ewc", "strength": 1e4},
-    "joint": "joint",
-}
+METHODS = compared(REPLAY, GENERAL)
 
 
 def run_image_demo(output: Path, seed: int, console: Console) -> list[Path]:
@@ -65,14 +57,7 @@ def run_image_demo(output: Path, seed: int, console: Console) -> list[Path]:
     """
     if find_spec("PIL") is None:
         raise ConfigError("--images: reading pictures needs Pillow: pip install 'holdfast[images]'")
-    started = time.monotonic()
-    progress = Progress()
-    torch.set_num_threads(1)  # two help tensors this small little, and cost much while another process works
-    model = output / f"model-{seed}"
-    if not model.exists():
-        pretrain(model, seed, progress)
-    configs = {name: configuration(model, output / f"{name}-{seed}", seed, method) for name, method in METHODS.items()}
-    return run_and_compare(configs, output / f"report-{seed}.html", started, progress, console)
+    return run_methods(output, seed, METHODS, pretrain, configuration, console)
 
 
 def pretrain(folder: Path, seed: int, progress: Progress) -> None:
