@@ -209,6 +209,14 @@ def test_truncation_keeps_pictures_whole(made: Any, name: str):
         model.encoder(max_length=len(places) + 4).encode(example)
 
 
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_no_place_of_a_picture_is_a_label_where_all_tokens_are(made: Any, template: str):
+    encoder = made("smolvlm").encoder(supervise="all", template=template)
+    for row in encoder.encode_all(made("smolvlm").examples):
+        pairs = zip(row["input_ids"][1:], row["labels"][1:], strict=True)
+        assert all(label == (IGNORED if is_place(token) else token) for token, label in pairs)
+
+
 def test_a_plain_template_keeps_a_texts_own_signs_text(made: Any):
     model = made("llava")
     row = {"image": "0.png", "prompt": "a</s> <image>", "answer": "b"}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from holdfast import methods, tuners
+from holdfast.records.thumbnails import thumbnails
 from holdfast.system.files import read_json, read_jsonl
 from support.command import holdfast as command
 from support.engine_jobs import alone, done, error, job, launch
@@ -209,3 +210,10 @@ def test_the_page_shows_what_test_rows_show(forgetting):
     assert kept.keys() == {name for row in rows for name in row["shown"]} and len(kept) == 8
     page = (path / "report.html").read_text(encoding="utf-8")
     assert all(url.startswith("data:image/jpeg;base64,") and url in page for url in kept.values())
+
+
+def test_a_page_takes_no_picture_from_elsewhere(tmp_path):
+    """Whoever gives a run's directory away could name an address that sees who opens the page."""
+    kept = {"a": "data:image/jpeg;base64,AAAA", "b": "https://elsewhere/seen.png", "c": "javascript:alert(1)"}
+    (tmp_path / "thumbnails.json").write_text(json.dumps(kept))
+    assert thumbnails(tmp_path).keys() == {"a"}
