@@ -1,6 +1,7 @@
 """One thread a test process: the tensors are tiny, so threads only wait for each other. No test waits for the Hub."""
 
 import gc
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 import support.unsynced  # noqa: F401
 from holdfast.models import pictures
+from holdfast.system.quiet import deduplicate_warnings
 
 torch.set_num_threads(1)
 
@@ -23,6 +25,16 @@ torch.set_num_threads(1)
 def _pictures_of_other_modules_are_not_known():
     """Pictures are known by their content, and named as they were found first."""
     pictures._KNOWN.clear()
+
+
+@pytest.fixture(autouse=True)
+def _each_test_sees_every_warning():
+    """A command shows each warning once a process, and here many commands share one."""
+    logger = logging.getLogger("holdfast")
+    filters = list(logger.filters)
+    yield
+    logger.filters[:] = filters
+    deduplicate_warnings.cache_clear()
 
 
 _imported: set[str] = set()
