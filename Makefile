@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-CODE := src tests benchmarks experiments .ci
+CODE := src tests benchmarks examples experiments .ci
 LOWEST := .venv-lowest
 # The core: configuration, data, training, resume, scores and the report.
 LOWEST_TESTS := tests/whole/test_project.py tests/whole/test_bad_input.py tests/data/test_formats.py \

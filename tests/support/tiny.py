@@ -86,6 +86,17 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def write_chat_model(folder: Path, context: int = 128) -> Path:
+    """The same with a chat template and a context of so many tokens."""
+    tiny_model(max_position_embeddings=context).save_pretrained(folder)
+    tokenizer = tiny_tokenizer(model_max_length=context)
+    turn = "{{ bos_token }}{{ m['content'] }}{{ eos_token }}"
+    begin = "{% if add_generation_prompt %}{{ bos_token }}{% endif %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{begin}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_tasks(folder: Path, names: Sequence[str] = ("red", "green", "blue"), train: int = 24, test: int = 8) -> Path:
     """Prompt/answer tasks that a few steps learn: the answer is nearly always the first letter of the task's name."""
     for name in names:

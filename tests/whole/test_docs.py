@@ -20,7 +20,10 @@ PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_MODULES = {"holdfast.scorers", "holdfast.json"}
 """An entry point group and a file, whose names look like those of modules."""
 ALL_PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md")),
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md", "examples/README.md")
+    ),
     *sorted(DOCS.rglob("*.md")),
     *sorted((ROOT / "experiments").rglob("README.md")),
 ]
