@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from holdfast.system.device import on_gpu
+
 
 def wall_time() -> float:
     """Seconds, once a GPU has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if on_gpu():
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def busy_time() -> float:
     """Seconds of the processor, on which other work counts little; where there is a GPU, as :func:`wall_time`."""
-    return wall_time() if torch.cuda.is_available() else time.process_time()
+    return wall_time() if on_gpu() else time.process_time()
 
 
 class Clock(TrainerCallback):

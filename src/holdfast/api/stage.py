@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from holdfast.api.rows import Batch, TokenRow, count_supervised
 from holdfast.api.task import Example
 from holdfast.engines.process import Process
+from holdfast.system.device import to_float64
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,8 +131,8 @@ class Stage:
                 # A process without rows goes along, since the others may need its part of the weights.
                 batch = self.collate(share[start : start + size] or rows[:1])
                 labels = batch.pop("labels")
-                nll = prediction_nll(predictions(self.model, batch, labels, use_cache=False), labels).double()
-                owners = predicting(labels).nonzero()[:, 0]
+                nll = to_float64(prediction_nll(predictions(self.model, batch, labels, use_cache=False), labels))
+                owners = predicting(labels).nonzero()[:, 0].to(nll.device)
                 nats += nll.new_zeros(len(labels)).index_add(0, owners, nll).tolist()
         self.model.train(training)
         reshard(self.model)

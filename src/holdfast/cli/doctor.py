@@ -51,8 +51,7 @@ def _show_machine() -> None:
     import importlib.util
     from pathlib import Path
 
-    import torch
-
+    from holdfast.system.device import gpu_has_bfloat16
     from holdfast.system.machine import free_gib, hardware, versions
 
     machine = hardware()
@@ -60,7 +59,7 @@ def _show_machine() -> None:
     say(f"memory        {machine['memory_gib']} GiB")
     say(f"disk          {free_gib(Path.cwd()):.0f} GiB free here")
     say(f"GPUs          {', '.join(machine['gpus']) or 'none: training runs on the processor'}")
-    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    bfloat16 = gpu_has_bfloat16()
     say(f"bfloat16      {'yes' if bfloat16 else 'on the processor only, where it is slow'}")
     for name, version in versions().items():
         say(f"{name:14}{version}")
@@ -76,16 +75,15 @@ def _show_memory(model: str, rows: int, length: int, precision: Precision, only:
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
-    import torch
-
     from holdfast import tuners
     from holdfast.errors import ConfigError
     from holdfast.models.pretrained import load_model_config
+    from holdfast.system.device import device_type, gpu_name
     from holdfast.training.memory_estimate import Estimate, advice, free_memory, heap_keeps_holes
 
     config = load_model_config(ModelConfig(name=model))
     shown = [tuners.build(Named(name=name)) for name in ([only] if only else tuners.known())]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     free = free_memory(device)
     memories: dict[str, Memory] = {}
     notes = []
@@ -100,7 +98,7 @@ def _show_memory(model: str, rows: int, length: int, precision: Precision, only:
             change = advice(estimate, rows, free)
             notes.append(f"{tuner.name} would fit with {change}" if change else f"{tuner.name}: {LARGER}")
     unit, name = (2**30, "GiB") if any(m.peak() >= 2**30 for m in memories.values()) else (2**20, "MiB")
-    where = torch.cuda.get_device_name(0) if device == "cuda" else "main memory"
+    where = gpu_name() if device != "cpu" else "main memory"
     say(f"{model}: {rows} rows of {length} tokens, {precision}, sizes in {name}; {free / 2**30:.2f} GiB free ({where})")
     open_console(highlight=False).print(_memory_table(memories, unit, free))
     say("peak = weights + optimizer + holes + the larger of: activations + logits; gradients + the optimizer's step")

@@ -11,12 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from holdfast.errors import UserError
 from holdfast.records.read import read_run
 from holdfast.records.stages import settled_stage
 from holdfast.runner.reload import StoredStage
+from holdfast.system.device import free_unused_memory
 
 if TYPE_CHECKING:
     from holdfast.deploy.openai.application import Served, Service
@@ -120,8 +119,7 @@ class Follower:
         former.backend.threads.shutdown(wait=False)
         del former
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_unused_memory()
 
 
 def _identity(stored: StoredStage) -> tuple[int, str]:

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from holdfast.system.device import device_type, on_gpu
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,10 +27,9 @@ class Process:
     @classmethod
     def this(cls) -> Process:
         """The process that this code runs in, as a launcher (torchrun, accelerate, deepspeed) has set it up."""
-        import torch
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not on_gpu())
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -48,7 +49,7 @@ class Process:
         if self.world > 1:
             import torch
 
-            values = values.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+            values = values.to("cpu" if torch.distributed.get_backend() == "gloo" else device_type())
             torch.distributed.all_reduce(values)
         return values.cpu()
 

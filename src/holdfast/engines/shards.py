@@ -13,6 +13,7 @@ from torch import Tensor
 from holdfast.engines.layout import Piece
 from holdfast.engines.process import Process
 from holdfast.engines.saved import saved_tensor
+from holdfast.system.device import to_float64
 
 CHUNK = 1 << 18
 """Columns of a stack that are held in float64 at a time."""
@@ -63,7 +64,7 @@ class Shards:
 
     def l1(self) -> Tensor:
         """L1 norm of each tensor, [tensors], float64 on the CPU: sums in float32."""
-        sums = torch.stack([t.detach().float().abs().sum() for t in self]).double().cpu()
+        sums = torch.stack([t.detach().float().abs().sum() for t in self]).cpu().double()
         divided = torch.tensor([name in self.pieces for name in self.tensors])
         return torch.where(divided, Process.this().all_reduce_sum(sums), sums) if self.pieces else sums
 
@@ -221,9 +222,9 @@ class Shards:
         undivided, divided = torch.zeros(()), torch.zeros(())
         for name, value in values:
             if name in self.pieces:
-                divided = divided + value.double().cpu()
+                divided = divided + value.cpu().double()
             else:
-                undivided = undivided + value.double().cpu()
+                undivided = undivided + value.cpu().double()
         return undivided + Process.this().all_reduce_sum(divided.double()) if self.pieces else undivided
 
     def _changed(self) -> Shards:
@@ -242,8 +243,8 @@ def _rows(t: Tensor) -> Tensor:
 
 def _combined(t: Tensor, coefficients: Tensor) -> Tensor:
     """Linear combinations of a stack's tensor [count, ...], computed in float64: float32 [new count, ...]."""
-    factors = coefficients.to(t.device, torch.float64)
-    parts = [(factors @ part.double()).float() for part in _rows(t).split(CHUNK, dim=1)]
+    factors = to_float64(coefficients.to(t.device))
+    parts = [(factors @ to_float64(part)).to(t.device, torch.float32) for part in _rows(t).split(CHUNK, dim=1)]
     return torch.cat(parts, dim=1).reshape(len(factors), *t.shape[1:])
 
 
@@ -251,5 +252,6 @@ def _gram(rows: Tensor) -> Tensor:
     """Inner products of rows, [count, count], float64 on the CPU, computed in float64."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for part in rows.split(CHUNK, dim=1):
-        total += (part.double() @ part.double().T).cpu()
+        wide = to_float64(part)
+        total += (wide @ wide.T).cpu()
     return total

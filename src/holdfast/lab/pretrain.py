@@ -33,6 +33,7 @@ from holdfast.records.inputs import Inputs
 from holdfast.records.shapes import checked
 from holdfast.records.trackers import chosen
 from holdfast.runner.inputs import code_inputs, method_inputs, model_inputs
+from holdfast.system.device import device_type
 from holdfast.system.files import append_jsonl, read_appended, write_jsonl
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import read_json, remedy
@@ -159,7 +160,7 @@ class LabRun:
         self.steps, self.bound = last_step(config, self.parameters, sequences)
         self.tuner.plan(config.training, self.steps or ENDLESS)
         if not is_divided(model):
-            model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+            model = model.to(device_type())
         self.model = self.tuner.prepare(model)
         self.begin(files)
         self.measures = Measures(

@@ -35,6 +35,7 @@ from holdfast.methods.parts.gates import (
 from holdfast.methods.parts.input_space import InputSpace, spaces_from_state, spaces_state
 from holdfast.methods.parts.stacked_lora import EXCHANGES, NOT_WITH, PAST
 from holdfast.models.head import base
+from holdfast.system.device import to_float64
 from holdfast.tuners.lora_factors import TRAINED
 from holdfast.tuners.prompt_keys import row_fingerprint
 
@@ -106,7 +107,8 @@ class GainLoRA(InfLoRA):
         """The gate as the stage begins with it."""
         drawn = random_gate(pooled.shape[1], self.options.gate_width, stage.random(f"{self.name}/gate"))
         new = self.gates[-1] | {"last": drawn["last"]} if self.gates else drawn
-        key = features({name: w.to(pooled) for name, w in new.items()}, pooled)["last"].double()
+        key = features({name: w.to(pooled) for name, w in new.items()}, pooled)["last"]
+        key = to_float64(key)
         space = self.gate_spaces.get("last", InputSpace.empty(key.shape[1]))
         if not space.free_directions:
             raise ConfigError(
@@ -158,7 +160,7 @@ class GainLoRA(InfLoRA):
         pooled = self._pooled(stage)
         for name, x in features({name: w.to(pooled) for name, w in self.gates[-1].items()}, pooled).items():
             space = self.gate_spaces.get(name, InputSpace.empty(x.shape[1]))
-            self.gate_spaces[name] = space.grown((x.T @ x).double() / len(x), self.options.gate_threshold)
+            self.gate_spaces[name] = space.grown(to_float64(x.T @ x) / len(x), self.options.gate_threshold)
 
     def at_test(self, evaluation: Evaluation, rows: Sequence[TokenRow]) -> Iterator[Sequence[int]]:
         """Rows with the same prompt are answered together, with the coefficients of this prompt."""

@@ -87,7 +87,7 @@ def kth_largest(vector: Shards, fraction: float) -> dict[str, Tensor]:
     for bit in reversed(range(BITS)):
         higher = least + (1 << bit)
         counts = torch.stack([(bits >= at).sum() for at, (_, bits) in zip(higher.tolist(), divided, strict=True)])
-        enough = Process.this().all_reduce_sum(counts.double().cpu()) >= torch.tensor(wanted)
+        enough = Process.this().all_reduce_sum(counts.cpu().double()) >= torch.tensor(wanted)
         least = torch.where(enough, higher, least)
     values = least.to(torch.int32).view(torch.float32)
     return found | {name: value for (name, _), value in zip(divided, values, strict=True)}

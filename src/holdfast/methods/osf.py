@@ -326,7 +326,7 @@ def layer_similarity(stage: Stage, rows: Sequence[TokenRow]) -> Tensor:
                 found.append(_similarity(outputs.encoder_hidden_states, batch["encoder_mask"]))
             total = total + torch.cat(found)
     model.train(training)
-    return (total / len(rows)).double().cpu()
+    return (total / len(rows)).cpu().double()
 
 
 def _similarity(states: Sequence[Tensor], mask: Tensor) -> Tensor:

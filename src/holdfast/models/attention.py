@@ -10,6 +10,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from holdfast.system.device import on_gpu
+
 FLOAT32 = "sdpa_float32"
 """The name of this attention implementation in transformers."""
 
@@ -31,4 +33,4 @@ AttentionMaskInterface.register(FLOAT32, sdpa_mask)
 
 def fastest(precision: str) -> str | None:
     """The fastest attention implementation for training in a precision on this machine; None: the model's own."""
-    return FLOAT32 if precision == "bfloat16" and not torch.cuda.is_available() else None
+    return FLOAT32 if precision == "bfloat16" and not on_gpu() else None

@@ -21,6 +21,7 @@ from holdfast.models.generation import generation_config, inference
 from holdfast.models.head import base, bounded, hidden_only
 from holdfast.models.seq2seq import Prompted, beginning, prompted, reads_apart
 from holdfast.models.sight import never_written
+from holdfast.system.device import NO_FLOAT64
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -114,7 +115,7 @@ def sample(
     added = [0] * (len(ids) - len(prompts))
     chosen = [*(range(len(prompts)) if numbers is None else numbers), *added]
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    draw = Draw(_uniform(seed, chosen, max(limits)).to(ids.device), temperature, on_token, top_p)
+    draw = Draw(_uniform(seed, chosen, max(limits), ids.device), temperature, on_token, top_p)
     stops = sorted(stop_token_ids)
     with inference(model):
         if use_cache and has_plain_decoder(model) and _has_known_head(model, ids[:1], mask[:1]):
@@ -156,6 +157,8 @@ class Draw:
         """The next tokens: logits, float32 [rows, vocab] -> int64 [rows, 1]."""
         if self.on_token is not None:
             self.on_token()
+        device = logits.device
+        logits = logits.to(self.uniform.device)
         plain = self.temperature == 1 and self.top_p == 1
         p = (logits if plain else logits / self.temperature).softmax(-1)
         if self.top_p < 1:
@@ -172,7 +175,7 @@ class Draw:
         token.clamp_(max=logits.shape[-1] - 1)  # logits that are not finite give no token
         log_p = p.gather(1, token).log() if plain else logits.gather(1, token) - logits.logsumexp(-1, keepdim=True)
         self.log_probs.append(log_p.double())
-        return token
+        return token.to(device)
 
 
 def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
@@ -185,14 +188,18 @@ def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, below, right=True).clamp_(max=cumulative.shape[-1] - 1)
 
 
-def _uniform(seed: int | str, numbers: Sequence[int], steps: int) -> Tensor:
-    """Uniform numbers in [0, 1) that depend on the seed and the row's number alone, float64 [rows, steps]."""
+def _uniform(seed: int | str, numbers: Sequence[int], steps: int, device: torch.device) -> Tensor:
+    """Uniform numbers in [0, 1) that depend on the seed and the row's number alone, float64 [rows, steps].
+
+    They lie on the device, or on the CPU if it holds no float64.
+    """
     rows = []
     for number in numbers:
         digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=16).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
         rows.append(generator.random(steps))
-    return torch.from_numpy(np.stack(rows))
+    drawn = torch.from_numpy(np.stack(rows))
+    return drawn if device.type in NO_FLOAT64 else drawn.to(device)
 
 
 def _steps(

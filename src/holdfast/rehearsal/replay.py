@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from holdfast.config.model import ModelConfig
 from holdfast.engines.whole import model_fingerprint
 from holdfast.errors import ConfigError, did_you_mean
@@ -22,6 +20,7 @@ from holdfast.models.vllm_engine import ADAPTER, vllm_engine
 from holdfast.models.weights import check_weights, load_language_model, whole_adapter
 from holdfast.rehearsal.corpus import write_corpus
 from holdfast.rehearsal.request import PLAIN, Request, SampleOptions
+from holdfast.system.device import device_type
 from holdfast.system.files import read_json
 from holdfast.system.manifest import check_weights_files
 
@@ -132,4 +131,4 @@ def _load(name: str) -> PreTrainedModel | PeftModel:
                 model = AutoPeftModelForCausalLM.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ConfigError(f"MODEL: {name!r} cannot be loaded: {error}") from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device_type())

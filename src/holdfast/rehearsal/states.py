@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.system.device import to_float64
+
 
 def pack(classes: Tensor) -> Tensor:
     """Put four classes into each byte, the first into its lowest two bits.
@@ -39,10 +41,10 @@ class RunningMoments:
         self._deviations = torch.zeros((), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        """Add vectors [n, hidden] of any floating type; the moments are on their device."""
+        """Add vectors [n, hidden] of any floating type; the moments are on their device if it holds float64."""
         if len(x) == 0:
             return
-        wide = x.detach().to(torch.float64)
+        wide = to_float64(x.detach())
         mean = wide.mean(0)
         self._join(len(x), mean, (wide - mean).square().sum(0))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from holdfast.api.tuner import Tuner
@@ -22,6 +21,7 @@ from holdfast.models.seq2seq import callable_as_causal
 from holdfast.models.sight import Sight, callable_with_pictures, load_sight
 from holdfast.models.weights import load_language_model
 from holdfast.runner.setup import Setup
+from holdfast.system.device import device_type
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,7 +45,7 @@ def load_pretrained(config: RunConfig, tuner: Tuner, sight: Sight | None = None)
     from transformers import set_seed
 
     model = config.model
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     attention = model.attention or fastest(config.training.precision)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     options |= weight_options(model, device) | loading_options(config.training.engine)

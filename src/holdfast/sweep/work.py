@@ -170,9 +170,10 @@ def local_workers(resources: Resources, count: int | None) -> Pool[PlannedRun]:
     Raises:
         ConfigError: there are GPUs, but too few for one run.
     """
-    import torch
+    from holdfast.system.device import VISIBLE, device_type, gpu_count
 
-    gpus = visible_gpus(torch.cuda.device_count())
+    variable = VISIBLE.get(device_type())
+    gpus = visible_gpus(gpu_count(), variable)
     processes = resources.processes
     shares = [gpus[i : i + processes] for i in range(0, len(gpus) - processes + 1, processes)]
     if gpus and not shares:
@@ -181,14 +182,14 @@ def local_workers(resources: Resources, count: int | None) -> Pool[PlannedRun]:
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // (count * processes))))
     environments = [{"OMP_NUM_THREADS": threads} for _ in range(count)]
     for i, environment in enumerate(environments):
-        if shares:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(shares[i % len(shares)])
+        if shares and variable:
+            environment[variable] = ",".join(shares[i % len(shares)])
     return Pool(partial(do_run, processes), environments)
 
 
-def visible_gpus(count: int) -> list[str]:
-    """The GPUs of this process, named as in CUDA_VISIBLE_DEVICES."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+def visible_gpus(count: int, variable: str | None = "CUDA_VISIBLE_DEVICES") -> list[str]:
+    """The GPUs of this process, named as in the variable that says which it sees."""
+    names = os.environ.get(variable) if variable else None
     return names.split(",")[:count] if names else [str(i) for i in range(count)]
 
 

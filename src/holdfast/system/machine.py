@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from holdfast.system.device import gpu_count, gpu_name
 from holdfast.version import __version__
 
 
@@ -23,13 +24,12 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """Processor, cores, memory in GiB and GPUs of this machine."""
-    import torch
 
     return {
         "cpu": _cpu_name(),
         "cores": cores(),
         "memory_gib": _memory_gib(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": [gpu_name(i) for i in range(gpu_count())],
     }
 
 

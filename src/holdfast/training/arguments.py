@@ -7,13 +7,13 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import TrainingArguments
 
 from holdfast.engines.process import Process
 from holdfast.engines.profiles import profile_of
 from holdfast.errors import ConfigError, did_you_mean
 from holdfast.records.trackers import TRACKERS
+from holdfast.system.device import device_type, on_gpu
 
 if TYPE_CHECKING:
     from holdfast.config.training import BaseTrainingConfig
@@ -61,8 +61,8 @@ def training_arguments(
         "remove_unused_columns": False,
         "report_to": others(training.report_to),
         "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not on_gpu(),
+        "dataloader_pin_memory": device_type() not in ("cpu", "mps"),
         "ddp_find_unused_parameters": False,  # the continual trainer counts all of them as used
     }
     profile = profile_of(getattr(training, "engine", None))

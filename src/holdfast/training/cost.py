@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from holdfast.system.device import gpu_peak, on_gpu, reset_gpu_peak
 
 if TYPE_CHECKING:
     from holdfast.engines.process import Process
@@ -82,16 +82,16 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if on_gpu():
+        reset_gpu_peak()
     elif RESET.exists():
         with contextlib.suppress(OSError):  # where a container forbids it, the peak is that since the process began
             RESET.write_text("5")
 
 
 def _peak_gib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+    if on_gpu():
+        return gpu_peak() / 2**30
     if STATUS.exists():
         for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

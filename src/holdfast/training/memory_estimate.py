@@ -38,6 +38,7 @@ from holdfast.errors import ConfigError
 from holdfast.models.head import base
 from holdfast.models.kinds import auto_class
 from holdfast.models.seq2seq import reads_apart
+from holdfast.system.device import free_gpu_memory
 from holdfast.training.requirements import check_kind
 
 NF4_BITS = 4.127
@@ -113,7 +114,7 @@ class Estimate:
             tuner: which weights are trained.
             max_length: tokens of a row; of a sequence-to-sequence model, of a prompt and of an answer.
             precision: bfloat16 is mixed precision, as ``training.precision``.
-            device: where training would run, cpu or cuda.
+            device: where training would run, as :func:`~holdfast.system.device.device_type` names it.
 
         Raises:
             ConfigError: the tuner does not support this model.
@@ -130,7 +131,7 @@ class Estimate:
             "weights": sum(t.nbytes for t in [*model.parameters(), *model.buffers()]),
             "gradients": sum(sizes),
             "optimizer": 2 * sum(sizes),
-            "update": sum(sizes) if device == "cuda" else 2 * max(sizes, default=0),
+            "update": sum(sizes) if device != "cpu" else 2 * max(sizes, default=0),
         }
         self._in_4bit = int(_in_4bit(model)) if tuner.quantized else None
         self._can_checkpoint = _can_checkpoint(tuner)
@@ -333,8 +334,8 @@ def heap_keeps_holes() -> bool:
 
 def free_memory(device: str) -> int:
     """Free bytes of this machine's first GPU, or of its main memory."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info(0)[0]
+    if device != "cpu":
+        return free_gpu_memory()
     import psutil  # type: ignore[import-untyped]
 
     return psutil.virtual_memory().available

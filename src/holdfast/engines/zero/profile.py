@@ -7,12 +7,11 @@ import logging
 import os
 from typing import Any
 
-import torch
-
 from holdfast.engines.layout import Layout
 from holdfast.engines.profile import Profile
 from holdfast.engines.zero.layout import Flattened
 from holdfast.errors import ConfigError
+from holdfast.system.device import on_gpu
 from holdfast.system.machine import free_port
 
 _DEEPSPEED: dict[str, Any] = {
@@ -72,7 +71,7 @@ class ZeroProfile(Profile):
             "accelerator_config": {"use_configured_state": True},
         }
         # TrainingArguments would not believe that a CPU can compute in bfloat16.
-        return values if torch.cuda.is_available() else values | {"bf16": False}
+        return values if on_gpu() else values | {"bf16": False}
 
     def complete(self, arguments: Any, bfloat16: bool) -> None:
         """Let ``bf16`` mean autocast on float32 weights, as on one process; see :func:`~.engine.autocast`.
@@ -102,7 +101,7 @@ def begin() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     try:
-        PartialState(backend=None if torch.cuda.is_available() else "gloo")
+        PartialState(backend=None if on_gpu() else "gloo")
     finally:
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
 

@@ -20,6 +20,7 @@ from holdfast.engines.saved import saved_tensor
 from holdfast.errors import ConfigError
 from holdfast.losses.common import wide
 from holdfast.models.head import hidden_only
+from holdfast.system.device import to_float64
 
 ROUNDING = 1e-9
 """A share of the inputs' squared norm that counts as nothing: what rounding leaves where inputs fill no whole space."""
@@ -53,7 +54,7 @@ class InputSpace:
 
     def free(self, device: torch.device) -> Tensor:
         """An orthonormal basis of the complement, float64 [in, free directions]."""
-        basis = self.basis.to(device, torch.float64)
+        basis = to_float64(self.basis.to(device))
         if self.is_free:
             return basis
         return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
@@ -175,4 +176,4 @@ def input_covariances(
     reshard(model)
     total = sum(process.gather(tokens))
     device = next(iter(sums.values())).device
-    return {name: process.all_reduce_sum(sums[name]).to(device, torch.float64) / total for name in layers}
+    return {name: to_float64(process.all_reduce_sum(sums[name]).to(device)) / total for name in layers}

@@ -16,6 +16,7 @@ from holdfast.config.section import Section
 from holdfast.engines.shards import Shards
 from holdfast.engines.vectors import snapshot, weights
 from holdfast.errors import ConfigError
+from holdfast.system.device import to_float64
 from holdfast.system.shapes import of_shape
 
 ROUNDS = 4
@@ -151,7 +152,7 @@ def interpolated(start: Shards, end: Shards, factors: Mapping[str, float]) -> Sh
     for a, b in pairs:
         if factors[b] in (0, 1):
             continue
-        first, last, middle = ((part.tensors[a].double(), part.tensors[b].double()) for part in parts)
+        first, last, middle = ((to_float64(part.tensors[a]), to_float64(part.tensors[b])) for part in parts)
         for name, whole in zip((a, b), nearest_factors(first, last, middle, factors[b]), strict=True):
             t = between.tensors[name]
             t.copy_(between.piece(name, whole.to(t)))

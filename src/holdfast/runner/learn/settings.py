@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from holdfast.api.rows import row_length
 from holdfast.api.task import Example
 from holdfast.config.evaluation import EVERYDAY
@@ -30,6 +28,7 @@ from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.runner.load import load_pretrained
 from holdfast.runner.quiz import askable
 from holdfast.runner.setup import build_tuner, resolve
+from holdfast.system.device import device_type, gpu_has_bfloat16, on_gpu
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import folder_facts, note
 from holdfast.system.progress import Progress
@@ -60,7 +59,7 @@ BATCHES = ((100, 4), (400, 8))
 
 def machine_settings() -> dict[str, Any]:
     """Data types: bfloat16 where a GPU has it, weights as they are stored; float32 elsewhere."""
-    fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    fast = gpu_has_bfloat16()
     return {
         "model": {"dtype": "auto" if fast else "float32"},
         "training": {"precision": "bfloat16" if fast else "float32"},
@@ -111,7 +110,7 @@ class Lengths:
 
 def sample_length(lengths: Lengths) -> int:
     """Tokens of an own sample at most: about as long as rows are, so that they cost as much."""
-    most = LONGEST if torch.cuda.is_available() else LONGEST_ON_A_CPU
+    most = LONGEST if on_gpu() else LONGEST_ON_A_CPU
     return min(max(2 ** math.ceil(math.log2(max(lengths.usual, 2))), SHORTEST), most)
 
 
@@ -139,7 +138,7 @@ def general_settings(config: RunConfig, own: dict[str, Any]) -> list[dict[str, A
     """What is measured of general ability: the loss on own samples and, of a model with a chat template, the quiz."""
     measures: list[dict[str, Any]] = [{"name": "own", "path": f"{RUN}/{OWN}"}] if own else []
     if askable(_encoder(config)):
-        measures.append({"name": EVERYDAY} | ({} if torch.cuda.is_available() else {"rows": QUIZ_ON_A_CPU}))
+        measures.append({"name": EVERYDAY} | ({} if on_gpu() else {"rows": QUIZ_ON_A_CPU}))
     return measures
 
 
@@ -166,7 +165,7 @@ def training_settings(rows: int, adapters: bool) -> dict[str, Any]:
 
 def memory_settings(config: RunConfig, lengths: Lengths) -> dict[str, Any]:
     """The largest micro-batch that fits this machine's memory, with activation checkpointing where it must be."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     batch = config.training.batch_size
     extra = sum(float(method.options.get("ratio", 0.25)) for method in config.method if method.name != "sequential")
     try:

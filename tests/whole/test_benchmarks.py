@@ -1,0 +1,18 @@
+"""The benchmark for GPUs runs, where there is none."""
+
+import subprocess
+import sys
+
+import pytest
+
+from support.paths import ROOT
+
+
+@pytest.mark.slow
+def test_the_script_for_gpus_checks_and_prints_a_line_a_side():
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--shapes", "tiny", "--rounds", "1", "--steps", "2"]
+    said = subprocess.run(script, capture_output=True, text=True, check=True, timeout=600).stdout
+    assert "FAILED" not in said
+    sides = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("| ") and "/s" not in line]
+    for side in ("Trainer", "TRL", "sequential", "replay", "kl", "gere"):
+        assert sides.count(side) == 2, said
