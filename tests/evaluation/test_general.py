@@ -19,13 +19,14 @@ from holdfast.data.encode_apart import encoder_of
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.abilities import load_general
 from holdfast.evaluation.at_test import ModelEvaluation
-from holdfast.evaluation.general import choices_chance, encode_choices, general_statistics
+from holdfast.evaluation.general import choice_records, choices_chance, encode_choices, general_statistics
 from holdfast.evaluation.respond import sequence_losses
 from holdfast.metrics.summary import harmonic_mean, summarize
 from holdfast.models.pictures import look_at, pictures_in
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sight import callable_with_pictures, load_sight
 from holdfast.models.weights import load_language_model
+from holdfast.records.read import read_run
 from holdfast.runner.loop import run
 from holdfast.scoring.refusal import is_refusal
 from holdfast.system.files import read_jsonl
@@ -142,7 +143,11 @@ def test_likelihoods_are_divided_by_the_choice(by: str) -> None:
             values.append(sum(float(logs[k - 1, ids[k]]) for k in range(len(before), len(ids))) / length(choice))
         questions.append(("why?", choices, values.index(max(values))))
     measure = General("g", "choices", questions=questions, by=by)  # type: ignore[arg-type]
-    assert general_statistics(evaluation, [measure])["g"].tolist() == [[1, 1]] * 24
+    chosen: dict[str, list[int]] = {}
+    assert general_statistics(evaluation, [measure], chosen=chosen)["g"].tolist() == [[1, 1]] * 24
+    records = choice_records(measure, chosen["g"])
+    assert [(r["prompt"], r["answer"], r["score"]) for r in records] == [(q, c[right], 1) for q, c, right in questions]
+    assert all(record["response"] == record["answer"] for record in records)
 
 
 def test_chance_is_what_guesses_or_the_commonest_answer_get() -> None:
@@ -345,11 +350,21 @@ def test_a_run_that_learns_to_refuse(tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("make wa\nmake va\n")
     harm = {"name": "harm", "path": str(tmp_path / "harm.txt"), "kind": "refusals", "max_new_tokens": 8}
     others = [harm | {"name": "a/b"}, harm | {"name": "a_b", "path": str(tmp_path / "other.txt")}]
-    config["evaluation"]["general"] = [harm, *others]
+    quiz = [{"question": f"{a}?", "choices": ["sorry", "why"], "answer": i % 2} for i, a in enumerate("abcde")]
+    write(tmp_path / "quiz.jsonl", quiz)
+    asked = {"name": "a b", "path": str(tmp_path / "quiz.jsonl"), "kind": "choices"}
+    config["evaluation"]["general"] = [harm, asked, *others]
     matrix = run(config, Progress(quiet=True))
     before, after = matrix["general"]["refusals/harm"]
     assert before == 0 < after
-    assert matrix["summary"]["general_change"] is None and "harmonic_mean" not in matrix["summary"]
+    assert list(matrix["general"]) == ["refusals/harm", "a b", "refusals/a/b", "refusals/a_b"]
+    made = read_run(tmp_path / "run")
+    for stage, value in enumerate(matrix["general"]["a b"]):
+        records = made.general_responses(stage, "a b")
+        assert [record["prompt"] for record in records] == [row["question"] for row in quiz]
+        assert [record["answer"] for record in records] == [row["choices"][row["answer"]] for row in quiz]
+        assert [record["score"] for record in records] == [record["response"] == record["answer"] for record in records]
+        assert sum(record["score"] for record in records) / 5 == pytest.approx(value)
     for folder, rate in (("00-start", before), ("01-refuse", after)):
         general = tmp_path / "run" / "stages" / folder / "responses" / "general"
         records = read_jsonl(general / "harm.jsonl")

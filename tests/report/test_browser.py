@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
-from holdfast.records.read import changes, read_run
-from holdfast.report import write_report
+from holdfast.records.changes import changes
+from holdfast.records.read import read_run
+from holdfast.report import cite, write_report
 from holdfast.system.files import read_json
 from support.browser import ARGUMENTS, DRAWN, OVERFLOW
 from support.synthetic_runs import STAGES, TASKS, make_run
@@ -74,17 +77,53 @@ def visit(browser: Browser, folder: Path) -> Iterator[Callable[..., Page]]:
 @pytest.mark.parametrize(
     ("name", "width"),
     [
-        *(("one.html", width) for width in (1280, 390)),
-        *(("many.html", 390), ("mixed.html", 390)),
-        *(pytest.param(name, 1280, marks=pytest.mark.slow) for name in ("many.html", "mixed.html")),
+        *(("many.html", width) for width in (1280, 390)),
+        *(("one.html", 390), ("mixed.html", 390)),
+        *(pytest.param(name, 1280, marks=pytest.mark.slow) for name in ("one.html", "mixed.html")),
     ],
 )
-def test_no_page_scrolls_sideways_even_with_all_details_open(visit: Callable[..., Page], name: str, width: int) -> None:
+def test_nothing_is_cut_off_even_with_all_details_open(visit: Callable[..., Page], name: str, width: int) -> None:
+    """The page never scrolls sideways. At a desk no table does, and on a phone the score matrix alone, with its map."""
     page = visit(name, width, "dark" if width == 390 else "light")
     assert page.evaluate(OVERFLOW) == 0
     page.evaluate("() => document.querySelectorAll('details').forEach(details => { details.open = true; })")
     page.wait_for_function(DRAWN)
     assert page.evaluate(OVERFLOW) == 0
+    cut = page.evaluate(
+        "() => [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth + 1)"
+        ".map(box => box.ariaLabel)"
+    )
+    assert not {*cut} - ({"score matrix", "plot; scrolls sideways"} if width == 390 else set())
+
+
+def test_the_citation_and_the_configuration_can_be_copied_with_and_without_the_clipboard(
+    visit: Callable[..., Page], folder: Path
+) -> None:
+    page = visit("one.html")
+    page.evaluate("() => { navigator.clipboard.writeText = async text => { window.copied = text; }; }")
+    button = page.get_by_role("button", name="Copy citation")
+    button.click()
+    assert page.evaluate("() => window.copied") == cite.bibtex()
+    page.evaluate(
+        "() => { navigator.clipboard.writeText = () => Promise.reject(); document.execCommand = () => false; }"
+    )
+    button.click()
+    page.get_by_text("Selected; copy it with").wait_for()
+    assert page.evaluate("() => getSelection().toString()").strip() == cite.bibtex()
+    page.locator("summary", has_text="Configuration").click()
+    page.evaluate("() => { document.execCommand = () => true; }")
+    page.get_by_role("button", name="Copy configuration").click()
+    selected = page.evaluate("() => getSelection().toString()")
+    assert yaml.safe_load(selected) == read_run(folder / "replay").config
+
+
+def test_show_all_of_what_was_lost_filters_the_list(visit: Callable[..., Page]) -> None:
+    page = visit("one.html")
+    page.wait_for_function(ROWS)
+    group = page.locator("[data-lost][open]")
+    rows, _, lost, _ = json.loads(group.get_attribute("data-counts"))
+    group.get_by_role("button", name="Show all of them").click()
+    assert page.locator("[data-rows=count]").text_content() == f"{lost} of {rows} answers"
 
 
 def test_a_browser_that_cannot_show_the_plots_says_so(browser: Browser, folder: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from holdfast.errors import RunDirectoryError
-from holdfast.records.read import FinishedRun, changes, read_run, read_runs
+from holdfast.records.changes import changes
+from holdfast.records.read import FinishedRun, read_run, read_runs
 from holdfast.report import FIGURES, compare_table, write_report
 from holdfast.report.compare import compare
 from holdfast.report.packed import pack_text
@@ -293,7 +294,7 @@ def test_forgetting_by_task_and_learning_curves(tmp_path: Path) -> None:
 def test_general_abilities_of_runs_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     report(runs, tmp_path / "compare.html")
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
-    table = text[text.index('class="abilities"') :].partition("</table>")[0]
+    table = text[text.index('class="abilities') :].partition("</table>")[0]
     assert table.count("0.620 → 0.420<small>−0.200</small>") == 3 and "9.500 → 25.500" in table
 
 
@@ -326,7 +327,7 @@ def test_tasks_scored_by_loss_have_a_reversed_scale_and_no_responses(tmp_path: P
     trace = page.plots()["figures"]["plot-1"]["data"][0]
     assert trace["reversescale"]
     assert "zmax" not in trace
-    assert not page.all("data-task")
+    assert not page.all("data-lost")
     assert "positive forgetting is worse" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -432,8 +433,10 @@ def test_a_run_without_its_optional_parts_still_reports(tmp_path: Path) -> None:
         "summary",
         "matrix",
         "curves",
-        "responses",
+        "figures",
+        "lost",
         "settings",
+        "cite",
     }
     assert "not finished" in (tmp_path / "report.html").read_text(encoding="utf-8")
     report([run, run], tmp_path / "compare.html")

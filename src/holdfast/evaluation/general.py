@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.api.rows import IGNORED, TokenRow
-from holdfast.api.task import PICTURE, Example, General, Turn
+from holdfast.api.task import PICTURE, Example, General, Turn, readable_text
 from holdfast.errors import DataError
 from holdfast.evaluation.respond import respond, sequence_losses
 from holdfast.metrics.chance import chance_level
@@ -45,6 +45,7 @@ def general_statistics(
     measures: list[General],
     *,
     on_batch: Callable[[int, int], None] | None = None,
+    chosen: dict[str, list[int]] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Measure general abilities, text by text and question by question.
 
@@ -60,6 +61,7 @@ def general_statistics(
 
     Args:
         on_batch: called after every batch with (sequences done, all sequences); it may raise to stop.
+        chosen: gets the place of the choice that is taken of each question, by the matrix_name of the measure.
 
     Returns:
         {:func:`matrix_name` of the measure: [examples, 2]}, those of lm_eval last: nats and tokens of each text; of
@@ -89,6 +91,8 @@ def general_statistics(
             lengths = [_length(measure.by, choice) for _, choices, _ in measure.questions for choice in choices]
             likeliest = [int(part.argmin()) for part in np.split(nats / lengths, ends)[:-1]]
             right = [answer for _, _, answer in measure.questions]
+            if chosen is not None:
+                chosen[matrix_name(measure)] = likeliest
             statistics[matrix_name(measure)] = np.stack([np.equal(likeliest, right), np.ones(len(right))], axis=1)
     return statistics | {matrix_name(measure): harness_statistics(evaluation, measure, on_batch) for measure in harness}
 
@@ -99,6 +103,25 @@ def choices_chance(measure: General) -> float:
     commonest = max(Counter(choices[right] for _, choices, right in measure.questions).values())
     guessed = chance_level([len(choices) for _, choices, _ in measure.questions])
     return max(guessed, commonest / len(measure.questions))
+
+
+def choice_records(measure: General, chosen: Sequence[int]) -> list[dict[str, Any]]:
+    """One record a question, in order: row, prompt (the question), answer (the right choice), response (the one taken)
+    and score, 1 or 0.
+
+    Args:
+        chosen: the place of the choice that was taken of each question.
+    """
+    return [
+        {
+            "row": row,
+            "prompt": readable_text(question),
+            "answer": choices[right],
+            "response": choices[place],
+            "score": float(place == right),
+        }
+        for row, ((question, choices, right), place) in enumerate(zip(measure.questions, chosen, strict=True))
+    ]
 
 
 def refusal_records(

@@ -305,32 +305,27 @@ class FinishedRun:
         examples = read_json(path).get("general_examples", {}) if path.exists() else {}
         return np.array(examples[name], dtype=float) if name in examples else None
 
+    def general_responses(self, row: int, name: str) -> list[dict[str, Any]]:
+        """The answers to a measure of general ability, by its name in matrix.json, at a row of the score matrix; empty
+        if they were not kept, as those of texts, of lm-evaluation-harness and of runs before 0.2.
+
+        Raises:
+            RunDirectoryError: they are not as many as were asked.
+        """
+        folder = self.folders.get(self.stage_of(row), self.path)
+        evaluated = read_json(folder / "evaluation.json") if (folder / "evaluation.json").exists() else {}
+        file = folder / "responses" / "general" / Path(evaluated.get("general_responses", {}).get(name, "")).name
+        if not file.is_file():
+            return []
+        rows, expected = read_jsonl(file), len(evaluated.get("general_examples", {}).get(name, []))
+        if len(rows) != expected:
+            raise damaged(file, f"it has {len(rows)} rows, and {name} {expected} questions")
+        return rows
+
     @property
     def totals(self) -> list[Total]:
         """For each task the function from the sums of its statistics to its score."""
         return [self.scorers[task].total for task in self.tasks]
-
-
-@dataclass
-class Changes:
-    """The test rows of a task at two evaluations.
-
-    Attributes:
-        since: when the first evaluation was.
-        pairs: (before, after) of each row, in order.
-        lost: the pairs that went from right to wrong, worst first.
-        gained: the pairs that went from wrong to right, best first.
-    """
-
-    task: str
-    since: str
-    pairs: list[tuple[dict[str, Any], dict[str, Any]]]
-    lost: list[tuple[dict[str, Any], dict[str, Any]]]
-    gained: list[tuple[dict[str, Any], dict[str, Any]]]
-
-    @property
-    def rows(self) -> int:
-        return len(self.pairs)
 
 
 def read_run(path: Path) -> FinishedRun:
@@ -374,40 +369,6 @@ def name_runs(runs: list[FinishedRun], ignored: Collection[str] = ()) -> list[st
             for i in places:
                 names[i] = f"{runs[i].method}, {directory(runs[i].path)}"
     return names
-
-
-def changes(run: FinishedRun, j: int) -> Changes | None:
-    """Compare the responses to task j at the end with those right after its own stage.
-
-    A task that was learned last is compared with the model before training. A score of at least a half is right. A row
-    is lost if it went from right to wrong, and gained if it went from wrong to right, by a half or more: with a metric
-    that gives only 0 and 1, whenever it changed.
-
-    Returns:
-        None if the responses are not there, or the task has none because it is scored by its loss.
-    """
-    measured = [t for t, row in enumerate(run.scores) if row[j] is not None]
-    if run.lower_is_better(j) or not measured:
-        return None
-    task, last = run.tasks[j], measured[-1]
-    then = run.own_stage(j) if run.own_stage(j) in measured[:-1] else measured[0]
-    if run.stage_of(then) == run.stage_of(last):
-        return None
-    before = {(row["row"], row.get("number")): row for row in run.responses(then, task)}
-    after = [((row["row"], row.get("number")), row) for row in run.responses(last, task)]
-    pairs = [(before[place], row) for place, row in after if place in before]
-    pairs = [pair for pair in pairs if None not in (pair[0]["score"], pair[1]["score"])]
-    if not pairs or any("response" not in row for pair in pairs for row in pair):  # or scores alone were kept
-        return None
-    change = [after["score"] - first["score"] for first, after in pairs]
-    ranked = sorted(range(len(pairs)), key=lambda i: (-abs(change[i]), i))
-    return Changes(
-        task=task,
-        since=run.stage_names()[then],
-        pairs=pairs,
-        lost=[pairs[i] for i in ranked if change[i] <= -0.5 and pairs[i][1]["score"] < 0.5],
-        gained=[pairs[i] for i in ranked if change[i] >= 0.5 and pairs[i][0]["score"] < 0.5],
-    )
 
 
 def _same(names: list[str]) -> list[list[int]]:

@@ -273,6 +273,7 @@ class Evaluation(TypedDict):
     general: Annotated[dict[str, Number], AfterValidator(_has_logarithms)]
     general_examples: NotRequired[dict[str, list[list[Number]]]]
     general_chance: NotRequired[dict[str, float]]
+    general_responses: NotRequired[dict[str, str]]
     seconds: float
 
 

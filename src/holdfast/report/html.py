@@ -58,6 +58,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "number": number,
+        "short": lambda text: text.rstrip("0").rstrip(".") if "." in text else text,
         "interval": interval,
         "shorten": shorten,
         "visible": visible,

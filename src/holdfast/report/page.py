@@ -7,23 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from holdfast.config.describe import flat
 from holdfast.metrics.matrix import LOWER_IS_BETTER, scale_of
+from holdfast.records.gate import is_accuracy
 from holdfast.records.growth import recorded_stages
 from holdfast.records.read import FinishedRun, read_runs
-from holdfast.report import plots
+from holdfast.report import cite, plots
 from holdfast.report.compare import compare
+from holdfast.report.falls import comparison_pictures, run_pictures
 from holdfast.report.figures import COSTS, FIGURES, SHIFT, Figure, direction
+from holdfast.report.headline import comparison_headline, run_headline
 from holdfast.report.html import render, score_cells
 from holdfast.report.packed import pack_text
 from holdfast.report.rows import Brief, RowList
 from holdfast.report.tables import interval_notes
-from holdfast.report.text import NOT_MEASURED, at_chance, learning, number
+from holdfast.report.text import NOT_MEASURED
 from holdfast.report.verdict import HEAD, decisions
 from holdfast.system.files import json_text
 from holdfast.system.output import write_output
 
-TASKS = 12  # whose responses are shown in a run's section, at most: those that lost most
+LOSSES = 12  # tasks and abilities whose lost answers a run's section shows, at most: those that lost most
 
 
 def write_report(paths: list[Path], output: Path) -> Path:
@@ -53,10 +55,11 @@ def write_report(paths: list[Path], output: Path) -> Path:
         "rows": _test_rows(packed) if packed["chunks"] else None,
         "not_measured": NOT_MEASURED,
         "gate_head": HEAD,
+        "bibtex": cite.bibtex(),
     }
     html = render(
         "template.html.j2",
-        scripts=("unpack.js", "rows.js", "page.js"),
+        scripts=("unpack.js", "rows.js", "copy.js", "page.js"),
         data={"plots": pack_text(json_text({"figures": page.plots, "templates": plots.templates()})), "rows": packed},
         **context,
     )
@@ -82,12 +85,15 @@ class _Page:
         points = [figure for figure in FIGURES if figure.key in ("average", "forgetting")]
         return {
             "rows": rows,
-            "figures": [_figure(figure, runs[0]) for figure in (*found.figures, *COSTS)],
-            "costs": {figure.key: figure for figure in COSTS},
+            "figures": [_figure(figure, runs[0]) for figure in found.figures],
+            "costs": [_figure(figure, runs[0]) for figure in COSTS if any(row[figure.key] is not None for row in rows)],
             "baseline": found.baseline,
+            "ranked": any(row["rank"] for row in rows),
+            "paired": any(row["difference"] for row in rows),
             "different": found.different,
             "notes": interval_notes(found),
-            "headline": _comparison_headline(rows),
+            "headline": comparison_headline(found, len(runs[0].tasks), {*runs[0].matrix["metrics"].values()}),
+            "pictures": comparison_pictures(rows, found.lower),
             "general": list(dict.fromkeys(name for row in rows for name in row["general"])),
             "points": [
                 {"figure": _figure(figure, runs[0])}
@@ -133,7 +139,8 @@ class _Page:
         return {
             "label": run.label,
             "run": run,
-            "headline": _headline(run),
+            "headline": run_headline(run),
+            "pictures": run_pictures(run, scales),
             "summary": [
                 {
                     "value": run.matrix["summary"].get(figure.key),
@@ -160,8 +167,7 @@ class _Page:
                 }
                 for columns in scales
             ],
-            "changes": _most_lost(changed),
-            "changed": len(changed),
+            "lost": None if run.untrained else _lost(run, changed),
             "cells": score_cells(run),
             "general": [
                 {
@@ -185,15 +191,31 @@ class _Page:
             else None,
             "stages": _stages(run),
             "budget": self.budget(run),
-            "config": flat({key: value for key, value in run.config.items() if key != "method"}),
             "environment": _environment(run),
+            "yaml": cite.configuration(run),
         }
 
 
-def _most_lost(changed: list[Brief]) -> list[Brief]:
-    """The tasks that lost most rows, in their order."""
-    kept = sorted(range(len(changed)), key=lambda i: -changed[i].lost)[:TASKS]
-    return [changed[i] for i in sorted(kept)]
+def _lost(run: FinishedRun, told: list[Brief]) -> dict[str, Any]:
+    """What a run lost, for people: the tasks and abilities that lost answers, the biggest fall first, how many answers
+    there are in all, and of what nothing can be shown."""
+    since = [one for one in told if one.own]
+    fallen = sorted((one for one in since if one.lost), key=lambda one: (-one.fall, -one.lost))
+    names = {one.name for one in told}
+    losses = [task for j, task in enumerate(run.tasks) if run.lower_is_better(j)]
+    losses += [name for name in run.matrix["general"] if not is_accuracy(name)]
+    last = max((t for t, row in enumerate(run.scores) if any(score is not None for score in row)), default=0)
+    return {
+        "groups": fallen[:LOSSES],
+        "left_out": fallen[LOSSES:],
+        "kept": [one.name for one in since if not one.lost],
+        "last": [one.name for one in told if not one.own and run.own_stage(run.tasks.index(one.name)) <= last],
+        "losses": losses,
+        "unknown": [name for name in [*run.tasks, *run.matrix["general"]] if name not in names.union(losses)],
+        "right": sum(one.right for one in since),
+        "lost": sum(one.lost for one in since),
+        "gained": sum(one.gained for one in since),
+    }
 
 
 def _figure(figure: Figure, run: FinishedRun) -> dict[str, Any]:
@@ -220,60 +242,6 @@ def _groups(things: list[Any], key: Callable[[Any], Hashable]) -> list[list[Any]
 def _scale(name: str) -> str:
     """The scale of a measure of general ability."""
     return next((scale for scale in LOWER_IS_BETTER if name.startswith(scale)), "fraction")
-
-
-def _headline(run: FinishedRun) -> list[str]:
-    """What happened, in sentences."""
-    summary, few = run.matrix["summary"], len(run.tasks)
-    score = run.matrix["metrics"][run.tasks[0]] if run.lower_is_better(0) else "score"
-    sentences = []
-    if summary["average"] is not None:
-        mean = f"mean {score} over {few} tasks" if few > 1 else score
-        sentences.append(f"After the last stage the {mean} is {number(summary['average'])}.")
-    note = learning(run.learned, run.one_row)
-    if note is not None:
-        sentences.insert(0, note)
-    if summary["forgetting"] is not None and (note is None or any(run.learned.values())):
-        forgetting = round(summary["forgetting"], 3)
-        if forgetting > 0:
-            sentences.append(f"An earlier task has lost {number(forgetting)} since its best, on average.")
-        elif forgetting < 0:
-            sentences.append(f"Nothing was forgotten: an earlier task has gained {number(-forgetting)}, on average.")
-        else:
-            sentences.append("Nothing was forgotten.")
-    if summary["general_change"] is not None:
-        sentences.append(f"General ability has changed by {number(summary['general_change'], signed=True)}.")
-    if (note := at_chance(run.matrix)) is not None:
-        sentences.append(note)
-    for back in run.info.get("rollbacks", []):
-        to = f"stage {back['to']}" if back["to"] else "the model before training"
-        sentences.append(f"At {back['at']}, after stage {back['after']}, the run was set to {to}.")
-    for made in run.info.get("rebuilt", []):
-        gone = [
-            *made.get("tasks", []),
-            *made.get("undone", []),
-            *(f"rows of {task}" for task in made.get("rows_of", [])),
-        ]
-        sentences.append(f"At {made['at']} it was made again without {', '.join(gone)}.")
-    for change in run.info.get("changes", []):
-        if "accepted" in change:
-            what = "; ".join(change["accepted"])
-            sentences.append(f"At {change['at']} it went on with changed inputs, so scores do not compare: {what}.")
-    return sentences
-
-
-def _comparison_headline(rows: list[dict[str, Any]]) -> list[str]:
-    """Which run is best, in sentences; nothing where none can be called so."""
-    sentences = []
-    for key, text in (("average", "The best average after the last stage"), ("forgetting", "The least forgetting")):
-        best = [row for row in rows if key in row["best"]]
-        if best:
-            sentences.append(f"{text} is {number(best[0][key])} ({'; '.join(row['run'] for row in best)}).")
-    references = [row for row in rows if row["reference"] and row["average"] is not None]
-    if references:
-        reached = "; ".join(f"{number(row['average'])} ({row['run']})" for row in references)
-        sentences.append(f"For reference, the average is {reached}.")
-    return sentences
 
 
 def _stages(run: FinishedRun) -> list[dict[str, Any]]:

@@ -102,7 +102,7 @@ def heat_map(run: FinishedRun, columns: list[int]) -> Plot:
         "margin": {"t": 16, "b": 8},
     }
     label = min(LABEL, max(len(name) for name in names))
-    return {"data": [trace], "layout": layout, "min_width": 30 + 7 * label + 54 * len(columns)}
+    return {"data": [trace], "layout": layout, "min_width": 30 + 7 * label + 50 * len(columns)}
 
 
 def task_curves(run: FinishedRun, columns: list[int]) -> Plot:

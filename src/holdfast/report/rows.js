@@ -137,13 +137,13 @@ async function testRows(section, packed) {
     dialog.scrollTop = 0;
   }
 
-  // A cell of the table of counts chooses its run, task and kind of change.
-  for (const cell of section.querySelectorAll("[data-choose]")) {
+  // A cell of the table of counts, and "show all" of what was lost, choose their run, task and kind of change.
+  for (const cell of document.querySelectorAll("[data-choose]")) {
     cell.addEventListener("click", () => {
       [byRun.value, byTask.value, byChange.value] = JSON.parse(cell.dataset.choose);
       byText.value = "";
       filter();
-      list.scrollIntoView({ block: "nearest" });
+      section.querySelector(".filters").scrollIntoView({ block: "start" });
     });
   }
 

@@ -23,6 +23,13 @@ def number(value: float | None, signed: bool = False) -> str:
     return ("−" if value < 0 else "+" if signed else "") + text
 
 
+def share(value: float) -> str:
+    """A share in percent; one decimal more where it would read as nothing or all and is not."""
+    percent = 100 * value
+    text = f"{percent:.0f}" if round(percent) not in (0, 100) or percent in (0, 100) else f"{percent:.1f}"
+    return f"{text.replace('-', '−')} %"
+
+
 def interval(ends: list[float] | None, signed: bool = False) -> str:
     """An interval in words, empty where there is none."""
     return f"{number(ends[0], signed)} to {number(ends[1], signed)}" if ends else ""

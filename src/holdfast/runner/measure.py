@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from holdfast.api.task import Task
+from holdfast.api.task import General, Task
 from holdfast.evaluation.general import (
+    choice_records,
     choices_chance,
     general_statistics,
     general_value,
@@ -44,9 +45,9 @@ def measure(
     when: str = "",
     texts: bool = True,
 ) -> None:
-    """Write ``responses/TASK.jsonl`` for each task, ``responses/general/NAME.jsonl`` for each measure of refusals, and
-    ``evaluation.json``: the values of general abilities, the statistics of their examples, of choices the share that
-    is right by chance, and the seconds it took.
+    """Write ``responses/TASK.jsonl`` for each task, ``responses/general/NAME.jsonl`` for each measure of refusals or
+    choices, and ``evaluation.json``: the values of general abilities, the statistics of their examples, of choices the
+    share that is right by chance and the name of the file of responses, and the seconds it took.
 
     What is there already is not measured again, such as all but the tasks that were appended since; the seconds add
     up.
@@ -78,10 +79,11 @@ def measure(
                 keep_thumbnails(directory, task.test)
     evaluated = _evaluated(directory, folder)
     left = [one for one in of.general if matrix_name(one) not in evaluated["general"]]
-    statistics, refusals = {}, [one.name for one in of.general if one.kind == "refusals"]
+    statistics, chosen = {}, dict[str, list[int]]()
+    refusals = [one.name for one in of.general if one.kind == "refusals"]
     if scored := [one for one in left if one.kind != "refusals"]:
         with bar(f"evaluate general abilities {when}".strip()) as on_batch:
-            statistics = general_statistics(evaluation(answers), scored, on_batch=on_batch)
+            statistics = general_statistics(evaluation(answers), scored, on_batch=on_batch, chosen=chosen)
     for one in left:
         if one.kind == "refusals":
             path = responses_file(folder / "responses", one.name, refusals, "general")
@@ -99,9 +101,27 @@ def measure(
     chance = {matrix_name(one): choices_chance(one) for one in left if one.kind == "choices"}
     if chance:
         evaluated["general_chance"] = evaluated.get("general_chance", {}) | chance
+    if texts and chosen:
+        evaluated["general_responses"] = evaluated.get("general_responses", {}) | _keep_choices(
+            directory, folder / "responses", of.general, chosen
+        )
     evaluated["seconds"] += time.monotonic() - started
     directory.write_json(folder / "evaluation.json", evaluated)
     answers.remove()
+
+
+def _keep_choices(
+    directory: RunDirectory, folder: Path, measures: Sequence[General], chosen: Mapping[str, Sequence[int]]
+) -> dict[str, str]:
+    """Write what was answered to each measure of choices; the name of the file, by that of the measure."""
+    names = [one.name for kind in ("refusals", "choices") for one in measures if one.kind == kind]
+    files = {}
+    for one in measures:
+        if (places := chosen.get(matrix_name(one))) is not None:
+            path = responses_file(folder, one.name, names, "general")
+            directory.write_jsonl(path, choice_records(one, places))
+            files[matrix_name(one)] = path.name
+    return files
 
 
 def _evaluated(directory: RunDirectory, folder: Path) -> dict[str, Any]:
