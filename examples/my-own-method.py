@@ -2,7 +2,7 @@
 
     holdfast run RUN.yaml 'method={name: examples/my-own-method.py, pull: 0.05}'
 
-CONTRIBUTING.md explains how such a file comes about.
+docs/tutorials/my-own-method.md explains how such a file comes about, and how it is tested.
 """
 
 from pydantic import Field
