@@ -18,3 +18,17 @@ def test_it_is_off_within_and_as_before_afterwards():
         assert not gc.isenabled()
         raise KeyError
     assert gc.isenabled()
+
+
+def test_what_is_there_after_the_first_time_alone_is_never_looked_at_again():
+    gc.unfreeze()
+    try:
+        with no_collection():
+            pass
+        kept = gc.get_freeze_count()
+        made = [[] for _ in range(1000)]
+        with no_collection():
+            pass
+        assert 0 < kept == gc.get_freeze_count() and len(made) == 1000
+    finally:
+        gc.unfreeze()
