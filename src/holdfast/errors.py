@@ -36,6 +36,10 @@ class NonFiniteLossError(UserError):
     """A loss became NaN or infinite; training stopped before the optimizer touched the weights."""
 
 
+class OutOfMemoryError(UserError):
+    """The machine has too little memory for a step, an evaluation or the weights; the message says what to lower."""
+
+
 class GateFailed(Exception):  # noqa: N818 - it is a verdict on the model, not a fault of the run
     """A stage did not keep to the gate's limits; the message is the table of what failed."""
 

@@ -84,15 +84,20 @@ class ChatTemplate:
         """Warn once of a text that holds a special token, which becomes a control token among the template's own."""
         if self._told_of_special:
             return
-        found = next((found for turn in example.turns if (found := self._special_pattern.search(turn.content))), None)
+        found = self.special_token(example)
         if found is not None:
             self._told_of_special = True
             logger.warning(
-                "%s: %r in a text becomes a control token, as the chat template's own do; data.template=plain keeps "
-                "it text",
+                "%s: %r in a text becomes a control token, as the chat template's own do; if a template has rendered "
+                "these rows already, give the messages instead; data.template=plain keeps it text",
                 where(example.file, example.row),
-                found[0],
+                found,
             )
+
+    def special_token(self, example: Example) -> str | None:
+        """The first special token that the text of an example spells."""
+        texts = [example.text] if example.text is not None else [turn.content for turn in example.turns]
+        return next((found[0] for text in texts if (found := self._special_pattern.search(text))), None)
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:

@@ -196,6 +196,11 @@ class Encoder:
         """The model's row of a text's ``input_ids`` and ``labels``."""
         return row
 
+    def sign_as_text(self, example: Example) -> str | None:
+        """The first special token that an example's text spells, where that is read as letters: not among a chat
+        template's own."""
+        return None if self.chat else self._template.special_token(example)
+
     def answer_length(self, example: Example) -> int:
         """Tokens of the last answer with its end."""
         pieces = self._pieces(example)[-1]

@@ -83,7 +83,7 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
             if folder.exists()
             else f"is no folder, and no tokenizer of the hub{offline}"
         )
-        raise ConfigError(f"{key}: {model.name!r} {place}: {error}") from None
+        raise ConfigError(refusal(model.name, error, key) or f"{key}: {model.name!r} {place}: {error}") from None
     with readable(f"{key}: the tokenizer of {model.name!r} cannot be used"):
         check_tokenizer(tokenizer)
     if not tokenizer.is_fast:
@@ -139,17 +139,67 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     folder = Path(model.name)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise ConfigError(
-            f"model.name: {model.name!r} is an adapter and not a whole model; merge it into its base ({base}) and give "
-            "the merged model: holdfast export RUN --merge, or PEFT's merge_and_unload"
-        )
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(is_adapter(model.name, folder / "adapter_config.json"))
     absent = "" if folder.exists() else f" (there is no such folder, looked from {Path.cwd()}{unreachable()})"
     with readable(f"model.name: {model.name!r} cannot be used as a model{absent}"):
         found, options = located(model.name)
         load = partial(AutoConfig.from_pretrained, found, **hub_options(model), **options)
-        return read_once(model.name, AutoConfig, load)
+        try:
+            return read_once(model.name, AutoConfig, load)
+        except Exception as error:  # whatever a hub, a disk or a parser may raise
+            if (told := refusal(model.name, error) or _hub_adapter(model)) is None:
+                raise
+            raise ConfigError(told) from None
+
+
+def is_adapter(name: str, file: Path) -> str:
+    """Why an adapter is no model, by its adapter_config.json; a whole model beside it in the folder changes nothing,
+    since transformers would load the adapter onto the base that this file names."""
+    found = read_json(file)
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    beside = " beside a whole model" if (file.parent / "config.json").exists() else " and not a whole model"
+    return (
+        f"model.name: {name!r} is an adapter{beside}; merge it into its base{f' ({base})' if base else ''} and give "
+        "the merged model: holdfast export RUN --merge, or PEFT's merge_and_unload; or go on with the run that made it"
+    )
+
+
+def _hub_adapter(model: ModelConfig) -> str | None:
+    """Why a name of the hub is no model, if it is that of an adapter."""
+    from transformers.utils import cached_file
+
+    if Path(model.name).exists():
+        return None
+    try:
+        file = cached_file(model.name, "adapter_config.json", revision=model.revision)
+    except OSError:
+        return None
+    return None if file is None else is_adapter(model.name, Path(file))
+
+
+def refusal(name: str, error: BaseException, key: str = "model.name") -> str | None:
+    """What to do about a model that may not be read as it is: its code is not trusted, or its hub page is closed.
+
+    Returns:
+        a message; None where the error is about something else.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    if "trust_remote_code=True" in str(error):
+        return (
+            f"{key}: {name!r} comes with Python code of its own, which runs only if you trust it: read it, then set "
+            f"model: {{name: {name}, trust_remote_code: true}}, best with the revision that you have read"
+        )
+    if any(type(one).__name__ == "GatedRepoError" for one in chain) or "gated repo" in str(error):
+        return (
+            f"{key}: {name!r} is a gated model of the hub: accept its terms on https://huggingface.co/{name}, then log "
+            "in with `hf auth login`, or set HF_TOKEN"
+        )
+    return None
 
 
 def hub_commit(model: ModelConfig) -> str | None:

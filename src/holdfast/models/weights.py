@@ -52,6 +52,11 @@ def load_language_model(name: str | Path, *, key: str = "model.name", **options:
     with readable(f"{key}: the weights of {str(name)!r} cannot be loaded"):
         model, report = _load(name, options)
     _check(f"{key}: {str(name)!r}", type(model).__name__, report)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers loads an adapter that lies beside the weights
+        raise ConfigError(
+            f"{key}: {str(name)!r} holds an adapter beside a whole model; merge them (PEFT's merge_and_unload), or "
+            "take its adapter_config.json away"
+        )
     return model
 
 
@@ -82,6 +87,16 @@ def check_weights(model: ModelConfig, key: str = "model.name") -> bool:
         return False
     _check(f"{key}: {model.name!r}", type(loaded).__name__, report)
     return True
+
+
+def shapes(model: ModelConfig) -> PreTrainedModel:
+    """The model without its weights, on the meta device: its layers, and their shapes."""
+    import torch
+
+    config = load_model_config(model)
+    with torch.device("meta"):
+        made: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=model.trust_remote_code)
+    return made
 
 
 @contextlib.contextmanager

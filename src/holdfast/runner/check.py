@@ -13,8 +13,7 @@ from holdfast.config.gate import GateConfig
 from holdfast.config.keep import KeepConfig
 from holdfast.config.run import RunConfig
 from holdfast.errors import ConfigError
-from holdfast.models.pretrained import load_model_config
-from holdfast.models.weights import check_weights
+from holdfast.models.weights import check_weights, shapes
 from holdfast.records.directory import RunDirectory, check_directory
 from holdfast.runner.abilities import print_asked, print_general
 from holdfast.runner.begun import as_begun
@@ -25,6 +24,7 @@ from holdfast.runner.setup import NEW, Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import check_training
 from holdfast.system.machine import free_gib
 from holdfast.system.progress import Progress
+from holdfast.tuners.peft import PeftTuner
 
 KINDS = {
     "dpo": "pairs of a chosen and a rejected answer; below, the chosen one, as methods see it",
@@ -54,6 +54,8 @@ def print_check(
     appended = check_growth(setup, directory) if directory else []
     check_training(setup)
     checked = check_weights(config.model)
+    if isinstance(setup.tuner, PeftTuner):
+        setup.tuner.check_layers(shapes(config.model))
     console.print(f"stream {setup.stream.name}, version {setup.stream.version}", markup=False)
     for task in setup.stream.tasks:
         rows = setup.rows[task.name]
@@ -193,12 +195,5 @@ def keep_lines(keep: KeepConfig | None) -> list[str]:
 
 def model_bytes(setup: Setup) -> int:
     """Bytes of the model's weights, from its shapes alone."""
-    import torch
-
-    from holdfast.models.kinds import auto_class
-
-    model_config, trust = load_model_config(setup.config.model), setup.config.model.trust_remote_code
-    with torch.device("meta"):
-        model = auto_class(model_config).from_config(model_config, trust_remote_code=trust)
     width = 2 if setup.config.model.dtype == "bfloat16" else 4
-    return width * sum(p.numel() for p in model.parameters())
+    return width * sum(p.numel() for p in shapes(setup.config.model).parameters())

@@ -20,6 +20,7 @@ from holdfast.models.quantization import ready_for_training, weight_options
 from holdfast.models.seq2seq import callable_as_causal
 from holdfast.models.sight import Sight, callable_with_pictures, load_sight
 from holdfast.models.weights import load_language_model
+from holdfast.runner.memory import lower_for_loading, what_to_lower
 from holdfast.runner.setup import Setup
 from holdfast.system.device import device_type
 
@@ -50,13 +51,14 @@ def load_pretrained(config: RunConfig, tuner: Tuner, sight: Sight | None = None)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     options |= weight_options(model, device) | loading_options(config.training.engine)
     set_seed(config.seed)
-    pretrained = load_language_model(
-        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
-    )
-    if model.quantization:
-        pretrained = ready_for_training(pretrained)
-    elif not is_divided(pretrained):
-        pretrained = pretrained.to(device)
+    with what_to_lower(lambda: f"model.name: {model.name!r}", lambda: lower_for_loading(model)):
+        pretrained = load_language_model(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+        )
+        if model.quantization:
+            pretrained = ready_for_training(pretrained)
+        elif not is_divided(pretrained):
+            pretrained = pretrained.to(device)
     prepare_loaded(pretrained)
     prepared = tuner.prepare(pretrained)
     trained = {name: p.requires_grad for name, p in prepared.named_parameters()}

@@ -39,6 +39,7 @@ from holdfast.runner.inputs import run_inputs
 from holdfast.runner.load import load_model, load_weights, trained_weights
 from holdfast.runner.matrix import MeasuredFiles, Outline, write_matrix
 from holdfast.runner.measure import is_measured, measure, responses_file
+from holdfast.runner.memory import lower_for_evaluation, what_to_lower
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import Around, check_training, train_stage
@@ -356,17 +357,18 @@ class RunLoop:
         self.directory.reopen()
         known = self._shown_before(folder)
         when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
-        measure(
-            self.directory,
-            folder,
-            of,
-            names,
-            evaluation=self._evaluation,
-            longest=self._longest,
-            bar=self._bar,
-            when=when,
-            texts=self.config.evaluation.responses == "texts",
-        )
+        with what_to_lower(lambda: f"evaluation {when}", lambda: lower_for_evaluation(self.config)):
+            measure(
+                self.directory,
+                folder,
+                of,
+                names,
+                evaluation=self._evaluation,
+                longest=self._longest,
+                bar=self._bar,
+                when=when,
+                texts=self.config.evaluation.responses == "texts",
+            )
         new = ({task.name for task in of.tasks} | {matrix_name(one) for one in of.general}) - known
         matrix = self._write_matrix()
         self.progress.line(f"{when}: {self._changes(matrix, stage, new)}")

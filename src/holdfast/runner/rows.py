@@ -8,6 +8,7 @@ from typing import Any
 
 from holdfast.api.method import Method
 from holdfast.api.task import Example, Stream, Task
+from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig
 from holdfast.data.encode import Encoder
 from holdfast.data.files import where
@@ -20,6 +21,9 @@ from holdfast.runner.plan import Rows
 from holdfast.scoring import find
 from holdfast.training.kinds import completion_length
 from holdfast.training.requirements import packed
+
+NAMED = 5
+"""Tokens that a message names."""
 
 
 def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[Rows, dict[str, int]]:
@@ -60,6 +64,33 @@ def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[R
             task.test, _ = _usable(task.test, prompts, bad)
     judge_bad_rows(bad, stream, config.data)
     return rows, limits
+
+
+def check_vocabulary(rows: Rows, encoder: Encoder, model: ModelConfig) -> None:
+    """Check that the model has an embedding for every token of the train rows, and for padding.
+
+    Raises:
+        ConfigError: it lacks some, as where tokens were added to the tokenizer alone.
+    """
+    known = getattr(load_model_config(model).get_text_config(), "vocab_size", None)
+    if known is None:
+        return
+    tokenizer = encoder.tokenizer
+    used = {tokenizer.pad_token_id}
+    for row in (row for of_task in rows.values() for row in of_task):
+        for key in ("input_ids", "encoder_ids"):
+            if max(row.get(key, ()), default=0) >= known:
+                used |= set(row[key])
+    used -= {encoder.sight.image_token_id} if encoder.sight is not None else set()
+    beyond = sorted(token for token in used if token >= known)
+    if beyond:
+        named = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in beyond[:NAMED])
+        more = f" and {len(beyond) - NAMED} more" if len(beyond) > NAMED else ""
+        raise ConfigError(
+            f"model.name: the tokenizer of {model.name!r} writes tokens beyond the {known} that the model has "
+            f"embeddings for: {named}{more}; make room for them (model.resize_token_embeddings(len(tokenizer)), then "
+            "save_pretrained), or take the tokenizer that belongs to the model"
+        )
 
 
 def _trained(task: Task, encoder: Encoder, examples: Sequence[Example]) -> list[Any]:

@@ -38,7 +38,7 @@ from holdfast.runner.data import RunData, load_data
 from holdfast.runner.kinds import check_kinds
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stage_training
 from holdfast.runner.quiz import askable, with_quiz
-from holdfast.runner.rows import encode_dev, encode_tasks, try_rows
+from holdfast.runner.rows import check_vocabulary, encode_dev, encode_tasks, try_rows
 from holdfast.runner.seq2seq import check_answers, check_seq2seq
 from holdfast.runner.sight import check_sight
 from holdfast.training.arguments import RESERVED, check_arguments
@@ -219,6 +219,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
         method.plan(len(stages))
     training = stage_training(config.training, stages, past.training)
     rows, limits = encode_tasks(stream, encoder, config)
+    check_vocabulary(rows, encoder, config.model)
     left = [task for stage in stages if stage.index not in past.finished for task in stage.tasks]
     for method in resolved.methods:
         try_rows(method, left, rows, config, encoder)

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from holdfast.api.rows import row_length
 from holdfast.data.collate import Collator, pack
 from holdfast.records.directory import learned_stages
 from holdfast.runner.kinds import prompt_tokens, reward_of, trained_rows
+from holdfast.runner.memory import lower_for_training, what_to_lower
+from holdfast.runner.pitfalls import warn_of_pitfalls, warn_of_steps
 from holdfast.runner.plan import PlannedStage
+from holdfast.runner.setup import build_tuner
 from holdfast.training.arguments import training_arguments
 from holdfast.training.kinds import as_before, check_mismatched, config_class, make_trainer, own_arguments
 from holdfast.training.settings import check_settings
@@ -96,7 +100,16 @@ def train_stage(
             stage,
             around,
         )
-        steps = watch.train(checkpoint)
+        with what_to_lower(
+            lambda: f"{watch.title}, step {trainer.state.global_step + 1}",
+            lambda: lower_for_training(
+                setup.config_of(stage),
+                build_tuner(setup.config),
+                max(map(row_length, rows)),
+                trainer.args.per_device_train_batch_size,
+            ),
+        ):
+            steps = watch.train(checkpoint)
     stopped = {"stopped_early": around.curves.stopped} if around.curves.stopped else {}
     kept = {} if setup.keep is None else {"keep": setup.keep.verdict}
     return {"steps": steps} | trainer.cost.of_all(directory.process) | stopped | kept
@@ -161,7 +174,8 @@ def arguments(setup: Setup, stage: PlannedStage, checkpoints: Path) -> TrainingA
 
 
 def check_training(setup: Setup) -> None:
-    """Find what would stop the training of a stage that is left, before anything is measured.
+    """Find what would stop the training of a stage that is left, before anything is measured, and warn of what it would
+    learn little by.
 
     Raises:
         ConfigError: the arguments, the optimizer, the schedule or the data loader cannot be made.
@@ -175,6 +189,8 @@ def check_training(setup: Setup) -> None:
             if stage.tasks[0].kind == "kto":
                 check_mismatched(stage.tasks[0].name, args)
             check_settings(args, steps, needs_momentum)
+            warn_of_steps(setup, stage, args)
+    warn_of_pitfalls(setup)
 
 
 def stage_seed(seed: int, stage: int) -> int:

@@ -298,7 +298,9 @@ def _can_checkpoint(tuner: Tuner) -> bool:
     return True
 
 
-def advice(estimate: Estimate, rows: int, free: int) -> str | None:
+def advice(
+    estimate: Estimate, rows: int, free: int, checkpointing: bool = False, quantized: bool = False
+) -> str | None:
     """The smallest change of a run's configuration that makes it fit into memory; None if no change is enough.
 
     The changes are tried in this order: checkpointing, smaller micro-batches, both, and then the same three with the
@@ -307,21 +309,26 @@ def advice(estimate: Estimate, rows: int, free: int) -> str | None:
     Args:
         rows: rows of a micro-batch, as configured.
         free: free memory, bytes.
+        checkpointing: whether it is configured.
+        quantized: whether 4 bits are configured.
     """
     smaller = [rows >> halvings for halvings in range(1, rows.bit_length())]
-    for quantized in (False, True) if estimate.tuner.quantized else (False,):
-        for micro, checkpointing in [
-            *([(rows, False)] if quantized else []),
+    for in_4bit in (False, True) if estimate.tuner.quantized else (False,):
+        for micro, recomputed in [
+            (rows, False),
             (rows, True),
             *((micro, False) for micro in smaller),
             *((micro, True) for micro in smaller),
         ]:
-            memory = estimate.memory(micro, quantized)
-            if checkpointing and memory.checkpointed is None:
+            now = (micro, recomputed, in_4bit) == (rows, checkpointing, quantized)
+            if now or recomputed < checkpointing or in_4bit < quantized:
                 continue
-            if memory.peak(checkpointing, accumulation=micro < rows) <= free:
-                changes = ["model.quantization: 4bit"] if quantized else []
-                changes += ["training.gradient_checkpointing: true"] if checkpointing else []
+            memory = estimate.memory(micro, in_4bit)
+            if recomputed and memory.checkpointed is None:
+                continue
+            if memory.peak(recomputed, accumulation=micro < rows) <= free:
+                changes = ["model.quantization: 4bit"] if in_4bit > quantized else []
+                changes += ["training.gradient_checkpointing: true"] if recomputed > checkpointing else []
                 changes += [f"training.micro_batch_size: {micro}"] if micro < rows else []
                 return ", ".join(changes)
     return None

@@ -40,6 +40,7 @@ from holdfast.training.engine_mixin import (
 from holdfast.training.extra_rows import ExtraRows, Passed, collate_tokens
 from holdfast.training.frozen_adapters import frozen_stays, reference_of_this_stage
 from holdfast.training.method_state import load_states
+from holdfast.training.pitfalls import check_pitfalls, tell_of_first_loss, watched
 from holdfast.training.requirements import check_batches, check_learns_stages, check_methods, check_trainable
 from holdfast.training.seq2seq import as_rows, take_seq2seq, to_pass
 from holdfast.training.state import ContinualState, RunContext
@@ -122,7 +123,7 @@ class ContinualMixin(EngineMixin):
         state.cost.start()
         try:
             _begin_stage(self, checkpoint)
-            with _methods_after_step(self), ddp_expects_all(self), frozen_stays(self.model):
+            with _methods_after_step(self), ddp_expects_all(self), frozen_stays(self.model), watched(self):
                 result = super().train(checkpoint, *args, **kwargs)
             if not state.interrupted:
                 state.end_stage(self.state.log_history, self.state.global_step)
@@ -211,6 +212,7 @@ class ContinualMixin(EngineMixin):
         state = self._holdfast
         if state.stage is not None and "loss" in logs:
             logs |= state.terms.flush(state.process)
+            tell_of_first_loss(self, logs)
             # Trainer's loss lacks the declared terms that came as gradients.
             logs["loss"] += sum(logs.get(f"term/{name}", 0.0) for name in state.terms.as_gradients)
             logs |= {name: value for method in state.methods for name, value in method.watched().items()}
@@ -259,6 +261,8 @@ def _begin_stage(trainer: Any, checkpoint: str | None) -> None:
     check_trainable(trainer.model)
     check_methods(state.methods, trainer.model, stage.rows)
     check_batches(state.methods, lambda: _first_batch(trainer))
+    if not state.is_run:
+        check_pitfalls(trainer, _collator(trainer), stage)
     state.engine, state.knows_loss = None, False
     hand_to_engine(trainer)
     if state.engine is not None and state.run.states is not None:

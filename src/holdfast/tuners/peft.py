@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,8 @@ from holdfast.models.seq2seq import task_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger("holdfast")
 
 
 class PeftTuner(Tuner):
@@ -52,9 +55,34 @@ class PeftTuner(Tuner):
         """The PEFT model."""
         return get_peft_model(model, config)
 
+    def check_layers(self, model: PreTrainedModel) -> None:
+        """Check the layers that ``target_modules`` names. Warns of those that the model lacks, beside others that it
+        has. Of stacked experts PEFT knows other names, too, so that nothing is checked where there are any.
+
+        Args:
+            model: its weights are not looked at.
+
+        Raises:
+            ConfigError: it has none of them.
+        """
+        named = getattr(self.options, "target_modules", None)
+        if not isinstance(named, list) or any(p.dim() == 3 for p in model.parameters()):
+            return
+        layers = [f".{name}" for name, _ in model.named_modules()]
+        absent = [name for name in named if not any(layer.endswith(f".{name}") for layer in layers)]
+        if not absent:
+            return
+        known = {name.rpartition(".")[2] for name, layer in model.named_modules() if _has_matrix(layer)}
+        lacks = f"tuner {self.name}: target_modules: the model has no layer {', '.join(map(repr, absent))}"
+        has = f"; it has {', '.join(sorted(known))}"
+        if len(absent) == len(named):
+            raise ConfigError(f"{lacks}{has}; all-linear names every linear layer but the head")
+        logger.warning("%s, so that the others alone are adapted%s", lacks, has)
+
     def prepare(self, model: PreTrainedModel) -> Any:
         """Raises ConfigError if PEFT does not take these options, or not for this model."""
         left_out = ""
+        self.check_layers(model)
         try:
             config = self.config(model)
             target: Target = getattr(self.options, "target", "all")
@@ -81,3 +109,9 @@ class PeftTuner(Tuner):
         missing = [] if prompts else sorted(trained & set(report.missing_keys))
         if missing:
             raise ConfigError(f"{folder}: the adapter lacks {len(missing)} of its tensors: {', '.join(missing[:20])}")
+
+
+def _has_matrix(layer: Any) -> bool:
+    """Whether a module is a layer of one matrix, as PEFT adapts them, whatever library it is of."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and weight.dim() == 2
