@@ -212,7 +212,7 @@ def test_a_term_is_a_mean_over_micro_batches_and_is_logged(tmp_path):
 
 
 def test_rows_without_a_supervised_token_are_told(tmp_path):
-    rows = [row | {"labels": [-100] * len(row["labels"])} for row in tiny_rows(8)]
+    rows = [*tiny_rows(1), *(row | {"labels": [-100] * len(row["labels"])} for row in tiny_rows(8))]
     with pytest.raises(NonFiniteLossError, match="No token of these rows is supervised: all their labels are -100"):
         trained(tmp_path, rows=rows, method=Penalty())
 

@@ -21,6 +21,7 @@ from holdfast.runner import pitfalls
 from holdfast.runner.stage import StageWatch
 from holdfast.training.trainer import continual
 from support.command import holdfast
+from support.paths import DOCS
 from support.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 from support.trained import trained
 
@@ -386,6 +387,31 @@ def _(newcomer, mistake):
     newcomer.check(model="some/model" if mistake else str(newcomer.place / "model"))
 
 
+def finished(newcomer: Newcomer, template: str) -> Path:
+    """A run of a model with a chat template, made once."""
+    run = newcomer.place / template
+    if not run.exists():
+        write(newcomer.place / f"base-{template}", chat_template=CHAT)
+        training = {"max_steps": 2, "warmup": 0, "learning_rate": 1e-3}
+        options = {"model": str(newcomer.place / f"base-{template}"), "data": {"template": template}}
+        newcomer.command("run", newcomer.config(tuner="lora", training=training, output=str(run), **options))
+        newcomer.said = ""
+    return run
+
+
+@case("another template at test time", "the run was trained and measured without it (data.template: plain)")
+def _(newcomer, mistake):
+    newcomer.command("export", finished(newcomer, "plain" if mistake else "chat"), "--to", newcomer.tmp_path / "to")
+
+
+@case("an adapter on another base", "changed since this run began: model: model.safetensors")
+def _(newcomer, mistake):
+    run, base = finished(newcomer, "chat"), newcomer.place / "base-chat"
+    tiny_model(seed=5 if mistake else 0).save_pretrained(base)
+    newcomer.command("export", run, "--to", newcomer.tmp_path / "to")
+    tiny_model().save_pretrained(base)
+
+
 # --- as soon as it shows ---
 
 
@@ -483,3 +509,8 @@ def test_rates_of_models_as_they_are_trained():
     assert all(full_rate_advice(rate, int(weights)) for rate, weights in slips)
     assert not any(map(adapter_rate_advice, (5e-5, 1e-4, 2e-4, 1e-3)))
     assert all(map(adapter_rate_advice, (2e-5, 1e-5)))
+
+
+def test_the_page_says_what_is_said():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    assert not [says for says, _ in CASES.values() if says not in page]

@@ -38,7 +38,8 @@ def readable(
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, passing) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        short = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # torch's errors
+        if isinstance(error, passing) or short:
             raise
         said = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         raise kind(f"{what}: {said}") from error

@@ -58,7 +58,8 @@ def learning(learned: Mapping[str, bool], one_row: Collection[str] = ()) -> str 
     sentences = []
     if missing and len(missing) == len(learned):
         sentences.append(
-            "Nothing was learned: no score rose beyond its interval in the task's own stage. Forgetting says nothing."
+            "Nothing was learned: no score rose beyond its interval in the task's own stage. Forgetting says nothing. "
+            "A higher learning rate, more epochs or more rows would be next."
         )
     elif missing:
         why = "the score did not rise beyond its interval in the task's own stage, so forgetting says nothing of it"

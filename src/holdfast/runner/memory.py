@@ -14,7 +14,6 @@ from holdfast.config.run import RunConfig
 from holdfast.errors import ConfigError, OutOfMemoryError
 from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import shapes
-from holdfast.training.memory_estimate import Estimate, advice
 from holdfast.training.pitfalls import is_out_of_memory
 
 USABLE = 0.8
@@ -55,6 +54,8 @@ def lower_for_training(config: RunConfig, tuner: Tuner, longest: int, micro: int
         longest: tokens of a row.
         micro: rows of the micro-batch that did not fit.
     """
+    from holdfast.training.memory_estimate import Estimate, advice
+
     training, quantized = config.training, config.model.quantization is not None
     rehearsed = [method.options.get("ratio", REPLAYED) for method in config.method if method.name != "sequential"]
     device = "cuda" if torch.cuda.is_available() else "cpu"

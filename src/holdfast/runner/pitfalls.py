@@ -85,8 +85,13 @@ def _of_task(setup: Setup, task: Task) -> Iterator[str]:
         )
     if task.kind == "sft" and rows and not encoder.cut_answers and not _has_end(encoder, setup.rows[task.name]):
         yield (
-            "no answer has an end that the model could learn, so that it would not stop: the chat template writes no "
-            "special token after an answer, or marks none as generated; data.template=plain ends each"
+            "no answer has an end that the model could learn, so that it would not stop: "
+            + (
+                "the chat template writes no special token after an answer, or does not mark it as generated; "
+                "data.template=plain ends each"
+                if encoder.chat
+                else "the tokenizer has no end token (eos_token)"
+            )
         )
     limit = setup.limits.get(task.name)
     if limit is None or WHOLE.isdisjoint({task.metric, *task.beside}):

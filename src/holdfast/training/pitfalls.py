@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from holdfast.api.rows import IGNORED
@@ -24,6 +26,7 @@ from holdfast.errors import ConfigError
 from holdfast.models.head import base
 from holdfast.training.batches import is_packed, is_token_batch
 from holdfast.training.rates import adapter_rate_advice, batch_advice, full_rate_advice, warmup_advice
+from holdfast.training.requirements import other_loss
 
 logger = logging.getLogger("holdfast")
 
@@ -44,9 +47,10 @@ def check_pitfalls(trainer: Any, collate: Callable[[list[Any]], Any], stage: Sta
         ConfigError: nothing could be learned, or training would fail.
     """
     _check_model(trainer)
-    if stage.steps is not None:
+    if stage.steps:
         _tell_of_steps(trainer, stage.steps, stage.rows_a_step)
-    rows = _sample(trainer.train_dataset, collate)
+    next_token = isinstance(base(trainer.model), PreTrainedModel) and not other_loss(trainer.model)
+    rows = _sample(trainer.train_dataset, collate) if next_token else []
     if rows:
         _tell_of_rate(trainer)
         _check_vocabulary(trainer, rows)
@@ -78,7 +82,8 @@ def _check_model(trainer: Any) -> None:
 
 
 def _tell_of_steps(trainer: Any, steps: int, rows_a_step: int) -> None:
-    if advice := warmup_advice(trainer.args, steps):
+    own_schedule = trainer._holdfast.optimizer_is_given or trainer.lr_scheduler is not None
+    if not own_schedule and (advice := warmup_advice(trainer.args, steps)):
         logger.warning("warmup_steps: %s; warmup_steps=0, or more epochs, would do", advice)
     if has_length(trainer.train_dataset) and (advice := batch_advice(len(trainer.train_dataset), rows_a_step, steps)):
         logger.warning("per_device_train_batch_size: %s; a smaller batch, or more epochs, would do", advice)
@@ -132,7 +137,7 @@ def _sample(dataset: Any, collate: Callable[[list[Any]], Any]) -> list[_Row]:
     if not has_length(dataset) or not len(dataset) or not hasattr(dataset, "__getitem__"):
         return []
     places = sorted({place * len(dataset) // SAMPLE for place in range(SAMPLE)})
-    state, rows = random.getstate(), list[_Row]()
+    state, of_numpy, rows = random.getstate(), np.random.get_state(), list[_Row]()
     try:
         with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
             for place in places:
@@ -146,12 +151,12 @@ def _sample(dataset: Any, collate: Callable[[list[Any]], Any]) -> list[_Row]:
         return []
     finally:
         random.setstate(state)
+        np.random.set_state(of_numpy)
     return rows
 
 
 def _check_vocabulary(trainer: Any, rows: Sequence[_Row]) -> None:
-    embeddings = base(trainer.model).get_input_embeddings()
-    known = getattr(embeddings, "num_embeddings", None)
+    known = getattr(base(trainer.model).get_input_embeddings(), "num_embeddings", None)
     pad = getattr(_tokenizer(trainer), "pad_token_id", None)
     beyond = sorted({token for row in rows for token in row.ids} | ({pad} if pad is not None else set()))
     if known is None or not (beyond := [token for token in beyond if token >= known]):

@@ -45,14 +45,17 @@ def adapter_rate_advice(rate: float) -> str | None:
     )
 
 
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""Schedules of transformers that begin at their peak, whatever the warm-up."""
+
 FEW = 10
 """In fewer steps AdamW, which moves a weight by about the learning rate in each, moves no weight by ten times it."""
 
 
 def warmup_advice(arguments: TrainingArguments, steps: int) -> str | None:
     """What is to be said of a stage whose steps are all warm-up; None where some are not, or the schedule has none."""
-    name = arguments.lr_scheduler_type
-    if getattr(name, "value", name) == "constant" or steps > arguments.get_warmup_steps(steps):
+    name, warmup = arguments.lr_scheduler_type, arguments.get_warmup_steps(steps)
+    if getattr(name, "value", name) in WITHOUT_WARMUP or steps > warmup or not warmup:
         return None
     if steps == 1:
         return "the only optimizer step is warm-up, with a learning rate of 0, so that nothing is learned"

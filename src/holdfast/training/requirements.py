@@ -80,7 +80,7 @@ def check_methods(methods: Sequence[Method], model: nn.Module, rows: Sequence[To
     for method in methods:
         own = (type(method).extra_rows is not Method.extra_rows, type(method).loss_weights is not Method.loss_weights)
         takes_rows = method.needs_rows or any(own)
-        if takes_rows and (reason := _other_loss(model)):
+        if takes_rows and (reason := other_loss(model)):
             raise ConfigError(
                 f"method {method.name}: computes next-token losses, but {reason}; a causal language model would do, or "
                 "a method that needs no rows, such as si"
@@ -141,7 +141,7 @@ def packed(method: Method) -> str:
     return f"method {method.name}: needs every row in a sequence of its own, and several rows share one"
 
 
-def _other_loss(model: nn.Module) -> str:
+def other_loss(model: nn.Module) -> str:
     """How the loss of a model differs from the next-token loss; empty if it does not, or if nobody knows."""
     inner: Any = base(model)
     if not isinstance(inner, PreTrainedModel):
