@@ -389,7 +389,7 @@ def _(newcomer, mistake):
 
 def finished(newcomer: Newcomer, template: str) -> Path:
     """A run of a model with a chat template, made once."""
-    run = newcomer.place / template
+    run = newcomer.place / f"run-{template}"
     if not run.exists():
         write(newcomer.place / f"base-{template}", chat_template=CHAT)
         training = {"max_steps": 2, "warmup": 0, "learning_rate": 1e-3}
