@@ -52,7 +52,8 @@ def warn_of_steps(setup: Setup, stage: PlannedStage, arguments: TrainingArgument
         logger.warning("training.warmup: %s: %s; warmup=0, or more training.epochs, would do", name, advice)
     rows, batch = sum(len(setup.rows[task.name]) for task in stage.tasks), setup.config.training.batch_size
     if stage.tasks[0].kind == "sft" and (advice := batch_advice(rows, batch, steps)):
-        logger.warning("training.batch_size: %s: %s; 4 or 8, or more training.epochs, would do", name, advice)
+        more = f"a batch of {max(rows // 8, 1)}, or more training.epochs, would do"
+        logger.warning("training.batch_size: %s: %s; %s", name, advice, more)
 
 
 def _of_rate(setup: Setup) -> str | None:
@@ -94,7 +95,7 @@ def _of_task(setup: Setup, task: Task) -> Iterator[str]:
             )
         )
     limit = setup.limits.get(task.name)
-    if limit is None or WHOLE.isdisjoint({task.metric, *task.beside}):
+    if limit is None or task.metric not in WHOLE:
         return
     if long := sum(_is_longer(encoder, row, limit) for row in task.test):
         yield (
