@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import TrainerCallback
 
 import holdfast.runner.loop
@@ -44,6 +45,28 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations as torch's FlopCounterMode does, without asking which module they belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.whole: set[Any] = set()
+        """Operators that consist of no others."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, of = kwargs or {}, flop_registry.get(func._overloadpacket)
+        if of is None and func not in self.whole:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+            self.whole.add(func)
+        out = func(*args, **kwargs)
+        self.count += of(*args, **kwargs, out_val=out) if of else 0
+        return out
+
+
 class Runs:
     """Runs of methods, each of whose settings is trained once."""
 
@@ -69,10 +92,12 @@ class Runs:
         output = self.folder / f"cost-{name}-{abs(hash(json.dumps(tuner)))}"
         train = holdfast.runner.loop.train_stage
 
-        def count(*args: Any) -> Any:
-            with FlopCounterMode(display=False) as counter:
-                result = train(*args)
-            self.operations[output] = counter.get_total_flops()
+        def count(setup: Any, stage: Any, *args: Any) -> Any:
+            if stage.index == 1:
+                return train(setup, stage, *args)
+            with Operations() as found:
+                result = train(setup, stage, *args)
+            self.operations[output] = found.count
             return result
 
         if output not in self.operations:
