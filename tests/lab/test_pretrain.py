@@ -190,7 +190,9 @@ class DiedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("dies_at", [3, 10, 13, 20])
+@pytest.mark.parametrize(
+    "dies_at", [pytest.param(3, marks=pytest.mark.slow), 10, pytest.param(13, marks=pytest.mark.slow), 20]
+)
 def test_a_run_that_died_goes_on_to_the_same_end(languages, tmp_path, monkeypatch, dies_at):
     def config(name):
         changed = lab_config(

@@ -257,6 +257,7 @@ def test_the_tuner_loads_an_adapter_of_another_rank_in_a_new_process(tmp_path):
     assert torch.equal(logits(other), logits(model))
 
 
+@pytest.mark.slow  # test_guards kills every method
 def test_killed_in_stage_2_and_continued_in_another_process_equals_unbroken(tmp_path):
     _, weights, events = killed_in_stage_2_equals_unbroken(tmp_path, "o_lora")
     assert all(("o_lora" in terms) == (stage == 2) for stage, _, terms in events)

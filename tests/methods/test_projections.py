@@ -666,6 +666,7 @@ def forgotten(start, method, folder):
     return mean_loss(model, function_of(0)).item() - before, mean_loss(model, function_of(1)).item()
 
 
+@pytest.mark.slow
 def test_each_forgets_less_than_sequential(tmp_path):
     starts = [experienced(seed) for seed in range(2)]
     methods = ("sequential", "gem", "a_gem", "ogd")

@@ -189,6 +189,7 @@ def test_wrong_options_are_refused(tmp_path):
         trained(tmp_path, model=lora_model(), method={"name": "seq_lora_merge", "weights": [1.0]}, stages=2)
 
 
+@pytest.mark.slow  # test_guards kills every method
 def test_killed_in_stage_2_and_continued_in_another_process_equals_unbroken(tmp_path):
     killed_in_stage_2_equals_unbroken(tmp_path, {"name": "seq_lora_merge", "merge": "dare_ties"})
     assert saved_ranks(tmp_path / "whole") == [3, 6]

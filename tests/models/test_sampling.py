@@ -36,8 +36,10 @@ def transitions(model, temperature=1.0):
     return (logits.double() / temperature).softmax(-1).numpy()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(
+    ("use_cache", "temperature"),
+    [(True, 0.7), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((True, 1.0), (False, 1.0), (False, 0.7)))],
+)
 def test_the_transitions_of_a_bigram_model_are_drawn_as_often_as_it_says(use_cache, temperature):
     """A chi-square test for every token after which something was drawn often, on 40,000 draws in all."""
     model = bigram()

@@ -110,7 +110,7 @@ def test_a_stage_without_prompts_or_with_none_wanted_has_none(tmp_path):
     assert shifts(tmp_path / "run") == [None] * 3 and read_run(tmp_path / "run").shift is None
 
 
-@pytest.mark.parametrize("texts", ["texts", "scores"])
+@pytest.mark.parametrize("texts", ["texts", pytest.param("scores", marks=pytest.mark.slow)])
 def test_a_killed_run_compares_with_the_same_responses(tmp_path, texts):
     config = configured(tmp_path)
     config["evaluation"] |= {"responses": texts}

@@ -338,6 +338,7 @@ def test_a_target_that_is_no_linear_layer():
         MoeLora(target_modules=["self_attn"]).prepare(tiny_model())
 
 
+@pytest.mark.slow
 def test_two_stages(tmp_path):
     """A run with methods that make forward passes of their own: it learns, its losses are logged, and the companion is
     none of its methods."""

@@ -35,6 +35,7 @@ from support.guards import (
     tuner_of,
     weights,
 )
+from support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,21 @@ class Runs:
         return output
 
 
+def test_operations_are_counted_as_torch_counts_them():
+    model, ids = tiny_model(), torch.arange(3, 11)[None]
+
+    def work() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.inference_mode():
+            model.generate(ids, max_new_tokens=3)
+
+    with FlopCounterMode(display=False) as expected:
+        work()
+    with Operations() as found:
+        work()
+    assert found.count == expected.get_total_flops() > 0
+
+
 @pytest.fixture(scope="module")
 def trained(folder) -> Runs:
     return Runs(folder)
@@ -162,6 +178,10 @@ def test_it_contributes(name, trained, folder, monkeypatch):
     assert changed or (case(name).at_test and responses(runs[0]) != responses(runs[1]))
 
 
+COUNTED = [
+    n if n in ("replay", "lwf", "ewc", "a_gem", "o_lora", "rehearsal") else pytest.param(n, marks=pytest.mark.slow)
+    for n in TRAINED
+]
 GROWN = [n if n == "o_lora" else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED]
 
 
@@ -236,7 +256,7 @@ def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained,
         assert same(one, two), path.name
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", COUNTED)
 def test_its_arithmetic_and_memory_are_what_its_page_says(name, trained):
     output, plain = (trained.counted(n, o, tuner_of(name)) for n, o in ((name, case(name).options), ("sequential", {})))
     operations, expected = trained.operations[output], trained.operations[plain]
