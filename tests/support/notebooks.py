@@ -33,8 +33,8 @@ def commands(cell: str) -> Iterator[list[str]]:
 
 
 def is_plain(cell: str) -> bool:
-    """Whether it has commands of holdfast alone, one after another."""
-    return all(words[0] == "holdfast" and not SHELL & set(words) for words in commands(cell))
+    """Whether it has commands of holdfast alone, one after another, that need no shell."""
+    return "*" not in cell and all(words[0] == "holdfast" and not SHELL & set(words) for words in commands(cell))
 
 
 def execute(cell: str, names: dict[str, Any]) -> None:
