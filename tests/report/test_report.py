@@ -397,7 +397,7 @@ def test_average_over_the_tasks_learned_so_far(runs: list[Path]) -> None:
 def test_long_runs_are_thinned_but_keep_their_peaks(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", "replay", events=900))
     run.events[1234]["loss"] = 99.0
-    curves = loss_curves(run)["data"]
+    curves = loss_curves(run.events)["data"]
     assert [curve["name"] for curve in curves] == ["loss", "task term", "replay term"]
     for curve in curves:
         assert len(curve["x"]) <= POINTS

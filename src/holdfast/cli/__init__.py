@@ -29,6 +29,7 @@ from holdfast.cli import (
     serve,
     status,
     sweep,
+    watch,
 )
 from holdfast.system.terminal import say, show_printable_errors
 from holdfast.system.url import hide_logins
@@ -68,6 +69,7 @@ app.command("check")(check.check)
 app.command("evaluate")(evaluate.evaluate)
 app.command("serve")(serve.serve)
 app.command("status")(status.status)
+app.command("watch")(watch.watch)
 app.command("rollback")(rollback.rollback)
 app.command("rebuild")(rebuild.rebuild)
 app.command("report")(report.report)

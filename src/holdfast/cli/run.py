@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from holdfast.cli.watch import NoBrowser, Port, beside
 from holdfast.errors import ConfigError
 from holdfast.system.collection import no_collection
 from holdfast.system.terminal import open_console
 
 if TYPE_CHECKING:
+    from holdfast.config.run import RunConfig
     from holdfast.config.section import Section
 
 WATCH_EVERY = 50
@@ -79,6 +83,9 @@ Backfill = Annotated[
 ]
 
 
+Open = Annotated[bool, typer.Option("--open", help="Show the run in the browser while it trains.")]
+
+
 def run(
     config: Config,
     overrides: Overrides = None,
@@ -87,6 +94,9 @@ def run(
     max_restarts: Restarts = 0,
     accept_changes: AcceptChanges = False,
     backfill: Backfill = False,
+    open_page: Open = False,
+    port: Port = 0,
+    no_browser: NoBrowser = False,
 ) -> None:
     """Learn every task of a stream in turn, and measure all tasks after each.
 
@@ -96,17 +106,36 @@ def run(
 
     from holdfast.config.run import load_config
     from holdfast.runner.names import check_names
+
+    if (port or no_browser) and not open_page:
+        raise ConfigError("--port, --no-browser: are for --open")
+    resolved = load_config(config, overrides)
+    check_names(resolved)
+    shown = open_page and os.environ.get("RANK", "0") == "0"  # by one of several processes
+    with beside(resolved.output, port, no_browser) if shown else contextlib.nullcontext():
+        _run(config, resolved, overrides or [], watch_general, processes, max_restarts, accept_changes, backfill)
+
+
+def _run(
+    config: Path,
+    resolved: RunConfig,
+    overrides: list[str],
+    watch_general: bool,
+    processes: int,
+    max_restarts: int,
+    accept_changes: bool,
+    backfill: bool,
+) -> None:
+    """Run in this process, or launch several."""
     from holdfast.system.launch import launch, launched
     from holdfast.system.quiet import silence_libraries
 
-    resolved = load_config(config, overrides)
-    check_names(resolved)
     if processes > 1 or max_restarts:
         if launched():
             raise ConfigError("--processes: a launcher (torchrun, accelerate, deepspeed) has started these processes")
         flags = ["--watch-general"] * watch_general + ["--accept-changes"] * accept_changes
         flags += ["--backfill"] * backfill
-        launch(["run", str(config), *(overrides or []), *flags], processes, max_restarts)
+        launch(["run", str(config), *overrides, *flags], processes, max_restarts)
         return
     if watch_general and resolved.evaluation.watch_general is None:
         resolved.evaluation.watch_general = WATCH_EVERY

@@ -176,6 +176,7 @@ class Record(TypedDict):
     files: NotRequired[dict[str, _TokenFile]]
     changes: NotRequired[list[_Change]]
     stages: NotRequired[list[_Stage]]
+    steps: NotRequired[list[int]]
     grown: NotRequired[list[_Growth]]
     gate: NotRequired[list[_Decision]]
     rollbacks: NotRequired[list[_Rollback]]

@@ -39,6 +39,11 @@ def render(template: str, *, scripts: Sequence[str], **context: Any) -> str:
     )
 
 
+def render_part(template: str, **context: Any) -> str:
+    """A part of a page, without its style, scripts and data."""
+    return _environment().get_template(template).render(**context)
+
+
 def score_cells(run: FinishedRun) -> list[Markup]:
     """The cells of each row of the score matrix; of many tasks there are more than a template fills in good time."""
     rows, own = [], [run.own_stage(j) for j in range(len(run.tasks))]

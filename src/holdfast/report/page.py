@@ -43,7 +43,7 @@ def write_report(paths: list[Path], output: Path) -> Path:
     """
     assert paths, "a report needs at least one run"
     runs = read_runs(paths)
-    page, rows = _Page(), RowList()
+    page, rows = Page(), RowList()
     sections = [page.run(run, rows.add(run)) for run in runs]
     packed = rows.packed()
     context = {
@@ -67,7 +67,7 @@ def write_report(paths: list[Path], output: Path) -> Path:
     return output
 
 
-class _Page:
+class Page:
     """What the template shows, and the plots of the whole page by their identifiers."""
 
     def __init__(self) -> None:
@@ -134,13 +134,12 @@ class _Page:
 
     def run(self, run: FinishedRun, changed: list[Brief]) -> dict[str, Any]:
         tasks, general = run.tasks, run.matrix["general"]
-        scales = _groups(list(range(len(tasks))), lambda j: scale_of(run.scorers[tasks[j]]))
         abilities = _groups(list(general), _scale)
         return {
             "label": run.label,
             "run": run,
             "headline": run_headline(run),
-            "pictures": run_pictures(run, scales),
+            "pictures": run_pictures(run, scales(run)),
             "summary": [
                 {
                     "value": run.matrix["summary"].get(figure.key),
@@ -151,7 +150,7 @@ class _Page:
                 for figure in FIGURES
                 if figure.key in run.matrix["summary"]
             ],
-            "mixed": len(scales) > 1,
+            "mixed": len(scales(run)) > 1,
             "scales": [
                 {
                     "lower": run.lower_is_better(columns[0]),
@@ -165,7 +164,7 @@ class _Page:
                         "Score of each task over the stages; the table of the score matrix holds the same figures",
                     ),
                 }
-                for columns in scales
+                for columns in scales(run)
             ],
             "lost": None if run.untrained else _lost(run, changed),
             "cells": score_cells(run),
@@ -186,7 +185,7 @@ class _Page:
             )
             if run.matrix.get("curves")
             else None,
-            "losses": self.plot(plots.loss_curves(run), "Loss and its terms over optimizer steps")
+            "losses": self.plot(plots.loss_curves(run.events), "Loss and its terms over optimizer steps")
             if run.events
             else None,
             "stages": _stages(run),
@@ -194,6 +193,11 @@ class _Page:
             "environment": _environment(run),
             "yaml": cite.configuration(run),
         }
+
+
+def scales(run: FinishedRun) -> list[list[int]]:
+    """The numbers of the tasks that share a scale, together."""
+    return _groups(list(range(len(run.tasks))), lambda j: scale_of(run.scorers[run.tasks[j]]))
 
 
 def _lost(run: FinishedRun, told: list[Brief]) -> dict[str, Any]:

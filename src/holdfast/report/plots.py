@@ -226,11 +226,15 @@ def cost_points(rows: list[dict[str, Any]], figure: Figure, cost: Figure) -> Plo
     return {"data": series, "layout": layout}
 
 
-def loss_curves(run: FinishedRun) -> Plot:
-    """The loss and every named term of it over optimizer steps; stages stand side by side."""
-    terms = list(dict.fromkeys(term for event in run.events for term in event["terms"]))
+def loss_curves(events: Sequence[dict[str, Any]]) -> Plot:
+    """The loss and every named term of it over optimizer steps; stages stand side by side.
+
+    Args:
+        events: the lines of events.jsonl, or some of them, in order.
+    """
+    terms = list(dict.fromkeys(term for event in events for term in event["terms"]))
     values: dict[str, Value] = {"loss": itemgetter("loss")} if len(terms) > 1 else {}
-    return _over_steps(run, values | {f"{term} term": _below("terms", term) for term in terms})
+    return _over_steps(events, values | {f"{term} term": _below("terms", term) for term in terms})
 
 
 def budget_curves(run: FinishedRun) -> list[Plot]:
@@ -240,13 +244,13 @@ def budget_curves(run: FinishedRun) -> list[Plot]:
     """
     titles = list(dict.fromkeys(title for event in run.events for title in event.get("keep", {})))
     lost = _over_steps(
-        run, {f"{t}: lost / budget": _below("keep", t, lambda v: v["lost"] / v["budget"]) for t in titles}
+        run.events, {f"{t}: lost / budget": _below("keep", t, lambda v: v["lost"] / v["budget"]) for t in titles}
     )
     shown = [y for line in lost["data"] for y in line["y"] if y is not None]
     lost["layout"]["yaxis"] = {"range": [min([-0.1, *shown]), min(max([1.2, *shown]), 4)]}
     lost["layout"]["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1}]
     multiplier = itemgetter("multiplier")
-    return [lost, _over_steps(run, {f"{t}: multiplier": _below("keep", t, multiplier) for t in titles})]
+    return [lost, _over_steps(run.events, {f"{t}: multiplier": _below("keep", t, multiplier) for t in titles})]
 
 
 def _below(key: str, name: str, read: Callable[[Any], float] = float) -> Value:
@@ -259,10 +263,10 @@ def _below(key: str, name: str, read: Callable[[Any], float] = float) -> Value:
     return value
 
 
-def _over_steps(run: FinishedRun, values: Mapping[str, Value]) -> Plot:
+def _over_steps(events: Sequence[dict[str, Any]], values: Mapping[str, Value]) -> Plot:
     """Values of the events, by name, over optimizer steps; stages stand side by side, and the first line is thicker."""
     of_stage: dict[int, list[dict[str, Any]]] = {}
-    for event in run.events:
+    for event in events:
         of_stage.setdefault(event["stage"], []).append(event)
     stages = sorted(of_stage)
     length = {stage: max(event["step"] for event in of_stage[stage]) for stage in stages}
@@ -290,7 +294,7 @@ def _over_steps(run: FinishedRun, values: Mapping[str, Value]) -> Plot:
                 "hovertemplate": "%{fullData.name} %{y:.4f}<br>%{customdata}<extra></extra>",
             }
         )
-    tasks = {stage: events[0]["task"] for stage, events in of_stage.items()}
+    tasks = {stage: found[0]["task"] for stage, found in of_stage.items()}
     layout = {
         "height": 340,
         "xaxis": {

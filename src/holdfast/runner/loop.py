@@ -220,6 +220,7 @@ class RunLoop:
         """Train a stage and write its weights, its methods' states and, last, stage.json."""
         model = self.model
         self._check_start(stage)
+        self.directory.record["steps"] = self.setup.steps
         self.directory.begin_stage(stage.index, stage.name, self.setup.config_of(stage), self.setup.fingerprint(stage))
         drawn = self._drawn(stage)
         curves = self._curves(stage)
