@@ -103,8 +103,10 @@ def main() -> None:
     ended = clock()
     same = sum(a["response"] == b["response"] for a, b in zip(batched, single, strict=True))
     print(f"{len(batched)} questions, batches of {arguments.batch_size}, {torch.get_num_threads()} threads")
-    print(f"batched {between - started:.2f} s, one by one {ended - between:.2f} s")
-    print(f"ratio {(ended - between) / (between - started):.1f}; {same} responses are the same")
+    print(f"{same} responses are the same\n")
+    print("| side | seconds | speed / one by one |\n|---|---|---|")
+    print(f"| batched | {between - started:.2f} | {(ended - between) / (between - started):.1f} |")
+    print(f"| one by one | {ended - between:.2f} | 1.0 |")
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def main() -> None:
                     at = str(folder / "start" / "model") if spec.get("start") else size
                     with (
                         clock.count(buffer, "sample", "sampling"),
-                        clock.count(teacher.HiddenTeacher, "term", "teacher's head and KL"),
+                        clock.count(teacher.HiddenTeacher, "sums", "teacher's head and KL"),
                         clock.count(InOrder, "get_batch_samples", "data"),
                     ):
                         lab(tokens, at, steps, spec, output, clock, progress)

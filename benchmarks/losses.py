@@ -137,8 +137,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {vars(args)}")
-    print(f"{'loss':26}{'plain MiB':>11}{'ours MiB':>11}{'share':>8}{'plain s':>10}{'ours s':>10}{'ratio':>8}")
+    print(f"torch {torch.__version__}, {vars(args)}\n")
+    print("| loss | plain, MiB | ours, MiB | memory / plain | plain, s | ours, s | time / plain |")
+    print("|---|---|---|---|---|---|---|")
     dtype = getattr(torch, args.dtype)
     for name, leaves, plain, ours in cases(args.tokens, args.vocab, args.hidden, args.chunk, dtype, args.device):
         steps = step_of(plain, leaves), step_of(ours, leaves)
@@ -150,8 +151,8 @@ def main() -> None:
         times = [[seconds(step, args.device) for step in steps] for _ in range(args.repeats)]
         slow, fast = (statistics.median(column) for column in zip(*times, strict=True))
         print(
-            f"{name:26}{memory[0] / 2**20:11.1f}{memory[1] / 2**20:11.1f}{memory[1] / memory[0]:8.2f}"
-            f"{slow:10.3f}{fast:10.3f}{fast / slow:8.2f}"
+            f"| {name} | {memory[0] / 2**20:.1f} | {memory[1] / 2**20:.1f} | {memory[1] / memory[0]:.2f} "
+            f"| {slow:.3f} | {fast:.3f} | {fast / slow:.2f} |"
         )
 
 

@@ -109,7 +109,8 @@ def main() -> None:
     if options.one:
         print(measured(options.sizes[0], options.tuners[0], *how))
         return
-    print("| size | tuner | estimated, MiB | measured | ratio | estimated without holes | measured | ratio |")
+    print("| size | tuner | estimated, MiB | measured | ratio ", end="")
+    print("| estimated without holes | measured | ratio without holes |")
     print("|---|---|---|---|---|---|---|---|")
     for size in options.sizes:
         for tuner in options.tuners:

@@ -129,7 +129,7 @@ def step_shares(live: bool, clock: Clock) -> tuple[float, dict[str, float]]:
         with (
             timed(buffer, "sample", spent, "sampling", clock),
             timed(teacher.LiveStates, "__call__", spent, "teacher", clock),
-            timed(teacher.HiddenTeacher, "term", spent, "heads and KL", clock),
+            timed(teacher.HiddenTeacher, "sums", spent, "heads and KL", clock),
         ):
             before = seconds(lambda: training(method, BUFFER), clock)  # what comes once: held-out samples, set-up
             spent_before = dict(spent)

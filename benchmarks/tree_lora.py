@@ -109,9 +109,10 @@ def main() -> None:
         end="",
     )
     print(f"{options.tasks} past tasks; torch {torch.__version__}, 1 thread, {options.rounds} rounds")
-    print(f"sequential: {1000 * statistics.median(steps):.0f} ms a step")
-    print(f"tree_lora / sequential: {statistics.median(ratios):.3f} ({min(ratios):.3f}..{max(ratios):.3f})")
-    print(f"its hook / a step of sequential: {statistics.median(shares):.4f} ({min(shares):.4f}..{max(shares):.4f})")
+    print(f"sequential: {1000 * statistics.median(steps):.0f} ms a step\n")
+    print("| side | time / sequential (min..max) |\n|---|---|")
+    for side, found in (("tree_lora", ratios), ("its hook alone", shares)):
+        print(f"| {side} | {statistics.median(found):.3f} ({min(found):.3f}..{max(found):.3f}) |")
 
 
 if __name__ == "__main__":

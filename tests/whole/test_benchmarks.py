@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs, where there is none."""
+"""The benchmarks run: those of a processor, and that of GPUs where there is none."""
 
 import subprocess
 import sys
@@ -16,3 +16,12 @@ def test_the_script_for_gpus_checks_and_prints_a_line_a_side():
     sides = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("| ") and "/s" not in line]
     for side in ("Trainer", "TRL", "sequential", "replay", "kl", "gere"):
         assert sides.count(side) == 2, said
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs_and_gives_ratios():
+    command = [sys.executable, str(ROOT / "benchmarks"), "--quick"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900).stdout
+    *_, table = said.split("| benchmark | of | what | ratio |")
+    for name in ("methods", "tree_lora", "losses", "evaluation", "sampling", "lab", "memory"):
+        assert f"\n| {name} | " in table, name
