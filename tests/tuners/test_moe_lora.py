@@ -293,7 +293,7 @@ def test_in_a_trainer_the_terms_are_logged_and_train_the_router(tmp_path):
                 p.copy_(before[name])
             elif "moe_lora_B" in name:
                 p.zero_()  # so that the layers' inputs are those of the first step
-        found = [expected_terms(model, half) for half in halves[:2]]
+        found = [expected_terms(model, half) for half in [part for part in halves if len(part) == 2][:2]]
     assert log["term/moe_lora/balance"] == pytest.approx(2.0 * sum(float(b) for b, _ in found) / 2, rel=1e-4)
     assert log["term/moe_lora/router_z"] == pytest.approx(0.001 * sum(float(z) for _, z in found) / 2, rel=1e-4)
 
