@@ -55,8 +55,8 @@ def test_float16_weights_are_not_trained(config: Path, tmp_path: Path, capsys: p
     model = shutil.copytree(json.loads(config.read_text())["model"], tmp_path / "model")
     described = json.loads((model / "config.json").read_text()) | {"dtype": "float16"}
     (model / "config.json").write_text(json.dumps(described))
-    assert holdfast("check", config, f"model={{name: {model}, dtype: auto}}") == 2
-    assert "float32 or bfloat16 would do" in capsys.readouterr().err
+    assert holdfast("check", config, f"model={{name: {model}, dtype: stored}}") == 2
+    assert "auto, float32 or bfloat16 would do" in capsys.readouterr().err
     assert holdfast("check", config, f"model={{name: {model}}}") == 0
 
 

@@ -16,6 +16,7 @@ from holdfast.cli import app
 from holdfast.config.section import Named
 from holdfast.config.training import TrainingConfig
 from holdfast.errors import ConfigError
+from holdfast.models.attention import fastest
 from holdfast.training.memory_estimate import HOLES, Estimate, Memory, advice
 from holdfast.tuners import build, known
 from support.paths import ROOT
@@ -40,10 +41,19 @@ def test_sizes_are_those_of_a_real_model(name):
     assert memory.gradients == 4 * memory.trained and memory.optimizer == 8 * memory.trained
 
 
+def test_frozen_weights_in_bfloat16_take_half():
+    lora = build(Named(name="lora"))
+    wide, half = (Estimate(tiny_model().config, lora, 16, dtype=t).memory(2) for t in ("float32", "bfloat16"))
+    own = sum(p.numel() for p in tiny_model().parameters())
+    assert wide.weights - half.weights == 2 * own and wide.gradients == half.gradients == 4 * half.trained
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["full", "freeze", "lora", "adapter"])
 def test_activations_are_what_autograd_keeps_of_real_tensors(name, precision):
-    model = build(Named(name=name)).prepare(tiny_model()).train()
+    bare = tiny_model()
+    bare.set_attn_implementation(fastest(precision) or "sdpa")
+    model = build(Named(name=name)).prepare(bare).train()
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept = {}
     ids = torch.randint(3, VOCABULARY, (3, 16))

@@ -627,7 +627,9 @@ def test_tuners_of_the_model_s_own_weights_refuse_quantization(name, tmp_path, m
         prepare(resolve(load_config(config)))
 
 
-@pytest.mark.parametrize(("dtype", "compute"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", "bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "compute"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("stored", "bfloat16")]
+)
 def test_what_transformers_is_told_is_qlora_s(dtype, compute, tmp_path, monkeypatch):
     """A stand-in for bitsandbytes shows what the model would be loaded with."""
     version, told = importlib.metadata.version, {}
@@ -656,7 +658,9 @@ def test_what_transformers_is_told_is_qlora_s(dtype, compute, tmp_path, monkeypa
     assert all(
         p.dtype == torch.float32 and not p.requires_grad for p in model.parameters()
     )  # none of them is quantised
-    assert holdfast.models.quantization.weight_options(ModelConfig(name="x"), "cpu") == {"dtype": "float32"}
+    assert holdfast.models.quantization.weight_options(ModelConfig(name="x", dtype="stored"), "cpu") == {
+        "dtype": "auto"
+    }
 
 
 # the page

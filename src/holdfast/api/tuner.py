@@ -61,6 +61,12 @@ class Tuner(Registered, ABC):
         self.options: Any = validate(self.Options, options, f"tuner {self.name}")
 
     @property
+    def frozen_base(self) -> bool:
+        """Whether it leaves the model's own weights as they are, with these options, so that ``model.dtype: auto`` may
+        hold them in bfloat16."""
+        return self.quantized
+
+    @property
     def served_by_vllm(self) -> bool:
         """Whether vLLM serves its adapter, with these options, beside the base model."""
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 class Precision(StrEnum):
     """Values of ``training.precision``."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
 
@@ -27,7 +29,7 @@ class Precision(StrEnum):
 Model = Annotated[str | None, typer.Argument(help="Say which tuners fit here for this model.", show_default=False)]
 Rows = Annotated[int, typer.Option("--batch-size", min=1, help="Rows in one micro-batch.")]
 Length = Annotated[int, typer.Option("--max-length", min=8, help="Tokens of a row.")]
-InPrecision = Annotated[Precision, typer.Option("--precision", help="As training.precision.")]
+InPrecision = Annotated[Precision, typer.Option("--precision", help="As training.precision; auto: model.dtype, too.")]
 Only = Annotated[str | None, typer.Option("--tuner", help="Only this one.", show_default="all")]
 
 
@@ -36,7 +38,7 @@ def doctor(
     model: Model = None,
     batch_size: Rows = 8,
     max_length: Length = 512,
-    precision: InPrecision = Precision.float32,
+    precision: InPrecision = Precision.auto,
     tuner: Only = None,
 ) -> None:
     """Show processor, memory, GPUs, versions and extras; with MODEL, which tuners fit into this machine's memory."""
@@ -51,7 +53,7 @@ def _show_machine() -> None:
     import importlib.util
     from pathlib import Path
 
-    from holdfast.system.device import gpu_has_bfloat16
+    from holdfast.models.precision import Machine
     from holdfast.system.machine import free_gib, hardware, versions
 
     machine = hardware()
@@ -59,8 +61,7 @@ def _show_machine() -> None:
     say(f"memory        {machine['memory_gib']} GiB")
     say(f"disk          {free_gib(Path.cwd()):.0f} GiB free here")
     say(f"GPUs          {', '.join(machine['gpus']) or 'none: training runs on the processor'}")
-    bfloat16 = gpu_has_bfloat16()
-    say(f"bfloat16      {'yes' if bfloat16 else 'on the processor only, where it is slow'}")
+    say(f"bfloat16      {'yes' if Machine.this().bfloat16 else 'no: there are no instructions for it'}")
     for name, version in versions().items():
         say(f"{name:14}{version}")
     for module, use in EXTRAS.items():
@@ -69,7 +70,6 @@ def _show_machine() -> None:
 
 
 def _show_memory(model: str, rows: int, length: int, precision: Precision, only: str | None) -> None:
-
     from holdfast.config.model import ModelConfig
     from holdfast.config.section import Named
     from holdfast.system.quiet import silence_libraries
@@ -77,6 +77,7 @@ def _show_memory(model: str, rows: int, length: int, precision: Precision, only:
     silence_libraries()
     from holdfast import tuners
     from holdfast.errors import ConfigError
+    from holdfast.models.precision import Machine, fastest_precision
     from holdfast.models.pretrained import load_model_config
     from holdfast.system.device import device_type, gpu_name
     from holdfast.training.memory_estimate import Estimate, advice, free_memory, heap_keeps_holes
@@ -87,9 +88,15 @@ def _show_memory(model: str, rows: int, length: int, precision: Precision, only:
     free = free_memory(device)
     memories: dict[str, Memory] = {}
     notes = []
+    computed: set[str] = set()
     for tuner in shown:
+        types = fastest_precision(Machine.this(), config, frozen=tuner.frozen_base)
+        if precision is not Precision.auto:
+            mixed = precision is Precision.bfloat16
+            types = replace(types, weights="float32", computation="bfloat16" if mixed else "float32")
+        computed.add(types.computation)
         try:
-            estimate = Estimate(config, tuner, length, precision.value, device)
+            estimate = Estimate(config, tuner, length, types.computation, device, types.weights)
             memory = memories[tuner.name] = estimate.memory(rows)
         except ConfigError as error:
             notes.append(f"{tuner.name}: {error}")
@@ -99,7 +106,8 @@ def _show_memory(model: str, rows: int, length: int, precision: Precision, only:
             notes.append(f"{tuner.name} would fit with {change}" if change else f"{tuner.name}: {LARGER}")
     unit, name = (2**30, "GiB") if any(m.peak() >= 2**30 for m in memories.values()) else (2**20, "MiB")
     where = gpu_name() if device != "cpu" else "main memory"
-    say(f"{model}: {rows} rows of {length} tokens, {precision}, sizes in {name}; {free / 2**30:.2f} GiB free ({where})")
+    asked = f"{rows} rows of {length} tokens, {' or '.join(sorted(computed))}"
+    say(f"{model}: {asked}, sizes in {name}; {free / 2**30:.2f} GiB free ({where})")
     open_console(highlight=False).print(_memory_table(memories, unit, free))
     say("peak = weights + optimizer + holes + the larger of: activations + logits; gradients + the optimizer's step")
     if device == "cpu" and heap_keeps_holes():

@@ -17,8 +17,10 @@ class ModelConfig(Section):
 
     name: str = Field(description="folder, .gguf file or hub name of a causal language model with its tokenizer")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "float32", description="data type of the weights; auto: as stored in the checkpoint"
+    dtype: Literal["auto", "float32", "bfloat16", "stored"] = Field(
+        "auto",
+        description="data type of the weights; auto: frozen weights in bfloat16 where this machine is faster in it, "
+        "others in float32; stored: as in the checkpoint",
     )
     quantization: Literal["4bit"] | None = Field(
         None, description="hold the frozen weights in 4 bits (NF4, QLoRA) and compute in dtype; needs bitsandbytes"

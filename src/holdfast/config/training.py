@@ -79,6 +79,11 @@ class TrainingConfig(BaseTrainingConfig):
     schedule: str = Field("cosine", description="transformers' name of a schedule: cosine, linear, constant, ...")
     warmup: float = Field(0.03, ge=0, description="below 1: share of a stage's steps; from 1: steps")
     optimizer: str = Field("adamw_torch", description="transformers' name of an optimizer")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(  # type: ignore[assignment]
+        "auto",
+        description="bfloat16: mixed precision (autocast); auto: where model.dtype is auto, too, bfloat16 if this "
+        "machine is faster in it; otherwise float32",
+    )
 
     @model_validator(mode="after")
     def _positive_epochs(self) -> TrainingConfig:

@@ -85,7 +85,7 @@ def _lacks(exported: Exported) -> str:
 def _use(exported: Exported) -> str:
     config = exported.config
     assert config.tuner is not None
-    dtype = "" if config.model.dtype == "auto" else f", dtype={_quoted(config.model.dtype)}"
+    dtype = "" if config.model.dtype == "stored" else f", dtype={_quoted(config.model.dtype)}"
     remote = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     auto = "AutoModelForSeq2SeqLM" if exported.seq2seq else "AutoModelForCausalLM"
     imported = auto

@@ -147,7 +147,7 @@ def configuration(
 ) -> dict[str, Any]:
     """A run of the demo."""
     return {
-        "model": str(model),
+        "model": {"name": str(model), "dtype": "float32"},  # in which its published figures were measured
         "tuner": {"name": "lora", "r": 16, "lora_dropout": 0.0},
         "method": method,
         "stream": stream,

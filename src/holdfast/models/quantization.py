@@ -40,10 +40,14 @@ def weight_options(model: ModelConfig, device: str) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for the data type and the quantisation of a model's weights.
 
     4 bits are those of QLoRA: NF4, with quantised constants (double quantisation). The data type of computation is
-    ``model.dtype``; if that is auto, it is bfloat16, as in the paper.
+    ``model.dtype``; if that is stored, it is bfloat16, as in the paper.
+
+    Args:
+        model: its ``dtype`` is settled, no longer auto.
     """
+    assert model.dtype != "auto", "the data type is settled before weights are loaded"
     if model.quantization is None:
-        return {"dtype": model.dtype}
+        return {"dtype": "auto" if model.dtype == "stored" else model.dtype}
     import torch
     from transformers import BitsAndBytesConfig
 

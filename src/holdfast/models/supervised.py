@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
+from holdfast.engines.autocast import is_mixed
 from holdfast.engines.pieces import own_class
 from holdfast.losses.chunked import CHUNK_SIZE
 from holdfast.losses.common import wide
@@ -181,7 +182,8 @@ def keeps_its_loss(model: Any) -> bool:
                 loss = model(input_ids=ids, labels=row.labels, **options).loss
         except (RuntimeError, ValueError, IndexError):  # its loss wants a label for each token of the input
             return False
-    tolerance = EXACT if whole.logits.dtype in (torch.float32, torch.float64) else ROUNDED
+    exact = whole.logits.dtype in (torch.float32, torch.float64) and not is_mixed(model)
+    tolerance = EXACT if exact else ROUNDED
     return gathered.done and abs(float(loss) - float(whole.loss)) <= tolerance * abs(float(whole.loss))
 
 

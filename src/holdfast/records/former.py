@@ -7,6 +7,9 @@ from typing import Any
 DROPOUT = "former"
 """LoRA's dropout in runs that did not say which: their records lack it, and those of newer runs have it."""
 
+STORED = "stored"
+"""``model.dtype`` in runs that said auto, which meant the checkpoint's type; newer records have the type itself."""
+
 
 def with_former_defaults(record: dict[str, Any]) -> dict[str, Any]:
     """Name in a run's record, in place, the defaults that were others when it began; all else stays.
@@ -16,7 +19,9 @@ def with_former_defaults(record: dict[str, Any]) -> dict[str, Any]:
     """
     if "tasks" in record:
         for config in (record["config"], *(stage["config"] for stage in record.get("stages", []))):
-            tuner = config.get("tuner")
+            model, tuner = config.get("model"), config.get("tuner")
+            if isinstance(model, dict) and model.get("dtype") == "auto":
+                model["dtype"] = STORED
             if isinstance(tuner, dict) and tuner.get("name") == "lora":
                 tuner.setdefault("lora_dropout", DROPOUT)
     return record

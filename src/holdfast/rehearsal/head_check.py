@@ -9,6 +9,7 @@ import torch
 
 from holdfast.api.rows import TokenRow
 from holdfast.api.stage import Stage
+from holdfast.engines.autocast import is_mixed
 from holdfast.errors import ConfigError
 from holdfast.models.generation import evaluating
 from holdfast.models.head import whole_head
@@ -42,7 +43,7 @@ def check_head(stage: Stage, row: TokenRow | Mapping[str, Any], method: str) -> 
         raise ConfigError(f"method {method}: {error}") from None
     found = head.logits(hidden)
     types = {logits.dtype, hidden.dtype, head.weight.dtype}
-    tolerance = EXACT if types <= {torch.float32, torch.float64} else ROUNDED
+    tolerance = EXACT if types <= {torch.float32, torch.float64} and not is_mixed(model) else ROUNDED
     if found.shape == logits.shape:
         distance = float((found - logits).norm() / logits.float().norm())
         if distance <= tolerance:

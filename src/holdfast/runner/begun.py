@@ -14,15 +14,23 @@ from holdfast.config.section import Named
 from holdfast.records.former import DROPOUT
 from holdfast.runner.quiz import QUIZ, with_quiz
 
+TYPES = (("model", "dtype"), ("training", "precision"))
+"""The keys that a run settles by the machine that it begins on."""
+
 
 def as_begun(config: RunConfig, record: Mapping[str, Any]) -> RunConfig:
-    """The configuration with what the run began with where it names nothing else: the quiz, and LoRA's former dropout.
+    """The configuration with what the run began with where it names nothing else: the data types, the quiz, and LoRA's
+    former dropout.
 
     Args:
         record: the content of run.json; empty if no run began. A run of an earlier version began without the quiz.
     """
     if not record:
         return config
+    for section, key in TYPES:
+        now, begun = getattr(config, section), record["config"].get(section)
+        if getattr(now, key) == "auto" and isinstance(begun, Mapping) and key in begun:
+            config = config.model_copy(update={section: now.model_copy(update={key: begun[key]})})
     if (record["config"].get("tuner") or {}).get("lora_dropout") == DROPOUT:
         tuner = config.tuner or Named(name="lora")
         if tuner.name == "lora" and "lora_dropout" not in tuner.options:

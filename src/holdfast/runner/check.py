@@ -132,7 +132,9 @@ def plan_lines(setup: Setup) -> list[str]:
     config = setup.config
     lines = [
         f"model {config.model.name}, tuner {setup.tuner.name}, method {' + '.join(m.name for m in setup.methods)}, "
-        f"max_length {setup.max_length}, seed {config.seed}"
+        f"max_length {setup.max_length}, seed {config.seed}",
+        f"weights in {config.model.quantization or config.model.dtype}, training computes in "
+        f"{config.training.precision}" + (f": {setup.types}" if setup.types else ""),
     ]
     total = 0
     for stage, training, steps in zip(setup.stages, setup.training, setup.steps, strict=True):
@@ -195,5 +197,7 @@ def keep_lines(keep: KeepConfig | None) -> list[str]:
 
 def model_bytes(setup: Setup) -> int:
     """Bytes of the model's weights, from its shapes alone."""
-    width = 2 if setup.config.model.dtype == "bfloat16" else 4
-    return width * sum(p.numel() for p in shapes(setup.config.model).parameters())
+    config = setup.config.model
+    kind = str(getattr(load_model_config(config), "dtype", None)) if config.dtype == "stored" else config.dtype
+    width = 2 if kind.endswith("bfloat16") else 4
+    return width * sum(p.numel() for p in shapes(config).parameters())

@@ -27,6 +27,7 @@ from holdfast.engines.profiles import check_engine
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.evaluation.general import matrix_name
 from holdfast.methods.compatibility import refusal
+from holdfast.models.precision import Machine, fastest_precision
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.quantization import check_quantization
 from holdfast.models.sight import load_sight
@@ -85,6 +86,7 @@ class Setup:
         samples: the stream's own file of general samples, if it has one.
         keep: the budget, if there is one.
         dev: tokenised dev rows of the tasks that are left, where a method reads them.
+        types: why the data types of weights and training are what they are, where ``auto`` settled them.
     """
 
     config: RunConfig
@@ -105,6 +107,7 @@ class Setup:
     samples: str | None = None
     keep: Keep | None = None
     dev: Rows = field(default_factory=dict)
+    types: str = ""
 
     @property
     def applied(self) -> list[Method]:
@@ -201,6 +204,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
     warn_of_rehearsed(resolved.config, resolved.methods)
     model_config = load_model_config(config.model)
     check_dtype(config.model, model_config)
+    config, types = settle_types(config, model_config, tuner)
     check_seq2seq(model_config, config, resolved.methods, tuner)
     check_sight(model_config, config, resolved.methods, tuner)
     encoder = build_encoder(resolved)
@@ -247,6 +251,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
         samples=resolved.samples,
         keep=resolved.keep,
         dev=dev,
+        types=types,
     )
     tuner.plan(config.training, setup.planned_steps)
     return replace(setup, companion=tuner.companion())
@@ -299,17 +304,43 @@ def warn_of_rehearsed(config: RunConfig, methods: Sequence[Method]) -> None:
 
 
 def check_dtype(model: ModelConfig, model_config: Any) -> None:
-    """Refuse to train weights in float16, as ``dtype: auto`` would take them from some files.
+    """Refuse to train weights in float16, as ``dtype: stored`` would take them from some files.
 
     Raises:
         ConfigError: they would be.
     """
     stored = str(getattr(model_config, "dtype", None)).removeprefix("torch.")
-    if model.dtype == "auto" and stored == "float16":
+    if model.dtype == "stored" and stored == "float16":
         raise ConfigError(
-            f"model.dtype: auto takes the float16 of {model.name!r}, in which optimizers overflow; float32 or bfloat16 "
-            "would do"
+            f"model.dtype: stored takes the float16 of {model.name!r}, in which optimizers overflow; auto, float32 or "
+            "bfloat16 would do"
         )
+
+
+def settle_types(config: RunConfig, model_config: Any, tuner: Tuner) -> tuple[RunConfig, str]:
+    """Settle ``model.dtype`` and ``training.precision`` where they are auto.
+
+    Where both are, they follow from the machine, the model and the tuner; where one is given, the other is float32.
+
+    Returns:
+        the configuration, and why; empty where they were given.
+    """
+    model, training, why = config.model, config.training, ""
+    if model.dtype == training.precision == "auto":
+        chosen = fastest_precision(
+            Machine.this(),
+            model_config,
+            frozen=tuner.frozen_base,
+            quantized=model.quantization is not None,
+            alone=training.engine in (None, "ddp"),
+        )
+        model = model.model_copy(update={"dtype": chosen.weights})
+        training, why = training.model_copy(update={"precision": chosen.computation}), chosen.why
+    if model.dtype == "auto":
+        model = model.model_copy(update={"dtype": "float32"})
+    if training.precision == "auto":
+        training = training.model_copy(update={"precision": "float32"})
+    return config.model_copy(update={"model": model, "training": training}), why
 
 
 def build_encoder(resolved: Resolved) -> Encoder:

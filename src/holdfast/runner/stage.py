@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from holdfast.api.rows import row_length
 from holdfast.data.collate import Collator, pack
+from holdfast.engines.autocast import own_forward_after
 from holdfast.records.directory import learned_stages
 from holdfast.runner.kinds import prompt_tokens, reward_of, trained_rows
 from holdfast.runner.memory import lower_for_training, what_to_lower
@@ -91,7 +92,7 @@ def train_stage(
             encode=setup.encoder.apart().encode_all,
         ),
     }
-    with nullcontext() if stage.tasks[0].kind == "sft" else as_before(model):
+    with own_forward_after(model), nullcontext() if stage.tasks[0].kind == "sft" else as_before(model):
         trainer = _trainer(setup, stage, model, rows, arguments(setup, stage, checkpoints), context)
         watch = StageWatch(
             trainer,

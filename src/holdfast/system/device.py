@@ -45,9 +45,11 @@ def gpu_name(index: int = 0) -> str:
 
 
 def gpu_has_bfloat16() -> bool:
-    """Whether this process computes on a GPU, and in bfloat16 if asked to."""
+    """Whether this process computes on a GPU that has instructions for bfloat16."""
     import torch
 
+    if device_type() == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type() == "mps":
         return bool(torch.backends.mps.is_macos_or_newer(14, 0))
     return on_gpu() and bool(getattr(_module(), "is_bf16_supported", bool)())

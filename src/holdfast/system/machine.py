@@ -51,12 +51,22 @@ def free_gib(path: Path) -> float:
     return shutil.disk_usage(path).free / 2**30
 
 
+def processor_flags() -> set[str]:
+    """The processor's extensions, as Linux names them (``avx512_bf16``); empty where the system does not say."""
+    return set(_processor("flags").split())
+
+
 def _cpu_name() -> str:
+    return _processor("model name") or platform.processor() or platform.machine()
+
+
+def _processor(key: str) -> str:
+    """What Linux says of the first core; empty where it says nothing."""
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(key):
                 return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _memory_gib() -> float:

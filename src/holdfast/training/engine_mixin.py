@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_utils import rotate_checkpoints
 
 from holdfast.engines import zero
+from holdfast.engines.autocast import autocast
 from holdfast.engines.optimizer_state import load_optimizer, save_optimizer
 from holdfast.engines.pieces import is_divided, layout_of, layout_of_model, reshard, trainable
 from holdfast.engines.vectors import weights
@@ -150,13 +151,16 @@ def _check_optimizer(trainer: Any) -> None:
 
 
 def hand_to_engine(trainer: Any) -> None:
-    """Let DeepSpeed divide the weights before methods look at them, and again where a method exchanged them.
+    """Let the model compute as in training, and DeepSpeed divide the weights, before methods look at them, and again
+    where a method exchanged them.
 
     Raises:
         ConfigError: the DeepSpeed configuration has an optimizer or a scheduler of its own; or it is in fp16, and a
             method needs gradients, which it keeps in float16, multiplied by the loss scale.
     """
     state = trainer._holdfast
+    if trainer.args.bf16 and not trainer.is_deepspeed_enabled:
+        autocast(trainer.model)
     trained = {id(p) for p in trainer.model.parameters() if p.requires_grad}
     if not trainer.is_deepspeed_enabled or (state.engine is not None and state.engine.trained == trained):
         return
@@ -165,7 +169,7 @@ def hand_to_engine(trainer: Any) -> None:
         raise ConfigError(f"deepspeed: leave out {' and '.join(sorted(given))}; the trainer's own are used")
     check_loss_scale(trainer)
     if trainer.args.bf16 and not config.is_true("bf16.enabled"):
-        zero.autocast(trainer.model)
+        autocast(trainer.model)
     zero.release(trainer.model)
     trainer.optimizer, _ = deepspeed_init(trainer, num_training_steps=0)
     trainer.deepspeed, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)

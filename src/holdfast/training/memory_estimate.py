@@ -24,7 +24,7 @@ import copy
 import os
 import platform
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from holdfast.api.tuner import Tuner
 from holdfast.config.training import TrainingConfig
 from holdfast.errors import ConfigError
+from holdfast.models.attention import fastest
 from holdfast.models.head import base
 from holdfast.models.kinds import auto_class
+from holdfast.models.precision import Type
 from holdfast.models.seq2seq import reads_apart
 from holdfast.system.device import free_gpu_memory
 from holdfast.training.requirements import check_kind
@@ -105,16 +107,18 @@ class Estimate:
         config: PretrainedConfig,
         tuner: Tuner,
         max_length: int,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Type = "float32",
         device: str = "cpu",
+        dtype: Type = "float32",
     ):
         """
         Args:
-            config: of a language model of transformers; its weights are float32.
+            config: of a language model of transformers.
             tuner: which weights are trained.
             max_length: tokens of a row; of a sequence-to-sequence model, of a prompt and of an answer.
             precision: bfloat16 is mixed precision, as ``training.precision``.
             device: where training would run, as :func:`~holdfast.system.device.device_type` names it.
+            dtype: of the model's own weights, as ``model.dtype``.
 
         Raises:
             ConfigError: the tuner does not support this model.
@@ -123,7 +127,7 @@ class Estimate:
         tuner.plan(TrainingConfig(), STEPS)
         self.tuner = tuner
         self.max_length, self.precision, self.device = max_length, precision, device
-        model = _prepared(config, tuner)
+        model = _prepared(config, tuner, dtype, fastest(precision) if device == "cpu" else None)
         trained = [p for p in model.parameters() if p.requires_grad]
         sizes = [p.nbytes for p in trained]
         self._fixed = {
@@ -249,11 +253,12 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _prepared(config: PretrainedConfig, tuner: Tuner) -> Any:
+def _prepared(config: PretrainedConfig, tuner: Tuner, dtype: Type, attention: str | None) -> Any:
     """The model with its tuner on the meta device, in training mode."""
+    options = {"attn_implementation": attention} if attention else {}
 
     def new_model() -> Any:
-        return auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
+        return auto_class(config).from_config(copy.deepcopy(config), dtype=getattr(torch, dtype), **options)
 
     with torch.device("meta"):
         try:

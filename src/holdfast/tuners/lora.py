@@ -64,6 +64,11 @@ class Lora(PeftTuner):
             return self
 
     @property
+    def frozen_base(self) -> bool:
+        """Nor where the factors begin with a part of the model's weights, which are the less by it."""
+        return super().frozen_base and not MOVES_BASE.fullmatch(str(self.options.init_lora_weights))
+
+    @property
     def served_by_vllm(self) -> bool:
         """vLLM serves the two factors alone."""
         options = self.fields()

@@ -43,6 +43,13 @@ class PeftTuner(Tuner):
             if key not in fields:
                 raise ConfigError(f"tuner {self.name}: {key}: unknown key{did_you_mean(key, fields)}")
 
+    @property
+    def frozen_base(self) -> bool:
+        """Not where options of PEFT let weights of the model itself be trained, or decompose them."""
+        options = self.fields()
+        trained = [options.get(key) for key in ("modules_to_save", "trainable_token_indices", "use_dora")]
+        return self.quantized and not any(trained) and options.get("bias", "none") == "none"
+
     def config(self, model: PreTrainedModel) -> Any:
         """The PEFT configuration for a model."""
         return self.config_class(task_type=task_type(model), **self.fields())

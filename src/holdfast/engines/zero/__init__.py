@@ -1,5 +1,5 @@
 """DeepSpeed ZeRO: how it divides weights, gradients and optimizer state among processes, and when it steps."""
 
-from holdfast.engines.zero.engine import Engine, attach, autocast, release
+from holdfast.engines.zero.engine import Engine, attach, release
 
-__all__ = ["Engine", "attach", "autocast", "release"]
+__all__ = ["Engine", "attach", "release"]

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
 
 from holdfast.engines.zero.layout import ENGINE_ATTRIBUTE, PARTITIONED, engine_of, put_away
-
-
-def autocast(model: Any) -> None:
-    """Let the model's forward pass run in bfloat16 where that is safe, and give float32, as accelerate does it."""
-    from accelerate.utils import convert_outputs_to_fp32
-
-    if not hasattr(model, "_original_forward"):
-        model._original_forward = model.forward
-        cast = torch.autocast(device_type=next(model.parameters()).device.type, dtype=torch.bfloat16)
-        model.forward = MethodType(convert_outputs_to_fp32(cast(model.forward.__func__)), model)
 
 
 class Engine:

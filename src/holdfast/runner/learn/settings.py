@@ -20,6 +20,7 @@ from holdfast.data.encode_apart import encoder_of
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.head import begin_token, context
 from holdfast.models.kinds import is_seq2seq
+from holdfast.models.precision import Type
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import sample
 from holdfast.models.sight import load_sight
@@ -27,8 +28,8 @@ from holdfast.rehearsal.corpus import MANIFEST, write_corpus
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.runner.load import load_pretrained
 from holdfast.runner.quiz import askable
-from holdfast.runner.setup import build_tuner, resolve
-from holdfast.system.device import device_type, gpu_has_bfloat16, on_gpu
+from holdfast.runner.setup import build_tuner, resolve, settle_types
+from holdfast.system.device import device_type, on_gpu
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import folder_facts, note
 from holdfast.system.progress import Progress
@@ -57,19 +58,10 @@ BATCHES = ((100, 4), (400, 8))
 """Rows of an optimizer step, by the number of rows; 16 beyond."""
 
 
-def machine_settings() -> dict[str, Any]:
-    """Data types: bfloat16 where a GPU has it, weights as they are stored; float32 elsewhere."""
-    fast = gpu_has_bfloat16()
-    return {
-        "model": {"dtype": "auto" if fast else "float32"},
-        "training": {"precision": "bfloat16" if fast else "float32"},
-    }
-
-
-def dtype_settings(config: RunConfig) -> dict[str, Any]:
-    """bfloat16 for a model whose weights are stored in float16, in which optimizers overflow."""
-    stored = str(getattr(load_model_config(config.model), "dtype", None)).removeprefix("torch.")
-    return {"model": {"dtype": "bfloat16"}} if config.model.dtype == "auto" and stored == "float16" else {}
+def type_settings(config: RunConfig) -> dict[str, Any]:
+    """The data types of weights and training, by the machine, the model and the tuner."""
+    settled, _ = settle_types(config, load_model_config(config.model), resolve(config).tuner)
+    return {"model": {"dtype": settled.model.dtype}, "training": {"precision": settled.training.precision}}
 
 
 def _encoder(config: RunConfig) -> Encoder:
@@ -168,10 +160,12 @@ def memory_settings(config: RunConfig, lengths: Lengths) -> dict[str, Any]:
     device = device_type()
     batch = config.training.batch_size
     extra = sum(float(method.options.get("ratio", 0.25)) for method in config.method if method.name != "sequential")
+    tuner, model_config = resolve(config).tuner, load_model_config(config.model)
+    config, _ = settle_types(config, model_config, tuner)
+    weights: Type = "bfloat16" if config.model.dtype == "bfloat16" else "float32"
+    computation: Type = "bfloat16" if config.training.precision == "bfloat16" else "float32"
     try:
-        estimate = Estimate(
-            load_model_config(config.model), resolve(config).tuner, lengths.longest, config.training.precision, device
-        )
+        estimate = Estimate(model_config, tuner, lengths.longest, computation, device, weights)
         free = USABLE * free_memory(device)
         for checkpointing in (False, True):
             for micro in (size for size in range(batch, 0, -1) if batch % size == 0):
@@ -205,7 +199,9 @@ def write_own_samples(
         return
     tokens = OWN_SAMPLES * own["length"] // 2
     progress.line(f"the model writes {tokens:,} tokens of itself, on which its general loss is measured")
-    model = load_pretrained(config, build_tuner(config.model_copy(update={"tuner": Named(name="full")})))
+    tuner = build_tuner(config.model_copy(update={"tuner": Named(name="full")}))
+    config, _ = settle_types(config, load_model_config(config.model), tuner)
+    model = load_pretrained(config, tuner)
     tokenizer = load_tokenizer(config.model)
     request = Request.of(tokenizer, context(model), begin_token(model), SampleOptions(**own))
     draw = partial(sample, model, on_token=lambda: interrupt.check("while the model wrote samples of itself"))

@@ -29,14 +29,13 @@ from holdfast.runner.learn.settings import (
     LONGEST_RESPONSE,
     OWN,
     Lengths,
-    dtype_settings,
     general_settings,
-    machine_settings,
     memory_settings,
     own_samples,
     rehearsal_settings,
     sample_length,
     training_settings,
+    type_settings,
     write_own_samples,
 )
 from holdfast.runner.learn.unkept import unkept_stream
@@ -246,8 +245,7 @@ class Taken:
         """Settle once what holds for all that the run learns."""
         kept, tasks = self.kept, [options.model_dump()]
         methods, general = "method" in self.given, (self.given.get("evaluation") or {}).get("general") is not None
-        kept.settled = machine_settings()
-        kept.settled = merged(kept.settled, dtype_settings(self._config(self.given, tasks)))
+        kept.settled = type_settings(self._config(self.given, tasks))
         config = self._config(self.given, tasks)
         if not (methods and general) or asks_for_own(config):
             kept.own = own_samples(config, sample_length(Lengths(config, examples)))
