@@ -212,6 +212,10 @@ class Rehearsed:
         assert self.logits is not None, "the method asked for no logits"
         return supervised_logits(self.logits, self.labels)
 
+    def computed_logits(self) -> Tensor | None:
+        """The same where they were computed for whatever reason, so that a loss need not compute them again."""
+        return self.predictions() if self.task_logits is None and self.logits is not None else self.task_logits
+
     def of_rows(self, places: Sequence[int]) -> Rehearsed:
         """Some of the rows as if they were all, in ascending order, with their predictions; ``share`` stays."""
         import torch

@@ -133,7 +133,11 @@ class TeacherCache:
         """
         cache = cls._reuse(folder, key, rows, plan.rank)
         if cache is None:
-            cache = cls._build(folder, key, rows, compute, extras or {}, plan)
+
+            def of_samples(samples: Sequence[int]) -> Sequence[Tensor]:
+                return compute([rows[sample] for sample in samples])
+
+            cache = cls._build(folder, key, rows, of_samples, extras or {}, plan)
         return cache
 
     def __len__(self) -> int:
@@ -208,7 +212,7 @@ class TeacherCache:
         folder: Path,
         key: dict[str, Any],
         rows: Sequence[TokenRow],
-        compute: Compute,
+        compute: Callable[[Sequence[int]], Sequence[Tensor]],
         extras: Mapping[str, Tensor],
         plan: BuildPlan,
     ) -> TeacherCache:
@@ -256,12 +260,13 @@ def state_cache(
 ) -> tuple[TeacherCache, Tensor, Tensor]:
     """GeRe's activation states of all samples, two bits each (arXiv 2508.04676).
 
-    The first pass computes mean and standard deviation of each dimension over all tokens of all samples. The second
-    pass compares each activation with the thresholds low = mean - multiple * std and high = mean + multiple * std.
+    The hidden states of all samples lie on disk until mean and standard deviation of each dimension over all tokens of
+    all samples are known. Then each activation is compared with the thresholds low = mean - multiple * std and high =
+    mean + multiple * std. So the model is called once.
 
     Args:
         folder, key, rows, plan: as :meth:`TeacherCache.open_or_build` takes them.
-        hidden_states: gives one tensor a row, [tokens, hidden], of any floating type, the same in both passes.
+        hidden_states: gives one tensor a row, [tokens, hidden], of any floating type.
         multiple: of the standard deviation; 1 in the paper.
         places: whether the places of pictures count in mean and standard deviation.
 
@@ -275,28 +280,30 @@ def state_cache(
         DataError: a file of the cache is damaged, or a hidden state is not finite.
     """
     key = key | {"kind": "states", "multiple": multiple} | ({"places": True} if places else {})
-    first_pass = folder / "moments"
+    on_disk = folder / "hidden"
     cache = TeacherCache._reuse(folder, key, rows, plan.rank)
     if cache is None:
 
-        def moments_of(batch: Sequence[TokenRow]) -> list[Tensor]:
-            pairs = zip(batch, hidden_states(batch), strict=True)
-            return [_moments(states if places else _of_text(row, states)) for row, states in pairs]
+        def finite(batch: Sequence[TokenRow]) -> list[Tensor]:
+            return [_finite(states) for states in hidden_states(batch)]
 
-        parts = TeacherCache.open_or_build(first_pass, key | {"kind": "moments"}, rows, moments_of, plan=plan)
+        hidden = TeacherCache.open_or_build(on_disk, key | {"kind": "hidden"}, rows, finite, plan=plan)
         moments = RunningMoments()
         for sample in range(len(rows)):
-            moments.merge(RunningMoments.from_tensor(parts.read(sample)))
+            states = hidden.read(sample)
+            part = RunningMoments()
+            part.add(states if places else _of_text(rows[sample], states))
+            moments.merge(part)
         low = (moments.mean - multiple * moments.std).float()
         high = (moments.mean + multiple * moments.std).float()
 
-        def classes_of(batch: Sequence[TokenRow]) -> list[Tensor]:
-            return [pack(classify(h, low, high)) for h in hidden_states(batch)]
+        def classes_of(samples: Sequence[int]) -> list[Tensor]:
+            return [pack(classify(states, low, high)) for states in hidden.read_many(samples)]
 
         cache = TeacherCache._build(folder, key, rows, classes_of, {"low": low, "high": high}, plan)
     plan.wait()
     if plan.rank == 0:
-        shutil.rmtree(first_pass, ignore_errors=True)
+        shutil.rmtree(on_disk, ignore_errors=True)
     return cache, cache.extra("low"), cache.extra("high")
 
 
@@ -370,13 +377,16 @@ def _build_of(path: Path) -> str | None:
         return None
 
 
-def _computed(compute: Compute, rows: Sequence[TokenRow], shard: range, batch_rows: int) -> dict[str, Tensor]:
-    """The tensors of one shard, by sample."""
+def _computed(
+    compute: Callable[[Sequence[int]], Sequence[Tensor]], rows: Sequence[TokenRow], shard: range, batch_rows: int
+) -> dict[str, Tensor]:
+    """The tensors of one shard, by sample; those of like length are computed together, with little padding."""
     tensors: dict[str, Tensor] = {}
-    for start in range(shard.start, shard.stop, batch_rows):
-        samples = range(start, min(start + batch_rows, shard.stop))
+    by_length = sorted(shard, key=lambda sample: len(rows[sample]["input_ids"]), reverse=True)
+    for start in range(0, len(by_length), batch_rows):
+        samples = by_length[start : start + batch_rows]
         with torch.no_grad():
-            computed = compute([rows[sample] for sample in samples])
+            computed = compute(samples)
         tensors |= {str(sample): _copy(tensor) for sample, tensor in zip(samples, computed, strict=True)}
     return tensors
 
@@ -405,13 +415,11 @@ def _damaged(path: Path, why: str) -> DataError:
     return DataError(f"{path}: is damaged ({why}); delete the folder {path.parent} to rebuild it")
 
 
-def _moments(states: Tensor) -> Tensor:
-    """Moments over one sample's tokens: [tokens, hidden] -> [3, hidden]."""
+def _finite(states: Tensor) -> Tensor:
+    """The hidden states of a sample; DataError if they are not finite."""
     if not torch.isfinite(states).all():
         raise DataError(
             "a hidden state of the model is not finite on a rehearsal sample, so it has no activation states; "
             "a model in float32 or bfloat16 with sound weights is needed"
         )
-    moments = RunningMoments()
-    moments.add(states)
-    return moments.to_tensor()
+    return states

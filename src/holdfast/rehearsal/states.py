@@ -65,17 +65,6 @@ class RunningMoments:
         assert self.count, "no vector was added"
         return (self._deviations / self.count).sqrt()
 
-    def to_tensor(self) -> Tensor:
-        """[3, hidden], float64: the count, the mean and the sum of squared deviations of each dimension."""
-        return torch.stack([torch.full_like(self.mean, self.count), self.mean, self._deviations])
-
-    @classmethod
-    def from_tensor(cls, tensor: Tensor) -> RunningMoments:
-        """The moments that :meth:`to_tensor` returned."""
-        moments = cls()
-        moments._join(int(tensor[0, 0]), tensor[1], tensor[2])
-        return moments
-
     def _join(self, count: int, mean: Tensor, deviations: Tensor) -> None:
         if self.count == 0:
             self.count, self._mean, self._deviations = count, mean, deviations

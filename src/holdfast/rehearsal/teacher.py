@@ -85,7 +85,7 @@ class HiddenTeacher:
             self.teacher_head or student_head,
             None,
             self.options.divergence,
-            student_logits=rehearsed.task_logits,
+            student_logits=rehearsed.computed_logits(),
         )
 
 
