@@ -77,6 +77,11 @@ def fastest_precision(
     return Precision("bfloat16" if rounded else "float32", "bfloat16", why)
 
 
+def counted(dtype: str) -> Type:
+    """The data type that an estimate of memory counts with: float32, unless it is bfloat16."""
+    return "bfloat16" if dtype == "bfloat16" else "float32"
+
+
 def _float32(why: str) -> Precision:
     return Precision("float32", "float32", why)
 

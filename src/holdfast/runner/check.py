@@ -13,6 +13,7 @@ from holdfast.config.gate import GateConfig
 from holdfast.config.keep import KeepConfig
 from holdfast.config.run import RunConfig
 from holdfast.errors import ConfigError
+from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import check_weights, shapes
 from holdfast.records.directory import RunDirectory, check_directory
 from holdfast.runner.abilities import print_asked, print_general

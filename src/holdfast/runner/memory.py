@@ -12,6 +12,7 @@ from holdfast.api.tuner import Tuner
 from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig
 from holdfast.errors import ConfigError, OutOfMemoryError
+from holdfast.models.precision import counted
 from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import shapes
 from holdfast.training.pitfalls import is_out_of_memory
@@ -62,7 +63,7 @@ def lower_for_training(config: RunConfig, tuner: Tuner, longest: int, micro: int
     try:
         estimate = Estimate(
             *(load_model_config(config.model), tuner, math.ceil(longest * (1 + sum(rehearsed)))),
-            *(training.precision, device),
+            *(counted(training.precision), device, counted(config.model.dtype)),
         )
         changes = advice(estimate, micro, int(USABLE * _memory(device)), training.gradient_checkpointing, quantized)
     except ConfigError:  # shapes alone do not tell it

@@ -20,7 +20,7 @@ from holdfast.data.encode_apart import encoder_of
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.head import begin_token, context
 from holdfast.models.kinds import is_seq2seq
-from holdfast.models.precision import Type
+from holdfast.models.precision import counted
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import sample
 from holdfast.models.sight import load_sight
@@ -162,8 +162,7 @@ def memory_settings(config: RunConfig, lengths: Lengths) -> dict[str, Any]:
     extra = sum(float(method.options.get("ratio", 0.25)) for method in config.method if method.name != "sequential")
     tuner, model_config = resolve(config).tuner, load_model_config(config.model)
     config, _ = settle_types(config, model_config, tuner)
-    weights: Type = "bfloat16" if config.model.dtype == "bfloat16" else "float32"
-    computation: Type = "bfloat16" if config.training.precision == "bfloat16" else "float32"
+    weights, computation = counted(config.model.dtype), counted(config.training.precision)
     try:
         estimate = Estimate(model_config, tuner, lengths.longest, computation, device, weights)
         free = USABLE * free_memory(device)
