@@ -26,6 +26,7 @@ RUN = GOLDEN / "old_runs" / "full-ewc" / "run"
             "replay model --tokens 9 --out x -o page.html",
             "--output: is about the page of a corpus; give --inspect, too",
         ),
+        ("run config.yaml --port 8000", "--port, --no-browser: are for --open"),
         ("lab experiment --dry-run", "--dry-run: is about an experiment; name one"),
         ("lab experiment --scale huge", "--scale: no experiment has a scale 'huge'; known: tiny, paper"),
         ("lab experiment regression_1d --dry-run --redraw", "--redraw: does nothing with --dry-run"),

@@ -167,6 +167,8 @@ def test_a_comparison_says_first_which_method_remembers_most(runs: list[Path]):
     )
     assert "sequential lost 0.593 and replay 0.185" in second and "General ability went from 62 % to 42 %" in third
     assert fourth == f"For reference: joint {averages['joint']}."
+    beside = compare(read_runs([runs[1], runs[0], runs[2]]))
+    assert comparison_headline(beside, STAGES, ["accuracy"])[0] == first, "the baseline itself remembers most"
 
 
 def test_the_first_picture_has_the_scores_then_and_now(runs: list[Path]):

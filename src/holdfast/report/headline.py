@@ -28,17 +28,20 @@ def run_headline(run: FinishedRun) -> list[str]:
 
 
 def comparison_headline(found: Comparison, tasks: int, metrics: Collection[str]) -> list[str]:
-    """Which run remembers most, and what the references reach; of runs that cannot be compared, how many there are."""
+    """Which method remembers most, beside the baseline or, if it is that itself, the one that remembers least; and what
+    the references reach. Nothing is said of runs that cannot be compared.
+    """
     value, sentences = _value(metrics), []
     known = [row for row in found.rows if row["reference"] is None and row["average"] is not None]
     if any("average" in row["best"] for row in known):
         ranked = sorted(known, key=lambda row: row["average"], reverse=not found.lower)
-        best, worst = ranked[0], ranked[-1]
+        best = ranked[0]
+        other = next((row for row in ranked[1:] if row["run"] == found.baseline), ranked[-1])
         sentences = [
             f"Of {len(known)} methods, {best['run']} remembers most: after learning {_tasks(tasks)}, it ends with "
-            f"{value(best)}, and {worst['run']} with {value(worst, short=True)}.",
-            *_forgotten_by(best, worst),
-            *_general_of(best, worst),
+            f"{value(best)}, and {other['run']} with {value(other, short=True)}.",
+            *_forgotten_by(best, other),
+            *_general_of(best, other),
         ]
     references = [row for row in found.rows if row["reference"] and row["average"] is not None]
     if references:
@@ -47,25 +50,25 @@ def comparison_headline(found: Comparison, tasks: int, metrics: Collection[str])
     return sentences
 
 
-def _forgotten_by(best: dict[str, Any], worst: dict[str, Any]) -> list[str]:
-    """How far the earlier tasks fell from their best, with the best and the worst of the methods."""
-    if None in (best["forgetting"], worst["forgetting"]):
+def _forgotten_by(best: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """How far the earlier tasks fell from their best, with the best and another of the methods."""
+    if None in (best["forgetting"], other["forgetting"]):
         return []
-    falls = ["nothing" if round(row["forgetting"], 3) <= 0 else number(row["forgetting"]) for row in (worst, best)]
+    falls = ["nothing" if round(row["forgetting"], 3) <= 0 else number(row["forgetting"]) for row in (other, best)]
     if falls == ["nothing"] * 2:
         return ["Neither forgot anything of the earlier tasks."]
     return [
-        f"Of an earlier task's best score, {worst['run']} lost {falls[0]} and {best['run']} {falls[1]}, on average."
+        f"Of an earlier task's best score, {other['run']} lost {falls[0]} and {best['run']} {falls[1]}, on average."
     ]
 
 
-def _general_of(best: dict[str, Any], worst: dict[str, Any]) -> list[str]:
+def _general_of(best: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """How general ability changed with both."""
-    (first, low), (start, high) = (mean_general(row) for row in (worst, best))
+    (first, low), (start, high) = (mean_general(row) for row in (other, best))
     if first is None or low is None or start is None or high is None or abs(first - start) >= 0.005:
         return []
     return [
-        f"General ability went from {share(first)} to {share(low)} with {worst['run']}, to {share(high)} with "
+        f"General ability went from {share(first)} to {share(low)} with {other['run']}, to {share(high)} with "
         f"{best['run']}."
     ]
 
