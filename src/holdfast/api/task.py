@@ -19,7 +19,7 @@ PICTURE = "\ufdd2"
 """Stands in a turn's content where a picture is shown: a noncharacter, which text does not hold."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message of a conversation.
 
@@ -53,7 +53,7 @@ class Turn:
         return [picture.number for picture in self.pictures]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row: a conversation that ends with the assistant's answer, or plain text.
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from holdfast.config.pattern import check_pattern
-from holdfast.config.section import FreeOptions, Section, TaskName, year_as_text
+from holdfast.config.section import FREE, FreeOptions, Section, TaskName, year_as_text
 from holdfast.config.yaml_values import as_yaml
 
 Columns = dict[str, str | None]
@@ -198,3 +198,8 @@ class DataConfig(Section):
     )
     train_rows: int | None = Field(None, ge=1, description="use only the first n train rows of each task")
     test_rows: int | None = Field(None, ge=1, description="use only the first n test rows of each task")
+    cache: str | None = Field(
+        None,
+        description="folder in which the tokens of large tasks lie, for this start and later ones; yours to clear",
+        json_schema_extra=FREE,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Unicode noncharacters, which text does not hold: they mark a cut span while a template is rendered.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKS = f"[{_OPEN}{_CLOSE}]"
+
+NO_SETTINGS = ("tokenizer", "sight", "_template", "_shortened", "_cut")
+"""Attributes of an encoder that are no plain settings."""
 
 
 class Encoder:
@@ -81,6 +84,35 @@ class Encoder:
         other = copy.copy(self)
         other._shortened, other._cut = set(), set()
         return other
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides which rows it makes of an example, beside the code."""
+        own = {key: value for key, value in vars(self).items() if key not in NO_SETTINGS}
+        tokenizer = self.tokenizer
+        return own | {
+            "kind": type(self).__name__,
+            "tokenizer": [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str()],
+            "special": tokenizer.special_tokens_map,
+            "chat_template": tokenizer.chat_template,
+        }
+
+    def counted(self, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
+        """The places of those of some examples that were shortened, and that lost a part of the answer."""
+        origins = [(example.file, example.row) for example in examples]
+        shortened, cut = (
+            [i for i, origin in enumerate(origins) if origin in of] for of in (self._shortened, self._cut)
+        )
+        return shortened, cut
+
+    def count(self, shortened: Iterable[Example], cut: Iterable[Example]) -> None:
+        """Count examples as shortened, and as such that lost a part of the answer."""
+        self._shortened |= {(example.file, example.row) for example in shortened}
+        self._cut |= {(example.file, example.row) for example in cut}
+
+    def count_all(self, other: Encoder) -> None:
+        """Count what another encoder counted, too."""
+        self._shortened |= other._shortened
+        self._cut |= other._cut
 
     @property
     def truncated(self) -> int:

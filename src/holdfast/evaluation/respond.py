@@ -154,10 +154,14 @@ def respond(
     return [encoder.decode(tokens) for tokens in responses]
 
 
-def response_limit(encoder: Encoder, task: Task) -> int:
+def response_limit(encoder: Encoder, task: Task, longest: int | None = None) -> int:
     """Tokens that a response may have: those of the longest train answer with its end, and 8 more, but no more than the
-    task allows, and no more than half of the encoder's ``max_length``, since prompts need room, too."""
-    longest = max(encoder.answer_length(example) for example in task.train) + MARGIN
+    task allows, and no more than half of the encoder's ``max_length``, since prompts need room, too.
+
+    Args:
+        longest: tokens of that answer, where they are known.
+    """
+    longest = (longest or max(encoder.answer_length(example) for example in task.train)) + MARGIN
     return min(longest, task.max_new_tokens or longest, max(encoder.max_length // 2, 1))
 
 

@@ -12,6 +12,7 @@ from holdfast.api.task import Task
 from holdfast.config.gate import GateConfig
 from holdfast.config.keep import KeepConfig
 from holdfast.config.run import RunConfig
+from holdfast.data.arrow_rows import ArrowRows
 from holdfast.errors import ConfigError
 from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import check_weights, shapes
@@ -66,6 +67,8 @@ def print_check(
         console.print(noticed(task), soft_wrap=True)
         for note in task.notes:
             console.print(note, markup=False, soft_wrap=True)
+        if isinstance(rows, ArrowRows):
+            console.print(stored(setup), markup=False, soft_wrap=True)
         if task.kind != "sft":
             console.print(f"kind {task.kind}: {KINDS[task.kind]}", markup=False, soft_wrap=True)
         if rows:
@@ -89,6 +92,13 @@ def print_check(
         console.print(line, markup=False, soft_wrap=True)
     if not checked:
         console.print("whether the model's files hold all its weights is checked when they are loaded", markup=False)
+
+
+def stored(setup: Setup) -> str:
+    """Where the tokens of a large task lie."""
+    if (cache := setup.config.data.cache) is None:
+        return "its tokens are made at each start, and stay in memory; data.cache names a folder that keeps them"
+    return f"its tokens are kept in {cache} (data.cache), and found again at the next start"
 
 
 def noticed(task: Task) -> str:
@@ -139,11 +149,11 @@ def plan_lines(setup: Setup) -> list[str]:
     ]
     total = 0
     for stage, training, steps in zip(setup.stages, setup.training, setup.steps, strict=True):
-        rows = [row for task in stage.tasks for row in setup.rows[task.name]]
-        count = len(rows) if stage.tasks[0].kind == "sft" else len(stage.tasks[0].train)
+        parts = [setup.rows[task.name] for task in stage.tasks]
+        count = sum(map(len, parts)) if stage.tasks[0].kind == "sft" else len(stage.tasks[0].train)
         assert not isinstance(training.epochs, list)
         passes = min(training.epochs, steps * training.batch_size / count)
-        seen = round(sum(map(row_length, rows)) * passes)
+        seen = round(sum(row_length(row) for part in parts for row in part) * passes)
         done = stage.index in setup.past.finished
         total += 0 if done else seen
         lines.append(

@@ -16,8 +16,8 @@ from holdfast.data.collate import pack
 from holdfast.errors import ConfigError
 from holdfast.training.kinds import generations
 
-Rows = dict[str, list[dict[str, Any]]]
-"""Each task's tokenised train rows."""
+Rows = dict[str, Sequence[dict[str, Any]]]
+"""Each task's tokenised train rows: a list, or of a large task what reads them where they lie."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ def optimizer_steps(
     if kind != "sft":
         [task] = stage.tasks
         return math.ceil(training.epochs * _steps_of_kind(task, training.batch_size))
-    sequences = [row for task in stage.tasks for row in rows[task.name]]
+    count = sum(len(rows[task.name]) for task in stage.tasks)
     if data.packing:
-        sequences = pack(sequences, max_length)
-    return math.ceil(training.epochs * math.ceil(len(sequences) / training.batch_size))
+        count = len(pack([row for task in stage.tasks for row in rows[task.name]], max_length))
+    return math.ceil(training.epochs * math.ceil(count / training.batch_size))
 
 
 def _steps_of_kind(task: Task, batch_size: int) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
 
 from holdfast.api.method import Method
 from holdfast.api.task import Example, Stream, Task
 from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig
+from holdfast.data.arrow_rows import ArrowRows, Facts, RowFile, as_batch, chunks, is_large
 from holdfast.data.encode import Encoder
 from holdfast.data.files import where
 from holdfast.data.load import judge_bad_rows
@@ -43,19 +48,23 @@ def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[R
     limits: dict[str, int] = {}
     apart = encoder.apart()  # the counts of rows that were cut are about train rows
     for task in stream.tasks:
-        if task.kind == "sft":
+        reads = {find(name).reads for name in (task.metric, *task.beside)}
+        longest: int | None = None
+        if task.kind == "sft" and encoder.sight is None and is_large(task.train):
+            asks = "response" in reads and config.evaluation.max_new_tokens is None
+            task.train, rows[task.name], longest = _large(task.train, encoder, config.data.cache, asks, bad)
+        elif task.kind == "sft":
             task.train, rows[task.name] = _usable(task.train, encoder.encode_all, bad)
         else:
             task.train, _ = _usable(task.train, partial(_trained, task, apart), bad)
             rows[task.name] = method_rows(task, encoder)
-        reads = {find(name).reads for name in (task.metric, *task.beside)}
         if "loss" in reads:
             task.test, _ = _usable(task.test, apart.encode_all, bad)
         if "response" in reads and task.train:
             if task.kind == "grpo":
                 limit = completion_length(task.options, encoder.max_length)
             else:
-                limit = config.evaluation.max_new_tokens or response_limit(apart, task)
+                limit = config.evaluation.max_new_tokens or response_limit(apart, task, longest)
             limits[task.name] = limit
 
             def prompts(examples: Sequence[Example], limit: int = limit) -> list[list[int]]:
@@ -119,10 +128,14 @@ def try_rows(method: Method, tasks: Sequence[Task], rows: Rows, config: RunConfi
         )
     model_config = load_model_config(config.model)
     for task in tasks:
-        files = {example.file for example in task.train}
-        file = files.pop() if len(files) == 1 else f"the files of task {task.name}"
-        described = partial(_place, file, rows[task.name])
+        described = partial(_place, files_of(task), rows[task.name])
         method.try_rows(rows[task.name], described, encoder.tokenizer, model_config)
+
+
+def files_of(task: Task) -> str:
+    """What messages call the file that a task's train rows came from, or their files."""
+    files = {example.file for example in task.train}
+    return files.pop() if len(files) == 1 else f"the files of task {task.name}"
 
 
 def _place(file: str, rows: Sequence[dict[str, Any]], number: int) -> str:
@@ -149,6 +162,87 @@ def encode_dev(tasks: Sequence[Task], encoder: Encoder, config: RunConfig, metho
             )
     apart = encoder.apart()
     return {task.name: apart.encode_all(task.eval) for task in tasks}
+
+
+def _large(
+    examples: list[Example], encoder: Encoder, cache: str | None, asks: bool, bad: list[str]
+) -> tuple[list[Example], ArrowRows, int | None]:
+    """As :func:`_usable`, chunk by chunk, with the rows in Arrow: of an earlier start, if ``data.cache`` has them.
+
+    Args:
+        asks: whether the tokens of the longest answer are asked for.
+
+    Returns:
+        the examples, the rows, and the tokens of the longest answer, if they are known.
+
+    Raises:
+        DataError: ``data.cache`` cannot be written to.
+    """
+    file = None if cache is None else RowFile(Path(cache), encoder, examples)
+    if file is not None and (found := file.read()):
+        rows, facts = found
+        encoder.count([examples[place] for place in facts.shortened], [examples[place] for place in facts.cut])
+        return examples, rows, facts.longest
+    kept: list[Example] = []
+    batches: list[Any] = []
+    longest = 0
+    with nullcontext() if file is None else file.writing() as writer:
+        for chunk in chunks(examples):
+            own = encoder.apart()
+            usable, made = _usable(list(chunk), own.encode_all, bad)
+            encoder.count_all(own)
+            if not usable:
+                continue
+            if writer is None:
+                batches.append(as_batch(made))
+            else:
+                most = max(own.answer_length(example) for example in usable) if asks else None
+                longest = max(longest, most or 0)
+                shortened, cut = ([len(kept) + place for place in places] for places in own.counted(usable))
+                writer.write(as_batch(made), Facts(shortened, cut, most))
+            kept += usable
+        rows = ArrowRows(batches) if writer is None else writer.finish(keep=len(kept) == len(examples))
+    return kept, rows, longest or None
+
+
+class StageRows(Sequence[dict[str, Any]]):
+    """The rows of a stage's tasks, one task after another; ``row`` is a row's number in the stage.
+
+    Args:
+        parts: of each task, what messages call its file, and its rows.
+    """
+
+    def __init__(self, parts: Sequence[tuple[str, Sequence[dict[str, Any]]]]):
+        self._parts = list(parts)
+        self._ends = list(accumulate(len(rows) for _, rows in self._parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, place: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, place: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"row {place} of {len(self)}")
+        place %= len(self)
+        _, row = self._found(place)
+        return row | {"row": place}
+
+    def origin(self, place: int) -> tuple[str, int]:
+        """What messages call a row's file, and its number there, from 1."""
+        file, row = self._found(place)
+        return file, row["row"] + 1
+
+    def _found(self, place: int) -> tuple[str, dict[str, Any]]:
+        part = bisect_right(self._ends, place)
+        file, rows = self._parts[part]
+        return file, rows[place - (self._ends[part - 1] if part else 0)]
 
 
 def _usable(

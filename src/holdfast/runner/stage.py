@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from holdfast.runner.kinds import prompt_tokens, reward_of, trained_rows
 from holdfast.runner.memory import lower_for_training, what_to_lower
 from holdfast.runner.pitfalls import warn_of_pitfalls, warn_of_steps
 from holdfast.runner.plan import PlannedStage
+from holdfast.runner.rows import StageRows, files_of
 from holdfast.runner.setup import build_tuner
 from holdfast.training.arguments import training_arguments
 from holdfast.training.kinds import as_before, check_mismatched, config_class, make_trainer, own_arguments
@@ -67,14 +69,9 @@ def train_stage(
     Raises:
         Interrupted: the run was asked to stop; a checkpoint is saved.
     """
-    rows: list[dict[str, Any]] = []
-    origins: list[tuple[str, int]] = []
-    for task in stage.tasks:
-        files = {example.file for example in task.train}
-        file = files.pop() if len(files) == 1 else f"the files of task {task.name}"
-        for row in setup.rows[task.name]:
-            origins.append((file, row["row"] + 1))
-            rows.append(row | {"row": len(rows)})
+    parts = [(files_of(task), setup.rows[task.name]) for task in stage.tasks]
+    all_rows = StageRows(parts)
+    rows = list(all_rows) if all(isinstance(part, list) for _, part in parts) else all_rows
     checkpoints = directory.stage(stage.index, stage.name) / "checkpoint"
     checkpoint, step = checkpoint_to_continue(checkpoints)
     directory.trim_events(stage.index, step)
@@ -85,7 +82,7 @@ def train_stage(
         "run_context": RunContext(
             rows=rows,
             dev=[row for task in stage.tasks for row in setup.dev.get(task.name, ())],
-            describe_rows=lambda places: rows_by_file([origins[place] for place in places]),
+            describe_rows=lambda places: rows_by_file([all_rows.origin(place) for place in places]),
             states=states,
             folder=directory.path / "rehearsal",
             tokenizer=setup.encoder.tokenizer,
@@ -120,7 +117,7 @@ def _trainer(
     setup: Setup,
     stage: PlannedStage,
     model: Any,
-    rows: list[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
     args: TrainingArguments,
     context: dict[str, Any],
 ) -> Any:

@@ -1,0 +1,224 @@
+"""Tokenised rows of large splits as Arrow columns: in memory, or in a file that is mapped and found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from itertools import accumulate
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import pyarrow as pa  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from holdfast.api.task import Example, Turn
+from holdfast.data.encode import Encoder
+from holdfast.errors import DataError
+from holdfast.system.files import PARTIAL
+from holdfast.version import __version__
+
+LARGE_ROWS = 20_000
+LARGE_TEXT = 10_000_000
+"""A split of so many rows, or of so many characters, has its tokens in Arrow."""
+
+CHUNK = 1000
+"""Rows that are tokenised together; a row that is large itself is a chunk of its own."""
+
+FACTS = b"facts"
+"""Metadata of a batch: the :class:`Facts` of the examples that it was made of."""
+
+_said = attrgetter(*(field.name for field in fields(Turn) if field.name != "pictures"))
+_asked = attrgetter(*(field.name for field in fields(Example) if field.name not in ("file", "turns", "columns")))
+
+
+class ArrowRows(Sequence[dict[str, Any]]):
+    """Rows as :class:`~holdfast.data.encode.Encoder` made them, each made anew when it is asked for.
+
+    Args:
+        batches: their columns, in order: lists of int32, or int64.
+    """
+
+    def __init__(self, batches: Sequence[pa.RecordBatch]):
+        self._ends = list(accumulate(batch.num_rows for batch in batches))
+        self._columns = [_columns(batch) for batch in batches]
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, place: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, place: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"row {place} of {len(self)}")
+        place %= len(self)
+        batch = bisect_right(self._ends, place)
+        at = place - (self._ends[batch - 1] if batch else 0)
+        return {name: column.value(at) for name, column in self._columns[batch].items()}
+
+
+class Facts(NamedTuple):
+    """What else is known of encoded examples: the places of those that were shortened, and of those that lost a part of
+    the answer; the tokens of the longest answer, where that was asked for."""
+
+    shortened: list[int]
+    cut: list[int]
+    longest: int | None
+
+
+class _Column(NamedTuple):
+    """A column of ints, or of lists of them, of which ``offsets`` says where each begins and ends."""
+
+    values: NDArray[Any]
+    offsets: NDArray[Any] | None
+
+    def value(self, at: int) -> Any:
+        if self.offsets is None:
+            return int(self.values[at])
+        return self.values[self.offsets[at] : self.offsets[at + 1]].tolist()
+
+
+def _columns(batch: pa.RecordBatch) -> dict[str, _Column]:
+    found = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_list(column.type):
+            found[name] = _Column(column.values.to_numpy(), column.offsets.to_numpy())
+        else:
+            found[name] = _Column(column.to_numpy(), None)
+    return found
+
+
+def is_large(examples: Sequence[Example]) -> bool:
+    """Whether the tokens of a split are better in Arrow than in lists."""
+    return len(examples) >= LARGE_ROWS or sum(map(_size, examples)) >= LARGE_TEXT
+
+
+def chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """The examples in order, of each chunk about so many characters that its tokens are few beside the rest."""
+    start, size = 0, 0
+    for end, example in enumerate(examples, start=1):
+        size += _size(example)
+        if end - start == CHUNK or size >= LARGE_TEXT // 10:
+            yield examples[start:end]
+            start, size = end, 0
+    if start < len(examples):
+        yield examples[start:]
+
+
+def _size(example: Example) -> int:
+    return len(example.text or "") + sum(len(turn.content) for turn in example.turns)
+
+
+def as_batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
+    """Rows that have the same columns, of ints below 2^31 or lists of them."""
+    kinds = {name: pa.list_(pa.int32()) if isinstance(value, list) else pa.int64() for name, value in rows[0].items()}
+    return pa.RecordBatch.from_pydict({name: pa.array([row[name] for row in rows], kinds[name]) for name in kinds})
+
+
+class RowFile:
+    """The file of a split's rows in the user's folder, whose name tells what they were made of and by what.
+
+    Args:
+        folder: ``data.cache``.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder, examples: Sequence[Example]):
+        self.path = folder / f"{_digest(encoder, examples)}.arrow"
+
+    def read(self) -> tuple[ArrowRows, Facts] | None:
+        """The rows and the facts of all examples; None if there is no whole file of that name."""
+        try:
+            return _read(self.path)
+        except (OSError, pa.ArrowInvalid):
+            return None
+
+    @contextmanager
+    def writing(self) -> Iterator[_Writer]:
+        """Write the rows anew; only what is complete and closed takes the file's place.
+
+        Raises:
+            DataError: the folder cannot be written to, or its disk is full.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            number, name = tempfile.mkstemp(prefix=f"{self.path.stem[:16]}-", suffix=PARTIAL, dir=self.path.parent)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        os.close(number)
+        writer = _Writer(Path(name), self.path)
+        try:
+            yield writer
+        except OSError as error:
+            raise self._unwritable(error) from None
+        finally:
+            writer.path.unlink(missing_ok=True)
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(
+            f"data.cache: {self.path.parent}: tokenised rows cannot be written: {error.strerror or error}; free some "
+            "space, name another folder, or leave the key out"
+        )
+
+
+class _Writer:
+    """Writes batches to a file of its own name."""
+
+    def __init__(self, path: Path, place: Path):
+        self.path, self._place = path, place
+        self._file: pa.RecordBatchFileWriter | None = None
+
+    def write(self, batch: pa.RecordBatch, facts: Facts) -> None:
+        if self._file is None:
+            self._file = pa.ipc.new_file(str(self.path), batch.schema)
+        self._file.write_batch(batch, custom_metadata={FACTS: json.dumps(facts)})
+
+    def finish(self, keep: bool) -> ArrowRows:
+        """The rows, mapped; the file is kept under the name by which it is found again, or removed when they go."""
+        if self._file is None:
+            return ArrowRows([])
+        self._file.close()
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+        rows, _ = _read(self.path)
+        if keep:
+            self.path.replace(self._place)
+        return rows
+
+
+def _read(path: Path) -> tuple[ArrowRows, Facts]:
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    parts = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
+    facts = [Facts(*json.loads(metadata[FACTS])) for _, metadata in parts]
+    longest = [of_batch.longest for of_batch in facts if of_batch.longest is not None]
+    together = Facts(
+        [place for of_batch in facts for place in of_batch.shortened],
+        [place for of_batch in facts for place in of_batch.cut],
+        max(longest) if len(longest) == len(facts) else None,
+    )
+    return ArrowRows([batch for batch, _ in parts]), together
+
+
+def _digest(encoder: Encoder, examples: Sequence[Example]) -> str:
+    """SHA-256 over the examples' content and row numbers, the encoder, and the code and libraries that make rows."""
+    import tokenizers
+    import transformers
+
+    versions = [__version__, transformers.__version__, tokenizers.__version__]
+    found = hashlib.sha256(json.dumps([versions, encoder.identity()], sort_keys=True, default=repr).encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(file.read_bytes())
+    for example in examples:
+        found.update(repr((_asked(example), [_said(turn) for turn in example.turns])).encode())
+    return found.hexdigest()
