@@ -12,7 +12,7 @@ import pytest
 from holdfast.api.task import Example, Stream, Task, Turn
 from holdfast.config.run import RunConfig
 from holdfast.data import arrow_rows
-from holdfast.data.arrow_rows import ArrowRows, RowFile, as_batch, chunks
+from holdfast.data.arrow_rows import ArrowRows, Facts, RowFile, as_batch, chunks
 from holdfast.data.encode import Encoder
 from holdfast.errors import DataError
 from holdfast.runner.rows import StageRows, encode_tasks
@@ -118,6 +118,20 @@ def test_rows_that_cannot_be_used_are_left_out_as_of_lists_and_their_file_is_not
     monkeypatch.setattr(arrow_rows, "LARGE_ROWS", 100)
     assert_same(found, encoded(bad, skip=True))
     assert len(found[0]) == 6 and found[2] == {"t": 3 * 8 + 1 + 8} and not any(tmp_path.iterdir())
+
+
+def test_of_two_runs_that_write_at_once_the_first_file_stays(plain, large, tmp_path: Path):
+    first, second = (RowFile(tmp_path, encoder(), examples()) for _ in range(2))
+    rows = plain[1]
+    with first.writing() as one, second.writing() as other:
+        for writer in (one, other):
+            writer.write(as_batch(rows), Facts([1], [], 3))
+        assert list(one.finish(keep=True)) == rows
+        inode = first.path.stat().st_ino
+        assert list(other.finish(keep=True)) == rows
+    assert [file.stat().st_ino for file in tmp_path.iterdir()] == [inode]
+    found = second.read()
+    assert found is not None and list(found[0]) == rows and found[1] == Facts([1], [], 3)
 
 
 def test_an_interrupted_writer_leaves_nothing(large, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

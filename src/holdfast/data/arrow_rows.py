@@ -139,10 +139,7 @@ class RowFile:
 
     def read(self) -> tuple[ArrowRows, Facts] | None:
         """The rows and the facts of all examples; None if there is no whole file of that name."""
-        try:
-            return _read(self.path)
-        except (OSError, pa.ArrowInvalid):
-            return None
+        return _found(self.path)
 
     @contextmanager
     def writing(self) -> Iterator[_Writer]:
@@ -192,9 +189,18 @@ class _Writer:
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
         rows, _ = _read(self.path)
-        if keep:
+        if keep and (other := _found(self._place)):  # another run was faster: a file that others have mapped stays
+            rows, _ = other
+        elif keep:
             self.path.replace(self._place)
         return rows
+
+
+def _found(path: Path) -> tuple[ArrowRows, Facts] | None:
+    try:
+        return _read(path)
+    except (OSError, pa.ArrowInvalid):
+        return None
 
 
 def _read(path: Path) -> tuple[ArrowRows, Facts]:
