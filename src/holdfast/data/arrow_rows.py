@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
 from holdfast.errors import DataError
-from holdfast.system.files import PARTIAL
+from holdfast.system.files import PARTIAL, json_text
 from holdfast.version import __version__
 
 LARGE_ROWS = 20_000
@@ -179,7 +179,7 @@ class _Writer:
     def write(self, batch: pa.RecordBatch, facts: Facts) -> None:
         if self._file is None:
             self._file = pa.ipc.new_file(str(self.path), batch.schema)
-        self._file.write_batch(batch, custom_metadata={FACTS: json.dumps(facts)})
+        self._file.write_batch(batch, custom_metadata={FACTS: json_text(facts)})
 
     def finish(self, keep: bool) -> ArrowRows:
         """The rows, mapped; the file is kept under the name by which it is found again, or removed when they go."""
@@ -222,7 +222,7 @@ def _digest(encoder: Encoder, examples: Sequence[Example]) -> str:
     import transformers
 
     versions = [__version__, transformers.__version__, tokenizers.__version__]
-    found = hashlib.sha256(json.dumps([versions, encoder.identity()], sort_keys=True, default=repr).encode())
+    found = hashlib.sha256(repr([versions, sorted(encoder.identity().items())]).encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         found.update(file.read_bytes())
     for example in examples:
