@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import TrainingArguments
@@ -104,7 +104,7 @@ def _of_task(setup: Setup, task: Task) -> Iterator[str]:
         )
 
 
-def _has_end(encoder: Encoder, rows: list[dict[str, Any]]) -> bool:
+def _has_end(encoder: Encoder, rows: Sequence[dict[str, Any]]) -> bool:
     """Whether the end of some answer is supervised."""
     ends = set(encoder.stop_ids)
     return any(not ends.isdisjoint(row["labels"]) for row in rows)
