@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from holdfast.api.task import Stream, Task
-from holdfast.config.evaluation import GeneralConfig
-from holdfast.config.stream import DataConfig, StreamConfig
+from holdfast.config.evaluation import EvaluationConfig, GeneralConfig
+from holdfast.config.stream import DataConfig, StreamConfig, TaskConfig
 from holdfast.data.load import load_stream
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.abilities import load_general
@@ -251,6 +251,21 @@ def test_overlap_can_stop_the_load_or_leave_train(tmp_path: Path) -> None:
     everything = save(tmp_path / "all", train=rows(("1", "a")), test=rows(("1", "b")))
     with pytest.raises(DataError, match="none is left"):
         task(DataConfig(on_overlap="drop"), path=str(everything))
+
+
+def test_a_sample_is_taken_at_even_distances_once_everything_is_counted(tmp_path: Path) -> None:
+    test = rows(*((str(n), "a") for n in range(10)))
+    path = str(save(tmp_path, train=rows(("0", "a"), ("5", "b"), ("x", "a")), test=test))
+
+    def measured(count: int | None):
+        config = StreamConfig(tasks=[TaskConfig(name="one", path=path)])
+        return load_stream(config, DataConfig(on_overlap="drop"), EvaluationConfig(rows=count)).tasks[0]
+
+    places = {count: [example.row for example in measured(count).test] for count in (1, 2, 3, 10, 11, None)}
+    assert places == {1: [5], 2: [2, 7], 3: [1, 5, 8], 10: [*range(10)], 11: [*range(10)], None: [*range(10)]}
+    assert [e.question for e in measured(2).train] == ["x"], "rows that are not measured are test rows, too"
+    assert measured(2).notes == ["2 of its 10 test rows are measured (evaluation.rows)"] and not measured(10).notes
+    assert len({measured(count).fingerprint for count in (2, 3, 10, None)}) == 3
 
 
 def test_the_fingerprint_is_of_the_content_in_order(tmp_path: Path) -> None:

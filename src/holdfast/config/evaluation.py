@@ -177,6 +177,11 @@ class EvaluationConfig(Section):
     split: Literal["test", "dev"] = Field(
         "test", description="rows that the tasks are measured on: test, or their eval (dev) split, to choose settings"
     )
+    rows: int | None = Field(
+        None,
+        ge=1,
+        description="test rows of each task that are measured, at even distances through its split; where absent, all",
+    )
     when: Literal["all", "learned", "last"] = Field(
         "all",
         description="tasks that are measured after a stage: all; learned, those learned so far and the next one; or "

@@ -49,14 +49,26 @@ def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationCo
 
 
 def complete(stream: Stream, data: DataConfig, evaluation: EvaluationConfig) -> Stream:
-    """Count what is odd about the rows of a stream, take the fingerprints of its tasks, and tell its version.
+    """Count what is odd about the rows of a stream, choose the test rows that are measured, take the fingerprints of
+    its tasks, and tell its version.
 
     Raises:
         DataError: ``data.on_overlap`` is "error" and test rows stand in a train split.
     """
-    _check_overlap([task for task in stream.tasks if task.gone is None], data)
+    tasks = [task for task in stream.tasks if task.gone is None]
+    _check_overlap(tasks, data)
+    for task in tasks:
+        if evaluation.rows is not None and evaluation.rows < len(task.test):
+            task.notes.append(f"{evaluation.rows:,} of its {len(task.test):,} test rows are measured (evaluation.rows)")
+            task.test = even_sample(task.test, evaluation.rows)
+        task.fingerprint = fingerprint(task.train, task.eval, task.test)
     stream.version = _version(stream.version, stream.tasks, load_scorers(stream, evaluation))
     return stream
+
+
+def even_sample(rows: Sequence[Example], count: int) -> list[Example]:
+    """Rows at even distances, in order: the middle one of each of ``count`` parts of (nearly) equal size."""
+    return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
 
 
 def load_scorers(stream: Stream, evaluation: EvaluationConfig) -> dict[str, Scorer]:
@@ -220,7 +232,7 @@ def _measure_on_dev(task: Task, data: DataConfig, bad: list[str]) -> None:
 
 
 def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
-    """Count what is odd about the tasks' rows, do what ``data.on_overlap`` says, and take the fingerprints."""
+    """Count what is odd about the tasks' rows, and do what ``data.on_overlap`` says."""
     trained = [{_prompt(example) for example in task.train} for task in tasks]
     askers = Counter(prompt for prompts in trained for prompt in prompts)
     for task, own in zip(tasks, trained, strict=True):
@@ -250,7 +262,6 @@ def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
             if data.on_overlap == "error":
                 raise DataError(f"{message}; remove them, or set data.on_overlap to drop or warn")
             logger.warning("%s; data.on_overlap=drop leaves them out of train", message)
-        task.fingerprint = fingerprint(task.train, task.eval, task.test)
 
 
 def _prompt(example: Example) -> Hashable:
