@@ -12,10 +12,12 @@ import pytest
 from holdfast import run
 from holdfast.config.run import load_config
 from holdfast.errors import ConfigError
+from holdfast.records.directory import RunDirectory
 from holdfast.records.read import read_run
 from holdfast.report.status import status
 from holdfast.report.text import lacking
 from holdfast.runner.setup import prepare, resolve
+from holdfast.runner.unmoved import unmoved_since
 from holdfast.system.progress import Progress
 from support.command import holdfast
 from support.resumed import tensors
@@ -104,3 +106,39 @@ def test_a_gate_that_needs_what_is_left_out_is_refused(folder):
         config = configuration(folder, "refused", **settings) | {"gate": limit}
         with pytest.raises(ConfigError, match=rf"gate\.{next(iter(limit))}: needs .*{key}: last leaves"):
             prepare(resolve(load_config(config)))
+
+
+def test_a_stage_that_moved_no_weight_has_the_results_of_the_one_before(tmp_path, monkeypatch):
+    """The same run, measured after every stage and not, has the same figures and files."""
+
+    def start(output: str) -> dict[str, Any]:
+        config = configuration(tmp_path, output, shift=0)
+        config["training"] |= {"learning_rate": 1e-60, "max_steps": 1}
+        return run(config, QUIET)
+
+    taken = start("taken")
+    monkeypatch.setattr("holdfast.runner.unmoved.noted_alike", lambda *_: False)
+    assert start("measured") == taken
+    stages = sorted(path.name for path in (tmp_path / "taken" / "stages").iterdir())
+    same = {}
+    for stage in stages:
+        ours, theirs = (tmp_path / name / "stages" / stage for name in ("taken", "measured"))
+        for file in (ours / "responses").iterdir():
+            assert file.read_bytes() == (theirs / "responses" / file.name).read_bytes()
+        found, measured = (json.loads((folder / "evaluation.json").read_text()) for folder in (ours, theirs))
+        assert found["general_examples"] == measured["general_examples"]
+        same[stage] = found.get("same_as")
+    assert list(same.values()) == [None, None, 1, 2]
+
+
+def test_weights_that_moved_or_methods_that_act_at_test_time_are_measured(folder):
+    for stage in sorted((folder / "all" / "stages").iterdir()):
+        assert "same_as" not in json.loads((stage / "evaluation.json").read_text())
+    setup = prepare(resolve(load_config(configuration(folder, "all"))))
+    directory, second = RunDirectory(folder / "all"), setup.stages[1]
+    assert unmoved_since(setup, directory, second) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("holdfast.runner.unmoved.noted_alike", lambda *_: True)
+        assert unmoved_since(setup, directory, second) is setup.stages[0]
+        patch.setattr(type(setup.methods[0]), "ask", lambda self, evaluation, task, example, fits: example)
+        assert unmoved_since(setup, directory, second) is None

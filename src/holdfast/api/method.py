@@ -252,13 +252,17 @@ class Method(Registered):
         yield range(len(rows))
 
     @property
+    def acts_at_test(self) -> bool:
+        """Whether it changes the model or the prompt at test time, so that the weights alone do not say the answers."""
+        return type(self).at_test is not Method.at_test or type(self).ask is not Method.ask
+
+    @property
     def lacks(self) -> str:
         """What a plain library does not do at test time, for a model card; empty where the method does nothing there.
 
         It continues a sentence that begins with the method's name.
         """
-        acts = type(self).at_test is not Method.at_test or type(self).ask is not Method.ask
-        return "changes the model or the prompt at test time: a plain library does not" if acts else ""
+        return "changes the model or the prompt at test time: a plain library does not" if self.acts_at_test else ""
 
     def state(self) -> State:
         """What a restart needs: saved with every checkpoint and at the end of every stage."""

@@ -276,6 +276,7 @@ class Evaluation(TypedDict):
     general_chance: NotRequired[dict[str, float]]
     general_responses: NotRequired[dict[str, str]]
     seconds: float
+    same_as: NotRequired[int]
 
 
 @with_config(AS_WRITTEN)

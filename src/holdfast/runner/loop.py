@@ -43,6 +43,7 @@ from holdfast.runner.memory import lower_for_evaluation, what_to_lower
 from holdfast.runner.plan import START, PlannedStage
 from holdfast.runner.setup import Setup, check_growth, prepare, resolve
 from holdfast.runner.stage import Around, check_training, train_stage
+from holdfast.runner.unmoved import take_over
 from holdfast.scoring.score import task_score
 from holdfast.system.files import write_json
 from holdfast.system.interrupt import Interrupt
@@ -358,6 +359,8 @@ class RunLoop:
         self.directory.reopen()
         known = self._shown_before(folder)
         when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
+        if (same := take_over(self.setup, self.directory, stage, of)) is not None:
+            self.progress.line(f"{when}: the weights are those of stage {same.index}, and so are the results")
         with what_to_lower(lambda: f"evaluation {when}", lambda: lower_for_evaluation(self.config)):
             measure(
                 self.directory,

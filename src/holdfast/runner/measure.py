@@ -77,7 +77,7 @@ def measure(
             directory.write_jsonl(path, records if texts else without_texts(records))
             if texts:
                 keep_thumbnails(directory, task.test)
-    evaluated = _evaluated(directory, folder)
+    evaluated = read_evaluated(directory, folder)
     left = [one for one in of.general if matrix_name(one) not in evaluated["general"]]
     statistics, chosen = {}, dict[str, list[int]]()
     refusals = [one.name for one in of.general if one.kind == "refusals"]
@@ -124,7 +124,7 @@ def _keep_choices(
     return files
 
 
-def _evaluated(directory: RunDirectory, folder: Path) -> dict[str, Any]:
+def read_evaluated(directory: RunDirectory, folder: Path) -> dict[str, Any]:
     """evaluation.json, or one in which nothing is measured yet."""
     if directory.exists(folder / "evaluation.json"):
         return cast(dict[str, Any], read_json(folder / "evaluation.json"))
@@ -142,7 +142,7 @@ def is_measured(directory: RunDirectory, folder: Path, of: Due, names: Sequence[
     files = [folder / "evaluation.json", *(responses_file(folder, name, names) for name in measured)]
     if not all(directory.exists(file) for file in files):
         return False
-    known = _evaluated(directory, folder)["general"]
+    known = read_evaluated(directory, folder)["general"]
     return all(matrix_name(one) in known for one in of.general)
 
 

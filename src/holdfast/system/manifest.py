@@ -105,6 +105,13 @@ def checksums(root: Path, names: Sequence[str]) -> list[str | None]:
     return [found[-1].get("", {}).get("sha256") if (found := entries.get(name)) else None for name in names]
 
 
+def noted_alike(root: Path, one: Path, other: Path) -> bool:
+    """Whether the manifest of ``root`` knows two folders, and says that they hold the same files."""
+    entries = _entries(root.absolute() / MANIFEST)
+    found, known = (entries.get(folder.relative_to(root).as_posix(), [])[-1:] for folder in (one, other))
+    return bool(found) and found == known
+
+
 def check(path: Path) -> None:
     """Compare a file, or the files of a folder, with what the nearest manifest above says.
 
