@@ -84,7 +84,12 @@ def test_a_question_is_read_once_and_the_head_applied_to_its_answers_alone(monke
     monkeypatch.setattr(type(model), "forward", watched)
     monkeypatch.setattr(model.lm_head, "forward", applied)
     token_losses(model, rows, batch_size=8, pad_token_id=0)
-    assert read == [29, 3 * 3] and logits == [1, 3 * 3]
+    assert read == [30, 3] and logits == [1, 3]
+    read.clear(), logits.clear()
+    # a question with answers of one token and of two: the reading of the question gives the former
+    mixed = [*rows[:1], *({"input_ids": [*asked, a], "labels": [-100] * 30 + [a]} for a in (4, 9))]
+    token_losses(model, mixed, batch_size=8, pad_token_id=0)
+    assert read == [30, 1] and logits == [1, 1]
     read.clear(), logits.clear()
     token_losses(model, rows[:1], batch_size=8, pad_token_id=0)
     assert read == [32] and logits == [2, 1, 1]  # the last one also by the model, which shows what its logits are

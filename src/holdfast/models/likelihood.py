@@ -46,8 +46,9 @@ def token_losses(
 
     Sequences that differ only in their last token, such as a question with one letter or another, are read once. Where
     others begin alike, such as a question with one answer or another, what comes before the first supervised token is
-    read once, if the model is a plain decoder with a cache. Logits are made where they predict a supervised token, and
-    of a few tokens at a time.
+    read once, if the model is a plain decoder with a cache; that reading also gives the likelihood of each first token,
+    so answers of one token need no other. Logits are made where they predict a supervised token, and of a few tokens at
+    a time.
 
     Args:
         rows: sequences with ``input_ids`` and ``labels`` of equal length, and ``encoder_ids`` of a sequence-to-sequence
@@ -118,11 +119,11 @@ def _supervised(labels: Sequence[int]) -> list[int]:
 
 
 def _families(rows: Sequence[Mapping[str, Any]]) -> list[list[_Reading]]:
-    """Sequences by what comes before the token that predicts their first supervised one; short ones by themselves."""
+    """Sequences by what comes before their first supervised token; where that is short, each by itself."""
     families: dict[tuple[int, ...], list[_Reading]] = {}
     for number, one in enumerate(_distinct(rows)):
-        before = tuple(one.ids[: one.first - 1])
-        families.setdefault(before if len(before) >= LEAST else (-1, number), []).append(one)
+        before = tuple(one.ids[: one.first])
+        families.setdefault(before if len(before) > LEAST else (-1, number), []).append(one)
     return list(families.values())
 
 
@@ -175,24 +176,27 @@ class _Reader:
         """Nats and tokens of the rows of families, whose common beginnings are read first."""
         batch = [one for family in families for one in family]
         owners = [place for place, family in enumerate(families) for _ in family]
-        lengths = [family[0].first - 1 for family in families]
-        ids, mask = self._padded(
-            [family[0].ids[:length] for family, length in zip(families, lengths, strict=True)], left=True
-        )
+        ids, mask = self._padded([family[0].ids[: family[0].first] for family in families], left=True)
         places = (mask.cumsum(1) - 1).clamp(min=0)
         read = self.model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **self._tail(1))
-        cache, chosen = cache_of(read), torch.tensor(owners, device=ids.device)
-        cache.batch_select_indices(chosen)
-        ends, ends_mask = self._padded([one.ids[one.first - 1 :] for one in batch])
-        starts = torch.tensor(lengths, device=ids.device)[chosen]
-        logits = self.model(
-            input_ids=ends,
-            attention_mask=torch.cat([mask[chosen], ends_mask], dim=1),
-            position_ids=starts[:, None] + torch.arange(ends.shape[1], device=ids.device),
-            use_cache=True,
-            **{str(cache_name(base(self.model))): cache},
-        ).logits
-        return self._losses(batch, logits, [one.first - 1 for one in batch])
+        logits = [read.logits[place, -1:] for place in owners]
+        longer = [i for i, one in enumerate(batch) if len(one.ids) > one.first + 1]
+        if longer:
+            cache = cache_of(read)
+            chosen = torch.tensor([owners[i] for i in longer], device=ids.device)
+            cache.batch_select_indices(chosen)
+            ends, ends_mask = self._padded([batch[i].ids[batch[i].first : -1] for i in longer])
+            starts = torch.tensor([batch[i].first for i in longer], device=ids.device)
+            further = self.model(
+                input_ids=ends,
+                attention_mask=torch.cat([mask[chosen], ends_mask], dim=1),
+                position_ids=starts[:, None] + torch.arange(ends.shape[1], device=ids.device),
+                use_cache=True,
+                **{str(cache_name(base(self.model))): cache},
+            ).logits
+            for i, more in zip(longer, further, strict=True):
+                logits[i] = torch.cat([logits[i], more])
+        return self._losses(batch, logits)
 
     def _tail(self, tokens: int) -> dict[str, int]:
         return {"logits_to_keep": tokens} if self._takes_tail else {}
@@ -209,17 +213,17 @@ class _Reader:
             mask.append([*ones, *others])
         return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
 
-    def _losses(self, batch: Sequence[_Reading], logits: Tensor, before: Sequence[int]) -> list[Pair]:
+    def _losses(self, batch: Sequence[_Reading], logits: Sequence[Tensor]) -> list[Pair]:
         """Nats and tokens of the rows.
 
         Args:
-            logits: [readings, seq, vocab], each reading's from the token after the first ``before``, which predicts the
-                one after it.
+            logits: of each reading, [tokens or more, vocab], those that predict its first supervised token and the ones
+                after it.
         """
         pairs = []
-        for one, logit, skipped in zip(batch, logits, before, strict=True):
+        for one, logit in zip(batch, logits, strict=True):
             for number in one.numbers:
-                label = torch.tensor(self.rows[number]["labels"][skipped + 1 :], device=logit.device, dtype=torch.int64)
+                label = torch.tensor(self.rows[number]["labels"][one.first :], device=logit.device, dtype=torch.int64)
                 supervised = label != -100
                 nats = F.cross_entropy(logit[: len(label)][supervised].float(), label[supervised], reduction="none")
                 pairs.append((float(nats.cpu().double().sum()), len(nats)))
