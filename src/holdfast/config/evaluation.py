@@ -193,6 +193,11 @@ class EvaluationConfig(Section):
         description="stages after which general abilities are measured: all, or the last; always before training",
         json_schema_extra=FREE,
     )
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="what responds to test rows: transformers, or vllm, where it is installed, with a whole model of "
+        "each stage; likelihoods are always measured by transformers",
+    )
     batch_size: int = Field(32, ge=1, description="prompts generated together")
     max_new_tokens: int | None = Field(
         None,

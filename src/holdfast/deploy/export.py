@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from holdfast import methods, tuners
 from holdfast.config.model import ModelConfig
@@ -211,17 +211,10 @@ def _merged(config: ModelConfig, model_config: PretrainedConfig, tuner: Tuner, a
     Raises:
         ConfigError: the base model cannot be loaded, or PEFT cannot merge the adapter.
     """
-    from peft import PeftModel
+    from holdfast.models.weights import merged_model
 
-    from holdfast.models.weights import load_language_model, whole_adapter
-
-    model = load_language_model(
-        config.name, revision=config.revision, trust_remote_code=config.trust_remote_code, dtype="float32"
-    )
     try:
-        with whole_adapter(str(adapter)):
-            peft: Any = PeftModel.from_pretrained(model, str(adapter))
-        merged: PreTrainedModel = peft.merge_and_unload(safe_merge=True)
+        merged = merged_model(config, adapter)
     except ConfigError:
         raise
     except (ValueError, NotImplementedError, AttributeError) as error:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from holdfast.data.encode import Encoder
     from holdfast.evaluation.served import EndpointModel
     from holdfast.models.answers import AnswerCache
+    from holdfast.models.vllm_engine import Responder
     from holdfast.scoring import Scorer
 
 
@@ -36,6 +37,7 @@ class ModelEvaluation:
         scorers: of metrics that need more than their name, by name.
         answers: saves the answers of these weights, so that none is asked for twice.
         endpoint: a model behind an endpoint that responds in the place of ``model``.
+        responder: an engine with the weights of ``model`` that responds in its place; likelihoods are the model's.
     """
 
     model: PreTrainedModel | PeftModel
@@ -46,6 +48,7 @@ class ModelEvaluation:
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     answers: AnswerCache | None = None
     endpoint: EndpointModel | None = None
+    responder: Responder | None = None
 
     def ask(self, task: Task, example: Example, reserve: int) -> Example:
         """What the model is asked in the place of a test example, with ``reserve`` tokens left for the response."""

@@ -1,19 +1,25 @@
-"""Sampling with vLLM instead of transformers, where it is installed."""
+"""Sampling and greedy answers with vLLM instead of transformers, where it is installed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import ConfigError
+from holdfast.models.generation import until
 from holdfast.models.sampling import Samples
 
 if TYPE_CHECKING:
     from holdfast.models.sampling import Sampler
 
 ADAPTER = "adapter_config.json"
+
+Responder = Callable[[Sequence[Sequence[int]], int, Sequence[int]], list[list[int]]]
+"""Gives the new tokens of each prompt, chosen greedily, without the end token: called with the prompts, the longest
+response, and the tokens that end one."""
 
 
 def vllm_engine(name: str, length: int) -> Sampler:
@@ -28,12 +34,7 @@ def vllm_engine(name: str, length: int) -> Sampler:
     """
     if Path(name, ADAPTER).exists():
         raise ConfigError(f"engine: vllm samples from whole models; `holdfast export --merge` makes one of {name!r}")
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        raise ConfigError(
-            f"engine: vllm cannot be used here ({error}); install it (pip install vllm), or use --engine transformers"
-        ) from None
+    LLM, SamplingParams = _vllm("engine: vllm", "--engine transformers")
     engine = LLM(model=name, max_model_len=length)
 
     def draw(
@@ -65,6 +66,65 @@ def vllm_engine(name: str, length: int) -> Sampler:
         return Samples([list(one.token_ids) for one in outputs], [one.cumulative_logprob for one in outputs], [])
 
     return draw
+
+
+@contextmanager
+def vllm_responder(name: str, length: int, dtype: str, **options: Any) -> Iterator[Responder]:
+    """Load a whole model into vLLM, and let go of it at the end. vLLM pads nothing and fills its batches by itself; up
+    to float rounding its answers are those of :func:`~holdfast.models.generation.generate`.
+
+    Args:
+        name: folder or hub name of the model.
+        length: tokens of a prompt and its response, at most.
+        dtype: of the weights, such as float32.
+        options: further ones of vLLM's LLM.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+    """
+    LLM, SamplingParams = _vllm("evaluation.engine: vllm", "engine: transformers")
+    engine = LLM(model=name, max_model_len=length, dtype=dtype, skip_tokenizer_init=True, **_room(), **options)
+
+    def respond(prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Sequence[int]) -> list[list[int]]:
+        greedy = SamplingParams(
+            max_tokens=max_new_tokens,
+            temperature=0.0,
+            stop_token_ids=sorted(ends),
+            ignore_eos=True,  # only stop_token_ids end a response
+            detokenize=False,
+        )
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = engine.generate(inputs, greedy, use_tqdm=False)
+        return [until(list(ends), list(output.outputs[0].token_ids)) for output in outputs]
+
+    try:
+        yield respond
+    finally:
+        core = getattr(getattr(engine, "llm_engine", None), "engine_core", None)
+        if core is not None and hasattr(core, "shutdown"):
+            core.shutdown()  # it is a process of its own, which holds the memory
+
+
+def _vllm(what: str, instead: str) -> tuple[Any, Any]:
+    """vLLM's LLM and SamplingParams."""
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise ConfigError(
+            f"{what} cannot be used here ({error}); install it (pip install vllm), or use {instead}"
+        ) from None
+    return LLM, SamplingParams
+
+
+def _room() -> dict[str, float]:
+    """How much of a GPU's memory vLLM may take beside the model that trains there."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu_memory_utilization": round(0.9 * free / total, 3)}
 
 
 def _seed(seed: int | str, number: int) -> int:

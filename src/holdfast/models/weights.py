@@ -99,6 +99,24 @@ def shapes(model: ModelConfig) -> PreTrainedModel:
     return made
 
 
+def merged_model(model: ModelConfig, adapter: Path) -> PreTrainedModel:
+    """The base model with a saved adapter merged into it, by plain PEFT, in float32 on the CPU.
+
+    Raises:
+        ConfigError: the base model cannot be loaded, or the adapter's file lacks tensors.
+        ValueError, NotImplementedError, AttributeError: PEFT cannot merge the adapter.
+    """
+    from peft import PeftModel
+
+    base = load_language_model(
+        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, dtype="float32"
+    )
+    with whole_adapter(str(adapter)):
+        peft: Any = PeftModel.from_pretrained(base, str(adapter))
+    merged: PreTrainedModel = peft.merge_and_unload(safe_merge=True)
+    return merged
+
+
 @contextlib.contextmanager
 def whole_adapter(place: str) -> Iterator[None]:
     """Within it, PEFT's warning of tensors that an adapter's file lacks is an error.

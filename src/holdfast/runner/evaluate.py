@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from holdfast.api.method import Method
 from holdfast.api.task import General, Task
@@ -18,6 +18,7 @@ from holdfast.models.endpoint import Endpoint, only_model
 from holdfast.records.directory import RunDirectory, keeps_rows, slug
 from holdfast.records.growth import Past
 from holdfast.records.shapes import read_json, read_jsonl
+from holdfast.runner.answering import answering
 from holdfast.runner.due import Due
 from holdfast.runner.measure import measure, responses_file
 from holdfast.runner.reload import StoredStage, find_stage
@@ -188,15 +189,18 @@ class Remeasurement:
         """Ask for the answers that are not there yet, and write the results."""
         if self.endpoint is not None:
             self._warn()
-        measure(
-            RunDirectory(self.output),
-            self.output,
-            Due(self.tasks, self.general),
-            [task.name for task in self.tasks],
-            evaluation=self._evaluation,
-            longest=lambda task: self.setup.limits.get(task.name),
-            bar=lambda title: self.interrupt.bar(self.progress, title),
-        )
+        stage = self.stored.folder if self.stored.number else None
+        tuner, longest = self.setup.tuner, self.setup.max_length
+        with answering(self.stored.config, tuner, longest, stage, lambda: cast(Any, self.model).dtype) as responder:
+            measure(
+                RunDirectory(self.output),
+                self.output,
+                Due(self.tasks, self.general),
+                [task.name for task in self.tasks],
+                evaluation=lambda answers: replace(self._evaluation(answers), responder=responder),
+                longest=lambda task: self.setup.limits.get(task.name),
+                bar=lambda title: self.interrupt.bar(self.progress, title),
+            )
 
     def results(self) -> Remeasured:
         """The results, read from their files."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from holdfast.records.trackers import chosen
 from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.report.text import at_chance, number
 from holdfast.runner import shift
+from holdfast.runner.answering import answering, require_engine_of_answers
 from holdfast.runner.begun import as_begun
 from holdfast.runner.curves import Curves
 from holdfast.runner.data import RunData
@@ -111,6 +112,7 @@ def run_in(
     setup = prepare(resolved, data, directory.past(), begins=not directory.record)
     appended = check_growth(setup, directory)
     check_training(setup)
+    require_engine_of_answers(setup.config)
     if not directory.record:
         check_weights(resolved.config.model)
     model_folder = directory.way_to(resolved.config.model.name)
@@ -361,13 +363,15 @@ class RunLoop:
         when = f"after stage {stage.index} ({stage.name})" if stage.index else "before training"
         if (same := take_over(self.setup, self.directory, stage, of)) is not None:
             self.progress.line(f"{when}: the weights are those of stage {same.index}, and so are the results")
-        with what_to_lower(lambda: f"evaluation {when}", lambda: lower_for_evaluation(self.config)):
+        told = what_to_lower(lambda: f"evaluation {when}", lambda: lower_for_evaluation(self.config))
+        weights, (tuner, most) = folder if stage.index else None, (self.setup.tuner, self.setup.max_length)
+        with told, answering(self.config, tuner, most, weights, lambda: self.model.dtype) as responder:
             measure(
                 self.directory,
                 folder,
                 of,
                 names,
-                evaluation=self._evaluation,
+                evaluation=lambda answers: replace(self._evaluation(answers), responder=responder),
                 longest=self._longest,
                 bar=self._bar,
                 when=when,

@@ -35,6 +35,7 @@ from holdfast.records.directory import RunDirectory
 from holdfast.records.gate import check_limits, is_general_loss
 from holdfast.records.growth import Past
 from holdfast.rehearsal.keep import Keep
+from holdfast.runner.answering import check_engine_of_answers
 from holdfast.runner.data import RunData, load_data
 from holdfast.runner.kinds import check_kinds
 from holdfast.runner.plan import PlannedStage, Rows, optimizer_steps, plan, stage_training
@@ -207,6 +208,7 @@ def prepare(resolved: Resolved, data: RunData | None = None, past: Past = NEW, *
     config, types = settle_types(config, model_config, tuner)
     check_seq2seq(model_config, config, resolved.methods, tuner)
     check_sight(model_config, config, resolved.methods, tuner)
+    check_engine_of_answers(config, model_config, resolved.methods, tuner)
     encoder = build_encoder(resolved)
     max_length = encoder.max_length
     for method in resolved.methods:
