@@ -48,6 +48,7 @@ class Benchmark:
 ALL = [
     Benchmark("methods", "--rounds 3 --steps 3", "--rounds 1 --steps 1 --methods replay"),
     Benchmark("tree_lora", "--rounds 3", "--rounds 1 --steps 1 --tasks 2"),
+    Benchmark("defaults", "--model MODEL --rounds 2 --steps 2", "--model MODEL --rounds 1 --steps 1"),
     Benchmark("supervised", "--model MODEL --rounds 2 --steps 2 --plain", "--model MODEL --rounds 1 --steps 1"),
     Benchmark("losses", "", "--tokens 64 --vocab 2000 --repeats 1"),
     Benchmark("evaluation", "", "--questions 40"),

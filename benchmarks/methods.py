@@ -49,6 +49,8 @@ def specs(corpus: str, lora: bool) -> dict[str, tuple[Any, float]]:
         "self kl": (own | {"loss": "kl"}, 1 + RHO + teacher_head),
         "self margin": (own | {"loss": "margin"}, 1 + RHO),
         "self l2": (own | {"loss": "l2"}, 1 + RHO),
+        "gere": (own | {"loss": "margin", "weight": 100.0, "ce_weight": 1.0}, 1 + RHO),
+        "gere_kl": (own | {"loss": "kl", "temperature": 2.0, "ce_weight": 1.0}, 1 + RHO + teacher_head),
         "lwf": ("lwf", 1.5 if lora else 4 / 3),
         "ewc": ({"name": "ewc", "samples": 8}, 1.0),
         "a_gem": ({"name": "a_gem", "batch_size": int(RHO * BATCH)}, 1 + RHO),
