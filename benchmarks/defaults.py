@@ -33,7 +33,7 @@ import holdfast
 from holdfast.data.collate import Collator
 from holdfast.system.files import write_jsonl
 
-ROWS, WORDS = 8, 75
+ROWS, WORDS = 8, 45
 NAMES = "amber birch cedar dune ember fjord grove heath inlet jetty knoll lagoon marsh nook oasis pier quay reef"
 
 
@@ -43,7 +43,7 @@ def task(folder: Path, rows: int) -> list[dict[str, str]]:
     made = [
         {
             "prompt": " ".join(chance.choices(NAMES.split(), k=WORDS)) + "?",
-            "answer": " ".join(chance.choices(NAMES.split(), k=3)),
+            "answer": " ".join(chance.choices(NAMES.split(), k=2)),
         }
         for _ in range(rows + 1)
     ]
