@@ -77,7 +77,9 @@ def server(finished: Path) -> Iterator[Server]:
 
 
 def test_answers_are_those_in_process(again: Any, server: Server, finished: Path):
-    responses = [json.loads(line)["response"] for file in finished.glob("stages/*/responses/*") for line in file.open()]
+    responses = [
+        json.loads(line)["response"] for file in finished.glob("stages/*/responses/**/*.jsonl") for line in file.open()
+    ]
     assert len(set(responses)) > 20, "the tiny model says the same to everything"
     endpoint = Endpoint(server.url, "", concurrency=32)
     again(endpoint)

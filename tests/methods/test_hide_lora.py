@@ -287,7 +287,9 @@ def run(folder, output, method, tasks=("red", "green"), **training):
 
 
 def responses(path):
-    return {str(file.relative_to(path)): file.read_text() for file in sorted(path.glob("stages/*/responses/*"))}
+    return {
+        str(file.relative_to(path)): file.read_text() for file in sorted(path.glob("stages/*/responses/**/*.jsonl"))
+    }
 
 
 def adapter(path, stage):

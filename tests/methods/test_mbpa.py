@@ -336,7 +336,9 @@ def run(folder, output, method, tuner="full", **training):
 
 
 def responses(path):
-    return {str(file.relative_to(path)): file.read_text() for file in sorted(path.glob("stages/*/responses/*"))}
+    return {
+        str(file.relative_to(path)): file.read_text() for file in sorted(path.glob("stages/*/responses/**/*.jsonl"))
+    }
 
 
 def saved(path, kind):

@@ -34,7 +34,9 @@ def tensors(directory: Path) -> dict[str, dict[str, bytes]]:
 def results(directory: Path) -> dict:
     """Everything that must not depend on an interruption: scores, weights, responses, and the logged losses."""
     events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
-    responses = {str(p.relative_to(directory)): p.read_text() for p in sorted(directory.glob("stages/*/responses/*"))}
+    responses = {
+        str(p.relative_to(directory)): p.read_text() for p in sorted(directory.glob("stages/*/responses/**/*.jsonl"))
+    }
     return {
         "matrix": json.loads((directory / "matrix.json").read_text()),
         "weights": tensors(directory),
