@@ -92,7 +92,7 @@ def test_a_killed_evaluation_asks_the_rest_and_ends_the_same(tmp_path, monkeypat
     assert run(config | {"output": str(tmp_path / "broken")}) == whole
     assert sorted(seen) == everything
     assert len(set(seen)) == len(seen) > 20
-    for path in (tmp_path / "whole").glob("stages/*/responses/*"):
+    for path in (tmp_path / "whole").glob("stages/*/responses/**/*.jsonl"):
         assert path.read_text() == (tmp_path / "broken" / path.relative_to(tmp_path / "whole")).read_text()
     assert not list(tmp_path.rglob("answers.jsonl"))
 

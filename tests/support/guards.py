@@ -172,7 +172,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 
 def responses(run: Path) -> list[str]:
-    return [path.read_text() for path in sorted(run.glob("stages/*/responses/*"))]
+    return [path.read_text() for path in sorted(run.glob("stages/*/responses/**/*.jsonl"))]
 
 
 def terms(run: Path, stage: int) -> list[dict[str, float]]:
