@@ -27,10 +27,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from steps import Clock, arguments, wall_time
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from steps import Clock, arguments, tokenizer, wall_time
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
 from holdfast import ContinualTrainer
 from holdfast.api.stage import Stage
@@ -127,12 +125,6 @@ def rows_of(shape: Shape, count: int) -> list[dict[str, list[int]]]:
 def adapted(model: Any) -> Any:
     torch.manual_seed(2)
     return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One that trainers ask for and nothing is tokenised with."""
-    words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
 
 
 def make(side: str, shape: Shape, lora: bool, folder: Path, steps: int, corpus: str) -> tuple[Any, Clock]:

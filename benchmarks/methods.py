@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from steps import Clock, arguments, busy_time, wall_time
+from steps import Clock, arguments, busy_time, tokenizer, wall_time
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from holdfast import ContinualTrainer
@@ -79,7 +79,7 @@ def make(name: str, method: Any, folder: Path, steps: int, lora: bool, now: Call
     shared = {"model": model, "args": args, "train_dataset": rows, "data_collator": Collator(0), "callbacks": [clock]}
     if name == "plain":
         return Trainer(**shared), clock
-    trainer = ContinualTrainer(**shared, method=method)
+    trainer = ContinualTrainer(**shared, processing_class=tokenizer(), method=method)
     remember(trainer.methods[0], trainer, rows)
     return trainer, clock
 

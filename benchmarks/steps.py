@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: a clock of optimizer steps, and arguments that leave all else out."""
+"""What the benchmarks of training share: a clock of optimizer steps, arguments that leave all else out, a tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from holdfast.system.device import on_gpu
 
@@ -57,3 +59,9 @@ def arguments(folder: Path | str, rows: int, steps: int, **more: Any) -> Trainin
         remove_unused_columns=False,
         **more,
     )
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One that trainers ask for and nothing is tokenised with."""
+    words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
