@@ -86,7 +86,7 @@ def plain_answers(folder: Path, family: str, rows: list[dict[str, Any]], picture
     return answers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["full", "adapter", "merged"])
 def test_plain_transformers_answers_as_the_run_did(runs: Any, family: str, what: str, tmp_path: Path):
     directory = runs(family, "full" if what == "full" else "lora")

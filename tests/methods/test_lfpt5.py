@@ -357,6 +357,7 @@ def forgotten(folder: Path, seeds: range) -> tuple[float, float]:
     return found[0], found[1]
 
 
+@pytest.mark.slow
 def test_it_forgets_less(tmp_path):
     ours, plain = forgotten(tmp_path, range(1, 3))
     assert ours <= plain - 0.3, (ours, plain)

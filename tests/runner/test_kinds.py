@@ -45,7 +45,7 @@ def prepared(config):
     ("tuner", "points"),
     [
         pytest.param("full", [("step", 6), ("step", 4)], marks=pytest.mark.slow),  # in the stages of KTO and GRPO
-        ({"name": "lora", "r": 2, "lora_dropout": 0.2}, [("step", 4), ("step", 5)]),  # of DPO and GRPO
+        ({"name": "lora", "r": 2, "lora_dropout": 0.2}, [("step", 4)]),  # of DPO
     ],
     ids=["full", "lora"],
 )

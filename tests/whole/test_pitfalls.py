@@ -318,10 +318,10 @@ def _(newcomer, mistake):
     newcomer.check(training={"batch_size": 32 if mistake else 8})
 
 
-@case("weights in float16", "auto takes the float16 of")
+@case("weights in float16", "stored takes the float16 of")
 def _(newcomer, mistake):
     model = write(newcomer.tmp_path / "half", tiny_model().half() if mistake else tiny_model().bfloat16())
-    newcomer.check(model={"name": str(model), "dtype": "auto"})
+    newcomer.check(model={"name": str(model), "dtype": "stored"})
 
 
 @case("weights in float16, drop-in", "the weights that are trained are float16")

@@ -46,7 +46,9 @@ CASES = {
 
 
 # test_guards kills every method, test_tuners every tuner
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c == "lora" else c for c in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in ("lora", "gere") else c for c in CASES]
+)
 def test_killed_at_every_kind_of_point(case, tmp_path):
     changes, points = CASES[case]
     (tmp_path / "general.txt").write_text("red and green\nblue is not red\na tide comes\n" * 8)
