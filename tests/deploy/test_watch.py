@@ -169,6 +169,13 @@ def test_a_damaged_file_is_told_and_the_page_stays(held: Path):
     assert "could not be read" not in json.loads(watched.state().body)["html"]
 
 
+def test_a_damaged_evaluation_costs_the_time_left_alone(held: Path):
+    [*_, file] = sorted(held.glob("stages/*/evaluation.json"))
+    file.write_text('{"general": {')
+    assert Pulse(held).read()._evaluation == 0
+    assert json.loads(Watched(held).state().body)["html"]
+
+
 def ask(address: str, path: str, method: str = "GET", **headers: str) -> tuple[HTTPResponse, bytes]:
     host, port = address.removeprefix("http://").rstrip("/").split(":")
     connection = HTTPConnection(host, int(port), timeout=20)

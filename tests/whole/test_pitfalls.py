@@ -19,7 +19,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 from holdfast.errors import UserError
 from holdfast.runner import pitfalls
 from holdfast.runner.stage import StageWatch
-from holdfast.training.trainer import continual
+from holdfast.training.trainer import ContinualTrainer, continual
 from support.command import holdfast
 from support.paths import DOCS
 from support.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
@@ -497,6 +497,24 @@ def test_frozen_inputs_get_gradients_through_recomputed_layers(tmp_path):
         trained(tmp_path, model=model, args={"max_steps": 1, **kwargs})
         moved = [p for name, p in model.named_parameters() if "lora_B" in name]
         assert all(p.abs().sum() > 0 for p in moved)
+
+
+def test_rows_that_are_odd_and_right_are_trained_on(tmp_path):
+    """An empty row among others; a padding token without an embedding where nothing is padded; a loss of one's own."""
+
+    class Own(ContinualTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(inputs["input_ids"]).logits.square().mean()
+
+    tokenizer = tiny_tokenizer()
+    ids = [{"input_ids": row, "labels": row} for row in ([], [5, 6, 7], [], [8, 9, 5])]
+    trained(tmp_path, rows=ids * 4, args={"max_steps": 1}, processing_class=tokenizer)
+    equal = [{"input_ids": row, "labels": row} for row in ([5, 6, 7], [8, 9, 5])] * 4
+    tokenizer.add_special_tokens({"pad_token": "<beyond>"})
+    model = tiny_model(vocab_size=len(tokenizer) - 1)
+    trained(tmp_path, rows=equal, model=model, args={"max_steps": 1}, processing_class=tokenizer)
+    masked = [row | {"labels": [-100] * 3} for row in equal]
+    trained(tmp_path, Own, masked, args={"max_steps": 1})
 
 
 def test_rates_of_models_as_they_are_trained():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -150,11 +150,11 @@ class RowFile:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            number, name = tempfile.mkstemp(prefix=f"{self.path.stem[:16]}-", suffix=PARTIAL, dir=self.path.parent)
+            partial = self.path.with_name(f"{self.path.stem[:16]}-{secrets.token_hex(8)}{PARTIAL}")
+            partial.open("xb").close()
         except OSError as error:
             raise self._unwritable(error) from None
-        os.close(number)
-        writer = _Writer(Path(name), self.path)
+        writer = _Writer(partial, self.path)
         try:
             yield writer
         except OSError as error:
@@ -199,7 +199,7 @@ class _Writer:
 def _found(path: Path) -> tuple[ArrowRows, Facts] | None:
     try:
         return _read(path)
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError):  # whatever changed bytes may mean
         return None
 
 

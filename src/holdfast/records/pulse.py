@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import RunDirectoryError
+from holdfast.errors import RunDirectoryError, UserError
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
 from holdfast.system.files import LOCK, JsonError, parse_json
@@ -90,11 +90,13 @@ class Beat:
 
     @property
     def _evaluation(self) -> float:
-        """Seconds of the last evaluation."""
+        """Seconds of the last evaluation; 0 where its file cannot be read."""
         files = [] if self.run is None else [folder / "evaluation.json" for folder in self.run.folders.values()]
         measured = [file for file in files if file.exists()]
-        seconds: float = read_json(measured[-1])["seconds"] if measured else 0.0
-        return seconds
+        try:
+            return float(read_json(measured[-1])["seconds"]) if measured else 0.0
+        except (UserError, OSError, LookupError, TypeError, ValueError):
+            return 0.0
 
 
 class Pulse:

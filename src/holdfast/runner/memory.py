@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from holdfast.api.tuner import Tuner
 from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig
@@ -15,6 +13,7 @@ from holdfast.errors import ConfigError, OutOfMemoryError
 from holdfast.models.precision import counted
 from holdfast.models.pretrained import load_model_config
 from holdfast.models.weights import shapes
+from holdfast.system.device import device_type, gpu_memory
 from holdfast.training.pitfalls import is_out_of_memory
 
 USABLE = 0.8
@@ -59,7 +58,7 @@ def lower_for_training(config: RunConfig, tuner: Tuner, longest: int, micro: int
 
     training, quantized = config.training, config.model.quantization is not None
     rehearsed = [method.options.get("ratio", REPLAYED) for method in config.method if method.name != "sequential"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     try:
         estimate = Estimate(
             *(load_model_config(config.model), tuner, math.ceil(longest * (1 + sum(rehearsed)))),
@@ -103,8 +102,8 @@ def lower_for_loading(model: ModelConfig) -> str:
 
 def _memory(device: str) -> int:
     """Bytes of memory of this machine's first GPU, or its main memory, in use or not."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info(0)[1]
+    if device != "cpu":
+        return gpu_memory()
     import psutil  # type: ignore[import-untyped]
 
     return psutil.virtual_memory().total

@@ -62,6 +62,11 @@ def free_gpu_memory() -> int:
     return int(_module().mem_get_info(0)[0])
 
 
+def gpu_memory() -> int:
+    """Bytes of the first GPU, in use or not; of an Apple GPU, what the system recommends to use."""
+    return int(_module().recommended_max_memory() if device_type() == "mps" else _module().mem_get_info(0)[1])
+
+
 def reset_gpu_peak() -> None:
     """Begin to measure :func:`gpu_peak` anew; an Apple GPU counts no peak."""
     if device_type() != "mps":

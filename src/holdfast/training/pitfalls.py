@@ -54,7 +54,7 @@ def check_pitfalls(trainer: Any, collate: Callable[[list[Any]], Any], stage: Sta
     if rows:
         _tell_of_rate(trainer)
         _check_vocabulary(trainer, rows)
-        _check_labels(rows)
+        _check_labels(rows, own_loss=_has_own_loss(trainer))
         _tell_of_begins(trainer, rows)
         _tell_of_ends(trainer, rows)
 
@@ -146,7 +146,8 @@ def _sample(dataset: Any, collate: Callable[[list[Any]], Any]) -> list[_Row]:
                     return []
                 mask = batch.get("attention_mask")
                 there = mask[0].bool() if mask is not None and mask.dim() == 2 else ...
-                rows.append(_Row(*(batch[key][0][there].tolist() for key in ("input_ids", "labels"))))
+                row = _Row(*(batch[key][0][there].tolist() for key in ("input_ids", "labels")))
+                rows += [row] if row.ids else []
     except Exception:  # whatever a dataset or a collator may raise
         return []
     finally:
@@ -158,7 +159,10 @@ def _sample(dataset: Any, collate: Callable[[list[Any]], Any]) -> list[_Row]:
 def _check_vocabulary(trainer: Any, rows: Sequence[_Row]) -> None:
     known = getattr(base(trainer.model).get_input_embeddings(), "num_embeddings", None)
     pad = getattr(_tokenizer(trainer), "pad_token_id", None)
-    beyond = sorted({token for row in rows for token in row.ids} | ({pad} if pad is not None else set()))
+    written = {token for row in rows for token in row.ids}
+    if pad is not None and trainer.args.per_device_train_batch_size > 1 and len({len(row.ids) for row in rows}) > 1:
+        written.add(pad)
+    beyond = sorted(written)
     if known is None or not (beyond := [token for token in beyond if token >= known]):
         return
     raise ConfigError(
@@ -167,14 +171,21 @@ def _check_vocabulary(trainer: Any, rows: Sequence[_Row]) -> None:
     )
 
 
-def _check_labels(rows: Sequence[_Row]) -> None:
+def _has_own_loss(trainer: Any) -> bool:
+    """Whether the user's own code computes the loss, which need not be that of the labels."""
+    classes = (cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
+    libraries = {cls.__module__.partition(".")[0] for cls in classes} <= {"holdfast", "transformers", "trl"}
+    return trainer.compute_loss_func is not None or not libraries
+
+
+def _check_labels(rows: Sequence[_Row], own_loss: bool) -> None:
     empty = sum(all(label == IGNORED for label in row.labels[1:]) for row in rows)
     what = (
         f"train_dataset: no token of {empty} of {len(rows)} rows that were looked at is supervised: their labels are "
         f"all {IGNORED}; look at what masks them (the data collator, completion_only_loss, assistant_only_loss, a "
         "max_length that cuts the answer off)"
     )
-    if empty == len(rows):
+    if empty == len(rows) and not own_loss:
         raise ConfigError(what)
     if empty:
         logger.warning(what)
