@@ -6,20 +6,19 @@ import hashlib
 import json
 import os
 import secrets
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
+from holdfast.data.joined_rows import JoinedRows
 from holdfast.errors import DataError
 from holdfast.system.files import PARTIAL, json_text
 from holdfast.version import __version__
@@ -38,7 +37,7 @@ _said = attrgetter(*(field.name for field in fields(Turn) if field.name != "pict
 _asked = attrgetter(*(field.name for field in fields(Example) if field.name not in ("file", "turns", "columns")))
 
 
-class ArrowRows(Sequence[dict[str, Any]]):
+class ArrowRows(JoinedRows):
     """Rows as :class:`~holdfast.data.encode.Encoder` made them, each made anew when it is asked for.
 
     Args:
@@ -46,26 +45,11 @@ class ArrowRows(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, batches: Sequence[pa.RecordBatch]):
-        self._ends = list(accumulate(batch.num_rows for batch in batches))
+        super().__init__(batch.num_rows for batch in batches)
         self._columns = [_columns(batch) for batch in batches]
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @overload
-    def __getitem__(self, place: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[dict[str, Any]]: ...
-
-    def __getitem__(self, place: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of {len(self)}")
-        place %= len(self)
-        batch = bisect_right(self._ends, place)
-        at = place - (self._ends[batch - 1] if batch else 0)
+    def row(self, place: int) -> dict[str, Any]:
+        batch, at = self.part_of(place)
         return {name: column.value(at) for name, column in self._columns[batch].items()}
 
 

@@ -213,12 +213,7 @@ def _merged(config: ModelConfig, model_config: PretrainedConfig, tuner: Tuner, a
     """
     from holdfast.models.weights import merged_model
 
-    try:
-        merged = merged_model(config, adapter)
-    except ConfigError:
-        raise
-    except (ValueError, NotImplementedError, AttributeError) as error:
-        raise ConfigError(f"--merge: tuner {tuner.name!r} cannot be merged into the model: {error}") from None
+    merged = merged_model(config, adapter, f"--merge: tuner {tuner.name!r}")
     stored = getattr(model_config, "dtype", None)  # absent of a GGUF file, whose types no folder has
     return merged if stored is None else merged.to(stored)
 

@@ -99,21 +99,28 @@ def shapes(model: ModelConfig) -> PreTrainedModel:
     return made
 
 
-def merged_model(model: ModelConfig, adapter: Path) -> PreTrainedModel:
+def merged_model(model: ModelConfig, adapter: Path, needed: str) -> PreTrainedModel:
     """The base model with a saved adapter merged into it, by plain PEFT, in float32 on the CPU.
 
+    Args:
+        needed: what needs it, and whose adapter it is, as a message begins that says that PEFT cannot merge it.
+
     Raises:
-        ConfigError: the base model cannot be loaded, or the adapter's file lacks tensors.
-        ValueError, NotImplementedError, AttributeError: PEFT cannot merge the adapter.
+        ConfigError: the base model cannot be loaded, the adapter's file lacks tensors, or PEFT cannot merge it.
     """
     from peft import PeftModel
 
     base = load_language_model(
         model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, dtype="float32"
     )
-    with whole_adapter(str(adapter)):
-        peft: Any = PeftModel.from_pretrained(base, str(adapter))
-    merged: PreTrainedModel = peft.merge_and_unload(safe_merge=True)
+    try:
+        with whole_adapter(str(adapter)):
+            peft: Any = PeftModel.from_pretrained(base, str(adapter))
+        merged: PreTrainedModel = peft.merge_and_unload(safe_merge=True)
+    except ConfigError:
+        raise
+    except (ValueError, NotImplementedError, AttributeError) as error:  # PEFT has no error of its own for it
+        raise ConfigError(f"{needed} cannot be merged into the model: {error}") from None
     return merged
 
 

@@ -83,12 +83,8 @@ def answering(
                 name = str(stage / tuner.folder)
             else:
                 name = stack.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-merged-"))
-                try:
-                    merged = merged_model(model, stage / tuner.folder)
-                except (ValueError, NotImplementedError, AttributeError) as error:
-                    raise ConfigError(
-                        f"evaluation.engine: vllm needs whole models; tuner {tuner.name!r} cannot be merged: {error}"
-                    ) from None
+                needed = f"evaluation.engine: vllm needs whole models; tuner {tuner.name!r}"
+                merged = merged_model(model, stage / tuner.folder, needed)
                 merged.to(dtype()).save_pretrained(name)
             return stack.enter_context(vllm_responder(name, max_length, str(dtype()).removeprefix("torch."), **options))
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from holdfast.api.method import Method
 from holdfast.api.task import Example, Stream, Task
@@ -17,6 +15,7 @@ from holdfast.config.run import RunConfig
 from holdfast.data.arrow_rows import ArrowRows, Facts, RowFile, as_batch, chunks, is_large
 from holdfast.data.encode import Encoder
 from holdfast.data.files import where
+from holdfast.data.joined_rows import JoinedRows
 from holdfast.data.load import judge_bad_rows
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.respond import response_limit
@@ -205,7 +204,7 @@ def _large(
     return kept, rows, longest or None
 
 
-class StageRows(Sequence[dict[str, Any]]):
+class StageRows(JoinedRows):
     """The rows of a stage's tasks, one task after another; ``row`` is a row's number in the stage.
 
     Args:
@@ -214,23 +213,9 @@ class StageRows(Sequence[dict[str, Any]]):
 
     def __init__(self, parts: Sequence[tuple[str, Sequence[dict[str, Any]]]]):
         self._parts = list(parts)
-        self._ends = list(accumulate(len(rows) for _, rows in self._parts))
+        super().__init__(len(rows) for _, rows in self._parts)
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @overload
-    def __getitem__(self, place: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[dict[str, Any]]: ...
-
-    def __getitem__(self, place: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of {len(self)}")
-        place %= len(self)
+    def row(self, place: int) -> dict[str, Any]:
         _, row = self._found(place)
         return row | {"row": place}
 
@@ -240,9 +225,9 @@ class StageRows(Sequence[dict[str, Any]]):
         return file, row["row"] + 1
 
     def _found(self, place: int) -> tuple[str, dict[str, Any]]:
-        part = bisect_right(self._ends, place)
+        part, at = self.part_of(place)
         file, rows = self._parts[part]
-        return file, rows[place - (self._ends[part - 1] if part else 0)]
+        return file, rows[at]
 
 
 def _usable(
