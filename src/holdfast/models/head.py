@@ -62,6 +62,15 @@ def _more_bias(inner: Any) -> Tensor | None:
     return None if bias is None else bias[0]
 
 
+def logits_of(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
+    """The last layer's hidden states [..., hidden] -> the model's logits [..., vocab], float32 or wider.
+
+    Within mixed precision a model's outputs are wider than its head's weights.
+    """
+    layer: Any = base(model).get_output_embeddings()
+    return bounded(model, layer(hidden.to(layer.weight.dtype) if layer.weight.is_floating_point() else hidden))
+
+
 def bounded(model: PreTrainedModel | PeftModel, logits: Tensor) -> Tensor:
     """What the head's layer gives -> the model's logits, float32 or wider."""
     found, more = Head(logits, **_bounds(model)).bounded(wide(logits)), _more_bias(base(model))

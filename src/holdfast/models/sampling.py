@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.cache import cache_name
 from holdfast.models.generation import generation_config, inference
-from holdfast.models.head import base, bounded, hidden_only
+from holdfast.models.head import base, hidden_only, logits_of
 from holdfast.models.seq2seq import Prompted, beginning, prompted, reads_apart
 from holdfast.models.sight import never_written
 from holdfast.system.device import NO_FLOAT64
@@ -217,7 +217,7 @@ def _steps(
         tokens [rows, width + new ones], and the hidden states of all but the last, if asked for.
     """
     inner = base(model)
-    decoder, layer = inner.base_model, inner.get_output_embeddings()
+    decoder = inner.base_model
     rows, width = ids.shape
     length = width + draw.steps
     cache = Cache(layers=[_Preallocated(length - 1) for _ in DynamicCache(config=inner.config).layers])
@@ -243,7 +243,7 @@ def _steps(
             if states is None:
                 states = part.new_empty(rows, length - 1, part.shape[-1])
             states[:, first:last] = part
-        tokens[:, last : last + 1] = draw(bounded(model, layer(part[:, -1])))
+        tokens[:, last : last + 1] = draw(logits_of(model, part[:, -1]))
         first = last
         if stops:
             ended |= torch.isin(tokens[:, last], ending) | (most <= last + 1 - width)
@@ -316,7 +316,7 @@ def _has_known_head(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tenso
         input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **hidden_only(model)
     )
     logits = outputs.logits[:, -1].float()
-    found = bounded(model, base(model).get_output_embeddings()(outputs.hidden_states[-1][:, -1]))
+    found = logits_of(model, outputs.hidden_states[-1][:, -1])
     return found.shape == logits.shape and bool((found - logits).norm() <= 0.05 * logits.norm())
 
 

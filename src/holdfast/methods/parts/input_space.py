@@ -155,7 +155,8 @@ def input_covariances(
                     "the tuner's target_modules"
                 )
             x = wide(x.reshape(-1, x.shape[-1])[counted.bool().flatten()])
-            sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+            with torch.autocast(x.device.type, enabled=False):
+                sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
         return add
 

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from holdfast.errors import ConfigError
+from holdfast.models.attention import FLOAT32
 from holdfast.models.cache import cache_name
 from holdfast.models.generation import inference
 from holdfast.models.head import with_tensors
@@ -211,7 +212,7 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
         ConfigError: keys and values cannot be put before those of the model's attention.
     """
     implementation = model.config._attn_implementation
-    if implementation not in ("eager", "sdpa"):
+    if implementation not in ("eager", "sdpa", FLOAT32):
         raise ConfigError(f"model.attention: prefixes work with eager and sdpa attention, not with {implementation!r}")
     taking: dict[str, AttentionLayer] = {}
     wrapped: tuple[str, ...] = ()
