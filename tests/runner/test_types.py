@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from holdfast.runner.loop import run
 from holdfast.system.files import read_json
 from holdfast.system.progress import Progress
 from support import forked
+from support.guards import GENERAL, TRAINED, case, configuration, tuner_of
 from support.paths import TESTS
 from support.resumed import results
 from support.tiny import tiny_config, tiny_model, tiny_tokenizer, write_tasks
@@ -119,6 +121,24 @@ def test_a_killed_run_in_bfloat16_ends_as_it_would_have(tuner, points, tmp_path)
     for one in (broken, whole):
         run(one, QUIET)
     assert results(tmp_path / "broken") == results(tmp_path / "whole")
+
+
+FAST = ("kl_replay", "replace", "inflora", "dual_prompt", "gere_kl")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in TRAINED])
+def test_a_method_trains_in_bfloat16(name, tmp_path):
+    """On frozen weights in bfloat16, as the defaults have it on machines that gain by it."""
+    (tmp_path / "general.txt").write_text(GENERAL)
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in GENERAL.splitlines()))
+    tuner = tuner_of(name)
+    tuner = {"name": "lora", "r": 2} if tuner == "full" else tuner
+    training = {"epochs": 1, "precision": "bfloat16"}
+    config = configuration(tmp_path, tmp_path / "run", name, case(name).options, tuner, 0, training)
+    config["model"] = {"name": config["model"], "dtype": "bfloat16"}
+    run(config, QUIET)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert len(losses) > 3 and all(math.isfinite(loss) for loss in losses)
 
 
 def test_the_defaults_on_the_narrowest_model_that_gains(tmp_path, monkeypatch):

@@ -16,9 +16,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DataCollatorForLanguageModeling, Trainer
 
+from holdfast import tuners
+from holdfast.config.run import load_config
 from holdfast.errors import UserError
-from holdfast.runner import pitfalls
+from holdfast.runner import memory, pitfalls
 from holdfast.runner.stage import StageWatch
+from holdfast.training import memory_estimate
 from holdfast.training.trainer import ContinualTrainer, continual
 from support.command import holdfast
 from support.paths import DOCS
@@ -508,6 +511,7 @@ def test_rows_that_are_odd_and_right_are_trained_on(tmp_path):
 
     tokenizer = tiny_tokenizer()
     ids = [{"input_ids": row, "labels": row} for row in ([], [5, 6, 7], [], [8, 9, 5])]
+    tokenizer.pad_token = tokenizer.eos_token
     trained(tmp_path, rows=ids * 4, args={"max_steps": 1}, processing_class=tokenizer)
     equal = [{"input_ids": row, "labels": row} for row in ([5, 6, 7], [8, 9, 5])] * 4
     tokenizer.add_special_tokens({"pad_token": "<beyond>"})
@@ -515,6 +519,20 @@ def test_rows_that_are_odd_and_right_are_trained_on(tmp_path):
     trained(tmp_path, rows=equal, model=model, args={"max_steps": 1}, processing_class=tokenizer)
     masked = [row | {"labels": [-100] * 3} for row in equal]
     trained(tmp_path, Own, masked, args={"max_steps": 1})
+
+
+def test_advice_on_memory_is_for_the_gpu_that_is_there(tmp_path, monkeypatch):
+    """By the estimate's own arguments: what has no CUDA cannot estimate for it."""
+    asked = []
+    monkeypatch.setattr(memory_estimate, "Estimate", lambda *args: asked.append(args))
+    monkeypatch.setattr(memory_estimate, "advice", lambda estimate, micro, room, *args: f"something in {room:,}")
+    monkeypatch.setattr(memory, "device_type", lambda: "cuda")
+    monkeypatch.setattr(memory, "gpu_memory", lambda: 3 * 2**30)
+    config = load_config(tiny_config(tmp_path))
+    said = memory.lower_for_training(config, tuners.build(config.tuner), longest=16, micro=8)
+    assert f"something in {int(memory.USABLE * 3 * 2**30):,} would fit" in said and "of 3 GiB" in said
+    [(*_, device, _)] = asked
+    assert device == "cuda"
 
 
 def test_rates_of_models_as_they_are_trained():
