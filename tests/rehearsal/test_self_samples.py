@@ -73,7 +73,8 @@ def test_samples_begin_with_several_domains_in_turn():
 
 @pytest.mark.parametrize("family", CHATS)
 def test_a_chat_is_the_template_around_words_and_an_answer(family):
-    """The words that the model draws for the user end with the template's end of turn, then the answer is drawn."""
+    """The words that the model draws for the user end with the template's end of turn, or are cut; then the answer is
+    drawn."""
     model, tokenizer = family_model(family, vocab_size=80), family_tokenizer(family)
     request = Request.of(tokenizer, 128, options=SampleOptions(length=60))
     own = request.write(partial(sample, model), "seed", range(80), hidden=True)
@@ -81,25 +82,28 @@ def test_a_chat_is_the_template_around_words_and_an_answer(family):
         [{"role": "user", "content": "WORDS"}], tokenize=False, add_generation_prompt=True
     )
     before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("WORDS"))
-    whole = 0
+    half = len(before) + (60 - len(before) - len(after) + 1) // 2
+    whole = cut = 0
     for sampled in own:
         ids, labels = sampled.row["input_ids"], sampled.row["labels"]
         assert ids[: len(before)] == before and len(ids) <= 60
         drawn = [i for i, label in enumerate(labels) if label != -100]
         assert [labels[i] for i in drawn] == [ids[i] for i in drawn]
         if drawn == list(range(len(before), len(ids))):
-            continue  # the user's words did not end, or ended as a text does
-        whole += 1
-        end = ids.index(after[0], len(before))
+            assert ids[-1] in request.stops and len(ids) <= half  # they ended as a text does
+            continue
+        ended = after[0] in ids[len(before) : half]
+        whole, cut = whole + ended, cut + (not ended)
+        end = ids.index(after[0], len(before)) if ended else half
         assert ids[end : end + len(after)] == after
-        assert drawn == [*range(len(before), end + 1), *range(end + len(after), len(ids))]
-        assert set(ids[end + len(after) : -1]).isdisjoint(request.stops)
+        assert drawn == [*range(len(before), end + ended), *range(end + len(after), len(ids))]
+        assert set(ids[end + len(after) : -1]).isdisjoint(request.stops) and len(ids) > end + len(after)
         with torch.no_grad():
             outputs = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
         log_probs = outputs.logits[0].double().log_softmax(-1)
         assert sampled.log_prob == pytest.approx(float(sum(log_probs[i - 1, ids[i]] for i in drawn)), abs=1e-3)
         torch.testing.assert_close(sampled.hidden, outputs.hidden_states[-1][0, :-1], rtol=1e-3, atol=1e-3)
-    assert whole > 5
+    assert whole > 5 and cut > 5
     part = request.write(partial(sample, model), "seed", [7, 3])
     assert [one.row for one in part] == [own[7].row, own[3].row]
 

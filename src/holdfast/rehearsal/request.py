@@ -73,7 +73,7 @@ class Request:
         length: tokens of a sample at most; without a chat, each has exactly as many.
         turn: of a chat, the tokens between the user's words and the answer; the first of them ends a turn. The model
             speaks for both: it draws the user's words until that token, with at most half of the room, and then the
-            answer.
+            answer. Longer words are cut there, and answered, too.
         stops: tokens that end an answer.
         temperature: of the draws.
         decoder: the start token of a sequence-to-sequence model's decoder, which answers an encoder that reads
@@ -167,7 +167,7 @@ class Request:
         return [_own(row, texts, i) for i, row in enumerate(rows)]
 
     def _write_chats(self, draw: Sampler, seed: int | str, numbers: Sequence[int], hidden: bool) -> list[OwnSample]:
-        """Draw the user's words, and then the answers to those that ended in time."""
+        """Draw the user's words, and then the answers; only words that ended as a text does have none."""
         start, room = list(self.start), self.length - len(self.start)
         words = draw(
             [start] * len(numbers),
@@ -178,21 +178,21 @@ class Request:
             stop_token_ids={self.turn[0], *self.stops},
             hidden=hidden,
         )
-        ended = [i for i in range(len(numbers)) if words.tokens[i][-1] == self.turn[0]]
-        given = list(self.turn[1:])
-        prompts = [start + words.tokens[i] + given for i in ended]
+        asked = [i for i, said in enumerate(words.tokens) if said[-1] == self.turn[0] or said[-1] not in self.stops]
+        given = {i: list(self.turn[words.tokens[i][-1] == self.turn[0] :]) for i in asked}
+        prompts = [start + words.tokens[i] + given[i] for i in asked]
         answers = draw(
             prompts,
             max_new_tokens=[self.length - len(prompt) for prompt in prompts],
             seed=f"{seed}/assistant",
-            numbers=[numbers[i] for i in ended],
+            numbers=[numbers[i] for i in asked],
             temperature=self.temperature,
             stop_token_ids=self.stops,
             hidden=hidden,
         )
         samples = [_sample(words, i, [(start, words.tokens[i])]) for i in range(len(numbers))]
-        for k, i in enumerate(ended):
-            parts = [(start, words.tokens[i]), (given, answers.tokens[k])]
+        for k, i in enumerate(asked):
+            parts = [(start, words.tokens[i]), (given[i], answers.tokens[k])]
             samples[i] = _sample(answers, k, parts, words.log_probs[i])
         return samples
 
