@@ -1,9 +1,11 @@
 """1,000 short questions: evaluation as a run does it beside one question after the other with plain transformers.
 
-usage: python benchmarks/evaluation.py [--model FOLDER] [--batch-size 32] [--questions 1000] [--busy]
+usage: python benchmarks/evaluation.py [--model FOLDER] [--batch-size 32] [--questions 1000] [--busy] [--skewed]
+    [--instruction 0]
 
 Where no model is named, a Llama of width 64, 4 layers, vocabulary 512 and random weights stands for one. Questions are
-made: 10 to 40 tokens; the responses, greedy, have 16 tokens and do not end early, so that both sides do the same work.
+made: 10 to 40 tokens, with --skewed one in ten has ten times as many, and all of them begin with so many words of
+--instruction; the responses, greedy, have 16 tokens and do not end early, so that both sides do the same work.
 Both sides begin with the same examples and end with scored records, and their responses are compared. On a busy
 machine, --busy counts the CPU seconds of one thread instead of the clock's.
 """
@@ -51,16 +53,18 @@ def make_model(folder: Path | None) -> tuple[Any, Any]:
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         initializer_range=0.2,
     )
     return LlamaForCausalLM(config), tokenizer
 
 
-def make_task(count: int) -> Task:
-    """Questions of four to sixteen words."""
+def make_task(count: int, skewed: bool, instruction: int) -> Task:
+    """Questions of four to sixteen words, some ten times as long, after an instruction of so many words."""
     chance = random.Random(0)
-    asked = [" ".join(chance.choices(TEXT.split(), k=chance.randint(4, 16))) + "?" for _ in range(count)]
+    begun = chance.choices(TEXT.split(), k=instruction)
+    lengths = [chance.randint(4, 16) * (10 if skewed and row % 10 == 0 else 1) for row in range(count)]
+    asked = [" ".join([*begun, *chance.choices(TEXT.split(), k=length)]) + "?" for length in lengths]
     rows = [Example("made", row, (Turn("user", text), Turn("assistant", "yes"))) for row, text in enumerate(asked)]
     return Task("made", "accuracy", rows[:1], rows)
 
@@ -83,6 +87,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--skewed", action="store_true")
+    parser.add_argument("--instruction", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.busy:
         torch.set_num_threads(1)
@@ -90,9 +96,9 @@ def main() -> None:
     model, tokenizer = make_model(arguments.model)
     model.eval().generation_config.eos_token_id = None
     model.config.eos_token_id = None
-    encoder = Endless(tokenizer, max_length=256, template="plain")
+    encoder = Endless(tokenizer, max_length=1024, template="plain")
     evaluation = ModelEvaluation(model, encoder, arguments.batch_size)
-    warm, task = make_task(40), make_task(arguments.questions)
+    warm, task = (make_task(n, arguments.skewed, arguments.instruction) for n in (40, arguments.questions))
     evaluate_task(evaluation, warm, max_new_tokens=LENGTH)
     one_by_one(model, encoder, Task("warm", "accuracy", warm.train, warm.test[:5]))
 

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdfast.models.generation import generate, inference
+from support.families import FAMILIES, family_model
 
 torch.set_num_threads(1)  # models this small lose time to threads
 
@@ -71,6 +72,35 @@ def test_equals_a_plain_loop_for_every_batch_size(model, batch_size: int):
     expected = [plain_greedy(model, prompt, 12, eos) for prompt in prompts]
     assert {len(response) < 12 for response in expected} == {True, False}
     assert run(model, prompts, batch_size=batch_size, eos_token_ids=eos) == expected
+
+
+def beginning_alike(vocabulary: int = VOCAB) -> list[list[int]]:
+    """Prompts with one of two instructions before them, or with none; one is nothing but its instruction."""
+    rng = random.Random(7)
+    first, second = ([rng.randrange(3, vocabulary) for _ in range(n)] for n in (40, 45))
+    return [
+        *(first + [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 12))] for _ in range(9)),
+        *(second + [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 12))] for _ in range(8)),
+        first,
+        *([rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 12))] for _ in range(5)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("mistral", "gpt_neox") else pytest.mark.slow) for n in sorted(FAMILIES)]
+)
+def test_what_prompts_begin_with_in_common_is_read_once(name):
+    model = family_model(name)
+    prompts = beginning_alike(model.config.vocab_size)
+    read: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, given, output: read.append(given[0].numel())
+    )
+    found = run(model, prompts, batch_size=5)
+    hook.remove()
+    assert found == [plain_greedy(model, prompt, 12, [EOS]) for prompt in prompts]
+    saves = name not in ("gemma2", "gemma3", "mistral")  # whose windows are counted in places, padding too
+    assert (sum(read) < sum(map(len, prompts))) == saves, "all that is generated is less than what is not read again"
 
 
 def test_padding_may_be_any_token_even_the_end_token(model):
@@ -186,7 +216,8 @@ def test_on_batch_counts_and_may_stop():
     model = tiny_llama().train()
     own = model.generation_config
     counts: list[int] = []
-    run(model, some_prompts(10), batch_size=4, on_batch=lambda done, total: counts.append(done))
+    prompts = [[3 + i] * 7 for i in range(10)]
+    run(model, prompts, batch_size=4, on_batch=lambda done, total: counts.append(done))
     assert counts == [4, 8, 10]
 
     def stop(done: int, total: int) -> None:
@@ -194,7 +225,7 @@ def test_on_batch_counts_and_may_stop():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(model, some_prompts(10), batch_size=4, on_batch=stop)
+        run(model, prompts, batch_size=4, on_batch=stop)
     assert counts == [4, 8, 10, 4]
     assert model.training
     assert model.generation_config is own

@@ -15,17 +15,22 @@ from support.families import FAMILIES, family_model
 from support.tiny import VOCABULARY, tiny_model
 
 
-def questions(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[dict[str, list[int]]]:
-    """Questions of different lengths with two to five answers each, some of one token, one with a text alone."""
+def questions(count: int, seed: int = 0, vocabulary: int = VOCABULARY, begun: int = 0) -> list[dict[str, list[int]]]:
+    """Questions of different lengths with two to five answers each, some of one token, one with a text alone.
+
+    Args:
+        begun: tokens that every question begins with; some then have one answer alone.
+    """
     chance = random.Random(seed)
 
     def tokens(least: int, most: int) -> list[int]:
         return [chance.randrange(3, vocabulary) for _ in range(chance.randint(least, most))]
 
     rows = []
-    for _ in range(count):
-        asked = tokens(2, 30)
-        for _ in range(chance.randint(2, 5)):
+    begin = tokens(begun, begun)
+    for number in range(count):
+        asked = begin + tokens(2, 30)
+        for _ in range(1 if begun and number % 2 else chance.randint(2, 5)):
             answer = tokens(1, 4)
             rows.append({"input_ids": asked + answer, "labels": [-100] * len(asked) + answer})
     text = tokens(12, 12)
@@ -60,7 +65,8 @@ def test_they_are_those_of_each_sequence_by_itself(batch_size):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_they_are_so_with_every_family(name):
     model = family_model(name).eval()
-    rows = questions(6, vocabulary=min(VOCABULARY, model.config.get_text_config().vocab_size))
+    vocabulary = min(VOCABULARY, model.config.get_text_config().vocab_size)
+    rows = questions(3, vocabulary=vocabulary) + questions(16, vocabulary=vocabulary, begun=50)
     losses, _ = token_losses(model, rows, batch_size=8, pad_token_id=0)
     np.testing.assert_allclose(losses, plain(model, rows), rtol=2e-4)
 

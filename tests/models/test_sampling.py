@@ -14,7 +14,8 @@ from scipy.stats import chisquare, kstest
 from holdfast import tuners
 from holdfast.config.section import Named
 from holdfast.errors import ConfigError, DataError
-from holdfast.models.sampling import BLOCK, Draw, has_plain_decoder, sample
+from holdfast.models.cache import has_plain_decoder
+from holdfast.models.sampling import BLOCK, Draw, sample
 from support.families import FAMILIES, family_model
 from support.tiny import VOCABULARY, tiny_model
 

@@ -198,7 +198,12 @@ class EvaluationConfig(Section):
         description="what responds to test rows: transformers, or vllm, where it is installed, with a whole model of "
         "each stage; likelihoods are always measured by transformers",
     )
-    batch_size: int = Field(32, ge=1, description="prompts generated together")
+    batch_size: int = Field(
+        32,
+        ge=1,
+        description="of the longest prompts or sequences, read together; of shorter ones up to twice as many, in no "
+        "more padded tokens",
+    )
     max_new_tokens: int | None = Field(
         None,
         ge=1,

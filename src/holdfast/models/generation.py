@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
 from holdfast.engines.pieces import is_divided
-from holdfast.engines.process import Process
+from holdfast.models.batches import Size, by_batch, by_tokens
+from holdfast.models.beginnings import Beginnings
 from holdfast.models.seq2seq import beginning, prompted
 from holdfast.models.sight import never_written
 
@@ -34,14 +35,15 @@ def generate(
     """Continue every prompt greedily, until an end token or ``max_new_tokens``.
 
     The model's own generation settings (sampling, penalties, suppressed tokens) do not apply, so that a response
-    depends on the weights and the prompt alone. Batches hold prompts of similar length, the longest first; up to float
-    rounding the responses do not depend on ``batch_size``. Modes, settings and random states stay as they were.
+    depends on the weights and the prompt alone. Batches hold prompts of similar length, the longest first, and what
+    many prompts begin with in common is read once; up to float rounding the responses do not depend on either. Modes,
+    settings and random states stay as they were.
 
     Args:
         model: a language model, with or without adapters.
         prompts: token ids, at least one a prompt.
         max_new_tokens: longest response, in tokens, including its end token.
-        batch_size: prompts generated together.
+        batch_size: of the longest prompts, generated together; of shorter ones more, in no more padded tokens.
         eos_token_ids: tokens that end a response.
         pad_token_id: fills short prompts; it is masked, so any id of the vocabulary will do.
         on_batch: called after every batch with (prompts done, all prompts); it may raise to stop.
@@ -61,16 +63,24 @@ def generate(
         **never_written(model),
     )
     responses: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with inference(model), generation_config(model, greedy):
+        beginnings = Beginnings(model, pad_token_id)
+        order, common = beginnings.order(prompts, [*map(len, prompts)])
+        sizes = [Size(1, n, len(prompt) - n + max_new_tokens) for prompt, n in zip(prompts, common, strict=True)]
 
         def answers(batch: list[int]) -> list[list[int]]:
-            asked = prompted(model, [prompts[i] for i in batch], pad_token_id)
-            tokens = model.generate(**asked.inputs, generation_config=greedy)
-            return [until(eos_token_ids, new) for new in tokens[: len(batch), asked.width :].tolist()]
+            part = [prompts[i] for i in batch]
+            if begun := [n for i in batch if (n := common[i])]:
+                inputs = beginnings.continued(part, begun, left=True)
+                width = inputs["input_ids"].shape[1]
+            else:
+                asked = prompted(model, part, pad_token_id)
+                inputs, width = asked.inputs, asked.width
+            tokens = model.generate(**inputs, generation_config=greedy)
+            return [until(eos_token_ids, new) for new in tokens[: len(batch), width:].tolist()]
 
         done = 0
-        for batch, new in by_batch(order, batch_size, answers):
+        for batch, new in by_batch(by_tokens(order, sizes, batch_size), answers):
             for i, response in zip(batch, new, strict=True):
                 responses[i] = response
             done += len(batch)
@@ -84,22 +94,6 @@ def generate(
 def until(ends: list[int], tokens: list[int]) -> list[int]:
     """The tokens before the first of ``ends``."""
     return tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))]
-
-
-def by_batch(
-    order: Sequence[int], batch_size: int, answers: Callable[[list[int]], list[Any]]
-) -> Iterator[tuple[list[int], list[Any]]]:
-    """Each batch of at most ``batch_size`` numbers with its answers, in every process; each process computes its share.
-
-    Processes go through the model together: a process without a batch computes the last one, which is not used.
-    """
-    process = Process.this()
-    size = min(batch_size, -(-len(order) // process.world) or 1)
-    batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
-    for first in range(0, len(batches), process.world):
-        part = batches[first : first + process.world]
-        gathered = process.gather(answers(part[min(process.rank, len(part) - 1)]))
-        yield from zip(part, gathered, strict=False)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from holdfast.engines.pieces import is_divided
-from holdfast.models.cache import cache_name, cache_of
-from holdfast.models.generation import by_batch, inference
-from holdfast.models.head import base
-from holdfast.models.sampling import has_plain_decoder
+from holdfast.models.batches import Size, by_batch, by_tokens
+from holdfast.models.beginnings import Beginnings
+from holdfast.models.cache import cache_name, cache_of, has_plain_decoder
+from holdfast.models.generation import inference
+from holdfast.models.head import base, hidden_only
 from holdfast.models.seq2seq import encoder_inputs, reads_apart
 from holdfast.models.supervised import OneRow, by_chunk
 
@@ -47,13 +47,14 @@ def token_losses(
     Sequences that differ only in their last token, such as a question with one letter or another, are read once. Where
     others begin alike, such as a question with one answer or another, what comes before the first supervised token is
     read once, if the model is a plain decoder with a cache; that reading also gives the likelihood of each first token,
-    so answers of one token need no other. Logits are made where they predict a supervised token, and of a few tokens at
-    a time.
+    so answers of one token need no other. What many questions begin with in common is read once, too. Logits are made
+    where they predict a supervised token, and of a few tokens at a time.
 
     Args:
         rows: sequences with ``input_ids`` and ``labels`` of equal length, and ``encoder_ids`` of a sequence-to-sequence
             model; a token with label -100 is not supervised, nor is the first token, which nothing predicts.
-        batch_size: distinct sequences in one forward pass.
+        batch_size: of the longest distinct sequences, in one forward pass; of shorter ones more, in no more padded
+            tokens.
         pad_token_id: fills short sequences; it is masked, so any id of the vocabulary will do.
         on_batch: called after every batch with (sequences done, all sequences); it may raise to stop.
         on_losses: called before it with the numbers of the batch's sequences, and nats and tokens of each.
@@ -68,10 +69,15 @@ def token_losses(
         families = _families(rows) if reader.has_cache else [[one] for one in _distinct(rows)]
         alone = [family for family in families if len(family) == 1]
         shared = [family for family in families if len(family) > 1]
-        size = max(1, batch_size // max(map(len, shared), default=1))
-        for part, most, read in ((alone, batch_size, reader.alone), (shared, size, reader.shared)):
-            part.sort(key=lambda family: -max(len(one.ids) + len(one.prompt) for one in family))
-            for batch, pairs in by_batch(range(len(part)), most, lambda batch: read([part[i] for i in batch])):  # noqa: B023
+        for part, read in ((alone, reader.alone), (shared, reader.shared)):
+            lengths = [max(len(one.ids) + len(one.prompt) for one in family) for family in part]
+            order, common = reader.beginnings.order([family[0].before for family in part], lengths)
+            sizes = [Size(len(f), n, length - n) for f, n, length in zip(part, common, lengths, strict=True)]
+
+            def pairs_of(batch: list[int], part=part, read=read, common=common) -> list[Pair]:
+                return read([part[i] for i in batch], [common[i] for i in batch])
+
+            for batch, pairs in by_batch(by_tokens(order, sizes, batch_size), pairs_of):
                 numbers = [number for i in batch for one in part[i] for number in one.numbers]
                 losses[numbers], counts[numbers] = zip(*pairs, strict=True)
                 done += len(numbers)
@@ -103,6 +109,11 @@ class _Reading:
         """The place of the first of these tokens; where there is none, of the last token."""
         return self.places[0] if self.places else max(1, len(self.ids) - 1)
 
+    @property
+    def before(self) -> list[int]:
+        """The tokens before that place."""
+        return self.ids[: self.first]
+
 
 def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[_Reading]:
     alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
@@ -122,7 +133,7 @@ def _families(rows: Sequence[Mapping[str, Any]]) -> list[list[_Reading]]:
     """Sequences by what comes before their first supervised token; where that is short, each by itself."""
     families: dict[tuple[int, ...], list[_Reading]] = {}
     for number, one in enumerate(_distinct(rows)):
-        before = tuple(one.ids[: one.first])
+        before = tuple(one.before)
         families.setdefault(before if len(before) > LEAST else (-1, number), []).append(one)
     return list(families.values())
 
@@ -136,19 +147,24 @@ class _Reader:
 
     def __init__(self, model: PreTrainedModel | PeftModel, rows: Sequence[Mapping[str, Any]], pad_token_id: int):
         self.model, self.rows, self.pad = model, rows, pad_token_id
+        self.beginnings = Beginnings(model, pad_token_id)
         self._apart = reads_apart(model)
         plain = has_plain_decoder(model)
-        self._takes_tail = plain and "logits_to_keep" in inspect.signature(base(model).forward).parameters
         # the processes of a divided model must call it equally often
         self.has_cache = plain and cache_name(base(model)) is not None and not is_divided(model)
 
-    def alone(self, families: Sequence[Sequence[_Reading]]) -> list[Pair]:
-        """Nats and tokens of the rows of families of one."""
+    def alone(self, families: Sequence[Sequence[_Reading]], common: Sequence[int]) -> list[Pair]:
+        """Nats and tokens of the rows of families of one.
+
+        Args:
+            common: how many tokens of each family lie in what it begins with in common with others.
+        """
         batch = [one for family in families for one in family]
-        ids, mask = self._padded([one.ids for one in batch])
-        marks = torch.full_like(ids, -100)
-        for place, one in enumerate(batch):
-            marks[place, one.places] = 0
+        sequences = [one.ids for one in batch]
+        width = max(len(ids) - n for ids, n in zip(sequences, common, strict=True))
+        marks = torch.full((len(batch), width), -100, device=self.model.device)
+        for row, (one, n) in enumerate(zip(batch, common, strict=True)):
+            marks[row, [place - n for place in one.places]] = 0
         predicted, owner = itertools.count(), itertools.count()
         wanted: list[tuple[int, int, int]] = []  # of each token: its prediction, which may be several rows', label, row
         for one in batch:
@@ -166,52 +182,43 @@ class _Reader:
 
         count = sum(len(one.numbers) for one in batch)
         sums = torch.zeros(count, dtype=torch.float64)
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        inputs |= encoder_inputs([one.prompt for one in batch], self.pad, ids.device) if self._apart else {}
+
+        def inputs() -> dict[str, Any]:
+            if any(common):
+                return self.beginnings.arguments(sequences, common, left=False)
+            ids, mask = self.beginnings.padded(sequences)
+            apart = encoder_inputs([one.prompt for one in batch], self.pad, ids.device) if self._apart else {}
+            return {"input_ids": ids, "attention_mask": mask, "use_cache": False} | apart
+
         for rows, nats in by_chunk(self.model, inputs, OneRow.of(marks), losses):
             sums.index_add_(0, rows, nats)
         return list(zip(sums.tolist(), torch.bincount(owners, minlength=count).tolist(), strict=True))
 
-    def shared(self, families: Sequence[Sequence[_Reading]]) -> list[Pair]:
-        """Nats and tokens of the rows of families, whose common beginnings are read first."""
+    def shared(self, families: Sequence[Sequence[_Reading]], common: Sequence[int]) -> list[Pair]:
+        """As :meth:`alone`, of families of several, whose common beginnings are read first."""
         batch = [one for family in families for one in family]
         owners = [place for place, family in enumerate(families) for _ in family]
-        ids, mask = self._padded([family[0].ids[: family[0].first] for family in families], left=True)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        read = self.model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **self._tail(1))
+        asked = self.beginnings.arguments([family[0].before for family in families], common, left=True)
+        mask = asked["attention_mask"]
+        read = self.model(**asked | {"use_cache": True}, **hidden_only(self.model))
         logits = [read.logits[place, -1:] for place in owners]
         longer = [i for i, one in enumerate(batch) if len(one.ids) > one.first + 1]
         if longer:
             cache = cache_of(read)
-            chosen = torch.tensor([owners[i] for i in longer], device=ids.device)
+            chosen = torch.tensor([owners[i] for i in longer], device=mask.device)
             cache.batch_select_indices(chosen)
-            ends, ends_mask = self._padded([batch[i].ids[batch[i].first : -1] for i in longer])
-            starts = torch.tensor([batch[i].first for i in longer], device=ids.device)
+            ends, ends_mask = self.beginnings.padded([batch[i].ids[batch[i].first : -1] for i in longer])
+            starts = torch.tensor([batch[i].first for i in longer], device=mask.device)
             further = self.model(
                 input_ids=ends,
                 attention_mask=torch.cat([mask[chosen], ends_mask], dim=1),
-                position_ids=starts[:, None] + torch.arange(ends.shape[1], device=ids.device),
+                position_ids=starts[:, None] + torch.arange(ends.shape[1], device=mask.device),
                 use_cache=True,
                 **{str(cache_name(base(self.model))): cache},
             ).logits
             for i, more in zip(longer, further, strict=True):
                 logits[i] = torch.cat([logits[i], more])
         return self._losses(batch, logits)
-
-    def _tail(self, tokens: int) -> dict[str, int]:
-        return {"logits_to_keep": tokens} if self._takes_tail else {}
-
-    def _padded(self, sequences: Sequence[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, both int64 [sequences, longest]."""
-        width = max(map(len, sequences))
-        ids, mask = [], []
-        for tokens in sequences:
-            fill = width - len(tokens)
-            parts = [([self.pad] * fill, [0] * fill), (tokens, [1] * len(tokens))]
-            (one, ones), (other, others) = parts if left else parts[::-1]
-            ids.append([*one, *other])
-            mask.append([*ones, *others])
-        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
 
     def _losses(self, batch: Sequence[_Reading], logits: Sequence[Tensor]) -> list[Pair]:
         """Nats and tokens of the rows.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from holdfast.errors import ConfigError, DataError
-from holdfast.models.cache import cache_name
+from holdfast.models.cache import cache_name, has_plain_decoder
 from holdfast.models.generation import generation_config, inference
 from holdfast.models.head import base, hidden_only, logits_of
 from holdfast.models.seq2seq import Prompted, beginning, prompted, reads_apart
@@ -287,27 +286,6 @@ class _Preallocated(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.length
-
-
-def has_plain_decoder(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether a step of the decoder alone, with a cache of keys and values, is a step of the whole model."""
-    inner = base(model)
-    decoder = inner.base_model
-    prompts = hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
-    hooks = inner._forward_pre_hooks or inner._forward_hooks
-    parameters = inspect.signature(decoder.forward).parameters
-    if (
-        reads_apart(model)
-        or prompts
-        or hooks
-        or decoder is inner
-        or "position_ids" not in parameters
-        or cache_name(decoder) is None
-    ):
-        return False
-    return all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=inner.config).layers
-    )
 
 
 def _has_known_head(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor) -> bool:

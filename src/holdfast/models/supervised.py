@@ -123,7 +123,10 @@ def predictions(model: PreTrainedModel | PeftModel, batch: Any, labels: Tensor, 
 
 @torch.no_grad()
 def by_chunk(
-    model: PreTrainedModel | PeftModel, batch: Any, row: OneRow, use: Callable[[Tensor, slice], T], **options: Any
+    model: PreTrainedModel | PeftModel,
+    batch: Callable[[], dict[str, Any]],
+    row: OneRow,
+    use: Callable[[Tensor, slice], T],
 ) -> list[T]:
     """What ``use`` makes of the logits that predict supervised tokens, of which few have logits at a time.
 
@@ -132,6 +135,7 @@ def by_chunk(
     they are not, the head is applied to all of these tokens at once.
 
     Args:
+        batch: gives arguments of the forward pass, which may change them, as it does a cache.
         use: takes logits, [chunk, vocab], float32 or wider, and the chunk's slice of the tokens.
     """
     chunks = [slice(start, start + CHUNK_SIZE) for start in range(0, len(row.places) - 1, CHUNK_SIZE)]
@@ -144,14 +148,14 @@ def by_chunk(
         return hidden[-1:]
 
     with head_on(model, row, read) as gathered:
-        logits = model(**batch, **options).logits
+        logits = model(**batch()).logits
     if not gathered.done:
         logits = logits.flatten(0, 1)[row.places]
     elif last[0].shape == logits[0].shape and (last[0] - logits[0]).norm() <= NEAR * logits[0].float().norm():
         return found
     else:
         with head_on(model, row):
-            logits = model(**batch, **options).logits[0]
+            logits = model(**batch()).logits[0]
     return [use(wide(logits[:-1][chunk]), chunk) for chunk in chunks]
 
 
