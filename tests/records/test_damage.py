@@ -266,6 +266,19 @@ def test_a_stage_that_is_missing_before_another_is_told(line, tmp_path, monkeypa
         assert code == 2 and "is missing, though " in said, said
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["status run", "rollback run --to 1", "rebuild run --without green", "serve run", "evaluate run", "export run --to x"],
+)
+def test_stages_that_are_all_gone_are_told(line, tmp_path, monkeypatch, capsys):
+    """As of a run that was copied without them; pages show the rest (tests/report/test_report.py)."""
+    shutil.copytree(GOLDEN / "old_runs" / "full-ewc", tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "run" / "stages")
+    monkeypatch.chdir(tmp_path)
+    assert holdfast(*line.split()) == 2
+    assert "run/stages: is missing or empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [lambda lines: lines[1:], lambda lines: [lines[0], *lines]], ids=["gone", "twice"])
 def test_a_line_of_responses_that_is_gone_or_twice_is_told(change, tmp_path, monkeypatch, capsys):
     shutil.copytree(GOLDEN / "old_runs" / "full-ewc", tmp_path, dirs_exist_ok=True)

@@ -18,6 +18,7 @@ from holdfast.records.changes import changes
 from holdfast.records.read import FinishedRun, read_run, read_runs
 from holdfast.report import FIGURES, compare_table, write_report
 from holdfast.report.compare import compare
+from holdfast.report.falls import run_pictures
 from holdfast.report.packed import pack_text
 from holdfast.report.plots import POINTS, SCALE_DARK, SCALE_LIGHT, loss_curves, templates, thin
 from holdfast.report.rows import RowList
@@ -106,6 +107,36 @@ def test_heat_map_and_curves_hold_the_score_matrix(runs: list[Path], tmp_path: P
     missing = [(note["y"], note["x"]) for note in figures[0]["layout"]["annotations"] if "measured" in note["text"]]
     assert missing == [(t, j) for t in range(STAGES + 1) for j in range(STAGES) if scores[t][j] is None]
     assert [curve["y"] for curve in figures[1]["data"]] == [list(column) for column in zip(*scores, strict=True)]
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["", "0.1.0"])
+@pytest.mark.parametrize(
+    ("method", "same"),
+    [
+        ("sequential", [False] * (STAGES - 1) + [True]),
+        ("joint", [False] * STAGES),
+        ("frozen", [True] * STAGES),
+    ],
+)
+def test_what_became_of_each_task_is_told_without_the_stages_folders(
+    method: str, same: list[bool], noted: bool, tmp_path: Path
+) -> None:
+    path = make_run(tmp_path / "run", method)
+    record, matrix = read_json(path / "run.json"), read_json(path / "matrix.json")
+    begun = {"stage": 1, "task": "any", "config": record["config"], "fingerprint": "", "versions": {}}
+    stages = [begun | {"started": None, "finished": record["finished"]}]
+    if method == "frozen":  # nothing is trained: no stage has a folder, a note or a step
+        stages = []
+        write_json(path / "matrix.json", matrix | {"scores": matrix["scores"][:1] * (STAGES + 1)})
+        (path / "events.jsonl").unlink()
+    if noted:
+        write_json(path / "run.json", record | {"stages": stages})
+    for pattern in ("0[1-9]*", "*"):
+        for folder in path.glob(f"stages/{pattern}"):
+            shutil.rmtree(folder)
+        run = read_run(path)
+        assert run.untrained == (method == "frozen")
+        assert [line.same for line in run_pictures(run, [range(STAGES)])[0].lines] == same
 
 
 def test_scores_of_joint_training_make_a_last_row(tmp_path: Path) -> None:

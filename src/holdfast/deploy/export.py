@@ -20,6 +20,7 @@ from holdfast.models.sight import PROCESSOR_FILES, load_sight
 from holdfast.records.directory import current_stage
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
+from holdfast.records.stages import require_folders
 from holdfast.records.trust import require_trust
 from holdfast.runner.inputs import model_inputs
 from holdfast.runner.reload import check_inputs, find_base
@@ -113,6 +114,7 @@ def export(
 
 def _find_stage(run: FinishedRun, number: int | None) -> tuple[int, Path]:
     """Number and folder of a complete stage."""
+    require_folders(run)
     done = {read_json(file)["stage"]: file.parent for file in run.path.glob("stages/*/stage.json")}
     if not done:
         name = run.config["method"][0]["name"]

@@ -102,7 +102,14 @@ class FinishedRun:
     @property
     def untrained(self) -> bool:
         """Whether the method trains nothing."""
-        return self.finished and list(self.folders) == [0]
+        return self.finished and not self._trains
+
+    @cached_property
+    def _trains(self) -> bool:
+        """Whether the training of a stage began, told by what stays where the stages' folders were deleted."""
+        if any(self.folders) or self.info.get("stages"):
+            return True
+        return "stages" not in self.info and bool(self.events)  # a run of 0.1.0 notes no stages
 
     @property
     def minutes(self) -> float | None:
@@ -226,8 +233,7 @@ class FinishedRun:
 
     def stage_of(self, row: int) -> int:
         """The stage whose weights a row of the score matrix belongs to; 0 is the model before training."""
-        stage = min(row, 1) if self.joint else row
-        return self._held[stage] if stage in self.folders else 0
+        return self._held[min(row, 1) if self.joint else row] if self._trains else 0
 
     @cached_property
     def _held(self) -> list[int]:

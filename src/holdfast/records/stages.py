@@ -14,8 +14,9 @@ def complete_stages(run: FinishedRun) -> list[int]:
     """The numbers of the start and of the stages that are trained, in order.
 
     Raises:
-        RunDirectoryError: one before another is missing.
+        RunDirectoryError: one before another is missing, or all are.
     """
+    require_folders(run)
     done = sorted(n for n, folder in run.folders.items() if n and (folder / "stage.json").exists())
     for number, there in enumerate(done, start=1):
         if number != there:
@@ -24,6 +25,15 @@ def complete_stages(run: FinishedRun) -> list[int]:
                 "from a copy"
             )
     return [0, *done]
+
+
+def require_folders(run: FinishedRun) -> None:
+    """Raise RunDirectoryError if the stages' folders are gone: even before training a run has one."""
+    if not run.folders:
+        raise RunDirectoryError(
+            f"{run.path / 'stages'}: is missing or empty; it held the weights of the stages and what was measured; "
+            f"restore it from a copy (without it, holdfast report {run.path} shows the scores alone)"
+        )
 
 
 def is_settled(run: FinishedRun, stage: int) -> bool:

@@ -14,6 +14,7 @@ from holdfast.records.directory import current_stage
 from holdfast.records.inputs import Inputs, data_changes, input_changes, listed
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
+from holdfast.records.stages import require_folders
 from holdfast.records.trust import require_trust
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.setup import Setup
@@ -124,6 +125,7 @@ def find_stage(path: Path, number: int | None = None, *, trust: bool = False, me
         ConfigError: there is no such stage, the run's base model is not found, or its code is not trusted.
     """
     run = read_run(path)
+    require_folders(run)
     complete = [n for n, folder in run.folders.items() if n == 0 or (folder / "stage.json").exists()]
     if number is None:
         number = current_stage(run.info, max(complete))
