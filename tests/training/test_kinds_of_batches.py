@@ -24,6 +24,7 @@ from holdfast.api import Method
 from holdfast.errors import ConfigError
 from holdfast.methods import build
 from holdfast.models.likelihood import token_losses
+from holdfast.training.trainer import _begin_stage
 from holdfast.tuners.lora_factors import factors
 from support.tiny import tiny_model, tiny_rows, tiny_tokenizer
 from support.trained import vector
@@ -143,6 +144,36 @@ def test_general_text_goes_beside_answers_that_the_model_writes(case, tmp_path):
     lines = [log for log in trainer.state.log_history if "loss" in log]
     assert all(log["term/gere_ce"] > 1 for log in lines) and lines[-1]["term/gere_ce"] < lines[0]["term/gere_ce"]
     assert trainer.cost.tokens == lines[-1]["num_tokens"] + sum(tokens)
+
+
+def one_epoch(case, tmp_path, rows, **changes):
+    given = trainer_arguments(case, tmp_path, max_steps=-1, num_train_epochs=1, learning_rate=1e-4, **changes)
+    given["train_dataset"] = given["train_dataset"].select(range(rows))
+    return continual(trainer_class(case))(**given)
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "changes"),
+    [
+        ("GRPOTrainer", 5, {}),
+        ("GRPOTrainer", 8, {"steps_per_generation": 4, "num_iterations": 2}),
+        ("DistillationTrainer", 17, {}),
+    ],
+)
+def test_steps_of_answers_that_the_model_writes_are_counted_as_trl_counts_them(case, rows, changes, tmp_path, caplog):
+    """Of 8 rows in a step each is an answer, of which a prompt has four; rows that make no whole batch are left out."""
+    trainer = one_epoch(case, tmp_path, rows, **changes)
+    asked = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    caplog.clear()
+    _begin_stage(trainer, None)
+    assert trainer._holdfast.stage.steps == asked > 1
+    assert not [record for record in caplog.records if "batch" in record.getMessage()]
+
+
+def test_too_few_prompts_for_one_batch_of_answers_are_told(tmp_path):
+    trainer = one_epoch("GRPOTrainer", tmp_path, rows=3, steps_per_generation=4)
+    with pytest.raises(ConfigError, match="answers are written to 4 prompts at once, and of the 3 rows no batch can"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("case", ["DPOTrainer", "KTOTrainer"])

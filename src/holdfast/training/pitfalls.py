@@ -25,6 +25,7 @@ from holdfast.api.stage import Stage
 from holdfast.errors import ConfigError
 from holdfast.models.head import base
 from holdfast.training.batches import is_packed, is_token_batch
+from holdfast.training.generations import generations_of
 from holdfast.training.rates import adapter_rate_advice, batch_advice, full_rate_advice, warmup_advice
 from holdfast.training.requirements import other_loss
 
@@ -47,8 +48,16 @@ def check_pitfalls(trainer: Any, collate: Callable[[list[Any]], Any], stage: Sta
         ConfigError: nothing could be learned, or training would fail.
     """
     _check_model(trainer)
+    written = generations_of(trainer)
+    if written is not None and not written.batches:
+        raise ConfigError(
+            f"per_device_train_batch_size: answers are written to {written.prompts} prompts at once, and of the "
+            f"{len(trainer.train_dataset)} rows no batch can be made, since TRL leaves out what does not fill one; a "
+            "smaller batch, fewer gradient_accumulation_steps or steps_per_generation, or a higher num_generations, "
+            "would do"
+        )
     if stage.steps:
-        _tell_of_steps(trainer, stage.steps, stage.rows_a_step)
+        _tell_of_steps(trainer, stage.steps, stage.rows_a_step // (1 if written is None else written.answers))
     next_token = isinstance(base(trainer.model), PreTrainedModel) and not other_loss(trainer.model)
     rows = _sample(trainer.train_dataset, collate) if next_token else []
     if rows:
@@ -82,6 +91,7 @@ def _check_model(trainer: Any) -> None:
 
 
 def _tell_of_steps(trainer: Any, steps: int, rows_a_step: int) -> None:
+    """Of few optimizer steps, each of so many rows of the dataset."""
     own_schedule = trainer._holdfast.optimizer_is_given or trainer.lr_scheduler is not None
     if not own_schedule and (advice := warmup_advice(trainer.args, steps)):
         logger.warning("warmup_steps: %s; warmup_steps=0, or more epochs, would do", advice)

@@ -39,6 +39,7 @@ from holdfast.training.engine_mixin import (
 )
 from holdfast.training.extra_rows import ExtraRows, Passed, collate_tokens
 from holdfast.training.frozen_adapters import frozen_stays, reference_of_this_stage
+from holdfast.training.generations import generations_of
 from holdfast.training.method_state import load_states
 from holdfast.training.pitfalls import check_pitfalls, tell_of_first_loss, watched
 from holdfast.training.requirements import check_batches, check_learns_stages, check_methods, check_trainable
@@ -338,7 +339,10 @@ def _steps(trainer: Any, rows_a_step: int) -> int | None:
         return int(trainer.args.max_steps)
     if not has_length(trainer.train_dataset):
         return None
-    return math.ceil(trainer.args.num_train_epochs * math.ceil(len(trainer.train_dataset) / rows_a_step))
+    steps = math.ceil(len(trainer.train_dataset) / rows_a_step)
+    if (written := generations_of(trainer)) is not None:
+        steps = math.ceil(written.batches / trainer.args.gradient_accumulation_steps)
+    return math.ceil(trainer.args.num_train_epochs * steps)
 
 
 def _loss_scale(trainer: Any) -> float:
