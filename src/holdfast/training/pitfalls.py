@@ -25,9 +25,9 @@ from holdfast.api.stage import Stage
 from holdfast.errors import ConfigError
 from holdfast.models.head import base
 from holdfast.training.batches import is_packed, is_token_batch
-from holdfast.training.generations import generations_of
 from holdfast.training.rates import adapter_rate_advice, batch_advice, full_rate_advice, warmup_advice
 from holdfast.training.requirements import other_loss
+from holdfast.training.steps import generations_of
 
 logger = logging.getLogger("holdfast")
 

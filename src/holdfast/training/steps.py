@@ -1,7 +1,8 @@
-"""Trainers that write the answers they learn from: how often TRL gives them each row in an epoch."""
+"""Optimizer steps of a trainer's stage; TRL's trainers that write the answers they learn from repeat their rows."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,3 +36,15 @@ def generations_of(trainer: Any) -> Generations | None:
         return None
     prompts, answers = sampler.batch_size, sampler.mini_repeat_count
     return Generations(prompts, answers, len(sampler) // (prompts * answers))
+
+
+def planned_steps(trainer: Any, rows_a_step: int) -> int | None:
+    """Optimizer steps of a stage; None where the dataset does not say how long it is."""
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    if not has_length(trainer.train_dataset):
+        return None
+    steps = math.ceil(len(trainer.train_dataset) / rows_a_step)
+    if (written := generations_of(trainer)) is not None:
+        steps = math.ceil(written.batches / trainer.args.gradient_accumulation_steps)
+    return math.ceil(trainer.args.num_train_epochs * steps)
