@@ -96,6 +96,15 @@ replay({model!r}, {str(killed)!r}, **{SIZE!r})
     assert not list(killed.glob("settings*"))
 
 
+def test_how_far_a_corpus_is_is_told_within_a_shard(model, tmp_path):
+    told = []
+    replay(model, tmp_path / "corpus", on_progress=lambda done, total: told.append((done, total)), **SIZE)
+    done = [one for one, total in told if total == SIZE["tokens"]]
+    assert done[0] == 0 and done[-1] == SIZE["tokens"] and len(done) == len(told)
+    assert len({*done}) > 3 * len(list((tmp_path / "corpus").glob("shard-*.jsonl")))
+    assert max(done[: done.index(SIZE["tokens"])]) < SIZE["tokens"]
+
+
 def test_a_finished_corpus_is_kept_and_never_overwritten(model, tmp_path, monkeypatch):
     out = tmp_path / "corpus"
     manifest = replay(model, out, **SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -21,7 +22,7 @@ from holdfast.rehearsal.buffer import HELD_OUT, SampleBuffer, drawn_states_are_e
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.teacher import LiveStates
 from holdfast.runner.loop import run
-from holdfast.system.progress import Progress
+from holdfast.system.progress import Progress, silent
 from support.families import FAMILIES, family_model, family_tokenizer
 from support.rehearsed import two_stages
 from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
@@ -147,7 +148,7 @@ def test_what_a_step_gets_depends_on_seed_stage_and_step_alone():
     start = vector(model)
 
     def buffer(seed="1/1/x"):
-        return SampleBuffer(request, before, seed, count=3, steps=4, hidden=False, check_stop=lambda: None)
+        return SampleBuffer(request, before, seed, count=3, steps=4, hidden=False, bar=silent)
 
     whole = buffer()
     steps = [whole.rows(step, 3)[0] for step in range(10)]
@@ -158,6 +159,18 @@ def test_what_a_step_gets_depends_on_seed_stage_and_step_alone():
     assert torch.equal(vector(model), now) and not torch.equal(now, start)
     assert len({tuple(row["input_ids"]) for rows in steps for row in rows}) == 30
     assert buffer("1/2/x").rows(0, 3)[0] != steps[0]
+
+
+def test_what_is_drawn_is_told_token_by_token():
+    model, told = tiny_model(), []
+
+    @contextmanager
+    def bar(title):
+        yield lambda done, total: told.append((title, done, total))
+
+    request = Request.of(tiny_tokenizer(), 128, options=SampleOptions(length=5))
+    SampleBuffer(request, LiveStates(model, -1), "1", count=2, steps=2, hidden=False, bar=bar).rows(0, 2)
+    assert told == [("the model writes samples of itself", done, 5) for done in (0, 1, 2, 3, 5)]
 
 
 def test_processes_share_the_samples_that_one_would_have(monkeypatch):

@@ -124,7 +124,7 @@ def test_a_stage_ends_with_what_each_score_was_and_is(copy: Path, place: Path):
 @pytest.mark.parametrize(
     ("sampler", "said"),
     [
-        ("holdfast.runner.learn.settings.sample", "stopped while the model wrote samples of itself"),
+        ("holdfast.runner.learn.settings.sample", "stopped in 'the model writes samples of itself' after 0 of "),
         ("holdfast.rehearsal.buffer.sample", "stopped in stage 1/1 red before step 1"),
     ],
 )

@@ -77,7 +77,7 @@ def test_it_estimates_the_divergence_over_all_responses(tmp_path, monkeypatch):
     monkeypatch.setattr(type(setup.encoder), "stop_ids", [2])
     [task] = [task for task in setup.stream.tasks if task.name == "red"]
     task.test[:] = (task.test * 4000)[:4000]
-    drawn = shift.draw(setup, PlannedStage(1, "red", (task,), 1), before)
+    drawn = shift.draw(setup, PlannedStage(1, "red", (task,), 1), before, Progress(quiet=True))
     found = shift.measure(setup, drawn, after)
     exact = [divergence(before, after, prompt, 3, [2]) for prompt in prompts]
     expected = sum(kl for kl, _ in exact) / sum(tokens for _, tokens in exact)

@@ -49,3 +49,28 @@ def test_the_time_left_of_the_run_is_right_from_the_first_line_on(monkeypatch: p
         assert left == f"{seconds // 60}:{seconds % 60:02d} left"
         seconds += 4 * 20 + 30
         assert whole == f"run {seconds // 60}:{seconds % 60:02d} left"
+
+
+def test_work_within_a_piece_of_work_is_shown_in_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    output = io.StringIO()
+    with Progress(Console(file=output, width=120)).bar("red") as bar, bar.part("samples") as show:
+        for step in range(1, 61):
+            clock[0] += 1
+            show(step, 60)
+    said = output.getvalue().splitlines()
+    assert len(said) == 6 and said[0] == "red: samples  10/60  0:50 left" and said[-1] == "red: samples  60/60  done"
+
+
+def test_work_within_a_piece_of_work_has_a_bar_of_its_own_in_a_terminal() -> None:
+    shown = Progress(Console(file=io.StringIO(), force_terminal=True, width=80))
+    with shown.bar("red") as bar:
+        assert bar._bars is not None
+        with bar.part("samples") as show:
+            show(1, 2)
+            assert [(task.description, task.completed, task.total) for task in bar._bars.tasks] == [
+                ("red", 0, None),
+                ("red: samples", 1, 2),
+            ]
+        assert [task.description for task in bar._bars.tasks] == ["red"]

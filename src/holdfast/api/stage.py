@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from holdfast.api.rows import Batch, TokenRow, count_supervised
 from holdfast.api.task import Example
 from holdfast.engines.process import Process
 from holdfast.system.device import to_float64
+from holdfast.system.progress import Show, silent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,6 +53,7 @@ class Stage:
         dev: the task's dev split, on which nothing is trained; empty where there is none or no method asks for it.
         check_stop: for long work to call now and then: it raises Interrupted if the run was asked to stop and no step
             would be lost.
+        show: for long work: shows what it is called and how far it is; use :meth:`bar`.
         encode: makes rows of examples as those of the task were made, with their pictures; None where nobody knows how.
     """
 
@@ -67,7 +70,24 @@ class Stage:
     steps: int | None = None
     dev: Sequence[TokenRow] = ()
     check_stop: Callable[[], None] = field(default_factory=lambda: _go_on)
+    show: Show = field(default_factory=lambda: silent)
     encode: Encode | None = None
+
+    @contextmanager
+    def bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Show some long work while it lasts, and stop it where the run was asked to: see ``check_stop``.
+
+        Yields:
+            a function to call now and then with the steps done and all steps.
+        """
+        self.check_stop()
+        with self.show(title) as show:
+
+            def on_step(done: int, total: int) -> None:
+                self.check_stop()
+                show(done, total)
+
+            yield on_step
 
     def random(self, purpose: str) -> Random:
         """A generator of random choices that depends on seed, stage and purpose alone."""

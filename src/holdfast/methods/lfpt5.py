@@ -170,18 +170,19 @@ class LFPT5(Method):
 
     def _write(self, stage: Stage, number: int, task: str, length: int) -> None:
         """Generate pseudo samples of a past task into the memory."""
-        stage.check_stop()
         writing, options = self.writings[number], self.options
         longest = length + writing.extra
-        rows = write_samples(
-            stage.model,
-            writing,
-            options.samples,
-            length=min(longest, self.room or longest),
-            batch_size=stage.micro_batch_size,
-            top_k=options.top_k,
-            seed=stage.random(f"lfpt5/{number}").getrandbits(63),
-        )
+        with stage.bar(f"pseudo samples of {task} are written") as on_batch:
+            rows = write_samples(
+                stage.model,
+                writing,
+                options.samples,
+                length=min(longest, self.room or longest),
+                batch_size=stage.micro_batch_size,
+                top_k=options.top_k,
+                seed=stage.random(f"lfpt5/{number}").getrandbits(63),
+                on_batch=on_batch,
+            )
         log = logger.info if rows else logger.warning
         log("lfpt5: %d of %d pseudo samples of task %s are whole rows", len(rows), options.samples, task)
         self.memory.add(number, rows, stage.random(f"lfpt5/{number}/order"))

@@ -304,7 +304,7 @@ class Rehearsal(Method):
         hidden = options.loss == "kl" and drawn_states_are_exact(request, stage)
         seed = f"{stage.seed}/{stage.index}/{self.name}"
         count = self._count(stage.rows_a_step)
-        self.buffer = SampleBuffer(request, before, seed, count, options.buffer, hidden, stage.check_stop)
+        self.buffer = SampleBuffer(request, before, seed, count, options.buffer, hidden, stage.bar)
         if options.loss != "ce" and options.weight:
             self.teacher = HiddenTeacher(options, self.buffer.states if hidden else before, before.head())
 

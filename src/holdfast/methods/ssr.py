@@ -146,7 +146,6 @@ class SSR(Method):
 
     def _synthesise(self, stage: Stage, task: int) -> None:
         """Write new rows of the task whose rows are stored, and store them instead."""
-        stage.check_stop()
         options, process, room = self.options, Process.this(), context(stage.model)
         encoder = Encoder(stage.tokenizer, max_length=LONG)
         form = Form.of(self.pool.rows, encoder, (options.input, options.output))
@@ -159,15 +158,16 @@ class SSR(Method):
             points, seed = normalize(queries).double().numpy(), stage.random(f"{self.name}/clusters").getrandbits(32)
             chosen = nearest_to_centres(points, options.samples, options.clusters, seed)
             prompts = process.broadcast([prompts[number] for number in chosen])
-            answers = generate(
-                stage.model,
-                prompts,
-                max_new_tokens=self.longest + 1,
-                batch_size=stage.micro_batch_size,
-                eos_token_ids=encoder.stop_ids,
-                pad_token_id=0,
-                on_batch=lambda done, of: stage.check_stop(),
-            )
+            with stage.bar(f"{self.name}: inputs are answered") as on_batch:
+                answers = generate(
+                    stage.model,
+                    prompts,
+                    max_new_tokens=self.longest + 1,
+                    batch_size=stage.micro_batch_size,
+                    eos_token_ids=encoder.stop_ids,
+                    pad_token_id=0,
+                    on_batch=on_batch,
+                )
             pairs = zip(prompts, answers, strict=True)
             ends = len(form.end)
             found = [form.row(prompt, answer) for prompt, answer in pairs if len(answer) + ends <= self.longest]
@@ -187,9 +187,10 @@ class SSR(Method):
         requests = [
             self._request(form, chance, length, room) for _ in range(math.ceil(options.candidates * options.samples))
         ]
-        with borrowed(stage.model) as theta:
+        with borrowed(stage.model) as theta, stage.bar(f"{self.name}: inputs are written") as on_batch:
             theta.copy_(self.first)
             for start in range(0, len(requests), size):
+                on_batch(start, len(requests))
                 part = requests[start : start + size]
                 tokens += sample(
                     stage.model,

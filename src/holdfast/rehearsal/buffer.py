@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -14,9 +16,11 @@ from holdfast.engines.process import Process
 from holdfast.models.sampling import sample
 from holdfast.rehearsal.request import OwnSample, Prompts, Request
 from holdfast.rehearsal.teacher import LiveStates, padded
+from holdfast.system.progress import Show
 
 HELD_OUT = 64
 PROBE = 8  # tokens
+WRITES = "the model writes samples of itself"
 
 
 class SampleBuffer:
@@ -31,7 +35,7 @@ class SampleBuffer:
         steps: of a round.
         hidden: whether to keep the hidden states that the samples were drawn from, as the teacher's: count * steps *
             length * hidden numbers in the model's data type.
-        check_stop: of the stage.
+        bar: of the stage.
     """
 
     def __init__(
@@ -42,10 +46,10 @@ class SampleBuffer:
         count: int,
         steps: int,
         hidden: bool,
-        check_stop: Callable[[], None],
+        bar: Show,
     ):
         self.request, self.before, self.seed = request, before, seed
-        self._sampler = partial(sample, before.model, on_token=check_stop)
+        self._bar = bar
         self.count, self.steps, self.hidden = count, steps, hidden
         self._round = -1
         self._samples: dict[int, OwnSample] = {}
@@ -74,8 +78,8 @@ class SampleBuffer:
         steps = range(number * self.steps, (number + 1) * self.steps)
         numbers = [i for step in steps for i in self._numbers(step)]
         self._samples = {}
-        with self.before.in_place():
-            samples = self.request.write(self._sampler, self.seed, numbers, self.hidden)
+        with self.before.in_place(), self._bar(WRITES) as on_step:
+            samples = _written(self.request, self.before.model, self.seed, numbers, on_step, self.hidden)
         self._samples = dict(zip(numbers, samples, strict=True))
         self._round = number
 
@@ -86,9 +90,28 @@ class SampleBuffer:
 
 def held_out(request: Request | Prompts, stage: Stage) -> list[TokenRow]:
     """Samples of the model as it is now, which are never rehearsed."""
-    draw = partial(sample, stage.model, on_token=stage.check_stop)
-    samples = request.write(draw, f"{stage.seed}/held out", range(HELD_OUT))
+    with stage.bar(WRITES) as on_step:
+        samples = _written(request, stage.model, f"{stage.seed}/held out", range(HELD_OUT), on_step)
     return [drawn.row for drawn in samples]
+
+
+def _written(
+    request: Request | Prompts,
+    model: Any,
+    seed: str,
+    numbers: Sequence[int],
+    on_step: Callable[[int, int], None],
+    hidden: bool = False,
+) -> list[OwnSample]:
+    """Samples that are drawn together, token by token; ``on_step`` is told of how many."""
+    tokens = itertools.count()
+
+    def on_token() -> None:
+        on_step(min(next(tokens), request.length), request.length)
+
+    samples = request.write(partial(sample, model, on_token=on_token), seed, numbers, hidden)
+    on_step(request.length, request.length)
+    return samples
 
 
 def drawn_states_are_exact(request: Request | Prompts, stage: Stage) -> bool:

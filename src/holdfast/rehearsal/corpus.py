@@ -150,11 +150,38 @@ def write_corpus(
                     "needs longer samples, a higher temperature, or another model"
                 )
             if interrupt.requested:
-                raise Interrupted(f"{out}: stopped after {tally.tokens} of {tokens} tokens")
+                raise Interrupted(f"{out}: stopped after {tally.tokens} of {tokens} tokens, which are saved")
         files = {path.name: _facts(path) for path in sorted(out.glob("shard-*.jsonl"))}
         write_json(out / MANIFEST, {"settings": settings} | tally.counts() | {"files": files})
         (out / SETTINGS).unlink()
         return read_manifest(out)
+
+
+class Drawing:
+    """How far a corpus is while its shards are drawn, token by token.
+
+    A sample is taken to be as long as can be; where it ends before, more shards are drawn than it seemed.
+
+    Args:
+        tokens, batch_size, on_progress: as of :func:`write_corpus`.
+    """
+
+    def __init__(self, request: Request, tokens: int, batch_size: int, on_progress: Callable[[int, int], None]):
+        self._length, self._shard = request.length, batch_size * request.length
+        self._tokens, self._on_progress = tokens, on_progress
+        self._before = self._steps = 0
+
+    def on_token(self) -> None:
+        """To be called before each token of the samples that are drawn together."""
+        whole = min(self._shard, self._tokens - self._before)
+        share = min(self._steps, self._length - 1) / self._length
+        self._steps += 1
+        self._on_progress(self._before + int(whole * share), self._tokens)
+
+    def on_shard(self, done: int, total: int) -> None:
+        """The ``on_progress`` of :func:`write_corpus`."""
+        self._before, self._steps = done, 0
+        self._on_progress(done, total)
 
 
 def _lines(numbers: Sequence[int], samples: Sequence[OwnSample]) -> list[dict[str, Any]]:

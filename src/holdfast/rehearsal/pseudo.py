@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -105,6 +105,7 @@ def write_samples(
     batch_size: int,
     top_k: int,
     seed: int,
+    on_batch: Callable[[int, int], None],
 ) -> list[dict[str, list[int]]]:
     """Pseudo samples of a task, each token sampled from the ``top_k`` likeliest ones.
 
@@ -114,6 +115,7 @@ def write_samples(
         length: tokens of a generated row at most.
         batch_size: samples generated together.
         seed: of the choices; no other random state is read or changed.
+        on_batch: called before every batch with (samples so far, all samples); it may raise to stop.
 
     Returns:
         rows of the task: ``input_ids`` and ``labels``, -100 before the answer.
@@ -121,6 +123,7 @@ def write_samples(
     chance = torch.Generator().manual_seed(seed)
     samples: list[dict[str, list[int]]] = []
     for start in range(0, TRIES * count, batch_size):
+        on_batch(len(samples), count)
         tries = min(batch_size, TRIES * count - start)
         rows = map(writing.read, _sample(model, writing, tries, length, top_k, chance))
         samples += [row for row in rows if row is not None]

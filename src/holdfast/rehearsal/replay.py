@@ -18,7 +18,7 @@ from holdfast.models.sampling import Sampler, sample
 from holdfast.models.seq2seq import TASK_TYPES
 from holdfast.models.vllm_engine import ADAPTER, vllm_engine
 from holdfast.models.weights import check_weights, load_language_model, whole_adapter
-from holdfast.rehearsal.corpus import write_corpus
+from holdfast.rehearsal.corpus import Drawing, write_corpus
 from holdfast.rehearsal.request import PLAIN, Request, SampleOptions
 from holdfast.system.device import device_type
 from holdfast.system.files import read_json
@@ -81,6 +81,9 @@ def replay(
         request = Request.of(tokenizer, context(loaded), begin_token(loaded), options)
         fingerprint = model_fingerprint(loaded)
         draw = partial(sample, loaded)
+        if on_progress is not None:
+            drawing = Drawing(request, tokens, batch_size, on_progress)
+            draw, on_progress = partial(draw, on_token=drawing.on_token), drawing.on_shard
     return write_corpus(
         draw,
         request,

@@ -264,7 +264,7 @@ class RunLoop:
             return shift.Drawn(**read_json(folder / DRAWN))
         if checkpoint_to_continue(folder / "checkpoint")[0] is not None:
             return None
-        drawn = shift.draw(self.setup, stage, self.model)
+        drawn = shift.draw(self.setup, stage, self.model, self.progress)
         if drawn is not None and self.config.evaluation.responses == "texts" and self.directory.process.main:
             write_json(folder / DRAWN, asdict(drawn))
         return drawn

@@ -23,6 +23,7 @@ from holdfast.models.seq2seq import answered_row, start_of
 from holdfast.records.shift import Shift
 from holdfast.runner.plan import PlannedStage
 from holdfast.runner.setup import Setup
+from holdfast.system.progress import Progress
 
 LENGTH = 32
 """Tokens of a response at most."""
@@ -43,7 +44,7 @@ class Drawn:
     nats: list[float]
 
 
-def draw(setup: Setup, stage: PlannedStage, model: Any) -> Drawn | None:
+def draw(setup: Setup, stage: PlannedStage, model: Any, progress: Progress) -> Drawn | None:
     """Let the model answer prompts of a stage's test rows, before it is trained.
 
     Returns:
@@ -59,20 +60,22 @@ def draw(setup: Setup, stage: PlannedStage, model: Any) -> Drawn | None:
     tokenizer, size = setup.encoder.tokenizer, setup.config.evaluation.batch_size
     seed = f"{setup.config.seed}/{stage.index}/shift"
     rows, nats = [], []
-    for start in range(0, len(prompts), size):
-        part = prompts[start : start + size]
-        samples = sample(
-            model,
-            part,
-            max_new_tokens=length,
-            seed=seed,
-            numbers=range(start, start + len(part)),
-            stop_token_ids=setup.encoder.stop_ids,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for prompt, tokens in zip(part, samples.tokens, strict=True):
-            rows.append(answered_row(prompt, tokens, start_of(model)))
-        nats += [-log_prob for log_prob in samples.log_probs]
+    with progress.bar(f"stage {stage.index} ({stage.name}): the model answers as it is before it") as bar:
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
+            samples = sample(
+                model,
+                part,
+                max_new_tokens=length,
+                seed=seed,
+                numbers=range(start, start + len(part)),
+                stop_token_ids=setup.encoder.stop_ids,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            for prompt, tokens in zip(part, samples.tokens, strict=True):
+                rows.append(answered_row(prompt, tokens, start_of(model)))
+            nats += [-log_prob for log_prob in samples.log_probs]
+            bar.update(len(rows), total=len(prompts))
     return Drawn(rows, nats)
 
 

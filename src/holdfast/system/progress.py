@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
 SECONDS_BETWEEN_LINES = 2.0
+SECONDS_BETWEEN_PARTS = 10.0  # lines about work within a piece of work
 SECONDS_BETWEEN_COUNTS = 30.0  # if the total is not known
 
 
@@ -38,8 +39,8 @@ class Later:
 class Bar:
     """The progress of one piece of work."""
 
-    def __init__(self, progress: Progress, title: str, bars: Bars | None):
-        self._progress, self._title, self._bars = progress, title, bars
+    def __init__(self, progress: Progress, title: str, bars: Bars | None, between: float = SECONDS_BETWEEN_LINES):
+        self._progress, self._title, self._bars, self._between = progress, title, bars, between
         self._task = bars.add_task(title, total=None, note="") if bars is not None else None
         self._printed = time.monotonic()
         self._tenth = 0
@@ -68,11 +69,21 @@ class Bar:
             return
         tenth = 10 * done // total
         known = pace is not None or done >= total  # a line says how long it still takes
-        if known and tenth > self._tenth and now - self._printed >= SECONDS_BETWEEN_LINES:
+        if known and tenth > self._tenth and now - self._printed >= self._between:
             self._tenth, self._printed = tenth, now
             left = "" if pace is None else f"{clock(pace * (total - done))} left"
             parts = (self._title, f"{done}/{total}", note, "done" if done >= total else left, whole)
             self._progress.line("  ".join(part for part in parts if part))
+
+    @contextlib.contextmanager
+    def part(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Show some work within this one while it lasts; gives a function to call with the steps done and all steps."""
+        part = Bar(self._progress, f"{self._title}: {title}", self._bars, SECONDS_BETWEEN_PARTS)
+        try:
+            yield lambda done, total: part.update(done, total=total)
+        finally:
+            if part._bars is not None and part._task is not None:
+                part._bars.remove_task(part._task)
 
     def _pace(self, now: float, done: int) -> float | None:
         """Seconds a step since the first update, of which nobody knows how many steps it stands for."""
@@ -115,3 +126,12 @@ def clock(seconds: float) -> str:
 
 
 OnBatch = Callable[[int, int], None] | None
+
+Show = Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None]]]
+"""Shows work of a title while it lasts; gives a function to call with the steps done and all steps."""
+
+
+@contextlib.contextmanager
+def silent(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A :data:`Show` that shows nothing."""
+    yield lambda done, total: None

@@ -20,6 +20,7 @@ from holdfast.engines import zero
 from holdfast.engines.process import Process
 from holdfast.engines.vectors import average_replicated, gradients, momentum, weights
 from holdfast.errors import NonFiniteLossError
+from holdfast.system.progress import Show, silent
 from holdfast.training.batches import is_token_batch, list_row_numbers
 from holdfast.training.cost import Cost
 from holdfast.training.extra_rows import OWN, ExtraRows
@@ -68,7 +69,7 @@ class ContinualState:
         has_trained: whether ``train()`` was called before.
         overflow_is_skipped: whether fp16 leaves out a step whose gradients are not finite, and training goes on.
         interrupted: set while training runs, to say that it stops before the stage is done.
-        check_stop: of the stage.
+        check_stop, show: of the stage.
         cost: of the stage.
         terms: of the loss, since the last line of the log.
         stage: the one that is being trained; None between stages.
@@ -96,6 +97,7 @@ class ContinualState:
     overflow_is_skipped: Callable[[], bool] = bool
     interrupted: bool = False
     check_stop: Callable[[], None] = lambda: None
+    show: Show = silent
     cost: Cost = field(default_factory=Cost)
     terms: Terms = field(default_factory=Terms)
     stage: Stage | None = None

@@ -39,12 +39,12 @@ from holdfast.training.engine_mixin import (
 )
 from holdfast.training.extra_rows import ExtraRows, Passed, collate_tokens
 from holdfast.training.frozen_adapters import frozen_stays, reference_of_this_stage
-from holdfast.training.generations import generations_of
 from holdfast.training.method_state import load_states
 from holdfast.training.pitfalls import check_pitfalls, tell_of_first_loss, watched
 from holdfast.training.requirements import check_batches, check_learns_stages, check_methods, check_trainable
 from holdfast.training.seq2seq import as_rows, take_seq2seq, to_pass
 from holdfast.training.state import ContinualState, RunContext
+from holdfast.training.steps import planned_steps
 from holdfast.training.supervised_pass import may_gather, task_pass
 from holdfast.training.terms import Terms
 
@@ -311,9 +311,10 @@ def _stage(trainer: Any) -> Stage:
         folder=run.folder or Path(args.output_dir, "rehearsal"),
         tokenizer=run.tokenizer or trainer.processing_class,
         rows_a_step=rows_a_step,
-        steps=_steps(trainer, rows_a_step),
+        steps=planned_steps(trainer, rows_a_step),
         dev=run.dev if run.dev is not None else _dev_rows(trainer, collator),
         check_stop=state.check_stop,
+        show=state.show,
         encode=run.encode,
     )
 
@@ -331,18 +332,6 @@ def _first_batch(trainer: Any) -> Any:
         return None
     with torch.random.fork_rng(devices=[]):  # a collator may draw random numbers
         return _collator(trainer)([dataset[0]])
-
-
-def _steps(trainer: Any, rows_a_step: int) -> int | None:
-    """Optimizer steps of a stage; None where the dataset does not say how long it is."""
-    if trainer.args.max_steps > 0:
-        return int(trainer.args.max_steps)
-    if not has_length(trainer.train_dataset):
-        return None
-    steps = math.ceil(len(trainer.train_dataset) / rows_a_step)
-    if (written := generations_of(trainer)) is not None:
-        steps = math.ceil(written.batches / trainer.args.gradient_accumulation_steps)
-    return math.ceil(trainer.args.num_train_epochs * steps)
 
 
 def _loss_scale(trainer: Any) -> float:

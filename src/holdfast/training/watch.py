@@ -96,13 +96,15 @@ class Watch(TrainerCallback):
         if checkpoint:
             self.progress.line(f"{self.title}: continues from step {start}")
         with self.progress.bar(self.title) as self._bar:
+            trainer._holdfast.show = self._bar.part
             trainer.add_callback(self)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
         if trainer.interrupted:
             self.process.wait()  # until rank 0 has written the checkpoint: launchers kill all ranks once one has left
             steps = self.steps(trainer.state.max_steps)
-            raise Interrupted(f"stopped in {self.title} after step {step}" + (f" of {steps}" if steps else ""))
+            of = f" of {steps}" if steps else ""
+            raise Interrupted(f"stopped in {self.title} after step {step}{of}; all of it is saved")
         return step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

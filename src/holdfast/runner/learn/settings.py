@@ -24,7 +24,7 @@ from holdfast.models.precision import counted
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import sample
 from holdfast.models.sight import load_sight
-from holdfast.rehearsal.corpus import MANIFEST, write_corpus
+from holdfast.rehearsal.corpus import MANIFEST, Drawing, write_corpus
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.runner.load import load_pretrained
 from holdfast.runner.quiz import askable
@@ -203,7 +203,17 @@ def write_own_samples(
     model = load_pretrained(config, tuner)
     tokenizer = load_tokenizer(config.model)
     request = Request.of(tokenizer, context(model), begin_token(model), SampleOptions(**own))
-    draw = partial(sample, model, on_token=lambda: interrupt.check("while the model wrote samples of itself"))
-    write_corpus(draw, request, folder, tokenizer, tokens=tokens, batch_size=OWN_SAMPLES, seed=config.seed)
+    with interrupt.bar(progress, "the model writes samples of itself") as on_progress:
+        drawing = Drawing(request, tokens, OWN_SAMPLES, on_progress)
+        write_corpus(
+            partial(sample, model, on_token=drawing.on_token),
+            request,
+            folder,
+            tokenizer,
+            tokens=tokens,
+            batch_size=OWN_SAMPLES,
+            seed=config.seed,
+            on_progress=drawing.on_shard,
+        )
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
     note(path, folder, folder_facts(folder, files))
