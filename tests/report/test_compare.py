@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -212,6 +213,7 @@ def test_a_run_that_trains_nothing_has_no_budget(tmp_path):
         for file in sorted(folder.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
         folder.rmdir()
+    (frozen / "events.jsonl").unlink()
     assert differences(read_runs([frozen, make_run(tmp_path / "replay", "replay")])) == []
 
 
@@ -312,3 +314,19 @@ def test_the_terminals_table_loses_no_column(tmp_path, width):
     for name in (*("sequential", "replay", "ewc", "average", "forgetting", "change", "min"), "memory,", "minutes"):
         assert re.search(rf"(?<!\S){re.escape(name)}(?!\S)", text), name
     assert text.count("3.2") == 2 * len(paths)
+
+
+def test_intervals_are_explained_where_there_are_some_and_as_they_are_written(tmp_path: Path) -> None:
+    """± stands in Markdown and LaTeX alone; a terminal and a page have the ends of an interval below the value."""
+    runs = [make_run(tmp_path / method, method, rows=1) for method in ("sequential", "replay")]
+    shown = compare(read_runs(runs))
+    assert shown.rows[0]["intervals"]["average"] and "95 % intervals: over test" in " ".join(notes(shown))
+    assert "±" not in " ".join(notes(shown)) and "(after ±, half of one)" in as_markdown(shown)
+    for run in runs:
+        shutil.rmtree(run / "stages")
+        matrix = read_json(run / "matrix.json")
+        write_json(run / "matrix.json", matrix | {"intervals": dict.fromkeys(matrix["intervals"])})
+    none = compare(read_runs(runs))
+    assert "95 % interval" not in " ".join(notes(none)) and "±" not in as_markdown(none)
+    write_report(runs, tmp_path / "compare.html")
+    assert "95 % interval" not in (tmp_path / "compare.html").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from holdfast.report.headline import comparison_headline, run_headline
 from holdfast.report.html import render, score_cells
 from holdfast.report.packed import pack_text
 from holdfast.report.rows import Brief, RowList
-from holdfast.report.tables import interval_notes
+from holdfast.report.tables import has_intervals, interval_notes
 from holdfast.report.text import NOT_MEASURED
 from holdfast.report.verdict import HEAD, decisions
 from holdfast.system.files import json_text
@@ -92,6 +92,7 @@ class Page:
             "paired": any(row["difference"] for row in rows),
             "different": found.different,
             "notes": interval_notes(found),
+            "has_intervals": any(has_intervals(row, found) for row in rows),
             "headline": comparison_headline(found, len(runs[0].tasks), {*runs[0].matrix["metrics"].values()}),
             "pictures": comparison_pictures(rows, found.lower),
             "general": list(dict.fromkeys(name for row in rows for name in row["general"])),

@@ -16,13 +16,17 @@ MISSING = "–"
 ONE_SEED = "over test examples alone, which says nothing of training noise; another seed may differ by more"
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """What a reader of the table must know."""
+def notes(comparison: Comparison, *, plus_minus: bool = False) -> list[str]:
+    """What a reader of the table must know.
+
+    Args:
+        plus_minus: whether intervals are written as ±; else their ends stand below the values.
+    """
     rows = comparison.rows
     lines = [f"NOT COMPARABLE, so that nobody is ranked or best: {line}." for line in comparison.different]
     if "dev" in (row["split"] for row in rows):
         lines.append("Measured on dev splits, on which settings are chosen; not what a paper reports.")
-    lines += interval_notes(comparison)
+    lines += interval_notes(comparison, plus_minus=plus_minus)
     for row in rows:
         if row["unfinished"]:
             lines.append(f"NOT FINISHED: {row['run']}; its figures are null, or of the stages that are done.")
@@ -38,18 +42,24 @@ def notes(comparison: Comparison) -> list[str]:
     return lines
 
 
-def interval_notes(comparison: Comparison) -> list[str]:
-    """What the intervals and p-values speak of: seeds or test examples alone."""
+def interval_notes(comparison: Comparison, *, plus_minus: bool = False) -> list[str]:
+    """What the intervals and p-values speak of, as far as there are any: seeds or test examples alone."""
+    intervals = "95 % intervals (after ±, half of one)" if plus_minus else "95 % intervals"
+    counted = {len(row["seeds"]) for row in comparison.rows if has_intervals(row, comparison)}
     lines = []
-    counts = {len(row["seeds"]) for row in comparison.rows}
-    if max(counts) > 1:
-        lines.append(
-            "Means over seeds; 95 % intervals (after ±, half of one): Student's t, over seeds and test examples."
-        )
-    if 1 in counts:
-        which = "Intervals of one seed" if max(counts) > 1 else "95 % intervals (after ±, half of one)"
-        lines.append(f"{which}: {ONE_SEED}.")
+    if max(counted, default=1) > 1:
+        lines.append(f"Means over seeds; {intervals}: Student's t, over seeds and test examples.")
+    elif any(len(row["seeds"]) > 1 for row in comparison.rows):
+        lines.append("Means over seeds.")
+    if 1 in counted:
+        lines.append(f"{'Intervals of one seed' if max(counted) > 1 else intervals}: {ONE_SEED}.")
     return lines + _difference_notes(comparison)
+
+
+def has_intervals(row: dict[str, Any], comparison: Comparison) -> bool:
+    """Whether a row shows an interval, of a figure or of its difference to the baseline."""
+    shown = [figure.key for figure in comparison.figures if row[figure.key] is not None]
+    return any(row["intervals"].get(key) for key in shown) or bool((row["difference"] or {}).get("interval"))
 
 
 def _difference_notes(comparison: Comparison) -> list[str]:
@@ -83,13 +93,13 @@ def as_markdown(comparison: Comparison) -> str:
     head, body = _cells(comparison, in_markdown, bold=lambda text: f"**{text}**", plus_minus=" ± ")
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([table, *(in_markdown(note) for note in notes(comparison))]) + "\n"
+    return "\n\n".join([table, *(in_markdown(note) for note in notes(comparison, plus_minus=True))]) + "\n"
 
 
 def as_latex(comparison: Comparison) -> str:
     """A tabular of LaTeX (package booktabs), the best of a column in bold, and notes as comments."""
     head, body = _cells(comparison, _latex, bold=lambda text: rf"\textbf{{{text}}}", plus_minus=r" $\pm$ ")
-    lines = [f"% {' '.join(printable(note).splitlines())}" for note in notes(comparison)]
+    lines = [f"% {' '.join(printable(note).splitlines())}" for note in notes(comparison, plus_minus=True)]
     lines += [rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
     lines += [" & ".join(line).replace("−", "$-$").replace(MISSING, "--") + r" \\" for line in body]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
