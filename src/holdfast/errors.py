@@ -57,7 +57,7 @@ class MethodError(RuntimeError):
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no failure: the run was asked to stop and has saved its state
-    """SIGINT or SIGTERM asked the run to stop; everything up to here is saved."""
+    """SIGINT or SIGTERM asked the run to stop; the message says what is saved."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

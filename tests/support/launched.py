@@ -39,7 +39,7 @@ def stand_in() -> None:
                     (folder / f"ready-{RANK}").touch()
                     while not interrupt.requested:
                         time.sleep(0.01)
-                raise Interrupted("stopped in a test")
+                raise Interrupted("stopped in a test; all of it is saved")
     if what:
         time.sleep(600)
 

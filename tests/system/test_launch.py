@@ -99,8 +99,8 @@ def test_a_signal_reaches_all_and_each_saves(tmp_path, number):
     while len(list((tmp_path / "run").glob("ready-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    code, [line] = ended(process)
-    assert code == 1
+    code, [*heard, line] = ended(process)
+    assert code == 1 and any("a second Ctrl-C ends it at once" in said for said in heard) == (number == signal.SIGINT)
     assert re.fullmatch(r"holdfast: stopped in a test; all of it is saved\. Continue with: .* --processes 2", line)
 
 

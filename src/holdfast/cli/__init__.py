@@ -113,7 +113,7 @@ def main() -> None:
     except Interrupted as stopped:
         if not _tell_launcher(stopped):
             command = hide_logins(shlex.join(["holdfast", *sys.argv[1:]]))
-            say(f"holdfast: {stopped}; all of it is saved. Continue with: {command}", file=sys.stderr)
+            say(f"holdfast: {stopped}. Continue with: {command}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in OF_PATHS and error.filename is not None:

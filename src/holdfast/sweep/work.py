@@ -100,7 +100,7 @@ def work_off(runs: Sequence[PlannedRun], workers: Workers, progress: Progress) -
                 workers.stop()
     if stopping:
         done = sum(end.state in ("done", "skipped") for end in ended.values())
-        raise Interrupted(f"stopped with {done} of {len(runs)} runs done")
+        raise Interrupted(f"stopped with {done} of {len(runs)} runs done; the others go on from their checkpoints")
     return [ended[run.name] for run in runs]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,8 @@ from typing import Any
 
 from holdfast.errors import Interrupted
 from holdfast.system.progress import Progress
+
+HEARD = "\nholdfast: stops as soon as it can save; a second Ctrl-C ends it at once, without saving\n"
 
 
 class Interrupt:
@@ -33,9 +37,9 @@ class Interrupt:
                 signal.signal(number, handler)
 
     def check(self, what: str) -> None:
-        """Raise Interrupted if a signal came: ``what`` is stopped."""
+        """Raise Interrupted if a signal came: ``what`` is stopped, whose work so far may be done again."""
         if self.requested:
-            raise Interrupted(f"stopped {what}")
+            raise Interrupted(f"stopped {what}; all before that is saved")
 
     @contextmanager
     def bar(self, progress: Progress, title: str) -> Iterator[Callable[[int, int], None]]:
@@ -56,8 +60,14 @@ class Interrupt:
             yield on_batch
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        before = self._hear(number)
+        if number == signal.SIGINT and before != signal.SIG_IGN:  # else Ctrl-C is for the process that began this one
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, HEARD.encode())  # no lock, as in any handler
+
+    def _hear(self, number: int) -> Any:
+        """Take a request, and let the next signal do what it did before all contexts, which is returned."""
         self.requested = True
         before = self._before[number]
         signal.signal(number, before)
-        if isinstance(outer := getattr(before, "__self__", None), Interrupt):
-            outer._request(number, frame)
+        outer = getattr(before, "__self__", None)
+        return outer._hear(number) if isinstance(outer, Interrupt) else before

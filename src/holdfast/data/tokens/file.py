@@ -230,7 +230,7 @@ def build_tokens(
             if on_progress:
                 on_progress(build.done.documents, build.done.tokens)
             if interrupt.requested:
-                raise Interrupted(f"{out}: stopped after {build.done.documents} documents")
+                raise Interrupted(f"{out}: stopped after {build.done.documents} documents, which are saved")
         return TokenFile(out, build.finish())
 
 
