@@ -220,7 +220,7 @@ def test_chat_with_a_plain_run_is_what_it_was_trained_on(finished: Path, server:
 def test_a_taken_port_and_an_unknown_engine_are_refused(finished: Path):
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
-        pytest.raises(ConfigError, match=r"--port: .* cannot be used"),
+        pytest.raises(ConfigError, match=r"--port: .* is taken by another program"),
     ):
         serving.serve(finished, port=taken.getsockname()[1], progress=QUIET)
     with pytest.raises(ConfigError, match=r"--engine: 'sglang' must be transformers or vllm"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -208,8 +209,10 @@ def test_the_server_answers_to_its_own_address_alone(held: Path):
     """A page of another site that a name server leads here (DNS rebinding) sends the name of that site."""
     with serving(Watched(held), 0) as address:
         port = address.rpartition(":")[2].rstrip("/")
-        assert ask(address, "/state", Host=f"localhost:{port}")[0].status == 200
-        for name in (f"holdfast.example:{port}", "127.0.0.1", f"127.0.0.1.example:{port}", ""):
+        for name in (f"localhost:{port}", "localhost:9000", "127.0.0.1:9000", "[::1]:9000", "localhost"):  # forwarded
+            assert ask(address, "/state", Host=name)[0].status == 200
+        others = (f"holdfast.example:{port}", f"127.0.0.1.example:{port}", "localhost:x", "localhost:9000@example", "")
+        for name in others:
             assert ask(address, "/state", Host=name)[0].status == 421
 
 
@@ -218,11 +221,19 @@ def test_what_cannot_be_watched_is_told(tmp_path: Path, run: Path, capsys: pytes
     with serving(Watched(run), 0) as address:
         port = address.rpartition(":")[2].rstrip("/")
         assert holdfast("watch", run, "--port", port, "--no-browser") == 2
-    assert f"--port: {port} cannot be used" in capsys.readouterr().err
+    assert f"--port: {port} is taken by another program" in capsys.readouterr().err
     record = read_json(run / "run.json")
     del record["tasks"]
     write_json(run / "run.json", record)
     assert holdfast("watch", run, "--no-browser") == 2 and "of the laboratory" in capsys.readouterr().err
+
+
+def test_a_port_of_the_administrator_is_told(run: Path, capsys: pytest.CaptureFixture[str]):
+    with mock.patch("socketserver.TCPServer.server_bind", side_effect=PermissionError(errno.EACCES, "denied")):
+        assert holdfast("watch", run, "--port", 80, "--no-browser") == 2
+    assert "--port: 80 is below 1024, where only an administrator may listen; give a higher port, such as 8080" in (
+        capsys.readouterr().err
+    )
 
 
 def test_control_c_ends_it_cleanly(run: Path):

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import hashlib
 import os
+import re
 import signal
 import socketserver
 import sys
@@ -18,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from holdfast.deploy.ports import no_port
 from holdfast.errors import ConfigError, RunDirectoryError, UserError
 from holdfast.records.pulse import Beat, Pulse
 from holdfast.report.live import live_page, live_state
@@ -28,6 +30,9 @@ HOST = "127.0.0.1"
 CONNECTIONS = 32  # at once; further ones are closed
 SECONDS = 10.0  # in which a connection must bring its request
 LINGER = 5.0  # seconds that a page has to read how its run ended
+OWN_NAMES = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.ASCII | re.IGNORECASE)
+"""What a request may call this server, at any port, since ports are forwarded: other names would let a page of another
+site read it (DNS rebinding)."""
 HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -127,11 +132,6 @@ class Server(ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
-    @property
-    def hosts(self) -> set[str]:
-        """What a request may call this server: other names would let a page of another site read it (DNS rebinding)."""
-        return {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
-
 
 class Handler(BaseHTTPRequestHandler):
     """Three addresses, to be read only."""
@@ -143,8 +143,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         watched, names = self.server.watched, self.headers.get_all("Host", [])
-        if len(names) != 1 or names[0] not in self.server.hosts:
-            self._answer(421, b"This server answers to its own address alone.\n", "text/plain")
+        if len(names) != 1 or not OWN_NAMES.fullmatch(names[0]):
+            self._answer(421, b"This page is for this machine alone: ask for localhost or 127.0.0.1.\n", "text/plain")
         elif self.path == "/":
             self._answer(200, watched.page(), "text/html")
         elif self.path == "/state":
@@ -185,14 +185,13 @@ def serving(watched: Watched, port: int) -> Iterator[str]:
     """Serve a run's live page, and give its address.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port cannot be used.
     """
     try:
         server = Server(watched, port)
     except OSError as error:
-        raise ConfigError(
-            f"--port: {port} cannot be used ({error.strerror}); choose another, or leave it out"
-        ) from None
+        why = no_port(port, error) or f"{port} cannot be used ({error.strerror}); give another port"
+        raise ConfigError(f"--port: {why}, or leave it out for any free one") from None
     thread = threading.Thread(target=server.serve_forever, name="holdfast watch", daemon=True)
     thread.start()
     try:
@@ -217,7 +216,7 @@ def watch(
 
     Raises:
         RunDirectoryError: there is no run, or it is one of the laboratory.
-        ConfigError: the port is taken.
+        ConfigError: the port cannot be used.
     """
     if not of_run and not (run / "run.json").is_file():
         raise RunDirectoryError(f"{run}: is no run's directory (it has no run.json)")
