@@ -512,3 +512,17 @@ def test_real_texts_and_alpaca_rows(tmp_path: Path) -> None:
         found = load(path=str(SHARED / "data/multiple_choice"), order=[name]).tasks[0]
         assert (len(found.train), len(found.test)) == (500, 300)
         assert found.train[0].answer.startswith("the correct answer is ")
+
+
+def test_many_rows_that_cannot_be_used_are_listed_beside_the_output(tmp_path: Path) -> None:
+    rows = [{"prompt": f"ask {number}", "answer": "" if number < 25 else "yes"} for number in range(30)]
+    (tmp_path / "task").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "task" / f"{split}.json").write_text(json.dumps(rows[25:] if split == "test" else rows))
+    config = StreamConfig(path=str(tmp_path / "task"))
+    with pytest.raises(DataError, match="and 5 more; all of them are in ") as raised:
+        load_stream(config, DataConfig(), output=tmp_path / "runs" / "first")
+    listed = tmp_path / "runs" / "first.bad-rows.txt"
+    assert str(raised.value).endswith(str(listed)) and len(listed.read_text().splitlines()) == 25
+    with pytest.raises(DataError, match=r"and 5 more$"):
+        load_stream(config, DataConfig())

@@ -150,13 +150,21 @@ def files_fingerprint(files: Iterable[Path]) -> str:
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
-def read_given(data: str, options: TaskConfig, settings: DataConfig, inherited: bool = False) -> Given:
+def read_given(
+    data: str,
+    options: TaskConfig,
+    settings: DataConfig,
+    inherited: bool = False,
+    output: Path | None = None,
+) -> Given:
     """Read and check all rows.
 
     Args:
         options: how rows are read, and the dataset's configuration; its name is what the task is called.
         settings: what is done with rows that cannot be used, and with reasoning.
         inherited: the mapping of columns was given with earlier data. If it does not fit, it is not applied.
+        output: the run's directory, beside which rows that cannot be used are listed where they are many; None: a
+            message alone tells of them.
 
     Raises:
         ConfigError: there are no such data, or an option does not suit them.
@@ -168,13 +176,13 @@ def read_given(data: str, options: TaskConfig, settings: DataConfig, inherited: 
             "`holdfast run` (stream.tasks)"
         )
     try:
-        return _read(data, options, settings)
+        return _read(data, options, settings, output)
     except ColumnsError as error:
         if not inherited:
             raise
         reason = error
     try:
-        given = _read(data, options.model_copy(update={"columns": {}}), settings)
+        given = _read(data, options.model_copy(update={"columns": {}}), settings, output)
     except DataError as error:
         raise DataError(
             f"{reason}\nThis mapping comes from an earlier call (learn.json), and without it: {error}\nGive these data "
@@ -188,7 +196,7 @@ def _mapping(columns: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name}: {meant or 'null'}" for name, meant in columns.items())
 
 
-def _read(data: str, options: TaskConfig, settings: DataConfig) -> Given:
+def _read(data: str, options: TaskConfig, settings: DataConfig, output: Path | None) -> Given:
     files = given_files(data)
     source = Source(options.name, options, draws=True)
     if files is None:
@@ -217,7 +225,7 @@ def _read(data: str, options: TaskConfig, settings: DataConfig) -> Given:
             + looked
         )
     if bad:
-        notes.append(f"{len(bad)} rows cannot be used and are left out:\n  {refuse_bad_rows(bad, settings)}")
+        notes.append(f"{len(bad)} rows cannot be used and are left out:\n  {refuse_bad_rows(bad, settings, output)}")
     if not any(rows.values()):
         raise DataError(f"{data}: no row is left to learn: {'; '.join(notes)}")
     changes: dict[str, Any] = {"format": format}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -19,18 +18,26 @@ from holdfast.data.files import SUFFIXES, in_file_order, stem, suffix, where
 from holdfast.data.layout import INNER, is_task
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import Source, StreamSource, check_scorable, load_task
+from holdfast.engines.process import Process
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import build
+from holdfast.system.files import write_text
 
 logger = logging.getLogger("holdfast")
 BAD_ROWS_TOLD = 20
 
 
-def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationConfig | None = None) -> Stream:
+def load_stream(
+    config: StreamConfig,
+    data: DataConfig,
+    evaluation: EvaluationConfig | None = None,
+    output: str | Path | None = None,
+) -> Stream:
     """Load the tasks of a stream, in order; relative paths start at the current directory.
 
     Args:
         evaluation: the split that is measured on, and what metrics need beyond their name.
+        output: as of :func:`refuse_bad_rows`.
 
     Raises:
         ConfigError: a name, an option, a path or a metric is unknown or lacks something; two tasks have one name.
@@ -44,7 +51,7 @@ def load_stream(config: StreamConfig, data: DataConfig, evaluation: EvaluationCo
     if evaluation.split == "dev":
         for task in stream.tasks:
             _measure_on_dev(task, data, bad)
-    judge_bad_rows(bad, stream, data)
+    judge_bad_rows(bad, stream, data, output)
     return complete(stream, data, evaluation)
 
 
@@ -187,30 +194,47 @@ def _folders(path: Path, config: StreamConfig) -> list[Source]:
     ]
 
 
-def judge_bad_rows(bad: list[str], stream: Stream, data: DataConfig) -> None:
+def judge_bad_rows(bad: list[str], stream: Stream, data: DataConfig, output: str | Path | None) -> None:
     """Stop for rows that cannot be used, all named at once, or say that they are left out."""
     if not bad:
         return
-    told = refuse_bad_rows(bad, data)
+    told = refuse_bad_rows(bad, data, output)
     for task in stream.tasks:
         if not task.train or not task.test:
             raise DataError(f"task {task.name!r}: no row of a split can be used:\n  {told}")
     logger.warning("%s cannot be used and are left out (data.on_bad_row: skip):\n  %s", _rows(len(bad)), told)
 
 
-def refuse_bad_rows(bad: list[str], data: DataConfig) -> str:
-    """Raise DataError for rows that cannot be used, or, where ``data.on_bad_row`` is "skip", return their list."""
+def refuse_bad_rows(bad: list[str], data: DataConfig, output: str | Path | None = None) -> str:
+    """Raise DataError for rows that cannot be used, or, where ``data.on_bad_row`` is "skip", return their list.
+
+    Args:
+        output: the run's directory, beside which a file lists them where they are too many for a message; None: the
+            message alone tells of them.
+    """
     bad = in_file_order(bad)
     told = "\n  ".join(bad[:BAD_ROWS_TOLD])
     if len(bad) > BAD_ROWS_TOLD:
-        with tempfile.NamedTemporaryFile("w", prefix="holdfast-bad-rows-", suffix=".txt", delete=False) as file:
-            file.write("\n".join(bad) + "\n")
-        told += f"\n  and {len(bad) - BAD_ROWS_TOLD} more; all of them are in {file.name}"
+        told += f"\n  and {len(bad) - BAD_ROWS_TOLD} more{_listed_beside(output, bad)}"
     if data.on_bad_row == "stop":
         if len(bad) == 1:
             raise DataError(bad[0])
         raise DataError(f"{_rows(len(bad))} cannot be used (data.on_bad_row: skip leaves them out):\n  {told}")
     return told
+
+
+def _listed_beside(output: str | Path | None, bad: Sequence[str]) -> str:
+    """Where all rows that cannot be used are listed; a process alone writes the file."""
+    if output is None:
+        return ""
+    named = Path(output) if Path(output).name else Path(output).resolve()
+    file = named.with_name(f"{named.name}.bad-rows.txt")
+    try:
+        if Process.this().main:
+            write_text(file, "\n".join(bad) + "\n")
+    except OSError as error:
+        return f" ({file}, which would list them, cannot be written: {error.strerror})"
+    return f"; all of them are in {file}"
 
 
 def _rows(count: int) -> str:

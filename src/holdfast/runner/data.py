@@ -33,7 +33,7 @@ def load_data(config: RunConfig) -> RunData:
         UserError: a name, a file, a row or an option of the stream or of the evaluation cannot be used.
     """
     config = placed(config)
-    return run_data(load_stream(config.stream, config.data, config.evaluation), config)
+    return run_data(load_stream(config.stream, config.data, config.evaluation, config.output), config)
 
 
 def run_data(stream: Stream, config: RunConfig) -> RunData:

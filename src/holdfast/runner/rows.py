@@ -70,7 +70,7 @@ def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[R
                 return [apart.prompt(example, limit) for example in examples]
 
             task.test, _ = _usable(task.test, prompts, bad)
-    judge_bad_rows(bad, stream, config.data)
+    judge_bad_rows(bad, stream, config.data, config.output)
     return rows, limits
 
 

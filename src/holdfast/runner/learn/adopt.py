@@ -32,7 +32,7 @@ def adopt(path: Path, record: dict[str, Any]) -> Kept:
             f"--into: {path} holds a run of the stream {config.stream.name!r}, to which nothing can be appended; give "
             "another directory"
         )
-    stream = load_stream(placed(config).stream, config.data, config.evaluation)
+    stream = load_stream(placed(config).stream, config.data, config.evaluation, path)
     tasks = []
     for source in find_source(config.stream).tasks:
         options = source.options

@@ -176,7 +176,8 @@ class Taken:
     def _read(self, options: TaskConfig, settings: DataConfig) -> Given:
         """The rows of the data; raises as :func:`read_given`."""
         inherited = "columns" not in (self.call.values.get("task") or {})
-        return read_given(self.call.data, options, settings, inherited)
+        output = self.call.path if self.kept.memory else None  # a list would say what stands in rows
+        return read_given(self.call.data, options, settings, inherited, output)
 
     def _take(self) -> bool:
         """Take the new rows of the data in; False: there are none."""
