@@ -268,7 +268,14 @@ def test_a_stage_that_is_missing_before_another_is_told(line, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     "line",
-    ["status run", "rollback run --to 1", "rebuild run --without green", "serve run", "evaluate run", "export run --to x"],
+    [
+        "status run",
+        "rollback run --to 1",
+        "rebuild run --without green",
+        "serve run",
+        "evaluate run",
+        "export run --to x",
+    ],
 )
 def test_stages_that_are_all_gone_are_told(line, tmp_path, monkeypatch, capsys):
     """As of a run that was copied without them; pages show the rest (tests/report/test_report.py)."""
