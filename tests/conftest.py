@@ -37,6 +37,14 @@ def _each_test_sees_every_warning():
     deduplicate_warnings.cache_clear()
 
 
+LONGEST = ("whole/test_engines.py", "whole/test_guards.py", "whole/test_grid.py", "deploy/test_export.py")
+"""Files that take longest: they are begun first, so that no process is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+
+
 _imported: set[str] = set()
 
 

@@ -29,6 +29,6 @@ def test_what_is_there_after_the_first_time_alone_is_never_looked_at_again():
         made = [[] for _ in range(1000)]
         with no_collection():
             pass
-        assert 0 < kept == gc.get_freeze_count() and len(made) == 1000
+        assert 0 < gc.get_freeze_count() <= kept and len(made) == 1000, "what is freed is no longer counted"
     finally:
         gc.unfreeze()

@@ -12,6 +12,7 @@ from holdfast.config.model import ModelConfig
 from holdfast.data.tokens.file import TokenFile
 from holdfast.engines.pieces import prepare_loaded
 from holdfast.engines.profiles import loading_options
+from holdfast.engines.unused import leave_deepspeed_unimported
 from holdfast.engines.whole import fingerprint
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.lab.architecture import architecture, new_model
@@ -50,6 +51,7 @@ def make_model(
     Raises:
         ConfigError: the model cannot be loaded, or reads fewer tokens than a sequence has.
     """
+    leave_deepspeed_unimported()
     size = config.model
     attention = size.attention or fastest(config.training.precision)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}

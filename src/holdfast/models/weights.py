@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.config.model import ModelConfig
 from holdfast.engines.profiles import loading_options
+from holdfast.engines.unused import leave_deepspeed_unimported
 from holdfast.errors import ConfigError
 from holdfast.models.gguf import Origin, is_gguf, located, weight_types
 from holdfast.models.kinds import auto_class
@@ -48,6 +49,7 @@ def load_language_model(name: str | Path, *, key: str = "model.name", **options:
             shape; the message names them.
         RunDirectoryError: the folder is of a run or an export, and a file is damaged.
     """
+    leave_deepspeed_unimported()
     check_weights_files(Path(name))
     with readable(f"{key}: the weights of {str(name)!r} cannot be loaded"):
         model, report = _load(name, options)

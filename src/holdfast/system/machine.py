@@ -7,6 +7,7 @@ import platform
 import shutil
 import socket
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a run's numbers depend on."""
     names = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
     ours = {"python": platform.python_version(), "holdfast": __version__}
-    return ours | {name: metadata.version(name) for name in names}
+    return ours | {name: _installed(name) for name in names}
+
+
+@cache
+def _installed(library: str) -> str:
+    """The version of a library; its files are read once, which takes some ms."""
+    return metadata.version(library)
 
 
 def hardware() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from holdfast.api.stage import Stage
 from holdfast.config.keep import KeepConfig
 from holdfast.data.collate import Collator
 from holdfast.engines.process import Process
+from holdfast.engines.unused import leave_deepspeed_unimported
 from holdfast.errors import ConfigError
 from holdfast.losses.next_token import supervised_tokens
 from holdfast.methods import build, check_together, in_turn
@@ -93,6 +94,7 @@ class ContinualMixin(EngineMixin):
         run_context: RunContext | None = None,
         **kwargs: Any,
     ) -> None:
+        leave_deepspeed_unimported()
         given = (*args, *kwargs.values())
         with optimizer_not_saved(given), reference_of_this_stage(given):
             super().__init__(*args, **kwargs)
