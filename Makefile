@@ -50,22 +50,24 @@ format: $(READY)
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
+# Python compiles what it imports; to compile all that is installed takes longer than to install it.
+PIP := pip install --disable-pip-version-check --no-compile
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/$(PIP) --constraint constraints.txt --editable '.[dev]'
 	# DeepSpeed comes as source, whose setup asks the torch that is installed; it compiles nothing.
-	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt setuptools wheel
-	DS_BUILD_OPS=0 $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt \
-		--no-build-isolation deepspeed
+	$(BIN)/$(PIP) --constraint constraints.txt setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/$(PIP) --constraint constraints.txt --no-build-isolation deepspeed
 	touch $@
 
 .venv/.docs: $(READY)
-	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/$(PIP) --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/pip install --disable-pip-version-check --constraint constraints-lowest.txt --editable . pytest
+	$(LOWEST)/bin/$(PIP) --constraint constraints-lowest.txt --editable . pytest
 	touch $@
 
 clean:

@@ -103,7 +103,9 @@ CHAT = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
 CHAT += "{% if add_generation_prompt %}a: {% endif %}"
 
 
-@pytest.mark.parametrize(("trailing", "template"), [("", ""), (" ", ""), ("\n", ""), ("", CHAT)])
+@pytest.mark.parametrize(
+    ("trailing", "template"), [("", ""), (" ", ""), pytest.param("\n", "", marks=pytest.mark.slow), ("", CHAT)]
+)
 def test_choices_by_acc_are_those_of_the_library(include: str, tmp_path: Path, trailing: str, template: str):
     """Every pick is the library's own on the same questions; with the end of the answer, some are others."""
     chance = random.Random(0)

@@ -26,6 +26,7 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.models.convert.checkpoint import convert
 from holdfast.models.convert.families import find_family
 from support import fuzz
+from support.command import holdfast
 
 spm = pytest.importorskip("sentencepiece")
 
@@ -625,21 +626,17 @@ print(tokens.shape[1] - prompt["input_ids"].shape[1])
 """
 
 
-def test_command_needs_no_other_package(tmp_path, plain_model):
+def test_command_needs_no_other_package(tmp_path, plain_model, capsys):
     config = COMMON | INTERNLM2 | {"bias": False}
     source = write_checkpoint(tmp_path / "source", config, internlm2_weights(config), plain_model, files=2)
     target = tmp_path / "target"
+    command = [sys.executable, "-c", USE, str(source), str(target)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def use() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", USE, str(source), str(target)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-    done = use()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(target), "5"]
-    again = use()
-    assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
+    assert holdfast("convert", source, target) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.slow)])

@@ -166,6 +166,7 @@ def test_general_rows_with_pictures_are_compared_over_answers_and_texts(seen: Se
     assert found == pytest.approx(float(wanted), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_a_mean_over_texts_does_not_depend_on_micro_batches(tmp_path: Path):
     """Rows with pictures and texts fall into micro-batches as it happens; each token counts the same."""
     logged = []

@@ -233,6 +233,7 @@ def test_wrong_targets_are_named():
         Adapter(placement="parallel", target_modules=["down_proj"]).prepare(tiny_model())
 
 
+@pytest.mark.slow
 def test_two_stages(tmp_path):
     """A run learns both tasks, goes on from the last stage's adapter, and saves what plain PEFT loads."""
     config = hinted_config(tmp_path, "sequential", tuner={"name": "adapter", "bottleneck": 16})

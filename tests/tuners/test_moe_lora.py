@@ -62,6 +62,7 @@ def test_it_is_saved_and_loaded(routed, tmp_path):
     contract.is_saved_and_loaded(routed, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it(tmp_path):
     contract.is_loaded_in_a_fresh_process(make, "holdfast.tuners.moe_lora", tmp_path)
 

@@ -226,7 +226,13 @@ class Kill(TrainerCallback):
             raise Killed
 
 
-@pytest.mark.parametrize("name", TRAINED)
+CONTINUED = ("replay", "kl_replay", "ewc", "gem", "o_lora", "tree_lora", "mbpa", "l2p")
+"""`make test` continues these; the others go on from a checkpoint in its grid, each with one tuner."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in CONTINUED else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
+)
 def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained, folder, monkeypatch):
     """From what its files say alone; and none of them is a pickle of the method's."""
     options, tuner = case(name).options, tuner_of(name)

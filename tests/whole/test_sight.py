@@ -188,13 +188,14 @@ def forgetting(folder, tmp_path_factory):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [
         ("replay", {"ratio": 0.5}),
-        pytest.param("rehearsal", {"loss": "kl"}, marks=pytest.mark.slow),
-        pytest.param("der", {"ratio": 1.0, "weight": 4.0}, marks=pytest.mark.slow),
-        pytest.param("der_pp", {"ratio": 1.0, "weight": 4.0}, marks=pytest.mark.slow),
+        ("rehearsal", {"loss": "kl"}),
+        ("der", {"ratio": 1.0, "weight": 4.0}),
+        ("der_pp", {"ratio": 1.0, "weight": 4.0}),
     ],
 )
 def test_a_method_forgets_less_of_pictures_than_plain_training(method, options, forgetting):
