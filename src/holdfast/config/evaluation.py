@@ -196,7 +196,7 @@ class EvaluationConfig(Section):
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
         description="what responds to test rows: transformers, or vllm, where it is installed, with a whole model of "
-        "each stage; likelihoods are always measured by transformers",
+        "each stage or its LoRA; likelihoods are always measured by transformers",
     )
     batch_size: int = Field(
         32,

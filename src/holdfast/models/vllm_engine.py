@@ -6,16 +6,30 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdfast.errors import ConfigError
 from holdfast.models.generation import until
 from holdfast.models.sampling import Samples
+from holdfast.system.files import read_json
 
 if TYPE_CHECKING:
     from holdfast.models.sampling import Sampler
 
 ADAPTER = "adapter_config.json"
+MORE_THAN_FACTORS = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+    "layer_replication",
+    "trainable_token_indices",
+)
+"""Fields of PEFT's LoraConfig with which an adapter is more than two factors a layer, all scaled alike."""
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM makes room for."""
 
 Responder = Callable[[Sequence[Sequence[int]], int, Sequence[int]], list[list[int]]]
 """Gives the new tokens of each prompt, chosen greedily, without the end token: called with the prompts, the longest
@@ -68,8 +82,43 @@ def vllm_engine(name: str, length: int) -> Sampler:
     return draw
 
 
+class Adapter(NamedTuple):
+    """A LoRA that vLLM applies to the answers of a request.
+
+    Attributes:
+        folder: as PEFT saves it.
+        number: from 1; vLLM takes adapters of one number for the same.
+    """
+
+    folder: Path
+    number: int
+
+
+Answers = Callable[[Sequence[Sequence[int]], int, Sequence[int], Adapter | None], list[list[int]]]
+"""A :data:`Responder` that is also given the adapter; None: the model's own weights answer."""
+
+
+def adapter_rank(folder: Path) -> int:
+    """The rank for which vLLM must have room to apply an adapter that PEFT saved; 0: vLLM applies none like it.
+
+    vLLM multiplies by the two factors of each layer, all scaled alike.
+    """
+    config = read_json(folder / ADAPTER)
+    plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
+    adapted = config.get("target_modules")
+    outside = not isinstance(adapted, list) or {"lm_head", "embed_tokens"} & {*adapted}
+    if not plain or outside or any(config.get(key) for key in MORE_THAN_FACTORS):
+        return 0
+    return room_for(config["r"])
+
+
+def room_for(rank: int) -> int:
+    """The least rank that vLLM makes room for; 0: this one is too large."""
+    return next((most for most in RANKS if most >= rank), 0)
+
+
 @contextmanager
-def vllm_responder(name: str, length: int, dtype: str, **options: Any) -> Iterator[Responder]:
+def vllm_answers(name: str, length: int, dtype: str, rank: int = 0, **options: Any) -> Iterator[Answers]:
     """Load a whole model into vLLM, and let go of it at the end. vLLM pads nothing and fills its batches by itself; up
     to float rounding its answers are those of :func:`~holdfast.models.generation.generate`.
 
@@ -77,15 +126,20 @@ def vllm_responder(name: str, length: int, dtype: str, **options: Any) -> Iterat
         name: folder or hub name of the model.
         length: tokens of a prompt and its response, at most.
         dtype: of the weights, such as float32.
+        rank: of adapters, at most, as :func:`adapter_rank` gives it; 0: none will be given.
         options: further ones of vLLM's LLM.
 
     Raises:
         ConfigError: vLLM is not installed.
     """
     LLM, SamplingParams = _vllm("evaluation.engine: vllm", "engine: transformers")
-    engine = LLM(model=name, max_model_len=length, dtype=dtype, skip_tokenizer_init=True, **_room(), **options)
+    adapters = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1} if rank else {}
+    options = options | adapters | _room()
+    engine = LLM(model=name, max_model_len=length, dtype=dtype, skip_tokenizer_init=True, **options)
 
-    def respond(prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Sequence[int]) -> list[list[int]]:
+    def respond(
+        prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Sequence[int], adapter: Adapter | None
+    ) -> list[list[int]]:
         greedy = SamplingParams(
             max_tokens=max_new_tokens,
             temperature=0.0,
@@ -94,7 +148,7 @@ def vllm_responder(name: str, length: int, dtype: str, **options: Any) -> Iterat
             detokenize=False,
         )
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = engine.generate(inputs, greedy, use_tqdm=False)
+        outputs = engine.generate(inputs, greedy, use_tqdm=False, **_applied(adapter))
         return [until(list(ends), list(output.outputs[0].token_ids)) for output in outputs]
 
     try:
@@ -103,6 +157,14 @@ def vllm_responder(name: str, length: int, dtype: str, **options: Any) -> Iterat
         core = getattr(getattr(engine, "llm_engine", None), "engine_core", None)
         if core is not None and hasattr(core, "shutdown"):
             core.shutdown()  # it is a process of its own, which holds the memory
+
+
+def _applied(adapter: Adapter | None) -> dict[str, Any]:
+    if adapter is None:
+        return {}
+    from vllm.lora.request import LoRARequest
+
+    return {"lora_request": LoRARequest(f"stage-{adapter.number}", adapter.number, str(adapter.folder))}
 
 
 def _vllm(what: str, instead: str) -> tuple[Any, Any]:
@@ -116,12 +178,14 @@ def _vllm(what: str, instead: str) -> tuple[Any, Any]:
     return LLM, SamplingParams
 
 
-def _room() -> dict[str, float]:
-    """How much of a GPU's memory vLLM may take beside the model that trains there."""
+def _room() -> dict[str, Any]:
+    """How much memory vLLM may take beside the model that trains there: of a GPU's for all that it holds, of the
+    machine's for keys and values. On a CPU it compiles nothing, which takes minutes and saves seconds."""
+    import psutil  # type: ignore[import-untyped]
     import torch
 
     if not torch.cuda.is_available():
-        return {}
+        return {"enforce_eager": True, "kv_cache_memory_bytes": psutil.virtual_memory().available // 8}
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return {"gpu_memory_utilization": round(0.9 * free / total, 3)}

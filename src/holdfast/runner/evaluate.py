@@ -18,7 +18,7 @@ from holdfast.models.endpoint import Endpoint, only_model
 from holdfast.records.directory import RunDirectory, keeps_rows, slug
 from holdfast.records.growth import Past
 from holdfast.records.shapes import read_json, read_jsonl
-from holdfast.runner.answering import answering
+from holdfast.runner.answering import Answering
 from holdfast.runner.due import Due
 from holdfast.runner.measure import measure, responses_file
 from holdfast.runner.reload import StoredStage, find_stage
@@ -190,8 +190,10 @@ class Remeasurement:
         if self.endpoint is not None:
             self._warn()
         stage = self.stored.folder if self.stored.number else None
-        tuner, longest = self.setup.tuner, self.setup.max_length
-        with answering(self.stored.config, tuner, longest, stage, lambda: cast(Any, self.model).dtype) as responder:
+        with (
+            Answering(self.stored.config, self.setup.tuner, self.setup.max_length) as answering,
+            answering.of(stage, lambda: cast(Any, self.model).dtype) as responder,
+        ):
             measure(
                 RunDirectory(self.output),
                 self.output,

@@ -30,7 +30,7 @@ from holdfast.records.trackers import chosen
 from holdfast.rehearsal.keep import budget_checks, verdict_text
 from holdfast.report.text import at_chance, number
 from holdfast.runner import shift
-from holdfast.runner.answering import answering, require_engine_of_answers
+from holdfast.runner.answering import Answering, require_engine_of_answers
 from holdfast.runner.begun import as_begun
 from holdfast.runner.curves import Curves
 from holdfast.runner.data import RunData
@@ -124,8 +124,9 @@ def run_in(
         recorded=setup.facts(-len(appended)) if appended else None,
     )
     shown = progress or Progress(quiet=not directory.process.main)
-    with followed(directory, resolved.config, trackers) as followers:
-        return RunLoop(setup, directory, shown, interrupt, followers).go(backfill)
+    answering = Answering(setup.config, setup.tuner, setup.max_length)
+    with followed(directory, resolved.config, trackers) as followers, answering:
+        return RunLoop(setup, directory, shown, interrupt, followers, answering).go(backfill)
 
 
 class RunLoop:
@@ -138,9 +139,11 @@ class RunLoop:
         progress: Progress,
         interrupt: Interrupt,
         followers: Followers,
+        answering: Answering,
     ):
         self.setup = setup
         self.followers = followers
+        self.answering = answering
         self.config = setup.config
         self.directory = directory
         self.progress = progress
@@ -364,8 +367,7 @@ class RunLoop:
         if (same := take_over(self.setup, self.directory, stage, of)) is not None:
             self.progress.line(f"{when}: the weights are those of stage {same.index}, and so are the results")
         told = what_to_lower(lambda: f"evaluation {when}", lambda: lower_for_evaluation(self.config))
-        weights, (tuner, most) = folder if stage.index else None, (self.setup.tuner, self.setup.max_length)
-        with told, answering(self.config, tuner, most, weights, lambda: self.model.dtype) as responder:
+        with told, self.answering.of(folder if stage.index else None, lambda: self.model.dtype) as responder:
             measure(
                 self.directory,
                 folder,
