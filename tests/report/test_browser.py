@@ -96,6 +96,26 @@ def test_nothing_is_cut_off_even_with_all_details_open(visit: Callable[..., Page
     assert not {*cut} - ({"score matrix", "plot; scrolls sideways"} if width == 390 else set())
 
 
+@pytest.mark.parametrize("width", [390, pytest.param(1280, marks=pytest.mark.slow)])
+def test_the_button_that_saves_a_picture_lies_over_nothing_and_answers_have_no_empty_line(
+    visit: Callable[..., Page], width: int
+) -> None:
+    page = visit("one.html", width)
+    covered = page.evaluate(
+        """() => [...document.querySelectorAll('.plot .modebar')].filter(bar => {
+            const [box, drawn, shown] = [bar, bar.closest('.plot').querySelector('.main-svg'), bar.closest('.scroll')]
+                .map(part => part.getBoundingClientRect());
+            return box.bottom > drawn.top + 1 || box.left < shown.left - 1 || box.right > shown.right + 1;
+        }).length"""
+    )
+    empty = page.evaluate(
+        """() => [...document.querySelectorAll('.responses dd')]
+            .filter(dd => [...dd.childNodes].some(node => node.nodeType === 3 && node.data.includes('\\n'))).length"""
+    )
+    assert page.locator(".plot .modebar").count() > 2 and page.locator(".responses dd").count() > 2
+    assert (covered, empty) == (0, 0)
+
+
 def test_the_citation_and_the_configuration_can_be_copied_with_and_without_the_clipboard(
     visit: Callable[..., Page], folder: Path
 ) -> None:

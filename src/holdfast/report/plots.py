@@ -99,7 +99,7 @@ def heat_map(run: FinishedRun, columns: list[int]) -> Plot:
         "annotations": missing,
         "shapes": own,
         "hovermode": "closest",
-        "margin": {"t": 16, "b": 8},
+        "margin": {"t": 8, "b": 8},
     }
     label = min(LABEL, max(len(name) for name in names))
     return {"data": [trace], "layout": layout, "min_width": 30 + 7 * label + 50 * len(columns)}
@@ -414,7 +414,7 @@ def _template(*, ink: str, muted: str, line: str, surface: str, outline: str, te
             "annotationdefaults": {"font": {"color": muted}},
             "shapedefaults": {"line": {"color": outline, "width": 2.5}},
             "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": muted, "activecolor": ink},
-            "margin": {"l": 8, "r": 12, "t": 24, "b": 8},
+            "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
             "dragmode": False,
         },
     }
