@@ -11,6 +11,8 @@ import torch
 
 from holdfast import run
 from holdfast.config.run import load_config
+from holdfast.data.encode import Encoder
+from holdfast.data.streams.chronicle.stream import chronicle
 from holdfast.records.read import read_run, read_runs
 from holdfast.report.compare import compare
 from holdfast.report.page import write_report
@@ -20,7 +22,7 @@ from holdfast.runner.setup import prepare, resolve
 from holdfast.system.files import read_json
 from holdfast.system.progress import Progress
 from support.resumed import finish, start
-from support.tiny import tiny_config, tiny_model
+from support.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 QUIET = Progress(quiet=True)
 
@@ -85,6 +87,14 @@ def test_it_estimates_the_divergence_over_all_responses(tmp_path, monkeypatch):
     low, high = found["interval"]
     assert low < expected < high and high - low < 0.5 * expected
     assert math.isclose(found["nats"], expected, rel_tol=0.2)
+
+
+def test_a_prompt_that_leaves_less_room_has_a_shorter_response():
+    """As one whose measured answers are short, of which half of the longest sequence is more than it can give."""
+    tokenizer, question = tiny_tokenizer(), chronicle(size=4, seed=0).tasks[0].test[0]
+    whole = Encoder(tokenizer, max_length=512).prompt(question, reserve=1)
+    encoder = Encoder(tokenizer, max_length=len(whole) + 5)
+    assert shift._prompt(encoder, question, 32) == (whole, 5) and shift._prompt(encoder, question, 4) == (whole, 4)
 
 
 def test_a_run_has_it_for_each_stage_and_shows_it(tmp_path):

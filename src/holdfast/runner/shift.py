@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 
 from holdfast.api.method import Method
+from holdfast.api.task import Example
+from holdfast.data.encode import Encoder
+from holdfast.errors import DataError
 from holdfast.metrics.intervals import paired_difference
 from holdfast.models.likelihood import token_losses
 from holdfast.models.sampling import sample
@@ -56,7 +59,7 @@ def draw(setup: Setup, stage: PlannedStage, model: Any, progress: Progress) -> D
         return None
     chosen = asked[:: -(-len(asked) // most)]
     length = min(LENGTH, setup.max_length // 2)
-    prompts = [setup.encoder.prompt(example, reserve=length) for example in chosen]
+    prompts, rooms = zip(*(_prompt(setup.encoder, example, length) for example in chosen), strict=True)
     tokenizer, size = setup.encoder.tokenizer, setup.config.evaluation.batch_size
     seed = f"{setup.config.seed}/{stage.index}/shift"
     rows, nats = [], []
@@ -66,7 +69,7 @@ def draw(setup: Setup, stage: PlannedStage, model: Any, progress: Progress) -> D
             samples = sample(
                 model,
                 part,
-                max_new_tokens=length,
+                max_new_tokens=rooms[start : start + size],
                 seed=seed,
                 numbers=range(start, start + len(part)),
                 stop_token_ids=setup.encoder.stop_ids,
@@ -77,6 +80,16 @@ def draw(setup: Setup, stage: PlannedStage, model: Any, progress: Progress) -> D
             nats += [-log_prob for log_prob in samples.log_probs]
             bar.update(len(rows), total=len(prompts))
     return Drawn(rows, nats)
+
+
+def _prompt(encoder: Encoder, example: Example, length: int) -> tuple[list[int], int]:
+    """The tokens of a prompt, and those of its response at most: so many, or what is left of the longest sequence where
+    the prompt cannot be cut for them, as one that is measured by short answers."""
+    try:
+        return encoder.prompt(example, reserve=length), length
+    except DataError:
+        prompt = encoder.prompt(example, reserve=1)
+        return prompt, max(1, encoder.max_length - len(prompt))
 
 
 def measure(setup: Setup, drawn: Drawn, model: Any) -> Shift:
