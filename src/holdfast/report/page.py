@@ -92,6 +92,7 @@ class Page:
             "paired": any(row["difference"] for row in rows),
             "different": found.different,
             "notes": interval_notes(found),
+            "seeds": any(len(row["seeds"]) > 1 for row in rows),
             "has_intervals": any(has_intervals(row, found) for row in rows),
             "headline": comparison_headline(found, len(runs[0].tasks), {*runs[0].matrix["metrics"].values()}),
             "pictures": comparison_pictures(rows, found.lower),
