@@ -4,7 +4,7 @@ usage: python benchmarks [--only NAME ...] [--model FOLDER] [--quick] [--write]
 
 Each is a script of its own beside this file, with few rounds here. --model names a real model (SmolLM2-135M-Instruct in
 RESULTS.md); without one, what needs it is left out. --quick is the least of each, to try the command. --write puts the
-table into RESULTS.md, with the machine and the day.
+table into RESULTS.md, with the machine and the day; rows of benchmarks that were not run stay there.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from holdfast.system.machine import hardware
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 BEGIN, END = "<!-- ratios: begin -->\n", "<!-- ratios: end -->\n"
+HEADER = ["| benchmark | of | what | ratio | day |", "|---|---|---|---|---|"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def ratios(printed: str) -> Iterator[tuple[str, str, str]]:
 
 
 def run(benchmark: Benchmark, command: list[str]) -> list[str]:
-    """Lines of the table of ratios; what the script prints is shown as it comes."""
+    """Rows of the table of ratios; what the script prints is shown as it comes."""
     print(f"\n## {benchmark.name}: {' '.join(command[2:])}\n", flush=True)
     start, printed = time.monotonic(), []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -86,16 +87,36 @@ def run(benchmark: Benchmark, command: list[str]) -> list[str]:
             print(line, end="", flush=True)
             printed.append(line)
     if process.returncode:
-        return [f"| {benchmark.name} | failed: exit code {process.returncode} | | |"]
+        return [f"| {benchmark.name} | failed: exit code {process.returncode} | | | |"]
     print(f"\n{time.monotonic() - start:.0f} s", flush=True)
-    return [f"| {benchmark.name} | {of} | {column} | {value} |" for of, column, value in ratios("".join(printed))]
+    return rows_of(benchmark, "".join(printed))
 
 
-def written(document: str, lines: list[str]) -> str:
-    """RESULTS.md with the lines in the place of those before."""
+def rows_of(benchmark: Benchmark, printed: str) -> list[str]:
+    """Rows of the table of ratios, of what a script printed."""
+    day = datetime.datetime.now(datetime.UTC).date()
+    return [f"| {benchmark.name} | {of} | {column} | {value} | {day} |" for of, column, value in ratios(printed)]
+
+
+def written(document: str, about: str, rows: list[str]) -> str:
+    """RESULTS.md with the rows in the place of those of the same benchmarks."""
     before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + "".join(f"{line}\n" for line in lines) + END + after
+    table, _, after = rest.partition(END)
+    new = {benchmark_of(row) for row in rows}
+    kept = [line for line in table.splitlines() if benchmark_of(line) in names().keys() - new]
+    order = list(names())
+    every = sorted(kept + rows, key=lambda row: order.index(benchmark_of(row)))
+    return before + BEGIN + "".join(f"{line}\n" for line in [about, "", *HEADER, *every]) + END + after
+
+
+def benchmark_of(row: str) -> str:
+    """The first cell of a row of the table."""
+    return row.split("|")[1].strip() if row.startswith("|") else ""
+
+
+def names() -> dict[str, None]:
+    """Of the benchmarks, in their order."""
+    return {benchmark.name: None for benchmark in ALL}
 
 
 def main() -> int:
@@ -110,14 +131,13 @@ def main() -> int:
     for benchmark in ALL:
         if not options.only or benchmark.name in options.only:
             command = benchmark.command(options.quick, options.model)
-            rows += run(benchmark, command) if command else [f"| {benchmark.name} | needs --model | | |"]
-    machine, day = hardware(), datetime.datetime.now(datetime.UTC).date()
-    about = f"{machine['cpu']}, {machine['cores']} cores, {torch.get_num_threads()} threads; {day}; "
+            rows += run(benchmark, command) if command else [f"| {benchmark.name} | needs --model | | | |"]
+    machine = hardware()
+    about = f"{machine['cpu']}, {machine['cores']} cores, {torch.get_num_threads()} threads; "
     about += f"torch {torch.__version__}, transformers {transformers.__version__}"
-    lines = [about, "", "| benchmark | of | what | ratio |", "|---|---|---|---|", *rows]
-    print("\n" + "\n".join(lines))
+    print("\n" + "\n".join([about, "", *HEADER, *rows]))
     if options.write:
-        RESULTS.write_text(written(RESULTS.read_text(encoding="utf-8"), lines), encoding="utf-8")
+        RESULTS.write_text(written(RESULTS.read_text(encoding="utf-8"), about, rows), encoding="utf-8")
     return int(any("failed: " in row for row in rows))
 
 
