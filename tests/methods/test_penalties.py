@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from holdfast.methods.ewc import EWC, diagonal_fisher, draw
 from holdfast.methods.mas import MAS, sensitivity
 from holdfast.methods.si import SI
 from holdfast.training.method_state import load_states, save_states
+from support.shown import recorded
 from support.tiny import pad_rows, tiny_model, tiny_rows, tiny_stage
 
 PENALTIES = {
@@ -80,7 +82,9 @@ def assert_close(shards, expected, **tolerance):
 
 def test_fisher_equals_a_plain_per_sample_loop():
     model, rows = tiny_model(), tiny_rows(6)
-    fisher = diagonal_fisher(tiny_stage(model, rows), rows)
+    show, told = recorded()
+    fisher = diagonal_fisher(replace(tiny_stage(model, rows), show=show), rows)
+    assert [done for _, done, total in told if total == 6] == [1, 2, 3, 4, 5, 6]
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for row in rows:
         model.zero_grad()

@@ -26,6 +26,7 @@ from holdfast.models.pretrained import tokenizer_fingerprint
 from holdfast.rehearsal import cache as cache_module
 from holdfast.rehearsal.cache import BuildPlan, TeacherCache, state_cache
 from holdfast.rehearsal.states import RunningMoments, pack, unpack
+from support.shown import recorded
 from support.tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 KEY = {"model": "aa", "tokenizer": "bb", "samples": "cc", "layer": -1, "multiple": 1.0, "windows": (1, 2)}
@@ -490,6 +491,15 @@ def test_the_model_is_asked_once_about_each_sample_with_those_of_like_length(tmp
     state_cache(tmp_path / "c", KEY, ROWS, counted, plan=BuildPlan(shard_rows=len(ROWS), batch_rows=2))
     lengths = sorted((len(row["input_ids"]) for row in ROWS), reverse=True)
     assert [length for batch in asked for length in batch] == lengths
+
+
+def test_what_is_asked_is_told_shard_by_shard_and_nothing_where_the_cache_is_there(tmp_path: Path) -> None:
+    show, told = recorded()
+    build(tmp_path / "c", show=show)
+    shards = math.ceil(len(ROWS) / SMALL.shard_rows)
+    assert told == [("the teacher reads its samples", done, shards) for done in range(1, shards + 1)]
+    build(tmp_path / "c", compute=never, show=show)
+    assert len(told) == shards
 
 
 def test_bfloat16_states_are_compared_with_float32_thresholds(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -25,6 +24,7 @@ from holdfast.runner.loop import run
 from holdfast.system.progress import Progress, silent
 from support.families import FAMILIES, family_model, family_tokenizer
 from support.rehearsed import two_stages
+from support.shown import recorded
 from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage, tiny_tokenizer
 from support.trained import vector
 
@@ -162,12 +162,7 @@ def test_what_a_step_gets_depends_on_seed_stage_and_step_alone():
 
 
 def test_what_is_drawn_is_told_token_by_token():
-    model, told = tiny_model(), []
-
-    @contextmanager
-    def bar(title):
-        yield lambda done, total: told.append((title, done, total))
-
+    model, (bar, told) = tiny_model(), recorded()
     request = Request.of(tiny_tokenizer(), 128, options=SampleOptions(length=5))
     SampleBuffer(request, LiveStates(model, -1), "1", count=2, steps=2, hidden=False, bar=bar).rows(0, 2)
     assert told == [("the model writes samples of itself", done, 5) for done in (0, 1, 2, 3, 5)]

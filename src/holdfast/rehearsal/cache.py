@@ -26,6 +26,7 @@ from holdfast.models.pictures import is_place
 from holdfast.rehearsal.samples import rows_fingerprint
 from holdfast.rehearsal.states import RunningMoments, pack
 from holdfast.system.files import PARTIAL, read_json, remove_link, write_json
+from holdfast.system.progress import Show, silent
 from holdfast.system.shapes import AS_WRITTEN, Count, Facts, of_shape
 
 MANIFEST = "manifest.json"
@@ -66,6 +67,7 @@ class BuildPlan:
         world: how many processes share the folder.
         barrier: returns once every process has called it; needed where there are several.
         together: the processes go through the model together, so each computes everything and rank 0 writes.
+        show: shows how far it is.
     """
 
     shard_rows: int = 32
@@ -74,6 +76,7 @@ class BuildPlan:
     world: int = 1
     barrier: Callable[[], None] | None = None
     together: bool = False
+    show: Show = silent
 
     def wait(self) -> None:
         """Wait until every process is here."""
@@ -233,10 +236,13 @@ class TeacherCache:
         plan.wait()
         missing = [number for number in range(len(shards)) if not (folder / _shard(number)).exists()]
         plan.wait()
-        for number in missing if plan.together else missing[plan.rank :: plan.world]:
-            tensors = _computed(compute, rows, shards[number], plan.batch_rows)
-            if plan.rank == 0 or not plan.together:
-                _write(folder / _shard(number), tensors, build)
+        mine = missing if plan.together else missing[plan.rank :: plan.world]
+        with plan.show("the teacher reads its samples") as show:
+            for done, number in enumerate(mine, 1):
+                tensors = _computed(compute, rows, shards[number], plan.batch_rows)
+                if plan.rank == 0 or not plan.together:
+                    _write(folder / _shard(number), tensors, build)
+                show(done, len(mine))
         if plan.rank == 0 and extras:
             _write(folder / EXTRAS, {name: _copy(tensor) for name, tensor in extras.items()}, build)
         plan.wait()

@@ -205,6 +205,7 @@ def cached_teacher(
         world=process.world,
         barrier=process.wait,
         together=is_divided(stage.model),
+        show=stage.show,
     )
     if options.loss == "margin":
         cache, low, high = state_cache(

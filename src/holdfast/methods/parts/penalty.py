@@ -124,9 +124,11 @@ def row_gradients(
     model = stage.model
     training = model.training
     model.eval()
-    for row in rows:
-        batch = stage.collate([row])
-        labels = batch.pop("labels")
-        logits = predictions(model, batch, labels, use_cache=False)
-        yield gradient_of(scalar(logits, labels[:, 1:][labels[:, 1:] != -100]), model)
+    with stage.show("gradients of single rows") as show:
+        for number, row in enumerate(rows, 1):
+            batch = stage.collate([row])
+            labels = batch.pop("labels")
+            logits = predictions(model, batch, labels, use_cache=False)
+            yield gradient_of(scalar(logits, labels[:, 1:][labels[:, 1:] != -100]), model)
+            show(number, len(rows))
     model.train(training)
