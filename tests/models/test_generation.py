@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from holdfast import tuners
 from holdfast.models.generation import generate, inference
 from support.families import FAMILIES, family_model
 
@@ -101,6 +103,18 @@ def test_what_prompts_begin_with_in_common_is_read_once(name):
     assert found == [plain_greedy(model, prompt, 12, [EOS]) for prompt in prompts]
     saves = name not in ("gemma2", "gemma3", "mistral")  # whose windows are counted in places, padding too
     assert (sum(read) < sum(map(len, prompts))) == saves, "all that is generated is less than what is not read again"
+
+
+@pytest.mark.parametrize("name", ["dual_prefix", "moe_lora"])
+def test_it_is_so_with_tuners_that_change_attention_or_route_tokens(name):
+    tuned: Any = tuners.find(name)().prepare(tiny_llama()).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    prompts = beginning_alike()
+    assert run(tuned, prompts, batch_size=5) == [plain_greedy(tuned, prompt, 12, [EOS]) for prompt in prompts]
 
 
 def test_padding_may_be_any_token_even_the_end_token(model):
