@@ -1,5 +1,6 @@
-"""The benchmarks run: those of a processor, and that of GPUs where there is none."""
+"""The benchmarks run: those of a processor, and that of GPUs where there is none. One table is checked by hand."""
 
+import runpy
 import subprocess
 import sys
 
@@ -25,3 +26,12 @@ def test_every_benchmark_runs_and_gives_ratios():
     *_, table = said.split("| benchmark | of | what | ratio |")
     for name in ("methods", "tree_lora", "losses", "evaluation", "sampling", "lab", "memory"):
         assert f"\n| {name} | " in table, name
+
+
+def test_the_laboratory_is_compared_with_the_published_code_round_by_round(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = runpy.run_path(str(ROOT / "benchmarks" / "lab.py"), run_name="lab")["table"]
+    ours = {"plain Trainer": [2.0, 2.0], "pretrain": [1.0, 2.0]}
+    theirs = {"plain Trainer": [4.0, 6.0], "pretrain": [4.0, 6.0]}
+    assert table(ours, theirs)[-1] == "| pretrain | 2,731 | 0.75 | 819 | 3.50 (3.00..4.00) |"
+    assert table(ours, {})[-1] == "| pretrain | 2,731 | 0.75 |"
