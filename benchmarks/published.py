@@ -69,9 +69,9 @@ class Steps:
             rows = self.code.sample_synthetic_batch(
                 key, self.forward, self.cache, self.start, count, size.context, data_token_id=0
             )
-            yield from rows.reshape(
-                size.buffer, size.replayed, size.context, out_sharding=PartitionSpec(None, "data", None)
-            )
+            shape = (size.buffer, size.replayed, size.context)
+            rows = jax.numpy.reshape(rows, shape, out_sharding=PartitionSpec(None, "data", None))
+            yield from (rows[number] for number in range(size.buffer))
 
     def step(self) -> None:
         size = self.shape
