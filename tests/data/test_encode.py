@@ -421,9 +421,25 @@ def test_the_template_can_be_chosen() -> None:
         Encoder(byte_level(), max_length=200, template="chat")
 
 
-def test_the_date_in_a_template_is_a_fixed_one() -> None:
-    dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n" + CHATML
-    encoder = Encoder(byte_level(dated), max_length=200)
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@pytest.mark.parametrize(
+    "date",
+    [
+        "date_string if date_string is defined else strftime_now('%d %b %Y')",
+        "strftime_now('%d %b %Y')",
+        'strftime_now( "%d %b" ) + " 2024" if strftime_now is defined',
+    ],
+)
+def test_the_date_in_a_template_is_a_fixed_one(date: str, template: str) -> None:
+    encoder = Encoder(byte_level(f"{{{{ {date} }}}}\n" + template), max_length=200)
+    [row] = encoder.encode(CONVERSATIONS[0])
+    assert encoder.tokenizer.decode(row["input_ids"]).startswith("26 Jul 2024\n")
     assert encoder.tokenizer.decode(encoder.prompt(CONVERSATIONS[0], 0)).startswith("26 Jul 2024\n")
 
 

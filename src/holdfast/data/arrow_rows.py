@@ -30,6 +30,12 @@ LARGE_TEXT = 10_000_000
 CHUNK = 1000
 """Rows that are tokenised together; a row that is large itself is a chunk of its own."""
 
+DIGEST = hashlib.sha256
+"""Of all that a file holds; it stands at the end of the file, and is checked whenever the file is found again."""
+
+READ = 2**20
+"""Bytes that are read at a time to check a file."""
+
 FACTS = b"facts"
 """Metadata of a batch: the :class:`Facts` of the examples that it was made of."""
 
@@ -170,7 +176,9 @@ class _Writer:
         if self._file is None:
             return ArrowRows([])
         self._file.close()
-        with self.path.open("rb") as file:
+        with self.path.open("r+b") as file:
+            file.write(hashlib.file_digest(file, DIGEST).digest())
+            file.flush()
             os.fsync(file.fileno())
         rows, _ = _read(self.path)
         if keep and (other := _found(self._place)):  # another run was faster: a file that others have mapped stays
@@ -181,14 +189,27 @@ class _Writer:
 
 
 def _found(path: Path) -> tuple[ArrowRows, Facts] | None:
+    """What a file holds; None if there is none, or its bytes are not those that were written."""
     try:
-        return _read(path)
-    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError):  # whatever changed bytes may mean
+        return _read(path) if _is_whole(path) else None
+    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError):  # a file of an earlier version, say
         return None
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a file ends with the digest of what stands before; it is read, not mapped, so that no memory is taken."""
+    digest = DIGEST()
+    with path.open("rb") as file:
+        left = path.stat().st_size - digest.digest_size
+        while left > 0 and (part := file.read(min(left, READ))):
+            digest.update(part)
+            left -= len(part)
+        return file.read() == digest.digest()
+
+
 def _read(path: Path) -> tuple[ArrowRows, Facts]:
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    content = pa.memory_map(str(path)).read_buffer()
+    reader = pa.ipc.open_file(content.slice(0, content.size - DIGEST().digest_size))
     parts = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
     facts = [Facts(*json.loads(metadata[FACTS])) for _, metadata in parts]
     longest = [of_batch.longest for of_batch in facts if of_batch.longest is not None]

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,12 @@ from holdfast.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DATE = "26 Jul 2024"  # what Llama's templates say where no date is given; today's would make a run depend on its day
+DAY = datetime(2024, 7, 26)
+"""The day that templates are shown: what Llama's say where none is given. Today would make rows depend on their day."""
 
+DATE = DAY.strftime("%d %b %Y")
+
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(?P<format>[^"']*)\1\s*\)""")
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 logger = logging.getLogger("holdfast")
@@ -33,6 +38,23 @@ class TemplateBrokenError(Exception):
 
 class _NotShownError(TemplateBrokenError):
     """Of something that the plain template cannot show either."""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    **options: Any,
+) -> str:
+    """The text of messages in a tokenizer's chat template, on :data:`DAY` whatever the day."""
+    return tokenizer.apply_chat_template(
+        messages,
+        tools=tools,
+        chat_template=_template(tokenizer, tools),
+        tokenize=False,
+        date_string=DATE,
+        **options,
+    )
 
 
 class ChatTemplate:
@@ -178,25 +200,29 @@ class ChatTemplate:
         self, example: Example, messages: list[dict[str, Any]], thinks: bool, add_generation_prompt: bool
     ) -> tuple[str, list[tuple[int, int]] | None]:
         """The text of some turns, and the spans that the template marks as generated, if it marks any."""
-        options: dict[str, Any] = {
-            "tools": None if example.tools is None else json.loads(example.tools),
-            "add_generation_prompt": add_generation_prompt,
-            "enable_thinking": thinks,
-            "date_string": DATE,
-        }
-        template = self.tokenizer.get_chat_template(None, options["tools"])
+        tools = None if example.tools is None else json.loads(example.tools)
+        template = _template(self.tokenizer, tools)
+        options = {"add_generation_prompt": add_generation_prompt, "enable_thinking": thinks}
         if add_generation_prompt or not _MARKED.search(template):
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options), None
+            return render(self.tokenizer, messages, tools, **options), None
         from transformers.utils.chat_template_utils import render_jinja_template
 
         [text], [marks] = render_jinja_template(
             conversations=[messages],
+            tools=tools,
             chat_template=template,
             return_assistant_tokens_mask=True,
+            date_string=DATE,
             **options,
             **self.tokenizer.special_tokens_map,
         )
         return text, [tuple(mark) for mark in marks]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None) -> str:
+    """The template that applies, with :data:`DAY` in the place of the day on which it is rendered."""
+    template = tokenizer.get_chat_template(None, tools)
+    return _TODAY.sub(lambda today: repr(DAY.strftime(today["format"])), template)
 
 
 def _message(turn: Turn, as_parts: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from holdfast.api.rows import TokenRow, last_answer
 from holdfast.api.task import Example, Turn
+from holdfast.data.chat import render
 from holdfast.data.encode import Encoder
 from holdfast.errors import DataError
 
@@ -112,7 +113,7 @@ def chat_frames(encoder: Encoder) -> list[Frame]:
     words = ("question", "42")
     ours = [encoder.prompt(Example("", 0, (Turn("user", said), Turn("assistant", "answer"))), 0) for said in words]
     messages = [[{"role": "user", "content": said}] for said in words]
-    texts = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in messages]
+    texts = [render(tokenizer, one, add_generation_prompt=True) for one in messages]
     theirs = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     for prompts in (ours, theirs):
         found.append(Frame(common_start(prompts), common_end(prompts)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from holdfast.api.rows import IGNORED, TokenRow, last_answer
-from holdfast.data.chat import DATE
+from holdfast.data.chat import render
 from holdfast.data.encode import Encoder
 from holdfast.data.tokens.domains import domain_ids, domain_token
 from holdfast.errors import ConfigError, DataError, did_you_mean
@@ -293,13 +293,8 @@ def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[in
     """The tokens before the user's words, and those between them and the answer, from the token that ends a turn."""
     if not tokenizer.chat_template:
         raise ConfigError("chat: the tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _WORDS}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-        date_string=DATE,
-    )
+    messages = [{"role": "user", "content": _WORDS}]
+    text = render(tokenizer, messages, add_generation_prompt=True, enable_thinking=False)
     before, words, after = text.partition(_WORDS)
     start, turn = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
     added = tokenizer.added_tokens_decoder
