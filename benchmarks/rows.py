@@ -4,6 +4,7 @@
 
 Rows are invented, of about 90 characters. Each case is a process of its own; memory is its largest resident size beyond
 that with the libraries and the tokenizer. ``lists`` is how rows below the threshold lie.
+``--length`` gives the first row so many characters more.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ WORDS = ("the", "a", "tide", "holds", "fast", "to", "what", "it", "knew", "moves
 MIB = 1024
 
 
-def write_rows(file: Path, count: int) -> None:
-    """Questions of twelve words and a number, and answers of one."""
+def write_rows(file: Path, count: int, length: int = 0) -> None:
+    """Questions of twelve words and a number, and answers of one; the first question has ``length`` characters more."""
     chance = random.Random(file.stem)
     with file.open("w", encoding="utf-8") as lines:
         for number in range(count):
             prompt = f"{' '.join(chance.choices(WORDS, k=12))} {file.stem} {number}?"
+            prompt += " tide" * (length // 5) if number == 0 else ""
             lines.write(json.dumps({"prompt": prompt, "answer": chance.choice(WORDS)}) + "\n")
 
 
@@ -35,14 +37,15 @@ def measure(folder: Path, model: str, case: str) -> None:
     """Print what one case takes."""
     import holdfast.runner.check  # noqa: F401 - what a command imports, too
     from holdfast.config.run import RunConfig
-    from holdfast.data import arrow_rows
+    from holdfast.data import arrow_rows, on_disk
     from holdfast.runner.data import load_data
     from holdfast.runner.rows import encode_tasks
     from holdfast.runner.setup import build_encoder, resolve
     from holdfast.system.collection import no_collection
 
     if case == "lists":
-        arrow_rows.LARGE_ROWS = arrow_rows.LARGE_TEXT = sys.maxsize
+        for module in (arrow_rows, on_disk):
+            module.LARGE_ROWS = module.LARGE_TEXT = sys.maxsize
     cache = str(folder / "cache") if case.startswith("cache") else None
     values = {"model": model, "stream": {"path": str(folder / "task")}, "output": str(folder / "out")}
     config = resolve(RunConfig.model_validate(values | {"data": {"cache": cache}}))
@@ -65,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a model with a tokenizer")
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--length", type=int, default=0)
     parser.add_argument("--cases", nargs="+", default=["lists", "memory", "cache, first start", "cache, second start"])
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -75,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "task").mkdir()
-        write_rows(folder / "task" / "train.jsonl", asked.rows)
+        write_rows(folder / "task" / "train.jsonl", asked.rows, asked.length)
         write_rows(folder / "task" / "test.jsonl", 50)
         for case in asked.cases:
             own = ["--model", asked.model, "--case", case, "--folder", str(folder)]

@@ -81,6 +81,7 @@ NO_FILES = {
     "data.conversation": "calls and tools of a row",
     "data.given": "a digest",
     "data.load": "a version",
+    "data.on_disk": "rows of a run, in a file without a name",
     "data.source": "a digest",
     "deploy.model_card": "text of a card",
     "deploy.openai.application": "an answer of the server",

@@ -148,9 +148,9 @@ class Task:
 
     name: str
     metric: str
-    train: list[Example]
+    train: Sequence[Example]
     test: list[Example]
-    eval: list[Example] = field(default_factory=list)
+    eval: Sequence[Example] = field(default_factory=list)
     labels: list[str] | None = None
     beside: list[str] = field(default_factory=list)
     asked: str = ""
@@ -166,8 +166,13 @@ class Task:
 
 def fingerprint(train: Sequence[Example], eval_: Sequence[Example], test: Sequence[Example]) -> str:
     """SHA-256 (hexadecimal) over the content of the three splits, in order; files and row numbers do not count."""
-    splits = [[_content(row) for row in split] for split in (train, eval_, test)]
-    return hashlib.sha256(json.dumps(splits, ensure_ascii=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for separator, split in zip(("[[", "], [", "], ["), (train, eval_, test), strict=True):  # one JSON text, row by row
+        digest.update(separator.encode())
+        for number, row in enumerate(split):
+            digest.update(f"{', ' * (number > 0)}{json.dumps(_content(row), ensure_ascii=True)}".encode())
+    digest.update(b"]]")
+    return digest.hexdigest()
 
 
 def _content(row: Example) -> object:

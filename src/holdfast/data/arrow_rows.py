@@ -19,13 +19,10 @@ from numpy.typing import NDArray
 from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
 from holdfast.data.joined_rows import JoinedRows
+from holdfast.data.on_disk import LARGE_ROWS, LARGE_TEXT
 from holdfast.errors import DataError
 from holdfast.system.files import PARTIAL, json_text
 from holdfast.version import __version__
-
-LARGE_ROWS = 20_000
-LARGE_TEXT = 10_000_000
-"""A split of so many rows, or of so many characters, has its tokens in Arrow."""
 
 CHUNK = 1000
 """Rows that are tokenised together; a row that is large itself is a chunk of its own."""

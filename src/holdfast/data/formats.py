@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,6 +10,7 @@ from holdfast.api.task import Example, Turn
 from holdfast.config.pattern import group_span
 from holdfast.data.conversation import BadRowError, Noticed, conversation, field_value, text_field, tools_of
 from holdfast.data.files import type_name, where
+from holdfast.data.on_disk import ROWS, OnDisk, gathered
 from holdfast.data.row_pictures import COLUMNS, take_pictures, with_pictures
 from holdfast.errors import ConfigError, DataError, did_you_mean
 
@@ -65,7 +66,7 @@ LABEL_NAMES = "labels: [NAME OF 0, NAME OF 1, ...]"
 LEFT_OUT = "leave it out with columns: {{{column}: null}}"
 
 
-def detect(rows: list[dict[str, Any]], file: str | Path) -> tuple[Format, dict[str, str]]:
+def detect(rows: Sequence[dict[str, Any]], file: str | Path) -> tuple[Format, dict[str, str]]:
     """Tell the format of a split by the names in its first row.
 
     Returns:
@@ -118,8 +119,13 @@ def _offer_classification(row: dict[str, Any], file: str | Path) -> None:
             )
 
 
-def to_examples(
-    rows: list[dict[str, Any]],
+def to_examples(rows: Iterable[dict[str, Any]], format: str, **options: Any) -> list[Example]:
+    """All that :func:`iterate_examples` gives."""
+    return list(iterate_examples(rows, format, **options))
+
+
+def iterate_examples(
+    rows: Iterable[dict[str, Any]],
     format: str,
     *,
     file: str | Path,
@@ -131,11 +137,11 @@ def to_examples(
     images: Path | None = None,
     bad: list[str] | None = None,
     noticed: Noticed | None = None,
-) -> list[Example]:
-    """Turn the rows of one split into examples.
+) -> Iterator[Example]:
+    """Turn the rows of one split into examples, one after another.
 
     Args:
-        rows: what `read_rows` returned.
+        rows: what `iterate_rows` gives.
         format: one of `KEYS`.
         file: where the rows came from, for messages.
         labels: the answers that a row may have; None: any.
@@ -155,8 +161,8 @@ def to_examples(
         raise ConfigError(f"format: unknown format {format!r}{did_you_mean(format, KEYS)}")
     template, used = asked(instruction, labels, prompt), USED[format]
     folder = Path(file).parent if images is None else images
-    examples = []
     for position, row in enumerate(rows):
+        examples: list[Example] = []
         index = getattr(row, "index", position)
         try:
             _refuse_meaning(row, format)
@@ -197,7 +203,7 @@ def to_examples(
                 for name, value in row.items()
                 if value is not None and name not in {*used, *COLUMNS} and not (name in VERDICTS and value is True)
             }
-    return examples
+        yield from examples
 
 
 def all_said(row: dict[str, Any], file: str | Path, index: int) -> str | None:
@@ -340,8 +346,8 @@ def _about(prompt: str, input: str | None) -> tuple[int, int]:
 
 
 def name_labels(
-    rows: list[dict[str, Any]], labels: list[str] | None, file: str | Path, bad: list[str] | None = None
-) -> list[dict[str, Any]]:
+    rows: Sequence[dict[str, Any]], labels: list[str] | None, file: str | Path, bad: list[str] | None = None
+) -> Sequence[dict[str, Any]]:
     """Put names in the place of labels that are numbers: indices of ``labels``, from 0.
 
     If labels are numbers themselves, a number is the label of that name.
@@ -364,7 +370,18 @@ def name_labels(
         return rows
     by_name = any(label.isdecimal() for label in labels)
     names = {label if by_name else str(index): label for index, label in enumerate(labels)}
-    kept = []
+    named = _named(rows, labels, names, by_name, file, bad)
+    return gathered(named, ROWS) if isinstance(rows, OnDisk) else list(named)
+
+
+def _named(
+    rows: Iterable[dict[str, Any]],
+    labels: list[str],
+    names: dict[str, str],
+    by_name: bool,
+    file: str | Path,
+    bad: list[str] | None,
+) -> Iterator[dict[str, Any]]:
     for position, row in enumerate(rows):
         label = row.get("label")
         if type(label) is int or (isinstance(label, str) and label.strip().isdecimal()):
@@ -380,8 +397,7 @@ def name_labels(
                 bad.append(message)
                 continue
             row["label"] = name
-        kept.append(row)
-    return kept
+        yield row
 
 
 def _check_label(answer: str, labels: list[str] | None) -> None:

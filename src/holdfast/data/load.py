@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from holdfast.api.scorer import Scorer
@@ -16,6 +16,7 @@ from holdfast.config.stream import DataConfig, StreamConfig, TaskConfig
 from holdfast.data.benchmark import benchmark_source, group_instructions
 from holdfast.data.files import SUFFIXES, in_file_order, stem, suffix, where
 from holdfast.data.layout import INNER, is_task
+from holdfast.data.on_disk import chosen
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import Source, StreamSource, check_scorable, load_task
 from holdfast.engines.process import Process
@@ -248,7 +249,7 @@ def _measure_on_dev(task: Task, data: DataConfig, bad: list[str]) -> None:
             f"task {task.name!r}: has no eval split (eval, dev or validation), which evaluation.split: dev measures "
             "on; hold some train rows back in one"
         )
-    task.test = task.eval[: data.test_rows]
+    task.test = list(task.eval[: data.test_rows])
     check_scorable(task, bad)
 
 
@@ -257,11 +258,11 @@ def _measure_on_dev(task: Task, data: DataConfig, bad: list[str]) -> None:
 
 def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
     """Count what is odd about the tasks' rows, and do what ``data.on_overlap`` says."""
-    trained = [{_prompt(example) for example in task.train} for task in tasks]
-    askers = Counter(prompt for prompts in trained for prompt in prompts)
-    for task, own in zip(tasks, trained, strict=True):
+    trained = [_prompts_and_rows(task.train) for task in tasks]
+    askers = Counter(prompt for prompts, _ in trained for prompt in prompts) if len(tasks) > 1 else Counter[bytes]()
+    for task, (own, rows) in zip(tasks, trained, strict=True):
         overlap = [example for example in task.test if _prompt(example) in own]
-        rows, tests = (len({(_prompt(e), e.answer) for e in split}) for split in (task.train, task.test))
+        _, tests = _prompts_and_rows(task.test)
         task.counts = Counts(
             duplicate_train_rows=len(task.train) - rows,
             contradicting_train_rows=rows - len(own) if task.kind == "sft" else 0,
@@ -271,7 +272,8 @@ def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
         )
         if overlap and data.on_overlap == "drop":
             tested = {_prompt(example) for example in task.test}
-            kept = [example for example in task.train if _prompt(example) not in tested]
+            left = (place for place, example in enumerate(task.train) if _prompt(example) not in tested)
+            kept = chosen(task.train, left)
             task.counts.dropped_train_rows = len(task.train) - len(kept)
             task.train = kept
             if not kept:
@@ -288,6 +290,22 @@ def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
             logger.warning("%s; data.on_overlap=drop leaves them out of train", message)
 
 
-def _prompt(example: Example) -> Hashable:
+def _prompts_and_rows(examples: Iterable[Example]) -> tuple[set[bytes], int]:
+    """The digests of what is asked, and how many rows there are that differ in their prompt or answer."""
+    prompts, rows = set[bytes](), set[bytes]()
+    for example in examples:
+        prompts.add(asked := _prompt(example))
+        rows.add(_digest((asked, example.answer)))
+    return prompts, len(rows)
+
+
+def _prompt(example: Example) -> bytes:
+    """A digest of what is asked, which takes less memory."""
     turns = example.turns[:-1]
-    return example.text or (example.tools, tuple((turn.role, turn.content, turn.calls, *turn.shown) for turn in turns))
+    return _digest(
+        example.text or (example.tools, [(turn.role, turn.content, turn.calls, *turn.shown) for turn in turns])
+    )
+
+
+def _digest(value: object) -> bytes:
+    return hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=16).digest()

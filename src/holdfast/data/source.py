@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 from holdfast.api.task import Example, General, Task
 from holdfast.config.stream import DataConfig, TaskConfig, TaskOptions
 from holdfast.data.conversation import Noticed
-from holdfast.data.files import SUFFIXES, RawRow, read_json_file, read_rows, read_text, where
-from holdfast.data.formats import asked, detect, name_labels, to_examples
+from holdfast.data.files import SUFFIXES, RawRow, iterate_rows, read_json_file, read_rows, read_text, suffix, where
+from holdfast.data.formats import asked, detect, iterate_examples, name_labels
 from holdfast.data.layout import SPLITS, alone, split_files
+from holdfast.data.on_disk import EXAMPLES, ROWS, OnDisk, chosen, gathered
 from holdfast.data.preferences import kind_examples, paired
 from holdfast.data.spill import without_bytes
 from holdfast.errors import ColumnsError, ConfigError, DataError, did_you_mean
@@ -31,7 +32,7 @@ class Part:
     """The rows of one file of a split."""
 
     file: str
-    rows: list[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]
 
 
 @dataclass
@@ -100,12 +101,12 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
     format, names = (options.format, {}) if options.format else detect(first.rows, first.file)
     way = _way(source, format, labels, first)
     noticed = Noticed()
-    examples = {
-        name: [
+    examples: dict[str, Sequence[Example]] = {
+        name: _examples(
             example
             for part in parts
-            for example in to_examples(
-                [renamed(row, names, "") for row in part.rows] if names else part.rows,
+            for example in iterate_examples(
+                (renamed(row, names, "") for row in part.rows) if names else part.rows,
                 format,
                 file=part.file,
                 labels=way.labels,
@@ -117,7 +118,7 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
                 bad=bad,
                 noticed=noticed,
             )
-        ]
+        )
         for name, parts in splits.items()
     }
     notes = noticed.notes()
@@ -131,11 +132,15 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
         if not examples[name] and not bad:
             raise DataError(f"task {source.name!r}: no row of the {name} split is left: {'; '.join(notes)}")
     if data.reasoning == "drop":
-        examples = {name: [without_reasoning(example) for example in split] for name, split in examples.items()}
-    train, test = examples["train"], examples["test"]
+        examples = {name: _examples(map(without_reasoning, split)) for name, split in examples.items()}
+    train, test = examples["train"], list(examples["test"])
     task = Task(source.name, "", train, test, examples.get("eval", []), way.labels, notes=notes)
     task.asked = asked(way.instruction, way.labels, options.prompt) if format == "sentence_label" else format
     return scored(task, options, default="loss" if format == "text" else "accuracy", bad=bad)
+
+
+def _examples(examples: Iterable[Example]) -> Sequence[Example]:
+    return gathered(examples, EXAMPLES)
 
 
 def _of_kind(source: Source, splits: dict[str, list[Part]], data: DataConfig, bad: list[str] | None) -> Task:
@@ -144,7 +149,7 @@ def _of_kind(source: Source, splits: dict[str, list[Part]], data: DataConfig, ba
     exact = options.reward == "exact_match"
     if options.reward is not None and not exact:
         reward_function(options.reward)
-    examples = {
+    examples: dict[str, Sequence[Example]] = {
         name: [
             example
             for part in parts
@@ -167,7 +172,8 @@ def _of_kind(source: Source, splits: dict[str, list[Part]], data: DataConfig, ba
             examples[name] = pairs
     if data.reasoning == "drop":
         examples = {name: [without_reasoning(example) for example in split] for name, split in examples.items()}
-    task = Task(source.name, "", examples["train"], examples["test"], examples.get("eval", []), notes=notes)
+    train, test = examples["train"], list(examples["test"])
+    task = Task(source.name, "", train, test, examples.get("eval", []), notes=notes)
     task.kind, task.options, task.reward, task.asked = kind, dict(options.options), options.reward, kind
     return scored(task, options, default=default, bad=bad)
 
@@ -232,22 +238,23 @@ def read_parts(
         splits, labels = _from_dataset(source, limits)
     else:
         files = source.files if source.folder is None else _folder_files(source)
-        splits = {name: [Part(str(file), read_rows(file, bad)) for file in paths] for name, paths in files.items()}
+        splits = {name: [Part(str(file), _file_rows(file, bad)) for file in paths] for name, paths in files.items()}
         if source.test_rows is not None:
             for part in splits["test"]:
-                part.rows = source.test_rows(part.rows, Path(part.file))
+                part.rows = source.test_rows(list(part.rows), Path(part.file))
         if source.folder is not None and (source.folder / "labels.json").exists():
             labels = read_labels(source.folder / "labels.json")
     for name, parts in splits.items():
         left = limits.get(name)
         for part in parts:
-            part.rows = part.rows[:left]
+            part.rows = part.rows if left is None else part.rows[:left]
             left = None if left is None else left - len(part.rows)
             if options.columns:
-                part.rows = [
+                rows = (
                     renamed(row, options.columns, where(part.file, getattr(row, "index", i), row))
                     for i, row in enumerate(part.rows)
-                ]
+                )
+                part.rows = gathered(rows, ROWS) if isinstance(part.rows, OnDisk) else list(rows)
     first = next((part for parts in splits.values() for part in parts if part.rows), None)
     sft = first is not None and options.kind == "sft"
     if first is not None and sft and (options.format or detect(first.rows, first.file)[0]) == "sentence_label":
@@ -262,7 +269,12 @@ def read_parts(
     return splits, labels
 
 
-def _draw_test(examples: dict[str, list[Example]], share: float) -> str:
+def _file_rows(file: Path, bad: list[str] | None) -> Sequence[dict[str, Any]]:
+    """The rows of a file; a parquet file's may hold more than JSON does."""
+    return read_rows(file, bad) if suffix(file) == ".parquet" else gathered(iterate_rows(file, bad), ROWS)
+
+
+def _draw_test(examples: dict[str, Sequence[Example]], share: float) -> str:
     """Draw the test split of a task in one file by what its rows ask: as the file grows, a row stays in its split.
 
     Returns:
@@ -274,8 +286,8 @@ def _draw_test(examples: dict[str, list[Example]], share: float) -> str:
         return ""
     drawn = [_drawn_number(row) for row in rows]
     limit = max(share, min(drawn))  # at least one
-    examples["test"] = [row for row, number in zip(rows, drawn, strict=True) if number <= limit]
-    examples["train"] = [row for row, number in zip(rows, drawn, strict=True) if number > limit]
+    examples["test"] = chosen(rows, (place for place, number in enumerate(drawn) if number <= limit))
+    examples["train"] = chosen(rows, (place for place, number in enumerate(drawn) if number > limit))
     if not examples["train"]:
         raise DataError(f"{rows[0].file}: {len(rows)} rows are too few to draw a test split from; add a test file")
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,11 +71,11 @@ def _of_rate(setup: Setup) -> str | None:
 
 def _of_task(setup: Setup, task: Task) -> Iterator[str]:
     encoder, model = setup.encoder, setup.config.model.name
-    rows = [row for row in task.train if row.text is None]
-    turns = sum(len(row.turns) > 2 for row in rows)
+    lengths = Counter(min(len(row.turns), 3) for row in task.train if row.text is None)
+    rows, turns = lengths.total(), lengths[3]
     if turns and setup.config.data.template == "auto" and not encoder.chat:
         yield (
-            f"{turns} of {len(rows)} rows have several turns, and the tokenizer of {model!r} has no chat template, as "
+            f"{turns} of {rows} rows have several turns, and the tokenizer of {model!r} has no chat template, as "
             "that of a base model: lines follow each other, and nothing says who speaks; an instruct model has such a "
             "template, and data.template=plain says that plain lines are meant"
         )

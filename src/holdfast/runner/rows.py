@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ from holdfast.data.encode import Encoder
 from holdfast.data.files import where
 from holdfast.data.joined_rows import JoinedRows
 from holdfast.data.load import judge_bad_rows
+from holdfast.data.on_disk import chosen
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.respond import response_limit
 from holdfast.models.pretrained import load_model_config
@@ -164,8 +166,8 @@ def encode_dev(tasks: Sequence[Task], encoder: Encoder, config: RunConfig, metho
 
 
 def _large(
-    examples: list[Example], encoder: Encoder, cache: str | None, asks: bool, bad: list[str]
-) -> tuple[list[Example], ArrowRows, int | None]:
+    examples: Sequence[Example], encoder: Encoder, cache: str | None, asks: bool, bad: list[str]
+) -> tuple[Sequence[Example], ArrowRows, int | None]:
     """As :func:`_usable`, chunk by chunk, with the rows in Arrow: of an earlier start, if ``data.cache`` has them.
 
     Args:
@@ -182,13 +184,18 @@ def _large(
         rows, facts = found
         encoder.count([examples[place] for place in facts.shortened], [examples[place] for place in facts.cut])
         return examples, rows, facts.longest
-    kept: list[Example] = []
+    kept = array("q")  # places of examples
+    begun = 0
     batches: list[Any] = []
     longest = 0
     with nullcontext() if file is None else file.writing() as writer:
         for chunk in chunks(examples):
             own = encoder.apart()
-            usable, made = _usable(list(chunk), own.encode_all, bad)
+            given = list(chunk)
+            usable, made = _usable(given, own.encode_all, bad)
+            used = {id(example) for example in usable}
+            places = [begun + place for place, example in enumerate(given) if id(example) in used]
+            begun += len(given)
             encoder.count_all(own)
             if not usable:
                 continue
@@ -197,11 +204,11 @@ def _large(
             else:
                 most = max(own.answer_length(example) for example in usable) if asks else None
                 longest = max(longest, most or 0)
-                shortened, cut = ([len(kept) + place for place in places] for places in own.counted(usable))
+                shortened, cut = ([len(kept) + place for place in of] for of in own.counted(usable))
                 writer.write(as_batch(made), Facts(shortened, cut, most))
-            kept += usable
+            kept.extend(places)
         rows = ArrowRows(batches) if writer is None else writer.finish(keep=len(kept) == len(examples))
-    return kept, rows, longest or None
+    return examples if len(kept) == len(examples) else chosen(examples, kept), rows, longest or None
 
 
 class StageRows(JoinedRows):
@@ -231,9 +238,10 @@ class StageRows(JoinedRows):
 
 
 def _usable(
-    examples: list[Example], encode: Callable[[Sequence[Example]], list[Any]], bad: list[str]
+    examples: Sequence[Example], encode: Callable[[Sequence[Example]], list[Any]], bad: list[str]
 ) -> tuple[list[Example], list[Any]]:
     """The examples that can be encoded, and their codes; one by one only where not all of them can."""
+    examples = list(examples)
     try:
         return examples, encode(examples)
     except DataError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from holdfast.api.method import Method
@@ -48,7 +49,7 @@ def check_answers(model_config: PretrainedConfig, tasks: Sequence[Task]) -> None
     for task in tasks:
         if task.kind != "sft":
             raise ConfigError(f"task {task.name!r}: {what}, and TRL trains kind {task.kind} on causal models alone")
-        if any(example.text is not None for example in (*task.train, *task.test)):
+        if any(example.text is not None for example in chain(task.train, task.test)):
             raise ConfigError(
                 f"task {task.name!r}: {what}, which learns answers to prompts, and the task's rows are texts; rows of "
                 "prompt and answer would do"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,7 @@ def as_task(options: dict[str, Any], divided: Divided) -> Task:
     return scored(Task(task.name, "", train, test, labels=task.labels), task)
 
 
-def rows_of(examples: list[Example], rows: list[GivenRow]) -> list[GivenRow]:
+def rows_of(examples: Sequence[Example], rows: list[GivenRow]) -> list[GivenRow]:
     """The rows that these very examples were read from."""
     wanted = set(map(id, examples))
     return [row for row in rows if id(row.example) in wanted]
