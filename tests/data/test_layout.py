@@ -34,9 +34,9 @@ def task(folder: Path, train: list[dict[str, Any]], test: list[dict[str, Any]] |
     return folder
 
 
-def load(path: Path, **options: Any) -> Stream:
+def load(path: Path, output: Path | None = None, **options: Any) -> Stream:
     data = {key: options.pop(key) for key in list(options) if key in DataConfig.model_fields}
-    return load_stream(StreamConfig(path=str(path), **options), DataConfig(**data))
+    return load_stream(StreamConfig(path=str(path), **options), DataConfig(**data), output=output)
 
 
 def said(stream: Stream) -> str:
@@ -302,7 +302,7 @@ def test_all_bad_rows_are_told_at_once(tmp_path: Path, caplog: pytest.LogCapture
     with (folder / "train.jsonl").open("a") as file:
         file.write("{broken\n")
     with pytest.raises(DataError) as error:
-        load(folder)
+        load(folder, output=tmp_path / "run")
     told = str(error.value)
     assert (
         told.startswith("31 rows cannot be used")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,16 +111,19 @@ def test_a_beginning_of_sequence_token_stays_at_the_beginning():
     assert writing.read(written[len(writing.start) :]) == one
 
 
+write = partial(write_samples, on_batch=lambda done, total: None)
+
+
 def test_samples_depend_on_their_seed_alone_and_touch_no_other_random_state():
     model = prompted("rrrr")
     options = {"length": 60, "batch_size": 5, "top_k": 64}
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    found = write_samples(model, WRITING, 12, seed=3, **options)
+    found = write(model, WRITING, 12, seed=3, **options)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert write_samples(model.train(), WRITING, 12, seed=3, **options) == found and model.training
-    assert write_samples(model, WRITING, 12, seed=4, **options) != found
+    assert write(model.train(), WRITING, 12, seed=3, **options) == found and model.training
+    assert write(model, WRITING, 12, seed=4, **options) != found
     assert len({tuple(one["input_ids"]) for one in found}) > 8
 
 
@@ -128,14 +132,14 @@ def test_sampling_from_one_token_is_a_plain_greedy_loop_without_cache():
     ids = list(WRITING.start)
     while ids[-len(WRITING.end) :] != WRITING.end:
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    [found, again] = write_samples(model, WRITING, 2, length=60, batch_size=2, top_k=1, seed=0)
+    [found, again] = write(model, WRITING, 2, length=60, batch_size=2, top_k=1, seed=0)
     assert found == again == WRITING.read(ids[len(WRITING.start) :])
 
 
 def test_samples_have_a_prompt_of_their_task_and_an_answer():
     for word in WORDS:
         writing = Writing.of(tiny_tokenizer(), word)
-        found = write_samples(prompted("rrrr"), writing, 40, length=60, batch_size=20, top_k=64, seed=0)
+        found = write(prompted("rrrr"), writing, 40, length=60, batch_size=20, top_k=64, seed=0)
         assert len(found) == 40
         answers = Counter()
         for one in found:

@@ -25,8 +25,7 @@ from holdfast.data.encode import Encoder
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.convert.checkpoint import convert
 from holdfast.models.convert.families import find_family
-from support import fuzz
-from support.command import holdfast
+from support import command, fuzz
 
 spm = pytest.importorskip("sentencepiece")
 
@@ -630,12 +629,12 @@ def test_command_needs_no_other_package(tmp_path, plain_model, capsys):
     config = COMMON | INTERNLM2 | {"bias": False}
     source = write_checkpoint(tmp_path / "source", config, internlm2_weights(config), plain_model, files=2)
     target = tmp_path / "target"
-    command = [sys.executable, "-c", USE, str(source), str(target)]
+    use = [sys.executable, "-c", USE, str(source), str(target)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(use, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(target), "5"]
-    assert holdfast("convert", source, target) == 2
+    assert command.holdfast("convert", source, target) == 2
     assert "exists already" in capsys.readouterr().err
 
 

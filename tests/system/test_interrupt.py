@@ -31,6 +31,8 @@ import os, signal, sys
 from holdfast import cli
 from holdfast.system.interrupt import Interrupt
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore it
+
 def work():
     with Interrupt(), Interrupt() as inner:
         os.kill(os.getpid(), signal.SIGINT)
