@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from holdfast.config.run import load_config
-from holdfast.records.changes import general_changes
+from holdfast.records.changes import changes, general_changes
 from holdfast.records.read import read_run, read_runs
 from holdfast.report import cite, write_report
 from holdfast.report.compare import compare
@@ -239,3 +239,23 @@ def test_colours_of_text_can_be_read_on_what_they_stand_on(theme: int):
         ("bad", "bad-surface"),
     ):
         assert contrast(ink, ground) >= 4.5, (ink, ground)
+
+
+def test_answers_of_a_task_that_is_scored_by_its_loss_are_judged_by_the_metric_beside_it(tmp_path: Path) -> None:
+    """The lost answers are those of the same run when that metric is its own."""
+    plain, by_loss = (make_run(tmp_path / name, "sequential", rows=27) for name in ("plain", "by_loss"))
+    matrix = read_json(by_loss / "matrix.json")
+    [*_, task] = TASKS[:-1]
+    j = TASKS.index(task)
+    matrix["beside"] = {task: {"rouge_l": [row[j] for row in matrix["scores"]]}}
+    matrix["metrics"][task] = "loss"
+    write_json(by_loss / "matrix.json", matrix)
+    for path in by_loss.glob(f"stages/*/responses/{task.replace('/', '_')}.jsonl"):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        write_jsonl(path, [row | {"score": 3.0, "nats": 6.0, "tokens": 2, "beside": {"rouge_l": row["score"]}} for row in rows])
+    wanted, found = (changes(read_run(run), j) for run in (plain, by_loss))
+    assert wanted is not None and found is not None and wanted.lost and found.beside == "rouge_l"
+    assert [[pair[0]["row"] for pair in pairs] for pairs in (found.lost, found.gained)] == [
+        [pair[0]["row"] for pair in pairs] for pairs in (wanted.lost, wanted.gained)
+    ]
+    assert lost(page(by_loss, tmp_path / "by_loss.html"))[task] == lost(page(plain, tmp_path / "plain.html"))[task]

@@ -24,6 +24,7 @@ WORLD = {"size: 50": "size: 4"}
 SMALL = {
     "fair-comparison": WORLD | {"epochs: 5": "epochs: 1", "seed: [0, 1, 2]": "seed: [0, 1]"},
     "laptop-to-cluster": {},
+    "lost-manners": {"num_train_epochs=3": "max_steps=2", "rows: 60": "rows: 4"},
     "my-own-method": WORLD | {"epochs: 5": "epochs: 1"},
     "new-tickets-every-month": {"epochs: 25": "max_steps: 2"},
     "why-do-models-forget": {},

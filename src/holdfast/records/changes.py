@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.records.gate import is_accuracy
@@ -25,6 +25,7 @@ class Changes:
         pairs: (before, after) of each row, in order.
         lost: the pairs that went from right to wrong, worst first.
         gained: the pairs that went from wrong to right, best first.
+        beside: the metric that says what is right, where the task's own is a loss.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Changes:
     pairs: list[Pair]
     lost: list[Pair]
     gained: list[Pair]
+    beside: str | None = None
 
     @property
     def rows(self) -> int:
@@ -50,21 +52,33 @@ def changes(run: FinishedRun, j: int) -> Changes | None:
 
     A task that was learned last is compared with the model before training. A score of at least a half is right. A row
     is lost if it went from right to wrong, and gained if it went from wrong to right, by a half or more: with a metric
-    that gives only 0 and 1, whenever it changed.
+    that gives only 0 and 1, whenever it changed. Of a task that is scored by its loss, the first metric beside it
+    counts.
 
     Returns:
-        None if they are not there, or the task has none because it is scored by its loss.
+        None if they are not there, or the task is scored by its loss alone.
     """
     measured = [t for t, row in enumerate(run.scores) if row[j] is not None]
-    if run.lower_is_better(j) or not measured:
+    task = run.tasks[j]
+    beside = next(iter(run.matrix.get("beside", {}).get(task, {})), None) if run.lower_is_better(j) else None
+    if not measured or (run.lower_is_better(j) and beside is None):
         return None
-    task, last = run.tasks[j], measured[-1]
+    last = measured[-1]
     then = run.own_stage(j) if run.own_stage(j) in measured[:-1] else measured[0]
     if run.stage_of(then) == run.stage_of(last):
         return None
     before = {(row["row"], row.get("number")): row for row in run.responses(then, task)}
     after = [((row["row"], row.get("number")), row) for row in run.responses(last, task)]
-    return _compared(run, task, then, last, [(before[place], row) for place, row in after if place in before])
+    pairs = [(before[place], row) for place, row in after if place in before]
+    if beside is not None:
+        pairs = [(_by(beside, one), _by(beside, other)) for one, other in pairs]
+    found = _compared(run, task, then, last, pairs)
+    return found and replace(found, beside=beside)
+
+
+def _by(metric: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of responses with the score that a metric beside the task's own gives it; None where that is not known."""
+    return row | {"score": row.get("beside", {}).get(metric)}
 
 
 def general_changes(run: FinishedRun, name: str) -> Changes | None:

@@ -15,6 +15,9 @@ from holdfast.records.stages import named
 from holdfast.report.text import ONE_ROW, number
 from holdfast.system.progress import clock
 
+FEW = 0.1
+"""A share of right answers below this is as good as none."""
+
 
 def finished_at(path: Path) -> str | None:
     """When a run was finished; None if it is not, or there is none."""
@@ -70,6 +73,10 @@ def _gained(run: FinishedRun, stage: int) -> list[str]:
     lines = [line]
     for name, values in run.matrix.get("beside", {}).get(task, {}).items():
         lines.append(f"  {name}  {number(values[stage - 1])} -> {number(values[stage])}")
+    rates = [values[stage] for values in run.matrix.get("beside", {}).get(task, {}).values()]
+    if run.learned.get(task) and rates and all(rate is not None and rate < FEW for rate in rates):
+        lines.append("  its answers are not right yet: more epochs, a higher training.learning_rate, or each fact in")
+        lines.append("  several wordings would be next; the page shows its answers")
     if task in run.one_row:
         lines.append(f"  {ONE_ROW}: whether it was learned is not known; give more rows, or a test split")
     elif run.learned.get(task) is False:

@@ -208,7 +208,7 @@ def _lost(run: FinishedRun, told: list[Brief]) -> dict[str, Any]:
     since = [one for one in told if one.own]
     fallen = sorted((one for one in since if one.lost), key=lambda one: (-one.fall, -one.lost))
     names = {one.name for one in told}
-    losses = [task for j, task in enumerate(run.tasks) if run.lower_is_better(j)]
+    losses = [task for j, task in enumerate(run.tasks) if run.lower_is_better(j) and task not in names]
     losses += [name for name in run.matrix["general"] if not is_accuracy(name)]
     last = max((t for t, row in enumerate(run.scores) if any(score is not None for score in row)), default=0)
     return {

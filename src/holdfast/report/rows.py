@@ -88,9 +88,8 @@ class RowList:
         for j, task in enumerate(run.tasks):
             if (found := changes(run, j)) is not None:
                 self._add(found, task, run.info["tasks"][task]["fingerprint"], place)
-                told.append(
-                    Brief.of(found, task, [row[j] for row in run.scores], False, found.then == run.own_stage(j))
-                )
+                scores = run.matrix["beside"][task][found.beside] if found.beside else [row[j] for row in run.scores]
+                told.append(Brief.of(found, task, scores, False, found.then == run.own_stage(j)))
         for name, values in run.matrix["general"].items():
             if (found := general_changes(run, name)) is not None:
                 listed = f"{name} (general)"
