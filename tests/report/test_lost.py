@@ -17,6 +17,7 @@ from holdfast.report import cite, write_report
 from holdfast.report.compare import compare
 from holdfast.report.falls import MOST, comparison_pictures, run_pictures
 from holdfast.report.headline import comparison_headline, run_headline
+from holdfast.report.learned import _gained
 from holdfast.report.rows import EXAMPLES
 from holdfast.report.text import share
 from holdfast.system.files import read_json, write_json, write_jsonl
@@ -245,17 +246,30 @@ def test_answers_of_a_task_that_is_scored_by_its_loss_are_judged_by_the_metric_b
     """The lost answers are those of the same run when that metric is its own."""
     plain, by_loss = (make_run(tmp_path / name, "sequential", rows=27) for name in ("plain", "by_loss"))
     matrix = read_json(by_loss / "matrix.json")
-    [*_, task] = TASKS[:-1]
-    j = TASKS.index(task)
+    j = len(TASKS) - 2
+    task = TASKS[j]
     matrix["beside"] = {task: {"rouge_l": [row[j] for row in matrix["scores"]]}}
     matrix["metrics"][task] = "loss"
     write_json(by_loss / "matrix.json", matrix)
     for path in by_loss.glob(f"stages/*/responses/{task.replace('/', '_')}.jsonl"):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        write_jsonl(path, [row | {"score": 3.0, "nats": 6.0, "tokens": 2, "beside": {"rouge_l": row["score"]}} for row in rows])
+        write_jsonl(
+            path, [row | {"score": 3.0, "nats": 6.0, "tokens": 2, "beside": {"rouge_l": row["score"]}} for row in rows]
+        )
     wanted, found = (changes(read_run(run), j) for run in (plain, by_loss))
     assert wanted is not None and found is not None and wanted.lost and found.beside == "rouge_l"
     assert [[pair[0]["row"] for pair in pairs] for pairs in (found.lost, found.gained)] == [
         [pair[0]["row"] for pair in pairs] for pairs in (wanted.lost, wanted.gained)
     ]
     assert lost(page(by_loss, tmp_path / "by_loss.html"))[task] == lost(page(plain, tmp_path / "plain.html"))[task]
+
+
+@pytest.mark.parametrize("right", [0.0, 0.6])
+def test_learn_says_where_a_lower_loss_brought_no_right_answer(tmp_path: Path, right: float) -> None:
+    path = make_run(tmp_path / "run", "sequential", rows=27)
+    matrix = read_json(path / "matrix.json")
+    matrix["beside"] = {TASKS[0]: {"rouge_l": [right] * len(matrix["scores"])}}
+    write_json(path / "matrix.json", matrix)
+    run = read_run(path)
+    assert run.learned[TASKS[0]], "its own score rose"
+    assert ("its answers are not right yet" in "\n".join(_gained(run, 1))) == (right == 0)
