@@ -415,14 +415,14 @@ def test_a_rollback_reads_and_tokenises_nothing_again(folder, monkeypatch):
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(source, "read_rows")
+    count(source, "iterate_rows")
     count(Encoder, "encode_all")
     count(setup, "load_tokenizer")
     count(setup, "general_samples")
     run(gated(folder, "rollback") | {"output": str(folder / "counted")}, QUIET)
     assert [d["action"] for d in read_json(folder / "counted" / "run.json")["gate"]].count("rollback") == 1
     splits, tasks = 2 * 3, 3
-    assert calls == {"read_rows": splits, "encode_all": tasks, "load_tokenizer": 1, "general_samples": 1}
+    assert calls == {"iterate_rows": splits, "encode_all": tasks, "load_tokenizer": 1, "general_samples": 1}
 
 
 def test_stop_stops_and_the_same_run_may_go_on_under_other_limits(folder):

@@ -44,6 +44,5 @@ def stand_in() -> None:
         time.sleep(600)
 
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore it
 holdfast.cli.app = stand_in
 holdfast.cli.main()

@@ -18,7 +18,8 @@ from support.paths import TESTS
 from support.tiny import tiny_config
 
 STARTER = """
-import sys, holdfast.cli, holdfast.system.launch
+import signal, sys, holdfast.cli, holdfast.system.launch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore it
 holdfast.system.launch.COMMAND = [sys.executable, {stand_in!r}]
 holdfast.cli.main()
 """
