@@ -62,19 +62,21 @@ ALL = [
 def ratios(printed: str) -> Iterator[tuple[str, str, str]]:
     """What a row is of, what is divided by what, and the ratio, of each such column of the tables that were printed."""
     header: list[str] = []
-    for line in printed.splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
-        if not cells:
-            header = []
-        elif not header:
-            header = cells
-        elif not set(line) <= set("|-: "):
+    before: list[str] = []
+    for line in printed.splitlines():  # a trainer's lines may stand between those of a table
+        if not line.startswith("|"):
+            continue
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if set(line) <= set("|-: "):
+            header = before
+        elif header and len(cells) == len(header):
             row = dict(zip(header, cells, strict=False))
             numbers = [cell for cell in cells[1:] if re.match(r"[\d,.]+", cell)]
             words = [cell for cell in cells if cell and cell not in numbers]
             for column, value in row.items():
                 if re.search(r"/ |ratio", column) and re.match(r"[\d.]+", value):
                     yield ", ".join(words), column.replace(" (min..max)", ""), value
+        before = cells
 
 
 def run(benchmark: Benchmark, command: list[str]) -> list[str]:

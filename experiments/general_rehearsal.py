@@ -27,7 +27,7 @@ from holdfast.config.run import load_config
 from holdfast.data.streams.chronicle.stream import general_text
 from holdfast.lab.demo import SIZE, configuration, make_model
 from holdfast.lab.derived import interval
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.progress import Progress
 from holdfast.system.quiet import silence_libraries
 

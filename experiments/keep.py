@@ -31,7 +31,7 @@ from holdfast.lab.demo import PRETRAINING
 from holdfast.lab.derived import interval
 from holdfast.lab.pretrain import pretrain
 from holdfast.lab.tokenizer import train_tokenizer
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.files import whole_folder, write_json, write_jsonl, write_text
 from holdfast.system.progress import Progress
 from holdfast.system.quiet import silence_libraries

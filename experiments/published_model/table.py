@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.lab.derived import interval
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.sweep.plan import PlannedRun, expand, load_sweep
 from holdfast.system.files import read_json
 from holdfast.system.progress import Progress

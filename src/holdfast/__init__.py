@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from holdfast.config.run import RunConfig, load_config
     from holdfast.report.status import status
     from holdfast.runner.learn.learn import learn
-    from holdfast.runner.loop import run
     from holdfast.runner.rebuild.rebuild import rebuild
     from holdfast.runner.rollback import rollback
+    from holdfast.runner.run import run
     from holdfast.training.trainer import ContinualTrainer, continual
 
 __all__ = [
@@ -40,7 +40,7 @@ _HOME = {
     "load_config": "holdfast.config.run",
     "rebuild": "holdfast.runner.rebuild.rebuild",
     "rollback": "holdfast.runner.rollback",
-    "run": "holdfast.runner.loop",
+    "run": "holdfast.runner.run",
     "status": "holdfast.report.status",
 }
 

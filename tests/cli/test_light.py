@@ -1,9 +1,10 @@
-"""Commands that only name things or read runs, and `check` where it refuses, answer without the libraries that take
-seconds."""
+"""Commands that only name things or read runs, and all commands where they refuse what they are given, answer without
+the libraries that take seconds."""
 
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from holdfast.system.files import locked_folder
 from support.paths import ROOT
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "scipy")
@@ -101,6 +103,8 @@ REFUSED = {
     "stream.path=nowhere": "there is no folder or data file 'nowhere'",
     "stream.order=[b]": "holds no task 'b'",
     "evaluation.general=[{name: texts, path: texts.txt}]": "texts.txt",
+    "model=./nothing": "there is no folder './nothing'",
+    "output=data/a/train.jsonl": "is a file",
 }
 
 
@@ -116,8 +120,9 @@ def config(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_check_refuses_names_keys_files_and_tasks_without_torch(config: Path):
-    commands = [["check", "missing.yaml"], *(["check", "config.yaml", override] for override in REFUSED)]
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_what_trains_refuses_names_keys_files_and_tasks_without_torch(config: Path, command: str):
+    commands = [[command, "missing.yaml"], *([command, "config.yaml", override] for override in REFUSED)]
     expected = {"missing.yaml": "there is no such file"} | REFUSED
     for (code, said, heavy), (line, part) in zip(answered(commands, config), expected.items(), strict=True):
         assert code == 2 and part in said and not heavy, (line, heavy, said)
@@ -137,3 +142,40 @@ def test_check_goes_on_to_the_model_where_nothing_is_wrong_with_the_names(config
     command = ["check", "config.yaml", "method=o_lora", "tuner=lora"]
     [(code, said, there)] = answered([command], config, ("torch", "transformers.trainer", *NEEDLESS))
     assert code == 2 and "model.name: 'no-model'" in said and there == ["torch", "transformers.trainer"]
+
+
+LEARNED = {
+    "empty.jsonl": ("", "holds no rows; each line is one"),
+    "unknown.jsonl": ('{"my question": "a", "reply": "b"}', "'task={columns: {my question: prompt, reply: answer}}'"),
+    "half.jsonl": ('{"question": "a", "Answer B": "b"}', "'task={columns: {question: prompt, Answer B: answer}}'"),
+    "bad.jsonl": ('{"prompt": 1, "answer": "b"}', "prompt"),
+}
+
+
+def test_learn_refuses_models_and_rows_without_torch_and_leaves_nothing(tmp_path: Path):
+    for name, (content, _) in LEARNED.items():
+        (tmp_path / name).write_text(content and content + "\n")
+    commands = [["learn", name, "--into", "run", "--model", "model"] for name in LEARNED]
+    commands.append(["learn", "bad.jsonl", "--into", "run", "--model", "/nowhere/model"])
+    expected = [part for _, part in LEARNED.values()] + ["there is no folder '/nowhere/model'"]
+    for (code, said, heavy), part in zip(answered(commands, tmp_path), expected, strict=True):
+        assert code == 2 and part in said and not heavy, (heavy, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_in_use_is_told_without_torch(config: Path):
+    with locked_folder(config / "out"):
+        [*done] = answered([["run", "config.yaml"], ["learn", "data/a", "--into", "out", "--model", "m"]], config)
+    for code, said, heavy in done:
+        assert code == 2 and "is in use by another process" in said and not heavy, (heavy, said)
+
+
+def test_runs_and_ports_are_looked_for_without_torch(tmp_path: Path):
+    commands = [[name, "nowhere"] for name in ("serve", "evaluate")] + [["export", "nowhere", "--to", "there"]]
+    commands += [["rollback", "nowhere", "--to", "1"], ["export", str(RUN_OF_OLD), "--to", "there", "--stage", "7"]]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        commands.append(["serve", str(RUN_OF_OLD), "--port", str(taken.getsockname()[1])])
+        done = answered(commands, tmp_path)
+    expected = ["is not a run's directory"] * 4 + ["--stage: 7 is no complete stage", "is taken by another program"]
+    for (code, said, heavy), part in zip(done, expected, strict=True):
+        assert code == 2 and part in said and not heavy, (part, heavy, said)

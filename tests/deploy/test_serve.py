@@ -26,8 +26,8 @@ from holdfast.deploy.openai.limits import Limits
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.models.endpoint import Endpoint, only_model
 from holdfast.runner.evaluate import evaluate
-from holdfast.runner.loop import run
 from holdfast.runner.reload import find_stage
+from holdfast.runner.run import run
 from holdfast.system.files import read_jsonl
 from holdfast.system.machine import free_port
 from holdfast.system.progress import Progress

@@ -24,8 +24,8 @@ from holdfast.models import pictures
 from holdfast.models.endpoint import Endpoint
 from holdfast.models.pictures import forget, is_place, known, look_at, look_once, number_of
 from holdfast.runner.evaluate import evaluate
-from holdfast.runner.loop import run
 from holdfast.runner.reload import find_stage
+from holdfast.runner.run import run
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from support.doubles import ChatServer

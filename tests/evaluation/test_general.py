@@ -27,7 +27,7 @@ from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sight import callable_with_pictures, load_sight
 from holdfast.models.weights import load_language_model
 from holdfast.records.read import read_run
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.scoring.refusal import is_refusal
 from holdfast.system.files import read_jsonl
 from holdfast.system.progress import Progress

@@ -25,7 +25,7 @@ from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import evaluate_general, general_statistics
 from holdfast.evaluation.harness import _definitions, _results
 from holdfast.models.answers import AnswerCache
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from support.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 TaskManager = pytest.importorskip("lm_eval.tasks", reason="lm-evaluation-harness is not installed").TaskManager

@@ -14,7 +14,7 @@ from holdfast.methods import build
 from holdfast.methods.lines import LiNeS
 from holdfast.methods.parts.interpolation import choose
 from holdfast.methods.wise_ft import WiSEFT
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.runner.setup import prepare, resolve
 from holdfast.system.progress import Progress
 from holdfast.tuners.lora_factors import factors, scalings

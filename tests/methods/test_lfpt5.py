@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import TrainingArguments
 
 import holdfast.runner.loop
+import holdfast.runner.run
 import holdfast.runner.stage
 from holdfast import ContinualTrainer
 from holdfast.api.stage import Rehearsed, Step
@@ -346,7 +347,7 @@ def config_of(folder: Path, method, seed: int = 0, epochs: float = 20, **changes
 
 
 def run(config):
-    return holdfast.runner.loop.run(config, Progress(quiet=True))
+    return holdfast.runner.run.run(config, Progress(quiet=True))
 
 
 def forgotten(folder: Path, seeds: range) -> tuple[float, float]:

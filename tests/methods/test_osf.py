@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import holdfast.runner.loop
+import holdfast.runner.run
 import holdfast.runner.stage
 from holdfast import tuners
 from holdfast.api.stage import Step
@@ -206,7 +207,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(holdfast.runner.loop, "save_states", watched)
         patch.setattr(holdfast.runner.loop, "load_model", lambda setup: model_of.append(load(setup)) or model_of[-1])
-        holdfast.runner.loop.run(config, Progress(quiet=True))
+        holdfast.runner.run.run(config, Progress(quiet=True))
     return folder, batch, logits
 
 
@@ -240,8 +241,8 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(finished, monkey
         with monkeypatch.context() as patch:
             patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
             with pytest.raises(Killed):
-                holdfast.runner.loop.run(config, Progress(quiet=True))
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+                holdfast.runner.run.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     one, two = results(folder / "run"), results(folder / "broken")
     for key in one:
         assert one[key] == two[key], key
@@ -322,7 +323,7 @@ def test_a_matrix_of_which_nothing_is_free_stays_bit_for_bit():
 
 def test_block_is_refused_with_the_adapter(tmp_path):
     with pytest.raises(ConfigError, match="works with full, not with 'osf', since project is block"):
-        holdfast.runner.loop.run(tiny_config(tmp_path, method={"name": "osf", "project": "block"}, tuner="osf"))
+        holdfast.runner.run.run(tiny_config(tmp_path, method={"name": "osf", "project": "block"}, tuner="osf"))
     with pytest.raises(ConfigError, match="project block takes whole matrices"):
         OSF(project="block").before_stage(tiny_stage(adapted(effective_rank=0.25), tiny_rows(2)))
 
@@ -335,7 +336,7 @@ def test_a_model_without_the_adapter_is_refused():
 
 def test_another_tuner_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="works with full or osf"):
-        holdfast.runner.loop.run(tiny_config(tmp_path, method="osf", tuner="lora"))
+        holdfast.runner.run.run(tiny_config(tmp_path, method="osf", tuner="lora"))
 
 
 @pytest.mark.parametrize("other", ["cia", "ewc", "ogd"])

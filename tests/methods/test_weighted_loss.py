@@ -14,7 +14,7 @@ from holdfast.errors import MethodError
 from holdfast.methods.eaft import EAFT
 from holdfast.methods.flow import FLOW
 from holdfast.methods.talr import TALR
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.progress import Progress
 from holdfast.training.method_state import load_states, save_states
 from support.tiny import pad_rows, tiny_config, tiny_model, tiny_rows, tiny_stage

@@ -12,7 +12,7 @@ from holdfast.config.evaluation import EvaluationConfig
 from holdfast.errors import ConfigError
 from holdfast.evaluation import respond
 from holdfast.models.answers import AnswerCache
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.scoring import build
 from support.doubles import ChatServer
 from support.tiny import tiny_config

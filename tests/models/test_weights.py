@@ -29,8 +29,8 @@ from holdfast.lab.pretrain import pretrain
 from holdfast.models.weights import check_weights, load_language_model
 from holdfast.rehearsal.replay import replay
 from holdfast.runner.evaluate import evaluate
-from holdfast.runner.loop import run
 from holdfast.runner.reload import find_stage
+from holdfast.runner.run import run
 from holdfast.system.progress import Progress
 from support.command import holdfast
 from support.families import FAMILIES, write_family

@@ -19,8 +19,8 @@ from holdfast.models.weights import load_language_model
 from holdfast.records.read import read_run
 from holdfast.report import write_report
 from holdfast.runner.evaluate import evaluate
-from holdfast.runner.loop import run
 from holdfast.runner.reload import find_stage
+from holdfast.runner.run import run
 from holdfast.system.files import read_appended
 from holdfast.system.manifest import MANIFEST
 from holdfast.system.progress import Progress

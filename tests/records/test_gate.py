@@ -238,6 +238,15 @@ def test_the_command_line(made, tmp_path, capsys):
     assert "nothing to check yet" in capsys.readouterr().out
 
 
+def test_the_command_line_warns_where_the_weights_are_gone(made, tmp_path, capsys):
+    assert holdfast("gate", made, "--max-forgetting", 0.99) == 0
+    assert "warning" not in capsys.readouterr().err
+    copy = Path(shutil.copytree(made, tmp_path / "run"))
+    shutil.rmtree(copy / "stages")
+    assert holdfast("gate", copy, "--max-forgetting", 0.99) == 0
+    assert f"warning: {copy / 'stages'} is gone: no weights are left" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -32,7 +32,7 @@ from holdfast.models.sight import callable_with_pictures, load_sight
 from holdfast.models.weights import load_language_model
 from holdfast.rehearsal.demonstration import Demonstration
 from holdfast.rehearsal.memory import Memory
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.progress import Progress
 from support import resumed
 from support.sight import seeing_config, seeing_model, write_pictures, write_seeing

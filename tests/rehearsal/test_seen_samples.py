@@ -16,7 +16,7 @@ from holdfast.models.pictures import pictures_in
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sight import load_sight
 from holdfast.rehearsal.samples import general_rows
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.files import read_jsonl
 from holdfast.system.progress import Progress
 from support.sight import seeing_config, write_pictures, write_seeing

@@ -20,7 +20,7 @@ from holdfast.models.sampling import sample
 from holdfast.rehearsal.buffer import HELD_OUT, SampleBuffer, drawn_states_are_exact
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.rehearsal.teacher import LiveStates
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.progress import Progress, silent
 from support.families import FAMILIES, family_model, family_tokenizer
 from support.rehearsed import two_stages

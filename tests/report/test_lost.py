@@ -19,7 +19,7 @@ from holdfast.report.falls import MOST, comparison_pictures, run_pictures
 from holdfast.report.headline import comparison_headline, run_headline
 from holdfast.report.learned import _gained
 from holdfast.report.rows import EXAMPLES
-from holdfast.report.text import share
+from holdfast.report.text import number, share
 from holdfast.system.files import read_json, write_json, write_jsonl
 from support.paths import ROOT
 from support.synthetic_runs import STAGES, TASKS, make_run
@@ -156,6 +156,15 @@ def test_the_first_sentence_of_an_unfinished_run_counts_its_tasks(tmp_path: Path
 def test_losses_are_told_as_losses(tmp_path: Path):
     first, second, *_ = run_headline(read_run(make_run(tmp_path / "run", metrics=["loss"] * STAGES, rows=60)))
     assert "the model has a loss of " in first and "The earlier tasks rose from" in second
+
+
+def test_of_one_task_the_page_tells_what_it_was_before(tmp_path: Path):
+    run = read_run(make_run(tmp_path / "run", metrics=["loss"], rows=60, tasks=["tickets"]))
+    (before,), (after,) = run.scores
+    assert run_headline(run)[0].endswith(f"a loss of {number(after)}; before, {number(before)}.")
+    [line], *_ = (picture.lines for picture in run_pictures(run, [range(1)]))
+    assert (line.then, line.now, line.change) == (before, after, pytest.approx(before - after))
+    assert f"on <bdi>{run.tasks[0]}</bdi></h1>" in page(run.path, tmp_path / "page.html")
 
 
 def test_a_comparison_says_first_which_method_remembers_most(runs: list[Path]):

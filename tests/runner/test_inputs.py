@@ -20,7 +20,7 @@ from holdfast.lab.pretrain import pretrain
 from holdfast.models.weights import check_weights
 from holdfast.runner.evaluate import evaluate
 from holdfast.runner.inputs import model_inputs, path_inputs
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.files import read_json
 from holdfast.system.progress import Progress
 from support.command import holdfast

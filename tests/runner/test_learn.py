@@ -275,7 +275,7 @@ def test_rows_that_cannot_be_encoded_are_left_out_of_the_runs_copy(place: Path, 
     def die(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("holdfast.runner.learn.take.write_own_samples", die)
+    monkeypatch.setattr("holdfast.runner.learn.settings.write_own_samples", die)
     with pytest.raises(KeyboardInterrupt):
         learn(
             write(tmp_path / "talks.jsonl", talks),

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from holdfast.deploy.export import export
 from holdfast.deploy.serve import application
 from holdfast.runner.evaluate import evaluate
-from holdfast.runner.loop import run
 from holdfast.runner.reload import find_stage
+from holdfast.runner.run import run
 from holdfast.runner.setup import prepare, resolve
 from holdfast.system.progress import Progress
 from support.resumed import results, tensors

@@ -14,8 +14,8 @@ from holdfast.config.run import RunConfig, load_config
 from holdfast.evaluation import abilities
 from holdfast.runner.begun import as_begun
 from holdfast.runner.check import print_check
-from holdfast.runner.loop import run
 from holdfast.runner.quiz import QUIZ
+from holdfast.runner.run import run
 from holdfast.runner.setup import prepare, resolve
 from holdfast.system.files import read_json
 from holdfast.system.progress import Progress

@@ -14,11 +14,11 @@ import holdfast
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import open_directory
 from holdfast.records.read import read_run
-from holdfast.runner.loop import run
 from holdfast.runner.rebuild import rebuild as rebuilding
 from holdfast.runner.rebuild import swap
 from holdfast.runner.rebuild.plan import plan, record_before
 from holdfast.runner.rebuild.rows import all_said, matching, said_in
+from holdfast.runner.run import run
 from holdfast.system.files import read_json, write_json
 from holdfast.system.manifest import STATISTICS
 from holdfast.system.progress import Progress

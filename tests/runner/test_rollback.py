@@ -17,8 +17,8 @@ from holdfast.records.directory import current_stage, learned_stages, open_direc
 from holdfast.records.gate import Check, judge
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.stages import settled_stage
-from holdfast.runner.loop import run
 from holdfast.runner.reload import find_stage
+from holdfast.runner.run import run
 from holdfast.system.files import read_json, write_json
 from holdfast.system.progress import Progress
 from support.command import holdfast as command

@@ -19,7 +19,7 @@ from holdfast.models.precision import NARROWEST, Machine
 from holdfast.models.quantization import weight_options
 from holdfast.records.former import with_former_defaults
 from holdfast.runner.begun import as_begun
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.files import read_json
 from holdfast.system.progress import Progress
 from support import forked

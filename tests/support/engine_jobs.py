@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from holdfast.errors import ProcessFailed, UserError
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system import launch as launcher
 from holdfast.system.progress import Progress
 

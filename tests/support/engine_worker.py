@@ -34,7 +34,7 @@ from holdfast.engines.process import Process
 from holdfast.engines.shards import Shards
 from holdfast.engines.zero.layout import Partitioned
 from holdfast.engines.zero.parts import Part
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.runner.stage import StageWatch
 from holdfast.system.files import write_json
 from holdfast.system.launch import tell_launcher

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from holdfast.api.stage import Step
 from holdfast.engines.vectors import gradients
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.progress import Progress
 from holdfast.tuners.lora_factors import factors
 from support import forked

@@ -11,7 +11,7 @@ import pytest
 
 from holdfast.config.run import load_config
 from holdfast.errors import ConfigError
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.sweep.plan import Resources, expand, load_sweep
 from holdfast.sweep.work import work_off
 from holdfast.system.files import read_json

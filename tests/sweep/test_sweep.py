@@ -15,7 +15,7 @@ from holdfast.config.run import load_config
 from holdfast.errors import ConfigError, DataError, GateFailed
 from holdfast.records.read import read_runs
 from holdfast.report.compare import differences
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.sweep.plan import SearchConfig, check, expand, load_sweep
 from holdfast.sweep.search import best
 from holdfast.sweep.work import InUseError, do_run, work_off

@@ -28,6 +28,15 @@ def test_every_benchmark_runs_and_gives_ratios():
         assert f"\n| {name} | " in table, name
 
 
+def test_ratios_are_read_from_tables_between_whose_lines_a_trainer_writes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ratios = runpy.run_path(str(ROOT / "benchmarks" / "__main__.py"), run_name="benchmarks")["ratios"]
+    said = "| method | side | ms | time / plain |\n|---|---|---|---|\n{'loss': 1.0}\n\n"
+    said += "| a | ours | 12 | 0.50 (0.4..0.6) |\n"
+    said += "| of | x | y |\n|---|---|---|\n| b | 1 | 2 |\n"
+    assert list(ratios(said)) == [("a, ours", "time / plain", "0.50 (0.4..0.6)")]
+
+
 def test_the_laboratory_is_compared_with_the_published_code_round_by_round(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     table = runpy.run_path(str(ROOT / "benchmarks" / "lab.py"), run_name="lab")["table"]

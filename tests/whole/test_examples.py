@@ -12,7 +12,7 @@ import pytest
 import holdfast
 from holdfast import load_config
 from holdfast.deploy import serve
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
 from support.command import holdfast as command

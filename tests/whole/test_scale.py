@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from benchmarks.scale import METHODS, SIZES, Training, tables, training
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.progress import Progress
 from support.paths import DOCS
 from support.tiny import tiny_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,16 +32,16 @@ def check(config: Config, overrides: Overrides = None, general: Measured = False
             raise ConfigError("--general measures the model of one run, and this is a sweep")
         sweep(config, overrides, dry_run=True)
         return
-    from holdfast.runner.names import check_names
+    from holdfast.records.directory import RunDirectory, check_free
+    from holdfast.runner.run import load_early
     from holdfast.system.progress import Progress
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
     resolved = load_config(config, overrides)
-    check_names(resolved)
-    from holdfast.runner.data import load_data
-
-    data = load_data(resolved)
+    output = Path(resolved.output)
+    check_free(output)
+    data = load_early(resolved, RunDirectory(output))
     with nullcontext() if general else no_collection():
         from holdfast.runner.check import print_check  # torch comes with it; names, files and rows have been checked
 

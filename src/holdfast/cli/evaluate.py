@@ -59,17 +59,20 @@ def evaluate(
     twice.
     """
 
+    from holdfast.records.read import read_run
+    from holdfast.records.stages import stage_number
     from holdfast.system.quiet import silence_libraries
 
+    if endpoint is None:
+        asking = ("model", "key_variable", "concurrency", "timeout", "retries")
+        refuse(context, "is about an endpoint; give --endpoint, too", *asking)
     silence_libraries()
+    stage_number(read_run(run), stage)  # before the libraries are imported
     from holdfast.models.endpoint import Endpoint
     from holdfast.runner.evaluate import evaluate as evaluate_stage
 
     server = None
-    if endpoint is None:
-        asking = ("model", "key_variable", "concurrency", "timeout", "retries")
-        refuse(context, "is about an endpoint; give --endpoint, too", *asking)
-    else:
+    if endpoint is not None:
         server = Endpoint(
             endpoint,
             model or "",

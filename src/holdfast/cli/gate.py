@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -80,5 +81,8 @@ def gate(
         write_output(junit, as_junit(checks, title))
     say(f"{title}: gate {'failed' if failed(checks) else 'passed'}")
     say(as_text(checks) if checks else "  there is nothing to check yet")
+    if not judged.run.folders:
+        lost = "no weights are left to export or serve, and no intervals are known"
+        say(f"warning: {run / 'stages'} is gone: {lost}", file=sys.stderr)
     if failed(checks):
         raise typer.Exit(3)

@@ -13,9 +13,12 @@ To = Annotated[int, typer.Option("--to", min=0, help="The stage to hold; 0: the 
 
 def rollback(run: RunPath, to: To) -> None:
     """Go back to an earlier stage, or forward again to an undone one; no stage is deleted."""
+    from holdfast.records.read import read_run
+    from holdfast.records.stages import require_folders
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
+    require_folders(read_run(run))  # before the libraries are imported
     from holdfast.runner.rollback import rollback as hold
 
     hold(run, to=to)

@@ -144,7 +144,7 @@ def _run(
         from holdfast.engines.process import Process
         from holdfast.records.gate import raise_if_failed
         from holdfast.report.terminal import print_table
-        from holdfast.runner.loop import run as run_stages
+        from holdfast.runner.run import run as run_stages
 
     run_stages(resolved, accept_changes=accept_changes, backfill=backfill)
     if Process.this().main:

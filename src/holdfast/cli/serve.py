@@ -9,6 +9,7 @@ import typer
 
 from holdfast.cli.evaluate import RunPath, Stage
 from holdfast.cli.run import AcceptChanges, Trust
+from holdfast.deploy.ports import listening
 
 
 class Engine(StrEnum):
@@ -65,9 +66,13 @@ def serve(
     trust: Trust = False,
 ) -> None:
     """Serve a stage's model at http://HOST:PORT/v1 until it is stopped: completions and chat completions."""
+    from holdfast.records.read import read_run
+    from holdfast.records.stages import stage_number
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
+    stage_number(read_run(run), stage)  # before the libraries are imported
+    listening(host, port).close()
     from holdfast.deploy.openai.limits import Limits
     from holdfast.deploy.serve import serve as serve_stage
 

@@ -21,6 +21,14 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 """Endings that may follow those of text files."""
 
+_ROW = {
+    ".jsonl": 'each line is one, such as {"prompt": "2 + 2?", "answer": "4"}',
+    ".json": 'they are the objects of an array, such as [{"prompt": "2 + 2?", "answer": "4"}]',
+    ".csv": "the first line names the columns, such as prompt,answer, and each line below it is one",
+    ".tsv": "the first line names the columns, such as prompt and answer, and each line below it is one",
+    ".parquet": "write one at least",
+}
+"""What rows of a file are, by its ending."""
 _BLANK = re.compile(r"[ \t\r\n]*")
 _PLACE = re.compile(r"(.*?): row (\d+)", re.DOTALL)
 _QUOTED = re.compile(r'"[^"]*"')
@@ -140,7 +148,7 @@ def iterate_rows(path: Path, bad: list[str] | None = None) -> Iterator[dict[str,
         empty = False
         yield row
     if empty and not bad:
-        raise DataError(f"{path}: holds no rows")
+        raise DataError(f"{path}: holds no rows; {_ROW.get(kind, _ROW['.jsonl'])}")
 
 
 def _refuse(error: DataError, bad: list[str] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -62,6 +63,9 @@ _ANSWERS = {
     "input": "output",
 }
 """What the answer to a column is called beside it."""
+_ANSWERED = {*_ANSWERS.values(), "completion", "reply", "target", "label", "a"}
+"""Names of columns that hold answers, whatever the question beside them is called."""
+_PLAIN = re.compile(r"[\w ]+")
 LABEL_NAMES = "labels: [NAME OF 0, NAME OF 1, ...]"
 LEFT_OUT = "leave it out with columns: {{{column}: null}}"
 
@@ -97,8 +101,22 @@ def detect(rows: Sequence[dict[str, Any]], file: str | Path) -> tuple[Format, di
     known = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in KEYS.items())
     raise DataError(
         f"{where(file, 0, rows[0])}: the keys {', '.join(map(repr, found))} are no known shape; known: {known}; "
-        "columns renames them"
+        f"columns renames them{_suggested(rows[0])}"
     )
+
+
+def _suggested(row: dict[str, Any]) -> str:
+    """How to name the columns of a row of no known shape, as far as their names or their order tell it."""
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    if len(texts) < 2:
+        return ""
+    asked_by = next((key for key in texts if key.lower() in ("prompt", *_ANSWERS)), texts[0])
+    others = [key for key in texts if key != asked_by]
+    answer = next((key for key in others if key.lower() in _ANSWERED), others[-1])
+    names = {asked_by: "prompt", answer: "answer"}
+    new = {key if _PLAIN.fullmatch(key) else repr(key): name for key, name in names.items() if key != name}
+    plain = ", ".join(f"{key}: {name}" for key, name in new.items())
+    return f", for example columns: {{{plain}}} of a task, or 'task={{columns: {{{plain}}}}}' after holdfast learn"
 
 
 def _chosen_as(row: dict[str, Any]) -> str:

@@ -116,6 +116,11 @@ def _hold_out(divided: Divided, pool: Sequence[GivenRow], sides: Mapping[str, Si
     note = f"{len(divided.test)} of {_rows(len(pool))} are held out as the test, by a hash of what they ask"
     if before:
         note += f" ({len(before)} of them as in earlier tests)"
+    if share * len(pool) < len(divided.test) and not before:
+        note += (
+            f"; data.hold_out asks for {share:g} of them, but {LEAST} are held out, as far as half stay to be learned: "
+            "where all must be learned, give a folder with a test file that asks them in other words"
+        )
     divided.notes.append(note)
 
 

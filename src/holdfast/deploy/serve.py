@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from holdfast.data.encode_apart import encoder_of
 from holdfast.deploy.export import export, method_lacks
 from holdfast.deploy.follow import Follower, held_stage
 from holdfast.deploy.openai.limits import Limits
-from holdfast.deploy.ports import no_port
+from holdfast.deploy.ports import listening
 from holdfast.errors import ConfigError
 from holdfast.models.batcher import Batcher
 from holdfast.models.kinds import is_seq2seq
@@ -160,7 +159,7 @@ def _serve(
         from holdfast.deploy.openai.connection import Connection
     except ImportError:
         raise ConfigError(INSTALL) from None
-    listening = _listening(host, port)
+    socket = listening(host, port)
     service = Service(backend(stored, limits, follow=find is not None), limits)
     config = uvicorn.Config(
         service.application(),
@@ -172,13 +171,13 @@ def _serve(
     )
     server = uvicorn.Server(config)
     shown = f"[{host}]" if ":" in host else host
-    progress.line(f"{served_name(stored)} at http://{shown}:{listening.getsockname()[1]}/v1")
+    progress.line(f"{served_name(stored)} at http://{shown}:{socket.getsockname()[1]}/v1")
     if find is None:
-        server.run(sockets=[listening])
+        server.run(sockets=[socket])
         return
     follower = Follower(service, stored, find, lambda new: backend(new, limits, follow=True), progress.line)
     follower.start()
-    server.run(sockets=[listening])
+    server.run(sockets=[socket])
     follower.stop()
 
 
@@ -229,18 +228,6 @@ def backend(stored: StoredStage, limits: Limits, *, follow: bool = False) -> Bac
     threads = ThreadPoolExecutor(SCORING_THREADS, thread_name_prefix="holdfast likelihoods")
     name = served_name(stored)
     return Backend(name, stored.number, name.rpartition("/")[0] if follow else name, prompts, batcher, threads)
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens there; ConfigError if none can."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
-    except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, OSError) and (why := no_port(port, error)) is not None:
-            raise ConfigError(f"--port: {why}") from None
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--host, --port: {host}:{port} cannot be used ({reason}); choose another") from None
 
 
 def _exec_vllm(stored: StoredStage, host: str, port: int, accept_changes: bool) -> None:

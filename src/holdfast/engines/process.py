@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,9 @@ from holdfast.system.device import device_type, on_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""What launchers say the number of processes in."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,12 @@ class Process:
 
     @classmethod
     def this(cls) -> Process:
-        """The process that this code runs in, as a launcher (torchrun, accelerate, deepspeed) has set it up."""
+        """The process that this code runs in, as a launcher (torchrun, accelerate, deepspeed, mpirun) has set it up.
+
+        Where none has and torch is not imported yet, it is the only one, and torch is not imported for that.
+        """
+        if "torch" not in sys.modules and not any(key in os.environ for key in LAUNCHED):
+            return cls(0, 1)
         from accelerate import PartialState
 
         state = PartialState(cpu=not on_gpu())

@@ -18,7 +18,7 @@ from holdfast.lab.pretrain import pretrain
 from holdfast.lab.tokenizer import train_tokenizer
 from holdfast.report import write_report
 from holdfast.report.terminal import print_table
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.files import whole_folder, write_jsonl
 from holdfast.system.progress import Progress
 

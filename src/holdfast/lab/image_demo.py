@@ -17,7 +17,7 @@ from holdfast.data.streams.gallery.stream import general_rows, room_rows
 from holdfast.errors import ConfigError
 from holdfast.lab.demo import compared, run_methods
 from holdfast.lab.seeing import CONTEXT, make_seeing_model
-from holdfast.runner.loop import run
+from holdfast.runner.run import run
 from holdfast.system.files import whole_folder, write_jsonl
 from holdfast.system.progress import Progress
 

@@ -147,7 +147,7 @@ def _do(command: str, config: dict[str, Any], model: Path, data: dict[str, Any],
     import torch
 
     from holdfast.lab.pretrain import pretrain
-    from holdfast.runner.loop import run
+    from holdfast.runner.run import run
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()

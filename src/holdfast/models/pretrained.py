@@ -52,6 +52,36 @@ def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return begin if full[:1] == begin and bare[:1] != begin else []
 
 
+def check_place(model: ModelConfig, key: str = "model.name") -> None:
+    """Check, without reading it, that a model may lie where its name says.
+
+    Args:
+        key: the key that the name comes from, for messages.
+
+    Raises:
+        ConfigError: there is no such folder, and the name is none of the hub; it is a file, or holds an adapter.
+    """
+    folder = Path(model.name)
+    _, options = located(model.name)
+    if folder.is_file() and not options:
+        raise ConfigError(f"{key}: {model.name!r} is a file; give the folder that holds the model, or a .gguf file")
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(is_adapter(model.name, folder / "adapter_config.json"))
+    if not folder.exists() and (model.name.startswith((".", "/", "~")) or model.name.count("/") > 1):
+        raise ConfigError(f"{key}: there is no folder {model.name!r} (looked from {Path.cwd()})")
+
+
+def check_tokenizer_files(model: ModelConfig, key: str = "model.name") -> None:
+    """Check, as :func:`check_place` does, that a tokenizer lies there; raises as it."""
+    check_place(model, key)
+    folder = Path(model.name)
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"{key}: the folder {model.name!r} holds no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be "
+            "there, as tokenizer.save_pretrained(folder) writes it"
+        )
+
+
 def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTokenizerBase:
     """Load a model's tokenizer from its folder or the hub; one without a padding token pads with end or unknown.
 
@@ -63,17 +93,9 @@ def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTok
     """
     from transformers import AutoTokenizer
 
+    check_tokenizer_files(model, key)
     folder = Path(model.name)
     found, options = located(model.name)
-    if folder.is_file() and not options:
-        raise ConfigError(f"{key}: {model.name!r} is a file; give the folder that holds the model, or a .gguf file")
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise ConfigError(
-            f"{key}: the folder {model.name!r} holds no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be "
-            "there, as tokenizer.save_pretrained(folder) writes it"
-        )
-    if not folder.exists() and (model.name.startswith((".", "/", "~")) or model.name.count("/") > 1):
-        raise ConfigError(f"{key}: there is no folder {model.name!r} (looked from {Path.cwd()})")
     offline = "" if folder.exists() else unreachable()
     try:
         load = partial(AutoTokenizer.from_pretrained, found, **hub_options(model), **options)
@@ -139,9 +161,8 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
+    check_place(model)
     folder = Path(model.name)
-    if (folder / "adapter_config.json").exists():
-        raise ConfigError(is_adapter(model.name, folder / "adapter_config.json"))
     absent = "" if folder.exists() else f" (there is no such folder, looked from {Path.cwd()}{unreachable()})"
     with readable(f"model.name: {model.name!r} cannot be used as a model{absent}"):
         found, options = located(model.name)

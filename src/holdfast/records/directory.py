@@ -352,14 +352,20 @@ def check_directory(path: Path, config: Section) -> RunDirectory | None:
     Raises:
         RunDirectoryError: it is a file, holds other files, or holds a run with another configuration.
     """
-    if path.exists() and not path.is_dir():
-        raise RunDirectoryError(f"output: {path} is a file; it must be a directory")
+    check_free(path)
     if not path.exists():
         return None
-    _refuse_other_files(path)
     directory = RunDirectory(path)
     directory.check_config(config)
     return directory
+
+
+def check_free(path: Path) -> None:
+    """Raise RunDirectoryError if a run's directory would be a file, or holds other files."""
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"output: {path} is a file; it must be a directory")
+    if path.exists():
+        _refuse_other_files(path)
 
 
 def _refuse_other_files(path: Path) -> None:

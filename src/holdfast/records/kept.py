@@ -21,6 +21,8 @@ from holdfast.system.files import whole_folder as whole
 from holdfast.system.manifest import folder_facts, note, write_noted
 
 DATA, ROWS = "data", "rows.jsonl"
+OWN = "general/own"
+"""Where the samples lie that the model wrote of itself before it learned anything."""
 FORMAT = 1
 
 

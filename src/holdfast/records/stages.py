@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.errors import RunDirectoryError
+from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.records.directory import current_stage, rolled_back
 from holdfast.records.read import FinishedRun
 
@@ -34,6 +34,28 @@ def require_folders(run: FinishedRun) -> None:
             f"{run.path / 'stages'}: is missing or empty; it held the weights of the stages and what was measured; "
             f"restore it from a copy (without it, holdfast report {run.path} shows the scores alone)"
         )
+
+
+def stage_number(run: FinishedRun, number: int | None = None) -> int:
+    """The number of a complete stage.
+
+    Args:
+        number: from 1, or 0 for the model before training; None: the stage whose weights the run holds.
+
+    Raises:
+        RunDirectoryError: the stages' folders are gone.
+        ConfigError: there is no such stage.
+    """
+    require_folders(run)
+    complete = [n for n, folder in run.folders.items() if n == 0 or (folder / "stage.json").exists()]
+    if number is None:
+        number = current_stage(run.info, max(complete))
+    if number not in complete:
+        raise ConfigError(
+            f"--stage: {number} is no complete stage of {run.path}; complete, with 0 for before training: "
+            + ", ".join(map(str, complete))
+        )
+    return number
 
 
 def is_settled(run: FinishedRun, stage: int) -> bool:

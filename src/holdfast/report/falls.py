@@ -70,7 +70,7 @@ def run_pictures(run: FinishedRun, scales: Sequence[Sequence[int]]) -> list[Pict
     """
     measured = [t for t, row in enumerate(run.scores) if any(score is not None for score in row)]
     last = measured[-1] if measured else 0
-    then = "before training" if run.joint or run.untrained else "right after it was learned"
+    then = "before training" if _from_start(run) else "right after it was learned"
     pictures = []
     for columns in scales:
         lines = [_task(run, j, last) for j in columns if _begun(run, j, last)]
@@ -98,10 +98,15 @@ def _begun(run: FinishedRun, j: int, last: int) -> bool:
     return run.untrained or run.own_stage(j) <= last
 
 
+def _from_start(run: FinishedRun) -> bool:
+    """Whether a change is told from before training, since no task was learned before another."""
+    return run.joint or run.untrained or len(run.tasks) == 1
+
+
 def _task(run: FinishedRun, j: int, last: int) -> Fall:
     own, scores = run.own_stage(j), [row[j] for row in run.scores]
     name, lower = run.tasks[j], run.lower_is_better(j)
-    if run.joint or run.untrained:
+    if _from_start(run):
         return Fall(name, scores[0], scores[last], lower=lower, same=run.untrained)
     return Fall(name, scores[own], scores[last], scores[0], lower, same=run.stage_of(own) == run.stage_of(last))
 

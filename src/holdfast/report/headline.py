@@ -109,11 +109,13 @@ def _done(run: FinishedRun) -> str:
     if average is None:
         return f"{what}, the model was measured on each of them." if count > 1 else f"{what}, the model was measured."
     over = ", on average over the tasks" if count > 1 else ""
+    told, first = share if _counts(metrics) else number, run.scores[0][0]
+    before = f"; before, {told(first)}" if count == 1 and first is not None and not run.untrained else ""
     if _counts(metrics):
-        return f"{what}, the model answers {share(average)} of the test questions right{over}."
+        return f"{what}, the model answers {share(average)} of the test questions right{over}{before}."
     kinds = sorted(set(metrics))
     name = kinds[0].replace("_", " ") if len(kinds) == 1 else "score"
-    return f"{what}, the model has {'an' if name[0] in 'aeiou' else 'a'} {name} of {number(average)}{over}."
+    return f"{what}, the model has {'an' if name[0] in 'aeiou' else 'a'} {name} of {number(average)}{over}{before}."
 
 
 def _forgotten(run: FinishedRun) -> list[str]:

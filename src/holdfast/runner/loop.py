@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.api.task import Task
-from holdfast.config.run import RunConfig, load_config
+from holdfast.config.run import RunConfig
 from holdfast.errors import GateFailed, RunDirectoryError
 from holdfast.evaluation.at_test import ModelEvaluation
 from holdfast.evaluation.general import evaluate_general, matrix_name
@@ -19,7 +19,7 @@ from holdfast.models.answers import AnswerCache
 from holdfast.models.gguf import origin
 from holdfast.models.sight import copy_processor
 from holdfast.models.weights import check_weights
-from holdfast.records.directory import REBUILD, RunDirectory, current_stage, learned_stages, open_directory
+from holdfast.records.directory import REBUILD, RunDirectory, current_stage, learned_stages
 from holdfast.records.follow import Followers, followed
 from holdfast.records.gate import Check, Decision, Increase, failed, judge
 from holdfast.records.read import read_run
@@ -58,37 +58,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def run(
-    config: RunConfig | dict[str, Any] | str | Path,
-    progress: Progress | None = None,
-    *,
-    accept_changes: bool = False,
-    backfill: bool = False,
-) -> dict[str, Any]:
-    """Train on every task of the stream in turn and measure all tasks after each; continue a run that was stopped, or
-    whose stream has grown.
-
-    Args:
-        config: a configuration, or the mapping or YAML file that :func:`holdfast.load_config` reads.
-        progress: shows the progress; None: on standard error.
-        accept_changes: continue although data, model, tokenizer, texts or code are no longer those that the run began
-            with; the numbers before and after cannot be compared.
-        backfill: also measure appended tasks after the stages before them, whose weights are loaded again.
-
-    Returns:
-        The content of matrix.json.
-
-    Raises:
-        UserError: the configuration, the data or the directory cannot be used, or a loss is not finite.
-        GateFailed: a stage failed the configuration's gate, whose ``on_fail`` is ``stop``.
-        Interrupted: SIGINT or SIGTERM asked the run to stop; the same call continues it.
-    """
-    if not isinstance(config, RunConfig):
-        config = load_config(config)
-    with open_directory(Path(config.output)) as directory, Interrupt() as interrupt:
-        return run_in(directory, interrupt, config, progress, accept_changes=accept_changes, backfill=backfill)
-
-
 def run_in(
     directory: RunDirectory,
     interrupt: Interrupt,
@@ -100,7 +69,7 @@ def run_in(
     data: RunData | None = None,
     learns: bool = False,
 ) -> dict[str, Any]:
-    """As :func:`run`, in a directory that is open already.
+    """As :func:`holdfast.run`, in a directory that is open already.
 
     Args:
         learns: whether :func:`holdfast.learn` runs it.

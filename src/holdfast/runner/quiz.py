@@ -10,7 +10,6 @@ from holdfast.config.evaluation import EVERYDAY, GeneralConfig
 from holdfast.config.run import RunConfig
 from holdfast.errors import DataError
 from holdfast.evaluation.abilities import load_general
-from holdfast.evaluation.general import encode_choices
 
 if TYPE_CHECKING:
     from holdfast.data.encode import Encoder
@@ -30,6 +29,8 @@ def askable(encoder: Encoder) -> list[General]:
     """The quiz, if the encoder has a chat template and all questions fit; says why, where they do not."""
     if not encoder.chat:
         return []
+    from holdfast.evaluation.general import encode_choices  # torch comes with it
+
     quiz = load_general([QUIZ], Stream("quiz", [], []))
     try:
         for measure in quiz:

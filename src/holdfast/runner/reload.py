@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from holdfast.api.tuner import Tuner
 from holdfast.config.run import RunConfig, load_config
 from holdfast.errors import ConfigError, RunDirectoryError
-from holdfast.records.directory import current_stage
 from holdfast.records.inputs import Inputs, data_changes, input_changes, listed
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
-from holdfast.records.stages import require_folders
+from holdfast.records.stages import stage_number
 from holdfast.records.trust import require_trust
 from holdfast.runner.inputs import run_inputs
 from holdfast.runner.setup import Setup
@@ -125,15 +124,7 @@ def find_stage(path: Path, number: int | None = None, *, trust: bool = False, me
         ConfigError: there is no such stage, the run's base model is not found, or its code is not trusted.
     """
     run = read_run(path)
-    require_folders(run)
-    complete = [n for n, folder in run.folders.items() if n == 0 or (folder / "stage.json").exists()]
-    if number is None:
-        number = current_stage(run.info, max(complete))
-    if number not in complete:
-        raise ConfigError(
-            f"--stage: {number} is no complete stage of {path}; complete, with 0 for before training: "
-            + ", ".join(map(str, complete))
-        )
+    number = stage_number(run, number)
     config = load_config(run.config)
     require_trust(path, config, trust, measures=measures)
     base = find_base(run, config.model.name, needed=True)

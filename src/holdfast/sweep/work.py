@@ -152,7 +152,7 @@ def do_run(processes: int, config: dict[str, Any]) -> None:
             return
         import torch
 
-        from holdfast.runner.loop import run
+        from holdfast.runner.run import run
         from holdfast.system.quiet import deduplicate_warnings, silence_libraries
 
         silence_libraries()

@@ -309,7 +309,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Make a folder if it is new, and hold its lock.
+    """Make a folder if it is new, and hold its lock; one that was new and in which nothing was written goes again where
+    an error ends it.
 
     Raises:
         RunDirectoryError: it is a file, cannot be written, or is in use by another process; or the disk became full
@@ -317,6 +318,7 @@ def locked_folder(path: Path) -> Iterator[None]:
     """
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"output: {path} is a file; it must be a directory, or not exist yet")
+    is_new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
@@ -330,7 +332,13 @@ def locked_folder(path: Path) -> Iterator[None]:
     refuse_link(path / LOCK)
     try:
         with FileLock(path / LOCK).acquire(timeout=0):
-            yield
+            try:
+                yield
+            except BaseException:
+                if is_new and [entry.name for entry in path.iterdir()] == [LOCK]:
+                    (path / LOCK).unlink()
+                    path.rmdir()
+                raise
     except Timeout:
         raise RunDirectoryError(
             f"output: {path} is in use by another process; wait for it, or choose another directory"

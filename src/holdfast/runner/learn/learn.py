@@ -10,6 +10,7 @@ from holdfast.errors import ConfigError
 from holdfast.records.kept import Kept
 from holdfast.records.shapes import read_json
 from holdfast.runner.learn.call import check_memory, check_model, check_task, read_call
+from holdfast.runner.learn.take import learn_call
 from holdfast.system.progress import Progress
 
 
@@ -67,6 +68,4 @@ def learn(
             return read_json(call.path / "matrix.json")
     elif "model" not in call.values and not begun:
         raise ConfigError(f"--model: {call.path} has learned nothing yet, so say which model is to learn")
-    from holdfast.runner.learn.take import learn_call  # torch comes with it
-
     return learn_call(call, progress, accept_changes)

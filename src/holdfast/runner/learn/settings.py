@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.api.rows import row_length
-from holdfast.api.task import Example
+from holdfast.api.task import Example, Stream
 from holdfast.config.evaluation import EVERYDAY
 from holdfast.config.run import RUN, RunConfig
 from holdfast.config.section import Named
@@ -24,11 +24,13 @@ from holdfast.models.precision import counted
 from holdfast.models.pretrained import load_model_config, load_tokenizer
 from holdfast.models.sampling import sample
 from holdfast.models.sight import load_sight
+from holdfast.records.kept import OWN
 from holdfast.rehearsal.corpus import MANIFEST, Drawing, write_corpus
 from holdfast.rehearsal.request import Request, SampleOptions
 from holdfast.runner.load import load_pretrained
 from holdfast.runner.quiz import askable
-from holdfast.runner.setup import build_tuner, resolve, settle_types
+from holdfast.runner.rows import encode_tasks
+from holdfast.runner.setup import build_encoder, build_tuner, resolve, settle_types
 from holdfast.system.device import device_type, on_gpu
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.manifest import folder_facts, note
@@ -37,16 +39,12 @@ from holdfast.training.memory_estimate import Estimate, free_memory
 
 logger = logging.getLogger("holdfast")
 
-OWN = "general/own"
-"""Where the samples lie that the model wrote of itself before it learned anything."""
 OWN_SAMPLES = 32
 SHORTEST, LONGEST = 64, 512
 """Tokens of an own sample."""
 LONGEST_ON_A_CPU = 128
 QUIZ_ON_A_CPU = 100
 """Questions of the built-in quiz, an even sample of them; elsewhere it has all."""
-LONGEST_RESPONSE = 256
-"""Tokens of a response to an open question that is generated for the metrics beside the loss."""
 CHECKPOINTS = 10
 """Of a stage at least, where they are small."""
 SAVE_EVERY: int = TrainingConfig.model_fields["save_every"].default
@@ -177,6 +175,11 @@ def memory_settings(config: RunConfig, lengths: Lengths) -> dict[str, Any]:
         return {}
     logger.warning("training may not fit into this machine's memory; `holdfast doctor MODEL` shows what would")
     return {"micro_batch_size": 1, "gradient_checkpointing": True}
+
+
+def check_rows(stream: Stream, config: RunConfig) -> None:
+    """Raise DataError, which names them by their files, if new rows cannot be encoded."""
+    encode_tasks(stream, build_encoder(resolve(config)), config)
 
 
 def write_own_samples(

@@ -1,4 +1,7 @@
-"""One call of learn: take the rows in, settle what the user did not say, and run."""
+"""One call of learn: take the rows in, settle what the user did not say, and run.
+
+torch is imported once the rows are read, so that what is wrong with them is told at once.
+"""
 
 from __future__ import annotations
 
@@ -20,34 +23,22 @@ from holdfast.data.order import check_names as check_task_names
 from holdfast.data.sides import Divided, divide
 from holdfast.data.source import scored
 from holdfast.errors import RunDirectoryError
+from holdfast.models.pretrained import check_tokenizer_files
 from holdfast.records.directory import RunDirectory, open_directory
-from holdfast.records.kept import Kept, merged, rows_fingerprint
+from holdfast.records.kept import OWN, Kept, merged, rows_fingerprint
 from holdfast.records.shapes import read_json
 from holdfast.runner.data import RunData, run_data
 from holdfast.runner.learn.adopt import adopt
 from holdfast.runner.learn.call import Call, check_memory, check_model, check_task
-from holdfast.runner.learn.settings import (
-    LONGEST_RESPONSE,
-    OWN,
-    Lengths,
-    general_settings,
-    memory_settings,
-    own_samples,
-    rehearsal_settings,
-    sample_length,
-    training_settings,
-    type_settings,
-    write_own_samples,
-)
 from holdfast.runner.learn.unkept import unkept_stream
-from holdfast.runner.loop import run_in
 from holdfast.runner.names import check_names
-from holdfast.runner.rows import encode_tasks
-from holdfast.runner.setup import build_encoder, resolve
+from holdfast.system.collection import no_collection
 from holdfast.system.interrupt import Interrupt
 from holdfast.system.progress import Progress
 
 WHERE = "the configuration of learn"
+LONGEST_RESPONSE = 256
+"""Tokens of a response to an open question that is generated for the metrics beside the loss."""
 
 
 def learn_call(call: Call, progress: Progress | None, accept_changes: bool) -> dict[str, Any]:
@@ -60,6 +51,8 @@ def learn_call(call: Call, progress: Progress | None, accept_changes: bool) -> d
             values = process.broadcast(taken.next_run() if taken else None)
             if values is None:
                 return read_json(call.path / "matrix.json")
+            with no_collection():
+                from holdfast.runner.loop import run_in
             config = RunConfig.model_validate(values["config"])
             if directory.record:
                 go_on(directory.record, config)
@@ -145,6 +138,8 @@ class Taken:
         kept = self.kept
         config = self._config(given, [task["options"] for task in kept.tasks], kept.tasks[-1]["training"])
         if asks_for_own(config):
+            from holdfast.runner.learn.settings import write_own_samples
+
             write_own_samples(self.call.path, config, kept.own, self.progress, self.interrupt)
         data = None if kept.memory else self._unkept(config)
         return {"config": config.model_dump(mode="json"), "last": last, "data": data}
@@ -166,6 +161,7 @@ class Taken:
         values |= {"stream": {"tasks": tasks}, "output": str(self.call.path)}
         config = validate(RunConfig, values, WHERE)
         check_names(config)
+        check_tokenizer_files(config.model)
         return config
 
     def _source(self, name: str) -> TaskConfig:
@@ -202,6 +198,8 @@ class Taken:
         task = kept_options(given.options, fit, f"{RUN}/{folder.as_posix()}")
         new = as_task(task, divided)
         self._tell(given, divided, fit)
+        with no_collection():
+            from holdfast.runner.learn.settings import Lengths, check_rows, memory_settings, training_settings
         examples = [row.example for row in divided.train]
         if not kept.settled:
             self._settle(options, examples)
@@ -210,7 +208,7 @@ class Taken:
         config = self._config(self.given, [task], training)
         if "micro_batch_size" not in (self.given.get("training") or {}):
             training |= memory_settings(config, Lengths(config, examples))
-        encode_tasks(Stream("tasks", [new]), build_encoder(resolve(config)), config)  # what is wrong with rows, by file
+        check_rows(Stream("tasks", [new]), config)
         kept.given = self.given
         if not kept.tasks:
             kept.write()  # it shows whose directory this is before anything else lies there
@@ -245,15 +243,17 @@ class Taken:
 
     def _settle(self, options: TaskConfig, examples: list[Example]) -> None:
         """Settle once what holds for all that the run learns."""
+        from holdfast.runner.learn import settings
+
         kept, tasks = self.kept, [options.model_dump()]
         methods, general = "method" in self.given, (self.given.get("evaluation") or {}).get("general") is not None
-        kept.settled = type_settings(self._config(self.given, tasks))
+        kept.settled = settings.type_settings(self._config(self.given, tasks))
         config = self._config(self.given, tasks)
         if not (methods and general) or asks_for_own(config):
-            kept.own = own_samples(config, sample_length(Lengths(config, examples)))
+            kept.own = settings.own_samples(config, settings.sample_length(settings.Lengths(config, examples)))
         if not methods:
-            kept.settled |= {"tuner": {"name": "lora"}, "method": rehearsal_settings(kept.own, kept.memory)}
-        if not general and (measures := general_settings(config, kept.own)):
+            kept.settled |= {"tuner": {"name": "lora"}, "method": settings.rehearsal_settings(kept.own, kept.memory)}
+        if not general and (measures := settings.general_settings(config, kept.own)):
             kept.settled["evaluation"] = {"general": measures}
         if not kept.memory:
             kept.settled = merged(kept.settled, {"evaluation": {"responses": "scores"}})

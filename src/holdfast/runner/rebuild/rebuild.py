@@ -27,12 +27,12 @@ from holdfast.records.shapes import checked, read_json
 from holdfast.records.stages import complete_stages
 from holdfast.records.trust import require_trust
 from holdfast.runner.data import load_data
-from holdfast.runner.loop import run as go_on
 from holdfast.runner.rebuild.build import Gone, copy_data, copy_stages, own_folder, renewed, with_output
 from holdfast.runner.rebuild.plan import Plan, plan, record_before
 from holdfast.runner.rebuild.rows import all_said, matching, said_by, said_in
 from holdfast.runner.rebuild.swap import STATE, exchange, recover, sibling
 from holdfast.runner.reload import find_base
+from holdfast.runner.run import run as go_on
 from holdfast.runner.setup import Setup, prepare, resolve
 from holdfast.system.files import json_file, whole_folder, write_json
 from holdfast.system.files import read_json as read_plain_json
