@@ -1,4 +1,4 @@
-"""Rows and examples on disk are those that were given, and a task whose rows lie there is the one of lists."""
+"""Examples on disk are those that were given, and a task whose rows lie there is the one of lists."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 from holdfast.api.task import Example, Turn, fingerprint
 from holdfast.config.run import RunConfig
-from holdfast.data import on_disk
-from holdfast.data.files import RawRow, iterate_rows
-from holdfast.data.on_disk import EXAMPLES, ROWS, OnDisk, chosen, gathered
+from holdfast.data import on_disk, source
+from holdfast.data.on_disk import OnDisk, chosen, gathered
+from holdfast.data.parts import Once, limited
 from holdfast.errors import DataError
 from holdfast.runner.data import load_data
 
@@ -27,32 +27,40 @@ ALL = [FULL, COLUMNS, TEXT, FULL]
 def test_examples_are_read_as_they_were_given() -> None:
     assert all(getattr(FULL, f.name) != f.default for f in fields(Example) if f.name not in ("text", "columns"))
     assert all(getattr(TURN, f.name) != f.default for f in fields(Turn) if f.name != "pictures")
-    stored = OnDisk(iter(ALL), EXAMPLES)
+    stored = OnDisk(iter(ALL))
     assert list(stored) == ALL and len(stored) == 4 and stored[-1] == FULL and stored[1] is COLUMNS
     assert type(stored[0].turns) is type(stored[0].turns[1].cut) is type(stored[0].choices) is tuple
     assert list(stored[1:]) == ALL[1:] and list(chosen(stored[1:], [2, 0])) == [FULL, COLUMNS]
+    assert stored.files == {"f.jsonl", "g"} and stored[1:3].files == {"g"}
     assert pickle.loads(pickle.dumps(stored[2:])) == ALL[2:]
     for place in (4, -5):
         with pytest.raises(IndexError):
             stored[place]
 
 
-def test_rows_keep_their_lines_and_numbers(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"a": "\\ud800", "b": [1, 2.5, null, {"c": NaN}]}\n\n{"a": true}\n')
-    given = list(iterate_rows(file))
-    stored = list(OnDisk([*given, RawRow(d=1)], ROWS))
-    assert repr(stored) == repr([*given, {"d": 1}])
-    assert [(row.line, row.index) for row in stored[:2]] == [(1, 0), (3, 1)]
-    assert stored[2].line is None and not hasattr(stored[2], "index")
+@pytest.mark.parametrize(("together", "block"), [(1, 10), (3, 100), (3, 10**6), (256, 10**6)])
+def test_examples_are_gone_through_in_blocks(together: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_disk, "TOGETHER", together)
+    monkeypatch.setattr(on_disk, "BLOCK", block)
+    stored = OnDisk(ALL * 3)
+    assert list(stored) == ALL * 3 and list(chosen(stored, [7, 1, 2, 11])) == [FULL, COLUMNS, TEXT, FULL]
+
+
+def test_the_first_rows_of_parts_are_as_many_as_asked_for() -> None:
+    for limit, expected in ((0, [[], []]), (2, [[0, 1], []]), (4, [[0, 1, 2], [3]]), (9, [[0, 1, 2], [3, 4]])):
+        parts = [[{"n": n} for n in of] for of in ((0, 1, 2), (3, 4))]
+        for given in (parts, [Once(parts[0]), parts[1]], [parts[0], Once(parts[1])]):
+            found = list(limited(given, limit))
+            assert bool(found[0]) == bool(limit)
+            assert [[row["n"] for row in rows] for rows in found] == expected
 
 
 def test_few_small_items_are_a_list_and_others_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_disk, "LARGE_ROWS", 4)
     monkeypatch.setattr(on_disk, "LARGE_TEXT", 200)
-    assert gathered(iter([FULL] * 1), EXAMPLES) == [FULL]
+    assert gathered(iter([FULL] * 1)) == [FULL]
     for items in ([TEXT], [COLUMNS] * 5):
-        found = gathered(iter(items), EXAMPLES)
+        found = gathered(iter(items))
         assert isinstance(found, OnDisk) and list(found) == items
 
 
@@ -97,6 +105,7 @@ def test_a_task_on_disk_is_the_one_of_lists(case: str, tmp_path: Path, monkeypat
 
     kind, *expected = loaded()
     monkeypatch.setattr(on_disk, "LARGE_ROWS", 4)
+    monkeypatch.setattr(source, "LARGE_ROWS", 4)
     stored, *found = loaded()
     assert (kind, stored) == (list, OnDisk) and found == expected
 
@@ -107,4 +116,4 @@ def test_a_folder_that_cannot_be_written_to_is_told(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(on_disk.tempfile, "TemporaryFile", full)
     with pytest.raises(DataError, match=r"folder for temporary files: No space left on device; .*TMPDIR"):
-        OnDisk([FULL], EXAMPLES)
+        OnDisk([FULL])

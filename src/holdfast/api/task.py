@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from holdfast.models.pictures import Picture
 
@@ -45,7 +45,8 @@ class Turn:
     @property
     def said(self) -> str:
         """Its content, with <image> for each picture, and its calls, on lines of their own."""
-        return "\n".join(filter(None, (readable_text(self.content), *self.calls)))
+        content = readable_text(self.content)
+        return "\n".join(filter(None, (content, *self.calls))) if self.calls else content
 
     @property
     def shown(self) -> list[int]:
@@ -165,14 +166,46 @@ class Task:
 
 
 def fingerprint(train: Sequence[Example], eval_: Sequence[Example], test: Sequence[Example]) -> str:
-    """SHA-256 (hexadecimal) over the content of the three splits, in order; files and row numbers do not count."""
-    digest = hashlib.sha256()
-    for separator, split in zip(("[[", "], [", "], ["), (train, eval_, test), strict=True):  # one JSON text, row by row
-        digest.update(separator.encode())
-        for number, row in enumerate(split):
-            digest.update(f"{', ' * (number > 0)}{json.dumps(_content(row), ensure_ascii=True)}".encode())
-    digest.update(b"]]")
-    return digest.hexdigest()
+    """The :class:`Fingerprint` of three splits."""
+    return Fingerprint().add(train).add(eval_).add(test).hexadecimal
+
+
+class Fingerprint:
+    """SHA-256 over the content of splits, in order; files and row numbers do not count."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._before = "["  # one JSON text, row by row
+
+    def passing(self, split: Iterable[Example]) -> Iterator[Example]:
+        """The examples of the next split, which are taken in as they pass; all must."""
+        self._digest.update(f"{self._before}[".encode())
+        before = ""
+        for example in split:
+            self._digest.update(f"{before}{json.dumps(_content(example))}".encode())
+            before = ", "
+            yield example
+        self._digest.update(b"]")
+        self._before = ", "
+
+    def add(self, split: Iterable[Example]) -> Self:
+        """Take in the next split."""
+        for _ in self.passing(split):
+            pass
+        return self
+
+    def copy(self) -> Self:
+        """Another one of the same splits."""
+        other = type(self)()
+        other._digest, other._before = self._digest.copy(), self._before
+        return other
+
+    @property
+    def hexadecimal(self) -> str:
+        """The digest of the splits so far."""
+        digest = self._digest.copy()
+        digest.update(b"]")
+        return digest.hexdigest()
 
 
 def _content(row: Example) -> object:

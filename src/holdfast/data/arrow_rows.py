@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from operator import attrgetter
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
 from holdfast.data.joined_rows import JoinedRows
-from holdfast.data.on_disk import LARGE_ROWS, LARGE_TEXT
+from holdfast.data.on_disk import LARGE_ROWS, LARGE_TEXT, characters
 from holdfast.errors import DataError
 from holdfast.system.files import PARTIAL, json_text
 from holdfast.version import __version__
@@ -89,23 +89,20 @@ def _columns(batch: pa.RecordBatch) -> dict[str, _Column]:
 
 def is_large(examples: Sequence[Example]) -> bool:
     """Whether the tokens of a split are better in Arrow than in lists."""
-    return len(examples) >= LARGE_ROWS or sum(map(_size, examples)) >= LARGE_TEXT
+    return len(examples) >= LARGE_ROWS or sum(map(characters, examples)) >= LARGE_TEXT
 
 
-def chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+def chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
     """The examples in order, of each chunk about so many characters that its tokens are few beside the rest."""
-    start, size = 0, 0
-    for end, example in enumerate(examples, start=1):
-        size += _size(example)
-        if end - start == CHUNK or size >= LARGE_TEXT // 10:
-            yield examples[start:end]
-            start, size = end, 0
-    if start < len(examples):
-        yield examples[start:]
-
-
-def _size(example: Example) -> int:
-    return len(example.text or "") + sum(len(turn.content) for turn in example.turns)
+    chunk, size = list[Example](), 0
+    for example in examples:
+        chunk.append(example)
+        size += characters(example)
+        if len(chunk) == CHUNK or size >= LARGE_TEXT // 10:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def as_batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:

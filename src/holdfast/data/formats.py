@@ -11,7 +11,6 @@ from holdfast.api.task import Example, Turn
 from holdfast.config.pattern import group_span
 from holdfast.data.conversation import BadRowError, Noticed, conversation, field_value, text_field, tools_of
 from holdfast.data.files import type_name, where
-from holdfast.data.on_disk import ROWS, OnDisk, gathered
 from holdfast.data.row_pictures import COLUMNS, take_pictures, with_pictures
 from holdfast.errors import ConfigError, DataError, did_you_mean
 
@@ -55,6 +54,8 @@ USED: dict[str, set[str]] = {
 """The columns that a format reads."""
 VERDICTS = ("label", "kto_tag")
 """Columns of preference data that say by true or false whether the answer is good."""
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_MEANING = {*VERDICTS, "chosen", "rejected", "weight", *_OTHER_MEDIA}
 _ANSWERS = {
     "prompt": "answer",
     "question": "answer",
@@ -177,14 +178,14 @@ def iterate_examples(
     """
     if format not in KEYS:
         raise ConfigError(f"format: unknown format {format!r}{did_you_mean(format, KEYS)}")
-    template, used = asked(instruction, labels, prompt), USED[format]
+    template, known = asked(instruction, labels, prompt), USED[format] | {*COLUMNS}
     folder = Path(file).parent if images is None else images
     for position, row in enumerate(rows):
         examples: list[Example] = []
         index = getattr(row, "index", position)
         try:
             _refuse_meaning(row, format)
-            if format not in ("sentence_label", "text") and any(row.get(column) is False for column in VERDICTS):
+            if format not in ("sentence_label", "text") and _says_bad(row):
                 if noticed is not None:
                     noticed.bad_answers += 1
                 continue
@@ -196,9 +197,9 @@ def iterate_examples(
                 examples.append(Example(file=str(file), row=index, text=text_field(row, "text")))
             ends = [end for end, turn in enumerate(turns, 1) if turn.role == "assistant"]
             chosen = list(enumerate(ends)) if each else [(None, end) for end in ends[-1:]]
-            for _, end in chosen:
+            for _, end in chosen if labels is not None else ():
                 _check_label(turns[end - 1].said, labels)
-            also_right = _also_right(row, turns[ends[-1] - 1].said) if ends else ()
+            also_right = _also_right(row, turns[ends[-1] - 1]) if ends else ()
             examples += [
                 Example(
                     file=str(file),
@@ -216,11 +217,9 @@ def iterate_examples(
                 raise DataError(message) from None
             bad.append(message)
         if noticed is not None:
-            noticed.unused |= {
-                name
-                for name, value in row.items()
-                if value is not None and name not in {*used, *COLUMNS} and not (name in VERDICTS and value is True)
-            }
+            for name in row.keys() - known:
+                if row[name] is not None and not (name in VERDICTS and row[name] is True):
+                    noticed.unused.add(name)
         yield from examples
 
 
@@ -295,6 +294,8 @@ def _messages(row: dict[str, Any]) -> list[Any]:
 
 def _earlier(row: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """The turns after what the row's system prompt and history say."""
+    if row.keys().isdisjoint(_EARLIER):
+        return turns
     before: list[Turn] = []
     for key in ("system", "system_prompt"):
         if row.get(key):
@@ -312,7 +313,7 @@ def _earlier(row: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return (*before, *turns)
 
 
-def _also_right(row: dict[str, Any], answer: str) -> tuple[str, ...]:
+def _also_right(row: dict[str, Any], answer: Turn) -> tuple[str, ...]:
     """The row's right answers without its own, which is one of them; where it is not, it is right beside them."""
     values = row.get(RIGHT)
     if values is None:
@@ -322,13 +323,15 @@ def _also_right(row: dict[str, Any], answer: str) -> tuple[str, ...]:
         raise BadRowError(f"{RIGHT}: must be a list of all texts that are right, not {found}")
     numbered = {f"number {number}": value for number, value in enumerate(values, 1)}
     right = [text_field(numbered, number, RIGHT).strip() for number in numbered]
-    if answer in right:
-        right.remove(answer)
+    if answer.said in right:
+        right.remove(answer.said)
     return tuple(right)
 
 
 def _refuse_meaning(row: Mapping[str, Any], format: str) -> None:
     """Columns that change what a row means, and that cannot be used, are refused."""
+    if row.keys().isdisjoint(_MEANING) and format != "text":
+        return
     left_out = LEFT_OUT.format
     for column in VERDICTS:
         value = row.get(column)
@@ -347,10 +350,15 @@ def _refuse_meaning(row: Mapping[str, Any], format: str) -> None:
             f"weight: rows are not weighted, and this one's weight is {row['weight']!r:.40}; take rows of weight 0 "
             f"out, and {left_out(column='weight')}"
         )
-    for column in ("video", "videos", "audio", "audios", *(COLUMNS if format == "text" else ())):
+    for column in (*_OTHER_MEDIA, *(COLUMNS if format == "text" else ())):
         if row.get(column):
             alone = "a text shows no picture" if column in COLUMNS else "text and pictures alone can be trained"
             raise BadRowError(f"{column}: {alone}; {left_out(column=column)}")
+
+
+def _says_bad(row: Mapping[str, Any]) -> bool:
+    """Whether a column says that the answer is bad."""
+    return not row.keys().isdisjoint(VERDICTS) and any(row.get(column) is False for column in VERDICTS)
 
 
 def _about(prompt: str, input: str | None) -> tuple[int, int]:
@@ -364,8 +372,8 @@ def _about(prompt: str, input: str | None) -> tuple[int, int]:
 
 
 def name_labels(
-    rows: Sequence[dict[str, Any]], labels: list[str] | None, file: str | Path, bad: list[str] | None = None
-) -> Sequence[dict[str, Any]]:
+    rows: Iterable[dict[str, Any]], labels: list[str] | None, file: str | Path, bad: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Put names in the place of labels that are numbers: indices of ``labels``, from 0.
 
     If labels are numbers themselves, a number is the label of that name.
@@ -378,31 +386,18 @@ def name_labels(
     Raises:
         DataError: the first row's label is a number, and ``labels`` is None; a number is no index.
     """
-    if labels is None:
-        if rows and type(rows[0].get("label")) is int:
-            place = where(file, getattr(rows[0], "index", 0), rows[0])
-            raise DataError(
-                f"{place}: label: is a number ({rows[0]['label']}) without a name; give the task {LABEL_NAMES}; "
-                "a folder may have them in labels.json"
-            )
-        return rows
-    by_name = any(label.isdecimal() for label in labels)
-    names = {label if by_name else str(index): label for index, label in enumerate(labels)}
-    named = _named(rows, labels, names, by_name, file, bad)
-    return gathered(named, ROWS) if isinstance(rows, OnDisk) else list(named)
-
-
-def _named(
-    rows: Iterable[dict[str, Any]],
-    labels: list[str],
-    names: dict[str, str],
-    by_name: bool,
-    file: str | Path,
-    bad: list[str] | None,
-) -> Iterator[dict[str, Any]]:
+    by_name = any(label.isdecimal() for label in labels or ())
+    names = {label if by_name else str(index): label for index, label in enumerate(labels or ())}
     for position, row in enumerate(rows):
         label = row.get("label")
-        if type(label) is int or (isinstance(label, str) and label.strip().isdecimal()):
+        if labels is None:
+            if position == 0 and type(label) is int:
+                place = where(file, getattr(row, "index", 0), row)
+                raise DataError(
+                    f"{place}: label: is a number ({label}) without a name; give the task {LABEL_NAMES}; "
+                    "a folder may have them in labels.json"
+                )
+        elif type(label) is int or (isinstance(label, str) and label.strip().isdecimal()):
             name = names.get(str(label).strip())
             if name is None:
                 reason = "one of them" if by_name else f"an index from 0 to {len(labels) - 1}"

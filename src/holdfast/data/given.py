@@ -17,8 +17,9 @@ from holdfast.data.files import COMPRESSED, SUFFIXES, RawRow, is_data_file, read
 from holdfast.data.formats import USED, detect, to_examples
 from holdfast.data.layout import BESIDE, INNER, SPLITS
 from holdfast.data.load import refuse_bad_rows
+from holdfast.data.parts import Part, first_part, first_row
 from holdfast.data.row_pictures import COLUMNS, with_kept_pictures
-from holdfast.data.source import SAVED, Part, Source, read_labels, read_parts, renamed, without_reasoning
+from holdfast.data.source import SAVED, Source, read_labels, read_parts, renamed, without_reasoning
 from holdfast.data.texts import is_hub_name, no_path
 from holdfast.errors import ColumnsError, ConfigError, DataError
 from holdfast.system.files import json_text
@@ -206,8 +207,8 @@ def _read(data: str, options: TaskConfig, settings: DataConfig, output: Path | N
         options = source.options = _with_what_lies_beside(Path(data), options)
     bad: list[str] = []
     splits, labels = read_parts(source, DataConfig(), bad)
-    first = next(iter(splits.values()))[0]
-    format, names = (options.format, {}) if options.format else detect(first.rows, first.file)
+    first = first_part(next(iter(splits.values())))
+    format, names = (options.format, {}) if options.format else detect([first_row(first.rows)], first.file)
     noticed = Noticed()
     rows = {split: _rows(parts, format, names, options, bad, noticed) for split, parts in splits.items()}
     if settings.reasoning == "drop":

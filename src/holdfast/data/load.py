@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from holdfast.api.scorer import Scorer
-from holdfast.api.task import Counts, Example, Stream, Task, fingerprint
+from holdfast.api.task import Counts, Example, Stream, Task
 from holdfast.config.evaluation import EvaluationConfig
 from holdfast.config.stream import DataConfig, StreamConfig, TaskConfig
 from holdfast.data.benchmark import benchmark_source, group_instructions
 from holdfast.data.files import SUFFIXES, in_file_order, stem, suffix, where
 from holdfast.data.layout import INNER, is_task
-from holdfast.data.on_disk import chosen
+from holdfast.data.on_disk import OnDisk, chosen
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import Source, StreamSource, check_scorable, load_task
+from holdfast.data.survey import Survey, surveyed
 from holdfast.engines.process import Process
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import build
@@ -64,12 +66,14 @@ def complete(stream: Stream, data: DataConfig, evaluation: EvaluationConfig) -> 
         DataError: ``data.on_overlap`` is "error" and test rows stand in a train split.
     """
     tasks = [task for task in stream.tasks if task.gone is None]
-    _check_overlap(tasks, data)
-    for task in tasks:
+    surveys = list(map(_surveyed, tasks))
+    _check_overlap(tasks, surveys, data)
+    for task, survey in zip(tasks, surveys, strict=True):
         if evaluation.rows is not None and evaluation.rows < len(task.test):
             task.notes.append(f"{evaluation.rows:,} of its {len(task.test):,} test rows are measured (evaluation.rows)")
             task.test = even_sample(task.test, evaluation.rows)
-        task.fingerprint = fingerprint(task.train, task.eval, task.test)
+        left = _surveyed(task) if task.counts.dropped_train_rows else survey
+        task.fingerprint = left.fingerprint.copy().add(task.eval).add(task.test).hexadecimal
     stream.version = _version(stream.version, stream.tasks, load_scorers(stream, evaluation))
     return stream
 
@@ -256,56 +260,37 @@ def _measure_on_dev(task: Task, data: DataConfig, bad: list[str]) -> None:
 # --- duplicates and overlap ---
 
 
-def _check_overlap(tasks: list[Task], data: DataConfig) -> None:
+def _surveyed(task: Task) -> Survey:
+    return task.train.survey if isinstance(task.train, OnDisk) else surveyed(task.train)
+
+
+def _check_overlap(tasks: list[Task], surveys: list[Survey], data: DataConfig) -> None:
     """Count what is odd about the tasks' rows, and do what ``data.on_overlap`` says."""
-    trained = [_prompts_and_rows(task.train) for task in tasks]
-    askers = Counter(prompt for prompts, _ in trained for prompt in prompts) if len(tasks) > 1 else Counter[bytes]()
-    for task, (own, rows) in zip(tasks, trained, strict=True):
-        overlap = [example for example in task.test if _prompt(example) in own]
-        _, tests = _prompts_and_rows(task.test)
+    for task, own in zip(tasks, surveys, strict=True):
+        tests = surveyed(task.test)
+        overlap = own.asks(tests.prompts)
+        elsewhere = sum([other.asks(tests.prompts) for other in surveys if other is not own], np.zeros(len(overlap)))
         task.counts = Counts(
-            duplicate_train_rows=len(task.train) - rows,
-            contradicting_train_rows=rows - len(own) if task.kind == "sft" else 0,
-            duplicate_test_rows=len(task.test) - tests,
-            test_rows_in_train=len(overlap),
-            test_rows_in_other_tasks=sum(askers[_prompt(e)] > (_prompt(e) in own) for e in task.test),
+            duplicate_train_rows=len(own.prompts) - own.different,
+            contradicting_train_rows=own.different - len(own.asked) if task.kind == "sft" else 0,
+            duplicate_test_rows=len(tests.prompts) - tests.different,
+            test_rows_in_train=int(overlap.sum()),
+            test_rows_in_other_tasks=int(np.count_nonzero(elsewhere)),
         )
-        if overlap and data.on_overlap == "drop":
-            tested = {_prompt(example) for example in task.test}
-            left = (place for place, example in enumerate(task.train) if _prompt(example) not in tested)
-            kept = chosen(task.train, left)
+        if overlap.any() and data.on_overlap == "drop":
+            kept = chosen(task.train, np.flatnonzero(~tests.asks(own.prompts)).tolist())
             task.counts.dropped_train_rows = len(task.train) - len(kept)
             task.train = kept
             if not kept:
                 raise DataError(
                     f"task {task.name!r}: every train row is asked in the test split; none is left to train on"
                 )
-        elif overlap:
+        elif overlap.any():
+            first = task.test[int(overlap.argmax())]
             message = (
-                f"task {task.name!r}: {len(overlap)} of {len(task.test)} test rows stand in the train split, "
-                f"the first at {where(overlap[0].file, overlap[0].row)}"
+                f"task {task.name!r}: {overlap.sum()} of {len(task.test)} test rows stand in the train split, "
+                f"the first at {where(first.file, first.row)}"
             )
             if data.on_overlap == "error":
                 raise DataError(f"{message}; remove them, or set data.on_overlap to drop or warn")
             logger.warning("%s; data.on_overlap=drop leaves them out of train", message)
-
-
-def _prompts_and_rows(examples: Iterable[Example]) -> tuple[set[bytes], int]:
-    """The digests of what is asked, and how many rows there are that differ in their prompt or answer."""
-    prompts, rows = set[bytes](), set[bytes]()
-    for example in examples:
-        prompts.add(asked := _prompt(example))
-        rows.add(_digest((asked, example.answer)))
-    return prompts, len(rows)
-
-
-def _prompt(example: Example) -> bytes:
-    """A digest of what is asked, which takes less memory."""
-    turns = example.turns[:-1]
-    return _digest(
-        example.text or (example.tools, [(turn.role, turn.content, turn.calls, *turn.shown) for turn in turns])
-    )
-
-
-def _digest(value: object) -> bytes:
-    return hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=16).digest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ PLACE = "?"
 
 
 def kind_examples(
-    rows: Sequence[dict[str, Any]],
+    rows: Iterable[dict[str, Any]],
     kind: Kind,
     *,
     file: str | Path,

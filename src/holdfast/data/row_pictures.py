@@ -50,12 +50,15 @@ def take_pictures(row: dict[str, Any], folder: Path) -> tuple[dict[str, Any], li
     Raises:
         BadRowError: a picture cannot be used, or their number is not that of the places for them.
     """
+    has_parts = any(_has_parts(value) for value in row.values() if isinstance(value, list))
+    if row.keys().isdisjoint(COLUMNS) and not has_parts:
+        return row, []
     waiting = [
         (f"{column}{f', picture {n}' * many}", source)
         for column in COLUMNS
         for n, source, many in _sources(row.get(column))
     ]
-    if not waiting and not any(_has_parts(value) for value in row.values() if isinstance(value, list)):
+    if not waiting and not has_parts:
         return row, []
     shown: list[Picture] = []
     columns = iter([_picture(source, folder, name) for name, source in waiting])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from holdfast.api.task import Example, General, Task
 from holdfast.config.stream import DataConfig, TaskConfig, TaskOptions
 from holdfast.data.conversation import Noticed
-from holdfast.data.files import SUFFIXES, RawRow, iterate_rows, read_json_file, read_rows, read_text, suffix, where
+from holdfast.data.files import SUFFIXES, RawRow, iterate_rows, read_json_file, read_text, where
 from holdfast.data.formats import asked, detect, iterate_examples, name_labels
 from holdfast.data.layout import SPLITS, alone, split_files
-from holdfast.data.on_disk import EXAMPLES, ROWS, OnDisk, chosen, gathered
+from holdfast.data.on_disk import LARGE_ROWS, LARGE_TEXT, chosen, gathered
+from holdfast.data.parts import Once, Part, alike, first_part, first_row, limited
 from holdfast.data.preferences import kind_examples, paired
 from holdfast.data.spill import without_bytes
 from holdfast.errors import ColumnsError, ConfigError, DataError, did_you_mean
@@ -25,14 +27,6 @@ from holdfast.system.hub import unreachable
 
 SAVED = ("dataset_dict.json", "state.json")
 """Files by which a folder is one that ``save_to_disk`` of Hugging Face's datasets wrote."""
-
-
-@dataclass
-class Part:
-    """The rows of one file of a split."""
-
-    file: str
-    rows: Sequence[dict[str, Any]]
 
 
 @dataclass
@@ -97,15 +91,14 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
     splits, labels = read_parts(source, data, bad)
     if options.kind != "sft":
         return _of_kind(source, splits, data, bad)
-    first = (splits.get("train") or splits["all"])[0]
-    format, names = (options.format, {}) if options.format else detect(first.rows, first.file)
+    first = first_part(splits.get("train") or splits["all"])
+    format, names = (options.format, {}) if options.format else detect([first_row(first.rows)], first.file)
     way = _way(source, format, labels, first)
     noticed = Noticed()
-    examples: dict[str, Sequence[Example]] = {
-        name: _examples(
-            example
-            for part in parts
-            for example in iterate_examples(
+
+    def of_split(name: str, parts: list[Part]) -> Iterator[Example]:
+        for part in parts:
+            made = iterate_examples(
                 (renamed(row, names, "") for row in part.rows) if names else part.rows,
                 format,
                 file=part.file,
@@ -118,9 +111,9 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
                 bad=bad,
                 noticed=noticed,
             )
-        )
-        for name, parts in splits.items()
-    }
+            yield from map(without_reasoning, made) if data.reasoning == "drop" else made
+
+    examples = {name: gathered(of_split(name, parts), survey=name == "train") for name, parts in splits.items()}
     notes = noticed.notes()
     if names:
         notes.append("columns are read as " + ", ".join(f"{name}: {meant}" for name, meant in names.items()))
@@ -131,16 +124,10 @@ def load_task(source: Source, data: DataConfig, bad: list[str] | None = None) ->
     for name in ("train", "test"):
         if not examples[name] and not bad:
             raise DataError(f"task {source.name!r}: no row of the {name} split is left: {'; '.join(notes)}")
-    if data.reasoning == "drop":
-        examples = {name: _examples(map(without_reasoning, split)) for name, split in examples.items()}
     train, test = examples["train"], list(examples["test"])
     task = Task(source.name, "", train, test, examples.get("eval", []), way.labels, notes=notes)
     task.asked = asked(way.instruction, way.labels, options.prompt) if format == "sentence_label" else format
     return scored(task, options, default="loss" if format == "text" else "accuracy", bad=bad)
-
-
-def _examples(examples: Iterable[Example]) -> Sequence[Example]:
-    return gathered(examples, EXAMPLES)
 
 
 def _of_kind(source: Source, splits: dict[str, list[Part]], data: DataConfig, bad: list[str] | None) -> Task:
@@ -245,33 +232,43 @@ def read_parts(
         if source.folder is not None and (source.folder / "labels.json").exists():
             labels = read_labels(source.folder / "labels.json")
     for name, parts in splits.items():
-        left = limits.get(name)
-        for part in parts:
-            part.rows = part.rows if left is None else part.rows[:left]
-            left = None if left is None else left - len(part.rows)
-            if options.columns:
-                rows = (
-                    renamed(row, options.columns, where(part.file, getattr(row, "index", i), row))
-                    for i, row in enumerate(part.rows)
-                )
-                part.rows = gathered(rows, ROWS) if isinstance(part.rows, OnDisk) else list(rows)
+        if (limit := limits.get(name)) is not None:
+            for part, rows in zip(parts, limited([part.rows for part in parts], limit), strict=True):
+                part.rows = rows
+        for part in parts if options.columns else ():
+            part.rows = alike(part.rows, _all_renamed(part.rows, options.columns, part.file))
     first = next((part for parts in splits.values() for part in parts if part.rows), None)
     sft = first is not None and options.kind == "sft"
-    if first is not None and sft and (options.format or detect(first.rows, first.file)[0]) == "sentence_label":
+    if first is not None and sft and (options.format or _format(first)) == "sentence_label":
         for part in (part for parts in splits.values() for part in parts):
-            part.rows = name_labels(part.rows, options.labels or labels, part.file, bad)
-    for name, parts in splits.items():
-        splits[name] = [part for part in parts if part.rows]
-        if not splits[name]:
+            part.rows = alike(part.rows, name_labels(part.rows, options.labels or labels, part.file, bad))
+    for parts in splits.values():
+        if not any(part.rows for part in parts):
             raise DataError(
                 f"{parts[0].file}: no row can be used" + "".join(f"\n  {reason}" for reason in (bad or [])[:1])
             )
     return splits, labels
 
 
-def _file_rows(file: Path, bad: list[str] | None) -> Sequence[dict[str, Any]]:
-    """The rows of a file; a parquet file's may hold more than JSON does."""
-    return read_rows(file, bad) if suffix(file) == ".parquet" else gathered(iterate_rows(file, bad), ROWS)
+def _format(part: Part) -> str:
+    return detect([first_row(part.rows)], part.file)[0]
+
+
+def _file_rows(file: Path, bad: list[str] | None) -> list[dict[str, Any]] | Once:
+    """The rows of a file, in a list while they are few and small."""
+    rows = iterate_rows(file, bad)
+    first = list(islice(rows, 1))
+    if file.stat().st_size < LARGE_TEXT:
+        first += islice(rows, LARGE_ROWS - 1)
+    rest = Once(rows)
+    return Once(chain(first, rest)) if rest else first
+
+
+def _all_renamed(
+    rows: Iterable[dict[str, Any]], columns: Mapping[str, str | None], file: str
+) -> Iterator[dict[str, Any]]:
+    for position, row in enumerate(rows):
+        yield renamed(row, columns, where(file, getattr(row, "index", position), row))
 
 
 def _draw_test(examples: dict[str, Sequence[Example]], share: float) -> str:

@@ -18,7 +18,7 @@ from holdfast.data.encode import Encoder
 from holdfast.data.files import where
 from holdfast.data.joined_rows import JoinedRows
 from holdfast.data.load import judge_bad_rows
-from holdfast.data.on_disk import chosen
+from holdfast.data.on_disk import OnDisk, chosen
 from holdfast.errors import ConfigError, DataError
 from holdfast.evaluation.respond import response_limit
 from holdfast.models.pretrained import load_model_config
@@ -135,7 +135,7 @@ def try_rows(method: Method, tasks: Sequence[Task], rows: Rows, config: RunConfi
 
 def files_of(task: Task) -> str:
     """What messages call the file that a task's train rows came from, or their files."""
-    files = {example.file for example in task.train}
+    files = task.train.files if isinstance(task.train, OnDisk) else {example.file for example in task.train}
     return files.pop() if len(files) == 1 else f"the files of task {task.name}"
 
 
@@ -189,9 +189,8 @@ def _large(
     batches: list[Any] = []
     longest = 0
     with nullcontext() if file is None else file.writing() as writer:
-        for chunk in chunks(examples):
+        for given in chunks(examples):
             own = encoder.apart()
-            given = list(chunk)
             usable, made = _usable(given, own.encode_all, bad)
             used = {id(example) for example in usable}
             places = [begun + place for place, example in enumerate(given) if id(example) in used]
