@@ -52,6 +52,8 @@ USABLE = 0.8
 """Share of the free memory that training may fill."""
 EPOCHS = ((5_000, 3.0), (20_000, 2.0))
 """Passes over the rows, by their number; 1 beyond."""
+LEAST_STEPS, MOST_EPOCHS = 60, 10.0
+"""Few rows are passed over more often, until there are so many optimizer steps, but no more often than this."""
 BATCHES = ((100, 4), (400, 8))
 """Rows of an optimizer step, by the number of rows; 16 beyond."""
 
@@ -148,7 +150,9 @@ def training_settings(rows: int, adapters: bool) -> dict[str, Any]:
     """
     epochs = next((epochs for limit, epochs in EPOCHS if rows < limit), 1.0)
     batch = next((size for limit, size in BATCHES if rows < limit), 16)
-    steps = math.ceil(epochs * math.ceil(rows / batch))
+    once = math.ceil(rows / batch)
+    epochs = max(epochs, min(float(math.ceil(LEAST_STEPS / once)), MOST_EPOCHS))
+    steps = math.ceil(epochs * once)
     often = {"save_every": min(math.ceil(steps / CHECKPOINTS), SAVE_EVERY)} if adapters else {}
     return {"epochs": epochs, "batch_size": batch, "learning_rate": 2e-4} | often
 
