@@ -89,6 +89,14 @@ def test_a_base_gives_what_a_file_does_not_say(tmp_path):
         names(few, run=["training.epochs=7"])
 
 
+def test_a_run_that_is_a_file_can_be_changed(tmp_path):
+    values = tiny_sweep(tmp_path, grid={"seed": [3]})
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(values["run"] | {"output": "runs/first"}))
+    path = write(tmp_path, values | {"run": str(tmp_path / "first.yaml")})
+    [run] = expand(load_sweep(path, ["run.training.max_steps=7"]))
+    assert (run.config.training.max_steps, run.config.training.batch_size, run.config.seed) == (7, 4, 3)
+
+
 def test_wrong_sweeps_are_told(tmp_path):
     values = tiny_sweep(tmp_path)
     with pytest.raises(ConfigError, match=r"gird: unknown key; did you mean 'grid'"):

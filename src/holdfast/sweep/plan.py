@@ -141,6 +141,8 @@ def load_sweep(source: str | Path | dict[str, Any], overrides: list[str] | None 
     """
     where = "the sweep" if isinstance(source, dict) else str(source)
     values = dict(source) if isinstance(source, dict) else _read(Path(source))
+    if any(change.startswith("run.") for change in overrides or []):
+        values["run"] = _run(values.get("run"))  # a file's keys can be changed as those of a section
     sweep: Sweep = load(Sweep, values, overrides, where)
     return sweep
 
