@@ -184,7 +184,7 @@ def test_a_relative_base_model_is_named_so_that_it_is_found_from_anywhere(tmp_pa
     monkeypatch.chdir(tmp_path)
     config = tiny_config(tmp_path, tuner="lora", model="./model")
     run(config | {"training": {"max_steps": 1}}, QUIET)
-    exported = export(Path("run"), Path("out"))
+    exported = export("run", "out")
     adapter = read_json(tmp_path / "out" / "adapter_config.json")
     assert adapter["base_model_name_or_path"] == str(tmp_path / "model") and adapter["revision"] is None
     assert any(str(tmp_path / "model") in line and "--merge" in line for line in exported.lacks)

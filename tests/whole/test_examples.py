@@ -74,7 +74,7 @@ def test_gate_in_ci(root):
 def test_serve_and_roll_back(tmp_path, monkeypatch, call, capsys):
     """It serves what the run holds; where the newest stage forgot too much, that is the one before."""
     served = []
-    monkeypatch.setattr(serve, "serve", lambda run, follow: served.append((run, holdfast.status(run)["current"])))
+    monkeypatch.setattr(serve, "_serve", lambda stored, *_: served.append(stored.folder.name))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(EXAMPLES)
     config = tiny_config(tmp_path)
@@ -82,7 +82,7 @@ def test_serve_and_roll_back(tmp_path, monkeypatch, call, capsys):
     run(config, QUIET)
     call("serve-and-roll-back.py", "run")
     call("serve-and-roll-back.py", "run")
-    assert served == [("run", 1), ("run", 1)]
+    assert served == ["01-red", "01-red"]
     assert capsys.readouterr().out.count("green cost too much: back to stage 1") == 1
 
 

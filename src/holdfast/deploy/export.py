@@ -38,8 +38,8 @@ MANIFEST = EXPORT
 
 
 def export(
-    run: Path,
-    to: Path,
+    run: Path | str,
+    to: Path | str,
     *,
     stage: int | None = None,
     merge: bool = False,
@@ -63,7 +63,7 @@ def export(
         ConfigError: there is no such stage, the adapter cannot be merged, its base model is not found, ``to`` holds
             something else or cannot be written, or the hub refuses.
     """
-    to = to.resolve()
+    run, to = Path(run), Path(to).resolve()
     finished = read_run(run)
     number, folder = _find_stage(finished, stage)
     _check_target(to)

@@ -51,7 +51,7 @@ SCORING_THREADS = 4  # each waits for its turn most of the time
 
 
 def serve(
-    run: Path,
+    run: Path | str,
     *,
     stage: int | None = None,
     follow: bool = False,
@@ -84,7 +84,7 @@ def serve(
     Raises:
         UserError: there is no such stage, the port is taken, or the engine cannot be used here.
     """
-    progress = progress or Progress()
+    path, progress = Path(run), progress or Progress()
     if not host.strip():
         raise ConfigError("--host: is empty, which would be every address of this machine; say 0.0.0.0 for that")
     if follow and (stage is not None or engine != "transformers"):
@@ -92,13 +92,13 @@ def serve(
         raise ConfigError(f"--follow: cannot be used with {other}")
 
     def find(number: int | None) -> StoredStage:
-        stored = find_stage(run, number, trust=trust)
+        stored = find_stage(path, number, trust=trust)
         model = stored.config.model
         inputs = {"model": model_inputs(model), "tokenizer": tokenizer_inputs(model)}
         check_inputs(stored.run, inputs, [], accept_changes)
         return stored
 
-    stored = find(held_stage(run) if follow else stage)
+    stored = find(held_stage(path) if follow else stage)
     for line in method_lacks(stored.config):
         progress.line(f"warning: {line}")
     if engine == "vllm":
