@@ -10,6 +10,7 @@ from holdfast.lab import figures
 from holdfast.lab.experiment import load_experiment
 from holdfast.lab.figures import FIGURES, METHODS, STYLE, Tables, draw
 from holdfast.lab.tables import read_table
+from holdfast.lab.work import run_experiment
 from support.paths import ROOT
 
 EXPERIMENTS = ROOT / "experiments" / "lab"
@@ -62,6 +63,15 @@ def test_a_figure_is_written_twice_and_the_same_bytes_again(tmp_path):
 def test_an_unknown_figure_is_told():
     with pytest.raises(ConfigError, match="no figure 'grid'"):
         draw("grid", Tables([], []), Path("never"))
+
+
+def test_an_experiment_says_at_once_that_matplotlib_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs matplotlib: pip install 'holdfast\[lab\]'"):
+        run_experiment(
+            load_experiment(EXPERIMENTS / "method_comparison" / "tiny.yaml"), tmp_path / "out", cache=tmp_path
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_methods_are_told_apart_without_colour():

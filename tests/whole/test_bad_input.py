@@ -138,6 +138,11 @@ def test_output_is_a_file(capsys, place, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_output_is_a_link_to_nothing(capsys, place, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "server")
+    assert f"is a link to {tmp_path / 'server'}, which is not there" in refused(capsys, place, tmp_path)
+
+
 def test_output_holds_something_else(capsys, place, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,12 @@ class Tables:
         return DOMAINS.get(self.new or "", self.new or "")
 
 
+def require_matplotlib() -> None:
+    """Raise ConfigError if what draws the figures is not installed."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError("figure: drawing it needs matplotlib: pip install 'holdfast[lab]'")
+
+
 def draw(name: str, tables: Tables, path: Path) -> None:
     """Write a figure as ``path`` with ``.pdf`` and ``.png``.
 
@@ -86,8 +93,9 @@ def draw(name: str, tables: Tables, path: Path) -> None:
         name: of the figure, see ``FIGURES``.
 
     Raises:
-        ConfigError: no figure has this name.
+        ConfigError: no figure has this name, or matplotlib is not installed.
     """
+    require_matplotlib()
     import matplotlib as mpl
 
     if name not in FIGURES:

@@ -49,6 +49,9 @@ def run_experiment(
         UserError: a configuration or source cannot be used.
         Interrupted: SIGINT or SIGTERM asked it to stop; the same call continues.
     """
+    from holdfast.lab.figures import require_matplotlib
+
+    require_matplotlib()
     progress = progress or Progress()
     curves: list[TableRow] = []
     if experiment.slices_of is not None:

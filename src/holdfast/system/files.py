@@ -318,6 +318,8 @@ def locked_folder(path: Path) -> Iterator[None]:
     """
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"output: {path} is a file; it must be a directory, or not exist yet")
+    if path.is_symlink() and not path.exists():
+        raise RunDirectoryError(f"output: {path} is a link to {path.readlink()}, which is not there; make that folder")
     is_new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
