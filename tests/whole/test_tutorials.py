@@ -8,11 +8,10 @@ from itertools import takewhile
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
-from holdfast.cli import app
 from holdfast.lab import demo
+from support.command import parse
 from support.notebooks import SHELL, code_cells, commands, execute
 from support.paths import DOCS
 from support.scripts import script
@@ -39,15 +38,6 @@ def test_the_notebook_is_that_of_the_page(page):
     """`python .ci/notebooks.py` was called after the last change of the page."""
     made = notebooks.notebook(page.read_text(encoding="utf-8"))
     assert page.with_suffix(".ipynb").read_text(encoding="utf-8") == made
-
-
-def parse(words: list[str]) -> None:
-    """Raise a UsageError if `holdfast WORDS` has a command, an option or an argument that does not exist."""
-    command: Any = typer.main.get_command(app)
-    context = typer.Context(command)
-    while hasattr(command, "commands"):
-        name, command, words = command.resolve_command(context, words)
-    command.make_context(name, [word for word in words if word != "--help"])
 
 
 @every_tutorial
