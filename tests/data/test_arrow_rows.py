@@ -14,6 +14,7 @@ from holdfast.config.run import RunConfig
 from holdfast.data import arrow_rows
 from holdfast.data.arrow_rows import ArrowRows, Facts, RowFile, as_batch, chunks
 from holdfast.data.encode import Encoder
+from holdfast.data.on_disk import OnDisk
 from holdfast.errors import DataError
 from holdfast.runner.rows import StageRows, encode_tasks
 from support.tiny import tiny_tokenizer
@@ -75,7 +76,6 @@ def test_in_memory_and_in_a_file_rows_limits_and_counts_are_those_of_lists(plain
 def test_a_file_is_found_again_and_nothing_is_tokenised(plain, large, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     encoded(examples(), tmp_path)
     monkeypatch.setattr(Encoder, "encode_all", None)
-    monkeypatch.setattr(Encoder, "answer_length", None)
     assert_same(encoded(examples(), tmp_path), plain)
 
 
@@ -145,7 +145,7 @@ def test_of_two_runs_that_write_at_once_the_first_file_stays(plain, large, tmp_p
 
 
 def test_an_interrupted_writer_leaves_nothing(large, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Encoder, "answer_length", lambda self, example: 1 / (6 - example.row))
+    monkeypatch.setattr(Encoder, "_row", lambda self, example, *_: {"row": 1 // (6 - example.row)})
     with pytest.raises(ZeroDivisionError):
         encoded(examples(), tmp_path)
     assert not any(tmp_path.iterdir())
@@ -171,8 +171,8 @@ def test_chunks_hold_all_examples_in_order_and_a_large_one_alone(monkeypatch: py
     monkeypatch.setattr(arrow_rows, "CHUNK", 3)
     monkeypatch.setattr(arrow_rows, "LARGE_TEXT", 1000)
     texts = [Example("f", i, text="x" * size) for i, size in enumerate([1, 1, 5000, 1, 1, 1, 1])]
-    assert [len(chunk) for chunk in chunks(texts)] == [3, 3, 1]
-    assert [example for chunk in chunks(texts) for example in chunk] == texts
+    for given in (texts, OnDisk(texts)):
+        assert list(chunks(given)) == [range(3), range(3, 6), range(6, 7)]
 
 
 def test_rows_of_many_batches_behave_as_a_list():

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from operator import attrgetter
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from holdfast.api.task import Example, Turn
 from holdfast.data.encode import Encoder
 from holdfast.data.joined_rows import JoinedRows
-from holdfast.data.on_disk import LARGE_ROWS, LARGE_TEXT, characters
+from holdfast.data.on_disk import LARGE_ROWS, LARGE_TEXT, OnDisk, characters
 from holdfast.errors import DataError
 from holdfast.system.files import PARTIAL, json_text
 from holdfast.version import __version__
@@ -58,11 +58,16 @@ class ArrowRows(JoinedRows):
 
 class Facts(NamedTuple):
     """What else is known of encoded examples: the places of those that were shortened, and of those that lost a part of
-    the answer; the tokens of the longest answer, where that was asked for."""
+    the answer; the tokens of the longest answer."""
 
     shortened: list[int]
     cut: list[int]
-    longest: int | None
+    longest: int
+
+    def moved(self, by: int) -> Facts:
+        """The facts where so many examples stand before."""
+        shortened, cut = ([by + place for place in places] for places in (self.shortened, self.cut))
+        return Facts(shortened, cut, self.longest)
 
 
 class _Column(NamedTuple):
@@ -92,17 +97,16 @@ def is_large(examples: Sequence[Example]) -> bool:
     return len(examples) >= LARGE_ROWS or sum(map(characters, examples)) >= LARGE_TEXT
 
 
-def chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """The examples in order, of each chunk about so many characters that its tokens are few beside the rest."""
-    chunk, size = list[Example](), 0
-    for example in examples:
-        chunk.append(example)
-        size += characters(example)
-        if len(chunk) == CHUNK or size >= LARGE_TEXT // 10:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def chunks(examples: Sequence[Example]) -> Iterator[range]:
+    """The places of all examples in order, of each chunk about so many that its tokens are few beside the rest."""
+    start, size = 0, 0
+    for end, more in enumerate(examples.sizes() if isinstance(examples, OnDisk) else map(characters, examples), 1):
+        size += more
+        if end - start == CHUNK or size >= LARGE_TEXT // 10:
+            yield range(start, end)
+            start, size = end, 0
+    if start < len(examples):
+        yield range(start, len(examples))
 
 
 def as_batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
@@ -206,11 +210,10 @@ def _read(path: Path) -> tuple[ArrowRows, Facts]:
     reader = pa.ipc.open_file(content.slice(0, content.size - DIGEST().digest_size))
     parts = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
     facts = [Facts(*json.loads(metadata[FACTS])) for _, metadata in parts]
-    longest = [of_batch.longest for of_batch in facts if of_batch.longest is not None]
     together = Facts(
         [place for of_batch in facts for place in of_batch.shortened],
         [place for of_batch in facts for place in of_batch.cut],
-        max(longest) if len(longest) == len(facts) else None,
+        max(of_batch.longest for of_batch in facts),
     )
     return ArrowRows([batch for batch, _ in parts]), together
 

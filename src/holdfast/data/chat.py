@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from holdfast.api.task import PICTURE, Example, Turn
@@ -62,12 +62,14 @@ class ChatTemplate:
 
     What a template marks by ``{% generation %}`` is what is supervised of an answer; without marks it is all that the
     template writes for an answer, its reasoning and its end included.
+
+    Attributes:
+        told: the warnings that were given so far, by what each is about.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self._moved = False
-        self._told_of_special = False
+        self.told: dict[str, str] = {}
 
     def pieces(self, example: Example) -> list[list[Piece]]:
         """The pieces of an example's sequences; each begins with what stands before an answer.
@@ -89,12 +91,11 @@ class ChatTemplate:
             except (TemplateError, TemplateBrokenError, TypeError) as error:
                 first = first or error
                 continue
-            if number and turns[0].role != "system" and not self._moved:
-                self._moved = True
-                logger.warning(
-                    "%s: the chat template has no place for a system turn here; its text stands in the question that "
-                    "follows, here and wherever else that is so",
-                    where(example.file, example.row),
+            if number and turns[0].role != "system" and "system" not in self.told:
+                self.tell(
+                    "system",
+                    f"{where(example.file, example.row)}: the chat template has no place for a system turn here; its "
+                    "text stands in the question that follows, here and wherever else that is so",
                 )
             return found
         advice = "" if isinstance(first, _NotShownError) else "; data.template=plain does without it"
@@ -102,18 +103,23 @@ class ChatTemplate:
             f"{where(example.file, example.row)}: the tokenizer's chat template cannot be used: {first}{advice}"
         )
 
+    def tell(self, what: str, warning: str) -> None:
+        """Warn of something, unless it was told before."""
+        if what not in self.told:
+            self.told[what] = warning
+            logger.warning("%s", warning)
+
     def _tell_of_special(self, example: Example) -> None:
         """Warn once of a text that holds a special token, which becomes a control token among the template's own."""
-        if self._told_of_special:
+        if "special" in self.told:
             return
         found = self.special_token(example)
         if found is not None:
-            self._told_of_special = True
-            logger.warning(
-                "%s: %r in a text becomes a control token, as the chat template's own do; if a template has rendered "
-                "these rows already, give the messages instead; data.template=plain keeps it text",
-                where(example.file, example.row),
-                found,
+            self.tell(
+                "special",
+                f"{where(example.file, example.row)}: {found!r} in a text becomes a control token, as the chat "
+                "template's own do; if a template has rendered these rows already, give the messages instead; "
+                "data.template=plain keeps it text",
             )
 
     def special_token(self, example: Example) -> str | None:
@@ -203,7 +209,7 @@ class ChatTemplate:
         tools = None if example.tools is None else json.loads(example.tools)
         template = _template(self.tokenizer, tools)
         options = {"add_generation_prompt": add_generation_prompt, "enable_thinking": thinks}
-        if add_generation_prompt or not _MARKED.search(template):
+        if add_generation_prompt or not _marks(template):
             return render(self.tokenizer, messages, tools, **options), None
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -221,8 +227,18 @@ class ChatTemplate:
 
 def _template(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None) -> str:
     """The template that applies, with :data:`DAY` in the place of the day on which it is rendered."""
-    template = tokenizer.get_chat_template(None, tools)
+    return _on_day(tokenizer.get_chat_template(None, tools))
+
+
+@lru_cache(maxsize=32)
+def _on_day(template: str) -> str:
     return _TODAY.sub(lambda today: repr(DAY.strftime(today["format"])), template)
+
+
+@lru_cache(maxsize=32)
+def _marks(template: str) -> bool:
+    """Whether a template marks what is generated."""
+    return _MARKED.search(template) is not None
 
 
 def _message(turn: Turn, as_parts: bool) -> dict[str, Any]:

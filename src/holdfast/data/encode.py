@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ from holdfast.api.task import PICTURE, Example, Turn
 from holdfast.data.chat import ChatTemplate
 from holdfast.data.files import where
 from holdfast.data.pieces import Piece, last_answer, plain_pieces
+from holdfast.data.tally import Tally
 from holdfast.errors import ConfigError, DataError
 from holdfast.models.pretrained import begin_tokens
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKS = f"[{_OPEN}{_CLOSE}]"
 
-NO_SETTINGS = ("tokenizer", "sight", "_template", "_shortened", "_cut")
+NO_SETTINGS = ("tokenizer", "sight", "_template", "tally")
 """Attributes of an encoder that are no plain settings."""
 
 
@@ -70,8 +71,7 @@ class Encoder:
         self.chat = template != "plain" and bool(tokenizer.chat_template)
         self._template = ChatTemplate(tokenizer)
         self._cuts_answers = long_answers == "cut"
-        self._shortened: set[tuple[str, int]] = set()
-        self._cut: set[tuple[str, int]] = set()
+        self.tally = Tally()
 
         self._begin = begin_tokens(tokenizer)
         self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -82,7 +82,7 @@ class Encoder:
     def apart(self) -> Encoder:
         """The same encoder with counts of its own."""
         other = copy.copy(self)
-        other._shortened, other._cut = set(), set()
+        other.tally = Tally()
         return other
 
     def identity(self) -> dict[str, Any]:
@@ -96,33 +96,25 @@ class Encoder:
             "chat_template": tokenizer.chat_template,
         }
 
-    def counted(self, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
-        """The places of those of some examples that were shortened, and that lost a part of the answer."""
-        origins = [(example.file, example.row) for example in examples]
-        shortened, cut = (
-            [i for i, origin in enumerate(origins) if origin in of] for of in (self._shortened, self._cut)
-        )
-        return shortened, cut
+    @property
+    def told(self) -> dict[str, str]:
+        """The warnings that were given so far, by what each is about."""
+        return self._template.told
 
-    def count(self, shortened: Iterable[Example], cut: Iterable[Example]) -> None:
-        """Count examples as shortened, and as such that lost a part of the answer."""
-        self._shortened |= {(example.file, example.row) for example in shortened}
-        self._cut |= {(example.file, example.row) for example in cut}
-
-    def count_all(self, other: Encoder) -> None:
-        """Count what another encoder counted, too."""
-        self._shortened |= other._shortened
-        self._cut |= other._cut
+    def tell(self, warnings: Mapping[str, str]) -> None:
+        """Give the warnings of another encoder that were not given yet."""
+        for what, warning in warnings.items():
+            self._template.tell(what, warning)
 
     @property
     def truncated(self) -> int:
         """Examples that were shortened so far, each counted once."""
-        return len(self._shortened)
+        return len(self.tally.shortened)
 
     @property
     def cut_answers(self) -> int:
         """Examples among them whose answer lost its end, each counted once."""
-        return len(self._cut)
+        return len(self.tally.cut)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -158,6 +150,7 @@ class Encoder:
         sequences = [(example, n, pieces) for example in examples for n, pieces in enumerate(self._pieces(example))]
         tokenised = self._tokenise([pieces for _, _, pieces in sequences])
         rows: list[dict[str, Any]] = []
+        longest = self._longest_answer(sequences, tokenised)  # before any is cut
         for (example, number, pieces), tokens in zip(sequences, tokenised, strict=True):
             if example.text is None:
                 ids, labels = self._joined(pieces, self._fit(example, number, pieces, tokens, reserve=0))
@@ -167,6 +160,7 @@ class Encoder:
                 for start in range(0, max(1, len(ids) - 1), self.max_length - 1):
                     window = ids[start : start + self.max_length]
                     rows.append(self._row(example, window, window if start == 0 else [IGNORED, *window[1:]]))
+        self.tally.longest = max(self.tally.longest, longest)
         return rows
 
     def choice(self, example: Example, *, end: bool) -> dict[str, Any]:
@@ -194,7 +188,7 @@ class Encoder:
         _, answer = self._joined(pieces[-1:], parts[-1:])
         labels = [IGNORED] * (len(ids) - len(answer)) + answer
         if len(ids) > self.max_length:
-            self._shortened.add((example.file, example.row))
+            self.tally.shortened.add((example.file, example.row))
         return self._row(example, ids[-self.max_length :], labels[-self.max_length :])
 
     def prompt(self, example: Example, reserve: int) -> list[int]:
@@ -236,9 +230,8 @@ class Encoder:
     def answer_length(self, example: Example) -> int:
         """Tokens of the last answer with its end."""
         pieces = self._pieces(example)[-1]
-        first = last_answer(pieces)
         [tokens] = self._tokenise([pieces])
-        return len(self._joined(pieces[first:], [part.ids for part in tokens[first:]])[0])
+        return self._answer_length(pieces, tokens)
 
     def shown(self, ids: Sequence[int]) -> str:
         """The text of a row's tokens for people, special tokens included."""
@@ -326,6 +319,23 @@ class Encoder:
             labels += whole if counted else [IGNORED] * len(whole)
         return ids, labels
 
+    def _longest_answer(
+        self, sequences: Sequence[tuple[Example, int, list[Piece]]], tokenised: Sequence[Sequence[_Tokens]]
+    ) -> int:
+        """Tokens of the longest last answer among the sequences of some examples."""
+        last = {
+            id(example): (pieces, tokens)
+            for (example, _, pieces), tokens in zip(sequences, tokenised, strict=True)
+            if example.text is None
+        }
+        return max((self._answer_length(pieces, tokens) for pieces, tokens in last.values()), default=0)
+
+    def _answer_length(self, pieces: Sequence[Piece], tokens: Sequence[_Tokens]) -> int:
+        """Tokens of a sequence's last answer with its end."""
+        answer = slice(last_answer(pieces), None)
+        around = [len(self._begin) * piece.begins + len(self._end) * piece.ends for piece in pieces[answer]]
+        return sum(around) + sum(map(len, tokens[answer]))
+
     def _row(self, example: Example, ids: list[int], labels: list[int]) -> dict[str, Any]:
         begins = ids[:1] == [self.tokenizer.bos_token_id]
         labels = [IGNORED] * begins + labels[begins:]
@@ -357,7 +367,7 @@ class Encoder:
             kept = max(1, len(parts[-1]) - surplus)
             excess -= len(parts[-1]) - kept
             parts[-1] = parts[-1][:kept]
-            self._cut.add((example.file, example.row))
+            self.tally.cut.add((example.file, example.row))
         if sum(sizes) < excess:
             raise DataError(
                 f"{where(example.file, example.row)}: has {length} tokens, of which {sum(sizes)} are input that may be "
@@ -372,7 +382,7 @@ class Encoder:
                     else "; data.long_answers=cut cuts the end of its answer"
                 )
             )
-        self._shortened.add((example.file, example.row))
+        self.tally.shortened.add((example.file, example.row))
         for (index, first, last), keep in reversed(list(zip(spans, _levelled(sizes, excess), strict=True))):
             head, tail = first + (keep + 1) // 2, last - keep // 2
             parts[index] = parts[index][:head] + parts[index][tail:]
@@ -406,6 +416,9 @@ class _Tokens:
     encoding: Any
     skip: int = 0
     shift: int = 0
+
+    def __len__(self) -> int:
+        return len(self.encoding) - self.skip
 
     @property
     def ids(self) -> list[int]:

@@ -79,6 +79,7 @@ class ApartEncoder(Encoder):
         sequences = [(example, n, pieces) for example in examples for n, pieces in enumerate(self._pieces(example))]
         rows: list[dict[str, Any]] = []
         tokenised = self._tokenise([pieces for _, _, pieces in sequences])
+        longest = self._longest_answer(sequences, tokenised)
         for (example, number, pieces), tokens in zip(sequences, tokenised, strict=True):
             if example.text is not None:
                 rows += self._text_rows(example, tokens[0].ids)
@@ -87,6 +88,7 @@ class ApartEncoder(Encoder):
                 rows.append(self._answered(example, prompt, self._whole(example, tokens[-1].ids)))
             elif not any(piece.supervised for of, _, own in sequences if of is example for piece in own):
                 raise DataError(f"{where(example.file, example.row)}: nothing left to supervise")
+        self.tally.longest = max(self.tally.longest, longest)
         return rows
 
     def choice(self, example: Example, *, end: bool) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class ApartEncoder(Encoder):
             return self._answered(example, prompt, self._whole(example, answer))
         prompt, _ = self._joined(pieces[:-1], [part.ids for part in tokens[:-1]])
         if len(prompt) > self.max_length:
-            self._shortened.add((example.file, example.row))
+            self.tally.shortened.add((example.file, example.row))
         if len(answer) >= self.max_length:
             raise DataError(self._too_long(example, len(answer)))
         return self._answered(example, prompt[-self.max_length :], answer)
@@ -117,11 +119,6 @@ class ApartEncoder(Encoder):
         [tokens] = self._tokenise([pieces])
         whole, _ = self._joined(pieces[:-1], [part.ids for part in tokens[:-1]])
         return len(whole) <= self.max_length
-
-    def answer_length(self, example: Example) -> int:
-        """Tokens of the last answer with its end."""
-        [tokens] = self._tokenise([self._pieces(example)[-1]])
-        return len(self._opens) + len(tokens[-1].ids) + len(self._ends)
 
     def asked(self, prompt: list[int]) -> dict[str, list[int]]:
         return answered_row(prompt, [], self.start)
@@ -157,6 +154,9 @@ class ApartEncoder(Encoder):
         parts = super()._tokenise([part for pieces in sequences for part in (pieces[:-1], pieces[-1:])])
         return [[*prompt, *answer] for prompt, answer in zip(parts[::2], parts[1::2], strict=True)]
 
+    def _answer_length(self, pieces: Sequence[Piece], tokens: Sequence[Any]) -> int:
+        return len(self._opens) + len(tokens[-1]) + len(self._ends)
+
     def _prompt(self, example: Example, number: int, pieces: list[Piece], tokens: list[Any]) -> list[int]:
         """The tokens that the encoder reads, in ``max_length``; where they are too many, without the middle of spans
         that may be cut."""
@@ -174,8 +174,8 @@ class ApartEncoder(Encoder):
             return whole
         if not self._cuts_answers:
             raise DataError(self._too_long(example, len(whole)))
-        self._shortened.add((example.file, example.row))
-        self._cut.add((example.file, example.row))
+        self.tally.shortened.add((example.file, example.row))
+        self.tally.cut.add((example.file, example.row))
         return whole[: self.max_length - 1]
 
     def _too_long(self, example: Example, length: int) -> str:

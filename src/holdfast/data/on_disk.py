@@ -104,6 +104,10 @@ class OnDisk(Sequence[Example]):
             for number in numbers:
                 yield self._read(number, content[self._ends[number] - begin : self._ends[number + 1] - begin])
 
+    def sizes(self) -> Iterator[int]:
+        """Bytes of each example in the file."""
+        return (self._ends[number + 1] - self._ends[number] for number in self._places)
+
     @property
     def survey(self) -> Survey:
         """The survey of the examples."""

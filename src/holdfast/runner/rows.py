@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from holdfast.api.method import Method
 from holdfast.api.task import Example, Stream, Task
 from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig
-from holdfast.data.arrow_rows import ArrowRows, Facts, RowFile, as_batch, chunks, is_large
+from holdfast.data.arrow_rows import is_large
 from holdfast.data.encode import Encoder
 from holdfast.data.files import where
 from holdfast.data.joined_rows import JoinedRows
 from holdfast.data.load import judge_bad_rows
-from holdfast.data.on_disk import OnDisk, chosen
-from holdfast.errors import ConfigError, DataError
+from holdfast.data.on_disk import OnDisk
+from holdfast.errors import ConfigError
 from holdfast.evaluation.respond import response_limit
 from holdfast.models.pretrained import load_model_config
 from holdfast.runner.kinds import method_rows, trained_row
+from holdfast.runner.large_rows import encode_large, usable
 from holdfast.runner.plan import Rows
 from holdfast.scoring import find
 from holdfast.training.kinds import completion_length
@@ -50,28 +48,29 @@ def encode_tasks(stream: Stream, encoder: Encoder, config: RunConfig) -> tuple[R
     apart = encoder.apart()  # the counts of rows that were cut are about train rows
     for task in stream.tasks:
         reads = {find(name).reads for name in (task.metric, *task.beside)}
-        longest: int | None = None
+        own = encoder.apart()
         if task.kind == "sft" and encoder.sight is None and is_large(task.train):
-            asks = "response" in reads and config.evaluation.max_new_tokens is None
-            task.train, rows[task.name], longest = _large(task.train, encoder, config.data.cache, asks, bad)
+            task.train, rows[task.name] = encode_large(task.train, own, config.data.cache, bad)
         elif task.kind == "sft":
-            task.train, rows[task.name] = _usable(task.train, encoder.encode_all, bad)
+            task.train, rows[task.name] = usable(task.train, own.encode_all, bad)
         else:
-            task.train, _ = _usable(task.train, partial(_trained, task, apart), bad)
-            rows[task.name] = method_rows(task, encoder)
+            task.train, _ = usable(task.train, partial(_trained, task, apart), bad)
+            rows[task.name] = method_rows(task, own)
+        encoder.tally.add(own.tally)
         if "loss" in reads:
-            task.test, _ = _usable(task.test, apart.encode_all, bad)
+            task.test, _ = usable(task.test, apart.encode_all, bad)
         if "response" in reads and task.train:
             if task.kind == "grpo":
                 limit = completion_length(task.options, encoder.max_length)
             else:
+                longest = own.tally.longest if task.kind == "sft" else None
                 limit = config.evaluation.max_new_tokens or response_limit(apart, task, longest)
             limits[task.name] = limit
 
             def prompts(examples: Sequence[Example], limit: int = limit) -> list[list[int]]:
                 return [apart.prompt(example, limit) for example in examples]
 
-            task.test, _ = _usable(task.test, prompts, bad)
+            task.test, _ = usable(task.test, prompts, bad)
     judge_bad_rows(bad, stream, config.data, config.output)
     return rows, limits
 
@@ -165,51 +164,6 @@ def encode_dev(tasks: Sequence[Task], encoder: Encoder, config: RunConfig, metho
     return {task.name: apart.encode_all(task.eval) for task in tasks}
 
 
-def _large(
-    examples: Sequence[Example], encoder: Encoder, cache: str | None, asks: bool, bad: list[str]
-) -> tuple[Sequence[Example], ArrowRows, int | None]:
-    """As :func:`_usable`, chunk by chunk, with the rows in Arrow: of an earlier start, if ``data.cache`` has them.
-
-    Args:
-        asks: whether the tokens of the longest answer are asked for.
-
-    Returns:
-        the examples, the rows, and the tokens of the longest answer, if they are known.
-
-    Raises:
-        DataError: ``data.cache`` cannot be written to.
-    """
-    file = None if cache is None else RowFile(Path(cache), encoder, examples)
-    if file is not None and (found := file.read()):
-        rows, facts = found
-        encoder.count([examples[place] for place in facts.shortened], [examples[place] for place in facts.cut])
-        return examples, rows, facts.longest
-    kept = array("q")  # places of examples
-    begun = 0
-    batches: list[Any] = []
-    longest = 0
-    with nullcontext() if file is None else file.writing() as writer:
-        for given in chunks(examples):
-            own = encoder.apart()
-            usable, made = _usable(given, own.encode_all, bad)
-            used = {id(example) for example in usable}
-            places = [begun + place for place, example in enumerate(given) if id(example) in used]
-            begun += len(given)
-            encoder.count_all(own)
-            if not usable:
-                continue
-            if writer is None:
-                batches.append(as_batch(made))
-            else:
-                most = max(own.answer_length(example) for example in usable) if asks else None
-                longest = max(longest, most or 0)
-                shortened, cut = ([len(kept) + place for place in of] for of in own.counted(usable))
-                writer.write(as_batch(made), Facts(shortened, cut, most))
-            kept.extend(places)
-        rows = ArrowRows(batches) if writer is None else writer.finish(keep=len(kept) == len(examples))
-    return examples if len(kept) == len(examples) else chosen(examples, kept), rows, longest or None
-
-
 class StageRows(JoinedRows):
     """The rows of a stage's tasks, one task after another; ``row`` is a row's number in the stage.
 
@@ -234,22 +188,3 @@ class StageRows(JoinedRows):
         part, at = self.part_of(place)
         file, rows = self._parts[part]
         return file, rows[at]
-
-
-def _usable(
-    examples: Sequence[Example], encode: Callable[[Sequence[Example]], list[Any]], bad: list[str]
-) -> tuple[list[Example], list[Any]]:
-    """The examples that can be encoded, and their codes; one by one only where not all of them can."""
-    examples = list(examples)
-    try:
-        return examples, encode(examples)
-    except DataError:
-        kept, codes = [], []
-    for example in examples:
-        try:
-            codes += encode([example])
-        except DataError as error:
-            bad.append(str(error))
-        else:
-            kept.append(example)
-    return kept, codes

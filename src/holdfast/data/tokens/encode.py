@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import connection, get_context
 from typing import Protocol, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from holdfast.system.workers import in_order
 
 
 @dataclass(frozen=True)
@@ -70,74 +67,14 @@ def encode(parts: Iterable[Part], encoder: Encoder, processes: int = 1) -> Itera
 
     Args:
         parts: taken one at a time, no more of them ahead than there are processes.
-        processes: with 1, this one does it; else so many others, of which none outlives this one.
+        processes: as of :func:`~holdfast.system.workers.in_order`.
 
     Raises:
         RuntimeError: one of the processes was killed.
     """
-    if processes == 1:
-        load = encoder.load()
-        for part in parts:
-            yield part, load(part.texts)
-        return
-    busy: deque[tuple[_Worker, Part]] = deque()
-    with contextlib.ExitStack() as stack:
-        for part in parts:
-            done = None
-            if len(busy) < processes:
-                worker = stack.enter_context(_Worker(encoder))
-            else:
-                worker, earlier = busy.popleft()
-                done = earlier, worker.receive()
-            worker.send(part.texts)
-            busy.append((worker, part))
-            if done:
-                yield done
-        for worker, earlier in busy:
-            yield earlier, worker.receive()
+    return in_order(parts, encoder.load, processes, given=texts_of)
 
 
-class _Worker:
-    """A process that encodes one part at a time; it ends when its pipe closes, so also when this process is killed."""
-
-    def __init__(self, encoder: Encoder):
-        context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(encoder, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pipe.close()
-        self._process.join()
-
-    def send(self, texts: list[str]) -> None:
-        try:
-            self._pipe.send(texts)
-        except OSError:
-            raise self._gone() from None
-
-    def receive(self) -> np.ndarray:
-        try:
-            return self._pipe.recv()
-        except (EOFError, OSError):
-            raise self._gone() from None
-
-    def _gone(self) -> RuntimeError:
-        self._process.join()
-        return RuntimeError(
-            f"a process that tokenises ended with exit code {self._process.exitcode}; -9 often means that the memory "
-            "was full, and fewer processes need less"
-        )
-
-
-def _work(encoder: Encoder, pipe: connection.Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    load = encoder.load()
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            pipe.send(load(pipe.recv()))
+def texts_of(part: HasTexts) -> list[str]:
+    """The documents of a part."""
+    return part.texts
