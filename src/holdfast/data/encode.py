@@ -8,10 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from holdfast.api.rows import IGNORED
 from holdfast.api.task import PICTURE, Example, Turn
 from holdfast.data.chat import ChatTemplate
 from holdfast.data.files import where
+from holdfast.data.levels import levelled
+from holdfast.data.long_text import STRETCH, encoding_of
 from holdfast.data.pieces import Piece, last_answer, plain_pieces
 from holdfast.data.tally import Tally
 from holdfast.errors import ConfigError, DataError
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
 # Unicode noncharacters, which text does not hold: they mark a cut span while a template is rendered.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKS = f"[{_OPEN}{_CLOSE}]"
+
+FIRST = 8
+"""The character before a text has no more tokens."""
 
 NO_SETTINGS = ("tokenizer", "sight", "_template", "tally")
 """Attributes of an encoder that are no plain settings."""
@@ -291,14 +298,18 @@ class Encoder:
         for key, anchor, encoding in zip(unique, anchors, encodings, strict=True):
             found[key] = _Tokens(encoding)
             if anchor:
-                skip = sum(end <= len(anchor) for _, end in encoding.offsets)
-                merged = any(start < len(anchor) < end for start, end in encoding.offsets)
+                begin = encoding.offsets[:FIRST]
+                skip = sum(bool(end <= len(anchor)) for _, end in begin)
+                merged = any(start < len(anchor) < end for start, end in begin)
                 found[key] = _Tokens(self._encodings([key[0]])[0]) if merged else _Tokens(encoding, skip, len(anchor))
         return [[found[key] for key in sequence] for sequence in keys]
 
     def _encodings(self, texts: list[str], control: bool = False) -> list[Any]:
-        if not texts:
-            return []
+        if any(len(text) > STRETCH for text in texts):
+            return [encoding_of(text, lambda text: self._encoded([text], control)[0]) for text in texts]
+        return self._encoded(texts, control) if texts else []
+
+    def _encoded(self, texts: list[str], control: bool) -> list[Any]:
         return self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -383,7 +394,7 @@ class Encoder:
                 )
             )
         self.tally.shortened.add((example.file, example.row))
-        for (index, first, last), keep in reversed(list(zip(spans, _levelled(sizes, excess), strict=True))):
+        for (index, first, last), keep in reversed(list(zip(spans, levelled(sizes, excess), strict=True))):
             head, tail = first + (keep + 1) // 2, last - keep // 2
             parts[index] = parts[index][:head] + parts[index][tail:]
         return parts
@@ -402,9 +413,8 @@ class Encoder:
             text, *rest = re.split(_MARKS, with_marks.text)
             for inside, outside in zip(rest[::2], rest[1::2], strict=True):
                 start, end = len(text), len(text) + len(inside)
-                within = [i for i, (s, e) in enumerate(found.offsets()) if start <= s and e <= end]
-                if within:
-                    spans.append((index, within[0], within[-1] + 1))
+                if within := found.within(start, end):
+                    spans.append((index, *within))
                 text += inside + outside
         return spans
 
@@ -424,9 +434,11 @@ class _Tokens:
     def ids(self) -> list[int]:
         return self.encoding.ids[self.skip :]
 
-    def offsets(self) -> list[tuple[int, int]]:
-        """[start, end) of each token in the text."""
-        return [(start - self.shift, end - self.shift) for start, end in self.encoding.offsets[self.skip :]]
+    def within(self, start: int, end: int) -> tuple[int, int] | None:
+        """The first and the last of the tokens, plus 1, that lie within a stretch of the text, if any do."""
+        offsets = np.asarray(self.encoding.offsets).reshape(-1, 2)[self.skip :] - self.shift
+        inside = np.flatnonzero((start <= offsets[:, 0]) & (offsets[:, 1] <= end))
+        return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else None
 
 
 def _of_pictures(pieces: Sequence[Piece]) -> str:
@@ -452,20 +464,6 @@ def _marked_stretch(text: str) -> str:
 def _anchor(text: str) -> str:
     """A character to put before a text so that it is tokenised as the middle of one."""
     return "a" if text[:1].isspace() else "\n"
-
-
-def _levelled(sizes: list[int], excess: int) -> list[int]:
-    """Take ``excess`` from the largest sizes until they are level, then from all of them alike."""
-    sizes = list(sizes)
-    while excess > 0:
-        largest = max(sizes)
-        at = [i for i, size in enumerate(sizes) if size == largest]
-        below = max((size for size in sizes if size < largest), default=0)
-        each, rest = divmod(min(excess, (largest - below) * len(at)), len(at))
-        for place, i in enumerate(at):
-            sizes[i] -= each + (place < rest)
-        excess -= each * len(at) + rest
-    return sizes
 
 
 def resolve_max_length(requested: int | None, model_config: Any, taken: int = 0) -> int:
