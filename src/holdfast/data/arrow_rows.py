@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from operator import attrgetter
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from holdfast.api.task import Example, Turn
+from holdfast.api.task import Example
+from holdfast.data.cache_file import DIGEST, code, complete, is_whole, partial_file
 from holdfast.data.encode import Encoder
 from holdfast.data.joined_rows import JoinedRows
-from holdfast.data.on_disk import LARGE_ROWS, LARGE_TEXT, OnDisk, characters
-from holdfast.errors import DataError
-from holdfast.system.files import PARTIAL, json_text
-from holdfast.version import __version__
+from holdfast.data.on_disk import LARGE_ROWS, LARGE_TEXT, OnDisk, characters, digest_of
+from holdfast.data.tally import NOTHING_SEEN, Seen
+from holdfast.system.files import json_text
 
 CHUNK = 1000
 """Rows that are tokenised together; a row that is large itself is a chunk of its own."""
 
-DIGEST = hashlib.sha256
-"""Of all that a file holds; it stands at the end of the file, and is checked whenever the file is found again."""
-
-READ = 2**20
-"""Bytes that are read at a time to check a file."""
-
 FACTS = b"facts"
 """Metadata of a batch: the :class:`Facts` of the examples that it was made of."""
-
-_said = attrgetter(*(field.name for field in fields(Turn) if field.name != "pictures"))
-_asked = attrgetter(*(field.name for field in fields(Example) if field.name not in ("file", "turns", "columns")))
 
 
 class ArrowRows(JoinedRows):
@@ -45,11 +34,18 @@ class ArrowRows(JoinedRows):
 
     Args:
         batches: their columns, in order: lists of int32, or int64.
+        seen: what was seen of the examples.
     """
 
-    def __init__(self, batches: Sequence[pa.RecordBatch]):
+    def __init__(self, batches: Sequence[pa.RecordBatch], seen: Seen = NOTHING_SEEN):
+        self.seen = seen
         super().__init__(batch.num_rows for batch in batches)
         self._columns = [_columns(batch) for batch in batches]
+
+    def beyond(self, name: str, known: int) -> set[int]:
+        """The tokens in a column that are ``known`` or more."""
+        columns = [of_batch[name].values for of_batch in self._columns if name in of_batch]
+        return {token for values in columns for token in np.unique(values[values >= known]).tolist()}
 
     def row(self, place: int) -> dict[str, Any]:
         batch, at = self.part_of(place)
@@ -58,16 +54,17 @@ class ArrowRows(JoinedRows):
 
 class Facts(NamedTuple):
     """What else is known of encoded examples: the places of those that were shortened, and of those that lost a part of
-    the answer; the tokens of the longest answer."""
+    the answer; the tokens of the longest answer; and what was seen of them."""
 
     shortened: list[int]
     cut: list[int]
     longest: int
+    seen: Seen = NOTHING_SEEN
 
     def moved(self, by: int) -> Facts:
         """The facts where so many examples stand before."""
         shortened, cut = ([by + place for place in places] for places in (self.shortened, self.cut))
-        return Facts(shortened, cut, self.longest)
+        return Facts(shortened, cut, self.longest, self.seen)
 
 
 class _Column(NamedTuple):
@@ -136,25 +133,8 @@ class RowFile:
         Raises:
             DataError: the folder cannot be written to, or its disk is full.
         """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(f"{self.path.stem[:16]}-{secrets.token_hex(8)}{PARTIAL}")
-            partial.open("xb").close()
-        except OSError as error:
-            raise self._unwritable(error) from None
-        writer = _Writer(partial, self.path)
-        try:
-            yield writer
-        except OSError as error:
-            raise self._unwritable(error) from None
-        finally:
-            writer.path.unlink(missing_ok=True)
-
-    def _unwritable(self, error: OSError) -> DataError:
-        return DataError(
-            f"data.cache: {self.path.parent}: tokenised rows cannot be written: {error.strerror or error}; free some "
-            "space, name another folder, or leave the key out"
-        )
+        with partial_file(self.path) as partial:
+            yield _Writer(partial, self.path)
 
 
 class _Writer:
@@ -174,10 +154,7 @@ class _Writer:
         if self._file is None:
             return ArrowRows([])
         self._file.close()
-        with self.path.open("r+b") as file:
-            file.write(hashlib.file_digest(file, DIGEST).digest())
-            file.flush()
-            os.fsync(file.fileno())
+        complete(self.path)
         rows, _ = _read(self.path)
         if keep and (other := _found(self._place)):  # another run was faster: a file that others have mapped stays
             rows, _ = other
@@ -189,33 +166,28 @@ class _Writer:
 def _found(path: Path) -> tuple[ArrowRows, Facts] | None:
     """What a file holds; None if there is none, or its bytes are not those that were written."""
     try:
-        return _read(path) if _is_whole(path) else None
+        return _read(path) if is_whole(path) else None
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError):  # a file of an earlier version, say
         return None
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a file ends with the digest of what stands before; it is read, not mapped, so that no memory is taken."""
-    digest = DIGEST()
-    with path.open("rb") as file:
-        left = path.stat().st_size - digest.digest_size
-        while left > 0 and (part := file.read(min(left, READ))):
-            digest.update(part)
-            left -= len(part)
-        return file.read() == digest.digest()
 
 
 def _read(path: Path) -> tuple[ArrowRows, Facts]:
     content = pa.memory_map(str(path)).read_buffer()
     reader = pa.ipc.open_file(content.slice(0, content.size - DIGEST().digest_size))
     parts = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
-    facts = [Facts(*json.loads(metadata[FACTS])) for _, metadata in parts]
+    facts = [_facts(*json.loads(metadata[FACTS])) for _, metadata in parts]
+    seen = reduce(Seen.and_then, (of_batch.seen for of_batch in facts), NOTHING_SEEN)
     together = Facts(
         [place for of_batch in facts for place in of_batch.shortened],
         [place for of_batch in facts for place in of_batch.cut],
         max(of_batch.longest for of_batch in facts),
+        seen,
     )
-    return ArrowRows([batch for batch, _ in parts]), together
+    return ArrowRows([batch for batch, _ in parts], seen), together
+
+
+def _facts(shortened: list[int], cut: list[int], longest: int, seen: list[Any]) -> Facts:
+    return Facts(shortened, cut, longest, Seen(*seen))
 
 
 def _digest(encoder: Encoder, examples: Sequence[Example]) -> str:
@@ -223,10 +195,7 @@ def _digest(encoder: Encoder, examples: Sequence[Example]) -> str:
     import tokenizers
     import transformers
 
-    versions = [__version__, transformers.__version__, tokenizers.__version__]
-    found = hashlib.sha256(repr([versions, sorted(encoder.identity().items())]).encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        found.update(file.read_bytes())
-    for example in examples:
-        found.update(repr((_asked(example), [_said(turn) for turn in example.turns])).encode())
+    versions = [transformers.__version__, tokenizers.__version__]
+    found = hashlib.sha256(repr([versions, sorted(encoder.identity().items()), code()]).encode())
+    found.update(digest_of(examples))
     return found.hexdigest()

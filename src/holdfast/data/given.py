@@ -17,9 +17,9 @@ from holdfast.data.files import COMPRESSED, SUFFIXES, RawRow, is_data_file, read
 from holdfast.data.formats import USED, detect, to_examples
 from holdfast.data.layout import BESIDE, INNER, SPLITS
 from holdfast.data.load import refuse_bad_rows
-from holdfast.data.parts import Part, first_part, first_row
+from holdfast.data.parts import Part, first_part, first_row, renamed
 from holdfast.data.row_pictures import COLUMNS, with_kept_pictures
-from holdfast.data.source import SAVED, Source, read_labels, read_parts, renamed, without_reasoning
+from holdfast.data.source import SAVED, Source, read_labels, read_parts, without_reasoning
 from holdfast.data.texts import is_hub_name, no_path
 from holdfast.errors import ColumnsError, ConfigError, DataError
 from holdfast.system.files import json_text

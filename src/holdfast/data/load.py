@@ -21,6 +21,7 @@ from holdfast.data.on_disk import OnDisk, chosen
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import Source, StreamSource, check_scorable, load_task
 from holdfast.data.survey import Survey, surveyed
+from holdfast.data.task_file import TaskFile, as_loaded, can_be_kept
 from holdfast.engines.process import Process
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import build
@@ -50,17 +51,39 @@ def load_stream(
     evaluation = evaluation or EvaluationConfig()
     source = find_source(config)
     bad: list[str] = []
-    stream = Stream(source.name, [load_task(task, data, bad) for task in source.tasks], source.general, source.version)
-    if evaluation.split == "dev":
-        for task in stream.tasks:
-            _measure_on_dev(task, data, bad)
+    stream = Stream(source.name, [], source.general, source.version)
+    known, files = dict[str, str](), dict[str, TaskFile]()
+    for one in source.tasks:
+        kept = data.cache is not None and can_be_kept(one)
+        file = TaskFile(Path(data.cache or ""), one, data, evaluation) if kept else None
+        wrong, found = len(bad), file.read() if file is not None else None
+        if found is not None:
+            task, known[one.name] = found
+            check_scorable(task, bad)
+        else:
+            task = load_task(one, data, bad)
+            if evaluation.split == "dev":
+                _measure_on_dev(task, data, bad)
+            if file is not None and len(bad) == wrong and isinstance(task.train, OnDisk):
+                files[task.name] = file
+        stream.tasks.append(task)
     judge_bad_rows(bad, stream, data, output)
-    return complete(stream, data, evaluation)
+    loaded = {task.name: as_loaded(task) for task in stream.tasks}
+    complete(stream, data, evaluation, known)
+    for task in stream.tasks:
+        if task.name in files:
+            files[task.name].write(loaded[task.name], task.fingerprint)
+    return stream
 
 
-def complete(stream: Stream, data: DataConfig, evaluation: EvaluationConfig) -> Stream:
+def complete(
+    stream: Stream, data: DataConfig, evaluation: EvaluationConfig, known: Mapping[str, str] | None = None
+) -> Stream:
     """Count what is odd about the rows of a stream, choose the test rows that are measured, take the fingerprints of
     its tasks, and tell its version.
+
+    Args:
+        known: fingerprints of tasks, by name.
 
     Raises:
         DataError: ``data.on_overlap`` is "error" and test rows stand in a train split.
@@ -72,6 +95,9 @@ def complete(stream: Stream, data: DataConfig, evaluation: EvaluationConfig) -> 
         if evaluation.rows is not None and evaluation.rows < len(task.test):
             task.notes.append(f"{evaluation.rows:,} of its {len(task.test):,} test rows are measured (evaluation.rows)")
             task.test = even_sample(task.test, evaluation.rows)
+        if known and task.name in known:
+            task.fingerprint = known[task.name]
+            continue
         left = _surveyed(task) if task.counts.dropped_train_rows else survey
         task.fingerprint = left.fingerprint.copy().add(task.eval).add(task.test).hexadecimal
     stream.version = _version(stream.version, stream.tasks, load_scorers(stream, evaluation))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -9,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 from holdfast.api.task import Example, Turn
 from holdfast.data.survey import Survey, surveyed
@@ -45,7 +46,7 @@ class OnDisk(Sequence[Example]):
         self._in_memory: dict[int, Example] = {}
         self._files: dict[str, int] = {}
         try:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when these examples go
+            self._file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed when these examples go
             for example in examples if survey is None else survey.passing(examples):
                 self._append(example)
             self._file.flush()
@@ -56,13 +57,15 @@ class OnDisk(Sequence[Example]):
             ) from None
         self._names = list(self._files)
         self._places: Sequence[int] = range(len(self._ends) - 1)
+        self._start = 0  # of the first one in the file
+        self._digest: bytes | None = None
 
     def _append(self, example: Example) -> None:
         content = b""
         if example.columns is not None or example.pictures:
             self._in_memory[len(self._ends) - 1] = example
         else:
-            content = json.dumps((_asked(example), [_said(turn) for turn in example.turns])).encode()
+            content = _written(example)
         self._file.write(content)
         self._file_numbers.append(self._files.setdefault(example.file, len(self._files)))
         self._ends.append(self._ends[-1] + len(content))
@@ -76,7 +79,7 @@ class OnDisk(Sequence[Example]):
         """The examples at some places, in that order."""
         other: OnDisk = object.__new__(OnDisk)
         places = array("q", (self._places[place] for place in places))
-        vars(other).update(vars(self), _places=places, _survey=None)
+        vars(other).update(vars(self), _places=places, _survey=None, _digest=None)
         return other
 
     def __len__(self) -> int:
@@ -115,6 +118,52 @@ class OnDisk(Sequence[Example]):
             self._survey = surveyed(self)
         return self._survey
 
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 over the content of the file, and which examples of it these are."""
+        if self._digest is None:
+            digest = hashlib.sha256()
+            for part in self._blocks():
+                digest.update(part)
+            digest.update(repr(self._in_memory).encode())
+            digest.update(array("q", self._places).tobytes())
+            self._digest = digest.digest()
+        return self._digest
+
+    def _blocks(self) -> Iterator[bytes]:
+        for begin in range(0, self._ends[-1], BLOCK):
+            yield os.pread(self._file.fileno(), min(BLOCK, self._ends[-1] - begin), self._start + begin)
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Iterable[bytes]]] | None:
+        """All that :meth:`found` needs: facts in JSON, and contents; None if something is in memory alone."""
+        if self._in_memory:
+            return None
+        facts = {"names": self._names, "digest": self.digest.hex()}
+        numbers = {"ends": self._ends, "files": self._file_numbers, "places": array("q", self._places)}
+        return facts, {"text": self._blocks()} | {name: [of.tobytes()] for name, of in numbers.items()}
+
+    @classmethod
+    def found(cls, file: BinaryIO, facts: dict[str, Any], places: dict[str, tuple[int, int]], survey: Survey) -> OnDisk:
+        """The examples of which a file holds what :meth:`stored` gave.
+
+        Args:
+            places: where each content begins, and its bytes.
+            survey: of the examples.
+        """
+
+        def numbers(kind: str, name: str) -> array[int]:
+            begin, size = places[name]
+            found = array(kind)
+            found.frombytes(os.pread(file.fileno(), size, begin))
+            return found
+
+        other: OnDisk = object.__new__(cls)
+        other._file, other._start, other._survey = file, places["text"][0], survey
+        other._ends, other._file_numbers = numbers("q", "ends"), numbers("I", "files")
+        other._places, other._in_memory, other._names = numbers("q", "places"), {}, facts["names"]
+        other._digest = bytes.fromhex(facts["digest"])
+        return other
+
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)
 
@@ -122,7 +171,7 @@ class OnDisk(Sequence[Example]):
         return self._read(number, self._content(self._ends[number], self._ends[number + 1]))
 
     def _content(self, begin: int, end: int) -> str:
-        return os.pread(self._file.fileno(), end - begin, begin).decode("ascii")
+        return os.pread(self._file.fileno(), end - begin, self._start + begin).decode("ascii")
 
     def _read(self, number: int, content: str) -> Example:
         if not content:
@@ -140,6 +189,21 @@ class OnDisk(Sequence[Example]):
             good,
             answered=answered,
         )
+
+
+def _written(example: Example) -> bytes:
+    return json.dumps((_asked(example), [_said(turn) for turn in example.turns])).encode()
+
+
+def digest_of(examples: Sequence[Example]) -> bytes:
+    """SHA-256 over the content and the row numbers of examples, in order; where their files lie does not count."""
+    if isinstance(examples, OnDisk):
+        return examples.digest
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(_written(example))
+        digest.update(repr(example.pictures).encode())
+    return digest.digest()
 
 
 def _turn(role: Any, content: str, cut: Any, trained: bool, reasoning: Any, calls: list[str], name: Any) -> Turn:

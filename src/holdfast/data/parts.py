@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any
+
+from holdfast.data.files import RawRow, where
+from holdfast.errors import ColumnsError, did_you_mean
 
 Row = dict[str, Any]
 
@@ -72,3 +75,32 @@ def limited(parts: Sequence[list[Row] | Once], limit: int) -> Iterator[list[Row]
     lazily = any(isinstance(rows, Once) for rows in parts)
     for rows in parts:
         yield Once(first(rows)) if lazily else list(first(rows))
+
+
+def renamed(row: dict[str, Any], columns: Mapping[str, str | None], place: str) -> dict[str, Any]:
+    """A row with other names of columns, without those whose new name is None.
+
+    Args:
+        place: of the row, for messages; where empty, a column may be absent.
+    """
+    if not columns:
+        return row
+    for column in columns:
+        if column not in row and place and columns[column] is not None:
+            raise ColumnsError(f"{place}: columns: there is no column {column!r}{did_you_mean(column, row)}")
+    kept = [key for key in row if columns.get(key, key) is not None]
+    new = RawRow({columns.get(key) or key: row[key] for key in kept})
+    new.line = getattr(row, "line", None)
+    if hasattr(row, "index"):
+        new.index = row.index
+    if len(new) < len(kept):
+        taken = next(new for old, new in columns.items() if new in row and new not in columns and new != old)
+        raise ColumnsError(f"{place}: columns: there is a column {taken!r} already; rename that one too")
+    return new
+
+
+def all_renamed(
+    rows: Iterable[dict[str, Any]], columns: Mapping[str, str | None], file: str
+) -> Iterator[dict[str, Any]]:
+    for position, row in enumerate(rows):
+        yield renamed(row, columns, where(file, getattr(row, "index", position), row))

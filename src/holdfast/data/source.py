@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import Any
 from holdfast.api.task import Example, General, Task
 from holdfast.config.stream import DataConfig, TaskConfig, TaskOptions
 from holdfast.data.conversation import Noticed
-from holdfast.data.files import SUFFIXES, RawRow, iterate_rows, read_json_file, read_text, where
+from holdfast.data.files import SUFFIXES, iterate_rows, read_json_file, read_text, where
 from holdfast.data.formats import asked, detect, iterate_examples, name_labels
 from holdfast.data.layout import SPLITS, alone, split_files
 from holdfast.data.on_disk import LARGE_ROWS, LARGE_TEXT, chosen, gathered
-from holdfast.data.parts import Once, Part, alike, first_part, first_row, limited
+from holdfast.data.parts import Once, Part, alike, all_renamed, first_part, first_row, limited, renamed
 from holdfast.data.preferences import kind_examples, paired
 from holdfast.data.spill import without_bytes
-from holdfast.errors import ColumnsError, ConfigError, DataError, did_you_mean
+from holdfast.errors import ConfigError, DataError
 from holdfast.scoring import find
 from holdfast.scoring.reward import PREFIX, reward_function
 from holdfast.system.hub import unreachable
@@ -224,7 +224,7 @@ def read_parts(
     if source.dataset is not None:
         splits, labels = _from_dataset(source, limits)
     else:
-        files = source.files if source.folder is None else _folder_files(source)
+        files = _split_files(source)
         splits = {name: [Part(str(file), _file_rows(file, bad)) for file in paths] for name, paths in files.items()}
         if source.test_rows is not None:
             for part in splits["test"]:
@@ -236,7 +236,7 @@ def read_parts(
             for part, rows in zip(parts, limited([part.rows for part in parts], limit), strict=True):
                 part.rows = rows
         for part in parts if options.columns else ():
-            part.rows = alike(part.rows, _all_renamed(part.rows, options.columns, part.file))
+            part.rows = alike(part.rows, all_renamed(part.rows, options.columns, part.file))
     first = next((part for parts in splits.values() for part in parts if part.rows), None)
     sft = first is not None and options.kind == "sft"
     if first is not None and sft and (options.format or _format(first)) == "sentence_label":
@@ -262,13 +262,6 @@ def _file_rows(file: Path, bad: list[str] | None) -> list[dict[str, Any]] | Once
         first += islice(rows, LARGE_ROWS - 1)
     rest = Once(rows)
     return Once(chain(first, rest)) if rest else first
-
-
-def _all_renamed(
-    rows: Iterable[dict[str, Any]], columns: Mapping[str, str | None], file: str
-) -> Iterator[dict[str, Any]]:
-    for position, row in enumerate(rows):
-        yield renamed(row, columns, where(file, getattr(row, "index", position), row))
 
 
 def _draw_test(examples: dict[str, Sequence[Example]], share: float) -> str:
@@ -347,6 +340,17 @@ def check_scorable(task: Task, bad: list[str] | None = None) -> None:
                     raise DataError(message)
                 bad.append(message)
                 task.test.remove(example)
+
+
+def _split_files(source: Source) -> dict[str, list[Path]]:
+    return source.files if source.folder is None else _folder_files(source)
+
+
+def source_files(source: Source) -> dict[str, list[Path]]:
+    """The files that a task of a folder or of files is read from, by split and by their names."""
+    folder = source.folder
+    beside = [folder / name for name in ("labels.json", "instruction.txt")] if folder is not None else []
+    return {**_split_files(source), "": [file for file in beside if file.is_file()]}
 
 
 def _folder_files(source: Source) -> dict[str, list[Path]]:
@@ -454,28 +458,6 @@ def _stated_labels(source: Source, train: Part) -> list[str] | None:
             f'{file}: is missing; a sentence_label task needs an array of its labels, for example ["good", "bad"]'
         )
     return sorted({row["label"].strip() for row in train.rows if isinstance(row.get("label"), str)}) or None
-
-
-def renamed(row: dict[str, Any], columns: Mapping[str, str | None], place: str) -> dict[str, Any]:
-    """A row with other names of columns, without those whose new name is None.
-
-    Args:
-        place: of the row, for messages; where empty, a column may be absent.
-    """
-    if not columns:
-        return row
-    for column in columns:
-        if column not in row and place and columns[column] is not None:
-            raise ColumnsError(f"{place}: columns: there is no column {column!r}{did_you_mean(column, row)}")
-    kept = [key for key in row if columns.get(key, key) is not None]
-    new = RawRow({columns.get(key) or key: row[key] for key in kept})
-    new.line = getattr(row, "line", None)
-    if hasattr(row, "index"):
-        new.index = row.index
-    if len(new) < len(kept):
-        taken = next(new for old, new in columns.items() if new in row and new not in columns and new != old)
-        raise ColumnsError(f"{place}: columns: there is a column {taken!r} already; rename that one too")
-    return new
 
 
 def _own_instruction(source: Source) -> str | None:

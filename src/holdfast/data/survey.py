@@ -28,6 +28,13 @@ class Survey:
         self.fingerprint = Fingerprint()
         self._prompts, self._rows = bytearray(), bytearray()
 
+    @classmethod
+    def found(cls, prompts: bytes, different: int) -> Survey:
+        """The survey of which these are known; it has no fingerprint."""
+        survey = cls()
+        survey._prompts, survey.different = bytearray(prompts), different
+        return survey
+
     def passing(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The examples, which are taken in as they pass; all must."""
         for example in self.fingerprint.passing(examples):

@@ -13,7 +13,7 @@ from holdfast.api.task import Example
 from holdfast.data.arrow_rows import ArrowRows, Facts, RowFile, as_batch, chunks
 from holdfast.data.encode import Encoder
 from holdfast.data.on_disk import chosen
-from holdfast.data.tally import Tally
+from holdfast.data.tally import NOTHING_SEEN, Seen, Tally
 from holdfast.errors import DataError
 from holdfast.system.workers import forks, in_order
 
@@ -66,7 +66,7 @@ def _encode(encoder: Encoder, examples: Sequence[Example], chunk: range) -> _Enc
     return _Encoded(
         [place for place, example in zip(chunk, given, strict=True) if id(example) in used],
         as_batch(rows) if rows else None,
-        Facts(shortened, cut, own.tally.longest),
+        Facts(shortened, cut, own.tally.longest, Seen.of(kept, own.sign_as_text)),
         bad,
         own.tally,
         dict(encoder.told),
@@ -91,7 +91,7 @@ def encode_large(
         encoder.tally.add(Tally(shortened, cut, facts.longest))
         return examples, rows
     kept = array("q")  # places of examples
-    batches: list[Any] = []
+    batches, seen = list[Any](), NOTHING_SEEN
     parts = list(chunks(examples))
     made = in_order(
         parts,
@@ -109,8 +109,9 @@ def encode_large(
                 continue
             if writer is None:
                 batches.append(encoded.batch)
+                seen = seen.and_then(encoded.facts.seen)
             else:
                 writer.write(encoded.batch, encoded.facts.moved(len(kept)))
             kept.extend(encoded.places)
-        rows = ArrowRows(batches) if writer is None else writer.finish(keep=len(kept) == len(examples))
+        rows = ArrowRows(batches, seen) if writer is None else writer.finish(keep=len(kept) == len(examples))
     return examples if len(kept) == len(examples) else chosen(examples, kept), rows

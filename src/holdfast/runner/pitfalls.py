@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import TrainingArguments
 
 from holdfast.api.task import Example, Task
+from holdfast.data.arrow_rows import ArrowRows
 from holdfast.data.encode import Encoder
+from holdfast.data.tally import Seen
 from holdfast.models.weights import shapes
 from holdfast.runner.plan import PlannedStage
 from holdfast.runner.setup import Setup
@@ -71,18 +72,18 @@ def _of_rate(setup: Setup) -> str | None:
 
 def _of_task(setup: Setup, task: Task) -> Iterator[str]:
     encoder, model = setup.encoder, setup.config.model.name
-    lengths = Counter(min(len(row.turns), 3) for row in task.train if row.text is None)
-    rows, turns = lengths.total(), lengths[3]
+    train = setup.rows[task.name]
+    seen = train.seen if isinstance(train, ArrowRows) else Seen.of(task.train, encoder.sign_as_text)
+    rows, turns = seen.conversations, seen.several
     if turns and setup.config.data.template == "auto" and not encoder.chat:
         yield (
             f"{turns} of {rows} rows have several turns, and the tokenizer of {model!r} has no chat template, as "
             "that of a base model: lines follow each other, and nothing says who speaks; an instruct model has such a "
             "template, and data.template=plain says that plain lines are meant"
         )
-    signs = [sign for row in task.train if (sign := encoder.sign_as_text(row))]
-    if 2 * len(signs) > len(task.train):
+    if 2 * seen.signs > len(task.train):
         yield (
-            f"{len(signs)} of {len(task.train)} rows hold {signs[0]!r}, which is read as letters and not as the "
+            f"{seen.signs} of {len(task.train)} rows hold {seen.sign!r}, which is read as letters and not as the "
             "control token: holdfast writes these tokens itself, so take them out, and give rendered chats as messages"
         )
     if task.kind == "sft" and rows and not encoder.cut_answers and not _has_end(encoder, setup.rows[task.name]):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 from holdfast.api.method import Method
 from holdfast.api.task import Example, Stream, Task
 from holdfast.config.model import ModelConfig
 from holdfast.config.run import RunConfig
-from holdfast.data.arrow_rows import is_large
+from holdfast.data.arrow_rows import ArrowRows, is_large
 from holdfast.data.encode import Encoder
 from holdfast.data.files import where
 from holdfast.data.joined_rows import JoinedRows
@@ -86,8 +87,11 @@ def check_vocabulary(rows: Rows, encoder: Encoder, model: ModelConfig) -> None:
         return
     tokenizer = encoder.tokenizer
     used = {tokenizer.pad_token_id}
-    for row in (row for of_task in rows.values() for row in of_task):
-        for key in ("input_ids", "encoder_ids"):
+    for of_task, key in product(rows.values(), ("input_ids", "encoder_ids")):
+        if isinstance(of_task, ArrowRows):
+            used |= of_task.beyond(key, known)
+            continue
+        for row in of_task:
             if max(row.get(key, ()), default=0) >= known:
                 used |= set(row[key])
     used -= {encoder.sight.image_token_id} if encoder.sight is not None else set()
