@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from holdfast.data.on_disk import OnDisk, chosen
 from holdfast.data.order import check_names, ordered
 from holdfast.data.source import Source, StreamSource, check_scorable, load_task
 from holdfast.data.survey import Survey, surveyed
-from holdfast.data.task_file import TaskFile, as_loaded, can_be_kept
+from holdfast.data.task_file import TaskFile, task_file
 from holdfast.engines.process import Process
 from holdfast.errors import ConfigError, DataError, did_you_mean
 from holdfast.scoring import build
@@ -52,27 +53,23 @@ def load_stream(
     source = find_source(config)
     bad: list[str] = []
     stream = Stream(source.name, [], source.general, source.version)
-    known, files = dict[str, str](), dict[str, TaskFile]()
+    known, new = dict[str, str](), list[tuple[TaskFile, Task, Task]]()
     for one in source.tasks:
-        kept = data.cache is not None and can_be_kept(one)
-        file = TaskFile(Path(data.cache or ""), one, data, evaluation) if kept else None
-        wrong, found = len(bad), file.read() if file is not None else None
-        if found is not None:
+        file, wrong = task_file(one, data, evaluation), len(bad)
+        if file is not None and (found := file.read()):
             task, known[one.name] = found
             check_scorable(task, bad)
         else:
             task = load_task(one, data, bad)
             if evaluation.split == "dev":
                 _measure_on_dev(task, data, bad)
-            if file is not None and len(bad) == wrong and isinstance(task.train, OnDisk):
-                files[task.name] = file
+            if file is not None and isinstance(task.train, OnDisk) and len(bad) == wrong:
+                new.append((file, replace(task, notes=list(task.notes)), task))
         stream.tasks.append(task)
     judge_bad_rows(bad, stream, data, output)
-    loaded = {task.name: as_loaded(task) for task in stream.tasks}
     complete(stream, data, evaluation, known)
-    for task in stream.tasks:
-        if task.name in files:
-            files[task.name].write(loaded[task.name], task.fingerprint)
+    for file, as_loaded, task in new:
+        file.write(as_loaded, task.fingerprint)
     return stream
 
 

@@ -134,19 +134,26 @@ class OnDisk(Sequence[Example]):
         for begin in range(0, self._ends[-1], BLOCK):
             yield os.pread(self._file.fileno(), min(BLOCK, self._ends[-1] - begin), self._start + begin)
 
-    def stored(self) -> tuple[dict[str, Any], dict[str, Iterable[bytes]]] | None:
-        """All that :meth:`found` needs: facts in JSON, and contents; None if something is in memory alone."""
-        if self._in_memory:
-            return None
-        facts = {"names": self._names, "digest": self.digest.hex()}
+    @property
+    def in_memory(self) -> bool:
+        """Whether something stays in memory."""
+        return bool(self._in_memory)
+
+    def facts(self) -> dict[str, Any]:
+        """What :meth:`found` needs, as JSON."""
+        return {"names": self._names, "digest": self.digest.hex()}
+
+    def contents(self) -> dict[str, Iterable[bytes]]:
+        """The contents that :meth:`found` needs, by name."""
         numbers = {"ends": self._ends, "files": self._file_numbers, "places": array("q", self._places)}
-        return facts, {"text": self._blocks()} | {name: [of.tobytes()] for name, of in numbers.items()}
+        return {"text": self._blocks()} | {name: [of.tobytes()] for name, of in numbers.items()}
 
     @classmethod
     def found(cls, file: BinaryIO, facts: dict[str, Any], places: dict[str, tuple[int, int]], survey: Survey) -> OnDisk:
-        """The examples of which a file holds what :meth:`stored` gave.
+        """The examples of which a file holds the contents, none of which was in memory.
 
         Args:
+            facts: of the examples, as :meth:`facts` gave them.
             places: where each content begins, and its bytes.
             survey: of the examples.
         """

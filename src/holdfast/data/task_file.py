@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from holdfast.system.manifest import file_facts
 SPLITS = ("train", "eval", "test")
 OF_DATA = ("on_overlap", "on_bad_row", "reasoning", "hold_out", "train_rows", "test_rows")
 """Keys of ``data`` that a task depends on, as it is read."""
+MADE = ("fingerprint", "counts", "gone")
+"""Fields of a task that are known when all tasks are."""
 NUMBER = 8
 """Bytes of the number that says where the facts begin."""
 
@@ -47,7 +49,7 @@ class TaskFile:
             [evaluation.split, evaluation.rows],
             [(name, str(file), file_facts(file)) for name, files in source_files(source).items() for file in files],
         ]
-        self.path = folder / f"{DIGEST(json.dumps(known, sort_keys=True).encode()).hexdigest()}.task"
+        self.path = folder / f"{DIGEST(json_text(known).encode()).hexdigest()}.task"
 
     def read(self) -> tuple[Task, str] | None:
         """The task as :func:`.load_task` gave it, and its fingerprint; None if there is no whole file of that name."""
@@ -73,56 +75,44 @@ class TaskFile:
     def write(self, task: Task, fingerprint: str) -> None:
         """Write a task whose train split lies on disk.
 
+        Nothing is written of a task with pictures.
+
         Raises:
             DataError: the folder cannot be written to, or its disk is full.
         """
-        given = {name: getattr(task, name) for name in SPLITS}
-        on_disk = {name: of if isinstance(of, OnDisk) else OnDisk(of) for name, of in given.items()}
-        stored = {name: of.stored() for name, of in on_disk.items()}
-        if any(of is None for of in stored.values()) or is_there(self.path):
+        splits = {name: getattr(task, name) for name in SPLITS}
+        on_disk = {name: split if isinstance(split, OnDisk) else OnDisk(split) for name, split in splits.items()}
+        if any(split.in_memory for split in on_disk.values()):
             return
         survey = on_disk["train"].survey
-        places: dict[str, Any] = {}
+        facts: dict[str, Any] = {
+            "task": {f.name: getattr(task, f.name) for f in fields(Task) if f.name not in (*SPLITS, *MADE)},
+            "splits": {name: split.facts() for name, split in on_disk.items()},
+            "places": {name: {} for name in SPLITS},
+            "different": survey.different,
+            "large_eval": isinstance(task.eval, OnDisk),
+            "fingerprint": fingerprint,
+        }
         with partial_file(self.path) as partial:
             with partial.open("wb") as file:
-                for name, of in stored.items():
-                    assert of is not None
-                    places[name] = {}
-                    for what, content in of[1].items():
+                for name, split in on_disk.items():
+                    for what, content in split.contents().items():
                         begin = file.tell()
                         file.writelines(content)
-                        places[name][what] = (begin, file.tell() - begin)
-                prompts = (file.tell(), file.write(survey.prompts.tobytes()))
+                        facts["places"][name][what] = (begin, file.tell() - begin)
+                facts["prompts"] = (file.tell(), file.write(survey.prompts.tobytes()))
                 begin = file.tell()
-                facts = {
-                    "task": {f.name: getattr(task, f.name) for f in fields(Task) if f.name not in (*SPLITS, *MADE)},
-                    "splits": {name: of[0] for name, of in stored.items() if of},
-                    "places": places,
-                    "prompts": prompts,
-                    "different": survey.different,
-                    "large_eval": isinstance(task.eval, OnDisk),
-                    "fingerprint": fingerprint,
-                }
                 file.write(json_text(facts).encode())
                 file.write(begin.to_bytes(NUMBER, "little"))
             complete(partial)
             partial.replace(self.path)
 
 
-MADE = ("fingerprint", "counts", "gone")
-"""Fields of a task that are known when all tasks are."""
-
-
-def is_there(path: Path) -> bool:
-    """Whether another run has written a file, whole."""
-    return path.exists() and is_whole(path)
-
-
-def can_be_kept(source: Source) -> bool:
-    """Whether a task is read from files alone, in a way that is known."""
-    return source.made is None and source.dataset is None and source.test_rows is None and source.options.kind == "sft"
-
-
-def as_loaded(task: Task) -> Task:
-    """The task as it is now, whatever is changed of it later."""
-    return replace(task, notes=list(task.notes))
+def task_file(source: Source, data: DataConfig, evaluation: EvaluationConfig) -> TaskFile | None:
+    """The file of a task; None if none is to be kept, or the task depends on more than its files and settings."""
+    if data.cache is None or source.options.kind != "sft" or source.made or source.dataset or source.test_rows:
+        return None
+    try:
+        return TaskFile(Path(data.cache), source, data, evaluation)
+    except OSError:  # a file cannot be read, as will be said
+        return None
