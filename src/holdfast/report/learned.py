@@ -55,7 +55,7 @@ def learned_lines(run: FinishedRun) -> list[str]:
         commands[f"holdfast status {where}"] = "what it had learned and cost"
     commands[f"holdfast learn DATA --into {where}"] = "the next month"
     widest = max(map(len, commands))
-    shown = [f"  {command.ljust(widest)}  {what}" for command, what in commands.items()]
+    shown = [f"  {command.ljust(widest)}  # {what}" for command, what in commands.items()]
     return [*lines, "next", *shown, f"  {run.path / 'report.html'}"]
 
 
