@@ -28,12 +28,12 @@ def export(
     trust: Trust = False,
 ) -> None:
     """Write a finished stage's model or adapter, with tokenizer and model card, for use without holdfast."""
+    from holdfast.deploy.exported_stage import find_exported_stage
     from holdfast.records.read import read_run
-    from holdfast.records.stages import stage_number
     from holdfast.system.quiet import silence_libraries
 
     silence_libraries()
-    stage_number(read_run(run), stage)  # before the libraries are imported
+    find_exported_stage(read_run(run), stage)  # before the libraries are imported
     from holdfast.deploy.export import export as export_stage
 
     exported = export_stage(

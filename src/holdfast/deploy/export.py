@@ -12,15 +12,14 @@ from holdfast.config.run import RunConfig, load_config
 from holdfast.data.encode import Encoder
 from holdfast.data.encode_apart import encoder_of
 from holdfast.deploy.exported import Exported
+from holdfast.deploy.exported_stage import find_exported_stage
 from holdfast.errors import ConfigError, RunDirectoryError
 from holdfast.models.gguf import is_gguf
 from holdfast.models.kinds import is_seq2seq, sees
 from holdfast.models.pretrained import load_saved_tokenizer, readable
 from holdfast.models.sight import PROCESSOR_FILES, load_sight
-from holdfast.records.directory import current_stage
-from holdfast.records.read import FinishedRun, read_run
+from holdfast.records.read import read_run
 from holdfast.records.shapes import read_json
-from holdfast.records.stages import require_folders
 from holdfast.records.trust import require_trust
 from holdfast.runner.inputs import model_inputs
 from holdfast.runner.reload import check_inputs, find_base
@@ -65,7 +64,7 @@ def export(
     """
     run, to = Path(run), Path(to).resolve()
     finished = read_run(run)
-    number, folder = _find_stage(finished, stage)
+    number, folder = find_exported_stage(finished, stage)
     _check_target(to)
     config = load_config(finished.config)
     require_trust(run, config, trust)
@@ -110,27 +109,6 @@ def export(
     if push_to is not None:
         _push(to, push_to, exported)
     return exported
-
-
-def _find_stage(run: FinishedRun, number: int | None) -> tuple[int, Path]:
-    """Number and folder of a complete stage."""
-    require_folders(run)
-    done = {read_json(file)["stage"]: file.parent for file in run.path.glob("stages/*/stage.json")}
-    if not done:
-        name = run.config["method"][0]["name"]
-        untrained = methods.known()[name].schedule == "none" if name in methods.known() else False
-        raise RunDirectoryError(
-            f"{run.path}: method {name!r} trains nothing, so there is nothing to export but its base model"
-            if untrained
-            else f"{run.path}: no stage of this run is complete yet; let it go on"
-        )
-    if number is None:
-        number = current_stage(run.info, max(done))
-    if number not in done:
-        complete = ", ".join(str(n) for n in sorted(done))
-        why = "is before training, the base model itself" if number == 0 else "is no complete stage of this run"
-        raise ConfigError(f"--stage: {number} {why}; complete: {complete}")
-    return number, done[number]
 
 
 def _check_target(to: Path) -> None:
