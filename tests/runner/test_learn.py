@@ -29,7 +29,7 @@ from holdfast.records.read import read_run
 from holdfast.report.learned import _compared, learned_lines
 from holdfast.runner.check import print_check
 from holdfast.runner.evaluate import evaluate
-from holdfast.runner.learn.settings import training_settings
+from holdfast.runner.learn.settings import training_settings, type_settings
 from holdfast.runner.stage import train_stage as train
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
@@ -119,6 +119,11 @@ def test_a_stage_ends_with_what_each_score_was_and_is(copy: Path, place: Path):
         ("perplexity/own", own[2:]),
     ]:
         assert f"{name} {before:.3f} -> {after:.3f}" in line
+
+
+def test_data_types_are_settled_before_the_methods_that_a_budget_weighs(place: Path):
+    config = tiny_config(place, keep={"general": "100%"}, output=str(place / "kept"))
+    assert type_settings(load_config(config)) == {"model": {"dtype": "float32"}, "training": {"precision": "float32"}}
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ BATCHES = ((100, 4), (400, 8))
 
 def type_settings(config: RunConfig) -> dict[str, Any]:
     """The data types of weights and training, by the machine, the model and the tuner."""
+    config = config.model_copy(update={"keep": None})  # what it weighs is settled later
     settled, _ = settle_types(config, load_model_config(config.model), resolve(config).tuner)
     return {"model": {"dtype": settled.model.dtype}, "training": {"precision": settled.training.precision}}
 
