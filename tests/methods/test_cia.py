@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import holdfast.runner.loop
+import holdfast.runner.run
 import holdfast.runner.stage
 from holdfast.api.stage import Step
 from holdfast.config.run import load_config
@@ -198,7 +199,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(holdfast.runner.stage.ContinualTrainer, "__init__", init)
         patch.setattr(CIA, "after_backward", see)
-        matrix = holdfast.runner.loop.run(config, Progress(quiet=True))
+        matrix = holdfast.runner.run.run(config, Progress(quiet=True))
     return folder / "run", matrix, logs
 
 
@@ -244,7 +245,7 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(tmp_path, monkey
     tuner = {"name": "lora", "r": 4, "lora_dropout": 0.3}
     config = tiny_config(tmp_path, method={"name": "cia", "grouping": 0.9}, tuner=tuner)
     config["training"] |= {"epochs": 2, "save_every": 4}  # 6 steps a stage
-    holdfast.runner.loop.run(config | {"output": str(tmp_path / "whole")}, Progress(quiet=True))
+    holdfast.runner.run.run(config | {"output": str(tmp_path / "whole")}, Progress(quiet=True))
     watch = holdfast.runner.stage.StageWatch.on_step_end
     for stage, step in [(2, 5), (3, 2)]:
 
@@ -256,8 +257,8 @@ def test_a_run_killed_within_a_stage_ends_with_the_same_numbers(tmp_path, monkey
         with monkeypatch.context() as patch:
             patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
             with pytest.raises(Killed):
-                holdfast.runner.loop.run(config, Progress(quiet=True))
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+                holdfast.runner.run.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     one, two = results(tmp_path / "whole"), results(tmp_path / "run")
     for key in one:
         assert one[key] == two[key], key
@@ -357,7 +358,7 @@ def test_test_rows_are_answered_by_the_weights_of_their_instruction():
 
 def test_losses_come_from_the_weights_of_the_instruction(tmp_path):
     config = tiny_config(tmp_path, method={"name": "cia", "grouping": 0.9})
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     setup = prepare(resolve(load_config(config)))
     stages = [tmp_path / "run" / "stages" / name for name in ("01-red", "02-green", "03-blue")]
     model = AutoModelForCausalLM.from_pretrained(stages[2] / "model")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-import holdfast.runner.loop
 import holdfast.runner.measure
+import holdfast.runner.run
 from holdfast.config.model import ModelConfig
 from holdfast.config.section import Named
 from holdfast.data.collate import Collator
@@ -282,7 +282,7 @@ def run(folder, output, method, tasks=("red", "green"), **training):
     config = tiny_config(folder, method=method, tuner=TUNER, output=str(folder / output))
     config["stream"]["order"] = list(tasks)
     config["training"] |= {"epochs": 2} | training
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     return folder / output
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import holdfast.runner.loop
+import holdfast.runner.run
 from holdfast import ContinualTrainer
 from holdfast.api.rows import prompt
 from holdfast.api.stage import Step
@@ -281,7 +282,7 @@ def finished(tmp_path_factory):
     for name, changes in (("l2p", {}), ("sequential", {"tuner": "prompt"})):
         config = hinted_config(folder, name, output=str(folder / name), **changes)
         config["training"] |= {"epochs": 10, "learning_rate": 0.1}
-        found[name] = holdfast.runner.loop.run(config, Progress(quiet=True))
+        found[name] = holdfast.runner.run.run(config, Progress(quiet=True))
     return folder, found
 
 
@@ -355,7 +356,7 @@ def test_replay_beside_it_never_shows_an_answer_to_the_keys(tmp_path, monkeypatc
     config = hinted_config(tmp_path, ["replay", "l2p"])
     config["stream"]["order"] = ["red", "green"]
     config["training"] |= {"epochs": 1, "gradient_checkpointing": True}
-    matrix = holdfast.runner.loop.run(config, Progress(quiet=True))
+    matrix = holdfast.runner.run.run(config, Progress(quiet=True))
     assert len(matrix["scores"]) == 3 and len(seen) > 48
     assert all(0 < before == tokens - 3 for before, tokens in seen)  # " r" and the end
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-import holdfast.runner.loop
 import holdfast.runner.measure
+import holdfast.runner.run
 from holdfast.api.stage import Step
 from holdfast.data.collate import Collator
 from holdfast.data.encode import Encoder
@@ -331,7 +331,7 @@ def run(folder, output, method, tuner="full", **training):
     config = tiny_config(folder, method=method, tuner=tuner, output=str(folder / output))
     config["stream"]["order"] = ["red", "green"]
     config["training"] |= {"epochs": 2} | training
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     return folder / output
 
 

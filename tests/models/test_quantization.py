@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import holdfast.runner.loop
+import holdfast.runner.run
 import holdfast.runner.stage
 from holdfast.config.model import ModelConfig
 from holdfast.config.run import load_config
@@ -42,7 +42,7 @@ def configuration(folder: Path, output: str, tuner: Any) -> dict[str, Any]:
 
 
 def run(config: dict[str, Any]) -> dict[str, Any]:
-    return holdfast.runner.loop.run(config, Progress(quiet=True))
+    return holdfast.runner.run.run(config, Progress(quiet=True))
 
 
 def test_the_frozen_linear_layers_are_in_nf4_and_all_else_is_not(tmp_path):

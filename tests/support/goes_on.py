@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import holdfast.runner.loop
+import holdfast.runner.run
 from holdfast.system.progress import Progress
 from support.guards import GENERAL, case, responses, same, terms, tuner_of, weights, with_paths
 
@@ -48,7 +48,7 @@ def check_method(
 
 def run(config: dict[str, Any]) -> dict[str, Any]:
     """The matrix of a run."""
-    return holdfast.runner.loop.run(config, Progress(quiet=True))
+    return holdfast.runner.run.run(config, Progress(quiet=True))
 
 
 def check_goes_on(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str) -> None:

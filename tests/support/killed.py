@@ -18,6 +18,7 @@ import holdfast.models.answers
 import holdfast.records.directory
 import holdfast.runner.loop
 import holdfast.runner.matrix
+import holdfast.runner.run
 import holdfast.training.engine_mixin
 from holdfast.methods.replay import Replay
 from holdfast.system.progress import Progress
@@ -56,4 +57,4 @@ if __name__ == "__main__":
         die_at(point[0], int(point[1]))
     torch.set_num_threads(1)
     config = json.loads(Path(path).read_text(encoding="utf-8"))
-    holdfast.runner.loop.run(config, Progress(quiet=True), backfill=backfill)
+    holdfast.runner.run.run(config, Progress(quiet=True), backfill=backfill)

@@ -22,7 +22,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-import holdfast.runner.loop
+import holdfast.runner.run
 from holdfast.config.run import load_config
 from holdfast.config.section import Named
 from holdfast.errors import ConfigError
@@ -239,7 +239,7 @@ def test_two_stages(tmp_path):
     config = hinted_config(tmp_path, "sequential", tuner={"name": "adapter", "bottleneck": 16})
     config["stream"]["order"] = ["green", "blue"]
     config["training"] |= {"learning_rate": 3e-2, "epochs": 8}
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     for stage in (1, 2):
         first, *_, last = [event["loss"] for event in events if event["stage"] == stage]

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-import holdfast.runner.loop
+import holdfast.runner.run
 from holdfast.api.stage import Step
 from holdfast.config.run import load_config
 from holdfast.config.section import Named
@@ -347,7 +347,7 @@ def test_two_stages(tmp_path):
     config = hinted_config(tmp_path, ["replay", "a_gem"], tuner=tuner)
     config["stream"]["order"] = ["green", "blue"]
     config["training"] |= {"learning_rate": 2e-2, "epochs": 8}
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     for stage in (1, 2):
         first, *_, last = [event for event in events if event["stage"] == stage]

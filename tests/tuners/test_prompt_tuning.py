@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-import holdfast.runner.loop
+import holdfast.runner.run
 from holdfast.config.run import load_config
 from holdfast.config.section import Named
 from holdfast.data.collate import Collator, pack
@@ -263,7 +263,7 @@ def test_other_methods_work_on_it(method, tmp_path):
     """Rehearsal rows, references, teachers and Fisher matrices are made by the model with its prompt."""
     config = hinted_config(tmp_path, method, tuner="prompt")
     config["stream"]["order"] = ["green", "blue"]
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     for stage, share in ((1, 0.5), (2, 1.0)):
         first, *_, last = [event for event in events if event["stage"] == stage]

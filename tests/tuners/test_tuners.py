@@ -35,6 +35,7 @@ from transformers import (
 
 import holdfast.models.quantization
 import holdfast.runner.loop
+import holdfast.runner.run
 import holdfast.runner.stage
 import holdfast.training.arguments
 from holdfast.api.tuner import TargetOptions
@@ -321,7 +322,7 @@ def test_two_stages_of_a_run_and_the_same_when_it_is_killed_in_the_second(name, 
     config["training"] |= {"epochs": 2, "save_every": 2, "learning_rate": 0.5 if name in SOFT else 1e-2}
     config["data"] = {"test_rows": 3}
     monkeypatch.setattr(holdfast.runner.loop.RunLoop, "_report", lambda self: None)
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
 
     watch = holdfast.runner.stage.StageWatch.on_step_end
 
@@ -334,9 +335,9 @@ def test_two_stages_of_a_run_and_the_same_when_it_is_killed_in_the_second(name, 
     with monkeypatch.context() as patch:
         patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
         with pytest.raises(Killed):
-            holdfast.runner.loop.run(broken, Progress(quiet=True))
+            holdfast.runner.run.run(broken, Progress(quiet=True))
     assert list(tmp_path.glob("broken/stages/02-green/checkpoint/checkpoint-2/complete.json"))
-    holdfast.runner.loop.run(broken, Progress(quiet=True))
+    holdfast.runner.run.run(broken, Progress(quiet=True))
 
     for path in sorted(tmp_path.glob("unbroken/stages/*/*/*")):
         other = tmp_path / "broken" / path.relative_to(tmp_path / "unbroken")
@@ -495,7 +496,7 @@ def test_adalora_s_budget_falls_over_all_stages_of_a_run(tmp_path):
     assert planned(method="joint", training={"epochs": 1, "batch_size": 10}) == 5
     assert planned(training={"max_steps": 4}) == 8
     assert planned(data={"packing": True}, training={"batch_size": 1}) < 48
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     folders = [tmp_path / "run" / "stages" / stage / "adapter" for stage in ("01-red", "02-green")]
     first, last = map(kept, folders)
     assert len(last) == 14 and sum(last) == 14 * 2 < sum(first) < 14 * 4
@@ -517,7 +518,7 @@ def test_adalora_does_not_depend_on_accumulation(tmp_path):
     for micro in (8, 2):
         config = config | {"output": str(tmp_path / f"run-{micro}")}
         config["training"] = config["training"] | {"micro_batch_size": micro}
-        holdfast.runner.loop.run(config, Progress(quiet=True))
+        holdfast.runner.run.run(config, Progress(quiet=True))
         found.append(load_file(tmp_path / f"run-{micro}/stages/01-red/adapter/adapter_model.safetensors"))
     for key, w in found[0].items():
         torch.testing.assert_close(found[1][key], w, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")

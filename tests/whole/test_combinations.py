@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import holdfast.runner.loop
+import holdfast.runner.run
 from holdfast.config.run import load_config
 from holdfast.errors import ConfigError, MethodError
 from holdfast.methods import build
@@ -46,12 +46,12 @@ def settings(folder, pair):
 def test_two_together(pair, folder):
     """Both train along: every term that one of them logs alone is in the log of both."""
     config = settings(folder, pair)
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     logged = {term for event in terms(Path(config["output"]), 2) for term in event}
     for name in pair:
         alone = settings(folder, (name,)) | {"output": f"{config['output']}-{name}"}
         alone["tuner"] = resolve(load_config(config)).config.tuner.model_dump()
-        holdfast.runner.loop.run(alone, Progress(quiet=True))
+        holdfast.runner.run.run(alone, Progress(quiet=True))
         assert {term for event in terms(Path(alone["output"]), 2) for term in event} <= logged
 
 
@@ -61,7 +61,7 @@ def test_the_order_of_a_list_says_nothing(pair, folder):
     runs = []
     for methods in (pair, pair[::-1]):
         config = settings(folder, methods) | {"output": str(folder / ("order+" + "+".join(methods)))}
-        holdfast.runner.loop.run(config, Progress(quiet=True))
+        holdfast.runner.run.run(config, Progress(quiet=True))
         runs.append(results(Path(config["output"])))
     for key in ("weights", "responses", "steps"):
         assert runs[0][key] == runs[1][key], key
@@ -102,6 +102,6 @@ def test_every_pair_trains_or_is_refused(pair, folder):
     except ConfigError:
         return
     try:
-        holdfast.runner.loop.run(config, Progress(quiet=True))
+        holdfast.runner.run.run(config, Progress(quiet=True))
     except MethodError as error:
         assert "was exactly zero" in str(error)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-import holdfast.runner.loop
+import holdfast.runner.run
 from holdfast import methods, tuners
 from holdfast.cli import main
 from holdfast.config.run import RunConfig
@@ -74,7 +74,7 @@ def cell_configuration(folder: Path, output: Path, method: str, tuner: str) -> d
 
 
 def run(config: dict[str, Any]) -> dict[str, Any]:
-    return holdfast.runner.loop.run(config, Progress(quiet=True))
+    return holdfast.runner.run.run(config, Progress(quiet=True))
 
 
 @pytest.mark.parametrize(("method", "tuner"), RUN)

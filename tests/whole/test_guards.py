@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import TrainerCallback
 
 import holdfast.runner.loop
+import holdfast.runner.run
 from holdfast.api.method import Method
 from holdfast.methods import find
 from holdfast.system.progress import Progress
@@ -81,7 +82,7 @@ class Runs:
         output = self.place(name, options, tuner, seed, training)
         if not (output / "matrix.json").exists():
             config = configuration(self.folder, output, name, options, tuner, seed, training)
-            holdfast.runner.loop.run(config, Progress(quiet=True))
+            holdfast.runner.run.run(config, Progress(quiet=True))
         return output
 
     def place(self, name: str, options: dict[str, Any], tuner: Any, seed: int, training: dict[str, Any]) -> Path:
@@ -105,7 +106,7 @@ class Runs:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(holdfast.runner.loop, "train_stage", count)
                 config = configuration(self.folder, output, name, options, tuner, 0, {})
-                holdfast.runner.loop.run(config, Progress(quiet=True))
+                holdfast.runner.run.run(config, Progress(quiet=True))
         return output
 
 
@@ -192,7 +193,7 @@ def test_an_appended_task_is_learned_as_if_it_had_been_there_from_the_start(name
     config = configuration(folder, grown, name, options, tuner, 0, {})
     for tasks in (["red"], ["red", "green"]):
         config["stream"]["order"] = tasks
-        holdfast.runner.loop.run(config, Progress(quiet=True))
+        holdfast.runner.run.run(config, Progress(quiet=True))
     for path in sorted(whole.glob("stages/*/*/*")):
         other = grown / path.relative_to(whole)
         if path.suffix == ".safetensors":
@@ -249,9 +250,9 @@ def test_killed_in_stage_two_and_continued_it_is_the_unbroken_run(name, trained,
     with monkeypatch.context() as patch:
         patch.setattr(holdfast.runner.stage.StageWatch, "on_step_end", dying)
         with pytest.raises(Killed):
-            holdfast.runner.loop.run(config, Progress(quiet=True))
+            holdfast.runner.run.run(config, Progress(quiet=True))
     assert list(output.glob("stages/02-green/checkpoint/checkpoint-3/complete.json"))
-    holdfast.runner.loop.run(config, Progress(quiet=True))
+    holdfast.runner.run.run(config, Progress(quiet=True))
     assert same(weights(output, "02-green"), weights(unbroken, "02-green"))
     assert responses(output) == responses(unbroken)
     assert terms(output, 2) == terms(unbroken, 2)
