@@ -161,6 +161,31 @@ def test_learn_refuses_models_and_rows_without_torch_and_leaves_nothing(tmp_path
     for (code, said, heavy), part in zip(answered(commands, tmp_path), expected, strict=True):
         assert code == 2 and part in said and not heavy, (heavy, said)
     assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    for name, told in (("mine", "is no run but holds other files"), ("~/run", "write the home folder in full")):
+        [(code, said, heavy)] = answered([["learn", "bad.jsonl", "--into", name, "--model", "model"]], tmp_path)
+        assert code == 2 and told in said and not heavy, (heavy, said)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"] and not (tmp_path / "~").exists()
+
+
+MODELS = {
+    ("config.json",): "holds no tokenizer",
+    ("tokenizer.json",): "holds no config.json",
+    ("tokenizer.json", "config.json"): "holds no weights",
+    ("tokenizer.json", "config.json", "adapter_config.json"): "is an adapter",
+}
+
+
+def test_a_folder_that_holds_no_whole_model_is_told_without_torch(config: Path):
+    commands = []
+    for number, files in enumerate(MODELS):
+        (config / f"m{number}").mkdir()
+        for name in files:
+            (config / f"m{number}" / name).write_text("{}")
+        commands.append(["run", "config.yaml", f"model=m{number}"])
+    for (code, said, heavy), part in zip(answered(commands, config), MODELS.values(), strict=True):
+        assert code == 2 and part in said and not heavy, (part, heavy, said)
 
 
 def test_a_directory_in_use_is_told_without_torch(config: Path):

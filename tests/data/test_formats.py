@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from holdfast.api.task import Turn
 from holdfast.data.conversation import Noticed
@@ -319,3 +322,32 @@ def test_bad_rows_are_named_with_row_line_and_reason(
 def test_an_unknown_format_is_refused_with_the_near_name() -> None:
     with pytest.raises(ConfigError, match="'share_gpt'; did you mean 'sharegpt'"):
         to_examples([{}], "share_gpt", file="f")
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt", "answer"),
+    [
+        (["Question?", "Answer!"], "Question?", "Answer!"),
+        (["$(HOME)", "`ls`"], "$(HOME)", "`ls`"),
+        (["it's", 'say "x"\n'], "it's", 'say "x"\n'),
+        (["null", "1"], "null", "1"),
+        ([" q", "{r}"], " q", "{r}"),
+        (["antwort, kurz", "frage"], "frage", "antwort, kurz"),
+        (["label", "review"], "review", "label"),
+        (["id", "question_text", "answer_text", "category"], "question_text", "answer_text"),
+        (["date", "ticket", "queue"], "ticket", "queue"),
+    ],
+)
+def test_the_mapping_that_a_message_shows_is_right_when_it_is_typed(columns: list[str], prompt: str, answer: str):
+    row = dict.fromkeys(columns, "some text") | {"": "an empty name", "blank": " "}
+    with pytest.raises(DataError) as told:
+        detect([row], "a.csv")
+    typed = re.search(r" of a task, or (.*) after holdfast learn$", str(told.value), re.DOTALL)
+    assert typed is not None
+    [argument] = shlex.split(typed[1])
+    assert yaml.safe_load(argument.removeprefix("task="))["columns"] == {prompt: "prompt", answer: "answer"}
+
+
+def test_a_row_that_is_a_turn_is_told_as_one():
+    with pytest.raises(DataError, match="a row is a whole conversation, such as messages"):
+        detect([{"role": "user", "content": "Hello!"}], "a.jsonl")

@@ -13,7 +13,8 @@ import pytest
 
 from holdfast.api.task import Example, Turn
 from holdfast.config.stream import DataConfig, TaskConfig
-from holdfast.data.fitting import fitting
+from holdfast.data.fitting import asks_nothing, fitting
+from holdfast.data.formats import to_examples
 from holdfast.data.given import Given, files_fingerprint, given_files, given_name, read_given
 from holdfast.data.layout import split_files
 from holdfast.errors import ConfigError, DataError
@@ -209,3 +210,18 @@ def test_the_metric_follows_the_answers(answers: list[str], metric: str, beside:
 
 def test_texts_are_scored_by_their_loss():
     assert fitting([Example("f", 0, text="a text")]).metric == "loss"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "nothing"),
+    [
+        ("{}", True),
+        ("Name the queue of this ticket: {}", False),
+        ("{}\n\nWhich queue is that for?", False),
+        ("Re: {}", True),
+    ],
+)
+def test_what_prompts_have_in_common_says_what_is_asked(prompt: str, nothing: bool):
+    texts = ("my card is lost", "a new chair", "who pays for this", "the remote control does nothing")
+    rows = [{"prompt": prompt.format(text), "answer": "queue"} for text in texts]
+    assert asks_nothing(to_examples(rows, "prompt_answer", file="a.jsonl")) == nothing

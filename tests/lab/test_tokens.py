@@ -543,16 +543,16 @@ def test_from_texts_to_token_files_as_the_page_says(tmp_path, monkeypatch, cli):
     page = (DOCS / "lab" / "tokens.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "english.jsonl", language("north", 150, 0))
-    (tmp_path / "russian").mkdir()
-    (tmp_path / "russian" / "a.txt").write_text("\n".join(CYRILLIC * 20), encoding="utf-8")
+    (tmp_path / "spanish").mkdir()
+    write_rows(tmp_path / "spanish" / "a.jsonl", language("south", 150, 0))
     commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    holdfast ")]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         assert cli(*command) == 0, command
-    english, held_out, russian = (TokenFile.open(f"tokens/{name}", verify=True) for name in ("eng", "eng-valid", "rus"))
-    assert (english.domain_id, held_out.domain_id, russian.domain_id) == (3, 3, 4)
-    assert (held_out.manifest["documents"], english.manifest["documents"]) == (100, 50)
-    assert russian.tokenizer().decode(russian.rows(64)[1]["input_ids"]).startswith("<|rus|>")
+    files = {name: TokenFile.open(f"tokens/{name}", verify=True) for name in ("eng", "eng-valid", "spa", "spa-valid")}
+    assert [file.domain_id for file in files.values()] == [3, 3, 4, 4]
+    assert [file.manifest["documents"] for file in files.values()] == [50, 100, 50, 100]
+    assert files["spa"].tokenizer().decode(files["spa"].rows(64)[1]["input_ids"]).startswith("<|spa|>")
     names: dict[str, Any] = {}
     exec(re.search(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1], names)
     assert names["batch"].shape == (3, 64) and names["text"].startswith("<|eng|>")

@@ -165,7 +165,7 @@ def test_what_is_drawn_is_told_token_by_token():
     model, (bar, told) = tiny_model(), recorded()
     request = Request.of(tiny_tokenizer(), 128, options=SampleOptions(length=5))
     SampleBuffer(request, LiveStates(model, -1), "1", count=2, steps=2, hidden=False, bar=bar).rows(0, 2)
-    assert told == [("the model writes samples of itself", done, 5) for done in (0, 1, 2, 3, 5)]
+    assert told == [("the model writes samples of itself, to rehearse", done, 5) for done in (0, 1, 2, 3, 5)]
 
 
 def test_processes_share_the_samples_that_one_would_have(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from holdfast.records.gate import Judged, judge_directory
 from holdfast.report.comment import MARK, as_comment, code
 from holdfast.report.learned import _gained
 from holdfast.report.text import number
+from holdfast.report.verdict import as_markdown
 from support.command import holdfast
 from support.synthetic_runs import NASTY, make_run
 
@@ -48,6 +50,16 @@ def test_names_are_nothing_but_text(judged: Judged) -> None:
         if token.type in ("th_open", "td_open"):
             widths[-1] += 1
     assert set(widths) == {6, 3, 5}
+
+
+def test_names_in_notes_are_text_too(judged: Judged) -> None:
+    noted = replace(judged, checks=[replace(check, note=f"not learned: {EVIL[1]}") for check in judged.checks])
+    for written in (as_comment(noted), as_markdown(noted.checks, "run")):
+        tokens = MarkdownIt("commonmark").enable("table").parse(written)
+        inside = [child for token in tokens for child in token.children or []]
+        assert not [child.type for child in inside if child.type in ("image", "link_open")]
+    spans = [child.content for token in MarkdownIt().parse(as_comment(noted)) for child in token.children or []]
+    assert f"not learned: {EVIL[1]}" in spans
 
 
 def test_it_says_what_was_learned_and_what_was_forgotten(judged: Judged) -> None:

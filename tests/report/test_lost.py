@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def test_the_first_sentences_have_the_figures_of_the_matrix(runs: list[Path]):
     matrix = run.matrix
     end = [matrix["scores"][-1][j] for j in range(STAGES - 1)]
     best = [max(row[j] for row in matrix["scores"][j + 1 : -1]) for j in range(STAGES - 1)]
-    first, second, third = run_headline(run)
+    first, second, third, fourth = run_headline(run)
     assert first == (
         f"After learning {STAGES} tasks one after another, the model answers {share(matrix['summary']['average'])} of "
         "the test questions right, on average over the tasks."
@@ -139,6 +140,9 @@ def test_the_first_sentences_have_the_figures_of_the_matrix(runs: list[Path]):
     mean = [share(sum(values) / len(values)) for values in (best, end)]
     assert second == f"The earlier tasks fell from {mean[0]} at their best to {mean[1]}: that was forgotten."
     assert third == "General ability (lasting facts) fell from 62 % to 42 %."
+    texts = matrix["general"]["perplexity/held-out"]
+    before, after = math.log(texts[0]), math.log(texts[-1])
+    assert fourth == f"The loss rose on held-out by {(after - before) / before:.1%}."
 
 
 def test_a_fall_that_the_test_rows_cannot_tell_from_none_is_called_so(tmp_path: Path):

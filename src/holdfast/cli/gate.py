@@ -81,8 +81,9 @@ def gate(
         write_output(junit, as_junit(checks, title))
     say(f"{title}: gate {'failed' if failed(checks) else 'passed'}")
     say(as_text(checks) if checks else "  there is nothing to check yet")
-    if not judged.run.folders:
-        lost = "no weights are left to export or serve, and no intervals are known"
-        say(f"warning: {run / 'stages'} is gone: {lost}", file=sys.stderr)
+    number = judged.run.stage_of(judged.row) if judged.run.joint else judged.row
+    if number not in judged.run.folders:
+        lost = "no weights are left to export or serve, and without its answers any rise counts as learned"
+        say(f"warning: the folder of the stage is gone from {run / 'stages'}: {lost}", file=sys.stderr)
     if failed(checks):
         raise typer.Exit(3)

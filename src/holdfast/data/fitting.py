@@ -16,6 +16,8 @@ CLOSED_ROWS = 3
 """Rows for each different answer of a closed task, at least, on average."""
 SHORT = 30
 """Characters of an answer, in the median, up to which exact match says something of open answers too."""
+INSTRUCTION = 12
+"""Characters that all prompts begin or end with, at least, where something in them says what is asked."""
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,17 @@ def fitting(examples: Sequence[Example], labels: list[str] | None = None, metric
     short = statistics.median(map(len, answers)) <= SHORT
     why = f"the answers are open: {len(distinct)} different ones in {len(answers)} rows, {longest} characters at most"
     return Fitting("loss", why, ["rouge_l", *["accuracy"] * short])
+
+
+def asks_nothing(examples: Sequence[Example]) -> bool:
+    """Whether nothing that all prompts have in common says what is asked: the text alone is there, and its label is the
+    answer."""
+    prompts = [example.question for example in examples]
+    return max(_shared(prompts), _shared([prompt[::-1] for prompt in prompts])) < INSTRUCTION
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """Characters that all texts begin with."""
+    first, last = min(texts), max(texts)
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from holdfast.data.conversation import BadRowError, Noticed, conversation, field
 from holdfast.data.files import type_name, where
 from holdfast.data.row_pictures import COLUMNS, take_pictures, with_pictures
 from holdfast.errors import ConfigError, DataError, did_you_mean
+from holdfast.system.files import json_text
 
 Format = Literal["messages", "sharegpt", "prompt_answer", "sentence_label", "alpaca", "text"]
 
@@ -64,9 +66,13 @@ _ANSWERS = {
     "input": "output",
 }
 """What the answer to a column is called beside it."""
-_ANSWERED = {*_ANSWERS.values(), "completion", "reply", "target", "label", "a"}
-"""Names of columns that hold answers, whatever the question beside them is called."""
-_PLAIN = re.compile(r"[\w ]+")
+_ANSWERED = {*_ANSWERS.values(), "completion", "reply", "replies", "target", "label"}
+"""Words in the names of columns that hold answers, whatever the question beside them is called."""
+_BESIDE = {"id", "uuid", "index", "date", "time", "source", "url"}
+"""Words in the names of columns that say neither."""
+_NO_TEXT = {"null", "none", "true", "false", "yes", "no", "on", "off", "y", "n"}
+"""Words that YAML reads as something else than text."""
+_PLAIN = re.compile(r"[^\W\d](?:[\w ]*\w)?")
 LABEL_NAMES = "labels: [NAME OF 0, NAME OF 1, ...]"
 LEFT_OUT = "leave it out with columns: {{{column}: null}}"
 
@@ -107,17 +113,33 @@ def detect(rows: Sequence[dict[str, Any]], file: str | Path) -> tuple[Format, di
 
 
 def _suggested(row: dict[str, Any]) -> str:
-    """How to name the columns of a row of no known shape, as far as their names or their order tell it."""
-    texts = [key for key, value in row.items() if isinstance(value, str)]
-    if len(texts) < 2:
+    """How to name the columns of a row of no known shape, as far as their names or their order tell it.
+
+    What is to be typed is quoted for YAML and for a shell, since the names come from the file.
+    """
+    texts = [key for key, value in row.items() if isinstance(value, str) and key.strip() and value.strip()]
+    if {"role", "content"} <= row.keys():
+        return "; a row is a whole conversation, such as messages: [{role: user, content: ...}, ...], and not a turn"
+    answers = [key for key in texts if _words(key) & _ANSWERED]
+    prompts = [key for key in texts if key not in answers and _words(key) & {"prompt", "frage", *_ANSWERS}]
+    others = [key for key in texts if key not in answers and key not in prompts and not _words(key) & _BESIDE]
+    prompt = next(iter([*prompts, *others]), None)
+    answer = next((key for key in [*answers, *reversed(others)] if key != prompt), None)
+    if prompt is None or answer is None:
         return ""
-    asked_by = next((key for key in texts if key.lower() in ("prompt", *_ANSWERS)), texts[0])
-    others = [key for key in texts if key != asked_by]
-    answer = next((key for key in others if key.lower() in _ANSWERED), others[-1])
-    names = {asked_by: "prompt", answer: "answer"}
-    new = {key if _PLAIN.fullmatch(key) else repr(key): name for key, name in names.items() if key != name}
-    plain = ", ".join(f"{key}: {name}" for key, name in new.items())
-    return f", for example columns: {{{plain}}} of a task, or 'task={{columns: {{{plain}}}}}' after holdfast learn"
+    named = {key: name for key, name in ((prompt, "prompt"), (answer, "answer")) if key != name}
+    columns = ", ".join(f"{key if _is_plain(key) else json_text(key)}: {name}" for key, name in named.items())
+    typed = shlex.quote(f"task={{columns: {{{columns}}}}}")
+    return f", for example columns: {{{columns}}} of a task, or {typed} after holdfast learn"
+
+
+def _words(column: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", column.lower()))
+
+
+def _is_plain(key: str) -> bool:
+    """Whether YAML reads a key as this very text without quotes."""
+    return bool(_PLAIN.fullmatch(key)) and key.lower() not in _NO_TEXT
 
 
 def _chosen_as(row: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from holdfast.data.layout import BESIDE, INNER, SPLITS
 from holdfast.data.load import refuse_bad_rows
 from holdfast.data.parts import Part, first_part, first_row, renamed
 from holdfast.data.row_pictures import COLUMNS, with_kept_pictures
-from holdfast.data.source import SAVED, Source, read_labels, read_parts, without_reasoning
+from holdfast.data.source import SAVED, Source, check_asked, read_labels, read_parts, without_reasoning
 from holdfast.data.texts import is_hub_name, no_path
 from holdfast.errors import ColumnsError, ConfigError, DataError
 from holdfast.system.files import json_text
@@ -209,6 +209,7 @@ def _read(data: str, options: TaskConfig, settings: DataConfig, output: Path | N
     splits, labels = read_parts(source, DataConfig(), bad)
     first = first_part(next(iter(splits.values())))
     format, names = (options.format, {}) if options.format else detect([first_row(first.rows)], first.file)
+    check_asked(options.name, format, options.instruction, options.prompt)
     noticed = Noticed()
     rows = {split: _rows(parts, format, names, options, bad, noticed) for split, parts in splits.items()}
     if settings.reasoning == "drop":

@@ -117,10 +117,7 @@ def _hold_out(divided: Divided, pool: Sequence[GivenRow], sides: Mapping[str, Si
     if before:
         note += f" ({len(before)} of them as in earlier tests)"
     if share * len(pool) < len(divided.test) and not before:
-        note += (
-            f"; data.hold_out asks for {share:g} of them, but {LEAST} are held out, as far as half stay to be learned: "
-            "where all must be learned, give a folder with a test file that asks them in other words"
-        )
+        note += f" ({LEAST} at least, but no more than half; a test file of your own, in a folder, lets all be learned)"
     divided.notes.append(note)
 
 

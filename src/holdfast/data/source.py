@@ -165,6 +165,16 @@ def _of_kind(source: Source, splits: dict[str, list[Part]], data: DataConfig, ba
     return scored(task, options, default=default, bad=bad)
 
 
+def check_asked(name: str, format: str, instruction: str | None, prompt: str | None) -> None:
+    """Raise ConfigError if a task of another format is given what only sentences with labels are asked by."""
+    for key, value in (("instruction", instruction), ("prompt", prompt)):
+        if value is not None and format != "sentence_label":
+            raise ConfigError(
+                f"task {name!r}: {key}: belongs to sentence_label tasks; the rows of this one, {format}, hold their "
+                "own; columns: {TEXT: sentence, ANSWER: label}, with the names of its columns, makes it one"
+            )
+
+
 @dataclass
 class _Way:
     """How the rows of a task are asked; ``unasked`` says that nothing tells the model what is asked."""
@@ -183,12 +193,7 @@ def _way(source: Source, format: str, labels: list[str] | None, first: Part) -> 
     """
     options, own = source.options, isinstance(source.options, TaskConfig)
     instruction = options.instruction or _own_instruction(source)
-    for key, value in (("instruction", instruction), ("prompt", options.prompt if own else None)):
-        if value is not None and format != "sentence_label":
-            raise ConfigError(
-                f"task {source.name!r}: {key}: belongs to sentence_label tasks; the rows of this one, {format}, hold "
-                "their own"
-            )
+    check_asked(source.name, format, instruction, options.prompt if own else None)
     if options.input is not None and format != "prompt_answer":
         raise ConfigError(f"task {source.name!r}: input: belongs to prompt_answer tasks; the rows of this are {format}")
     if format != "sentence_label":

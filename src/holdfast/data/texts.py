@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -58,11 +59,14 @@ def read_texts(
     raise no_path(path)
 
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
 def is_hub_name(source: str | Path) -> bool:
     """Whether what is no file or folder may be a dataset's name: NAME, or OWNER/NAME if there is no folder OWNER."""
     name = str(source)
     owner, slash, rest = name.partition("/")
-    is_path = name.startswith((".", "/", "~")) or "/" in rest or suffix(Path(name)) in TEXT_SUFFIXES
+    is_path = not _HUB_NAME.fullmatch(name) or "/" in rest or suffix(Path(name)) in TEXT_SUFFIXES
     return not is_path and not (slash and Path(owner).is_dir())
 
 

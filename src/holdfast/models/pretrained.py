@@ -19,6 +19,8 @@ from holdfast.system.hub import unreachable
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+WEIGHTS = (".safetensors", ".bin", ".index.json")
+"""Endings of what holds weights, or says which files hold them."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
 
@@ -59,14 +61,12 @@ def check_place(model: ModelConfig, key: str = "model.name") -> None:
         key: the key that the name comes from, for messages.
 
     Raises:
-        ConfigError: there is no such folder, and the name is none of the hub; it is a file, or holds an adapter.
+        ConfigError: there is no such folder, and the name is none of the hub; or it is a file.
     """
     folder = Path(model.name)
     _, options = located(model.name)
     if folder.is_file() and not options:
         raise ConfigError(f"{key}: {model.name!r} is a file; give the folder that holds the model, or a .gguf file")
-    if (folder / "adapter_config.json").exists():
-        raise ConfigError(is_adapter(model.name, folder / "adapter_config.json"))
     if not folder.exists() and (model.name.startswith((".", "/", "~")) or model.name.count("/") > 1):
         raise ConfigError(f"{key}: there is no folder {model.name!r} (looked from {Path.cwd()})")
 
@@ -80,6 +80,33 @@ def check_tokenizer_files(model: ModelConfig, key: str = "model.name") -> None:
             f"{key}: the folder {model.name!r} holds no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be "
             "there, as tokenizer.save_pretrained(folder) writes it"
         )
+
+
+def check_model_files(model: ModelConfig) -> None:
+    """Check, without reading them, that a folder holds all that a model to train is made of.
+
+    Raises:
+        ConfigError: as :func:`check_tokenizer_files`; or it holds an adapter, no configuration, or no weights.
+    """
+    refuse_adapter(model)
+    check_tokenizer_files(model)
+    folder = Path(model.name)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"model.name: the folder {model.name!r} holds no config.json, so it holds no model")
+    if not any(file.name.endswith(WEIGHTS) for file in folder.iterdir()):
+        raise ConfigError(
+            f"model.name: the folder {model.name!r} holds no weights (*.safetensors); model.save_pretrained(folder) "
+            "writes them"
+        )
+
+
+def refuse_adapter(model: ModelConfig) -> None:
+    """Raise ConfigError if a folder holds an adapter and is to be a model."""
+    file = Path(model.name) / "adapter_config.json"
+    if file.exists():
+        raise ConfigError(is_adapter(model.name, file))
 
 
 def load_tokenizer(model: ModelConfig, key: str = "model.name") -> PreTrainedTokenizerBase:
@@ -162,6 +189,7 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     check_place(model)
+    refuse_adapter(model)
     folder = Path(model.name)
     absent = "" if folder.exists() else f" (there is no such folder, looked from {Path.cwd()}{unreachable()})"
     with readable(f"model.name: {model.name!r} cannot be used as a model{absent}"):

@@ -336,6 +336,7 @@ def open_directory(path: Path) -> Iterator[RunDirectory]:
         process.wait()
         yield RunDirectory(path)
         return
+    check_free(path)
     with locked_folder(path):
         _refuse_other_files(path)
         process.wait()
@@ -361,7 +362,10 @@ def check_directory(path: Path, config: Section) -> RunDirectory | None:
 
 
 def check_free(path: Path) -> None:
-    """Raise RunDirectoryError if a run's directory would be a file, or holds other files."""
+    """Raise RunDirectoryError if a run's directory would be a file, holds other files, or begins with ``~``, which
+    only a shell reads as the home folder."""
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise RunDirectoryError(f"output: {path}: write the home folder in full ({path.expanduser()})")
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"output: {path} is a file; it must be a directory")
     if path.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
@@ -234,13 +234,14 @@ class StageFigures:
         for name, values in self.run.matrix["general"].items():
             if not is_general_loss(name):
                 continue
-            value, allowed = None, increase.amount
+            value, allowed, note = None, increase.amount, ""
             if None not in (values[0], values[self.row]):
                 before = general_loss(name, values[0])
                 value, allowed = general_loss(name, values[self.row]) - before, increase.nats(before)
+                note = f"the limit is {increase} of {before:.3f}" if increase.relative else ""
             figure = f"rise of the loss on {name.removeprefix('perplexity/')}"
             interval = self._general_interval(name, 0, self.row)
-            checks.append(Check("max_general_loss_increase", figure, value, allowed, interval))
+            checks.append(Check("max_general_loss_increase", figure, value, allowed, interval, note))
         return checks
 
     def max_general_drop(self, limit: float) -> list[Check]:
@@ -339,10 +340,24 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> Ju
     rows = {run.stage_of(t) if run.joint else t: t for t in measured}
     if not rows or (stage is not None and stage not in rows):
         evaluated = f"evaluated: {', '.join(map(str, rows))}" if rows else "none was evaluated yet"
-        raise ConfigError(f"{path}: {f'stage {stage}' if stage else 'the last stage'} cannot be judged; {evaluated}")
+        which = "the last stage" if stage is None else f"stage {stage}"
+        raise ConfigError(f"{path}: {which} cannot be judged; {evaluated}")
     stage = max(rows) if stage is None else stage
     title = f"{path} ({run.method}), after stage {stage}"
+    if undone := _undone(run, stage):  # its row of the score matrix is that of the stage which the run went back to
+        return Judged(f"{title}, which was rolled back", run, rows[stage], undone)
     return Judged(title, run, rows[stage], judge(run, gate, rows[stage]))
+
+
+def _undone(run: FinishedRun, stage: int) -> list[Check]:
+    """The recorded checks of a stage that failed the run's own gate and was rolled back; empty of any other."""
+    keys = [field.name for field in fields(Check)]
+    return [
+        Check(**{key: check[key] for key in keys if key in check})
+        for decision in run.info.get("gate", [])
+        if decision["stage"] == stage and not decision["passed"] and decision["action"] == "rollback"
+        for check in decision["checks"]
+    ]
 
 
 def raise_if_failed(path: Path, *, newest: bool = False) -> None:

@@ -20,7 +20,7 @@ from holdfast.system.progress import Show
 
 HELD_OUT = 64
 PROBE = 8  # tokens
-WRITES = "the model writes samples of itself"
+WRITES = "the model writes samples of itself, to rehearse"
 
 
 class SampleBuffer:

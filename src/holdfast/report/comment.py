@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from holdfast.records.gate import Judged, StageFigures, failed
+from holdfast.records.gate import Check, Judged, StageFigures, failed
 from holdfast.report.figures import FIGURES
 from holdfast.report.text import interval, learning, number
-from holdfast.report.verdict import HEAD, rows
+from holdfast.report.verdict import HEAD, failed_first, rows
 
 MARK = "<!-- holdfast gate -->"
 """The first line, by which a job finds the comment that it wrote before."""
@@ -33,7 +33,8 @@ def as_comment(judged: Judged, page: str | None = None) -> str:
     if (note := learning(learned, run.one_row)) is not None:
         lines += [f"**{code(note)}**", ""]
     if checks:
-        lines += _table(HEAD, [[code(row[0], cell=True), *row[1:]] for row in rows(checks)])
+        cells = zip(rows(checks), failed_first(checks), strict=True)
+        lines += _table(HEAD, [[code(row[0], cell=True), *row[1:5], _verdict(check)] for row, check in cells])
     else:
         lines += ["There is nothing to check yet.", ""]
     lines += _table(("figure", "value", "95 % interval"), _figures(found))
@@ -44,6 +45,12 @@ def as_comment(judged: Judged, page: str | None = None) -> str:
     else:
         lines.append(f"The run's page: {code(str(run.path / 'report.html'))}")
     return "\n".join(lines) + "\n"
+
+
+def _verdict(check: Check) -> str:
+    """The outcome, and its note, which holds names, as a code span."""
+    outcome = check.verdict.removesuffix(f"; {check.note}")
+    return f"{outcome}; {code(check.note, cell=True)}" if check.note else outcome
 
 
 def code(text: str, cell: bool = False) -> str:

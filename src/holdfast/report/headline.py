@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from holdfast.records.gate import is_accuracy
+from holdfast.records.gate import general_loss, is_accuracy, is_general_loss
 from holdfast.records.read import FinishedRun
 from holdfast.report.compare import Comparison
 from holdfast.report.falls import mean_general
@@ -21,7 +21,7 @@ def run_headline(run: FinishedRun) -> list[str]:
     sentences = [_done(run), *([note] if note else [])]
     if note is None or any(run.learned.values()):
         sentences += _forgotten(run)
-    sentences += _general(run)
+    sentences += [*_general(run), *_general_losses(run)]
     if (low := at_chance(run.matrix)) is not None:
         sentences.append(low)
     return sentences + _history(run)
@@ -155,6 +155,20 @@ def _general(run: FinishedRun) -> list[str]:
     if round(change, 3) == 0:
         return [f"{what} stayed at {share(first)}."]
     return [f"{what} {'fell' if change < 0 else 'rose'} from {share(first)} to {share(first + change)}."]
+
+
+def _general_losses(run: FinishedRun) -> list[str]:
+    """Which losses on general text rose, by a hundredth at least."""
+    rises = []
+    for name, values in run.matrix["general"].items():
+        first, last = values[0], values[-1]
+        if is_general_loss(name) and first is not None and last is not None:
+            first, last = general_loss(name, first), general_loss(name, last)
+            if first > 0 and last >= 1.01 * first:
+                shown = name.removeprefix("perplexity/")
+                text = "what the model wrote of itself" if shown == "own" else shown
+                rises.append(f"on {text} by {(last - first) / first:.1%}")
+    return [f"The loss rose {' and '.join(rises)}."] if rises else []
 
 
 def _history(run: FinishedRun) -> list[str]:

@@ -25,7 +25,7 @@ def rows(checks: Sequence[Check]) -> list[tuple[str, ...]]:
             "–" if check.passed or check.beyond is None else number(check.beyond),
             check.verdict,
         )
-        for check in _failed_first(checks)
+        for check in failed_first(checks)
     ]
 
 
@@ -70,7 +70,7 @@ def as_junit(checks: Sequence[Check], title: str) -> str:
     suite = ElementTree.Element(
         "testsuite", name=_printable(title), tests=str(len(checks)), failures=str(len(failed(checks))), errors="0"
     )
-    for check, row in zip(_failed_first(checks), rows(checks), strict=True):
+    for check, row in zip(failed_first(checks), rows(checks), strict=True):
         case = ElementTree.SubElement(suite, "testcase", classname=f"gate.{check.key}", name=_printable(check.figure))
         if not check.passed:
             failure = ElementTree.SubElement(case, "failure", message=check.verdict)
@@ -79,13 +79,13 @@ def as_junit(checks: Sequence[Check], title: str) -> str:
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _failed_first(checks: Sequence[Check]) -> list[Check]:
+def failed_first(checks: Sequence[Check]) -> list[Check]:
     return sorted(checks, key=lambda check: check.passed)
 
 
 def _cell(text: str) -> str:
-    """Text that no sign of it takes out of its cell of a Markdown table."""
-    for sign, written in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", " ")):
+    """Text that no sign of it takes out of its cell of a Markdown table, or makes a link or a picture."""
+    for sign, written in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("[", "\\["), ("\n", " ")):
         text = text.replace(sign, written)
     return printable(text)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config.run import RunConfig, load_config
-from holdfast.models.pretrained import check_tokenizer_files
+from holdfast.models.pretrained import check_model_files
 from holdfast.records.directory import LEARN, RunDirectory, open_directory
 from holdfast.runner.begun import as_begun
 from holdfast.runner.data import RunData, load_data
@@ -62,5 +62,5 @@ def load_early(config: RunConfig, directory: RunDirectory) -> RunData | None:
         return None
     config = as_begun(config, directory.record)
     check_names(config)
-    check_tokenizer_files(config.model)
+    check_model_files(config.model)
     return load_data(config)

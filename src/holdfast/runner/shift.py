@@ -63,7 +63,7 @@ def draw(setup: Setup, stage: PlannedStage, model: Any, progress: Progress) -> D
     tokenizer, size = setup.encoder.tokenizer, setup.config.evaluation.batch_size
     seed = f"{setup.config.seed}/{stage.index}/shift"
     rows, nats = [], []
-    with progress.bar(f"stage {stage.index} ({stage.name}): the model answers as it is before it") as bar:
+    with progress.bar(f"stage {stage.index} ({stage.name}): answers before it, to tell how far it moves") as bar:
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
             samples = sample(

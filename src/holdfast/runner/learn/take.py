@@ -16,14 +16,14 @@ from holdfast.api.task import Example, Stream, Task
 from holdfast.config.reading import validate
 from holdfast.config.run import RUN, RunConfig, placed
 from holdfast.config.stream import DataConfig, TaskConfig
-from holdfast.data.fitting import Fitting, fitting
+from holdfast.data.fitting import Fitting, asks_nothing, fitting
 from holdfast.data.formats import asked
 from holdfast.data.given import Given, GivenRow, given_files, given_name, read_given
 from holdfast.data.order import check_names as check_task_names
 from holdfast.data.sides import Divided, divide
 from holdfast.data.source import scored
 from holdfast.errors import RunDirectoryError
-from holdfast.models.pretrained import check_tokenizer_files
+from holdfast.models.pretrained import check_model_files
 from holdfast.records.directory import RunDirectory, open_directory
 from holdfast.records.kept import OWN, Kept, merged, rows_fingerprint
 from holdfast.records.shapes import read_json
@@ -39,6 +39,12 @@ from holdfast.system.progress import Progress
 WHERE = "the configuration of learn"
 LONGEST_RESPONSE = 256
 """Tokens of a response to an open question that is generated for the metrics beside the loss."""
+UNASKED = (
+    "nothing in the prompts says what is asked, so the model may answer anything with one of these answers; "
+    "task.columns={TEXT: sentence, ANSWER: label} and task.instruction, such as 'Name the queue.', say it, in a "
+    "directory of its own"
+)
+"""What a user is told of labels without an instruction."""
 
 
 def learn_call(call: Call, progress: Progress | None, accept_changes: bool) -> dict[str, Any]:
@@ -161,7 +167,7 @@ class Taken:
         values |= {"stream": {"tasks": tasks}, "output": str(self.call.path)}
         config = validate(RunConfig, values, WHERE)
         check_names(config)
-        check_tokenizer_files(config.model)
+        check_model_files(config.model)
         return config
 
     def _source(self, name: str) -> TaskConfig:
@@ -238,6 +244,9 @@ class Taken:
             *divided.notes,
             f"metric {fit.metric}{beside}: {fit.why}",
         ]
+        bare = fit.labels and given.options.format == "prompt_answer"
+        if bare and asks_nothing([row.example for row in divided.train]):
+            lines.append(UNASKED)
         for line in lines:
             self.progress.line(f"{given.name}: {line}")
 
