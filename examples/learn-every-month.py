@@ -15,4 +15,6 @@ for file in sorted(Path(folder).glob("*.csv")):
     holdfast.learn(file, into=run, model=model)
 
 for stage in holdfast.status(run)["stages"]:
-    print(f"{stage['task']}: learned {stage['learned']:+.3f}, cost the general loss {stage['general_loss']:+.1%}")
+    learned, cost = stage["learned"], stage["general_loss"]  # None: not measured
+    gained = "not measured" if learned is None else f"{learned:+.3f}"
+    print(f"{stage['task']}: learned {gained}, the general loss {'not measured' if cost is None else f'{cost:+.1%}'}")

@@ -13,9 +13,9 @@ from holdfast.deploy.serve import serve
 FORGOTTEN, MOVED = 0.05, 0.05  # what a month may cost: of the earlier months' scores, and of the general loss
 
 run = sys.argv[1]
-*earlier, newest = (stage for stage in holdfast.status(run)["stages"] if stage["state"] in ("current", "kept"))
-if (newest["forgetting"] or 0) > FORGOTTEN or (newest["general_loss"] or 0) > MOVED:
-    before = earlier[-1]["stage"] if earlier else 0
-    print(f"{newest['task']} cost too much: back to stage {before}")
+held = [stage for stage in holdfast.status(run)["stages"] if stage["state"] in ("current", "kept")]
+if held and ((held[-1]["forgetting"] or 0) > FORGOTTEN or (held[-1]["general_loss"] or 0) > MOVED):
+    before = held[-2]["stage"] if len(held) > 1 else 0
+    print(f"{held[-1]['task']} cost too much: back to stage {before}")
     holdfast.rollback(run, to=before)
 serve(run, follow=True)

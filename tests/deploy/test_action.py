@@ -84,11 +84,17 @@ def test_a_comment_that_cannot_be_written_does_not_change_the_verdict(act):
     assert "::warning::the comment could not be written" in done.stdout
 
 
-@pytest.mark.parametrize("given", [{"COMMENT": "false"}, {"NUMBER": ""}, {"LIMITS": "--max-forgetting=lots"}])
-def test_no_comment_where_none_is_wanted_or_nothing_was_judged(act, given):
+@pytest.mark.parametrize("given", [{"COMMENT": "false"}, {"NUMBER": ""}])
+def test_no_comment_where_none_is_wanted(act, given):
     done, told, _, calls = act(**{"LIMITS": "--max-forgetting 1.0"} | given)
-    assert not calls
-    assert (done.returncode, told) == ((2, "verdict=error\n") if "LIMITS" in given else (0, "verdict=passed\n"))
+    assert not calls and (done.returncode, told) == (0, "verdict=passed\n")
+
+
+def test_where_nothing_was_judged_no_verdict_on_an_earlier_commit_stays(act):
+    done, told, summary, calls = act(LIMITS="--max-forgetting=lots", GH_KNOWN="11")
+    assert (done.returncode, told, summary) == (2, "verdict=error\n", "")
+    [_, [asked, body]] = calls
+    assert asked[2] == "PATCH" and body.startswith(MARK) and "could not be judged" in body
 
 
 def test_the_action_hands_the_script_what_it_reads():

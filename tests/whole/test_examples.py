@@ -59,7 +59,7 @@ def test_learn_every_month(root, call, monkeypatch, capsys):
         (root / "tickets" / f"month-{month}.csv").write_text("\n".join(rows[:9]))
     call("learn-every-month.py", "tickets", "run", MODEL)
     told = capsys.readouterr().out.splitlines()
-    figures = r"learned [+-]\d\.\d{3}, cost the general loss [+-]\d+\.\d%"
+    figures = r"learned [+-]\d\.\d{3}, the general loss [+-]\d+\.\d%"
     assert [bool(re.fullmatch(f"month-{n}: {figures}", line)) for n, line in enumerate(told, 1)] == [True, True]
 
 
