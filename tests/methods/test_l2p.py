@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-import holdfast.runner.loop
 import holdfast.runner.run
 from holdfast import ContinualTrainer
 from holdfast.api.rows import prompt
 from holdfast.api.stage import Step
+from holdfast.config.run import load_config
 from holdfast.config.section import Named
 from holdfast.engines.vectors import gradient_of, weights
 from holdfast.errors import ConfigError
@@ -153,7 +153,7 @@ def test_the_answer_is_never_looked_at():
 
 def test_a_likelihood_at_test_time_is_taken_after_the_prompts_own_prompts(tmp_path):
     """at_test tells the model where answers begin, and takes it back."""
-    setup = prepare(resolve(holdfast.runner.loop.load_config(hinted_config(tmp_path, "l2p"))))
+    setup = prepare(resolve(load_config(hinted_config(tmp_path, "l2p"))))
     model = setup.tuner.prepare(hinted_model()).eval()
     evaluation = ModelEvaluation(model, setup.encoder, batch_size=3, methods=setup.methods)
     examples = setup.stream.tasks[0].test
@@ -305,7 +305,7 @@ def test_test_prompts_find_the_prompts_that_their_task_was_trained_with(finished
     counts = [torch.zeros(20, dtype=torch.int64)]
     for path in sorted((folder / "l2p").glob("stages/*/method/l2p.safetensors")):
         counts.append(load_file(path)["past"])
-    config = holdfast.runner.loop.load_config(hinted_config(folder, "l2p"))
+    config = load_config(hinted_config(folder, "l2p"))
     setup = prepare(resolve(config))
     right, total = 0, 0
     for stage, task in enumerate(setup.stream.tasks, start=1):
@@ -323,7 +323,7 @@ def test_evaluation_uses_the_chosen_prompts(finished):
     """Other prompts, or none, give other responses."""
     folder, _ = finished
     model, _ = trained_pool(folder)
-    config = holdfast.runner.loop.load_config(hinted_config(folder, "l2p"))
+    config = load_config(hinted_config(folder, "l2p"))
     setup = prepare(resolve(config))
     prompts = [setup.encoder.prompt(example, reserve=3) for task in setup.stream.tasks for example in task.test]
     options = {"max_new_tokens": 3, "batch_size": 8, "eos_token_ids": setup.encoder.stop_ids, "pad_token_id": 0}
