@@ -122,8 +122,9 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", ["check", "run"])
 def test_what_trains_refuses_names_keys_files_and_tasks_without_torch(config: Path, command: str):
-    commands = [[command, "missing.yaml"], *([command, "config.yaml", override] for override in REFUSED)]
-    expected = {"missing.yaml": "there is no such file"} | REFUSED
+    refused = REFUSED if command == "check" else {name: REFUSED[name] for name in (*REFUSED,)[::4]}
+    commands = [[command, "missing.yaml"], *([command, "config.yaml", override] for override in refused)]
+    expected = {"missing.yaml": "there is no such file"} | refused
     for (code, said, heavy), (line, part) in zip(answered(commands, config), expected.items(), strict=True):
         assert code == 2 and part in said and not heavy, (line, heavy, said)
     assert len(commands) == len(expected)

@@ -406,6 +406,7 @@ def test_killed_with_pseudo_samples_in_hand_and_continued_it_is_the_unbroken_run
     assert saved["learned"] == ["red", "green"] and len(saved["answers"]) == 10
 
 
+@pytest.mark.slow
 def test_pseudo_samples_are_not_the_tests(tmp_path):
     """By name on three tasks with nothing but defaults; no test prompt is used to write, and few come up by chance."""
     seen: list[list[dict[str, list[int]]]] = []

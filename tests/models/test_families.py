@@ -302,7 +302,7 @@ def check_run(folder: Path, name: str, tuner: str, method: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[] if n in ("gemma3", "qwen3_moe") else pytest.mark.slow) for n in FAMILIES],
+    [pytest.param(n, marks=[] if n == "qwen3_moe" else pytest.mark.slow) for n in FAMILIES],
 )
 def test_run(tmp_path, name):
     check_run(tmp_path, name, "lora", "all")

@@ -147,7 +147,7 @@ class OwnLoss(Trainer):
         {"bf16": True},
         {"label_smoothing_factor": 0.1},
         {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: next(iter(changes)),
 )
