@@ -228,6 +228,7 @@ def test_the_command_line(made, tmp_path, capsys):
     assert holdfast("gate", made, "--max-forgetting", 0.05, "--max-general-loss-increase", "2%", *files) == 3
     said = capsys.readouterr().out
     assert "gate failed" in said and "rise of the loss on held-out" in said and "95 % interval" in said
+    assert "the limit is 2% of " in said, "the limit as it was typed"
     assert ElementTree.parse(tmp_path / "gate.xml").getroot().get("failures") == "2"
     assert (tmp_path / "gate.md").read_text().count("| failed") == 2
     assert holdfast("gate", made, "--max-general-loss-increase", "1.5") == 0

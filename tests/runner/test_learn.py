@@ -29,7 +29,8 @@ from holdfast.records.read import read_run
 from holdfast.report.learned import _compared, learned_lines
 from holdfast.runner.check import print_check
 from holdfast.runner.evaluate import evaluate
-from holdfast.runner.learn.settings import training_settings, type_settings
+from holdfast.runner.learn.settings import training_settings
+from holdfast.runner.learn.take import UNASKED, type_settings
 from holdfast.runner.stage import train_stage as train
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
@@ -108,6 +109,7 @@ def test_the_second_month_is_measured_from_then_on_and_the_first_goes_on(two: Pa
 
 def test_a_stage_ends_with_what_each_score_was_and_is(copy: Path, place: Path):
     matrix, said = learn(write(place / "violet.jsonl", rows("violet", 12)), copy)
+    assert f"violet: {UNASKED}" in said, "labels behind bare prompts"
     [line] = [line for line in said if line.startswith("after stage 3 (violet): ")]
     assert f"after stage 2 (green): violet {matrix['scores'][2][2]:.3f}" in said, "what is new, alone"
     assert [

@@ -33,7 +33,7 @@ def code() -> str:
 
 @contextmanager
 def partial_file(place: Path) -> Iterator[Path]:
-    """A new file beside ``place``, to write to; it goes afterwards unless :func:`keep` has moved it.
+    """A new file beside ``place``, to write to; it goes afterwards unless it was moved to ``place``.
 
     Raises:
         DataError: the folder cannot be written to, or its disk is full.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -127,6 +127,12 @@ class Increase:
 def general_loss(name: str, value: float) -> float:
     """The loss on general text in nats a token, from a measure that is a perplexity or a loss."""
     return math.log(value) if name.startswith("perplexity") else value
+
+
+def rise_of_loss(name: str, before: float, after: float) -> float | None:
+    """By which share of itself a loss on general text rose, of a perplexity or a loss; None where it was 0."""
+    first, last = general_loss(name, before), general_loss(name, after)
+    return (last - first) / first if first else None
 
 
 def is_general_loss(name: str) -> bool:
@@ -351,12 +357,11 @@ def judge_directory(path: Path, limits: dict[str, Any], stage: int | None) -> Ju
 
 def _undone(run: FinishedRun, stage: int) -> list[Check]:
     """The recorded checks of a stage that failed the run's own gate and was rolled back; empty of any other."""
-    keys = [field.name for field in fields(Check)]
     return [
-        Check(**{key: check[key] for key in keys if key in check})
+        check
         for decision in run.info.get("gate", [])
         if decision["stage"] == stage and not decision["passed"] and decision["action"] == "rollback"
-        for check in decision["checks"]
+        for check in recorded(decision["checks"])
     ]
 
 
@@ -382,6 +387,12 @@ def failed(checks: Sequence[Check]) -> list[Check]:
 def record(checks: Sequence[Check]) -> list[dict[str, Any]]:
     """Checks as run.json keeps them."""
     return [asdict(check) | {"passed": check.passed} for check in checks]
+
+
+def recorded(checks: Iterable[Mapping[str, Any]]) -> list[Check]:
+    """The checks that :func:`record` made; a key that a version did not write has its default."""
+    keys = [field.name for field in fields(Check)]
+    return [Check(**{key: check[key] for key in keys if key in check}) for check in checks]
 
 
 def check_limits(gate: GateConfig, general: Iterable[str], scorers: Iterable[Scorer]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from holdfast.records.gate import general_loss, is_accuracy, is_general_loss
+from holdfast.records.gate import is_accuracy, is_general_loss, rise_of_loss
 from holdfast.records.read import FinishedRun
 from holdfast.report.compare import Comparison
 from holdfast.report.falls import mean_general
@@ -163,11 +163,11 @@ def _general_losses(run: FinishedRun) -> list[str]:
     for name, values in run.matrix["general"].items():
         first, last = values[0], values[-1]
         if is_general_loss(name) and first is not None and last is not None:
-            first, last = general_loss(name, first), general_loss(name, last)
-            if first > 0 and last >= 1.01 * first:
+            rise = rise_of_loss(name, first, last)
+            if rise is not None and rise >= 0.01:
                 shown = name.removeprefix("perplexity/")
                 text = "what the model wrote of itself" if shown == "own" else shown
-                rises.append(f"on {text} by {(last - first) / first:.1%}")
+                rises.append(f"on {text} by {rise:.1%}")
     return [f"The loss rose {' and '.join(rises)}."] if rises else []
 
 

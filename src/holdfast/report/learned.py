@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from holdfast.records.directory import current_stage, learned_stages
-from holdfast.records.gate import general_loss, is_general_loss
+from holdfast.records.gate import general_loss, is_general_loss, rise_of_loss
 from holdfast.records.read import FinishedRun, read_run
 from holdfast.records.shapes import read_json
 from holdfast.records.stages import named
@@ -115,8 +115,9 @@ def _general(run: FinishedRun, stage: int) -> list[str]:
         if not is_general_loss(name):
             lines.append(f"  {shown}  {number(first)} -> {number(last)}")
             continue
+        rise = rise_of_loss(name, first, last)
         first, last = general_loss(name, first), general_loss(name, last)
         what = "general loss on its own samples" if shown == "own" else f"general loss on {shown}"
-        share = f" ({round((last - first) / first, 3) + 0.0:+.1%} since the start)" if first else ""
+        share = "" if rise is None else f" ({round(rise, 3) + 0.0:+.1%} since the start)"
         lines.append(f"  {what}  {number(first)} -> {number(last)}{share}")
     return lines

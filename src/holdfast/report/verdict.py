@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 from xml.etree import ElementTree
 
-from holdfast.records.gate import DONE, Check, failed
+from holdfast.records.gate import DONE, Check, failed, recorded
 from holdfast.report.text import interval, number
 from holdfast.system.terminal import printable
 
@@ -36,10 +35,9 @@ def decisions(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     Args:
         info: run.json.
     """
-    keys = [field.name for field in fields(Check)]
     found = []
     for decision in info.get("gate", []):
-        checks = [Check(**{key: check[key] for key in keys if key in check}) for check in decision["checks"]]
+        checks = recorded(decision["checks"])
         what = "passed" if decision["passed"] else f"failed: {DONE[decision['action']]}"
         if decision["action"] == "rollback":
             what += f" to stage {decision['current']}" if decision["current"] else " to the model before training"
