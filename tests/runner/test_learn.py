@@ -29,8 +29,8 @@ from holdfast.records.read import read_run
 from holdfast.report.learned import _compared, learned_lines
 from holdfast.runner.check import print_check
 from holdfast.runner.evaluate import evaluate
-from holdfast.runner.learn.settings import training_settings
-from holdfast.runner.learn.take import UNASKED, type_settings
+from holdfast.runner.learn.settings import training_settings, type_settings
+from holdfast.runner.learn.take import UNASKED
 from holdfast.runner.stage import train_stage as train
 from holdfast.system.files import read_json, read_jsonl
 from holdfast.system.progress import Progress
